@@ -1,0 +1,200 @@
+"""How scan positions are gathered into the groups a network takes: pure functions of the positions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import KDTree
+
+from ptychodask.scan import PtychodaskError
+
+CURVE_BITS = 16
+"""Cells along one side of the curve's grid: 2**CURVE_BITS."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupingSpec:
+    """How scan positions are gathered into the groups a network takes."""
+
+    members: int = 4
+    """Patterns in one group, C; equals the network's input channels."""
+
+    neighbours: int = 7
+    """Nearest positions the members beside the seed are drawn from, K; at least `members` when `members` > 1."""
+
+    oversampling: int = 1
+    """Groups that each pattern seeds; above 1 only with `members` > 1 and `neighbours` > `members`."""
+
+    seed: int = 0
+    """Seed of the generator that draws the members."""
+
+    def __post_init__(self) -> None:
+        if self.members < 1:
+            raise PtychodaskError(f"grouping: members is {self.members}, expected 1 or more")
+        if self.members > 1 and self.neighbours < self.members:
+            raise PtychodaskError(
+                f"grouping: neighbours is {self.neighbours} for groups of {self.members} members; "
+                f"pass neighbours={self.members} or more"
+            )
+        if self.oversampling < 1:
+            raise PtychodaskError(f"grouping: oversampling is {self.oversampling}, expected 1 or more")
+        if self.oversampling > 1 and (self.members == 1 or self.neighbours <= self.members):
+            raise PtychodaskError(
+                f"grouping: oversampling={self.oversampling} needs members > 1 and neighbours > members, "
+                f"found members={self.members}, neighbours={self.neighbours}; pass more neighbours"
+            )
+
+    @property
+    def name(self) -> str:
+        """Name of the group table that this spec makes in a store.
+
+        Examples
+        --------
+        >>> GroupingSpec(members=4, neighbours=7).name
+        'c4-k7-s0'
+        """
+        if self.members == 1:
+            return "c1"
+        name = f"c{self.members}-k{self.neighbours}-s{self.seed}"
+        return name if self.oversampling == 1 else f"{name}-x{self.oversampling}"
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """The member table of a scan and the spec that made it."""
+
+    member: NDArray[np.int32]
+    """Indices into the patterns, int32 (group, channel); channel 0 is the seed."""
+
+    spec: GroupingSpec
+    """The spec that made the table."""
+
+    name: str
+    """Name of the table in its store."""
+
+    def __len__(self) -> int:
+        return len(self.member)
+
+    def attributes(self) -> dict[str, int]:
+        """The spec as plain numbers, as it is recorded beside the table."""
+        return asdict(self.spec)
+
+
+def curve_order(position_yx_px: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Order that walks positions along a Hilbert curve, so that neighbours in the order are neighbours in space.
+
+    Parameters
+    ----------
+    position_yx_px : float64 array (n, 2)
+
+    Returns
+    -------
+    int64 array (n,)
+        A permutation; equal curve cells keep their given order.
+
+    Notes
+    -----
+    D. Hilbert, Math. Ann. 38 (1891) 459: each bit of (y, x), highest first, picks a quadrant, whose own axes are
+    then swapped or flipped; here for all positions at once.
+
+    Examples
+    --------
+    >>> curve_order(np.array([[0.0, 0.0], [9.0, 9.0], [0.0, 1.0], [9.0, 8.0]])).tolist()
+    [0, 2, 1, 3]
+    """
+    low = position_yx_px.min(axis=0)
+    extent = float((position_yx_px.max(axis=0) - low).max())
+    cells = 2**CURVE_BITS - 1
+    scale = cells / extent if extent > 0 else 0.0
+    y, x = ((position_yx_px - low) * scale).astype(np.int64).T.copy()
+    distance = np.zeros(len(y), np.int64)
+    side = 1 << (CURVE_BITS - 1)
+    while side:
+        right, upper = (x & side) > 0, (y & side) > 0
+        distance += side * side * ((3 * right) ^ upper)
+        flip = ~upper & right
+        x = np.where(flip, side - 1 - (x & (side - 1)), x & (side - 1))
+        y = np.where(flip, side - 1 - (y & (side - 1)), y & (side - 1))
+        x, y = np.where(upper, x, y), np.where(upper, y, x)
+        side >>= 1
+    return np.argsort(distance, kind="stable")
+
+
+def group_positions(
+    position_yx_px: NDArray[np.float64],
+    spec: GroupingSpec,
+    scan_index: NDArray[np.int64] | None = None,
+) -> NDArray[np.int32]:
+    """Gather positions into groups of neighbours.
+
+    Parameters
+    ----------
+    position_yx_px : float64 array (pattern, 2)
+        Positions (y, x), pixels.
+    spec : GroupingSpec
+    scan_index : int64 array (pattern,), optional
+        Experiment of each pattern; members of a group always share it.
+
+    Returns
+    -------
+    int32 array (group, channel)
+        Channel 0 is the seed and each pattern seeds `spec.oversampling` groups (fewer when chance draws one group
+        twice); the other members are drawn from the seed's `spec.neighbours` nearest, ordered by distance. Groups
+        follow the curve of `curve_order` through their seeds.
+
+    Raises
+    ------
+    PtychodaskError
+        If an experiment has too few patterns for `spec.neighbours`.
+
+    Examples
+    --------
+    >>> line = np.array([[0.0, 0.0], [0.0, 1.0], [0.0, 2.1], [0.0, 3.3]])
+    >>> group_positions(line, GroupingSpec(members=2, neighbours=2)).shape
+    (4, 2)
+    """
+    order = curve_order(position_yx_px)
+    if spec.members == 1:
+        return order[:, None].astype(np.int32)
+    nearest = _nearest(position_yx_px, spec.neighbours, scan_index)
+    rng = np.random.default_rng(spec.seed)
+    rounds = [_draw_members(nearest, spec.members, rng) for _ in range(spec.oversampling)]
+    table = np.stack(rounds, axis=1)[order]
+    if spec.oversampling == 1:
+        return np.ascontiguousarray(table[:, 0])
+    first = np.ones(table.shape[:2], bool)
+    alike = np.sort(table, axis=2)
+    for later in range(1, spec.oversampling):
+        for earlier in range(later):
+            first[:, later] &= (alike[:, later] != alike[:, earlier]).any(axis=1)
+    return np.ascontiguousarray(table[first])
+
+
+def _nearest(
+    position_yx_px: NDArray[np.float64], neighbours: int, scan_index: NDArray[np.int64] | None
+) -> NDArray[np.int32]:
+    """Indices (pattern, 1 + neighbours): the pattern itself, then its nearest by distance."""
+    nearest = np.empty((len(position_yx_px), neighbours + 1), np.int32)
+    for experiment in [None] if scan_index is None else np.unique(scan_index):
+        mine = np.arange(len(position_yx_px)) if experiment is None else np.flatnonzero(scan_index == experiment)
+        if len(mine) <= neighbours:
+            raise PtychodaskError(
+                f"grouping: neighbours={neighbours} needs {neighbours + 1} patterns, found {len(mine)}; "
+                f"pass neighbours={max(len(mine) - 1, 0)} or fewer, or members=1"
+            )
+        _, found = KDTree(position_yx_px[mine]).query(position_yx_px[mine], k=neighbours + 1, workers=-1)
+        # Where positions repeat, the tree may list a twin before (or instead of) the seed itself.
+        itself = found == np.arange(len(mine))[:, None]
+        itself[~itself.any(axis=1), -1] = True
+        rest = found[~itself].reshape(len(mine), neighbours)
+        nearest[mine] = mine[np.column_stack([np.arange(len(mine)), rest])]
+    return nearest
+
+
+def _draw_members(nearest: NDArray[np.int32], members: int, rng: np.random.Generator) -> NDArray[np.int32]:
+    """One group for each seed, int32 (pattern, members): the seed, then a draw from its nearest by distance."""
+    keys = rng.random((len(nearest), nearest.shape[1] - 1), dtype=np.float32)
+    drawn = np.sort(np.argpartition(keys, members - 2, axis=1)[:, : members - 1], axis=1) + 1
+    return np.take_along_axis(nearest, np.column_stack([np.zeros(len(nearest), np.int64), drawn]), axis=1)

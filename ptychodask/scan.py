@@ -1,0 +1,357 @@
+"""What a scan is: patterns, positions and probe, and the words that the package uses for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+Domain = Literal["counts", "amplitude"]
+"""Unit of stored patterns: photon counts, or amplitude (square root of counts)."""
+
+Calibration = Literal["as_given", "incident", "mean_counts"]
+"""How the probe got its scale: see `calibrate_probe`."""
+
+ILLUMINATION_FLOOR = 1e-3
+"""Relative intensity of the probe below which a pixel counts as dark."""
+
+
+class PtychodaskError(ValueError):
+    """Input that ptychodask refuses; the message names the thing, what was found and the way out."""
+
+
+class PatternSource(Protocol):
+    """Patterns that may stay on disk: sliced, or indexed by an integer array, along the first axis."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def __getitem__(self, index: Any, /) -> NDArray[Any]: ...
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A known object and where it lies in the scan's frame."""
+
+    object: NDArray[np.complex64]
+    """complex64 (y, x)."""
+
+    corner_yx_px: tuple[float, float] = (0.0, 0.0)
+    """Coordinates (y, x) of pixel [0, 0] in the scan's frame, pixels."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scan:
+    """One acquisition: patterns, positions, probe and what is known about them.
+
+    Patterns and labels stay on disk when the scan comes from a store; everything else is in memory.
+
+    Examples
+    --------
+    >>> scan = Scan(
+    ...     diffraction=np.ones((3, 8, 8), np.uint16),
+    ...     position_yx_px=np.array([[0.0, 0.0], [0.0, 2.5], [3.0, 1.0]]),
+    ...     probe=np.ones((1, 8, 8), np.complex64),
+    ...     domain="counts",
+    ...     normalization=0.5,
+    ... )
+    >>> scan.n_patterns, scan.n_pixels
+    (3, 8)
+    >>> float(scan.network_input([0]).mean())
+    0.5
+    """
+
+    diffraction: PatternSource
+    """Patterns as measured (pattern, N, N) in the unit of `domain`, DC at [N//2, N//2]."""
+
+    position_yx_px: NDArray[np.float64]
+    """Where the probe was (pattern, 2), (y, x), object pixels."""
+
+    probe: NDArray[np.complex64]
+    """Calibrated probe (mode, N, N), centred on [N//2, N//2]."""
+
+    domain: Domain
+    """Unit of `diffraction`."""
+
+    normalization: float
+    """Factor from amplitude to network input, one for the whole scan."""
+
+    calibration: Calibration = "as_given"
+    """How the probe got its scale."""
+
+    probe_initial: NDArray[np.complex64] | None = None
+    """The calibrated probe as ingested (mode, N, N), before any refinement."""
+
+    mask: NDArray[np.bool_] | None = None
+    """True where a detector pixel is good (N, N); None when all are."""
+
+    flux: NDArray[np.float32] | None = None
+    """Incident flux of each pattern relative to the mean (pattern,); None when constant."""
+
+    scan_index: NDArray[np.int64] | None = None
+    """Experiment that each pattern belongs to (pattern,)."""
+
+    source_index: NDArray[np.int64] | None = None
+    """Row of each pattern in the source file (pattern,)."""
+
+    truth: Truth | None = None
+    """The known object, for simulated scans."""
+
+    label: PatternSource | None = None
+    """Supervised labels, complex64 (pattern, N, N)."""
+
+    pixel_size_m: float | None = None
+    """Size of an object pixel, metres."""
+
+    energy_ev: float | None = None
+    """Photon (or electron) energy, electronvolts."""
+
+    distance_m: float | None = None
+    """Sample to detector, metres."""
+
+    data_hash: str = ""
+    """SHA-256 over diffraction, positions, mask and probe."""
+
+    store: str | None = None
+    """Path of the store that the scan was opened from."""
+
+    attributes: dict[str, Any] = field(default_factory=dict)
+    """Everything else the store's root records (provenance, models, versions)."""
+
+    def __post_init__(self) -> None:
+        where = self.store or "scan"
+        shape = self.diffraction.shape
+        check_pattern_shape(shape, where)
+        n_patterns, n_pixels = shape[0], shape[1]
+        check_positions(self.position_yx_px, n_patterns, where)
+        check_choice("domain", self.domain, get_args(Domain), where)
+        check_choice("calibration", self.calibration, get_args(Calibration), where)
+        if self.probe.ndim != 3 or self.probe.shape[1:] != (n_pixels, n_pixels):
+            raise PtychodaskError(
+                f"{where}: probe has shape {self.probe.shape}, expected (mode, {n_pixels}, {n_pixels}) as the patterns"
+            )
+        if not np.isfinite(self.normalization) or self.normalization <= 0:
+            raise PtychodaskError(f"{where}: normalization is {self.normalization}, expected a positive number")
+        if self.mask is not None and self.mask.shape != (n_pixels, n_pixels):
+            raise PtychodaskError(f"{where}: mask has shape {self.mask.shape}, expected ({n_pixels}, {n_pixels})")
+        for name in ("flux", "scan_index", "source_index", "label"):
+            value = getattr(self, name)
+            if value is not None and value.shape[0] != n_patterns:
+                raise PtychodaskError(f"{where}: {name} has {value.shape[0]} entries for {n_patterns} patterns")
+
+    @property
+    def n_patterns(self) -> int:
+        """How many patterns the scan holds."""
+        return int(self.diffraction.shape[0])
+
+    @property
+    def n_pixels(self) -> int:
+        """Pixels across one pattern, N."""
+        return int(self.diffraction.shape[1])
+
+    def amplitude(self, index: Any) -> NDArray[np.float32]:
+        """Measured amplitude (square root of counts) of some patterns, bad pixels 0.
+
+        Parameters
+        ----------
+        index : slice or int array (k,)
+            Which patterns.
+
+        Returns
+        -------
+        float32 array (k, N, N)
+        """
+        amplitude = np.asarray(self.diffraction[_as_index(index)]).astype(np.float32)
+        if self.domain == "counts":
+            np.sqrt(amplitude, out=amplitude)
+        if self.mask is not None:
+            amplitude *= self.mask
+        return amplitude
+
+    def network_input(self, index: Any) -> NDArray[np.float32]:
+        """Normalised amplitude X of some patterns, as the networks take it.
+
+        Parameters
+        ----------
+        index : slice or int array (k,)
+            Which patterns.
+
+        Returns
+        -------
+        float32 array (k, N, N)
+            ``amplitude * normalization``.
+        """
+        amplitude = self.amplitude(index)
+        amplitude *= np.float32(self.normalization)
+        return amplitude
+
+
+def _as_index(index: Any) -> Any:
+    return index if isinstance(index, slice) else np.asarray(index, dtype=np.int64)
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...], where: str) -> None:
+    """Raise `PtychodaskError` unless `value` is one of `choices`."""
+    if value not in choices:
+        listed = ", ".join(str(choice) for choice in choices)
+        raise PtychodaskError(f"{where}: {name} is {value!r}, expected one of: {listed}")
+
+
+def check_pattern_shape(shape: tuple[int, ...], where: str) -> None:
+    """Raise `PtychodaskError` unless `shape` is (pattern, N, N) with N divisible by 4 and a pattern at least."""
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise PtychodaskError(
+            f"{where}: patterns have shape {tuple(shape)}, expected (pattern, N, N); crop or pad them with n_pixels="
+        )
+    if shape[0] == 0:
+        raise PtychodaskError(f"{where}: it holds no pattern")
+    if shape[1] % 4 or shape[1] < 8:
+        smaller = max(8, shape[1] - shape[1] % 4)
+        raise PtychodaskError(
+            f"{where}: patterns are {shape[1]} pixels wide, expected a multiple of 4 from 8 on; "
+            f"pass n_pixels={smaller} to crop or n_pixels={smaller + 4} to pad"
+        )
+
+
+def check_positions(position_yx_px: NDArray[np.float64], n_patterns: int, where: str) -> None:
+    """Raise `PtychodaskError` unless there is one finite (y, x) for each pattern."""
+    if position_yx_px.ndim != 2 or position_yx_px.shape[1] != 2:
+        raise PtychodaskError(f"{where}: positions have shape {position_yx_px.shape}, expected (pattern, 2)")
+    if len(position_yx_px) != n_patterns:
+        raise PtychodaskError(
+            f"{where}: {n_patterns} patterns but {len(position_yx_px)} positions; "
+            "every pattern needs one: leave the extra ones out with drop_frames=, or mend the file"
+        )
+    bad = np.flatnonzero(~np.isfinite(position_yx_px).all(axis=1))
+    if len(bad):
+        listed = ", ".join(str(i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+        raise PtychodaskError(
+            f"{where}: {len(bad)} of {n_patterns} positions are not finite (patterns {listed}); "
+            "leave them out with drop_frames="
+        )
+
+
+def input_normalization(mean_counts: float, n_pixels: int, where: str = "scan") -> float:
+    """Factor from measured amplitude to network input.
+
+    Parameters
+    ----------
+    mean_counts : float
+        Mean over the patterns of the sum of amplitude squared, bad pixels left out.
+    n_pixels : int
+        Pixels across a pattern, N.
+    where : str
+        What is being normalised, for the error message.
+
+    Returns
+    -------
+    float
+        ``sqrt((N/2)**2 / mean_counts)``; one factor for the whole scan.
+
+    Raises
+    ------
+    PtychodaskError
+        If every pattern is zero.
+
+    Examples
+    --------
+    >>> input_normalization(16.0, 4)
+    0.5
+    """
+    if not mean_counts > 0:
+        raise PtychodaskError(f"{where}: every pattern is zero; nothing can be reconstructed from it")
+    return float(np.sqrt((n_pixels / 2) ** 2 / mean_counts))
+
+
+def calibrate_probe(
+    probe: NDArray[np.complexfloating[Any, Any]],
+    calibration: Calibration,
+    *,
+    mean_counts: float,
+    incident_counts: float | None = None,
+    where: str = "scan",
+) -> NDArray[np.complex64]:
+    """Bring a probe to the scale of the patterns.
+
+    Parameters
+    ----------
+    probe : complex array (mode, N, N)
+    calibration : {"as_given", "incident", "mean_counts"}
+        ``as_given`` keeps it (probe and patterns share units); ``incident`` makes Σ|P|² the known flux;
+        ``mean_counts`` makes Σ|P|² the mean counts per pattern, so that the object's amplitude is relative to
+        the mean transmission.
+    mean_counts : float
+        Mean counts per pattern.
+    incident_counts : float, optional
+        Photons per pattern that meet the sample, for ``incident``.
+    where : str
+        What is being calibrated, for the error message.
+
+    Returns
+    -------
+    complex64 array (mode, N, N)
+
+    Raises
+    ------
+    PtychodaskError
+        If the probe is zero or not finite, or the flux is missing.
+
+    Examples
+    --------
+    >>> probe = calibrate_probe(np.ones((1, 2, 2)), "mean_counts", mean_counts=16.0)
+    >>> float((np.abs(probe) ** 2).sum())
+    16.0
+    """
+    check_choice("calibration", calibration, get_args(Calibration), where)
+    total = float((np.abs(probe) ** 2).sum(dtype=np.float64))
+    if not np.isfinite(total) or total <= 0:
+        raise PtychodaskError(f"{where}: the probe's total intensity is {total}, expected a positive number")
+    if calibration == "as_given":
+        return probe.astype(np.complex64)
+    if calibration == "mean_counts":
+        return (probe * np.sqrt(mean_counts / total)).astype(np.complex64)
+    if incident_counts is None or not np.isfinite(incident_counts) or incident_counts <= 0:
+        raise PtychodaskError(
+            f"{where}: calibration 'incident' needs incident_counts=, photons per pattern on the sample; "
+            f"found {incident_counts}"
+        )
+    return (probe * np.sqrt(incident_counts / total)).astype(np.complex64)
+
+
+def illumination(probe: NDArray[np.complexfloating[Any, Any]]) -> NDArray[np.float32]:
+    """Relative intensity of the probe: the light that made each pixel's estimate.
+
+    Parameters
+    ----------
+    probe : complex array (mode, N, N)
+
+    Returns
+    -------
+    float32 array (N, N)
+        Σ over modes of |P|², divided by its maximum; 0 below `ILLUMINATION_FLOOR`.
+
+    Examples
+    --------
+    >>> illumination(np.array([[[2.0, 1.0], [0.01, 0.0]]])).tolist()
+    [[1.0, 0.25], [0.0, 0.0]]
+    """
+    intensity = (np.abs(probe) ** 2).sum(axis=0)
+    relative = intensity / intensity.max()
+    return np.where(relative < ILLUMINATION_FLOOR, 0, relative).astype(np.float32)
+
+
+def illuminated_radius_px(probe: NDArray[np.complexfloating[Any, Any]]) -> float:
+    """Largest distance of a lit pixel (see `illumination`) from the probe's middle [N//2, N//2], pixels.
+
+    Examples
+    --------
+    >>> illuminated_radius_px(np.eye(1, 16, 6).reshape(1, 4, 4))
+    1.0
+    """
+    lit = np.argwhere(illumination(probe) > 0)
+    return float(np.hypot(*(lit - probe.shape[-1] // 2).T).max())

@@ -1,0 +1,632 @@
+"""Scans and their group tables in a Zarr store: written whole or not at all, read lazily."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, BloscShuffle
+from zarr.errors import ZarrUserWarning
+
+from ptychodask.grouping import Groups, GroupingSpec, curve_order, group_positions
+from ptychodask.progress import show_progress
+from ptychodask.scan import (
+    Calibration,
+    Domain,
+    PatternSource,
+    PtychodaskError,
+    Scan,
+    Truth,
+    calibrate_probe,
+    check_pattern_shape,
+    check_positions,
+    input_normalization,
+)
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "ptychodask-scan"
+FORMAT_VERSION = 1
+
+CHUNK_BYTES = 512 * 1024
+"""Uncompressed size that a chunk of patterns comes close to: what one read decompresses at the least."""
+
+SHARD_CHUNKS = 32
+"""Chunks in one shard (one file)."""
+
+CURVE_GAIN = 0.9
+"""Patterns are sorted along the curve when that cuts the chunks read to this share or less."""
+
+
+class StoredPatterns:
+    """Patterns on disk, read by slice or by an integer array in any order, repeats included."""
+
+    def __init__(self, array: zarr.Array, where: str) -> None:
+        self._array = array
+        self._where = where
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._array.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self._array.dtype)
+
+    @property
+    def chunk_patterns(self) -> int:
+        """Patterns in one chunk: the least that a read decompresses."""
+        return int(self._array.chunks[0])
+
+    def __getitem__(self, index: Any, /) -> NDArray[Any]:
+        try:
+            if isinstance(index, slice):
+                return np.asarray(self._array[index])
+            wanted, inverse = np.unique(np.asarray(index, dtype=np.int64), return_inverse=True)
+            if len(wanted) and wanted[-1] - wanted[0] + 1 == len(wanted):
+                found = np.asarray(self._array[int(wanted[0]) : int(wanted[-1]) + 1])
+            else:
+                found = np.asarray(self._array.oindex[wanted])
+            return found[inverse.reshape(-1)]
+        except (OSError, RuntimeError, ValueError) as error:
+            raise PtychodaskError(
+                f"{self._where}: {self._array.name or 'array'} cannot be read for patterns {_brief(index)} ({error}); "
+                "the store is damaged: ingest the source again"
+            ) from error
+
+
+def _brief(index: Any) -> str:
+    if isinstance(index, slice):
+        return f"{index.start}..{index.stop}"
+    index = np.asarray(index)
+    return f"{index.min()}..{index.max()}" if index.size else "(none)"
+
+
+def chunk_patterns(n_pixels: int, itemsize: int) -> int:
+    """Patterns that a chunk of a store holds, from the pattern's size alone.
+
+    Examples
+    --------
+    >>> chunk_patterns(64, 2), chunk_patterns(1024, 4)
+    (64, 1)
+    """
+    return max(1, CHUNK_BYTES // (n_pixels * n_pixels * itemsize))
+
+
+def storage_order(position_yx_px: NDArray[np.float64], patterns_per_chunk: int) -> NDArray[np.int64]:
+    """Order in which patterns are stored: along the curve where that cuts what a chunk of groups reads.
+
+    Parameters
+    ----------
+    position_yx_px : float64 array (pattern, 2)
+        Positions in the order of the source.
+    patterns_per_chunk : int
+        Patterns in one chunk of the store.
+
+    Returns
+    -------
+    int64 array (pattern,)
+        The curve's order, or 0, 1, 2, ... where the source's own order is as good.
+    """
+    n_patterns = len(position_yx_px)
+    curve = curve_order(position_yx_px)
+    as_given = np.arange(n_patterns)
+    read_as_given = _chunks_read(curve, as_given, patterns_per_chunk)
+    read_sorted = _chunks_read(curve, np.argsort(curve), patterns_per_chunk)
+    return curve if read_sorted <= CURVE_GAIN * read_as_given else as_given
+
+
+def _chunks_read(curve: NDArray[np.int64], place: NDArray[np.int64], patterns_per_chunk: int) -> int:
+    """Chunks that are decompressed when patterns at `place` are read in runs along the curve."""
+    run = np.arange(len(curve)) // (4 * patterns_per_chunk)
+    return len(np.unique(np.stack([run, place[curve] // patterns_per_chunk]), axis=1).T)
+
+
+@contextmanager
+def whole_or_nothing(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder to write into that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Parameters
+    ----------
+    path : Path
+        What shall exist in the end.
+    overwrite : bool
+        Replace what is there (only once the new one is whole), and leftovers of a killed writer.
+
+    Yields
+    ------
+    Path
+        The folder beside `path` to write into.
+
+    Raises
+    ------
+    PtychodaskError
+        If `path` exists already, another writer is (or was) at work on it, its parent folder is missing, or the
+        disk refuses the writing.
+    """
+    if path.exists() and not overwrite:
+        raise PtychodaskError(f"{path}: exists already; pass overwrite=True (--overwrite), or another name")
+    if not path.parent.is_dir():
+        raise PtychodaskError(f"{path}: its folder {path.parent} does not exist; make it first")
+    building = path.with_name(f".{path.name}.writing")
+    if building.exists():
+        if not overwrite:
+            raise PtychodaskError(
+                f"{path}: another run is writing it, or was stopped before its end ({building} is there); "
+                "wait for it, or pass overwrite=True (--overwrite) to start again"
+            )
+        shutil.rmtree(building)
+    try:
+        building.mkdir()
+        yield building
+        if path.exists():
+            old = path.with_name(f".{path.name}.replaced")
+            path.rename(old)
+            building.rename(path)
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        else:
+            building.rename(path)
+    except OSError as error:
+        raise PtychodaskError(
+            f"{path}: cannot be written ({error.strerror or error}); nothing was kept of it, and what was there before "
+            "is untouched: free space or name another place"
+        ) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def write_scan(
+    store: str | Path,
+    *,
+    diffraction: PatternSource,
+    position_yx_px: NDArray[np.float64],
+    probe: NDArray[np.complexfloating[Any, Any]],
+    domain: Domain,
+    calibration: Calibration,
+    incident_counts: float | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    flux: NDArray[np.float32] | None = None,
+    scan_index: NDArray[np.int64] | None = None,
+    source_index: NDArray[np.int64] | None = None,
+    truth: Truth | None = None,
+    label: PatternSource | None = None,
+    pixel_size_m: float | None = None,
+    energy_ev: float | None = None,
+    distance_m: float | None = None,
+    provenance: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Scan:
+    """Write a scan into a new store, a shard at a time, and open it.
+
+    Parameters
+    ----------
+    store : path
+        The store to make; it appears when it is whole.
+    diffraction : array or lazy source (pattern, N, N)
+        Patterns in the unit of `domain`, DC at [N//2, N//2], in the source's order; read once, one shard at a time,
+        by integer arrays.
+    position_yx_px : float64 array (pattern, 2)
+        Positions (y, x), object pixels, in the source's order as everything else that follows.
+    probe : complex array (mode, N, N)
+        Probe before calibration.
+    domain : {"counts", "amplitude"}
+    calibration, incident_counts
+        See `calibrate_probe`.
+    mask : bool array (N, N), optional
+        True where a detector pixel is good.
+    flux : float array (pattern,), optional
+        Incident flux of each pattern, relative; stored divided by its mean.
+    scan_index, source_index : int array (pattern,), optional
+        Experiment and source row; by default 0 and 0, 1, 2, ...
+    truth : Truth, optional
+    label : complex array or lazy source (pattern, N, N), optional
+    pixel_size_m, energy_ev, distance_m : float, optional
+    provenance : dict, optional
+        Where the data come from; plain values for JSON.
+    overwrite : bool
+        Replace an existing store.
+    progress : bool, optional
+        See `show_progress`.
+
+    Returns
+    -------
+    Scan
+        The new store, opened.
+
+    Raises
+    ------
+    PtychodaskError
+        If patterns are negative or not finite, shapes disagree, the store exists, or the disk refuses.
+
+    Notes
+    -----
+    Patterns are sorted along a space-filling curve where that cuts the bytes a chunk of groups reads
+    (`storage_order`).
+    """
+    path = Path(store)
+    where = str(path)
+    check_pattern_shape(diffraction.shape, where)
+    n_patterns, n_pixels = diffraction.shape[:2]
+    check_positions(position_yx_px, n_patterns, where)
+    per_chunk = chunk_patterns(n_pixels, diffraction.dtype.itemsize)
+    order = storage_order(position_yx_px, per_chunk)
+    with whole_or_nothing(path, overwrite=overwrite) as building:
+        root = zarr.create_group(building, zarr_format=3)
+        root.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "state": "writing"})
+        array = _create_patterns(root, "diffraction", diffraction, per_chunk, ("pattern", "qy", "qx"))
+        digest = hashlib.sha256()
+        total_counts = 0.0
+        with show_progress("ingest", n_patterns, "patterns", progress) as bar:
+            for start, block in _blocks(diffraction, order, array.shards[0]):
+                total_counts += _checked_counts(block, domain, mask, order[start : start + len(block)], where)
+                digest.update(np.ascontiguousarray(block))
+                array[start : start + len(block)] = block
+                bar.advance(len(block))
+        if label is not None:
+            labels = _create_patterns(
+                root, "label", label, chunk_patterns(n_pixels, label.dtype.itemsize), ("pattern", "py", "px")
+            )
+            for start, block in _blocks(label, order, labels.shards[0]):
+                labels[start : start + len(block)] = block
+        mean_counts = total_counts / n_patterns
+        calibrated = calibrate_probe(
+            probe, calibration, mean_counts=mean_counts, incident_counts=incident_counts, where=where
+        )
+        position = np.ascontiguousarray(position_yx_px[order], dtype=np.float64)
+        scan_rows = np.zeros(n_patterns, np.int64) if scan_index is None else np.asarray(scan_index, np.int64)
+        source_rows = np.arange(n_patterns) if source_index is None else np.asarray(source_index, np.int64)
+        _put(root, "y_px", position[:, 0], ("pattern",), units="px")
+        _put(root, "x_px", position[:, 1], ("pattern",), units="px")
+        _put(root, "scan_index", scan_rows[order], ("pattern",))
+        _put(root, "source_index", source_rows[order], ("pattern",))
+        _put(root, "probe", calibrated, ("mode", "py", "px"))
+        _put(root, "probe_initial", calibrated, ("mode", "py", "px"))
+        if mask is not None:
+            _put(root, "mask", np.asarray(mask, bool), ("qy", "qx"))
+        if flux is not None:
+            flux = np.asarray(flux, np.float64)
+            if not np.isfinite(flux).all() or (flux <= 0).any():
+                raise PtychodaskError(f"{where}: flux has values that are not positive; leave those frames out")
+            _put(root, "flux", (flux / flux.mean())[order].astype(np.float32), ("pattern",))
+        if truth is not None:
+            corner = [float(value) for value in truth.corner_yx_px]
+            _put(root, "truth", truth.object.astype(np.complex64), ("y", "x"), corner_yx_px=corner)
+        diffraction_hash = digest.hexdigest()
+        root.attrs.update(
+            {
+                "domain": domain,
+                "normalization": input_normalization(mean_counts, n_pixels, where),
+                "calibration": calibration,
+                "mean_counts": mean_counts,
+                "diffraction_hash": diffraction_hash,
+                "data_hash": data_hash(diffraction_hash, position, mask, calibrated),
+                "sorted_along_curve": bool((order != np.arange(n_patterns)).any()),
+                "provenance": provenance or {},
+                **{
+                    name: float(value)
+                    for name, value in (
+                        ("pixel_size_m", pixel_size_m),
+                        ("energy_ev", energy_ev),
+                        ("distance_m", distance_m),
+                    )
+                    if value is not None
+                },
+            }
+        )
+        root.attrs["state"] = "complete"
+        _consolidate(building)
+    logger.info("%s: wrote %d patterns of %d x %d", where, n_patterns, n_pixels, n_pixels)
+    return open_scan(path)
+
+
+def _create_patterns(
+    root: zarr.Group, name: str, source: PatternSource, per_chunk: int, dims: tuple[str, str, str]
+) -> zarr.Array:
+    n_patterns, n_pixels = source.shape[:2]
+    per_chunk = min(per_chunk, n_patterns)
+    chunks_needed = -(-n_patterns // per_chunk)
+    return root.create_array(
+        name,
+        shape=(n_patterns, n_pixels, n_pixels),
+        dtype=source.dtype,
+        chunks=(per_chunk, n_pixels, n_pixels),
+        shards=(per_chunk * min(SHARD_CHUNKS, chunks_needed), n_pixels, n_pixels),
+        compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.bitshuffle),
+        dimension_names=dims,
+    )
+
+
+def _blocks(source: PatternSource, order: NDArray[np.int64], block_patterns: int) -> Iterator[tuple[int, NDArray[Any]]]:
+    for start in range(0, len(order), block_patterns):
+        yield start, np.asarray(source[order[start : start + block_patterns]])
+
+
+def _checked_counts(
+    block: NDArray[Any], domain: Domain, mask: NDArray[np.bool_] | None, rows: NDArray[np.int64], where: str
+) -> float:
+    """Total counts of a block, good pixels alone; refuses negative and non-finite patterns."""
+    # A float sum is NaN or inf where any value is, so one pass serves both checks and the total.
+    good = block if mask is None else block[:, mask]
+    axes = tuple(range(1, good.ndim))
+    lowest = good.min(axis=axes)
+    if domain == "counts":
+        totals = good.sum(axis=axes, dtype=np.float64)
+    else:
+        totals = np.square(good, dtype=np.float64).sum(axis=axes)
+    for found, text in ((~np.isfinite(totals), "values that are not finite"), (lowest < 0, f"negative {domain}")):
+        bad = rows[found]
+        if len(bad):
+            listed = ", ".join(str(row) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
+            raise PtychodaskError(
+                f"{where}: {text} in {len(bad)} patterns (source rows {listed}); "
+                "leave them out with drop_frames=, or mark the pixels bad with mask="
+            )
+    return float(totals.sum())
+
+
+def _put(root: zarr.Group, name: str, values: NDArray[Any], dims: tuple[str, ...], **attributes: Any) -> None:
+    array = root.create_array(name, data=np.ascontiguousarray(values), chunks=values.shape, dimension_names=dims)
+    array.attrs.update(attributes)
+
+
+def _consolidate(path: Path) -> None:
+    with warnings.catch_warnings():
+        # Consolidated metadata are what xarray reads; zarr warns that format 3 has not standardised them.
+        warnings.simplefilter("ignore", ZarrUserWarning)
+        zarr.consolidate_metadata(path, zarr_format=3)
+
+
+def data_hash(
+    diffraction_hash: str,
+    position_yx_px: NDArray[np.float64],
+    mask: NDArray[np.bool_] | None,
+    probe: NDArray[np.complex64],
+) -> str:
+    """SHA-256 over diffraction (by its own hash), positions, mask and probe: what an object depends on."""
+    digest = hashlib.sha256(diffraction_hash.encode())
+    for values in (position_yx_px, mask, probe):
+        digest.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def open_scan(store: str | Path) -> Scan:
+    """Open a store: patterns and labels stay on disk.
+
+    Parameters
+    ----------
+    store : path
+        A store that `ingest` or `simulate` wrote.
+
+    Returns
+    -------
+    Scan
+
+    Raises
+    ------
+    PtychodaskError
+        If there is no such store, it is unfinished, of a newer format, or lacks an array.
+    """
+    path = Path(store)
+    root = _open_root(path, mode="r")
+    attributes = dict(root.attrs)
+    where = str(path)
+    for name in ("diffraction", "y_px", "x_px", "probe"):
+        if not isinstance(root.get(name), zarr.Array):
+            raise PtychodaskError(f"{where}: array '{name}' is missing; the store is damaged: ingest the source again")
+    for name in ("domain", "normalization", "calibration", "data_hash"):
+        if name not in attributes:
+            raise PtychodaskError(
+                f"{where}: attribute '{name}' is missing; the store is damaged: ingest the source again"
+            )
+    truth = None
+    if "truth" in root:
+        corner = root["truth"].attrs.get("corner_yx_px", [0.0, 0.0])
+        truth = Truth(_read(root, "truth", where), (float(corner[0]), float(corner[1])))
+
+    def number(name: str) -> float | None:
+        return float(attributes[name]) if name in attributes else None
+
+    return Scan(
+        diffraction=StoredPatterns(root["diffraction"], where),
+        position_yx_px=np.stack([_read(root, "y_px", where), _read(root, "x_px", where)], axis=1),
+        probe=_read(root, "probe", where),
+        probe_initial=_read(root, "probe_initial", where) if "probe_initial" in root else None,
+        domain=attributes["domain"],
+        normalization=float(attributes["normalization"]),
+        calibration=attributes["calibration"],
+        mask=_read(root, "mask", where) if "mask" in root else None,
+        flux=_read(root, "flux", where) if "flux" in root else None,
+        scan_index=_read(root, "scan_index", where) if "scan_index" in root else None,
+        source_index=_read(root, "source_index", where) if "source_index" in root else None,
+        truth=truth,
+        label=StoredPatterns(root["label"], where) if "label" in root else None,
+        pixel_size_m=number("pixel_size_m"),
+        energy_ev=number("energy_ev"),
+        distance_m=number("distance_m"),
+        data_hash=attributes["data_hash"],
+        store=where,
+        attributes=attributes,
+    )
+
+
+def _read(root: zarr.Group, name: str, where: str) -> NDArray[Any]:
+    try:
+        return np.asarray(root[name][...])
+    except (OSError, RuntimeError, ValueError) as error:
+        raise PtychodaskError(
+            f"{where}: array '{name}' cannot be read ({error}); the store is damaged: ingest the source again"
+        ) from error
+
+
+def _open_root(path: Path, mode: str) -> zarr.Group:
+    building = path.with_name(f".{path.name}.writing")
+    if not path.exists():
+        if building.exists():
+            raise PtychodaskError(
+                f"{path}: the store is unfinished: its writer is still at work, or was stopped ({building}); "
+                "wait for it, or ingest again with overwrite=True (--overwrite)"
+            )
+        raise PtychodaskError(f"{path}: no such store; make one with 'ptychodask ingest' or 'ptychodask simulate'")
+    if not path.is_dir():
+        raise PtychodaskError(f"{path}: is a file, expected a store (a folder); make one with 'ptychodask ingest'")
+    try:
+        root = zarr.open_group(path, mode=mode, zarr_format=3)  # type: ignore[arg-type]
+        attributes = dict(root.attrs)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PtychodaskError(
+            f"{path}: is not a Zarr format 3 store ({error}); make one with ptychodask ingest"
+        ) from error
+    if attributes.get("format") != FORMAT:
+        raise PtychodaskError(
+            f"{path}: is a Zarr store but not a scan of ptychodask (format is {attributes.get('format')!r}, "
+            f"expected {FORMAT!r}); make one with 'ptychodask ingest'"
+        )
+    version = attributes.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise PtychodaskError(
+            f"{path}: has format version {version}, this ptychodask reads up to {FORMAT_VERSION}; upgrade ptychodask"
+        )
+    if attributes.get("state") != "complete":
+        raise PtychodaskError(
+            f"{path}: the store is unfinished (state is {attributes.get('state')!r}, expected 'complete'); "
+            "ingest again with overwrite=True (--overwrite)"
+        )
+    return root
+
+
+def group(store: str | Path, spec: GroupingSpec = GroupingSpec(), *, name: str | None = None) -> Groups:
+    """Group table of a store: the stored one where the same spec made it, else computed and stored.
+
+    Parameters
+    ----------
+    store : path
+    spec : GroupingSpec
+    name : str, optional
+        Name of the table; by default the spec's.
+
+    Returns
+    -------
+    Groups
+
+    Raises
+    ------
+    PtychodaskError
+        If the name is taken by another spec, or the scan has too few patterns.
+    """
+    path = Path(store)
+    name = spec.name if name is None else name
+    if not name or "/" in name or name.startswith("."):
+        raise PtychodaskError(f"{path}: {name!r} is no name for a group table; use letters, digits, '-' and '_'")
+    stored = read_groups(path, name)
+    if stored is not None:
+        if stored.spec != spec:
+            raise PtychodaskError(
+                f"{path}: group table '{name}' was made by {stored.spec}, not by {spec}; pass another name="
+            )
+        return stored
+    scan = open_scan(path)
+    member = group_positions(scan.position_yx_px, spec, scan.scan_index)
+    groups = Groups(member, spec, name)
+    root = _open_root(path, mode="r+")
+    table = root.require_group("groups").create_group(name, overwrite=True)
+    _put(table, "member", member, ("group", "channel"))
+    table.attrs.update({"spec": groups.attributes(), "state": "complete"})
+    _consolidate(path)
+    logger.info("%s: stored %d groups of %d as '%s'", path, len(groups), spec.members, name)
+    return groups
+
+
+def read_groups(store: str | Path, name: str) -> Groups | None:
+    """A stored group table, or None when there is none of that name."""
+    path = Path(store)
+    root = _open_root(path, mode="r")
+    table = root.get(f"groups/{name}")
+    if not isinstance(table, zarr.Group) or table.attrs.get("state") != "complete":
+        return None
+    try:
+        spec = GroupingSpec(**dict(table.attrs["spec"]))  # type: ignore[arg-type]
+    except (TypeError, KeyError) as error:
+        raise PtychodaskError(
+            f"{path}: group table '{name}' has no readable spec ({error}); pass another name="
+        ) from error
+    member = _read(table, "member", str(path)).astype(np.int32)
+    n_patterns = root["diffraction"].shape[0]
+    if member.ndim != 2 or member.shape[1] != spec.members or (member < 0).any() or (member >= n_patterns).any():
+        raise PtychodaskError(f"{path}: group table '{name}' does not fit the scan; pass another name=")
+    return Groups(member, spec, name)
+
+
+def stored_group_names(store: str | Path) -> list[str]:
+    """Names of the group tables in a store, sorted."""
+    root = _open_root(Path(store), mode="r")
+    tables = root.get("groups")
+    return sorted(tables.group_keys()) if isinstance(tables, zarr.Group) else []
+
+
+def replace_probe(store: str | Path, probe: NDArray[np.complex64], record: dict[str, Any]) -> Scan:
+    """Put a refined probe into a store; `probe_initial` and the patterns stay as they are.
+
+    Parameters
+    ----------
+    store : path
+    probe : complex64 array (mode, N, N)
+        Calibrated, of the stored probe's shape.
+    record : dict
+        How it was refined; kept as the attribute ``probe_refinement``.
+
+    Returns
+    -------
+    Scan
+        The store, opened again, with a new data hash.
+
+    Raises
+    ------
+    PtychodaskError
+        If the shape differs or a value is not finite.
+    """
+    path = Path(store)
+    scan = open_scan(path)
+    if probe.shape != scan.probe.shape or not np.isfinite(probe).all():
+        raise PtychodaskError(
+            f"{path}: the new probe has shape {probe.shape} or values that are not finite; expected {scan.probe.shape}"
+        )
+    probe = probe.astype(np.complex64)
+    root = _open_root(path, mode="r+")
+    root["probe"][...] = probe
+    new_hash = data_hash(str(root.attrs["diffraction_hash"]), scan.position_yx_px, scan.mask, probe)
+    root.attrs.update({"data_hash": new_hash, "probe_refinement": record})
+    _consolidate(path)
+    return open_scan(path)
+
+
+def record_model(store: str | Path, *, kind: str, path: str | Path, content_hash: str) -> None:
+    """Note in a store that a model was trained on it, as its latest of that kind.
+
+    Parameters
+    ----------
+    store : path
+    kind : str
+        "pinn" or "baseline".
+    path : path
+        The model's bundle; recorded relative to the store's folder.
+    content_hash : str
+        Hash of the bundle's content.
+    """
+    root = _open_root(Path(store), mode="r+")
+    recorded = os.path.relpath(Path(path).resolve(), Path(store).resolve().parent)
+    models = list(root.attrs.get("models", []))  # type: ignore[arg-type]
+    models.append({"kind": kind, "path": recorded, "hash": content_hash, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+    root.attrs["models"] = models
+    _consolidate(Path(store))
