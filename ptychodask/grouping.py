@@ -102,7 +102,7 @@ def curve_order(position_yx_px: NDArray[np.float64]) -> NDArray[np.int64]:
     Examples
     --------
     >>> curve_order(np.array([[0.0, 0.0], [9.0, 9.0], [0.0, 1.0], [9.0, 8.0]])).tolist()
-    [0, 2, 1, 3]
+    [0, 2, 3, 1]
     """
     low = position_yx_px.min(axis=0)
     extent = float((position_yx_px.max(axis=0) - low).max())

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.errors import ZarrUserWarning
 
-from ptychodask.grouping import Groups, GroupingSpec, curve_order, group_positions
+from ptychodask.grouping import GroupingSpec, Groups, curve_order, group_positions
 from ptychodask.progress import show_progress
 from ptychodask.scan import (
     Calibration,

@@ -1,11 +1,10 @@
-"""What every test shares: the folder of real scans, and NumPy's name in doctests."""
+"""What every test shares: the folder of real scans."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 # The compiled libraries would otherwise print their own notes between the tests.
@@ -22,8 +21,3 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared, which a clone of the project does not hold")
     return SHARED
-
-
-@pytest.fixture(autouse=True)
-def _doctest_names(doctest_namespace: dict[str, object]) -> None:
-    doctest_namespace["np"] = np
