@@ -20,7 +20,7 @@ from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.errors import ZarrUserWarning
 
 from ptychodask.grouping import GroupingSpec, Groups, curve_order, group_positions
-from ptychodask.progress import show_progress
+from ptychodask.progress import Progress, show_progress
 from ptychodask.scan import (
     Calibration,
     Domain,
@@ -260,33 +260,23 @@ def write_scan(
     check_pattern_shape(diffraction.shape, where)
     n_patterns, n_pixels = diffraction.shape[:2]
     check_positions(position_yx_px, n_patterns, where)
-    per_chunk = chunk_patterns(n_pixels, diffraction.dtype.itemsize)
-    order = storage_order(position_yx_px, per_chunk)
+    order = storage_order(position_yx_px, chunk_patterns(n_pixels, diffraction.dtype.itemsize))
+    position = np.ascontiguousarray(position_yx_px[order], dtype=np.float64)
+    scan_rows = np.zeros(n_patterns, np.int64) if scan_index is None else np.asarray(scan_index, np.int64)
+    source_rows = np.arange(n_patterns) if source_index is None else np.asarray(source_index, np.int64)
+    relative_flux = None if flux is None else _relative_flux(flux, where)
+    optics = {"pixel_size_m": pixel_size_m, "energy_ev": energy_ev, "distance_m": distance_m}
     with whole_or_nothing(path, overwrite=overwrite) as building:
         root = zarr.create_group(building, zarr_format=3)
         root.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "state": "writing"})
-        array = _create_patterns(root, "diffraction", diffraction, per_chunk, ("pattern", "qy", "qx"))
-        digest = hashlib.sha256()
-        total_counts = 0.0
         with show_progress("ingest", n_patterns, "patterns", progress) as bar:
-            for start, block in _blocks(diffraction, order, array.shards[0]):
-                total_counts += _checked_counts(block, domain, mask, order[start : start + len(block)], where)
-                digest.update(np.ascontiguousarray(block))
-                array[start : start + len(block)] = block
-                bar.advance(len(block))
+            total_counts, diffraction_hash = _write_patterns(root, diffraction, order, domain, mask, bar, where)
         if label is not None:
-            labels = _create_patterns(
-                root, "label", label, chunk_patterns(n_pixels, label.dtype.itemsize), ("pattern", "py", "px")
-            )
-            for start, block in _blocks(label, order, labels.shards[0]):
-                labels[start : start + len(block)] = block
+            _write_labels(root, label, order)
         mean_counts = total_counts / n_patterns
         calibrated = calibrate_probe(
             probe, calibration, mean_counts=mean_counts, incident_counts=incident_counts, where=where
         )
-        position = np.ascontiguousarray(position_yx_px[order], dtype=np.float64)
-        scan_rows = np.zeros(n_patterns, np.int64) if scan_index is None else np.asarray(scan_index, np.int64)
-        source_rows = np.arange(n_patterns) if source_index is None else np.asarray(source_index, np.int64)
         _put(root, "y_px", position[:, 0], ("pattern",), units="px")
         _put(root, "x_px", position[:, 1], ("pattern",), units="px")
         _put(root, "scan_index", scan_rows[order], ("pattern",))
@@ -295,15 +285,11 @@ def write_scan(
         _put(root, "probe_initial", calibrated, ("mode", "py", "px"))
         if mask is not None:
             _put(root, "mask", np.asarray(mask, bool), ("qy", "qx"))
-        if flux is not None:
-            flux = np.asarray(flux, np.float64)
-            if not np.isfinite(flux).all() or (flux <= 0).any():
-                raise PtychodaskError(f"{where}: flux has values that are not positive; leave those frames out")
-            _put(root, "flux", (flux / flux.mean())[order].astype(np.float32), ("pattern",))
+        if relative_flux is not None:
+            _put(root, "flux", relative_flux[order], ("pattern",))
         if truth is not None:
             corner = [float(value) for value in truth.corner_yx_px]
             _put(root, "truth", truth.object.astype(np.complex64), ("y", "x"), corner_yx_px=corner)
-        diffraction_hash = digest.hexdigest()
         root.attrs.update(
             {
                 "domain": domain,
@@ -314,15 +300,7 @@ def write_scan(
                 "data_hash": data_hash(diffraction_hash, position, mask, calibrated),
                 "sorted_along_curve": bool((order != np.arange(n_patterns)).any()),
                 "provenance": provenance or {},
-                **{
-                    name: float(value)
-                    for name, value in (
-                        ("pixel_size_m", pixel_size_m),
-                        ("energy_ev", energy_ev),
-                        ("distance_m", distance_m),
-                    )
-                    if value is not None
-                },
+                **{name: float(value) for name, value in optics.items() if value is not None},
             }
         )
         root.attrs["state"] = "complete"
@@ -331,11 +309,48 @@ def write_scan(
     return open_scan(path)
 
 
-def _create_patterns(
-    root: zarr.Group, name: str, source: PatternSource, per_chunk: int, dims: tuple[str, str, str]
-) -> zarr.Array:
+def _write_patterns(
+    root: zarr.Group,
+    source: PatternSource,
+    order: NDArray[np.int64],
+    domain: Domain,
+    mask: NDArray[np.bool_] | None,
+    bar: Progress,
+    where: str,
+) -> tuple[float, str]:
+    """Store the patterns in `order`; gives their total counts (good pixels alone) and their hash."""
+    array = _create_patterns(root, "diffraction", source, ("pattern", "qy", "qx"))
+    digest = hashlib.sha256()
+    total_counts = 0.0
+    for start, block in _blocks(source, order, _shard_patterns(array)):
+        total_counts += _checked_counts(block, domain, mask, order[start : start + len(block)], where)
+        digest.update(np.ascontiguousarray(block).tobytes())
+        array[start : start + len(block)] = block
+        bar.advance(len(block))
+    return total_counts, digest.hexdigest()
+
+
+def _write_labels(root: zarr.Group, label: PatternSource, order: NDArray[np.int64]) -> None:
+    array = _create_patterns(root, "label", label, ("pattern", "py", "px"))
+    for start, block in _blocks(label, order, _shard_patterns(array)):
+        array[start : start + len(block)] = block
+
+
+def _relative_flux(flux: NDArray[Any], where: str) -> NDArray[np.float32]:
+    flux = np.asarray(flux, np.float64)
+    if not np.isfinite(flux).all() or (flux <= 0).any():
+        raise PtychodaskError(f"{where}: flux has values that are not positive; leave those frames out")
+    return (flux / flux.mean()).astype(np.float32)
+
+
+def _shard_patterns(array: zarr.Array) -> int:
+    """Patterns in one shard: what is read, checked and written at a time."""
+    return int((array.shards or array.chunks)[0])
+
+
+def _create_patterns(root: zarr.Group, name: str, source: PatternSource, dims: tuple[str, str, str]) -> zarr.Array:
     n_patterns, n_pixels = source.shape[:2]
-    per_chunk = min(per_chunk, n_patterns)
+    per_chunk = min(chunk_patterns(n_pixels, source.dtype.itemsize), n_patterns)
     chunks_needed = -(-n_patterns // per_chunk)
     return root.create_array(
         name,
@@ -420,11 +435,8 @@ def open_scan(store: str | Path) -> Scan:
     """
     path = Path(store)
     root = _open_root(path, mode="r")
-    attributes = dict(root.attrs)
+    attributes: dict[str, Any] = dict(root.attrs)
     where = str(path)
-    for name in ("diffraction", "y_px", "x_px", "probe"):
-        if not isinstance(root.get(name), zarr.Array):
-            raise PtychodaskError(f"{where}: array '{name}' is missing; the store is damaged: ingest the source again")
     for name in ("domain", "normalization", "calibration", "data_hash"):
         if name not in attributes:
             raise PtychodaskError(
@@ -432,14 +444,14 @@ def open_scan(store: str | Path) -> Scan:
             )
     truth = None
     if "truth" in root:
-        corner = root["truth"].attrs.get("corner_yx_px", [0.0, 0.0])
+        corner: Any = root["truth"].attrs.get("corner_yx_px", [0.0, 0.0])
         truth = Truth(_read(root, "truth", where), (float(corner[0]), float(corner[1])))
 
     def number(name: str) -> float | None:
         return float(attributes[name]) if name in attributes else None
 
     return Scan(
-        diffraction=StoredPatterns(root["diffraction"], where),
+        diffraction=StoredPatterns(_array(root, "diffraction", where), where),
         position_yx_px=np.stack([_read(root, "y_px", where), _read(root, "x_px", where)], axis=1),
         probe=_read(root, "probe", where),
         probe_initial=_read(root, "probe_initial", where) if "probe_initial" in root else None,
@@ -451,7 +463,7 @@ def open_scan(store: str | Path) -> Scan:
         scan_index=_read(root, "scan_index", where) if "scan_index" in root else None,
         source_index=_read(root, "source_index", where) if "source_index" in root else None,
         truth=truth,
-        label=StoredPatterns(root["label"], where) if "label" in root else None,
+        label=StoredPatterns(_array(root, "label", where), where) if "label" in root else None,
         pixel_size_m=number("pixel_size_m"),
         energy_ev=number("energy_ev"),
         distance_m=number("distance_m"),
@@ -461,9 +473,17 @@ def open_scan(store: str | Path) -> Scan:
     )
 
 
+def _array(root: zarr.Group, name: str, where: str) -> zarr.Array:
+    array = root.get(name)
+    if not isinstance(array, zarr.Array):
+        raise PtychodaskError(f"{where}: array '{name}' is missing; the store is damaged: ingest the source again")
+    return array
+
+
 def _read(root: zarr.Group, name: str, where: str) -> NDArray[Any]:
+    array = _array(root, name, where)
     try:
-        return np.asarray(root[name][...])
+        return np.asarray(array[...])
     except (OSError, RuntimeError, ValueError) as error:
         raise PtychodaskError(
             f"{where}: array '{name}' cannot be read ({error}); the store is damaged: ingest the source again"
@@ -562,7 +582,7 @@ def read_groups(store: str | Path, name: str) -> Groups | None:
             f"{path}: group table '{name}' has no readable spec ({error}); pass another name="
         ) from error
     member = _read(table, "member", str(path)).astype(np.int32)
-    n_patterns = root["diffraction"].shape[0]
+    n_patterns = _array(root, "diffraction", str(path)).shape[0]
     if member.ndim != 2 or member.shape[1] != spec.members or (member < 0).any() or (member >= n_patterns).any():
         raise PtychodaskError(f"{path}: group table '{name}' does not fit the scan; pass another name=")
     return Groups(member, spec, name)
@@ -604,7 +624,7 @@ def replace_probe(store: str | Path, probe: NDArray[np.complex64], record: dict[
         )
     probe = probe.astype(np.complex64)
     root = _open_root(path, mode="r+")
-    root["probe"][...] = probe
+    _array(root, "probe", str(path))[...] = probe
     new_hash = data_hash(str(root.attrs["diffraction_hash"]), scan.position_yx_px, scan.mask, probe)
     root.attrs.update({"data_hash": new_hash, "probe_refinement": record})
     _consolidate(path)
