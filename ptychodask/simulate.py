@@ -1,0 +1,531 @@
+"""A scan with a known object: objects, scan paths, the forward model and photon noise, all pure under a seed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.fft
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from scipy.ndimage import gaussian_filter
+
+from ptychodask.io.probe import disc_probe, zone_plate_probe
+from ptychodask.scan import PtychodaskError, Scan, Truth, check_choice, check_pattern_shape
+from ptychodask.store import write_scan
+
+logger = logging.getLogger(__name__)
+
+OBJECTS = ("lines", "star", "field")
+"""Names of the objects that `simulate` makes."""
+
+PROBES = ("disc", "zone_plate")
+"""Names of the probes that `simulate` makes."""
+
+AMPLITUDE_RANGE = (0.5, 1.0)
+"""Darkest and brightest amplitude of an object made from grey values."""
+
+PHASE_RANGE_RAD = (-0.6, 0.6)
+"""Lowest and highest phase of an object made from grey values."""
+
+
+def diffract(exit_wave: NDArray[np.complexfloating[Any, Any]]) -> NDArray[np.floating[Any]]:
+    """Counts of the pattern that an exit wave makes on the detector.
+
+    Parameters
+    ----------
+    exit_wave : complex array (..., mode, N, N)
+        Probe times object; the modes do not interfere.
+
+    Returns
+    -------
+    float array (..., N, N)
+        Σ over modes of |fftshift(FFT₂(ψ))|²/N², DC at [N//2, N//2]; its sum is Σ|ψ|².
+
+    Examples
+    --------
+    >>> diffract(np.ones((1, 4, 4)))[2, 2]
+    np.float64(16.0)
+    """
+    wave = scipy.fft.fft2(exit_wave, norm="ortho")
+    counts = (wave.real**2 + wave.imag**2).sum(axis=-3)
+    return scipy.fft.fftshift(counts, axes=(-2, -1))
+
+
+def shift_probe(
+    probe: NDArray[np.complexfloating[Any, Any]], fraction_yx_px: tuple[float, float] | NDArray[np.float64]
+) -> NDArray[np.complexfloating[Any, Any]]:
+    """Move a probe by a part of a pixel, its total intensity kept.
+
+    Parameters
+    ----------
+    probe : complex array (..., N, N)
+    fraction_yx_px : (float, float)
+        How far (y, x), pixels; a whole number equals `np.roll`.
+
+    Returns
+    -------
+    complex array (..., N, N)
+        Of the probe's precision.
+
+    Notes
+    -----
+    Fourier shift theorem: each spatial frequency q (cycles per pixel) is turned by exp(−2πi q·shift).
+
+    Examples
+    --------
+    >>> shift_probe(np.eye(1, 4, 2, dtype=complex).reshape(2, 2), (0, 1)).round(9).real.tolist()
+    [[0.0, 0.0], [0.0, 1.0]]
+    """
+    ramp_y, ramp_x = (
+        np.exp(-2j * np.pi * float(shift) * scipy.fft.fftfreq(probe.shape[-1])).astype(probe.dtype)
+        for shift in fraction_yx_px
+    )
+    return scipy.fft.ifft2(scipy.fft.fft2(probe) * ramp_y[:, None] * ramp_x)
+
+
+def crop_at(
+    object_: NDArray[np.complexfloating[Any, Any]],
+    corner_yx_px: tuple[float, float],
+    position_yx_px: NDArray[np.float64],
+    n_pixels: int,
+) -> tuple[NDArray[np.complexfloating[Any, Any]], NDArray[np.float64]]:
+    """Part of an object that a probe at a position meets.
+
+    Parameters
+    ----------
+    object_ : complex array (y, x)
+    corner_yx_px : (float, float)
+        Coordinates of the object's pixel [0, 0] in the scan's frame, pixels.
+    position_yx_px : float64 array (2,)
+        Where the probe is, pixels.
+    n_pixels : int
+        Pixels across the patch, N.
+
+    Returns
+    -------
+    patch : complex array (N, N)
+        A view whose pixel [N//2, N//2] lies on the whole pixel at or before the position.
+    fraction_yx_px : float64 array (2,)
+        What is left of the position, 0 ≤ fraction < 1: the shift of the probe within the patch.
+
+    Raises
+    ------
+    PtychodaskError
+        If the patch reaches beyond the object.
+
+    Examples
+    --------
+    >>> patch, fraction = crop_at(np.arange(64).reshape(8, 8), (-4, -4), np.array([0.25, 1.0]), 4)
+    >>> int(patch[2, 2]), fraction.tolist()
+    (37, [0.25, 0.0])
+    """
+    relative = np.asarray(position_yx_px, np.float64) - np.asarray(corner_yx_px, np.float64)
+    whole = np.floor(relative)
+    top, left = (int(value) - n_pixels // 2 for value in whole)
+    height, width = object_.shape
+    if top < 0 or left < 0 or top + n_pixels > height or left + n_pixels > width:
+        raise PtychodaskError(
+            f"object: {height} x {width} pixels from {tuple(corner_yx_px)} do not hold a patch of {n_pixels} pixels "
+            f"at {np.asarray(position_yx_px).tolist()}; it must reach {n_pixels // 2} pixels beyond every position"
+        )
+    return object_[top : top + n_pixels, left : left + n_pixels], relative - whole
+
+
+def crossing_lines(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.complex64]:
+    """Object of crossing straight lines: amplitude 0.5 to 1 and phase −0.6 to 0.6 rad, drawn independently.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        Pixels (y, x).
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    complex64 array (y, x)
+    """
+    return from_grey(_lines(shape, rng), _lines(shape, rng))
+
+
+def _lines(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float32]:
+    """Lines with a sharp core and a wide halo, as many for each pixel of length whatever the shape."""
+    diagonal = float(np.hypot(*shape))
+    steps = np.arange(-diagonal, diagonal)
+    image = np.zeros(shape[0] * shape[1], np.float32)
+    for angle, distance in rng.uniform((0, -diagonal / 2), (np.pi, diagonal / 2), (int(diagonal / 2), 2)):
+        direction_y, direction_x = np.sin(angle), np.cos(angle)
+        y = np.rint(shape[0] / 2 + distance * direction_x + steps * direction_y).astype(np.int64)
+        x = np.rint(shape[1] / 2 - distance * direction_y + steps * direction_x).astype(np.int64)
+        inside = (y >= 0) & (y < shape[0]) & (x >= 0) & (x < shape[1])
+        image[y[inside] * shape[1] + x[inside]] += 1
+    drawn = image.reshape(shape)
+    return gaussian_filter(drawn, 1) + 2 * gaussian_filter(drawn, 5) + 5 * gaussian_filter(drawn, 10)
+
+
+def siemens_star(shape: tuple[int, int], *, n_spokes: int = 36) -> NDArray[np.complex64]:
+    """Siemens star: dark, phase-shifting spokes between two rings, sampled over each pixel's area.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        Pixels (y, x); the star fills the shorter side.
+    n_spokes : int
+        Spokes around the circle.
+
+    Returns
+    -------
+    complex64 array (y, x)
+        Amplitude 1 and phase −0.6 rad off the spokes, 0.5 and 0.6 rad on them.
+    """
+    radius_px = 0.48 * min(shape)
+    star = np.zeros(shape, np.float32)
+    samples = (np.arange(4) + 0.5) / 4 - 0.5
+    for sample_y in samples:
+        y = (np.arange(shape[0]) - shape[0] // 2 + sample_y)[:, None]
+        for sample_x in samples:
+            x = np.arange(shape[1]) - shape[1] // 2 + sample_x
+            share = np.hypot(y, x) / radius_px
+            spoke = np.cos(n_spokes * np.arctan2(y, x)) > 0
+            gap = (share > 0.48) & (share < 0.52)
+            star += spoke & (share > 0.05) & (share < 1) & ~gap
+    return from_grey(-star, star)
+
+
+def random_field(
+    shape: tuple[int, int], rng: np.random.Generator, *, correlation_px: float = 6.0
+) -> NDArray[np.complex64]:
+    """Smooth random object: white noise blurred by a Gaussian, amplitude and phase drawn independently.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        Pixels (y, x).
+    rng : numpy.random.Generator
+    correlation_px : float
+        Standard deviation of the blur, pixels.
+
+    Returns
+    -------
+    complex64 array (y, x)
+    """
+
+    def smooth() -> NDArray[np.float32]:
+        return gaussian_filter(rng.standard_normal(shape, np.float32), correlation_px, mode="wrap")
+
+    return from_grey(smooth(), smooth())
+
+
+def from_grey(amplitude: NDArray[Any], phase: NDArray[Any]) -> NDArray[np.complex64]:
+    """Object whose amplitude and phase follow two pictures.
+
+    Parameters
+    ----------
+    amplitude, phase : real array (y, x)
+        Grey values in any unit; lowest and highest become the ends of `AMPLITUDE_RANGE` and `PHASE_RANGE_RAD`.
+
+    Returns
+    -------
+    complex64 array (y, x)
+
+    Examples
+    --------
+    >>> grey = np.array([[0, 255]])
+    >>> np.abs(from_grey(grey, grey)).tolist()
+    [[0.5, 1.0]]
+    """
+    amplitude = _stretch(amplitude, AMPLITUDE_RANGE)
+    return (amplitude * np.exp(1j * _stretch(phase, PHASE_RANGE_RAD))).astype(np.complex64)
+
+
+def _stretch(grey: NDArray[Any], ends: tuple[float, float]) -> NDArray[np.float32]:
+    low, high = float(grey.min()), float(grey.max())
+    if not high > low:
+        raise PtychodaskError(f"object: every grey value is {low}, expected a picture with some contrast")
+    return np.interp(grey, (low, high), ends).astype(np.float32)
+
+
+def raster_positions(
+    n_patterns: int, step_px: float, rng: np.random.Generator, *, jitter: float = 0.2
+) -> NDArray[np.float64]:
+    """Rows of equal steps, each position moved at random.
+
+    Parameters
+    ----------
+    n_patterns : int
+    step_px : float
+        Distance between neighbours, pixels.
+    rng : numpy.random.Generator
+    jitter : float
+        Largest movement along each axis, in steps.
+
+    Returns
+    -------
+    float64 array (pattern, 2)
+        (y, x), pixels, around (0, 0), row by row.
+    """
+    across = int(np.ceil(np.sqrt(n_patterns)))
+    grid = np.stack(np.divmod(np.arange(n_patterns), across), axis=1).astype(np.float64)
+    grid -= (grid.max(axis=0) + grid.min(axis=0)) / 2
+    return step_px * (grid + rng.uniform(-jitter, jitter, grid.shape))
+
+
+def spiral_positions(n_patterns: int, step_px: float, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Fermat spiral, turned by a random angle.
+
+    Parameters
+    ----------
+    n_patterns : int
+    step_px : float
+        Square root of the area for each position, pixels.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    float64 array (pattern, 2)
+        (y, x), pixels, around (0, 0), from the middle outwards.
+
+    Notes
+    -----
+    H. Vogel, Math. Biosci. 44 (1979) 179: radius ∝ √k, angle k times the golden angle.
+    """
+    k = np.arange(n_patterns)
+    radius = step_px * np.sqrt(k / np.pi)
+    angle = rng.uniform(0, 2 * np.pi) + k * np.pi * (3 - np.sqrt(5))
+    return np.stack([radius * np.sin(angle), radius * np.cos(angle)], axis=1)
+
+
+def random_positions(n_patterns: int, step_px: float, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Independent positions, uniform over a square.
+
+    Parameters
+    ----------
+    n_patterns : int
+    step_px : float
+        Square root of the area for each position, pixels: the square's side is ``step_px * sqrt(n_patterns)``.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    float64 array (pattern, 2)
+        (y, x), pixels, around (0, 0).
+    """
+    half = step_px * np.sqrt(n_patterns) / 2
+    return rng.uniform(-half, half, (n_patterns, 2))
+
+
+PATHS: dict[str, Callable[[int, float, np.random.Generator], NDArray[np.float64]]] = {
+    "random": random_positions,
+    "raster": raster_positions,
+    "spiral": spiral_positions,
+}
+"""Scan paths by name."""
+
+
+class SimulatedPatterns:
+    """Noisy patterns that are made when they are asked for; a pattern depends on its own index and the seed alone."""
+
+    def __init__(
+        self, truth: Truth, probe: NDArray[np.complex128], position_yx_px: NDArray[np.float64], seed: int
+    ) -> None:
+        self._truth = truth
+        self._probe = probe
+        self._position = position_yx_px
+        self._seed = seed
+        self._dtype = _counts_dtype(truth.object, probe)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        n_pixels = self._probe.shape[-1]
+        return (len(self._position), n_pixels, n_pixels)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._dtype
+
+    def __getitem__(self, index: Any, /) -> NDArray[Any]:
+        wanted = np.atleast_1d(np.arange(len(self._position))[index])
+        patterns = np.empty((len(wanted), *self.shape[1:]), self._dtype)
+        # One at a time: a transform of many may round otherwise than a transform of one.
+        for place, pattern in enumerate(wanted):
+            rng = np.random.default_rng([self._seed, int(pattern)])
+            patterns[place] = rng.poisson(self.expected_counts(int(pattern)))
+        return patterns
+
+    def expected_counts(self, pattern: int) -> NDArray[np.floating[Any]]:
+        """One pattern (N, N) without noise, counts."""
+        patch, fraction = crop_at(
+            self._truth.object, self._truth.corner_yx_px, self._position[pattern], self._probe.shape[-1]
+        )
+        return diffract(shift_probe(self._probe, fraction) * patch)
+
+
+def _counts_dtype(object_: NDArray[np.complex64], probe: NDArray[np.complex128]) -> np.dtype[Any]:
+    """Smallest unsigned type that holds a pattern even where all its light falls on one pixel."""
+    total = float((np.abs(probe) ** 2).sum()) * float(np.abs(object_).max()) ** 2
+    brightest = total + 10 * np.sqrt(total)
+    for dtype in (np.dtype(np.uint16), np.dtype(np.uint32)):
+        if brightest < np.iinfo(dtype).max:
+            return dtype
+    raise PtychodaskError(f"simulate: patterns of {total:.3g} photons overflow 32 bits; pass a dose below 4e9")
+
+
+def simulate(
+    store: str | Path,
+    *,
+    object: str | Path | NDArray[Any] = "lines",
+    probe: str | NDArray[Any] = "disc",
+    n_pixels: int = 64,
+    n_patterns: int = 2000,
+    dose: float = 1e9,
+    step_px: float = 8.0,
+    path: str = "random",
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Scan:
+    """Simulate a scan of a known object into a new store.
+
+    Parameters
+    ----------
+    store : path
+        The store to make.
+    object : str, path or array (y, x)
+        A name of `OBJECTS`; or a complex array, used as it is; or a real array or an image file (``.npy``, ``.png``,
+        ...) whose grey values become amplitude and phase (`from_grey`). The scan lies in its middle.
+    probe : str or complex array (N, N) or (mode, N, N)
+        A name of `PROBES`, or a probe whose scale is set by the dose.
+    n_pixels : int
+        Pixels across a pattern, N, divisible by 4.
+    n_patterns : int
+    dose : float
+        Photons of the probe in one pattern, Σ|P|².
+    step_px : float
+        Mean spacing of the positions, pixels: the scan covers ``n_patterns * step_px**2``.
+    path : str
+        A name of `PATHS`.
+    seed : int
+        Seed of object, positions and noise; the noise of a pattern depends on the seed and its own index alone.
+    overwrite : bool
+        Replace an existing store.
+    progress : bool, optional
+        See `show_progress`.
+
+    Returns
+    -------
+    Scan
+        Counts as uint16 where they fit, else uint32; the probe calibrated ``as_given``; the truth reaches more than
+        N/2 beyond every position. Patterns are made and written a shard at a time; the object is whole in memory.
+
+    Raises
+    ------
+    PtychodaskError
+        If a name is unknown, a number is out of range, an image cannot be read or is too small, or the store exists.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     scan = simulate(f"{folder}/scan.zarr", n_pixels=16, n_patterns=20, dose=1e4, progress=False)
+    >>> scan.n_patterns, scan.calibration, scan.diffraction.dtype.name
+    (20, 'as_given', 'uint16')
+    """
+    check_choice("path", path, tuple(PATHS), "simulate")
+    for name, value in (("n_patterns", n_patterns), ("dose", dose), ("step_px", step_px)):
+        if not (np.isfinite(value) and value > 0):
+            raise PtychodaskError(f"simulate: {name} is {value}, expected a positive number")
+    if seed < 0:
+        raise PtychodaskError(f"simulate: seed is {seed}, expected 0 or more")
+    check_pattern_shape((n_patterns, n_pixels, n_pixels), "simulate")
+    rng_path, rng_object = np.random.default_rng(seed).spawn(2)
+    position = PATHS[path](n_patterns, step_px, rng_path)
+    half = np.ceil(np.abs(position).max(axis=0)).astype(int) + n_pixels // 2 + 1
+    truth = _centred_truth(object, (2 * int(half[0]), 2 * int(half[1])), rng_object)
+    scaled_probe = _scaled_probe(probe, n_pixels, dose)
+    return write_scan(
+        store,
+        diffraction=SimulatedPatterns(truth, scaled_probe, position, seed),
+        position_yx_px=position,
+        probe=scaled_probe,
+        domain="counts",
+        calibration="as_given",
+        truth=truth,
+        provenance={
+            "source": "simulation",
+            "object": "array" if isinstance(object, np.ndarray) else str(object),
+            "probe": "array" if isinstance(probe, np.ndarray) else probe,
+            "n_pixels": n_pixels,
+            "n_patterns": n_patterns,
+            "dose": float(dose),
+            "step_px": float(step_px),
+            "path": path,
+            "seed": seed,
+        },
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _centred_truth(source: str | Path | NDArray[Any], needed: tuple[int, int], rng: np.random.Generator) -> Truth:
+    """The object of `source`, at least `needed` pixels large, with (0, 0) in its middle."""
+    found = _make_object(source, needed, rng)
+    if found.ndim != 2 or found.shape[0] < needed[0] or found.shape[1] < needed[1]:
+        raise PtychodaskError(
+            f"simulate: the object has shape {found.shape}, the scan needs (y, x) of {needed} at least; "
+            "pass fewer patterns, a smaller step_px, or a larger object"
+        )
+    if not np.isfinite(found).all():
+        raise PtychodaskError("simulate: the object has values that are not finite; mend it first")
+    corner = (-(found.shape[0] // 2), -(found.shape[1] // 2))
+    return Truth(found.astype(np.complex64), (float(corner[0]), float(corner[1])))
+
+
+def _make_object(source: str | Path | NDArray[Any], shape: tuple[int, int], rng: np.random.Generator) -> NDArray[Any]:
+    if isinstance(source, np.ndarray):
+        return source if np.iscomplexobj(source) else from_grey(source, source)
+    if isinstance(source, str) and source in OBJECTS:
+        if source == "star":
+            return siemens_star(shape)
+        return crossing_lines(shape, rng) if source == "lines" else random_field(shape, rng)
+    if not Path(source).suffix:
+        check_choice("object", source, (*OBJECTS, "a path to an image"), "simulate")
+    image = _read_image(Path(source))
+    return image if np.iscomplexobj(image) else from_grey(image, image)
+
+
+def _read_image(path: Path) -> NDArray[Any]:
+    try:
+        if path.suffix == ".npy":
+            return np.asarray(np.load(path, allow_pickle=False))
+        with Image.open(path) as image:
+            return np.asarray(image.convert("F"))
+    except (OSError, ValueError, EOFError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise PtychodaskError(f"{path}: cannot be read as an image ({error}); pass a .npy or .png file") from error
+
+
+def _scaled_probe(probe: str | NDArray[Any], n_pixels: int, dose: float) -> NDArray[np.complex128]:
+    """The probe as complex128 (mode, N, N) with Σ|P|² equal to the dose."""
+    if isinstance(probe, str):
+        check_choice("probe", probe, PROBES, "simulate")
+        if probe == "disc":
+            found = disc_probe(n_pixels, diameter_px=0.35 * n_pixels)
+        else:
+            # So far from focus that the donut's diameter is half the frame, whatever N.
+            found = zone_plate_probe(
+                n_pixels, outer_px=0.5 * n_pixels, stop_px=0.2 * n_pixels, defocus=np.pi / 16 * n_pixels
+            )
+    else:
+        found = np.asarray(probe)
+    modes = found[None] if found.ndim == 2 else found
+    if modes.ndim != 3 or modes.shape[1:] != (n_pixels, n_pixels):
+        raise PtychodaskError(
+            f"simulate: the probe has shape {found.shape}, expected ({n_pixels}, {n_pixels}) or (mode, {n_pixels}, "
+            f"{n_pixels}); pass n_pixels={found.shape[-1] if found.ndim else 0} or another probe"
+        )
+    total = float((np.abs(modes) ** 2).sum(dtype=np.float64))
+    if not (np.isfinite(total) and total > 0):
+        raise PtychodaskError(f"simulate: the probe's total intensity is {total}, expected a positive number")
+    return modes.astype(np.complex128) * np.sqrt(dose / total)
