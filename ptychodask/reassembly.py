@@ -1,0 +1,342 @@
+"""Canvas algebra: patches are summed into canvases, canvases are merged, and a finished canvas is an object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.scan import PtychodaskError, illumination
+
+Window = Literal["illumination", "uniform", "cosine"]
+"""Name of the weights with which a patch enters a canvas: see `make_window`."""
+
+CANVAS_PIXEL_BYTES = 36
+"""Bytes of one canvas pixel: complex128 and float64 sums and an int32 count."""
+
+NOTHING = np.complex64(complex(np.nan, np.nan))
+"""Value of an object pixel that no patch reached."""
+
+
+class Box(NamedTuple):
+    """Part of the object: whole pixels of the scan's frame, the ends left out."""
+
+    y0: int
+    y1: int
+    x0: int
+    x1: int
+
+    @property
+    def corner(self) -> tuple[int, int]:
+        """Coordinates (y, x) of its first pixel."""
+        return self.y0, self.x0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Pixels (y, x) across it; 0 where it is empty."""
+        return max(self.y1 - self.y0, 0), max(self.x1 - self.x0, 0)
+
+    @property
+    def n_pixels(self) -> int:
+        """Pixels in it."""
+        return self.shape[0] * self.shape[1]
+
+    def overlap(self, other: Box) -> Box:
+        """The part that both share; without pixels where they do not meet.
+
+        Examples
+        --------
+        >>> Box(0, 4, 0, 4).overlap(Box(2, 9, -1, 3))
+        Box(y0=2, y1=4, x0=0, x1=3)
+        """
+        return Box(max(self.y0, other.y0), min(self.y1, other.y1), max(self.x0, other.x0), min(self.x1, other.x1))
+
+
+@dataclass(frozen=True, eq=False)
+class Canvas:
+    """Running sums over part of the object."""
+
+    corner: tuple[int, int]
+    """Coordinates (y, x) of pixel [0, 0] in the scan's frame, pixels."""
+
+    weighted: NDArray[np.complex128]
+    """Σ w·patch (y, x)."""
+
+    weight: NDArray[np.float64]
+    """Σ w (y, x)."""
+
+    weighted_square: NDArray[np.float64]
+    """Σ w·|patch|² (y, x)."""
+
+    count: NDArray[np.int32]
+    """Patches that reached each pixel (y, x)."""
+
+    @property
+    def box(self) -> Box:
+        """Where the canvas lies."""
+        (y, x), (height, width) = self.corner, self.weight.shape
+        return Box(y, y + height, x, x + width)
+
+
+def empty_canvas(corner: tuple[int, int], shape: tuple[int, int]) -> Canvas:
+    """A canvas that nothing has been added to.
+
+    Parameters
+    ----------
+    corner : (int, int)
+        Coordinates (y, x) of its first pixel in the scan's frame.
+    shape : (int, int)
+        Pixels (y, x).
+    """
+    return Canvas(
+        corner=(int(corner[0]), int(corner[1])),
+        weighted=np.zeros(shape, np.complex128),
+        weight=np.zeros(shape, np.float64),
+        weighted_square=np.zeros(shape, np.float64),
+        count=np.zeros(shape, np.int32),
+    )
+
+
+def add_patches(
+    canvas: Canvas,
+    patches: NDArray[np.complexfloating[Any, Any]],
+    corner_yx_px: NDArray[np.float64],
+    window: NDArray[np.float64],
+) -> Canvas:
+    """Add patches to the sums of a canvas, in their order.
+
+    Parameters
+    ----------
+    canvas : Canvas
+        Written into; what lies outside it is left out.
+    patches : complex array (n, M, M)
+        Estimates of the object.
+    corner_yx_px : float64 array (n, 2)
+        Coordinates (y, x) of element [0, 0] of each patch in the scan's frame; fractions are kept.
+    window : float64 array (M, M)
+        Weight w of each element, not negative.
+
+    Returns
+    -------
+    Canvas
+        `canvas` itself.
+
+    Notes
+    -----
+    Each element is shared out to the four pixels around it with the bilinear shares b of its fraction. A patch counts
+    as one estimate in each pixel it reaches, S/W with W = Σ b·w and S = Σ b·w·patch over its own elements; the canvas
+    takes W, S and |S|²/W, so that the uncertainty is the spread between patches and not inside one.
+
+    Examples
+    --------
+    >>> canvas = empty_canvas((0, 0), (1, 3))
+    >>> _ = add_patches(canvas, np.full((1, 1, 1), 2j), np.array([[0.0, 0.25]]), np.ones((1, 1)))
+    >>> canvas.weight.tolist(), canvas.weighted.tolist()
+    ([[0.75, 0.25, 0.0]], [[1.5j, 0.5j, 0j]])
+    """
+    _splat(
+        canvas.weighted,
+        canvas.weight,
+        canvas.weighted_square,
+        canvas.count,
+        canvas.corner,
+        np.ascontiguousarray(corner_yx_px, np.float64),
+        np.ascontiguousarray(patches, np.complex64),
+        np.ascontiguousarray(window, np.float64),
+    )
+    return canvas
+
+
+# No fastmath: it would let the compiler reorder sums, and the object would depend on the machine.
+@numba.njit(nogil=True, cache=True)
+def _splat(weighted, weight, weighted_square, count, origin, corner, patches, window):  # type: ignore[no-untyped-def]
+    height, width = weight.shape
+    n, size = patches.shape[0], patches.shape[1]
+    # One row of the patch, shifted along x: Σ b·w·patch (real, imaginary) and Σ b·w; and the row before it.
+    row, before = np.zeros((3, size + 1)), np.zeros((3, size + 1))
+    for i in range(n):
+        # The fraction is taken in the scan's frame, so that it does not depend on where the canvas lies.
+        whole_y, whole_x = np.floor(corner[i, 0]), np.floor(corner[i, 1])
+        fy, fx = corner[i, 0] - whole_y, corner[i, 1] - whole_x
+        top, left = int(whole_y) - origin[0], int(whole_x) - origin[1]
+        first, last = max(0, -left), min(size + 1, width - left)
+        before[:] = 0.0
+        for r in range(size + 1):
+            row[:] = 0.0
+            if r < size:
+                for k in range(size):
+                    w = window[r, k]
+                    real, imag = w * patches[i, r, k].real, w * patches[i, r, k].imag
+                    row[0, k] += (1.0 - fx) * real
+                    row[1, k] += (1.0 - fx) * imag
+                    row[2, k] += (1.0 - fx) * w
+                    row[0, k + 1] = fx * real
+                    row[1, k + 1] = fx * imag
+                    row[2, k + 1] = fx * w
+            y = top + r
+            if 0 <= y < height:
+                for k in range(first, last):
+                    total = (1.0 - fy) * row[2, k] + fy * before[2, k]
+                    if total > 0.0:
+                        real = (1.0 - fy) * row[0, k] + fy * before[0, k]
+                        imag = (1.0 - fy) * row[1, k] + fy * before[1, k]
+                        weighted[y, left + k] += complex(real, imag)
+                        weight[y, left + k] += total
+                        weighted_square[y, left + k] += (real * real + imag * imag) / total
+                        count[y, left + k] += 1
+            row, before = before, row
+
+
+def merge(canvas: Canvas, *others: Canvas) -> Canvas:
+    """A new canvas over the box of `canvas`: its sums, and what the others have there, added in the order given.
+
+    Parameters
+    ----------
+    canvas : Canvas
+    *others : Canvas
+        May lie anywhere; the parts outside `canvas` are left out.
+
+    Returns
+    -------
+    Canvas
+        Shares no memory with its inputs.
+    """
+    merged = crop(canvas, canvas.box)
+    for other in others:
+        box = canvas.box.overlap(other.box)
+        if box.n_pixels == 0:
+            continue
+        ours, theirs = _window_of(merged, box), _window_of(other, box)
+        merged.weighted[ours] += other.weighted[theirs]
+        merged.weight[ours] += other.weight[theirs]
+        merged.weighted_square[ours] += other.weighted_square[theirs]
+        merged.count[ours] += other.count[theirs]
+    return merged
+
+
+def crop(canvas: Canvas, box: Box) -> Canvas:
+    """A copy of the part of a canvas that lies in `box`, which must lie inside it.
+
+    Raises
+    ------
+    PtychodaskError
+        If the box reaches outside the canvas.
+    """
+    if canvas.box.overlap(box) != box:
+        raise PtychodaskError(f"crop: {box} reaches outside the canvas, {canvas.box}")
+    part = _window_of(canvas, box)
+    return Canvas(
+        corner=box.corner,
+        weighted=canvas.weighted[part].copy(),
+        weight=canvas.weight[part].copy(),
+        weighted_square=canvas.weighted_square[part].copy(),
+        count=canvas.count[part].copy(),
+    )
+
+
+def _window_of(canvas: Canvas, box: Box) -> tuple[slice, slice]:
+    (y, x) = canvas.corner
+    return slice(box.y0 - y, box.y1 - y), slice(box.x0 - x, box.x1 - x)
+
+
+def finish(
+    canvas: Canvas,
+) -> tuple[NDArray[np.complex64], NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]:
+    """The object that a canvas holds, and how well it is known.
+
+    Returns
+    -------
+    object : complex64 array (y, x)
+        Σw·patch / Σw; NaN where no patch reached.
+    weight : float32 array (y, x)
+        Σw.
+    uncertainty : float32 array (y, x)
+        Weighted standard deviation of the overlapping estimates, sqrt(Σw|patch|²/Σw − |object|²); NaN where fewer
+        than two patches overlap.
+    count : int32 array (y, x)
+        Patches that reached each pixel.
+    """
+    reached = canvas.count > 0
+    weight = np.where(reached, canvas.weight, 1.0)
+    mean = canvas.weighted / weight
+    variance = canvas.weighted_square / weight - (mean.real**2 + mean.imag**2)
+    spread = np.where(canvas.count > 1, np.sqrt(np.maximum(variance, 0.0)), np.nan)
+    return (
+        np.where(reached, mean, NOTHING).astype(np.complex64),
+        canvas.weight.astype(np.float32),
+        spread.astype(np.float32),
+        canvas.count.copy(),
+    )
+
+
+def make_window(name: Window, crop: int, probe: NDArray[np.complexfloating[Any, Any]]) -> NDArray[np.float64]:
+    """Weights with which the middle of a patch enters a canvas.
+
+    Parameters
+    ----------
+    name : {"illumination", "uniform", "cosine"}
+        The light that made the estimate; 1 everywhere; a raised cosine.
+    crop : int
+        Elements across the part of the patch that is used, M, even.
+    probe : complex array (mode, N, N)
+
+    Returns
+    -------
+    float64 array (M, M)
+
+    Raises
+    ------
+    PtychodaskError
+        If the probe leaves no light inside the crop.
+    """
+    if name == "uniform":
+        return uniform_window(crop)
+    if name == "cosine":
+        return cosine_window(crop)
+    return illumination_window(probe, crop)
+
+
+def uniform_window(crop: int) -> NDArray[np.float64]:
+    """Weight 1 for each of `crop` x `crop` elements."""
+    return np.ones((crop, crop))
+
+
+def cosine_window(crop: int) -> NDArray[np.float64]:
+    """Raised cosine (y times x), 1 at element [M//2, M//2], 0 at element 0.
+
+    Examples
+    --------
+    >>> cosine_window(4)[2].round(2).tolist()
+    [0.0, 0.5, 1.0, 0.5]
+    """
+    profile = 0.5 + 0.5 * np.cos(2 * np.pi * (np.arange(crop) / crop - 0.5))
+    return np.outer(profile, profile)
+
+
+def illumination_window(probe: NDArray[np.complexfloating[Any, Any]], crop: int) -> NDArray[np.float64]:
+    """Relative intensity of the probe over the middle `crop` x `crop` elements (see `illumination`).
+
+    Raises
+    ------
+    PtychodaskError
+        If no light falls inside the crop.
+    """
+    window = crop_middle(illumination(probe), crop).astype(np.float64)
+    if not window.any():
+        raise PtychodaskError(f"window: the probe is dark over the middle {crop} pixels; pass a larger crop=")
+    return window
+
+
+def crop_middle(patches: NDArray[Any], crop: int) -> NDArray[Any]:
+    """View of the middle `crop` elements of the last two axes; element M//2 of it is element N//2 of the whole.
+
+    Examples
+    --------
+    >>> crop_middle(np.arange(16).reshape(4, 4), 2).tolist()
+    [[5, 6], [9, 10]]
+    """
+    start = patches.shape[-1] // 2 - crop // 2
+    return patches[..., start : start + crop, start : start + crop]
