@@ -1,0 +1,167 @@
+"""Model bundles: a folder of JSON and NumPy arrays, no pickle, written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import zipfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.models.model import Model, hash_weights
+from ptychodask.models.networks import build_network
+from ptychodask.models.spec import ModelSpec, Optics
+from ptychodask.scan import PtychodaskError
+from ptychodask.store import whole_or_nothing
+
+FORMAT = "ptychodask-model"
+FORMAT_VERSION = 1
+
+
+def save_model(model: Model, path: str | Path, *, overwrite: bool = False) -> Model:
+    """Write a model into a bundle.
+
+    Parameters
+    ----------
+    model : Model
+    path : path
+        The folder to make: ``model.json`` (spec, hash, where it comes from), ``weights.npz``, ``optics.npz`` and
+        ``history.csv``.
+    overwrite : bool
+        Replace an existing bundle.
+
+    Returns
+    -------
+    Model
+        The same model, knowing its path.
+
+    Raises
+    ------
+    PtychodaskError
+        If the path exists, or the disk refuses.
+    """
+    path = Path(path)
+    description = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "spec": asdict(model.spec),
+        "content_hash": model.content_hash,
+        "trained_on": model.trained_on,
+    }
+    with whole_or_nothing(path, overwrite=overwrite) as folder:
+        np.savez(folder / "weights.npz", **{f"w{i:04d}": array for i, array in enumerate(model.weights)})
+        np.savez(
+            folder / "optics.npz",
+            probe=model.optics.probe,
+            normalization=np.float64(model.optics.normalization),
+            mask=model.optics.mask,
+        )
+        _write_history(folder / "history.csv", model.history)
+        (folder / "model.json").write_text(json.dumps(description, indent=2))
+    return replace(model, path=str(path))
+
+
+def _write_history(path: Path, history: list[dict[str, float]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(history[0]) if history else ["epoch"])
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def load_model(path: str | Path) -> Model:
+    """Read a model bundle.
+
+    Parameters
+    ----------
+    path : path
+        The folder that `train` wrote.
+
+    Returns
+    -------
+    Model
+        Bound to the optics that it was trained with.
+
+    Raises
+    ------
+    PtychodaskError
+        If there is no bundle, it is damaged, of a newer format, or not of ptychodask.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise PtychodaskError(f"{path}: no such model; make one with 'ptychodask train'")
+    if not (path / "model.json").is_file():
+        raise PtychodaskError(f"{path}: is not a model bundle (no model.json in it); make one with 'ptychodask train'")
+    description = _read_description(path)
+    try:
+        spec = ModelSpec(**description["spec"])
+    except (KeyError, TypeError) as error:
+        raise PtychodaskError(
+            f"{path}: its spec cannot be read ({error}); upgrade ptychodask or train again"
+        ) from error
+    stored = _read_arrays(path / "weights.npz")
+    weights = [stored[name] for name in sorted(stored)]
+    optics = _read_optics(path / "optics.npz", spec)
+    expected = [tuple(weight.shape) for weight in build_network(spec, optics).weights]
+    found = [weight.shape for weight in weights]
+    if expected != found:
+        raise PtychodaskError(
+            f"{path}: holds {len(found)} weights that do not fit its spec (expected {len(expected)}); train again"
+        )
+    if hash_weights(spec, weights) != description.get("content_hash"):
+        raise PtychodaskError(f"{path}: its weights are not those it was saved with (hash differs); train again")
+    return Model(
+        spec,
+        weights,
+        optics,
+        dict(description.get("trained_on", {})),
+        _read_history(path / "history.csv"),
+        str(path),
+        str(description["content_hash"]),
+    )
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads((path / "model.json").read_text())
+    except (OSError, ValueError) as error:
+        raise PtychodaskError(f"{path}: model.json cannot be read ({error}); train again") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise PtychodaskError(f"{path}: is not a model bundle of ptychodask; make one with 'ptychodask train'")
+    version = description.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise PtychodaskError(
+            f"{path}: has format version {version}, this ptychodask reads up to {FORMAT_VERSION}; upgrade ptychodask"
+        )
+    return description
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise PtychodaskError(f"{path}: cannot be read ({error}); train again") from error
+
+
+def _read_optics(path: Path, spec: ModelSpec) -> Optics:
+    arrays = _read_arrays(path)
+    missing = {"probe", "normalization", "mask"} - set(arrays)
+    if missing or arrays["probe"].ndim != 3 or arrays["probe"].shape[1:] != (spec.n_pixels, spec.n_pixels):
+        raise PtychodaskError(f"{path}: does not hold the optics of a {spec.n_pixels}-pixel model; train again")
+    return Optics(
+        arrays["probe"].astype(np.complex64), float(arrays["normalization"]), arrays["mask"].astype(np.float32)
+    )
+
+
+def _read_history(path: Path) -> list[dict[str, float]]:
+    if not path.is_file():
+        return []
+    try:
+        with path.open(newline="") as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError) as error:
+        raise PtychodaskError(f"{path}: cannot be read ({error}); train again") from error

@@ -1,0 +1,226 @@
+"""A network with its weights, ready to predict: what `train` makes and `load_model` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.models.networks import build_network
+from ptychodask.models.spec import ModelSpec, Optics
+from ptychodask.scan import PtychodaskError, Scan
+
+CompiledCall = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.complex64]]
+"""X (batch, N, N, C) and offsets (batch, C, 2) of one fixed batch size to patches (batch, C, N, N)."""
+
+PREDICT_BATCH = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A network with its weights, bound to the optics of one scan."""
+
+    spec: ModelSpec
+    """What the network is made of."""
+
+    weights: list[NDArray[np.float32]]
+    """Its trained weights, in the network's order."""
+
+    optics: Optics
+    """Probe, input scale and mask that it works with."""
+
+    trained_on: dict[str, Any] = field(default_factory=dict)
+    """Where the weights come from: scan, training spec, versions."""
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    """One entry per epoch: seconds, loss, validation loss."""
+
+    path: str | None = None
+    """The bundle on disk, or None for a model that lives in memory alone."""
+
+    content_hash: str = ""
+    """SHA-256 over spec and weights."""
+
+    output: Literal["member", "group"] = "member"
+    """Patches are given for each member, at its position."""
+
+    def __post_init__(self) -> None:
+        if not self.content_hash:
+            object.__setattr__(self, "content_hash", hash_weights(self.spec, self.weights))
+
+    @property
+    def kind(self) -> str:
+        """`pinn` or `baseline`."""
+        return self.spec.kind
+
+    @property
+    def members(self) -> int:
+        """Patterns in one group, C."""
+        return self.spec.members
+
+    @property
+    def n_pixels(self) -> int:
+        """Pixels across a pattern, N."""
+        return self.spec.n_pixels
+
+    def bind(self, scan: Scan) -> Model:
+        """The same weights for the optics of a scan.
+
+        Parameters
+        ----------
+        scan : Scan
+
+        Returns
+        -------
+        Model
+
+        Raises
+        ------
+        PtychodaskError
+            If the scan's patterns have another size than the network's.
+        """
+        if scan.n_pixels != self.n_pixels:
+            raise PtychodaskError(
+                f"{self.path or 'model'}: takes patterns of {self.n_pixels} pixels, {scan.store or 'the scan'} has "
+                f"{scan.n_pixels}; train a model on this scan, or ingest it with n_pixels={self.n_pixels}"
+            )
+        return Model(
+            self.spec, self.weights, Optics.of(scan), self.trained_on, self.history, self.path, self.content_hash
+        )
+
+    def network(self) -> keras.Model:
+        """The Keras network with these weights and optics."""
+        network = build_network(self.spec, self.optics)
+        network.set_weights(self.weights)
+        return network
+
+    def compile(self, batch_size: int) -> CompiledCall:
+        """One call of a fixed batch size, compiled where the backend compiles.
+
+        Parameters
+        ----------
+        batch_size : int
+            Groups in each call.
+
+        Returns
+        -------
+        callable
+            X float32 (batch_size, N, N, C), normalised, and offsets float32 (batch_size, C, 2), pixels, to patches
+            complex64 (batch_size, C, N, N) at the members' positions.
+        """
+        run = _compiled(self.network(), self.spec, batch_size)
+
+        def call(x: NDArray[np.float32], offset_yx_px: NDArray[np.float32]) -> NDArray[np.complex64]:
+            pairs = np.ascontiguousarray(run(x, offset_yx_px), dtype=np.float32)
+            return pairs.view(np.complex64)[..., 0]
+
+        return call
+
+    def predict(self, x: NDArray[np.float32], offset_yx_px: NDArray[np.float32]) -> NDArray[np.complex64]:
+        """Patches of some groups, for any number of them.
+
+        Parameters
+        ----------
+        x : float32 array (group, N, N, C)
+            Normalised amplitude (`Scan.network_input`).
+        offset_yx_px : float32 array (group, C, 2)
+            Member positions minus their mean, (y, x), pixels.
+
+        Returns
+        -------
+        complex64 array (group, C, N, N)
+            The object around each member's position, in the units of the scan's calibration.
+
+        Raises
+        ------
+        PtychodaskError
+            If a shape does not fit the network.
+        """
+        shape = (self.n_pixels, self.n_pixels, self.members)
+        if x.ndim != 4 or x.shape[1:] != shape:
+            raise PtychodaskError(f"model: X has shape {x.shape}, expected (group, {', '.join(map(str, shape))})")
+        if offset_yx_px.shape != (len(x), self.members, 2):
+            raise PtychodaskError(
+                f"model: offsets have shape {offset_yx_px.shape}, expected ({len(x)}, {self.members}, 2)"
+            )
+        call = self.compile(PREDICT_BATCH)
+        patches = np.empty((len(x), self.members, self.n_pixels, self.n_pixels), np.complex64)
+        for start in range(0, len(x), PREDICT_BATCH):
+            part = slice(start, start + PREDICT_BATCH)
+            # The compiled call has one batch shape, so the last batch is padded and cut.
+            patches[part] = call(*(pad_batch(values, PREDICT_BATCH) for values in (x[part], offset_yx_px[part])))[
+                : len(x[part])
+            ]
+        return patches
+
+
+def pad_batch(values: NDArray[np.float32], batch_size: int) -> NDArray[np.float32]:
+    """Repeat the last entry until there are `batch_size` of them; float32, contiguous."""
+    missing = batch_size - len(values)
+    if missing:
+        values = np.concatenate([values, np.repeat(values[-1:], missing, axis=0)])
+    return np.ascontiguousarray(values, dtype=np.float32)
+
+
+def hash_weights(spec: ModelSpec, weights: list[NDArray[np.float32]]) -> str:
+    """SHA-256 over a spec and its weights."""
+    digest = hashlib.sha256(json.dumps(asdict(spec), sort_keys=True).encode())
+    for array in weights:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def limit_threads(n_threads: int) -> None:
+    """Let the network library of this process use so many threads; only before its first computation.
+
+    Parameters
+    ----------
+    n_threads : int
+        Threads of one operation.
+
+    Notes
+    -----
+    Several processes that each take every core slow each other down.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(n_threads)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+    elif keras.backend.backend() == "torch":
+        import torch
+
+        torch.set_num_threads(n_threads)
+
+
+def _compiled(network: keras.Model, spec: ModelSpec, batch_size: int) -> Callable[[Any, Any], Any]:
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        signature = [
+            tf.TensorSpec((batch_size, spec.n_pixels, spec.n_pixels, spec.members), tf.float32),
+            tf.TensorSpec((batch_size, spec.members, 2), tf.float32),
+        ]
+        run = tf.function(lambda x, offset: network([x, offset], training=False), input_signature=signature)
+        return lambda x, offset: run(tf.convert_to_tensor(x), tf.convert_to_tensor(offset)).numpy()
+    if backend == "jax":
+        import jax
+
+        trainable = [variable.value for variable in network.trainable_variables]
+        fixed = [variable.value for variable in network.non_trainable_variables]
+        compiled = jax.jit(lambda x, offset: network.stateless_call(trainable, fixed, [x, offset], training=False)[0])
+        return lambda x, offset: np.asarray(compiled(x, offset))
+    import torch
+
+    def run_torch(x: Any, offset: Any) -> Any:
+        with torch.no_grad():
+            return keras.ops.convert_to_numpy(network([x, offset], training=False))
+
+    return run_torch

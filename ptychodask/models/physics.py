@@ -1,0 +1,233 @@
+"""The physics of a group in differentiable form: propagation, placement, merging, data projections.
+
+Everything here runs on any backend of Keras. Complex values travel as pairs (real, imaginary) of float32 tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from keras import ops
+from numpy.typing import NDArray
+
+Tensor = Any
+"""A tensor of the Keras backend in use."""
+
+ComplexPair = tuple[Tensor, Tensor]
+"""Real and imaginary part, tensors of one shape."""
+
+MERGE_FLOOR = 1e-2
+"""Share of a patch's own estimate where no light fell, relative to the brightest pixel's weight."""
+
+TINY = 1e-12
+
+
+def multiply(a: ComplexPair, b: ComplexPair) -> ComplexPair:
+    """Product of two complex pairs."""
+    return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
+
+
+def conjugate(a: ComplexPair) -> ComplexPair:
+    """Complex conjugate of a pair."""
+    return a[0], -a[1]
+
+
+def squared_modulus(a: ComplexPair) -> Tensor:
+    """|a|² of a pair."""
+    return a[0] * a[0] + a[1] * a[1]
+
+
+def alternating_signs(n_pixels: int) -> NDArray[np.float32]:
+    """(−1)**(y+x), float32 (N, N): multiplied in before an FFT of even size, it shifts the result by N/2.
+
+    Examples
+    --------
+    >>> alternating_signs(2).tolist()
+    [[1.0, -1.0], [-1.0, 1.0]]
+    """
+    y, x = np.indices((n_pixels, n_pixels))
+    return (1 - 2 * ((y + x) % 2)).astype(np.float32)
+
+
+def propagate(wave: ComplexPair) -> ComplexPair:
+    """Far field of exit waves (..., N, N), unitary, DC at [N//2, N//2].
+
+    Equals ``fftshift(fft2(wave)) / N`` (DESIGN: unitary FFT, so Σ|far|² = Σ|wave|²).
+    """
+    n_pixels = wave[0].shape[-1]
+    signs = alternating_signs(n_pixels)
+    real, imag = ops.fft2((wave[0] * signs, wave[1] * signs))
+    return real / n_pixels, imag / n_pixels
+
+
+def propagate_back(far: ComplexPair) -> ComplexPair:
+    """Exit waves from far fields (..., N, N): the inverse of `propagate`."""
+    n_pixels = far[0].shape[-1]
+    signs = alternating_signs(n_pixels) * n_pixels
+    real, imag = ops.ifft2(far)
+    return real * signs, imag * signs
+
+
+def shift_ramps(shift_yx_px: Tensor, n_pixels: int) -> ComplexPair:
+    """Fourier factors that move images by sub-pixel shifts.
+
+    Parameters
+    ----------
+    shift_yx_px : tensor (..., 2)
+        Where each image shall be read: out(k) = in(k + shift), pixels.
+    n_pixels : int
+
+    Returns
+    -------
+    pair of tensors (..., N, N)
+        exp(2πi f·shift), in the order of an FFT's frequencies.
+    """
+    frequency = (2 * np.pi * np.fft.fftfreq(n_pixels)).astype(np.float32)
+    angle_y = shift_yx_px[..., 0:1] * frequency
+    angle_x = shift_yx_px[..., 1:2] * frequency
+    angle = angle_y[..., :, None] + angle_x[..., None, :]
+    return ops.cos(angle), ops.sin(angle)
+
+
+def translate(image: ComplexPair, shift_yx_px: Tensor) -> ComplexPair:
+    """Read images at shifted places, out(k) = in(k + shift), by the Fourier shift theorem.
+
+    Parameters
+    ----------
+    image : pair of tensors (..., N, N)
+        Dark at the rim: what leaves on one side comes back on the other.
+    shift_yx_px : tensor (..., 2)
+
+    Returns
+    -------
+    pair of tensors (..., N, N)
+    """
+    ramps = shift_ramps(shift_yx_px, image[0].shape[-1])
+    return ops.ifft2(multiply(ops.fft2(image), ramps))
+
+
+def gather_members(values: ComplexPair, ramps: ComplexPair) -> ComplexPair:
+    """Sum the members' values as each member's own frame sees them.
+
+    Parameters
+    ----------
+    values : pair of tensors (group, C, N, N)
+        Values in each member's frame, dark at the rim.
+    ramps : pair of tensors (group, C, C, N, N)
+        `shift_ramps` of offset[j] − offset[c]: from member c (third axis) to the frame of member j (second axis).
+
+    Returns
+    -------
+    pair of tensors (group, C, N, N)
+        Σ over c of values[c] placed in the frame of j.
+    """
+    real, imag = ops.fft2(values)
+    placed = multiply((real[:, None], imag[:, None]), ramps)
+    return ops.ifft2((ops.sum(placed[0], axis=2), ops.sum(placed[1], axis=2)))
+
+
+def pair_ramps(offset_yx_px: Tensor, n_pixels: int) -> ComplexPair:
+    """`shift_ramps` between all members of each group, (group, C, C, N, N), from offsets (group, C, 2)."""
+    return shift_ramps(offset_yx_px[:, :, None] - offset_yx_px[:, None, :], n_pixels)
+
+
+def gathered_weight(weight: Tensor, ramps: ComplexPair) -> Tensor:
+    """Weights (N, N) of all members summed in each member's frame, (group, C, N, N), not negative."""
+    n_members = ramps[0].shape[1]
+    zeros = ops.zeros_like(weight)
+    real, imag = ops.fft2((weight, zeros))
+    placed = multiply((real[None, None], imag[None, None]), (ops.sum(ramps[0], axis=2), ops.sum(ramps[1], axis=2)))
+    total, _ = ops.ifft2(placed)
+    return ops.clip(total, 0.0, float(n_members))
+
+
+def merge_members(patches: ComplexPair, weight: Tensor, ramps: ComplexPair, total_weight: Tensor) -> ComplexPair:
+    """Weighted mean of a group's patches, seen in each member's frame.
+
+    Parameters
+    ----------
+    patches : pair of tensors (group, C, N, N)
+    weight : tensor (N, N)
+        Relative illumination |P|²/max|P|².
+    ramps, total_weight
+        From `pair_ramps` and `gathered_weight`.
+
+    Returns
+    -------
+    pair of tensors (group, C, N, N)
+        Where no member has light, each member keeps its own patch (`MERGE_FLOOR`).
+    """
+    real, imag = gather_members((patches[0] * weight, patches[1] * weight), ramps)
+    denominator = total_weight + MERGE_FLOOR
+    return (real + MERGE_FLOOR * patches[0]) / denominator, (imag + MERGE_FLOOR * patches[1]) / denominator
+
+
+def exit_waves(probe: ComplexPair, patches: ComplexPair) -> ComplexPair:
+    """Exit waves (group, C, mode, N, N) of a probe (mode, N, N) on patches (group, C, N, N)."""
+    return multiply(probe, (patches[0][:, :, None], patches[1][:, :, None]))
+
+
+def expected_counts(probe: ComplexPair, patches: ComplexPair) -> Tensor:
+    """Counts (group, C, N, N) that patches under a probe give, DC at [N//2, N//2], summed over modes."""
+    return ops.sum(squared_modulus(propagate(exit_waves(probe, patches))), axis=2)
+
+
+def data_step(patches: ComplexPair, probe: ComplexPair, amplitude: Tensor, mask: Tensor) -> ComplexPair:
+    """How the data would change the exit waves, weighted by the probe: conj(P)·(ψ' − ψ), summed over modes.
+
+    Parameters
+    ----------
+    patches : pair of tensors (group, C, N, N)
+    probe : pair of tensors (mode, N, N)
+    amplitude : tensor (group, C, N, N)
+        Measured amplitude.
+    mask : tensor (N, N)
+        1 where a detector pixel is good; bad ones keep the model's value.
+
+    Returns
+    -------
+    pair of tensors (group, C, N, N)
+
+    Notes
+    -----
+    The modulus projection of ePIE with a step shared by all members: Maiden & Rodenburg, Ultramicroscopy 109 (2009)
+    1256, eqs. 3-5.
+    """
+    far = propagate(exit_waves(probe, patches))
+    modelled = ops.sqrt(ops.sum(squared_modulus(far), axis=2) + TINY)
+    change = ((amplitude / modelled - 1.0) * mask)[:, :, None]
+    difference = propagate_back((far[0] * change, far[1] * change))
+    real, imag = multiply(conjugate(probe), difference)
+    return ops.sum(real, axis=2), ops.sum(imag, axis=2)
+
+
+def project_group(
+    patches: ComplexPair,
+    probe: ComplexPair,
+    amplitude: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    ramps: ComplexPair,
+    total_weight: Tensor,
+) -> ComplexPair:
+    """One data-consistent step of a whole group from patches to patches.
+
+    All members' steps are summed in each member's frame and divided by the light there, regularised as in rPIE
+    (Maiden, Johnson & Li, Optica 4 (2017) 736, eq. 12) by `MERGE_FLOOR` of the brightest pixel.
+
+    Parameters
+    ----------
+    patches, probe, amplitude, mask
+        As in `data_step`.
+    weight, ramps, total_weight
+        As in `merge_members`.
+
+    Returns
+    -------
+    pair of tensors (group, C, N, N)
+    """
+    brightest = ops.max(ops.sum(squared_modulus(probe), axis=0))
+    step = gather_members(data_step(patches, probe, amplitude, mask), ramps)
+    denominator = (total_weight + MERGE_FLOOR) * brightest
+    return patches[0] + step[0] / denominator, patches[1] + step[1] / denominator

@@ -1,0 +1,95 @@
+"""What a network is made of and the optics it works with: plain values, no network library needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.scan import PtychodaskError, Scan, illumination
+
+Kind = Literal["pinn", "baseline"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What a network is made of."""
+
+    kind: Kind = "pinn"
+    """`pinn`: physics-informed, trained on patterns alone; `baseline`: supervised, one pattern at a time."""
+
+    n_pixels: int = 64
+    """Pixels across a pattern, N; divisible by 2**`levels`."""
+
+    members: int = 4
+    """Patterns read together, C; 1 for the baseline."""
+
+    n_filters_scale: int = 1
+    """Width of the network: 16 times this many filters at full resolution, doubled at each level."""
+
+    levels: int = 3
+    """How often the U-Net halves its resolution."""
+
+    projections_before: int = 3
+    """Data-consistent steps of the group before the network sees it (PINN)."""
+
+    projections_after: int = 2
+    """Data-consistent steps of the group on the network's answer (PINN)."""
+
+    object_amplitude: float = 1.0
+    """Amplitude of the flat object that a prediction starts from, in the units of the calibration."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise PtychodaskError(f"model: kind is {self.kind!r}, expected one of: {', '.join(get_args(Kind))}")
+        if self.kind == "baseline" and self.members != 1:
+            raise PtychodaskError(f"model: a baseline reads one pattern at a time, found members={self.members}")
+        for name in ("members", "n_filters_scale", "levels"):
+            if getattr(self, name) < 1:
+                raise PtychodaskError(f"model: {name} is {getattr(self, name)}, expected 1 or more")
+        for name in ("projections_before", "projections_after"):
+            if getattr(self, name) < 0:
+                raise PtychodaskError(f"model: {name} is {getattr(self, name)}, expected 0 or more")
+        if self.n_pixels % 2**self.levels:
+            raise PtychodaskError(
+                f"model: n_pixels is {self.n_pixels}, not divisible by 2**levels = {2**self.levels}; pass fewer levels"
+            )
+        if not (np.isfinite(self.object_amplitude) and self.object_amplitude > 0):
+            raise PtychodaskError(f"model: object_amplitude is {self.object_amplitude}, expected a positive number")
+
+
+@dataclass(frozen=True, eq=False)
+class Optics:
+    """What a network must know of the instrument: the probe, the input's scale and the good pixels."""
+
+    probe: NDArray[np.complex64]
+    """Calibrated probe, complex64 (mode, N, N)."""
+
+    normalization: float
+    """Factor from amplitude to network input."""
+
+    mask: NDArray[np.float32]
+    """1 where a detector pixel is good, float32 (N, N)."""
+
+    @classmethod
+    def of(cls, scan: Scan) -> Optics:
+        """The optics of a scan."""
+        good = np.ones((scan.n_pixels, scan.n_pixels), bool) if scan.mask is None else scan.mask
+        return cls(scan.probe.astype(np.complex64), float(scan.normalization), good.astype(np.float32))
+
+    @property
+    def weight(self) -> NDArray[np.float32]:
+        """Relative illumination |P|²/max|P|², float32 (N, N)."""
+        return illumination(self.probe)
+
+    @property
+    def mean_counts(self) -> float:
+        """Mean counts per pattern of the scan that the normalisation was made for."""
+        n_pixels = self.probe.shape[-1]
+        return float((n_pixels / 2) ** 2 / self.normalization**2)
+
+    def flat_amplitude(self) -> float:
+        """Amplitude of the flat object that sends on as many photons as were measured."""
+        return float(np.sqrt(self.mean_counts / (np.abs(self.probe) ** 2).sum(dtype=np.float64)))
