@@ -225,7 +225,7 @@ def check_positions(position_yx_px: NDArray[np.float64], n_patterns: int, where:
     if len(position_yx_px) != n_patterns:
         raise PtychodaskError(
             f"{where}: {n_patterns} patterns but {len(position_yx_px)} positions; "
-            "every pattern needs one: leave the extra ones out with drop_frames=, or mend the file"
+            "every pattern needs exactly one: mend the file"
         )
     bad = np.flatnonzero(~np.isfinite(position_yx_px).all(axis=1))
     if len(bad):

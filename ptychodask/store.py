@@ -43,7 +43,10 @@ CHUNK_BYTES = 512 * 1024
 """Uncompressed size that a chunk of patterns comes close to: what one read decompresses at the least."""
 
 SHARD_CHUNKS = 32
-"""Chunks in one shard (one file)."""
+"""Chunks in one shard (one file), at most."""
+
+SHARD_BYTES = 32 * 1024 * 1024
+"""Uncompressed size that a shard of large patterns stays below, or one chunk: what is in memory while it is written."""
 
 CURVE_GAIN = 0.9
 """Patterns are sorted along the curve when that cuts the chunks read to this share or less."""
@@ -133,6 +136,39 @@ def _chunks_read(curve: NDArray[np.int64], place: NDArray[np.int64], patterns_pe
     return len(np.unique(np.stack([run, place[curve] // patterns_per_chunk]), axis=1).T)
 
 
+def check_vacant(path: Path, *, overwrite: bool) -> None:
+    """Raise `PtychodaskError` unless `path` can be written: its folder is there, and nothing is in the way.
+
+    Parameters
+    ----------
+    path : Path
+        What shall be written.
+    overwrite : bool
+        Whether what is there, and leftovers of a killed writer, may be replaced.
+    """
+    if path.exists() and not overwrite:
+        raise PtychodaskError(f"{path}: exists already; pass overwrite=True (--overwrite), or another name")
+    if not path.parent.is_dir():
+        raise PtychodaskError(f"{path}: its folder {path.parent} does not exist; make it first")
+    if _building(path).exists() and not overwrite:
+        raise PtychodaskError(
+            f"{path}: another run is writing it, or was stopped before its end ({_building(path)} is there); "
+            "wait for it, or pass overwrite=True (--overwrite) to start again"
+        )
+
+
+def _building(path: Path) -> Path:
+    """Where a store is written before it takes its name."""
+    return path.with_name(f".{path.name}.writing")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def whole_or_nothing(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """A folder to write into that becomes `path` when the block ends well, and vanishes when it does not.
@@ -155,28 +191,18 @@ def whole_or_nothing(path: Path, *, overwrite: bool) -> Iterator[Path]:
         If `path` exists already, another writer is (or was) at work on it, its parent folder is missing, or the
         disk refuses the writing.
     """
-    if path.exists() and not overwrite:
-        raise PtychodaskError(f"{path}: exists already; pass overwrite=True (--overwrite), or another name")
-    if not path.parent.is_dir():
-        raise PtychodaskError(f"{path}: its folder {path.parent} does not exist; make it first")
-    building = path.with_name(f".{path.name}.writing")
-    if building.exists():
-        if not overwrite:
-            raise PtychodaskError(
-                f"{path}: another run is writing it, or was stopped before its end ({building} is there); "
-                "wait for it, or pass overwrite=True (--overwrite) to start again"
-            )
-        shutil.rmtree(building)
+    check_vacant(path, overwrite=overwrite)
+    building = _building(path)
     try:
+        _remove(building)
         building.mkdir()
         yield building
+        old = path.with_name(f".{path.name}.replaced")
+        _remove(old)
         if path.exists():
-            old = path.with_name(f".{path.name}.replaced")
             path.rename(old)
-            building.rename(path)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            building.rename(path)
+        building.rename(path)
+        _remove(old)
     except OSError as error:
         raise PtychodaskError(
             f"{path}: cannot be written ({error.strerror or error}); nothing was kept of it, and what was there before "
@@ -270,7 +296,9 @@ def write_scan(
         root = zarr.create_group(building, zarr_format=3)
         root.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "state": "writing"})
         with show_progress("ingest", n_patterns, "patterns", progress) as bar:
-            total_counts, diffraction_hash = _write_patterns(root, diffraction, order, domain, mask, bar, where)
+            total_counts, diffraction_hash = _write_patterns(
+                root, diffraction, order, source_rows, domain, mask, bar, where
+            )
         if label is not None:
             _write_labels(root, label, order)
         mean_counts = total_counts / n_patterns
@@ -313,6 +341,7 @@ def _write_patterns(
     root: zarr.Group,
     source: PatternSource,
     order: NDArray[np.int64],
+    source_rows: NDArray[np.int64],
     domain: Domain,
     mask: NDArray[np.bool_] | None,
     bar: Progress,
@@ -323,7 +352,7 @@ def _write_patterns(
     digest = hashlib.sha256()
     total_counts = 0.0
     for start, block in _blocks(source, order, _shard_patterns(array)):
-        total_counts += _checked_counts(block, domain, mask, order[start : start + len(block)], where)
+        total_counts += _checked_counts(block, domain, mask, source_rows[order[start : start + len(block)]], where)
         digest.update(np.ascontiguousarray(block).tobytes())
         array[start : start + len(block)] = block
         bar.advance(len(block))
@@ -352,12 +381,13 @@ def _create_patterns(root: zarr.Group, name: str, source: PatternSource, dims: t
     n_patterns, n_pixels = source.shape[:2]
     per_chunk = min(chunk_patterns(n_pixels, source.dtype.itemsize), n_patterns)
     chunks_needed = -(-n_patterns // per_chunk)
+    chunks_allowed = max(1, SHARD_BYTES // (per_chunk * n_pixels * n_pixels * source.dtype.itemsize))
     return root.create_array(
         name,
         shape=(n_patterns, n_pixels, n_pixels),
         dtype=source.dtype,
         chunks=(per_chunk, n_pixels, n_pixels),
-        shards=(per_chunk * min(SHARD_CHUNKS, chunks_needed), n_pixels, n_pixels),
+        shards=(per_chunk * min(SHARD_CHUNKS, chunks_needed, chunks_allowed), n_pixels, n_pixels),
         compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.bitshuffle),
         dimension_names=dims,
     )
@@ -491,11 +521,10 @@ def _read(root: zarr.Group, name: str, where: str) -> NDArray[Any]:
 
 
 def _open_root(path: Path, mode: str) -> zarr.Group:
-    building = path.with_name(f".{path.name}.writing")
     if not path.exists():
-        if building.exists():
+        if _building(path).exists():
             raise PtychodaskError(
-                f"{path}: the store is unfinished: its writer is still at work, or was stopped ({building}); "
+                f"{path}: the store is unfinished: its writer is still at work, or was stopped ({_building(path)}); "
                 "wait for it, or ingest again with overwrite=True (--overwrite)"
             )
         raise PtychodaskError(f"{path}: no such store; make one with 'ptychodask ingest' or 'ptychodask simulate'")

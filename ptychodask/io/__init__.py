@@ -1,1 +1,6 @@
 """Foreign formats: one file each behind a table; renaming, flips, cropping, binning and units end here."""
+
+from ptychodask.io.ingestion import ingest
+from ptychodask.io.source import IngestSpec
+
+__all__ = ["IngestSpec", "ingest"]

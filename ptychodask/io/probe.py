@@ -107,8 +107,8 @@ def estimate_probe(mean_amplitude: NDArray[np.floating[Any]]) -> NDArray[np.comp
 
     Notes
     -----
-    Averaging over a scan washes out most of the object, so the mean pattern is near the probe's own far field; its phase
-    stays unknown, and zero phase is the probe in focus.
+    Averaging over a scan washes out most of the object, so the mean pattern is near the probe's own far field; its
+    phase stays unknown, and zero phase is the probe in focus.
 
     Examples
     --------

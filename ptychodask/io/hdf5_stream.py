@@ -1,0 +1,121 @@
+"""HDF5 files, read as streams of frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.io.npy_stream import reading
+from ptychodask.io.raw import block_ranges
+from ptychodask.io.source import Frames, frame_axes, missing_key
+from ptychodask.scan import PtychodaskError
+
+with suppress(ImportError):
+    # Registers the compression filters of detectors where it is installed.
+    import hdf5plugin  # noqa: F401
+
+
+class Hdf5File:
+    """The datasets of an HDF5 file, by their paths: see `Container`.
+
+    Parameters
+    ----------
+    file : binary file
+        Open and seekable; whoever opened it closes it.
+    where : str
+        Its name, for messages.
+    scratch : Path
+        Not needed by this format: HDF5 reads any order of axes.
+    stack : ExitStack
+        What is opened here is closed with it.
+    """
+
+    def __init__(self, file: IO[bytes], where: str, scratch: Path, stack: ExitStack) -> None:
+        self.where = where
+        with reading(where):
+            # By its name, so that links to files beside it are followed.
+            self._file = stack.enter_context(h5py.File(file.name, "r"))
+
+    def keys(self) -> list[str]:
+        found: list[str] = []
+        with reading(self.where):
+            self._file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+        return found
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._dataset(key).shape or ())
+
+    def dtype(self, key: str) -> np.dtype[Any]:
+        return np.dtype(self._dataset(key).dtype).newbyteorder("=")
+
+    def unit(self, key: str) -> str | None:
+        with reading(f"{self.where}[{key}]"):
+            noted = self._dataset(key).attrs.get("units")
+            return noted.decode() if isinstance(noted, bytes) else None if noted is None else str(noted)
+
+    def array(self, key: str) -> NDArray[Any]:
+        where = f"{self.where}[{key}]"
+        if self.dtype(key).hasobject:
+            raise PtychodaskError(f"{where}: holds text or references, expected numbers")
+        with reading(where):
+            return np.asarray(self._dataset(key)[()]).astype(self.dtype(key), copy=False)
+
+    def frames(self, key: str, *, pattern_last: bool = False) -> Frames:
+        dataset = self._dataset(key)
+        if dataset.dtype.kind not in "buifc":
+            raise PtychodaskError(f"{self.where}[{key}]: values have type {dataset.dtype}, expected numbers")
+        return _DatasetFrames(dataset, f"{self.where}[{key}]", pattern_last=pattern_last)
+
+    def _dataset(self, key: str) -> h5py.Dataset:
+        with reading(self.where):
+            dataset = self._file.get(key)
+        if not isinstance(dataset, h5py.Dataset):
+            raise missing_key(self, key)
+        return dataset
+
+
+class _DatasetFrames:
+    def __init__(self, dataset: h5py.Dataset, where: str, *, pattern_last: bool) -> None:
+        self._dataset, self._where, self._pattern_last = dataset, where, pattern_last
+        self._cut = frame_axes(dataset.shape)
+        self._leading = dataset.shape.index(self._cut[0]) if len(dataset.shape) > 3 else 0
+        chunks = dataset.chunks
+        # A chunk of many frames would be decompressed again for each of them.
+        self.random_access = not pattern_last and (chunks is None or chunks[self._axis] == 1)
+
+    @property
+    def _axis(self) -> int:
+        return self._leading + (2 if self._pattern_last else 0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self._cut[2], *self._cut[:2]) if self._pattern_last else self._cut
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self._dataset.dtype).newbyteorder("=")
+
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        for start, stop in block_ranges(self.shape, self.dtype.itemsize):
+            yield self._read(start, stop)
+
+    def __getitem__(self, index: NDArray[np.int64], /) -> NDArray[Any]:
+        frames = np.empty((len(index), *self.shape[1:]), self.dtype)
+        ends = np.flatnonzero(np.diff(index, append=-2) != 1) + 1
+        for start, stop in zip(np.concatenate([[0], ends[:-1]]), ends, strict=True):
+            frames[start:stop] = self._read(int(index[start]), int(index[start]) + int(stop - start))
+        return frames
+
+    def _read(self, start: int, stop: int) -> NDArray[Any]:
+        where = tuple(slice(start, stop) if axis == self._axis else slice(None) for axis in range(self._dataset.ndim))
+        with reading(self._where):
+            frames = np.asarray(self._dataset[where]).astype(self.dtype, copy=False)
+        if self._pattern_last:
+            return np.ascontiguousarray(frames.reshape(*self._cut[:2], -1).transpose(2, 0, 1))
+        return frames.reshape(-1, *self.shape[1:])

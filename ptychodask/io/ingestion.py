@@ -1,0 +1,535 @@
+"""`ingest`: a foreign file becomes a store, block by block."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.io.formats import detect_format, open_container, reader_of
+from ptychodask.io.geometry import (
+    HC_EV_M,
+    FrameGrid,
+    as_stored,
+    centre_of_mass,
+    mean_counts,
+    pixel_size_m,
+    rim_phase,
+    stored_dtype,
+)
+from ptychodask.io.npy_stream import NpzFile, read_npy
+from ptychodask.io.probe import disc_probe, estimate_probe, zone_plate_probe
+from ptychodask.io.raw import RawFrames, block_ranges, scratch_file, spill
+from ptychodask.io.source import (
+    BLOCK_BYTES,
+    PROBE_MODELS,
+    Frames,
+    IngestSpec,
+    SourceScan,
+    as_mask,
+    as_probe,
+    ingest_spec,
+    listed_keys,
+)
+from ptychodask.scan import (
+    Calibration,
+    Domain,
+    PatternSource,
+    PtychodaskError,
+    Scan,
+    Truth,
+    check_pattern_shape,
+    check_positions,
+)
+from ptychodask.store import check_vacant, write_scan
+
+logger = logging.getLogger(__name__)
+
+LOST_LIGHT_NOTED = 0.01
+"""Share of a probe's light outside its new grid from which on the loss is a warning."""
+
+
+def ingest(
+    source: str | Path,
+    store: str | Path,
+    *,
+    format: str | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+    **reader_options: Any,
+) -> Scan:
+    """Make a store from a file of another program.
+
+    Parameters
+    ----------
+    source : path
+        An NPZ (also .npz.bz2) or HDF5 file.
+    store : path
+        The store to make; it appears when it is whole.
+    format : {"ptychopinn", "tike", "mapping"}, optional
+        By default what the file's keys say; "mapping" when `keys` is given.
+    overwrite : bool
+        Replace an existing store.
+    progress : bool, optional
+        True shows a bar, False does not; None shows it in a terminal and in Jupyter.
+    **reader_options
+        Fields of `IngestSpec`; other names are refused.
+
+    Returns
+    -------
+    Scan
+        The new store, opened.
+
+    Raises
+    ------
+    PtychodaskError
+        If the file, an option or the disk is not as it must be; then no store is written and an earlier one stays.
+
+    Notes
+    -----
+    Memory holds a few blocks of frames, however large the file. A file that cannot be read at random (compressed, or
+    with patterns along its last axis) is first unpacked into a scratch file, cropped already where it is compressed.
+    """
+    source, store = Path(source), Path(store)
+    spec = ingest_spec(reader_options)
+    check_vacant(store, overwrite=overwrite)
+    scratch = store.parent if spec.scratch is None else Path(spec.scratch)
+    with ExitStack() as stack:
+        container = open_container(source, scratch, stack)
+        name = detect_format(container, spec) if format is None else format
+        found = reader_of(name, spec, container.where)(container, spec)
+        options, diffraction = _prepare(found, spec, container.where, scratch, stack, progress)
+        return write_scan(
+            store,
+            diffraction=diffraction,
+            provenance=_provenance(source, name, spec),
+            overwrite=overwrite,
+            progress=progress,
+            **options,
+        )
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """What happens to a block of frames on its way into the store."""
+
+    grid: FrameGrid
+    domain: Domain
+    dtype: np.dtype[Any]
+    mask: NDArray[np.bool_] | None
+    where: str
+
+    def __call__(self, frames: NDArray[Any]) -> NDArray[Any]:
+        return as_stored(self.grid.patterns(frames, self.domain), self.dtype, self.mask, self.where)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Kept frames of a file with random access, prepared as they are read."""
+
+    frames: Frames
+    kept: NDArray[np.int64]
+    prepare: _Preparation
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.kept), self.prepare.grid.n_pixels, self.prepare.grid.n_pixels
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.prepare.dtype
+
+    def __getitem__(self, index: Any, /) -> NDArray[Any]:
+        return self.prepare(self.frames[self.kept[index]])
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Kept labels of a file with random access, as complex64."""
+
+    frames: Frames
+    kept: NDArray[np.int64]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.kept), *self.frames.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.complex64)
+
+    def __getitem__(self, index: Any, /) -> NDArray[np.complex64]:
+        return self.frames[self.kept[index]].astype(np.complex64)
+
+
+def _prepare(
+    found: SourceScan, spec: IngestSpec, where: str, scratch: Path, stack: ExitStack, progress: bool | None
+) -> tuple[dict[str, Any], PatternSource]:
+    """Keyword arguments of `write_scan` from what a reader found, and the patterns."""
+    n_frames = found.frames.shape[0]
+    _check_lengths(found, where)
+    kept = kept_frames(n_frames, spec.drop_frames, where)
+    check_positions(found.position_yx[kept], len(kept), where)
+    frame_mask = _frame_mask(found, spec, where)
+    grid = _grid(found, spec, frame_mask, where)
+    mask = grid.mask(frame_mask)
+    if mask is not None and not mask.any():
+        raise PtychodaskError(f"{where}: the mask leaves no good pixel; it is True where a pixel is good")
+    object_pixel_m = _object_pixel_m(spec, grid, where)
+    position_yx_px = _position_yx_px(found, grid, object_pixel_m, where)[kept]
+    truth = _truth(found, grid, position_yx_px, where)
+    _check_label(found, grid, where)
+    dtype = stored_dtype(found.frames.dtype, found.domain, grid.bin)
+    prepare = _Preparation(grid, found.domain, dtype, mask, where)
+    diffraction = _at_random(found.frames, kept, prepare, scratch, stack, progress, where)
+    probe, calibration = _probe(found, spec, grid, diffraction, mask, where)
+    return {
+        "position_yx_px": position_yx_px,
+        "probe": probe,
+        "domain": found.domain,
+        "calibration": calibration,
+        "incident_counts": spec.incident_counts,
+        "mask": mask,
+        "flux": None if found.flux is None else found.flux[kept],
+        "scan_index": None if found.scan_index is None else found.scan_index[kept],
+        "source_index": kept,
+        "truth": truth,
+        "label": None if found.label is None else _labels(found.label, kept, scratch, stack, progress, where),
+        "pixel_size_m": object_pixel_m,
+        "energy_ev": spec.energy_ev,
+        "distance_m": spec.distance_m,
+    }, diffraction
+
+
+def _check_lengths(found: SourceScan, where: str) -> None:
+    shape = found.frames.shape
+    if len(shape) != 3 or 0 in shape:
+        raise PtychodaskError(f"{where}: patterns have shape {shape}, expected (pattern, qy, qx) and none of them 0")
+    if found.frames.dtype.kind not in "buif":
+        raise PtychodaskError(f"{where}: patterns have type {found.frames.dtype}, expected counts or amplitudes")
+    if len(found.position_yx) != shape[0]:
+        raise PtychodaskError(
+            f"{where}: {shape[0]} patterns but {len(found.position_yx)} positions (patterns of shape {shape}); "
+            "every pattern needs exactly one: mend the file, or say its order of axes with axes= (--axes)"
+        )
+    for name in ("flux", "scan_index"):
+        values = getattr(found, name)
+        if values is not None and len(values) != shape[0]:
+            raise PtychodaskError(f"{where}: {shape[0]} patterns but {len(values)} values of {name}; mend the file")
+
+
+def kept_frames(n_frames: int, drop: str | Sequence[int | slice] | None, where: str) -> NDArray[np.int64]:
+    """Rows of a file that stay when some are dropped.
+
+    Parameters
+    ----------
+    n_frames : int
+    drop : str or sequence of int and slice, optional
+        "3,10:20" means row 3 and rows 10 to 19.
+    where : str
+        The file, for messages.
+
+    Returns
+    -------
+    int64 array
+        Ascending.
+
+    Raises
+    ------
+    PtychodaskError
+        If a part is no row or range of the file, or nothing stays.
+
+    Examples
+    --------
+    >>> kept_frames(8, "0,2:4,7:", "scan.npz").tolist()
+    [1, 4, 5, 6]
+    """
+    keep = np.ones(n_frames, bool)
+    parts = [part.strip() for part in drop.split(",")] if isinstance(drop, str) else list(drop or ())
+    for part in parts:
+        keep[_rows(part, n_frames, where)] = False
+    if not keep.any():
+        raise PtychodaskError(f"{where}: drop_frames leaves none of {n_frames} frames")
+    return np.flatnonzero(keep)
+
+
+def _rows(part: str | int | slice, n_frames: int, where: str) -> slice:
+    try:
+        if isinstance(part, str) and ":" in part:
+            low, high = part.split(":")
+            part = slice(int(low) if low.strip() else 0, int(high) if high.strip() else n_frames)
+        rows = part if isinstance(part, slice) else slice(int(part), int(part) + 1)
+        start = 0 if rows.start is None else int(rows.start)
+        stop = n_frames if rows.stop is None else int(rows.stop)
+    except (TypeError, ValueError) as error:
+        raise PtychodaskError(
+            f"{where}: drop_frames has the part {part!r}, expected a row or a range '10:20'"
+        ) from error
+    if not 0 <= start < stop <= n_frames:
+        raise PtychodaskError(f"{where}: drop_frames has the part {part!r}, expected rows of 0..{n_frames - 1}")
+    return slice(start, stop, rows.step)
+
+
+def _frame_mask(found: SourceScan, spec: IngestSpec, where: str) -> NDArray[np.bool_] | None:
+    if spec.mask is not None and found.mask is not None:
+        raise PtychodaskError(f"{where}: mask= and a mask among keys= say the same thing; pass one of them")
+    mask = found.mask if spec.mask is None else as_mask(read_npy(spec.mask), str(spec.mask))
+    if mask is not None and mask.shape != found.frames.shape[1:]:
+        raise PtychodaskError(
+            f"{where}: the mask has shape {mask.shape}, expected {found.frames.shape[1:]} as the frames"
+        )
+    return mask
+
+
+def _grid(found: SourceScan, spec: IngestSpec, mask: NDArray[np.bool_] | None, where: str) -> FrameGrid:
+    height, width = (int(n) for n in found.frames.shape[1:])
+    if spec.n_pixels is None and height != width:
+        check_pattern_shape(found.frames.shape, where)
+    n_pixels = height // spec.bin if spec.n_pixels is None else int(spec.n_pixels)
+    check_pattern_shape((found.frames.shape[0], n_pixels, n_pixels), where)
+    if spec.centre == "dc":
+        centre = (height // 2, width // 2)
+    elif spec.centre == "auto":
+        centre = _found_centre(found, mask, where)
+        logger.info("%s: the beam's centre is at (y, x) = %s of %s", where, centre, (height, width))
+    else:
+        centre = (round(float(spec.centre[0])), round(float(spec.centre[1])))
+    if not (0 <= centre[0] < height and 0 <= centre[1] < width):
+        raise PtychodaskError(f"{where}: centre is {centre}, expected a pixel of the {height} x {width} frame")
+    return FrameGrid(frame_shape=(height, width), n_pixels=n_pixels, bin=int(spec.bin), dc=found.dc, centre_yx=centre)
+
+
+def _found_centre(found: SourceScan, mask: NDArray[np.bool_] | None, where: str) -> tuple[int, int]:
+    mean = mean_counts(_in_order(found.frames), found.domain)
+    if mask is not None:
+        mean = mean * mask
+    return centre_of_mass(np.fft.fftshift(mean) if found.dc == "corner" else mean, where)
+
+
+def _in_order(frames: Frames) -> Iterator[NDArray[Any]]:
+    yield from frames.blocks()
+
+
+def _object_pixel_m(spec: IngestSpec, grid: FrameGrid, where: str) -> float | None:
+    """Object pixel as the user says, or λz/(extent of the detector); None where neither is known."""
+    wavelength_m = _wavelength_m(spec)
+    computed = None
+    if wavelength_m and spec.distance_m and spec.detector_pixel_m:
+        computed = pixel_size_m(wavelength_m, spec.distance_m, spec.detector_pixel_m, grid.extent)
+    if spec.pixel_size_m and computed and not np.isclose(spec.pixel_size_m, computed, rtol=0.01):
+        raise PtychodaskError(
+            f"{where}: pixel_size_m is {spec.pixel_size_m:.4g} but wavelength, distance and detector pixel make it "
+            f"{computed:.4g}; leave pixel_size_m out, or correct the optics"
+        )
+    return spec.pixel_size_m or computed
+
+
+def _wavelength_m(spec: IngestSpec) -> float | None:
+    return HC_EV_M / spec.energy_ev if spec.energy_ev else spec.wavelength_m
+
+
+def _position_yx_px(
+    found: SourceScan, grid: FrameGrid, object_pixel_m: float | None, where: str
+) -> NDArray[np.float64]:
+    if found.unit == "px":
+        return found.position_yx * np.array(grid.position_scale_yx)
+    if object_pixel_m is None:
+        raise PtychodaskError(
+            f"{where}: positions are in {found.unit} and the object pixel is not known; "
+            "pass pixel_size_m=, or energy_ev=, distance_m= and detector_pixel_m="
+        )
+    return found.position_yx * ({"um": 1e-6, "m": 1.0}[found.unit] / object_pixel_m)
+
+
+def _truth(found: SourceScan, grid: FrameGrid, position_yx_px: NDArray[np.float64], where: str) -> Truth | None:
+    if found.object is None:
+        return None
+    half = grid.n_pixels / 2
+    inside = (position_yx_px >= half).all() and (position_yx_px <= np.array(found.object.shape) - half).all()
+    for left_out, reason in (
+        (grid.changes_the_object_grid, "crop, padding or bin changes the object's grid"),
+        (not inside, "it does not cover the scan"),
+        (not np.isfinite(found.object).all(), "it has values that are not finite"),
+        (bool((found.object == found.object.flat[0]).all()), "it is constant, a placeholder"),
+    ):
+        if left_out:
+            logger.info("%s: left out its object as truth: %s", where, reason)
+            return None
+    return Truth(found.object)
+
+
+def _check_label(found: SourceScan, grid: FrameGrid, where: str) -> None:
+    if found.label is None:
+        return
+    if found.label.shape != found.frames.shape:
+        raise PtychodaskError(
+            f"{where}: labels have shape {found.label.shape}, expected {found.frames.shape} as the patterns"
+        )
+    if grid.changes_the_object_grid:
+        raise PtychodaskError(
+            f"{where}: its labels do not fit patterns of another size; leave n_pixels= and bin= out, "
+            "or name the file's arrays with keys=, without 'label'"
+        )
+
+
+def _at_random(
+    frames: Frames,
+    kept: NDArray[np.int64],
+    prepare: _Preparation,
+    scratch: Path,
+    stack: ExitStack,
+    progress: bool | None,
+    where: str,
+) -> PatternSource:
+    """Prepared patterns that can be read in any order: through scratch where the file itself cannot."""
+    if frames.random_access:
+        return _Prepared(frames, kept, prepare)
+    n_pixels = prepare.grid.n_pixels
+    n_bytes = len(kept) * n_pixels * n_pixels * prepare.dtype.itemsize
+    file = stack.enter_context(scratch_file(scratch, n_bytes, f"{where}: unpacking"))
+    spill(frames, kept, prepare, file, folder=scratch, progress=progress)
+    return RawFrames(file, 0, (len(kept), n_pixels, n_pixels), prepare.dtype, where=where)
+
+
+def _labels(
+    label: Frames, kept: NDArray[np.int64], scratch: Path, stack: ExitStack, progress: bool | None, where: str
+) -> PatternSource:
+    if label.random_access:
+        return _Labels(label, kept)
+    n_bytes = len(kept) * label.shape[1] * label.shape[2] * 8
+    file = stack.enter_context(scratch_file(scratch, n_bytes, f"{where}: unpacking labels"))
+    spill(label, kept, lambda block: block.astype(np.complex64), file, folder=scratch, progress=progress)
+    return RawFrames(file, 0, (len(kept), *label.shape[1:]), np.dtype(np.complex64), where=where)
+
+
+def _probe(
+    found: SourceScan,
+    spec: IngestSpec,
+    grid: FrameGrid,
+    diffraction: PatternSource,
+    mask: NDArray[np.bool_] | None,
+    where: str,
+) -> tuple[NDArray[np.complex64], Calibration]:
+    """The initial probe on the scan's grid, and its calibration."""
+    kind = spec.probe or ("file" if found.probe is not None else "estimate")
+    if spec.probe is None and kind == "estimate":
+        logger.info("%s: holds no probe; it is estimated from the mean pattern (probe=)", where)
+    if kind in ("file", "disc", "zone_plate", "estimate"):
+        calibration = spec.calibration or (found.calibration if kind == "file" else "mean_counts")
+    else:
+        calibration = spec.calibration or "mean_counts"
+    if calibration == "as_given" and kind in ("disc", "zone_plate", "estimate"):
+        raise PtychodaskError(
+            f"{where}: a probe made by {kind!r} has no scale of its own; "
+            "pass calibration='mean_counts', or 'incident' with incident_counts="
+        )
+    if kind == "file":
+        if found.probe is None:
+            raise PtychodaskError(f"{where}: holds no probe; pass probe= 'disc', 'zone_plate', 'estimate' or a path")
+        return _on_grid(found.probe, grid, where), calibration
+    if kind == "disc":
+        return disc_probe(grid.n_pixels, diameter_px=float(spec.probe_diameter_px or 0)), calibration
+    if kind == "zone_plate":
+        return _zone_plate(spec, grid, where), calibration
+    if kind == "estimate":
+        mean = mean_counts(_stored_blocks(diffraction), found.domain)
+        return estimate_probe(np.sqrt(mean if mask is None else mean * mask)), calibration
+    return _on_grid(_probe_file(kind), grid, kind), calibration
+
+
+def _stored_blocks(diffraction: PatternSource) -> Iterator[NDArray[Any]]:
+    for start, stop in block_ranges(diffraction.shape, diffraction.dtype.itemsize):
+        yield diffraction[np.arange(start, stop)]
+
+
+def _on_grid(probe: NDArray[np.complex64], grid: FrameGrid, where: str) -> NDArray[np.complex64]:
+    """A probe on the file's grid or on the scan's, on the scan's."""
+    if probe.shape[1:] == (grid.n_pixels, grid.n_pixels):
+        return probe
+    if probe.shape[1:] != grid.frame_shape:
+        raise PtychodaskError(
+            f"{where}: the probe has shape {probe.shape}, expected (mode, {grid.n_pixels}, {grid.n_pixels}) "
+            f"or (mode, {grid.frame_shape[0]}, {grid.frame_shape[1]}) as the frames"
+        )
+    resampled = grid.probe(probe)
+    before = float((np.abs(probe) ** 2).sum(dtype=np.float64))
+    kept = float((np.abs(resampled) ** 2).sum(dtype=np.float64)) / before if before > 0 else 1.0
+    if kept < 1 - LOST_LIGHT_NOTED:
+        logger.warning("%s: %.0f %% of the probe's light lies outside its new grid", where, 100 * (1 - kept))
+    return resampled
+
+
+def _zone_plate(spec: IngestSpec, grid: FrameGrid, where: str) -> NDArray[np.complex64]:
+    outer_px, defocus = float(spec.probe_diameter_px or 0), spec.probe_defocus
+    if defocus is None:
+        wavelength_m = _wavelength_m(spec)
+        if not (wavelength_m and spec.distance_m and spec.detector_pixel_m and spec.probe_defocus_m):
+            raise PtychodaskError(
+                f"{where}: probe_defocus_m needs energy_ev= (or wavelength_m=), distance_m= and detector_pixel_m=; "
+                "pass them, or probe_defocus= in radians"
+            )
+        defocus = rim_phase(
+            spec.probe_defocus_m,
+            wavelength_m=wavelength_m,
+            distance_m=spec.distance_m,
+            pattern_pixel_m=spec.detector_pixel_m * grid.bin,
+            outer_px=outer_px,
+        )
+    return zone_plate_probe(grid.n_pixels, outer_px=outer_px, stop_px=spec.probe_stop_px or 0.0, defocus=defocus)
+
+
+def _probe_file(path: str) -> NDArray[np.complex64]:
+    """A probe from a .npy, or from the only key, `probe` or `probeGuess` of a .npz."""
+    if not Path(path).is_file():
+        raise PtychodaskError(f"{path}: no such file; probe= is a path or one of: {', '.join(PROBE_MODELS)}")
+    if Path(path).suffix != ".npz":
+        return as_probe(read_npy(path), path)
+    with ExitStack() as stack:
+        file = stack.enter_context(Path(path).open("rb"))
+        npz = NpzFile(file, path, Path(path).parent, stack)
+        keys = npz.keys()
+        named = keys if len(keys) == 1 else [key for key in ("probe", "probeGuess") if key in keys]
+        if len(named) != 1:
+            raise PtychodaskError(
+                f"{path}: expected one array, or one named 'probe' or 'probeGuess'; keys found: {listed_keys(keys)}"
+            )
+        return as_probe(npz.array(named[0]), path)
+
+
+def _provenance(source: Path, name: str, spec: IngestSpec) -> dict[str, Any]:
+    packages = ("ptychodask", "numpy", "zarr")
+    return {
+        "source": str(source.resolve()),
+        "sha256": _sha256(source),
+        "reader": name,
+        "options": {key: _plain(value) for key, value in spec.given().items()},
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A value of an option as JSON holds it."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else str(value)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

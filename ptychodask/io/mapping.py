@@ -1,0 +1,148 @@
+"""Any NPZ or HDF5 file, by a mapping from our names to the file's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.io.source import (
+    FORMAT_OPTIONS,
+    Container,
+    IngestSpec,
+    SourceScan,
+    Unit,
+    as_mask,
+    as_probe,
+    as_vector,
+    as_whole_numbers,
+    frame_axes,
+    listed_keys,
+    pattern_axis_is_last,
+)
+from ptychodask.scan import PtychodaskError
+
+OPTIONS = FORMAT_OPTIONS
+
+_UNIT_NAMES: dict[str, Unit] = {
+    "px": "px",
+    "pixel": "px",
+    "pixels": "px",
+    "m": "m",
+    "meter": "m",
+    "metre": "m",
+    "um": "um",
+    "µm": "um",
+    "μm": "um",
+    "micron": "um",
+    "microns": "um",
+}
+
+
+def recognises(keys: Sequence[str]) -> bool:
+    """A mapping is always asked for."""
+    return False
+
+
+def read(container: Container, spec: IngestSpec) -> SourceScan:
+    """Read the arrays that `spec.keys` names; what neither the file nor the spec says is asked for.
+
+    Notes
+    -----
+    ``position`` is (pattern, 2) in the order (y, x), in place of ``y`` and ``x``; ``mask`` is True where a pixel is
+    good; ``object`` has its pixel [0, 0] at position (0, 0) and needs positions in pixels, not turned.
+    """
+    keys = _complete(container, spec)
+    where = container.where
+    unit = _unit(container, keys, spec)
+    turned = spec.flip_y or spec.flip_x or spec.swap_xy
+    if "object" in keys and (turned or unit != "px"):
+        raise PtychodaskError(
+            f"{where}: an object can be placed only with positions in px of its own, neither flipped nor swapped; "
+            "leave key 'object' out"
+        )
+    if spec.domain is None:
+        raise PtychodaskError(
+            f"{where}: nothing says whether '{keys['diffraction']}' holds counts or amplitudes; "
+            "pass domain='counts' or domain='amplitude' (--domain)"
+        )
+    position_yx = _positions(container, keys, spec)
+    axes = frame_axes(container.shape(keys["diffraction"]))
+    last = pattern_axis_is_last(axes, len(position_yx), spec.axes, f"{where}[{keys['diffraction']}]")
+
+    def optional(name: str) -> NDArray[Any] | None:
+        return container.array(keys[name]) if name in keys else None
+
+    probe, mask, object_, flux, scan_index = map(optional, ("probe", "mask", "object", "flux", "scan_index"))
+    return SourceScan(
+        frames=container.frames(keys["diffraction"], pattern_last=last),
+        position_yx=position_yx,
+        unit=unit,
+        domain=spec.domain,
+        dc=spec.dc or "centre",
+        calibration="mean_counts",
+        probe=None if probe is None else as_probe(probe, f"{where}[{keys['probe']}]"),
+        mask=None if mask is None else as_mask(mask, f"{where}[{keys['mask']}]"),
+        object=None if object_ is None else _as_object(object_, f"{where}[{keys['object']}]"),
+        label=container.frames(keys["label"], pattern_last=last) if "label" in keys else None,
+        flux=None if flux is None else as_vector(flux, f"{where}[{keys['flux']}]"),
+        scan_index=None if scan_index is None else as_whole_numbers(scan_index, f"{where}[{keys['scan_index']}]"),
+    )
+
+
+def _complete(container: Container, spec: IngestSpec) -> dict[str, str]:
+    keys = dict(spec.keys or {})
+    pair, single = "y" in keys and "x" in keys, "position" in keys
+    if "diffraction" not in keys or pair == single or ("y" in keys) != ("x" in keys):
+        raise PtychodaskError(
+            f"{container.where}: keys= names {listed_keys(sorted(keys))}, expected 'diffraction' and either "
+            f"'y' and 'x' or 'position'; keys found in the file: {listed_keys(container.keys())}"
+        )
+    for key in keys.values():
+        container.shape(key)  # refuses a key that is not there
+    return keys
+
+
+def _unit(container: Container, keys: dict[str, str], spec: IngestSpec) -> Unit:
+    if spec.units is not None:
+        return spec.units
+    key = keys.get("position") or keys["y"]
+    noted = container.unit(key)
+    if noted is not None and noted.strip().lower() in _UNIT_NAMES:
+        return _UNIT_NAMES[noted.strip().lower()]
+    raise PtychodaskError(
+        f"{container.where}: the unit of the positions '{key}' is {noted or 'not noted'}, "
+        f"expected one of: {', '.join(get_args(Unit))}; pass units= (--units)"
+    )
+
+
+def _positions(container: Container, keys: dict[str, str], spec: IngestSpec) -> NDArray[np.float64]:
+    if "position" in keys:
+        position = container.array(keys["position"])
+        if position.ndim == 3 and len(position) == 1:
+            position = position[0]
+        if position.ndim != 2 or position.shape[1] != 2:
+            raise PtychodaskError(
+                f"{container.where}[{keys['position']}]: positions have shape {position.shape}, expected (pattern, 2) "
+                "in the order (y, x)"
+            )
+    else:
+        y, x = (as_vector(container.array(keys[name]), f"{container.where}[{keys[name]}]") for name in ("y", "x"))
+        if len(y) != len(x):
+            raise PtychodaskError(
+                f"{container.where}: {len(y)} positions y but {len(x)} positions x; name matching keys"
+            )
+        position = np.stack([y, x], axis=1)
+    if position.dtype.kind not in "iuf":
+        raise PtychodaskError(f"{container.where}: positions have type {position.dtype}, expected numbers")
+    position = position[:, ::-1] if spec.swap_xy else position
+    sign = np.array([-1.0 if spec.flip_y else 1.0, -1.0 if spec.flip_x else 1.0])
+    return position.astype(np.float64) * sign
+
+
+def _as_object(values: NDArray[Any], where: str) -> NDArray[np.complex64]:
+    if values.ndim != 2 or values.dtype.kind not in "cfiu":
+        raise PtychodaskError(f"{where}: the object has shape {values.shape}, expected complex (y, x)")
+    return values.astype(np.complex64)

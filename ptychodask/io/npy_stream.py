@@ -1,0 +1,278 @@
+"""NumPy's NPY and NPZ files, read as streams: no pickles, no allocation that the file's length does not bear out."""
+
+from __future__ import annotations
+
+import struct
+import tokenize
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.lib import format as npy_format
+from numpy.typing import NDArray
+
+from ptychodask.io.raw import (
+    RawFrames,
+    block_ranges,
+    oriented,
+    read_exactly,
+    scratch_file,
+    turn_patterns_first,
+)
+from ptychodask.io.source import BLOCK_BYTES, Frames, frame_axes, require_keys
+from ptychodask.scan import PtychodaskError
+
+DEFLATE_LIMIT = 1032
+"""A deflated byte stands for this many bytes at most (zlib's technical notes)."""
+
+_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    SyntaxError,
+    MemoryError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    tokenize.TokenError,
+)
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Turn what a damaged file makes the standard library raise into one clear line."""
+    try:
+        yield
+    except PtychodaskError:
+        raise
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise PtychodaskError(
+            f"{where}: cannot be read ({reason}); the file is truncated or damaged: copy it again"
+        ) from error
+
+
+@dataclass(frozen=True)
+class NpyHeader:
+    """What an NPY stream says about its array."""
+
+    shape: tuple[int, ...]
+    """Shape of the array."""
+
+    fortran: bool
+    """First axis fastest."""
+
+    dtype: np.dtype[Any]
+    """Type of the values, byte order included."""
+
+    length: int
+    """Bytes before the first value."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all values."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(stream: IO[bytes], n_bytes: int, where: str) -> NpyHeader:
+    """Read an NPY header and check it against the length of the stream.
+
+    Parameters
+    ----------
+    stream : binary file
+        At the start of the NPY data; left at the first value.
+    n_bytes : int
+        Length of the NPY data, header included.
+    where : str
+        The array's name, for messages.
+
+    Raises
+    ------
+    PtychodaskError
+        If it is no NPY header, or the values it announces do not fill the rest of the stream exactly.
+    """
+    with reading(where), warnings.catch_warnings():
+        # Headers written by Python 2 or with old type names draw warnings, no harm.
+        warnings.simplefilter("ignore")
+        version = npy_format.read_magic(stream)
+        readers = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
+        if version not in readers:
+            raise PtychodaskError(f"{where}: NPY version {version} is not read, expected (1, 0) or (2, 0)")
+        shape, fortran, dtype = readers[version](stream)
+        header = NpyHeader(tuple(int(n) for n in shape), bool(fortran), dtype, stream.tell())
+    if not dtype.hasobject and (min(header.shape, default=0) < 0 or header.length + header.n_bytes != n_bytes):
+        raise PtychodaskError(
+            f"{where}: values of shape {header.shape} and type {dtype} take {header.n_bytes} bytes, "
+            f"found {n_bytes - header.length}; the file is truncated or damaged: copy it again"
+        )
+    return header
+
+
+def read_values(stream: IO[bytes], header: NpyHeader, where: str) -> NDArray[Any]:
+    """All values behind a header, in native byte order; pickled objects are refused."""
+    if header.dtype.hasobject:
+        raise PtychodaskError(f"{where}: holds pickled Python objects, which are never loaded; save plain numbers")
+    with reading(where):
+        values = np.empty(prod(header.shape), header.dtype)
+        read_exactly(stream, values, where)
+        values = values.reshape(header.shape, order="F" if header.fortran else "C")
+    return values.astype(header.dtype.newbyteorder("="), copy=False)
+
+
+def read_npy(path: str | Path) -> NDArray[Any]:
+    """The array of one .npy file.
+
+    Raises
+    ------
+    PtychodaskError
+        If there is no such file, or it is no whole NPY file of plain numbers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PtychodaskError(f"{path}: no such file")
+    with reading(str(path)), path.open("rb") as file:
+        return read_values(file, read_header(file, path.stat().st_size, str(path)), str(path))
+
+
+class NpzFile:
+    """The arrays of an NPZ file: see `Container`.
+
+    Parameters
+    ----------
+    file : binary file
+        Open and seekable; whoever opened it closes it.
+    where : str
+        Its name, for messages.
+    scratch : Path
+        Folder for what has to be turned before it can be read by pattern.
+    stack : ExitStack
+        What is opened here is closed with it.
+    """
+
+    def __init__(self, file: IO[bytes], where: str, scratch: Path, stack: ExitStack) -> None:
+        self.where = where
+        self._file, self._scratch, self._stack = file, scratch, stack
+        with reading(where):
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            self._members = {
+                name.removesuffix(".npy"): archive.getinfo(name) for name in archive.namelist() if name.endswith(".npy")
+            }
+            self._file_bytes = file.seek(0, 2)
+        self._archive = archive
+        self._headers: dict[str, NpyHeader] = {}
+
+    def keys(self) -> list[str]:
+        return list(self._members)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._header(key).shape
+
+    def dtype(self, key: str) -> np.dtype[Any]:
+        return self._header(key).dtype.newbyteorder("=")
+
+    def unit(self, key: str) -> str | None:
+        return None
+
+    def array(self, key: str) -> NDArray[Any]:
+        header, where = self._header(key), f"{self.where}[{key}]"
+        with self._values(key) as stream:
+            return read_values(stream, header, where)
+
+    def frames(self, key: str, *, pattern_last: bool = False) -> Frames:
+        header, where = self._header(key), f"{self.where}[{key}]"
+        if header.dtype.kind not in "buifc":
+            raise PtychodaskError(f"{where}: values have type {header.dtype}, expected numbers")
+        axes = frame_axes(header.shape)
+        shape = (axes[2], *axes[:2]) if pattern_last else axes
+        if pattern_last != header.fortran:
+            return self._turned(key, shape, transposed=header.fortran)
+        if self._members[key].compress_type != zipfile.ZIP_STORED:
+            return _StreamedFrames(self, key, shape, header)
+        with self._values(key) as stream, reading(where):
+            while stream.read(BLOCK_BYTES):
+                pass  # read to its end once, so that the archive's checksum is compared
+        offset = self._member_offset(key) + header.length
+        return RawFrames(self._file, offset, shape, header.dtype, where=where, transposed=header.fortran)
+
+    def _header(self, key: str) -> NpyHeader:
+        require_keys(self, [key])
+        if key not in self._headers:
+            member, where = self._members[key], f"{self.where}[{key}]"
+            if (
+                member.compress_size > self._file_bytes
+                or member.file_size > DEFLATE_LIMIT * member.compress_size + 1024
+            ):
+                raise PtychodaskError(
+                    f"{where}: {member.file_size} bytes cannot come from {member.compress_size} compressed ones "
+                    f"in a file of {self._file_bytes}; the file is truncated or damaged: copy it again"
+                )
+            with reading(where), self._archive.open(member) as stream:
+                self._headers[key] = read_header(stream, member.file_size, where)
+        return self._headers[key]
+
+    @contextmanager
+    def _values(self, key: str) -> Iterator[IO[bytes]]:
+        """The member as a stream, at its first value."""
+        header, where = self._header(key), f"{self.where}[{key}]"
+        with reading(where):
+            stream = self._archive.open(self._members[key])
+            stream.read(header.length)
+        with stream:
+            yield stream
+
+    def _member_offset(self, key: str) -> int:
+        """Byte of the file where a stored member begins (PKWARE APPNOTE, section 4.3.7)."""
+        start = self._members[key].header_offset
+        with reading(self.where):
+            self._file.seek(start + 26)
+            name_length, extra_length = struct.unpack("<HH", self._file.read(4))
+        return start + 30 + name_length + extra_length
+
+    def _turned(self, key: str, shape: tuple[int, ...], *, transposed: bool) -> RawFrames:
+        header, where = self._header(key), f"{self.where}[{key}]"
+        what = f"{where}: turning (qy, qx, pattern) into (pattern, qy, qx)"
+        file = self._stack.enter_context(scratch_file(self._scratch, header.n_bytes, what))
+        with self._values(key) as stream, reading(where):
+            n_frame = shape[1] * shape[2]
+            turn_patterns_first(stream, n_frame, shape[0], header.dtype, file, folder=self._scratch, where=where)
+        return RawFrames(file, 0, shape, header.dtype, where=where, transposed=transposed)
+
+
+class _StreamedFrames:
+    """Frames of a compressed member: in order only."""
+
+    random_access = False
+
+    def __init__(self, npz: NpzFile, key: str, shape: tuple[int, ...], header: NpyHeader) -> None:
+        self._npz, self._key, self._shape, self._header = npz, key, shape, header
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._header.dtype.newbyteorder("=")
+
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        where = f"{self._npz.where}[{self._key}]"
+        with self._npz._values(self._key) as stream:
+            for start, stop in block_ranges(self._shape, self._header.dtype.itemsize):
+                frames = np.empty((stop - start, self._shape[1] * self._shape[2]), self._header.dtype)
+                with reading(where):
+                    read_exactly(stream, frames, where)
+                yield oriented(frames, self._shape, transposed=self._header.fortran)
+
+    def __getitem__(self, index: NDArray[np.int64], /) -> NDArray[Any]:
+        raise TypeError(f"{self._npz.where}[{self._key}] is a stream: read it with blocks()")

@@ -1,0 +1,216 @@
+"""Frames as plain bytes in a file: read at random, and the scratch file that makes a stream so."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.io.source import BLOCK_BYTES, Frames
+from ptychodask.progress import show_progress
+from ptychodask.scan import PtychodaskError
+
+logger = logging.getLogger(__name__)
+
+
+class RawFrames:
+    """Frames that lie one after the other in an open file.
+
+    Parameters
+    ----------
+    file : binary file
+        Open for reading; whoever opened it closes it.
+    offset : int
+        Byte where frame 0 begins.
+    shape : (pattern, h, w)
+        As the frames are handed out.
+    dtype : dtype
+        As in the file, byte order included; handed out in native order.
+    transposed : bool
+        The file holds each frame as (w, h).
+    where : str
+        The file's name, for messages.
+    """
+
+    random_access = True
+
+    def __init__(
+        self,
+        file: IO[bytes],
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        *,
+        where: str,
+        transposed: bool = False,
+    ) -> None:
+        self._file, self._offset, self._stored, self._transposed, self._where = file, offset, dtype, transposed, where
+        self._shape = shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._stored.newbyteorder("=")
+
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        for start, stop in block_ranges(self._shape, self._stored.itemsize):
+            yield self[np.arange(start, stop)]
+
+    def __getitem__(self, index: NDArray[np.int64], /) -> NDArray[Any]:
+        n_pixels = self._shape[1] * self._shape[2]
+        frames = np.empty((len(index), n_pixels), self._stored)
+        ends = np.flatnonzero(np.diff(index, append=-2) != 1) + 1
+        for start, stop in zip(np.concatenate([[0], ends[:-1]]), ends, strict=True):
+            try:
+                self._file.seek(self._offset + int(index[start]) * n_pixels * self._stored.itemsize)
+                read_exactly(self._file, frames[start:stop], self._where)
+            except OSError as error:
+                raise PtychodaskError(f"{self._where}: cannot be read ({error.strerror or error})") from error
+        return oriented(frames, self._shape, transposed=self._transposed)
+
+
+def oriented(frames: NDArray[Any], shape: tuple[int, ...], *, transposed: bool) -> NDArray[Any]:
+    """Frames (k, h*w) as (k, h, w) in native byte order; `transposed` ones were stored (w, h)."""
+    native = frames.astype(frames.dtype.newbyteorder("="), copy=False)
+    if transposed:
+        return np.ascontiguousarray(native.reshape(-1, shape[2], shape[1]).transpose(0, 2, 1))
+    return native.reshape(-1, shape[1], shape[2])
+
+
+def block_ranges(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
+    """First and past-the-last frame of each block of about `BLOCK_BYTES`."""
+    step = max(1, BLOCK_BYTES // max(1, shape[1] * shape[2] * itemsize))
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
+
+
+def read_exactly(stream: IO[bytes], out: NDArray[Any], where: str) -> None:
+    """Fill a contiguous array from a stream, or refuse the file as truncated."""
+    view = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    while len(view):
+        piece = stream.read(min(len(view), BLOCK_BYTES))
+        if not piece:
+            raise PtychodaskError(f"{where}: the file is truncated: {len(view)} bytes are missing; copy it again")
+        view[: len(piece)] = piece
+        view = view[len(piece) :]
+
+
+@contextmanager
+def scratch_file(folder: Path, needed_bytes: int, what: str) -> Iterator[IO[bytes]]:
+    """A nameless file that is gone when the block ends, however it ends.
+
+    Parameters
+    ----------
+    folder : Path
+        Where it takes its disk space from.
+    needed_bytes : int
+        How much it will hold; 0 where nobody knows.
+    what : str
+        What it is for, for the log and for messages.
+
+    Raises
+    ------
+    PtychodaskError
+        If the folder is missing, has too little space, or refuses the writing.
+    """
+    if not folder.is_dir():
+        raise PtychodaskError(f"{folder}: the scratch folder does not exist; make it, or pass another scratch=")
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise PtychodaskError(
+            f"{folder}: {what} needs {megabytes(needed_bytes)} of scratch space and {megabytes(free)} are free; "
+            "free some, or pass another folder with scratch="
+        )
+    size = megabytes(needed_bytes) if needed_bytes else "space of unknown size"
+    logger.info("%s: takes %s of scratch in %s", what, size, folder)
+    with tempfile.TemporaryFile(dir=folder, prefix=".ptychodask-") as file:
+        yield file
+
+
+@contextmanager
+def writing_scratch(folder: Path) -> Iterator[None]:
+    """Turn a refusal of the scratch disk into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        raise PtychodaskError(
+            f"{folder}: scratch cannot be written ({error.strerror or error}); "
+            "free some space, or pass another folder with scratch="
+        ) from error
+
+
+def megabytes(n_bytes: int) -> str:
+    """A number of bytes for a message.
+
+    Examples
+    --------
+    >>> megabytes(2_345_678)
+    '2.3 MB'
+    """
+    return f"{n_bytes / 1e6:.1f} MB"
+
+
+def spill(
+    frames: Frames,
+    kept: NDArray[np.int64],
+    prepare: Callable[[NDArray[Any]], NDArray[Any]],
+    file: IO[bytes],
+    *,
+    folder: Path,
+    progress: bool | None,
+) -> None:
+    """Write the kept frames, prepared, one after the other into a scratch file.
+
+    Parameters
+    ----------
+    frames : Frames
+        Read once, in order.
+    kept : int64 array
+        Rows to keep, ascending.
+    prepare : callable
+        From a block of the file's frames to a block as it is stored.
+    file : binary file
+        Open for writing, at its start.
+    folder : Path
+        Of the scratch file, for messages.
+    progress : bool, optional
+        See `show_progress`.
+    """
+    start = 0
+    with show_progress("unpack", frames.shape[0], "patterns", progress) as bar:
+        for block in frames.blocks():
+            rows = kept[np.searchsorted(kept, start) : np.searchsorted(kept, start + len(block))] - start
+            prepared = prepare(block[rows])
+            with writing_scratch(folder):
+                file.write(np.ascontiguousarray(prepared).tobytes())
+            start += len(block)
+            bar.advance(len(block))
+    with writing_scratch(folder):
+        file.flush()
+
+
+def turn_patterns_first(
+    stream: IO[bytes], n_frame: int, n_patterns: int, dtype: np.dtype[Any], file: IO[bytes], *, folder: Path, where: str
+) -> None:
+    """Copy values stored (pixel, pattern) into a scratch file as (pattern, pixel), a slab of pixels at a time."""
+    step = max(1, BLOCK_BYTES // max(1, n_patterns * dtype.itemsize))
+    for first in range(0, n_frame, step):
+        slab = np.empty((min(step, n_frame - first), n_patterns), dtype)
+        read_exactly(stream, slab, where)
+        rows = np.ascontiguousarray(slab.T)
+        with writing_scratch(folder):
+            for pattern in range(n_patterns):
+                file.seek((pattern * n_frame + first) * dtype.itemsize)
+                file.write(rows[pattern].tobytes())
+    with writing_scratch(folder):
+        file.flush()

@@ -1,0 +1,388 @@
+"""What `ingest` is asked for, and what a reader of one format hands over to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.scan import Calibration, Domain, PtychodaskError, check_choice
+
+Unit = Literal["px", "um", "m"]
+"""Unit of positions in a file."""
+
+Dc = Literal["centre", "corner"]
+"""Where a file keeps the direct beam: [h//2, w//2] or [0, 0]."""
+
+Axes = Literal["pattern,qy,qx", "qy,qx,pattern"]
+"""Order of the axes of patterns in a file."""
+
+MAPPED_KEYS = ("diffraction", "y", "x", "position", "probe", "mask", "object", "label", "flux", "scan_index")
+"""Names that `keys` can map to a file's own."""
+
+PROBE_MODELS = ("file", "disc", "zone_plate", "estimate")
+"""Where an initial probe comes from, beside a path."""
+
+BLOCK_BYTES = 16 * 2**20
+"""Bytes of frames read from a file at a time."""
+
+FORMAT_OPTIONS = ("keys", "domain", "axes", "dc", "units", "flip_y", "flip_x", "swap_xy")
+"""Options that say what a file leaves open; a format that fixes one refuses it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestSpec:
+    """How a foreign file becomes a scan."""
+
+    keys: Mapping[str, str] | None = None
+    """Names of the file's own arrays, for example ``{"diffraction": "dp", "y": "pos_y", "x": "pos_x"}``."""
+
+    domain: Domain | None = None
+    """Unit of the patterns, where the format leaves it open."""
+
+    axes: Axes | None = None
+    """Order of the patterns' axes, where their shape leaves it open."""
+
+    dc: Dc | None = None
+    """Where the direct beam lies in the file; the middle unless said."""
+
+    units: Unit | None = None
+    """Unit of the positions."""
+
+    flip_y: bool = False
+    """Positions: y becomes -y (after `swap_xy`), for files whose y points up."""
+
+    flip_x: bool = False
+    """Positions: x becomes -x (after `swap_xy`), for files whose x points left."""
+
+    swap_xy: bool = False
+    """Positions: the two axes change places."""
+
+    n_pixels: int | None = None
+    """Pixels across a stored pattern, N; crops or pads about the beam's centre. The file's own divided by `bin`."""
+
+    bin: int = 1
+    """Detector pixels, along each axis, that are summed into one."""
+
+    centre: Literal["dc", "auto"] | tuple[float, float] = "dc"
+    """Where the beam's centre is in a frame (after `dc`): "dc" is [h//2, w//2], "auto" the centre of mass of the mean
+    pattern, or (y, x) in pixels of the frame; rounded to whole pixels."""
+
+    energy_ev: float | None = None
+    """Photon energy, electronvolts."""
+
+    wavelength_m: float | None = None
+    """Wavelength, metres, in place of `energy_ev`."""
+
+    distance_m: float | None = None
+    """Sample to detector, metres."""
+
+    detector_pixel_m: float | None = None
+    """Size of a detector pixel of the file, metres."""
+
+    pixel_size_m: float | None = None
+    """Size of an object pixel of the scan as it is stored, after `n_pixels` and `bin`, metres."""
+
+    probe: str | None = None
+    """"file", "disc", "zone_plate", "estimate", or the path of a .npy or .npz that holds it on the file's grid or on
+    the stored one; the file's own by default, else the estimate."""
+
+    probe_diameter_px: float | None = None
+    """Disc: diameter in object pixels. Zone plate: outer diameter of its pupil in pixels of the stored patterns."""
+
+    probe_stop_px: float | None = None
+    """Zone plate: diameter of the central stop in pixels of the stored patterns."""
+
+    probe_defocus: float | None = None
+    """Zone plate: phase of the defocus at the pupil's rim, radians."""
+
+    probe_defocus_m: float | None = None
+    """Zone plate: distance from the focus, metres, in place of `probe_defocus`; needs the optics."""
+
+    calibration: Calibration | None = None
+    """How the probe gets its scale; the format's own by default, "mean_counts" for a modelled probe."""
+
+    incident_counts: float | None = None
+    """Photons per pattern that meet the sample, for calibration "incident"."""
+
+    mask: str | Path | None = None
+    """A .npy of the file's frame, True (or not 0) where a detector pixel is good."""
+
+    drop_frames: str | Sequence[int | slice] | None = None
+    """Frames to leave out, rows in the file: "3,10:20" or a list of numbers and slices."""
+
+    scratch: str | Path | None = None
+    """Folder for what has to be unpacked or turned before it is stored; beside the store by default."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("domain", get_args(Domain)),
+            ("axes", get_args(Axes)),
+            ("dc", get_args(Dc)),
+            ("units", get_args(Unit)),
+            ("calibration", get_args(Calibration)),
+        ):
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), choices, "ingest")
+        for name in ("energy_ev", "wavelength_m", "distance_m", "detector_pixel_m", "pixel_size_m", "incident_counts"):
+            value = getattr(self, name)
+            if value is not None and not (np.isfinite(value) and value > 0):
+                raise PtychodaskError(f"ingest: {name} is {value}, expected a positive number")
+        for name, low in (("n_pixels", 8), ("bin", 1)):
+            value = getattr(self, name)
+            if value is not None and (int(value) != value or value < low):
+                raise PtychodaskError(f"ingest: {name} is {value}, expected a whole number from {low} on")
+        if self.energy_ev is not None and self.wavelength_m is not None:
+            raise PtychodaskError("ingest: energy_ev and wavelength_m say the same thing; pass one of them")
+        if self.incident_counts is not None and self.calibration != "incident":
+            raise PtychodaskError(
+                f"ingest: incident_counts has no meaning with calibration={self.calibration!r}; "
+                "pass calibration='incident'"
+            )
+        if isinstance(self.centre, str):
+            check_choice("centre", self.centre, ("dc", "auto", "(y, x)"), "ingest")
+        elif len(self.centre) != 2 or not np.isfinite(self.centre).all():
+            raise PtychodaskError(f"ingest: centre is {self.centre}, expected 'dc', 'auto' or (y, x)")
+        self._check_keys()
+        self._check_probe_options()
+
+    def _check_keys(self) -> None:
+        unknown = sorted(set(self.keys or ()) - set(MAPPED_KEYS))
+        if unknown:
+            raise PtychodaskError(
+                f"ingest: keys has no name {unknown[0]!r}, expected some of: {', '.join(MAPPED_KEYS)}"
+            )
+
+    def _check_probe_options(self) -> None:
+        meant = {
+            "disc": ("probe_diameter_px",),
+            "zone_plate": ("probe_diameter_px", "probe_stop_px", "probe_defocus", "probe_defocus_m"),
+        }.get(self.probe or "", ())
+        for name in ("probe_diameter_px", "probe_stop_px", "probe_defocus", "probe_defocus_m"):
+            if getattr(self, name) is not None and name not in meant:
+                raise PtychodaskError(f"ingest: {name} has no meaning with probe={self.probe!r}; leave it out")
+        if self.probe in ("disc", "zone_plate") and self.probe_diameter_px is None:
+            raise PtychodaskError(f"ingest: probe={self.probe!r} needs probe_diameter_px=")
+        if self.probe == "zone_plate" and (self.probe_defocus is None) == (self.probe_defocus_m is None):
+            raise PtychodaskError(
+                "ingest: probe='zone_plate' needs one of probe_defocus= (radians at the rim) and probe_defocus_m="
+            )
+
+    def given(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+def ingest_spec(options: Mapping[str, Any]) -> IngestSpec:
+    """Build a spec from named options; a name that is not an option is refused with the list of those that are."""
+    known = [f.name for f in fields(IngestSpec)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise PtychodaskError(f"ingest: there is no option {unknown[0]!r}, expected some of: {', '.join(known)}")
+    return IngestSpec(**options)
+
+
+class Frames(Protocol):
+    """Frames of a file (pattern, h, w): readable in order always, at random where `random_access` is True."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def random_access(self) -> bool: ...
+
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        """All frames in order, a block of about `BLOCK_BYTES` at a time."""
+
+    def __getitem__(self, index: NDArray[np.int64], /) -> NDArray[Any]:
+        """Frames at an integer array of rows; only with random access."""
+
+
+class Container(Protocol):
+    """A file of named arrays."""
+
+    @property
+    def where(self) -> str:
+        """The file's name, for messages."""
+
+    def keys(self) -> list[str]:
+        """Names of the arrays."""
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of an array."""
+
+    def dtype(self, key: str) -> np.dtype[Any]:
+        """Type of an array's values, in native byte order."""
+
+    def unit(self, key: str) -> str | None:
+        """The unit that the file notes beside an array."""
+
+    def array(self, key: str) -> NDArray[Any]:
+        """A small array, whole."""
+
+    def frames(self, key: str, *, pattern_last: bool = False) -> Frames:
+        """An array (pattern, h, w), or (h, w, pattern) turned, after axes of length 1 in front or behind are cut."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SourceScan:
+    """What a reader found in a file, on the file's own grid and in the file's own order."""
+
+    frames: Frames
+    """Patterns (pattern, h, w)."""
+
+    position_yx: NDArray[np.float64]
+    """Positions (pattern, 2), (y, x), +y down and +x right, in `unit`."""
+
+    unit: Unit
+    """Unit of the positions; "px" are object pixels of the file's own grid."""
+
+    domain: Domain
+    """Unit of the patterns."""
+
+    dc: Dc
+    """Where the direct beam lies."""
+
+    calibration: Calibration
+    """How the probe of the file gets its scale, unless the user says otherwise."""
+
+    probe: NDArray[np.complex64] | None = None
+    """Probe (mode, h, w), centred on [h//2, w//2]."""
+
+    mask: NDArray[np.bool_] | None = None
+    """True where a detector pixel is good (h, w), arranged as the frames."""
+
+    object: NDArray[np.complex64] | None = None
+    """The known object (y, x), its pixel [0, 0] at position (0, 0)."""
+
+    label: Frames | None = None
+    """Supervised labels (pattern, h, w)."""
+
+    flux: NDArray[np.float64] | None = None
+    """Incident flux of each pattern (pattern,), relative."""
+
+    scan_index: NDArray[np.int64] | None = None
+    """Experiment of each pattern (pattern,)."""
+
+
+def require_keys(container: Container, keys: Sequence[str]) -> None:
+    """Raise `PtychodaskError` unless the file has every key; the message lists those it has."""
+    found = container.keys()
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise missing_key(container, missing[0])
+
+
+def missing_key(container: Container, key: str) -> PtychodaskError:
+    """The error that says which key is missing and which are there."""
+    return PtychodaskError(
+        f"{container.where}: key {key!r} is missing; keys found: {listed_keys(container.keys())}; "
+        "map the file's own names with keys= (--key diffraction=... --key y=... --key x=...)"
+    )
+
+
+def listed_keys(keys: Sequence[str]) -> str:
+    """The first keys of a file in one line."""
+    return ", ".join(keys[:30]) + (f", ... ({len(keys)} in all)" if len(keys) > 30 else "") if keys else "(none)"
+
+
+def frame_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without axes of length 1 in front or behind, as long as it has more than three.
+
+    Examples
+    --------
+    >>> frame_axes((1, 516, 128, 128)), frame_axes((9, 64, 64, 1)), frame_axes((9, 64, 64, 4))
+    ((516, 128, 128), (9, 64, 64), (9, 64, 64, 4))
+    """
+    while len(shape) > 3 and shape[0] == 1:
+        shape = shape[1:]
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def pattern_axis_is_last(shape: tuple[int, ...], n_positions: int, axes: Axes | None, where: str) -> bool:
+    """Whether patterns are stored (h, w, pattern): by what the user says, else by the number of positions.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of the patterns, three axes.
+    n_positions : int
+    axes : Axes, optional
+        What the user says.
+    where : str
+        The file, for messages.
+
+    Raises
+    ------
+    PtychodaskError
+        If there are not three axes, or both orders fit and none is said.
+
+    Examples
+    --------
+    >>> pattern_axis_is_last((64, 64, 1500), 1500, None, "scan.npz")
+    True
+    """
+    if len(shape) != 3:
+        raise PtychodaskError(f"{where}: patterns have shape {shape}, expected (pattern, qy, qx)")
+    if axes is not None:
+        return axes == "qy,qx,pattern"
+    first, last = shape[0] == n_positions, shape[2] == n_positions
+    if first and last and shape[0] == shape[1]:
+        raise PtychodaskError(
+            f"{where}: patterns of shape {shape} with {n_positions} positions fit two orders of axes; "
+            "pass axes='pattern,qy,qx' or axes='qy,qx,pattern' (--axes)"
+        )
+    return last and not first
+
+
+def as_probe(values: NDArray[Any], where: str) -> NDArray[np.complex64]:
+    """A probe (mode, h, w) from (h, w), (mode, h, w), (h, w, 1) or more axes of length 1 in front."""
+    probe = values
+    while probe.ndim > 3 and probe.shape[0] == 1:
+        probe = probe[0]
+    if probe.ndim == 3 and probe.shape[2] == 1 and probe.shape[0] == probe.shape[1]:
+        probe = probe[..., 0]
+    if probe.ndim == 2:
+        probe = probe[None]
+    if probe.ndim != 3 or probe.dtype.kind not in "cfiu":
+        raise PtychodaskError(
+            f"{where}: the probe has shape {values.shape} and type {values.dtype}, "
+            "expected complex (mode, h, w) or (h, w)"
+        )
+    return np.ascontiguousarray(probe, dtype=np.complex64)
+
+
+def as_mask(values: NDArray[Any], where: str) -> NDArray[np.bool_]:
+    """A mask from booleans or whole numbers, True (or not 0) where a pixel is good."""
+    if values.ndim != 2 or values.dtype.kind not in "biu":
+        raise PtychodaskError(
+            f"{where}: the mask has shape {values.shape} and type {values.dtype}, "
+            "expected bool (h, w), True where a pixel is good"
+        )
+    return values.astype(bool)
+
+
+def as_vector(values: NDArray[Any], where: str) -> NDArray[np.float64]:
+    """Numbers as float64 (n,), whatever axes of length 1 they had."""
+    if values.dtype.kind not in "iuf" or values.size != max(values.shape, default=1):
+        raise PtychodaskError(
+            f"{where}: values have shape {values.shape} and type {values.dtype}, expected one number for each pattern"
+        )
+    return values.reshape(-1).astype(np.float64)
+
+
+def as_whole_numbers(values: NDArray[Any], where: str) -> NDArray[np.int64]:
+    """Whole numbers as int64 (n,)."""
+    vector = as_vector(values, where)
+    if not np.isfinite(vector).all() or (vector != np.rint(vector)).any():
+        raise PtychodaskError(f"{where}: values are not whole numbers, expected the experiment of each pattern")
+    return vector.astype(np.int64)
