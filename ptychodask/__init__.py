@@ -8,5 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "scan": ["PtychodaskError", "Scan"],
         "grouping": ["GroupingSpec", "Groups"],
         "store": ["group", "open_scan"],
+        "io": ["IngestSpec", "ingest"],
     },
 )
