@@ -14,12 +14,18 @@ class Progress(Protocol):
     def advance(self, amount: int = 1) -> None:
         """Say that `amount` more units are done."""
 
+    def expect(self, total: int) -> None:
+        """Correct the number of units in all."""
+
     def note(self, text: str) -> None:
         """Show a short text (a loss, a rate) beside the bar."""
 
 
 class _Silent:
     def advance(self, amount: int = 1) -> None:
+        pass
+
+    def expect(self, total: int) -> None:
         pass
 
     def note(self, text: str) -> None:
@@ -81,6 +87,9 @@ def show_progress(label: str, total: int, unit: str, show: bool | None = None) -
         class Bar:
             def advance(self, amount: int = 1) -> None:
                 bar.update(task, advance=amount)
+
+            def expect(self, total: int) -> None:
+                bar.update(task, total=total)
 
             def note(self, text: str) -> None:
                 bar.update(task, note=text)

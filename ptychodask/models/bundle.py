@@ -53,7 +53,8 @@ def save_model(model: Model, path: str | Path, *, overwrite: bool = False) -> Mo
         "trained_on": model.trained_on,
     }
     with whole_or_nothing(path, overwrite=overwrite) as folder:
-        np.savez(folder / "weights.npz", **{f"w{i:04d}": array for i, array in enumerate(model.weights)})
+        weights: dict[str, Any] = {f"w{i:04d}": array for i, array in enumerate(model.weights)}
+        np.savez(folder / "weights.npz", **weights)
         np.savez(
             folder / "optics.npz",
             probe=model.optics.probe,
