@@ -56,14 +56,14 @@ def diffract(exit_wave: NDArray[np.complexfloating[Any, Any]]) -> NDArray[np.flo
 
 
 def shift_probe(
-    probe: NDArray[np.complexfloating[Any, Any]], fraction_yx_px: tuple[float, float] | NDArray[np.float64]
+    probe: NDArray[np.complexfloating[Any, Any]], shift_yx_px: tuple[float, float] | NDArray[np.float64]
 ) -> NDArray[np.complexfloating[Any, Any]]:
-    """Move a probe by a part of a pixel, its total intensity kept.
+    """Move a probe, by parts of a pixel too, its total intensity kept.
 
     Parameters
     ----------
     probe : complex array (..., N, N)
-    fraction_yx_px : (float, float)
+    shift_yx_px : (float, float)
         How far (y, x), pixels; a whole number equals `np.roll`.
 
     Returns
@@ -71,20 +71,38 @@ def shift_probe(
     complex array (..., N, N)
         Of the probe's precision.
 
-    Notes
-    -----
-    Fourier shift theorem: each spatial frequency q (cycles per pixel) is turned by exp(−2πi q·shift).
-
     Examples
     --------
     >>> shift_probe(np.eye(1, 4, 2, dtype=complex).reshape(2, 2), (0, 1)).round(9).real.tolist()
     [[0.0, 0.0], [0.0, 1.0]]
     """
-    ramp_y, ramp_x = (
-        np.exp(-2j * np.pi * float(shift) * scipy.fft.fftfreq(probe.shape[-1])).astype(probe.dtype)
-        for shift in fraction_yx_px
-    )
-    return scipy.fft.ifft2(scipy.fft.fft2(probe) * ramp_y[:, None] * ramp_x)
+    return scipy.fft.ifft2(scipy.fft.fft2(probe) * shift_ramp(shift_yx_px, probe.shape[-1], probe.dtype))
+
+
+def shift_ramp(
+    shift_yx_px: tuple[float, float] | NDArray[np.float64], n_pixels: int, dtype: np.dtype[Any]
+) -> NDArray[np.complexfloating[Any, Any]]:
+    """What a spectrum (DC at [0, 0]) is multiplied with to move its wave.
+
+    Parameters
+    ----------
+    shift_yx_px : (float, float)
+        How far (y, x), pixels.
+    n_pixels : int
+        Pixels across the wave, N.
+    dtype : complex dtype
+
+    Returns
+    -------
+    complex array (N, N)
+
+    Notes
+    -----
+    Fourier shift theorem: each spatial frequency q (cycles per pixel) is turned by exp(−2πi q·shift).
+    """
+    frequency = scipy.fft.fftfreq(n_pixels)
+    ramp_y, ramp_x = (np.exp(-2j * np.pi * float(shift) * frequency).astype(dtype) for shift in shift_yx_px)
+    return ramp_y[:, None] * ramp_x
 
 
 def crop_at(
@@ -133,6 +151,29 @@ def crop_at(
             f"at {np.asarray(position_yx_px).tolist()}; it must reach {n_pixels // 2} pixels beyond every position"
         )
     return object_[top : top + n_pixels, left : left + n_pixels], relative - whole
+
+
+def expected_counts(
+    object_: NDArray[np.complexfloating[Any, Any]],
+    corner_yx_px: tuple[float, float],
+    probe: NDArray[np.complexfloating[Any, Any]],
+    position_yx_px: NDArray[np.float64],
+) -> NDArray[np.floating[Any]]:
+    """Pattern that a probe at a position makes with an object, without noise.
+
+    Parameters
+    ----------
+    object_, corner_yx_px, position_yx_px
+        See `crop_at`.
+    probe : complex array (mode, N, N)
+
+    Returns
+    -------
+    float array (N, N)
+        Counts, DC at [N//2, N//2].
+    """
+    patch, fraction = crop_at(object_, corner_yx_px, position_yx_px, probe.shape[-1])
+    return diffract(shift_probe(probe, fraction) * patch)
 
 
 def crossing_lines(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.complex64]:
@@ -352,15 +393,9 @@ class SimulatedPatterns:
         # One at a time: a transform of many may round otherwise than a transform of one.
         for place, pattern in enumerate(wanted):
             rng = np.random.default_rng([self._seed, int(pattern)])
-            patterns[place] = rng.poisson(self.expected_counts(int(pattern)))
+            truth, position = self._truth, self._position[pattern]
+            patterns[place] = rng.poisson(expected_counts(truth.object, truth.corner_yx_px, self._probe, position))
         return patterns
-
-    def expected_counts(self, pattern: int) -> NDArray[np.floating[Any]]:
-        """One pattern (N, N) without noise, counts."""
-        patch, fraction = crop_at(
-            self._truth.object, self._truth.corner_yx_px, self._position[pattern], self._probe.shape[-1]
-        )
-        return diffract(shift_probe(self._probe, fraction) * patch)
 
 
 def _counts_dtype(object_: NDArray[np.complex64], probe: NDArray[np.complex128]) -> np.dtype[Any]:

@@ -1,0 +1,466 @@
+"""A compact iterative engine: it refines the probe, and reconstructs scans that are small enough to compare with."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.fft
+import scipy.ndimage
+from numpy.typing import NDArray
+
+from ptychodask.progress import Progress, show_progress
+from ptychodask.scan import PtychodaskError, Scan
+from ptychodask.simulate import expected_counts, shift_probe, shift_ramp
+from ptychodask.store import open_scan, replace_probe
+
+logger = logging.getLogger(__name__)
+
+PROBE_BATCH = 16
+"""Patterns whose estimates of the probe are averaged into one update."""
+
+PROBE_DAMPING = 0.1
+"""Share of the brightest pixel in the denominator of a probe update; keeps dimly known pixels still."""
+
+SCORING_SWEEPS = 5
+"""Sweeps, with the probe fixed, of the object that a probe is scored with."""
+
+DEFOCUS_RADII = (1 / 32, 1 / 16, 1 / 8, 1 / 6, 1 / 4)
+"""Root-mean-square radii, in frames, that a search of the defocus spreads a focused probe to."""
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeRefinement:
+    """What `refine_probe` found."""
+
+    probe: NDArray[np.complex64] = field(repr=False)
+    """The refined probe (mode, N, N), calibrated as the initial one."""
+
+    r_before: float
+    """R of the initial probe on the held-out patterns."""
+
+    r_after: float
+    """R of the refined probe on the same patterns."""
+
+    stored: bool
+    """True when R fell, so that the store now holds the refined probe; False when it keeps the one it had."""
+
+    n_sweeps: int
+    """Sweeps over the patterns."""
+
+    n_patterns: int
+    """Patterns that the probe was refined on."""
+
+    n_held_out: int
+    """Patterns that neither object nor probe had seen, which both probes were scored on."""
+
+    defocus_rad: float
+    """Defocus given to the initial probe before the sweeps, as in `defocused`."""
+
+
+def refine_probe(
+    store: str | Path,
+    *,
+    n_sweeps: int = 10,
+    fraction: float = 1.0,
+    held_out: float = 0.1,
+    search_defocus: bool = False,
+    seed: int = 0,
+    step_object: float = 1.0,
+    step_probe: float = 1.0,
+    progress: bool | None = None,
+) -> ProbeRefinement:
+    """Refine the probe of a store by iterative sweeps over its patterns, and put it into the store where it is better.
+
+    Parameters
+    ----------
+    store : path
+        The store; its `probe` is replaced when R falls, `probe_initial` stays. A second call starts again from
+        `probe_initial`.
+    n_sweeps : int
+        Times that each pattern is visited, 3 or more; the first and the last sweep leave the probe as it is.
+    fraction : float
+        Share of the patterns that are used: those nearest to the middle of the scan, so that they overlap as well as
+        all of them do.
+    held_out : float
+        Share of the used patterns that only score the probes.
+    search_defocus : bool
+        Start also from the initial probe out of focus, both ways, and go on from the start that predicts the held-out
+        patterns best; for a probe whose phase is not known, such as the one estimated from the mean pattern.
+    seed : int
+        Seed of the order of the patterns and of the choice of those held out.
+    step_object, step_probe : float
+        Length of each update; 1 is the full step.
+    progress : bool, optional
+        See `show_progress`.
+
+    Returns
+    -------
+    ProbeRefinement
+
+    Raises
+    ------
+    PtychodaskError
+        If a number is out of range, or the scan has too few patterns.
+
+    Notes
+    -----
+    The method is that of `run_sweeps`. The score is `r_factor` of the held-out patterns, with an object that was fitted
+    to the other patterns for `SCORING_SWEEPS` sweeps, the probe fixed: for both probes in the same way. Of a scan with
+    several experiments the one with most patterns is used, since each may have an object of its own.
+
+    Memory: the amplitudes of the used patterns are held as float32, 4 N² bytes a pattern, with one object of 8 bytes a
+    pixel; `fraction` bounds both.
+    """
+    for name, value, low, high in (("fraction", fraction, 0, 1), ("held_out", held_out, 0, 0.9)):
+        if not low < value <= high:
+            raise PtychodaskError(f"refine_probe: {name} is {value}, expected more than {low} and at most {high}")
+    if n_sweeps < 3:
+        raise PtychodaskError(f"refine_probe: n_sweeps is {n_sweeps}, expected 3 or more")
+    scan = open_scan(store)
+    initial = scan.probe if scan.probe_initial is None else scan.probe_initial
+    used, scored = _split(scan, fraction, held_out, seed)
+    sweeps = partial(run_sweeps, seed=seed, step_object=step_object, step_probe=step_probe)
+    starts = _defocus_starts(initial) if search_defocus else (0.0,)
+    n_visits = n_sweeps + 2 * SCORING_SWEEPS + (len(starts) * SCORING_SWEEPS if search_defocus else 0)
+    with show_progress("refine probe", n_visits * len(used), "patterns", progress) as bar:
+        measured = measure(scan, used)
+
+        def score(probe: NDArray[np.complex64], *, update_probe: bool) -> float:
+            object_, probe = sweeps(measured, probe, n_sweeps=SCORING_SWEEPS, update_probe=update_probe, bar=bar)
+            return r_factor(object_, measured.corner_yx_px, replace(scan, probe=probe), scored)
+
+        defocus_rad = 0.0
+        if search_defocus:
+            defocus_rad = min(starts, key=lambda rad: score(defocused(initial, rad), update_probe=True))
+        start = defocused(initial, defocus_rad)
+        _, refined = sweeps(measured, start, n_sweeps=n_sweeps, update_probe=True, bar=bar)
+        r_before, r_after = score(initial, update_probe=False), score(refined, update_probe=False)
+    result = ProbeRefinement(
+        probe=refined,
+        r_before=r_before,
+        r_after=r_after,
+        stored=r_after < r_before,
+        n_sweeps=n_sweeps,
+        n_patterns=len(used),
+        n_held_out=len(scored),
+        defocus_rad=defocus_rad,
+    )
+    if result.stored:
+        record = {name: value for name, value in asdict(result).items() if name != "probe"}
+        replace_probe(store, refined, record | sweeps.keywords | {"fraction": fraction, "held_out": held_out})
+    logger.info(
+        "%s: probe refined on %d patterns, R of %d held-out ones %.4f before and %.4f after; %s",
+        store,
+        len(used),
+        len(scored),
+        r_before,
+        r_after,
+        "stored" if result.stored else "not better, so the store keeps its probe",
+    )
+    return result
+
+
+def _split(scan: Scan, fraction: float, held_out: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Patterns to refine on and patterns to score on, each in the order of the store."""
+    mine = np.arange(scan.n_patterns)
+    if scan.scan_index is not None:
+        experiments, sizes = np.unique(scan.scan_index, return_counts=True)
+        mine = np.flatnonzero(scan.scan_index == experiments[sizes.argmax()])
+    position = scan.position_yx_px[mine]
+    from_middle = np.hypot(*(position - position.mean(axis=0)).T)
+    kept = mine[np.argsort(from_middle, kind="stable")[: int(np.ceil(fraction * len(mine)))]]
+    n_scored = max(1, round(held_out * len(kept)))
+    if len(kept) - n_scored < PROBE_BATCH:
+        raise PtychodaskError(
+            f"{scan.store or 'scan'}: {len(kept)} patterns are used and {n_scored} of them held out, which leaves "
+            f"fewer than {PROBE_BATCH} to refine the probe on; pass a larger fraction= or a smaller held_out="
+        )
+    shuffled = np.random.default_rng(seed).permutation(kept)
+    return np.sort(shuffled[n_scored:]), np.sort(shuffled[:n_scored])
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Patterns in memory, as the sweeps take them."""
+
+    amplitude: NDArray[np.float32]
+    """Amplitude at mean flux (pattern, N, N), DC at [0, 0], bad pixels 0."""
+
+    good: NDArray[np.bool_] | None
+    """True where a detector pixel is good (N, N), DC at [0, 0]; None when all are."""
+
+    row_yx: NDArray[np.int64]
+    """First row and column of the object that each probe meets (pattern, 2)."""
+
+    fraction_yx_px: NDArray[np.float64]
+    """What is left of each position, 0 ≤ fraction < 1 (pattern, 2)."""
+
+    shape: tuple[int, int]
+    """Pixels (y, x) of the object."""
+
+    corner_yx_px: tuple[float, float]
+    """Coordinates of the object's pixel [0, 0], whole numbers."""
+
+
+def measure(scan: Scan, index: NDArray[np.int64]) -> Measured:
+    """Read patterns of a scan into memory and place an object around them.
+
+    Parameters
+    ----------
+    scan : Scan
+    index : int array (k,)
+        Which patterns.
+
+    Returns
+    -------
+    Measured
+        4 N² bytes for each pattern. The object covers the frames of all positions of the scan.
+    """
+    n_pixels = scan.n_pixels
+    whole = np.floor(scan.position_yx_px)
+    low = whole.min(axis=0) - n_pixels // 2
+    shape = (whole.max(axis=0) - low).astype(int) + n_pixels // 2
+    amplitude = scipy.fft.ifftshift(scan.amplitude(index), axes=(1, 2))
+    if scan.flux is not None:
+        amplitude /= np.sqrt(scan.flux[index])[:, None, None]
+    return Measured(
+        amplitude=amplitude,
+        good=None if scan.mask is None else scipy.fft.ifftshift(scan.mask),
+        row_yx=(whole[index] - n_pixels // 2 - low).astype(np.int64),
+        fraction_yx_px=scan.position_yx_px[index] - whole[index],
+        shape=(int(shape[0]), int(shape[1])),
+        corner_yx_px=(float(low[0]), float(low[1])),
+    )
+
+
+def run_sweeps(
+    measured: Measured,
+    probe: NDArray[np.complex64],
+    *,
+    n_sweeps: int,
+    update_probe: bool = False,
+    seed: int = 0,
+    step_object: float = 1.0,
+    step_probe: float = 1.0,
+    bar: Progress | None = None,
+) -> tuple[NDArray[np.complex64], NDArray[np.complex64]]:
+    """Fit an object, and the probe if asked, to patterns, one pattern at a time in random order.
+
+    Parameters
+    ----------
+    measured : Measured
+        From `measure`.
+    probe : complex64 array (mode, N, N)
+        Calibrated probe to start from.
+    n_sweeps : int
+        Times that each pattern is visited.
+    update_probe : bool
+        Update the probe in all sweeps but the first, which finds an object, and the last, which fits the object to the
+        final probe.
+    seed : int
+        Seed of the order of the patterns.
+    step_object, step_probe : float
+        Length of each update; 1 is the full step.
+    bar : Progress, optional
+        Told of each pattern.
+
+    Returns
+    -------
+    object : complex64 array (y, x)
+        1 where no light went; its pixel [0, 0] lies at ``measured.corner_yx_px``.
+    probe : complex64 array (mode, N, N)
+
+    Notes
+    -----
+    The object's update is that of ePIE (A. M. Maiden, J. M. Rodenburg, Ultramicroscopy 109 (2009) 1256), the probe is
+    moved to its sub-pixel place by a Fourier shift, and incoherent modes share the modulus constraint (P. Thibault,
+    A. Menzel, Nature 494 (2013) 68). The probe takes the least-squares mean of the estimates of `PROBE_BATCH` patterns
+    with the denominator of rPIE (A. Maiden, D. Johnson, P. Li, Optica 4 (2017) 736), which keeps a right probe
+    right. Bad pixels keep the model's value.
+
+    What patterns cannot tell: before the last sweep the total Σ|P|² and the centroid of |P|² are brought back to those
+    of the given probe (the object takes the scale and moves along). The ramp that probe and object share stays where
+    sweeps from a flat object leave it: the object has none on the whole. The given probe's mean frequency is no guide
+    there, since it depends on where the detector's centre was taken to be.
+    """
+    object_ = np.ones(measured.shape, np.complex64)
+    initial = probe
+    rng = np.random.default_rng(seed)
+    for sweep in range(n_sweeps):
+        moving = update_probe and 0 < sweep < n_sweeps - 1
+        order = rng.permutation(len(measured.amplitude))
+        for batch in np.split(order, range(PROBE_BATCH, len(order), PROBE_BATCH)):
+            update = _update_object(object_, probe, measured, batch, step_object)
+            if moving:
+                probe = probe + np.float32(step_probe) * update
+            if bar is not None:
+                bar.advance(len(batch))
+        if update_probe and sweep == n_sweeps - 2:
+            object_, probe = _restore_gauge(object_, probe, initial)
+    return object_, probe
+
+
+def _update_object(
+    object_: NDArray[np.complex64],
+    probe: NDArray[np.complex64],
+    measured: Measured,
+    batch: NDArray[np.int64],
+    step_object: float,
+) -> NDArray[np.complex64]:
+    """Update the object in place, pattern after pattern; the update of the probe (mode, N, N) that they call for."""
+    n_pixels = probe.shape[-1]
+    spectrum = scipy.fft.fft2(probe)
+    wanted = np.zeros_like(probe)
+    seen = np.zeros(probe.shape[1:], np.float32)
+    for j in batch:
+        row, column = measured.row_yx[j]
+        patch = object_[row : row + n_pixels, column : column + n_pixels]
+        ramp = shift_ramp(measured.fraction_yx_px[j], n_pixels, probe.dtype)
+        shifted = scipy.fft.ifft2(spectrum * ramp)
+        change = _to_measured(shifted * patch, measured.amplitude[j], measured.good)
+        wanted += scipy.fft.fft2(np.conj(patch) * change) * np.conj(ramp)
+        seen += _intensity(patch)
+        light = _intensity(shifted).sum(axis=0)
+        patch += np.float32(step_object / light.max()) * (np.conj(shifted) * change).sum(axis=0)
+    return scipy.fft.ifft2(wanted) / ((1 - PROBE_DAMPING) * seen + PROBE_DAMPING * seen.max())
+
+
+def _to_measured(
+    wave: NDArray[np.complex64], amplitude: NDArray[np.float32], good: NDArray[np.bool_] | None
+) -> NDArray[np.complex64]:
+    """Change of an exit wave (mode, N, N) that gives its pattern the measured amplitude on the good pixels."""
+    far = scipy.fft.fft2(wave, norm="ortho")
+    model = np.sqrt(_intensity(far).sum(axis=0))
+    # A pixel without model light has no phase to keep; the floor stops a division by zero there.
+    ratio = amplitude / np.maximum(model, np.float32(1e-6) * model.max()) - 1
+    if good is not None:
+        ratio *= good
+    return scipy.fft.ifft2(far * ratio, norm="ortho")
+
+
+def _intensity(wave: NDArray[np.complex64]) -> NDArray[np.float32]:
+    return wave.real**2 + wave.imag**2
+
+
+def _restore_gauge(
+    object_: NDArray[np.complex64], probe: NDArray[np.complex64], initial: NDArray[np.complex64]
+) -> tuple[NDArray[np.complex64], NDArray[np.complex64]]:
+    """Object and probe that make the same patterns, the probe with the total and the centroid of `initial`."""
+    shift = _centroid(initial) - _centroid(probe)
+    probe = shift_probe(probe, shift)
+    object_ = scipy.fft.ifft2(scipy.ndimage.fourier_shift(scipy.fft.fft2(object_), shift)).astype(np.complex64)
+    scale = np.linalg.norm(initial) / np.linalg.norm(probe)
+    return object_ / scale, probe * scale
+
+
+def _centroid(probe: NDArray[np.complex64]) -> NDArray[np.float64]:
+    """Centroid (y, x) of Σ|P|², pixels."""
+    light = _intensity(probe).sum(axis=0, dtype=np.float64)
+    axis = np.arange(len(light))
+    return np.array([light.sum(axis=1) @ axis, light.sum(axis=0) @ axis]) / light.sum()
+
+
+def defocused(probe: NDArray[np.complex64], defocus_rad: float) -> NDArray[np.complex64]:
+    """A probe taken out of focus.
+
+    Parameters
+    ----------
+    probe : complex64 array (mode, N, N)
+    defocus_rad : float
+        Phase added at the edge of the far field (N/2 pixels from DC), growing with the square of the distance; 0 gives
+        the probe itself.
+
+    Returns
+    -------
+    complex64 array (mode, N, N)
+    """
+    curved = defocus_rad * (_far_radius(probe.shape[-1]) ** 2)
+    return scipy.fft.ifft2(scipy.fft.fft2(probe) * np.exp(1j * curved).astype(np.complex64))
+
+
+def _far_radius(n_pixels: int) -> NDArray[np.float64]:
+    """Distance from DC (at [0, 0]) in units of N/2 pixels (N, N)."""
+    axis = 2 * scipy.fft.fftfreq(n_pixels)
+    return np.hypot(axis[:, None], axis)
+
+
+def _defocus_starts(probe: NDArray[np.complex64]) -> tuple[float, ...]:
+    """Defocus, none and either way, that spreads a focused probe to the radii of `DEFOCUS_RADII`, radians."""
+    n_pixels = probe.shape[-1]
+    light = _intensity(scipy.fft.fft2(probe)).sum(axis=0, dtype=np.float64)
+    spread = np.sqrt((light * _far_radius(n_pixels) ** 2).sum() / light.sum())
+    # The gradient of the quadratic phase moves the light at far-field radius s by 2 defocus s / π pixels.
+    one_way = [float(radius * n_pixels * np.pi / (2 * spread)) for radius in DEFOCUS_RADII]
+    return (0.0, *one_way, *(-defocus for defocus in one_way))
+
+
+def r_factor(
+    object_: NDArray[np.complexfloating[Any, Any]],
+    corner_yx_px: tuple[float, float],
+    scan: Scan,
+    index: NDArray[np.int64] | None = None,
+) -> float:
+    """How far the patterns that an object makes with the scan's probe are from the measured ones.
+
+    Parameters
+    ----------
+    object_ : complex array (y, x)
+        NaN where unseen; such pixels, and all beyond the edges, count as the mean amplitude of the seen ones.
+    corner_yx_px : (float, float)
+        Coordinates of the object's pixel [0, 0] in the scan's frame, pixels.
+    scan : Scan
+        Patterns, positions, probe, mask and flux.
+    index : int array (k,), optional
+        Which patterns; all by default.
+
+    Returns
+    -------
+    float
+        R = Σ|√I_pred − √I| / Σ√I over good pixels of these patterns; 0 is perfect.
+
+    Raises
+    ------
+    PtychodaskError
+        If the object has no seen pixel, or the patterns have no light.
+    """
+    index = np.arange(scan.n_patterns) if index is None else np.asarray(index)
+    filled, corner = _filled(object_, corner_yx_px, scan.position_yx_px[index], scan.n_pixels)
+    misfit = total = 0.0
+    for start in range(0, len(index), PROBE_BATCH):
+        batch = index[start : start + PROBE_BATCH]
+        for j, amplitude in zip(batch, scan.amplitude(batch), strict=True):
+            model = np.sqrt(expected_counts(filled, corner, scan.probe, scan.position_yx_px[j]))
+            if scan.flux is not None:
+                model *= np.sqrt(scan.flux[j])
+            if scan.mask is not None:
+                model *= scan.mask
+            misfit += float(np.abs(model - amplitude).sum(dtype=np.float64))
+            total += float(amplitude.sum(dtype=np.float64))
+    if not total > 0:
+        raise PtychodaskError(f"{scan.store or 'scan'}: the patterns to judge by have no light")
+    return misfit / total
+
+
+def _filled(
+    object_: NDArray[np.complexfloating[Any, Any]],
+    corner_yx_px: tuple[float, float],
+    position_yx_px: NDArray[np.float64],
+    n_pixels: int,
+) -> tuple[NDArray[np.complex64], tuple[float, float]]:
+    """The object and its corner, unseen pixels filled and edges moved out to hold a frame at every position."""
+    seen = np.isfinite(object_)
+    if not seen.any():
+        raise PtychodaskError("object: no pixel of it is seen, so nothing can be predicted from it")
+    mean = np.abs(object_[seen]).mean(dtype=np.float64)
+    first = np.floor(position_yx_px - np.asarray(corner_yx_px)).astype(int) - n_pixels // 2
+    before = np.maximum(-first.min(axis=0), 0)
+    after = np.maximum(first.max(axis=0) + n_pixels - object_.shape, 0)
+    filled = np.pad(
+        np.where(seen, object_, mean).astype(np.complex64), list(zip(before, after, strict=True)), constant_values=mean
+    )
+    return filled, (float(corner_yx_px[0] - before[0]), float(corner_yx_px[1] - before[1]))
