@@ -190,7 +190,7 @@ def open_result(path: str | Path) -> xr.Dataset:
     """
     where = Path(path)
     _check_result(where)
-    ds = xr.open_zarr(where, chunks={}, consolidated=True)
+    ds = xr.open_zarr(where, chunks={}, consolidated=True)[list(VARIABLES)]
     del ds.attrs["state"]
     return ds
 

@@ -1,0 +1,467 @@
+"""Everything that is known before a reconstruction runs: chunks of groups, tiles of the object, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.grouping import GroupingSpec, Groups
+from ptychodask.prediction import PatchModel, recorded_model, resolve_model
+from ptychodask.reassembly import CANVAS_PIXEL_BYTES, Box, Window
+from ptychodask.scan import PtychodaskError, Scan, check_choice
+from ptychodask.store import group, open_scan, read_groups, stored_group_names
+
+MIB = 2**20
+
+BATCH_PIXELS = 2**20
+"""Pixels of network input that one automatic batch comes close to."""
+
+BATCH_GROUPS = 256
+"""Groups in an automatic batch, at the most."""
+
+CHUNK_PIXELS = 2**24
+"""Pixels of network input that one automatic chunk takes, at the most."""
+
+CHUNKS_AT_LEAST = 16
+"""Chunks that a scan is cut into where it has groups for as many batches."""
+
+TILES_ACROSS = 16
+"""Tiles across the object that an automatic tile comes close to, from `TILE_PIXELS` to four times that."""
+
+TILE_PIXELS = 256
+"""Pixels across an automatic tile, at the least."""
+
+GROUP_CROP = 20
+"""Elements of a group's patch that a uniform window keeps by default, as PtychoPINN does."""
+
+RESULT_PIXEL_BYTES = 20
+"""Bytes of one pixel of a result: object, weight, uncertainty and count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionSpec:
+    """How a scan becomes an object; None stands for automatic."""
+
+    groups: str | GroupingSpec | None = None
+    """Name of a stored group table, or the spec of one; by default the stored one with the model's members."""
+
+    window: Window | None = None
+    """Weights of a patch; by default "illumination" for a patch per member, "uniform" for a patch per group."""
+
+    crop: int | None = None
+    """Elements across the middle of a patch that are used, M, even; by default N, or 20 for uniform group patches."""
+
+    batch_size: int | None = None
+    """Groups in one call of the network."""
+
+    groups_per_chunk: int | None = None
+    """Consecutive groups that one task predicts."""
+
+    tile: int | None = None
+    """Pixels across one tile of the object."""
+
+    roi: tuple[int, int, int, int] | None = None
+    """Part of the object to reconstruct, (y0, y1, x0, x1) in pixels of the scan's frame, ends left out."""
+
+    memory_bytes: int = 1024 * MIB
+    """Memory that one task may take beside the network itself; automatic sizes keep to it."""
+
+    def __post_init__(self) -> None:
+        for name in ("crop", "batch_size", "groups_per_chunk", "tile", "memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, Integral) or value < 1):
+                raise PtychodaskError(f"reconstruct: {name} is {value!r}, expected a whole number from 1 on")
+        if self.crop is not None and self.crop % 2:
+            raise PtychodaskError(f"reconstruct: crop is {self.crop}, expected an even number; pass {self.crop + 1}")
+        if self.window is not None:
+            check_choice("window", self.window, get_args(Window), "reconstruct")
+        if self.groups is not None and not isinstance(self.groups, str | GroupingSpec):
+            raise PtychodaskError(f"reconstruct: groups is {self.groups!r}, expected a name or a GroupingSpec")
+        if self.roi is not None:
+            _check_roi(self.roi)
+
+
+def _check_roi(roi: Any) -> None:
+    whole = len(roi) == 4 and all(isinstance(value, Integral) for value in roi)
+    if not whole or roi[0] >= roi[1] or roi[2] >= roi[3]:
+        raise PtychodaskError(f"reconstruct: roi is {roi}, expected whole pixels (y0, y1, x0, x1), y0 < y1 and x0 < x1")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive groups that one task predicts."""
+
+    start: int
+    """First row of the group table."""
+
+    stop: int
+    """Row after the last."""
+
+    box: Box
+    """Where their patches lie, cut to the object."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Part of the object that one task reassembles."""
+
+    box: Box
+    """Where it lies."""
+
+    chunks: tuple[int, ...]
+    """Indices of the chunks that touch it, ascending: the order in which they are merged."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Plan:
+    """What a reconstruction will do; prints as a table."""
+
+    store: str
+    """Path of the store."""
+
+    data_hash: str
+    """Its data hash."""
+
+    groups: str
+    """Name of the group table."""
+
+    members: int
+    """Patterns in one group, C."""
+
+    n_pixels: int
+    """Pixels across a pattern, N."""
+
+    output: Literal["member", "group"]
+    """A patch for each member, or one for the group."""
+
+    window: Window
+    crop: int
+    batch_size: int
+    groups_per_chunk: int
+    tile: int
+    memory_bytes: int
+
+    n_groups: int
+    """Groups that are predicted."""
+
+    n_patterns: int
+    """Patterns that are read, each counted once."""
+
+    box: Box
+    """The object."""
+
+    chunks: tuple[Chunk, ...]
+    """In the order of the group table."""
+
+    tiles: tuple[Tile, ...]
+    """Row by row; they cover the object."""
+
+    predict_bytes: int
+    """Memory of the largest task that predicts, beside the network."""
+
+    reassemble_bytes: int
+    """Memory of the largest task that reassembles."""
+
+    def summary(self) -> dict[str, Any]:
+        """The plan's sizes as plain values."""
+        return {
+            "groups": self.groups,
+            "window": self.window,
+            "crop": self.crop,
+            "batch_size": self.batch_size,
+            "groups_per_chunk": self.groups_per_chunk,
+            "tile": self.tile,
+            "n_groups": self.n_groups,
+            "n_patterns": self.n_patterns,
+            "n_chunks": len(self.chunks),
+            "n_tiles": len(self.tiles),
+            "predict_bytes": self.predict_bytes,
+            "reassemble_bytes": self.reassemble_bytes,
+        }
+
+    def __str__(self) -> str:
+        most = max(len(tile.chunks) for tile in self.tiles)
+        (height, width), budget = self.box.shape, f"of {self.memory_bytes / MIB:,.0f} MiB"
+        rows = {
+            "store": self.store,
+            "groups": f"{self.n_groups:,} of {self.members} from '{self.groups}'",
+            "patterns": f"{self.n_patterns:,} of {self.n_pixels} x {self.n_pixels}",
+            "window": f"{self.window}, {self.crop} x {self.crop}, a patch per {self.output}",
+            "object": f"{height:,} x {width:,} px from (y, x) = {self.box.corner}, "
+            f"{self.box.n_pixels * RESULT_PIXEL_BYTES / MIB:,.0f} MiB",
+            "predict": f"{len(self.chunks):,} tasks of {self.groups_per_chunk:,} groups, batches of {self.batch_size}",
+            "reassemble": f"{len(self.tiles):,} tiles of {self.tile} x {self.tile} px, at most {most} chunks each",
+            "memory": f"{self.predict_bytes / MIB:,.1f} MiB to predict, {self.reassemble_bytes / MIB:,.1f} MiB to "
+            f"reassemble, {budget} a task",
+        }
+        return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
+
+
+class _Network(NamedTuple):
+    members: int
+    n_pixels: int
+    output: Literal["member", "group"]
+
+
+def plan(
+    store: str | Path, model: str | Path | PatchModel | None = None, spec: ReconstructionSpec = ReconstructionSpec()
+) -> Plan:
+    """What `reconstruct` would do, without doing it.
+
+    Parameters
+    ----------
+    store : path
+    model : path or model, optional
+        By default the one that the store records; a store without any is planned for a patch per member, with the
+        group table of the spec.
+    spec : ReconstructionSpec
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    PtychodaskError
+        If the model does not fit the scan, the region lies outside it, or a task would not fit into the memory.
+
+    Notes
+    -----
+    Sizes follow from the scan, the model and ``spec.memory_bytes``, and not from the number of workers, so the object
+    does not depend on where it was made. A group table that is missing is made and stored.
+    """
+    scan = open_scan(store)
+    if model is None and (spec.groups is not None or recorded_model(scan) is None):
+        groups = _default_groups(scan, spec)
+        return make_plan(scan, groups, _Network(groups.spec.members, scan.n_pixels, "member"), spec)
+    network = resolve_model(scan, model)
+    return plan_for(scan, network, spec)
+
+
+def plan_for(scan: Scan, model: PatchModel, spec: ReconstructionSpec) -> Plan:
+    """The plan of a scan that is open already, for a model that is loaded already (see `plan`)."""
+    if model.n_pixels != scan.n_pixels:
+        raise PtychodaskError(
+            f"{scan.store}: patterns are {scan.n_pixels} pixels wide, the {model.kind} takes {model.n_pixels}; "
+            f"ingest with n_pixels={model.n_pixels}, or pass another model"
+        )
+    groups = _groups_of(scan, spec.groups, model.members)
+    return make_plan(scan, groups, _Network(model.members, model.n_pixels, model.output), spec)
+
+
+def _default_groups(scan: Scan, spec: ReconstructionSpec) -> Groups:
+    """The table that the spec names, or the store's only one, or the default spec's."""
+    if spec.groups is not None:
+        return _named_groups(scan, spec.groups)
+    names = stored_group_names(str(scan.store))
+    return _named_groups(scan, names[0] if len(names) == 1 else GroupingSpec())
+
+
+def _named_groups(scan: Scan, groups: str | GroupingSpec) -> Groups:
+    store = str(scan.store)
+    if isinstance(groups, GroupingSpec):
+        return group(store, groups)
+    found = read_groups(store, groups)
+    if found is None:
+        stored = ", ".join(stored_group_names(store)) or "none"
+        raise PtychodaskError(
+            f"{store}: no group table '{groups}'; stored are: {stored}; make it with 'ptychodask group'"
+        )
+    return found
+
+
+def _groups_of(scan: Scan, groups: str | GroupingSpec | None, members: int) -> Groups:
+    """The table that is asked for, or the stored one with the model's members, or the default spec's."""
+    if groups is not None:
+        found = _named_groups(scan, groups)
+        if found.spec.members != members:
+            raise PtychodaskError(
+                f"{scan.store}: group table '{found.name}' has {found.spec.members} patterns in a group, "
+                f"the model takes {members}; pass another groups=, or none"
+            )
+        return found
+    default = GroupingSpec(members=members, neighbours=max(GroupingSpec.neighbours, members))
+    stored = [table for name in stored_group_names(str(scan.store)) if (table := read_groups(str(scan.store), name))]
+    fitting = [table for table in stored if table.spec.members == members]
+    if not fitting:
+        return group(str(scan.store), default)
+    for table in fitting:
+        if len(fitting) == 1 or table.spec == default:
+            return table
+    listed = ", ".join(table.name for table in fitting)
+    raise PtychodaskError(
+        f"{scan.store}: several group tables have {members} patterns in a group ({listed}); pass groups="
+    )
+
+
+def make_plan(scan: Scan, groups: Groups, network: _Network, spec: ReconstructionSpec) -> Plan:
+    """The plan of a scan, from its positions and member table alone.
+
+    Parameters
+    ----------
+    scan : Scan
+        Opened from a store.
+    groups : Groups
+    network : (members, n_pixels, output)
+    spec : ReconstructionSpec
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    PtychodaskError
+        See `plan`.
+    """
+    window, crop = _window_and_crop(spec, network)
+    first, last = _footprints(scan.position_yx_px, groups.member, network.output, crop)
+    whole = Box(*(int(value) for value in (first[:, 0].min(), last[:, 0].max(), first[:, 1].min(), last[:, 1].max())))
+    box = whole if spec.roi is None else whole.overlap(Box(*(int(value) for value in spec.roi)))
+    if box.n_pixels == 0:
+        raise PtychodaskError(f"{scan.store}: roi {spec.roi} does not meet the object, {tuple(whole)} (y0, y1, x0, x1)")
+    batch_size = _batch_size(spec, network, len(groups))
+    size = int(spec.groups_per_chunk or _groups_per_chunk(network, batch_size, len(groups)))
+    while True:
+        chunks, n_bytes = _chunks(scan, groups, network, (first, last), box, batch_size, size)
+        if max(n_bytes) <= spec.memory_bytes or spec.groups_per_chunk is not None or size == 1:
+            break
+        size = max(1, size // 2)
+    _check_memory(chunks[int(np.argmax(n_bytes))], max(n_bytes), spec)
+    tile = int(spec.tile or _tile(box))
+    tiles = _tiles(box, tile, chunks)
+    reassemble_bytes = max(_reassemble_bytes(part, chunks) for part in tiles)
+    if reassemble_bytes > spec.memory_bytes:
+        raise PtychodaskError(
+            f"plan: a tile of {tile} x {tile} px needs {reassemble_bytes / MIB:,.0f} MiB to reassemble, "
+            f"a task may take {spec.memory_bytes / MIB:,.0f} MiB; pass a smaller tile=, another groups_per_chunk= "
+            f"than {size}, or a larger memory_bytes="
+        )
+    rows = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
+    return Plan(
+        store=str(Path(str(scan.store)).resolve()),
+        data_hash=scan.data_hash,
+        groups=groups.name,
+        members=network.members,
+        n_pixels=network.n_pixels,
+        output=network.output,
+        window=window,
+        crop=crop,
+        batch_size=batch_size,
+        groups_per_chunk=size,
+        tile=tile,
+        memory_bytes=int(spec.memory_bytes),
+        n_groups=len(rows),
+        n_patterns=int(np.count_nonzero(np.bincount(groups.member[rows].ravel()))),
+        box=box,
+        chunks=chunks,
+        tiles=tiles,
+        predict_bytes=max(n_bytes),
+        reassemble_bytes=reassemble_bytes,
+    )
+
+
+def _window_and_crop(spec: ReconstructionSpec, network: _Network) -> tuple[Window, int]:
+    window: Window = spec.window or ("illumination" if network.output == "member" else "uniform")
+    if spec.crop is not None and spec.crop > network.n_pixels:
+        raise PtychodaskError(f"reconstruct: crop is {spec.crop}, a patch has {network.n_pixels} pixels; pass fewer")
+    if network.output == "group" and window == "uniform":
+        return window, int(spec.crop or min(GROUP_CROP, network.n_pixels))
+    return window, int(spec.crop or network.n_pixels)
+
+
+def _footprints(
+    position_yx_px: NDArray[np.float64], member: NDArray[np.int32], output: str, crop: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First pixel (y, x) that each group's patches reach, and the one after the last; int64 (group, 2)."""
+    position = position_yx_px[member]
+    if output == "group":
+        position = position.mean(axis=1, keepdims=True)
+    first = np.floor(position.min(axis=1) - crop / 2).astype(np.int64)
+    last = np.floor(position.max(axis=1) - crop / 2).astype(np.int64) + crop + 1
+    return first, last
+
+
+def _batch_size(spec: ReconstructionSpec, network: _Network, n_groups: int) -> int:
+    if spec.batch_size is not None:
+        return int(spec.batch_size)
+    fitting = BATCH_PIXELS // (network.n_pixels**2 * network.members)
+    return int(min(max(1, fitting), BATCH_GROUPS, n_groups, spec.groups_per_chunk or n_groups))
+
+
+def _groups_per_chunk(network: _Network, batch_size: int, n_groups: int) -> int:
+    most = CHUNK_PIXELS // (network.n_pixels**2 * network.members)
+    wanted = min(most, -(-n_groups // CHUNKS_AT_LEAST))
+    return max(1, -(-wanted // batch_size)) * batch_size
+
+
+def _tile(box: Box) -> int:
+    """A power of two, so that stored chunks divide it."""
+    wanted = 2 ** int(np.ceil(np.log2(max(box.shape) / TILES_ACROSS)))
+    return min(max(wanted, TILE_PIXELS), 4 * TILE_PIXELS)
+
+
+def _chunks(
+    scan: Scan,
+    groups: Groups,
+    network: _Network,
+    footprints: tuple[NDArray[np.int64], NDArray[np.int64]],
+    box: Box,
+    batch_size: int,
+    size: int,
+) -> tuple[tuple[Chunk, ...], list[int]]:
+    """Chunks of `size` groups that meet the object, and the memory that predicting each of them takes."""
+    first, last = footprints
+    starts = np.arange(0, len(groups), size)
+    low, high = np.minimum.reduceat(first, starts), np.maximum.reduceat(last, starts)
+    patterns = _patterns_in_chunks(groups.member, size, scan.n_patterns)
+    batch_bytes = batch_size * network.members * network.n_pixels**2 * (2 * 4 + 2 * 8)
+    pattern_bytes = network.n_pixels**2 * (scan.diffraction.dtype.itemsize + 4)
+    chunks, n_bytes = [], []
+    for index, start in enumerate(starts.tolist()):
+        own = Box(int(low[index, 0]), int(high[index, 0]), int(low[index, 1]), int(high[index, 1])).overlap(box)
+        if own.n_pixels:
+            chunks.append(Chunk(start, min(start + size, len(groups)), own))
+            n_bytes.append(int(patterns[index]) * pattern_bytes + batch_bytes + own.n_pixels * CANVAS_PIXEL_BYTES)
+    return tuple(chunks), n_bytes
+
+
+def _patterns_in_chunks(member: NDArray[np.int32], size: int, n_patterns: int) -> NDArray[np.int64]:
+    """Different patterns that each chunk of `size` groups reads."""
+    chunk = np.arange(len(member), dtype=np.int64) // size
+    pairs = np.unique(chunk[:, None] * n_patterns + member)
+    return np.bincount(pairs // n_patterns)
+
+
+def _check_memory(chunk: Chunk, n_bytes: int, spec: ReconstructionSpec) -> None:
+    if n_bytes > spec.memory_bytes:
+        raise PtychodaskError(
+            f"plan: groups {chunk.start}..{chunk.stop - 1}, over {chunk.box.shape[0]} x {chunk.box.shape[1]} px, need "
+            f"{n_bytes / MIB:,.0f} MiB, a task may take {spec.memory_bytes / MIB:,.0f} MiB; pass "
+            f"groups_per_chunk= below {chunk.stop - chunk.start}, a smaller batch_size=, or a larger memory_bytes="
+        )
+
+
+def _tiles(box: Box, tile: int, chunks: tuple[Chunk, ...]) -> tuple[Tile, ...]:
+    """Tiles that cover the object, row by row, each with the chunks whose boxes touch it."""
+    n_rows, n_columns = (-(-side // tile) for side in box.shape)
+    touching: list[list[int]] = [[] for _ in range(n_rows * n_columns)]
+    for index, chunk in enumerate(chunks):
+        for row in range((chunk.box.y0 - box.y0) // tile, (chunk.box.y1 - 1 - box.y0) // tile + 1):
+            for column in range((chunk.box.x0 - box.x0) // tile, (chunk.box.x1 - 1 - box.x0) // tile + 1):
+                touching[row * n_columns + column].append(index)
+    tiles = []
+    for place, indices in enumerate(touching):
+        y, x = box.y0 + place // n_columns * tile, box.x0 + place % n_columns * tile
+        tiles.append(Tile(Box(y, y + tile, x, x + tile).overlap(box), tuple(indices)))
+    return tuple(tiles)
+
+
+def _reassemble_bytes(tile: Tile, chunks: tuple[Chunk, ...]) -> int:
+    canvases = sum(chunks[index].box.n_pixels for index in tile.chunks)
+    return canvases * CANVAS_PIXEL_BYTES + tile.box.n_pixels * (CANVAS_PIXEL_BYTES + RESULT_PIXEL_BYTES)

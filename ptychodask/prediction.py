@@ -1,0 +1,306 @@
+"""One chunk of groups becomes patches: each pattern read once, one compiled model per process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask import models
+from ptychodask.scan import PtychodaskError, Scan
+from ptychodask.store import open_scan, read_groups
+
+MODEL_ORDER = ("pinn", "baseline")
+"""Kinds of recorded models, the one that is taken first in front."""
+
+CACHE_SIZE = 4
+"""Scans, and compiled models, that a process keeps for its next tasks."""
+
+Predict = Callable[[NDArray[np.float32], NDArray[np.float32]], Any]
+"""X (batch, N, N, C) and offset (batch, C, 2) to patches, one fixed batch."""
+
+Cached = TypeVar("Cached")
+
+
+@runtime_checkable
+class PatchModel(Protocol):
+    """What the engine asks of a network."""
+
+    @property
+    def kind(self) -> str:
+        """ "pinn", "baseline" or what else it is."""
+
+    @property
+    def members(self) -> int:
+        """Patterns in one group, C."""
+
+    @property
+    def n_pixels(self) -> int:
+        """Pixels across a pattern, N."""
+
+    @property
+    def output(self) -> Literal["member", "group"]:
+        """A patch for each member at its position, or one for the group at its centre."""
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of everything that its predictions depend on."""
+
+    @property
+    def path(self) -> str | None:
+        """Bundle on disk; None for a model that lives in memory only."""
+
+    def bind(self, scan: Scan) -> PatchModel:
+        """The model for this scan's probe and normalisation; raises `PtychodaskError` when N does not fit."""
+
+    def compile(self, batch_size: int) -> Predict:
+        """One call of fixed shape.
+
+        It takes X float32 (batch, N, N, C) and offset float32 (batch, C, 2) to complex64 patches (batch, C, N, N) for
+        "member", (batch, N, N) for "group".
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class ModelReference:
+    """What travels to a worker: where the model lies, or the model itself when it lies nowhere."""
+
+    content_hash: str
+    path: str | None
+    model: PatchModel | None
+
+    @classmethod
+    def to(cls, model: PatchModel) -> ModelReference:
+        """Reference to a model."""
+        if model.path is None:
+            return cls(model.content_hash, None, model)
+        return cls(model.content_hash, str(Path(model.path).resolve()), None)
+
+    def load(self) -> PatchModel:
+        """The model; raises `PtychodaskError` when its bundle is another one by now."""
+        if self.model is not None:
+            return self.model
+        assert self.path is not None
+        model = models.load_model(self.path)
+        if model.content_hash != self.content_hash:
+            raise PtychodaskError(
+                f"{self.path}: the model's hash is {model.content_hash}, expected {self.content_hash}; "
+                "it was replaced while the run was at work: start again"
+            )
+        return model
+
+
+@dataclass(frozen=True, eq=False)
+class PredictionJob:
+    """All that a task needs to know beside its rows of the group table."""
+
+    store: str
+    """Path of the store."""
+
+    data_hash: str
+    """Data hash of the store as it was planned."""
+
+    groups: str
+    """Name of the group table."""
+
+    model: ModelReference
+
+    batch_size: int
+    """Groups in one call of the network."""
+
+
+class PatchBatch(NamedTuple):
+    """Patches and where they belong."""
+
+    patches: NDArray[np.complex64]
+    """complex64 (n, N, N)."""
+
+    position_yx_px: NDArray[np.float64]
+    """Coordinates (y, x) of element [N//2, N//2] of each patch, float64 (n, 2)."""
+
+
+class _ProcessCache(Generic[Cached]):
+    """The latest few things that tasks of this process share, each made once by the first task that asks for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Hashable, Cached] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Cached]) -> Cached:
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = make()
+                while len(self._kept) > CACHE_SIZE:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return self._kept[key]
+
+
+# Per process and not per Dask worker: the threaded scheduler has no worker, and one process may hold several.
+_SOURCES: _ProcessCache[tuple[Scan, NDArray[np.int32]]] = _ProcessCache()
+_PREDICTORS: _ProcessCache[Predict] = _ProcessCache()
+_DEVICE = threading.Lock()
+
+
+def resolve_model(scan: Scan, model: str | Path | PatchModel | None) -> PatchModel:
+    """The model that an argument names, or the one that the scan's store records.
+
+    Parameters
+    ----------
+    scan : Scan
+        Opened from a store.
+    model : path, model or None
+        None takes the latest recorded `pinn`, else the latest `baseline`.
+
+    Returns
+    -------
+    PatchModel
+
+    Raises
+    ------
+    PtychodaskError
+        If none is recorded, or the recorded one is missing or was changed.
+    """
+    if model is None:
+        return _recorded_model(scan)
+    if isinstance(model, str | Path):
+        return models.load_model(model)
+    if not isinstance(model, PatchModel):
+        raise PtychodaskError(f"model: found {type(model).__name__}, expected a path or what load_model returns")
+    return model
+
+
+def _recorded_model(scan: Scan) -> PatchModel:
+    record = recorded_model(scan)
+    if record is None:
+        raise PtychodaskError(
+            f"{scan.store}: no model is recorded for it; run 'ptychodask train {scan.store}', or pass model= (--model)"
+        )
+    path = Path(str(scan.store)).resolve().parent / record["path"]
+    if not path.exists():
+        raise PtychodaskError(
+            f"{scan.store}: its latest {record['kind']} is recorded at {path}, where nothing is; "
+            "train again, or pass model= (--model)"
+        )
+    model: PatchModel = models.load_model(path)
+    if model.content_hash != record["hash"]:
+        raise PtychodaskError(
+            f"{scan.store}: its latest {record['kind']} is recorded with hash {record['hash']}, {path} has "
+            f"{model.content_hash}; pass model= (--model) to take it as it is, or train again"
+        )
+    return model
+
+
+def recorded_model(scan: Scan) -> dict[str, str] | None:
+    """Record (kind, path, hash) of the model that a store's `reconstruct` takes, or None."""
+    records = scan.attributes.get("models", [])
+    for kind in MODEL_ORDER:
+        for record in reversed(records):
+            if record["kind"] == kind:
+                return dict(record)
+    return None
+
+
+@contextmanager
+def stage(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the wall time of a block to ``seconds[name]``."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def predict_groups(job: PredictionJob, start: int, stop: int, seconds: dict[str, float]) -> Iterator[PatchBatch]:
+    """Patches of consecutive groups, batch by batch.
+
+    Parameters
+    ----------
+    job : PredictionJob
+    start, stop : int
+        Rows of the group table.
+    seconds : dict
+        Takes the wall time of the stages ``load``, ``read`` and ``predict``.
+
+    Yields
+    ------
+    PatchBatch
+        Patches in the order of the rows (and, for "member" models, of the members in each).
+
+    Raises
+    ------
+    PtychodaskError
+        If the store changed since it was planned, or the network returns values that are not finite.
+
+    Notes
+    -----
+    Patterns are read outside the device lock, so that one thread reads while another predicts.
+    """
+    with stage(seconds, "load"):
+        scan, table = open_source(job)
+        key = (job.model.content_hash, job.data_hash, job.batch_size)
+        predict = _PREDICTORS.get(key, lambda: job.model.load().bind(scan).compile(job.batch_size))
+    member = table[start:stop]
+    with stage(seconds, "read"):
+        wanted, row = np.unique(member, return_inverse=True)
+        patterns = scan.network_input(wanted)
+    row = row.reshape(member.shape)
+    position = scan.position_yx_px[member]
+    centre = position.mean(axis=1)
+    offset = (position - centre[:, None]).astype(np.float32)
+    for first in range(0, len(member), job.batch_size):
+        # The compiled call has one batch shape, so the last batch is padded (with its last group) and cut.
+        batch = np.minimum(np.arange(first, first + job.batch_size), len(member) - 1)
+        n_real = min(job.batch_size, len(member) - first)
+        x = np.ascontiguousarray(np.moveaxis(patterns[row[batch]], 1, -1))
+        with _DEVICE, stage(seconds, "predict"):
+            patches = np.asarray(predict(x, offset[batch]))[:n_real]
+        _check_patches(patches, x.shape, f"groups {start + first}..{start + first + n_real - 1} of '{job.groups}'")
+        real = batch[:n_real]
+        at_members = patches.ndim == 4
+        yield PatchBatch(
+            patches.reshape(-1, *patches.shape[-2:]), position[real].reshape(-1, 2) if at_members else centre[real]
+        )
+
+
+def open_source(job: PredictionJob) -> tuple[Scan, NDArray[np.int32]]:
+    """The scan and the member table (group, channel) of a job, opened once per process.
+
+    Raises
+    ------
+    PtychodaskError
+        If the store changed since it was planned.
+    """
+    return _SOURCES.get((job.data_hash, job.store, job.groups), lambda: _open_source(job))
+
+
+def _open_source(job: PredictionJob) -> tuple[Scan, NDArray[np.int32]]:
+    scan = open_scan(job.store)
+    groups = read_groups(job.store, job.groups)
+    if groups is None or scan.data_hash != job.data_hash:
+        raise PtychodaskError(
+            f"{job.store}: its data or its group table '{job.groups}' changed since the plan; plan again"
+        )
+    return scan, groups.member
+
+
+def _check_patches(patches: NDArray[Any], input_shape: tuple[int, ...], what: str) -> None:
+    _, n_pixels, _, members = input_shape
+    if patches.shape[1:] not in ((members, n_pixels, n_pixels), (n_pixels, n_pixels)):
+        raise PtychodaskError(
+            f"model: patches for {what} have shape {patches.shape}, "
+            f"expected (group, {members}, {n_pixels}, {n_pixels}) or (group, {n_pixels}, {n_pixels})"
+        )
+    if not np.isfinite(patches).all():
+        raise PtychodaskError(
+            f"model: the network returned values that are not finite for {what}; its weights or its input are damaged: "
+            "train again, or drop these patterns"
+        )

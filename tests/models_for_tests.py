@@ -1,0 +1,66 @@
+"""Models in plain NumPy that the engine takes for networks; worker processes import them too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from ptychodask.scan import PtychodaskError
+
+
+@dataclass(eq=False)
+class LinearModel:
+    """Patches that depend on each pattern, on its group and on its offset, and on nothing else."""
+
+    content_hash: str = "linear"
+    members: int = 4
+    n_pixels: int = 16
+    output: Literal["member", "group"] = "member"
+    kind: str = "linear"
+    path: str | None = None
+    calls: list[tuple[int, ...]] = field(default_factory=list)
+    """Shape of X in each call; shared with the tasks that run in this process."""
+
+    def bind(self, scan):
+        if scan.n_pixels != self.n_pixels:
+            raise PtychodaskError(f"model takes N={self.n_pixels}, the scan has N={scan.n_pixels}")
+        return self
+
+    def compile(self, batch_size):
+        def call(x, offset_yx_px):
+            assert x.shape == (batch_size, self.n_pixels, self.n_pixels, self.members)
+            assert offset_yx_px.shape == (batch_size, self.members, 2)
+            assert (x.dtype, offset_yx_px.dtype) == (np.float32, np.float32)
+            self.calls.append(x.shape)
+            return self.patches(x, offset_yx_px)
+
+        return call
+
+    def patches(self, x, offset_yx_px):
+        """complex64 (batch, C, N, N), or (batch, N, N)."""
+        own = np.moveaxis(x, -1, 1)
+        shift = (offset_yx_px @ np.array([0.1, 0.05j], np.complex64))[..., None, None]
+        patches = (own + 1j * own[:, :1] + shift).astype(np.complex64)
+        return patches if self.output == "member" else patches[:, 0] + patches[:, -1]
+
+
+@dataclass(eq=False)
+class NotFiniteModel(LinearModel):
+    """A network that diverged."""
+
+    content_hash: str = "not finite"
+
+    def patches(self, x, offset_yx_px):
+        return super().patches(x, offset_yx_px) * np.float32(np.nan)
+
+
+@dataclass(eq=False)
+class FailingModel(LinearModel):
+    """A network whose runtime fails."""
+
+    content_hash: str = "failing"
+
+    def patches(self, x, offset_yx_px):
+        raise RuntimeError("the device went away\nand this is its long story")

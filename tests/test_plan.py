@@ -1,0 +1,159 @@
+"""A plan is exact before anything runs, and refuses what cannot fit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from models_for_tests import LinearModel
+
+from ptychodask.grouping import GroupingSpec
+from ptychodask.plan import ReconstructionSpec, plan
+from ptychodask.reassembly import Box
+from ptychodask.scan import PtychodaskError
+from ptychodask.simulate import simulate
+from ptychodask.store import group, open_scan, read_groups
+
+N_PATTERNS = 120
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "scan.zarr"
+    simulate(path, n_pixels=16, n_patterns=N_PATTERNS, step_px=4.0, seed=3)
+    return path
+
+
+def reached(position_yx_px, crop):
+    """Box that patches of `crop` elements at some positions reach, one by one."""
+    corners = np.floor(np.asarray(position_yx_px) - crop / 2).astype(int).reshape(-1, 2)
+    (y0, x0), (y1, x1) = corners.min(axis=0), corners.max(axis=0) + crop + 1
+    return Box(y0, y1, x0, x1)
+
+
+@pytest.mark.parametrize(("output", "crop"), [("member", 16), ("member", 10), ("group", 12)])
+def test_a_chunks_box_is_what_its_patches_reach(store, output, crop):
+    found = plan(store, LinearModel(output=output), ReconstructionSpec(groups_per_chunk=11, crop=crop))
+    position = open_scan(store).position_yx_px[read_groups(store, found.groups).member]
+    if output == "group":
+        position = position.mean(axis=1)
+    assert [(chunk.start, chunk.stop) for chunk in found.chunks] == [
+        (start, min(start + 11, N_PATTERNS)) for start in range(0, N_PATTERNS, 11)
+    ]
+    for chunk in found.chunks:
+        assert chunk.box == reached(position[chunk.start : chunk.stop], crop)
+    assert found.box == reached(position, crop)
+
+
+def test_a_tile_lists_exactly_the_chunks_that_touch_it(store):
+    found = plan(store, LinearModel(), ReconstructionSpec(groups_per_chunk=5, tile=16))
+    for tile in found.tiles:
+        touching = [i for i, chunk in enumerate(found.chunks) if chunk.box.overlap(tile.box).n_pixels]
+        assert list(tile.chunks) == touching
+    assert max(len(tile.chunks) for tile in found.tiles) < len(found.chunks)
+
+
+@pytest.mark.parametrize("roi", [None, (-13, 20, -3, 200)])
+def test_tiles_cover_each_pixel_once(store, roi):
+    found = plan(store, LinearModel(), ReconstructionSpec(tile=7, roi=roi))
+    covered = np.zeros(found.box.shape, int)
+    for tile in found.tiles:
+        y, x = tile.box.y0 - found.box.y0, tile.box.x0 - found.box.x0
+        covered[y : y + tile.box.shape[0], x : x + tile.box.shape[1]] += 1
+    np.testing.assert_array_equal(covered, 1)
+
+
+def test_a_region_keeps_only_the_chunks_that_meet_it(store):
+    whole = plan(store, LinearModel(), ReconstructionSpec(groups_per_chunk=5))
+    roi = (whole.box.y0 - 50, whole.box.y0 + 12, whole.box.x0, whole.box.x0 + 15)
+    part = plan(store, LinearModel(), ReconstructionSpec(groups_per_chunk=5, roi=roi))
+    box = Box(whole.box.y0, roi[1], roi[2], roi[3])
+    assert part.box == box
+    expected = [(chunk.start, chunk.box.overlap(box)) for chunk in whole.chunks if chunk.box.overlap(box).n_pixels]
+    assert [(chunk.start, chunk.box) for chunk in part.chunks] == expected
+    assert 0 < len(part.chunks) < len(whole.chunks)
+    assert part.n_patterns < whole.n_patterns == N_PATTERNS
+
+
+def test_a_region_outside_the_object_is_refused(store):
+    with pytest.raises(PtychodaskError, match=r"roi \(900, 910, 0, 5\) does not meet the object"):
+        plan(store, LinearModel(), ReconstructionSpec(roi=(900, 910, 0, 5)))
+
+
+def test_automatic_chunks_keep_to_the_memory(store):
+    roomy = plan(store, LinearModel())
+    tight = plan(store, LinearModel(), ReconstructionSpec(memory_bytes=roomy.predict_bytes - 1, tile=8, batch_size=4))
+    assert tight.groups_per_chunk < roomy.groups_per_chunk
+    assert max(tight.predict_bytes, tight.reassemble_bytes) < roomy.predict_bytes
+
+
+def test_a_chunk_or_a_tile_that_cannot_fit_is_refused_and_names_its_knob(store):
+    with pytest.raises(PtychodaskError, match=r"groups 0\.\.99, .* pass groups_per_chunk= below 100"):
+        plan(store, LinearModel(), ReconstructionSpec(groups_per_chunk=100, memory_bytes=400_000))
+    with pytest.raises(PtychodaskError, match=r"a tile of 4000 x 4000 px needs .* smaller tile="):
+        plan(
+            store, LinearModel(), ReconstructionSpec(groups_per_chunk=1, batch_size=1, tile=4000, memory_bytes=400_000)
+        )
+
+
+def test_without_a_model_the_group_table_decides(store):
+    assert plan(store, spec=ReconstructionSpec(groups=GroupingSpec(members=1))).members == 1
+    found = plan(store, spec=ReconstructionSpec(groups="c4-k7-s0"))
+    assert (found.members, found.output, found.window, found.crop) == (4, "member", "illumination", 16)
+
+
+def test_a_patch_per_group_takes_a_uniform_crop(store):
+    found = plan(store, LinearModel(output="group"))
+    assert (found.window, found.crop) == ("uniform", 16)
+    found = plan(store, LinearModel(output="group"), ReconstructionSpec(window="cosine"))
+    assert (found.window, found.crop) == ("cosine", 16)
+
+
+def test_the_group_table_has_the_models_members(tmp_path):
+    path = tmp_path / "scan.zarr"
+    simulate(path, n_pixels=16, n_patterns=40, step_px=4.0, seed=3)
+    assert plan(path, LinearModel(members=9)).groups == "c9-k9-s0"
+    group(path, GroupingSpec(members=2, neighbours=3))
+    assert plan(path, LinearModel(members=2)).groups == "c2-k3-s0"
+    group(path, GroupingSpec(members=2, neighbours=4))
+    with pytest.raises(PtychodaskError, match=r"several group tables have 2 .*c2-k3-s0, c2-k4-s0.*pass groups="):
+        plan(path, LinearModel(members=2))
+    assert plan(path, LinearModel(members=2), ReconstructionSpec(groups="c2-k4-s0")).groups == "c2-k4-s0"
+
+
+def test_a_model_or_a_table_that_does_not_fit_is_refused(store):
+    with pytest.raises(PtychodaskError, match=r"patterns are 16 pixels wide, the linear takes 64"):
+        plan(store, LinearModel(n_pixels=64))
+    group(store, GroupingSpec(members=1))
+    with pytest.raises(PtychodaskError, match=r"'c1' has 1 patterns in a group, the model takes 4"):
+        plan(store, LinearModel(), ReconstructionSpec(groups="c1"))
+    with pytest.raises(PtychodaskError, match=r"no group table 'mine'; stored are: c1"):
+        plan(store, LinearModel(), ReconstructionSpec(groups="mine"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0, expected a whole number from 1 on"),
+        ({"tile": 2.5}, "tile is 2.5, expected a whole number"),
+        ({"crop": 15}, "crop is 15, expected an even number; pass 16"),
+        ({"window": "round"}, "window is 'round', expected one of: illumination, uniform, cosine"),
+        ({"groups": 4}, "groups is 4, expected a name or a GroupingSpec"),
+        ({"roi": (0, 5, 7)}, r"roi is \(0, 5, 7\), expected whole pixels \(y0, y1, x0, x1\)"),
+        ({"roi": (5, 5, 0, 7)}, r"y0 < y1 and x0 < x1"),
+    ],
+)
+def test_a_spec_that_makes_no_sense_is_refused(fields, message):
+    with pytest.raises(PtychodaskError, match=message):
+        ReconstructionSpec(**fields)
+
+
+def test_a_crop_beyond_the_patch_is_refused(store):
+    with pytest.raises(PtychodaskError, match="crop is 18, a patch has 16 pixels"):
+        plan(store, LinearModel(), ReconstructionSpec(crop=18))
+
+
+def test_a_plan_prints_as_a_table(store):
+    lines = str(plan(store, LinearModel(), ReconstructionSpec(groups_per_chunk=40, batch_size=8, tile=32))).splitlines()
+    assert "predict     3 tasks of 40 groups, batches of 8" in lines
+    assert "patterns    120 of 16 x 16" in lines
+    assert lines[-1].endswith("of 1,024 MiB a task")
