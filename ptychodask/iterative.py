@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import scipy.fft
 import scipy.ndimage
+import xarray as xr
 from numpy.typing import NDArray
 
 from ptychodask.progress import Progress, show_progress
-from ptychodask.scan import PtychodaskError, Scan
+from ptychodask.result import make_dataset
+from ptychodask.scan import PtychodaskError, Scan, illumination
 from ptychodask.simulate import expected_counts, shift_probe, shift_ramp
 from ptychodask.store import open_scan, replace_probe
 
@@ -182,6 +184,89 @@ def _split(scan: Scan, fraction: float, held_out: float, seed: int) -> tuple[NDA
         )
     shuffled = np.random.default_rng(seed).permutation(kept)
     return np.sort(shuffled[n_scored:]), np.sort(shuffled[:n_scored])
+
+
+def reconstruct_iterative(
+    store: str | Path,
+    *,
+    n_sweeps: int = 40,
+    refine_probe: bool = False,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> xr.Dataset:
+    """Reconstruct a scan by iterative sweeps, to compare networks with: all of it in memory, on one core.
+
+    Parameters
+    ----------
+    store : path
+    n_sweeps : int
+        Times that each pattern is visited; 3 or more with `refine_probe`.
+    refine_probe : bool
+        Refine the probe along with the object; the store keeps the one it has.
+    seed : int
+        Seed of the order of the patterns.
+    progress : bool, optional
+        See `show_progress`.
+
+    Returns
+    -------
+    xarray.Dataset
+        A result as `reconstruct` gives it. `weight` is the relative light that met a pixel, Σ over patterns of
+        |P|²/max|P|²; `count` the patterns that lit it; `uncertainty` is NaN, for there is one estimate a pixel.
+
+    Raises
+    ------
+    PtychodaskError
+        If `n_sweeps` is too small, or the scan has several experiments, whose objects may differ.
+
+    Notes
+    -----
+    See `run_sweeps` for the method, and `measure` for the memory that it takes.
+    """
+    fewest = 3 if refine_probe else 1
+    if n_sweeps < fewest:
+        raise PtychodaskError(f"reconstruct_iterative: n_sweeps is {n_sweeps}, expected {fewest} or more")
+    scan = open_scan(store)
+    if scan.scan_index is not None and len(np.unique(scan.scan_index)) > 1:
+        raise PtychodaskError(
+            f"{store}: holds {len(np.unique(scan.scan_index))} experiments, the iterative engine takes one; "
+            "ingest each into a store of its own"
+        )
+    measured = measure(scan, np.arange(scan.n_patterns))
+    with show_progress("iterate", n_sweeps * scan.n_patterns, "patterns", progress) as bar:
+        object_, probe = run_sweeps(
+            measured, scan.probe, n_sweeps=n_sweeps, update_probe=refine_probe, seed=seed, bar=bar
+        )
+    weight, count = _light(measured, probe)
+    r = r_factor(object_, measured.corner_yx_px, replace(scan, probe=probe))
+    logger.info("%s: R %.4f after %d sweeps of %d patterns", store, r, n_sweeps, scan.n_patterns)
+    return make_dataset(
+        np.where(count > 0, object_, np.complex64(complex(np.nan, np.nan))),
+        weight,
+        np.full(measured.shape, np.nan, np.float32),
+        count,
+        (int(measured.corner_yx_px[0]), int(measured.corner_yx_px[1])),
+        pixel_size_m=scan.pixel_size_m,
+        attributes={
+            "store": scan.store,
+            "data_hash": scan.data_hash,
+            "spec": {"engine": "iterative", "n_sweeps": n_sweeps, "refine_probe": refine_probe, "seed": seed},
+            "r_factor": r,
+        },
+    )
+
+
+def _light(measured: Measured, probe: NDArray[np.complex64]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Relative light that met each pixel of the object, and the number of patterns that lit it."""
+    n_pixels = probe.shape[-1]
+    weight = np.zeros(measured.shape, np.float32)
+    count = np.zeros(measured.shape, np.int32)
+    for (row, column), fraction in zip(measured.row_yx, measured.fraction_yx_px, strict=True):
+        frame = slice(row, row + n_pixels), slice(column, column + n_pixels)
+        light = illumination(shift_probe(probe, fraction))
+        weight[frame] += light
+        count[frame] += light > 0
+    return weight, count
 
 
 @dataclass(frozen=True, eq=False)

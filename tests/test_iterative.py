@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ptychodask.iterative import defocused, measure, r_factor, refine_probe, run_sweeps
+from ptychodask.iterative import defocused, measure, r_factor, reconstruct_iterative, refine_probe, run_sweeps
 from ptychodask.scan import PtychodaskError, Scan, input_normalization
 from ptychodask.simulate import expected_counts, simulate
 from ptychodask.store import open_scan, write_scan
@@ -217,6 +217,39 @@ def test_only_the_largest_experiment_is_used(scan, tmp_path):
 def test_wrong_arguments_are_refused(scan, wrong, message):
     with pytest.raises(PtychodaskError, match=message):
         refine_probe(scan.store, progress=False, **wrong)
+
+
+def test_iterative_result_lies_on_the_truth(scan):
+    ds = reconstruct_iterative(scan.store, n_sweeps=15, progress=False)
+    seen = ds["count"].values > 0
+    np.testing.assert_array_equal(np.isfinite(ds["object"].values), seen)
+    np.testing.assert_array_equal(ds["weight"].values > 0, seen)
+    assert ds["count"].values.max() <= scan.n_patterns
+    corner = scan.truth.corner_yx_px
+    truth = scan.truth.object[
+        np.ix_((ds["y"] - corner[0]).values.astype(int), (ds["x"] - corner[1]).values.astype(int))
+    ]
+    bright = ds["weight"].values > 1
+    assert overlap(ds["object"].values[bright], truth[bright]) > 0.99
+    assert ds.attrs["r_factor"] < 0.1
+    assert ds.attrs["data_hash"] == scan.data_hash
+
+
+def test_iterative_result_can_refine_the_probe_and_leaves_the_store(scan, tmp_path):
+    y, x = np.mgrid[:32, :32] - 16
+    before = store_with_probe(scan, tmp_path / "scan.zarr", scan.probe * np.exp(-(y**2 + x**2) / 60))
+    fixed = reconstruct_iterative(tmp_path / "scan.zarr", n_sweeps=10, progress=False)
+    refined = reconstruct_iterative(tmp_path / "scan.zarr", n_sweeps=10, refine_probe=True, progress=False)
+    assert refined.attrs["r_factor"] < 0.5 * fixed.attrs["r_factor"]
+    assert open_scan(tmp_path / "scan.zarr").data_hash == before.data_hash
+
+
+def test_iterative_result_of_several_experiments_is_refused(scan, tmp_path):
+    store_with_probe(scan, tmp_path / "scan.zarr", scan.probe, scan_index=np.repeat([0, 1], 80))
+    with pytest.raises(PtychodaskError, match="holds 2 experiments, the iterative engine takes one"):
+        reconstruct_iterative(tmp_path / "scan.zarr", progress=False)
+    with pytest.raises(PtychodaskError, match="n_sweeps is 2, expected 3 or more"):
+        reconstruct_iterative(tmp_path / "scan.zarr", n_sweeps=2, refine_probe=True)
 
 
 def test_siemens_star_probe_predicts_unseen_patterns(shared, tmp_path):
