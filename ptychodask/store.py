@@ -353,7 +353,7 @@ def _write_patterns(
     total_counts = 0.0
     for start, block in _blocks(source, order, _shard_patterns(array)):
         total_counts += _checked_counts(block, domain, mask, source_rows[order[start : start + len(block)]], where)
-        digest.update(np.ascontiguousarray(block).tobytes())
+        digest.update(np.ascontiguousarray(block).data)
         array[start : start + len(block)] = block
         bar.advance(len(block))
     return total_counts, digest.hexdigest()

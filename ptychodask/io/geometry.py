@@ -173,9 +173,12 @@ def mean_counts(blocks: Iterable[NDArray[Any]], domain: Domain) -> NDArray[np.fl
     total: NDArray[np.float64] | float = 0.0
     n_frames = 0
     for block in blocks:
-        values = np.nan_to_num(block.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-        counts = np.maximum(values, 0) if domain == "counts" else values**2
-        total = total + counts.sum(axis=0)
+        counts = block.astype(np.float64)
+        np.nan_to_num(counts, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        with np.errstate(over="ignore"):
+            # What overflows is refused when it is stored.
+            counts = np.maximum(counts, 0, out=counts) if domain == "counts" else np.square(counts, out=counts)
+            total = total + counts.sum(axis=0)
         n_frames += len(block)
     return np.asarray(total / max(n_frames, 1))
 

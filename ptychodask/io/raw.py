@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.io.source import BLOCK_BYTES, Frames
+from ptychodask.io.source import BLOCK_BYTES, SLAB_BYTES, Frames
 from ptychodask.progress import show_progress
 from ptychodask.scan import PtychodaskError
 
@@ -192,7 +192,7 @@ def spill(
             rows = kept[np.searchsorted(kept, start) : np.searchsorted(kept, start + len(block))] - start
             prepared = prepare(block[rows])
             with writing_scratch(folder):
-                file.write(np.ascontiguousarray(prepared).tobytes())
+                file.write(np.ascontiguousarray(prepared).data)
             start += len(block)
             bar.advance(len(block))
     with writing_scratch(folder):
@@ -203,7 +203,7 @@ def turn_patterns_first(
     stream: IO[bytes], n_frame: int, n_patterns: int, dtype: np.dtype[Any], file: IO[bytes], *, folder: Path, where: str
 ) -> None:
     """Copy values stored (pixel, pattern) into a scratch file as (pattern, pixel), a slab of pixels at a time."""
-    step = max(1, BLOCK_BYTES // max(1, n_patterns * dtype.itemsize))
+    step = max(1, SLAB_BYTES // max(1, n_patterns * dtype.itemsize))
     for first in range(0, n_frame, step):
         slab = np.empty((min(step, n_frame - first), n_patterns), dtype)
         read_exactly(stream, slab, where)
@@ -211,6 +211,6 @@ def turn_patterns_first(
         with writing_scratch(folder):
             for pattern in range(n_patterns):
                 file.seek((pattern * n_frame + first) * dtype.itemsize)
-                file.write(rows[pattern].tobytes())
+                file.write(rows[pattern].data)
     with writing_scratch(folder):
         file.flush()

@@ -27,8 +27,11 @@ MAPPED_KEYS = ("diffraction", "y", "x", "position", "probe", "mask", "object", "
 PROBE_MODELS = ("file", "disc", "zone_plate", "estimate")
 """Where an initial probe comes from, beside a path."""
 
-BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES = 4 * 2**20
 """Bytes of frames read from a file at a time."""
+
+SLAB_BYTES = 32 * 2**20
+"""Bytes of an array with patterns along its last axis that are turned at a time: the more, the longer the writes."""
 
 FORMAT_OPTIONS = ("keys", "domain", "axes", "dc", "units", "flip_y", "flip_x", "swap_xy")
 """Options that say what a file leaves open; a format that fixes one refuses it."""
