@@ -43,10 +43,11 @@ class Hdf5File:
             self._file = stack.enter_context(h5py.File(file.name, "r"))
 
     def keys(self) -> list[str]:
-        found: list[str] = []
+        found: list[str | bytes] = []
         with reading(self.where):
             self._file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
-        return found
+        # h5py gives a name that is no UTF-8 as bytes.
+        return [name if isinstance(name, str) else name.decode(errors="replace") for name in found]
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._dataset(key).shape or ())
@@ -73,8 +74,10 @@ class Hdf5File:
         return _DatasetFrames(dataset, f"{self.where}[{key}]", pattern_last=pattern_last)
 
     def _dataset(self, key: str) -> h5py.Dataset:
-        with reading(self.where):
+        with reading(f"{self.where}[{key}]"):
             dataset = self._file.get(key)
+            if isinstance(dataset, h5py.Dataset):
+                _ = dataset.shape, dataset.dtype, dataset.chunks  # what is damaged shows here
         if not isinstance(dataset, h5py.Dataset):
             raise missing_key(self, key)
         return dataset

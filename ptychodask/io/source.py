@@ -293,7 +293,11 @@ def missing_key(container: Container, key: str) -> PtychodaskError:
 
 def listed_keys(keys: Sequence[str]) -> str:
     """The first keys of a file in one line."""
-    return ", ".join(keys[:30]) + (f", ... ({len(keys)} in all)" if len(keys) > 30 else "") if keys else "(none)"
+    if not keys:
+        return "(none)"
+    return ", ".join(" ".join(key.split()) for key in keys[:30]) + (
+        f", ... ({len(keys)} in all)" if len(keys) > 30 else ""
+    )
 
 
 def frame_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
