@@ -14,8 +14,8 @@ from ptychodask.models.physics import (
     expected_counts,
     gathered_weight,
     merge_members,
-    pair_ramps,
     project_group,
+    shift_ramps,
 )
 from ptychodask.models.spec import ModelSpec, Optics
 
@@ -42,7 +42,7 @@ class GroupProjections(layers.Layer):
         else:
             patches = split_channels(relative, self._object_amplitude)
         weight = ops.convert_to_tensor(self._optics.weight)
-        ramps = pair_ramps(offset_yx_px, x.shape[1])
+        ramps = shift_ramps(offset_yx_px, x.shape[1])
         total_weight = gathered_weight(weight, ramps)
         probe = probe_pair(self._optics)
         for _ in range(self._steps):
@@ -65,7 +65,7 @@ class GroupCounts(layers.Layer):
 
     def call(self, patches: Tensor, offset_yx_px: Tensor) -> Tensor:
         weight = ops.convert_to_tensor(self._optics.weight)
-        ramps = pair_ramps(offset_yx_px, patches.shape[2])
+        ramps = shift_ramps(offset_yx_px, patches.shape[2])
         merged = merge_members((patches[..., 0], patches[..., 1]), weight, ramps, gathered_weight(weight, ramps))
         return expected_counts(probe_pair(self._optics), merged)
 

@@ -84,10 +84,12 @@ def shift_ramps(shift_yx_px: Tensor, n_pixels: int) -> ComplexPair:
         exp(2πi f·shift), in the order of an FFT's frequencies.
     """
     frequency = (2 * np.pi * np.fft.fftfreq(n_pixels)).astype(np.float32)
-    angle_y = shift_yx_px[..., 0:1] * frequency
-    angle_x = shift_yx_px[..., 1:2] * frequency
-    angle = angle_y[..., :, None] + angle_x[..., None, :]
-    return ops.cos(angle), ops.sin(angle)
+    along_y = shift_yx_px[..., 0:1] * frequency
+    along_x = shift_yx_px[..., 1:2] * frequency
+    return multiply(
+        (ops.cos(along_y)[..., :, None], ops.sin(along_y)[..., :, None]),
+        (ops.cos(along_x)[..., None, :], ops.sin(along_x)[..., None, :]),
+    )
 
 
 def translate(image: ComplexPair, shift_yx_px: Tensor) -> ComplexPair:
@@ -103,8 +105,7 @@ def translate(image: ComplexPair, shift_yx_px: Tensor) -> ComplexPair:
     -------
     pair of tensors (..., N, N)
     """
-    ramps = shift_ramps(shift_yx_px, image[0].shape[-1])
-    return ops.ifft2(multiply(ops.fft2(image), ramps))
+    return ops.ifft2(multiply(ops.fft2(image), shift_ramps(shift_yx_px, image[0].shape[-1])))
 
 
 def gather_members(values: ComplexPair, ramps: ComplexPair) -> ComplexPair:
@@ -114,31 +115,26 @@ def gather_members(values: ComplexPair, ramps: ComplexPair) -> ComplexPair:
     ----------
     values : pair of tensors (group, C, N, N)
         Values in each member's frame, dark at the rim.
-    ramps : pair of tensors (group, C, C, N, N)
-        `shift_ramps` of offset[j] − offset[c]: from member c (third axis) to the frame of member j (second axis).
+    ramps : pair of tensors (group, C, N, N)
+        `shift_ramps` of the members' offsets.
 
     Returns
     -------
     pair of tensors (group, C, N, N)
-        Σ over c of values[c] placed in the frame of j.
+        Σ over c of values[c], translated by offset[j] − offset[c], for each member j.
     """
-    real, imag = ops.fft2(values)
-    placed = multiply((real[:, None], imag[:, None]), ramps)
-    return ops.ifft2((ops.sum(placed[0], axis=2), ops.sum(placed[1], axis=2)))
-
-
-def pair_ramps(offset_yx_px: Tensor, n_pixels: int) -> ComplexPair:
-    """`shift_ramps` between all members of each group, (group, C, C, N, N), from offsets (group, C, 2)."""
-    return shift_ramps(offset_yx_px[:, :, None] - offset_yx_px[:, None, :], n_pixels)
+    # The factor between two members is one member's ramp times the conjugate of the other's, so that all are summed
+    # in the frame of the group's centre first.
+    at_centre = multiply(conjugate(ramps), ops.fft2(values))
+    summed = tuple(ops.sum(part, axis=1, keepdims=True) for part in at_centre)
+    return ops.ifft2(multiply(ramps, (summed[0], summed[1])))
 
 
 def gathered_weight(weight: Tensor, ramps: ComplexPair) -> Tensor:
     """Weights (N, N) of all members summed in each member's frame, (group, C, N, N), not negative."""
     n_members = ramps[0].shape[1]
-    zeros = ops.zeros_like(weight)
-    real, imag = ops.fft2((weight, zeros))
-    placed = multiply((real[None, None], imag[None, None]), (ops.sum(ramps[0], axis=2), ops.sum(ramps[1], axis=2)))
-    total, _ = ops.ifft2(placed)
+    each = ops.broadcast_to(weight, ops.shape(ramps[0]))
+    total, _ = gather_members((each, ops.zeros_like(each)), ramps)
     return ops.clip(total, 0.0, float(n_members))
 
 
@@ -151,7 +147,7 @@ def merge_members(patches: ComplexPair, weight: Tensor, ramps: ComplexPair, tota
     weight : tensor (N, N)
         Relative illumination |P|²/max|P|².
     ramps, total_weight
-        From `pair_ramps` and `gathered_weight`.
+        `shift_ramps` of the members' offsets, and `gathered_weight`.
 
     Returns
     -------
