@@ -1,0 +1,116 @@
+"""Where tasks run: the active Dask client, one inside this process, or worker processes on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from distributed import Client, LocalCluster
+
+from ptychodask.scan import PtychodaskError
+
+logger = logging.getLogger(__name__)
+
+THREADS_PER_WORKER = 2
+"""One thread reads and sums while the other predicts."""
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
+"""Environment variables by which a process learns how many threads its libraries may start."""
+
+LOOPBACK = "127.0.0.1:0"
+"""Address of Dask's own servers: a free port that only this machine reaches, where the default is every interface."""
+
+QUIET = {
+    "dashboard_address": LOOPBACK,
+    "scheduler_kwargs": {"dashboard": False},
+    # Errors of tasks reach the caller as exceptions; Dask's own log of them would only repeat them.
+    "silence_logs": logging.CRITICAL,
+}
+"""How clusters of this process are started, beside their size."""
+
+
+def active_client() -> Client | None:
+    """The Dask client that is active here, or None."""
+    try:
+        return Client.current()
+    except ValueError:
+        return None
+
+
+@contextmanager
+def in_process_client() -> Iterator[Client]:
+    """A client whose one worker lives in this process and shares its memory, closed in the end.
+
+    Yields
+    ------
+    distributed.Client
+    """
+    with (
+        LocalCluster(
+            processes=False,
+            n_workers=1,
+            threads_per_worker=THREADS_PER_WORKER,
+            worker_dashboard_address=LOOPBACK,
+            **QUIET,
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def local_client(n_workers: int) -> Iterator[Client]:
+    """A client with worker processes on this machine, the processor's cores divided among them, closed in the end.
+
+    Parameters
+    ----------
+    n_workers : int
+        Worker processes.
+
+    Yields
+    ------
+    distributed.Client
+
+    Raises
+    ------
+    PtychodaskError
+        If `n_workers` is not positive.
+    """
+    if n_workers < 1:
+        raise PtychodaskError(f"local_client: n_workers is {n_workers}, expected 1 or more")
+    threads = str(max(1, (os.cpu_count() or 1) // n_workers))
+    with (
+        LocalCluster(
+            processes=True,
+            n_workers=n_workers,
+            threads_per_worker=THREADS_PER_WORKER,
+            host="127.0.0.1",
+            **QUIET,
+            env=dict.fromkeys(THREAD_VARIABLES, threads),
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def client_for_run(client: Client | None) -> Iterator[Client]:
+    """The client that a run uses: the given one, else the active one, else one in this process, closed in the end.
+
+    Parameters
+    ----------
+    client : distributed.Client or None
+
+    Yields
+    ------
+    distributed.Client
+    """
+    found = client if client is not None else active_client()
+    if found is not None:
+        yield found
+        return
+    with in_process_client() as own:
+        logger.info("no Dask client is active: running in this process")
+        yield own

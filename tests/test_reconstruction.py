@@ -1,0 +1,282 @@
+"""The whole engine: the same object however it is cut, wherever it runs, and nothing left behind when it fails."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+
+import dask
+import numpy as np
+import pytest
+import xarray as xr
+from models_for_tests import FailingModel, LinearModel, NotFiniteModel
+
+from ptychodask import prediction, reconstruction
+from ptychodask.cluster import in_process_client, local_client
+from ptychodask.plan import plan
+from ptychodask.reassembly import add_patches, crop_middle, empty_canvas, finish, illumination_window
+from ptychodask.reconstruction import reconstruct
+from ptychodask.result import open_result
+from ptychodask.scan import PtychodaskError
+from ptychodask.simulate import simulate
+from ptychodask.store import open_scan, read_groups, write_scan
+
+N_PATTERNS = 150
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reconstruction") / "scan.zarr"
+    simulate(path, n_pixels=16, n_patterns=N_PATTERNS, step_px=3.0, seed=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def client():
+    with in_process_client() as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def _empty_caches(monkeypatch):
+    monkeypatch.setattr(prediction, "_SOURCES", prediction._ProcessCache())
+    monkeypatch.setattr(prediction, "_PREDICTORS", prediction._ProcessCache())
+
+
+@pytest.fixture(scope="module")
+def whole(store):
+    """The object from one canvas, every group at once."""
+    model, scan, groups = LinearModel(), open_scan(store), plan(store, LinearModel()).groups
+    member = read_groups(store, groups).member
+    position = scan.position_yx_px[member]
+    x = np.moveaxis(scan.network_input(member.ravel()).reshape(*member.shape, 16, 16), 1, -1)
+    patches = model.patches(x, (position - position.mean(axis=1, keepdims=True)).astype(np.float32))
+    box = plan(store, model).box
+    canvas = empty_canvas(box.corner, box.shape)
+    add_patches(
+        canvas,
+        crop_middle(patches, 16).reshape(-1, 16, 16),
+        position.reshape(-1, 2) - 8,
+        illumination_window(scan.probe, 16),
+    )
+    return finish(canvas)[0]
+
+
+def assert_same_bits(ds, other):
+    for name in ("object", "weight", "uncertainty", "count"):
+        np.testing.assert_array_equal(ds[name].values, other[name].values)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 32])
+@pytest.mark.parametrize("groups_per_chunk", [1, 7, 64, N_PATTERNS])
+def test_the_object_does_not_depend_on_chunks_and_batches(store, client, whole, groups_per_chunk, batch_size):
+    ds = reconstruct(
+        store, LinearModel(), client=client, groups_per_chunk=groups_per_chunk, batch_size=batch_size, tile=24
+    )
+    found = ds["object"].values
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(whole))
+    assert np.nanmax(np.abs(found - whole)) <= 1e-5 * np.nanmedian(np.abs(whole))
+
+
+def test_two_processes_give_the_same_bits_as_none(store, client, tmp_path):
+    fields = {"groups_per_chunk": 13, "batch_size": 5, "tile": 24}
+    here = reconstruct(store, LinearModel(), client=client, **fields)
+    with local_client(2):
+        there = reconstruct(store, LinearModel(), **fields)
+        written = reconstruct(store, LinearModel(), out=tmp_path / "object.zarr", **fields)
+        assert_same_bits(there, here)
+        assert_same_bits(written, here)
+
+
+def test_without_a_client_one_is_started_and_closed(store, whole):
+    ds = reconstruct(store, LinearModel())
+    assert np.nanmax(np.abs(ds["object"].values - whole)) <= 1e-5 * np.nanmedian(np.abs(whole))
+    with pytest.raises(ValueError, match="No clients found"):
+        reconstruction.distributed.Client.current()
+
+
+def test_every_pixel_within_reach_is_known(store, client):
+    ds = reconstruct(store, LinearModel(), client=client, groups_per_chunk=7, tile=24)
+    reached = ds["count"] > 0
+    assert np.isfinite(ds["object"].where(reached, 0)).all()
+    assert np.isnan(ds["object"].where(~reached)).all()
+    assert (ds["weight"].where(reached, 1) > 0).all()
+    assert np.isfinite(ds["uncertainty"].where(ds["count"] > 1, 0)).all()
+    y, x = open_scan(store).position_yx_px.round().T
+    assert bool((ds["count"].sel(y=xr.DataArray(y), x=xr.DataArray(x)) > 0).all())
+
+
+@pytest.mark.parametrize(("output", "window"), [("group", "uniform"), ("member", "cosine"), ("group", "illumination")])
+def test_other_windows_and_patches_do_not_depend_on_chunks(store, client, output, window):
+    model = LinearModel(content_hash=output, output=output)
+    one, many = (
+        reconstruct(store, model, client=client, window=window, crop=12, groups_per_chunk=size)["object"].values
+        for size in (N_PATTERNS, 7)
+    )
+    np.testing.assert_array_equal(np.isnan(one), np.isnan(many))
+    assert np.nanmax(np.abs(one - many)) <= 1e-5 * np.nanmedian(np.abs(one))
+
+
+def test_a_region_is_that_part_of_the_object(store, client):
+    ds = reconstruct(store, LinearModel(), client=client, groups_per_chunk=7)
+    roi = (-5, 12, -11, 6)
+    part = reconstruct(store, LinearModel(), client=client, groups_per_chunk=7, roi=roi, tile=9)
+    assert (part["y"][0], part["y"][-1], part["x"][0], part["x"][-1]) == (-5, 11, -11, 5)
+    assert_same_bits(part, ds.sel(y=slice(-5, 11), x=slice(-11, 5)))
+
+
+def test_what_is_written_is_what_stays_in_memory(store, client, tmp_path):
+    fields = {"groups_per_chunk": 7, "tile": 20}
+    memory = reconstruct(store, LinearModel(), client=client, **fields)
+    disk = reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr", **fields)
+    assert disk["object"].chunks is not None
+    assert_same_bits(disk, memory)
+    assert {k: v for k, v in disk.attrs.items() if k not in ("seconds", "groups_per_s", "patterns_per_s")} == {
+        k: v for k, v in memory.attrs.items() if k not in ("seconds", "groups_per_s", "patterns_per_s")
+    }
+    xr.testing.assert_equal(disk.coords.to_dataset(), memory.coords.to_dataset())
+    assert_same_bits(open_result(tmp_path / "object.zarr"), memory)
+
+
+def test_attributes_say_what_made_the_object(store, client):
+    ds = reconstruct(store, LinearModel(), client=client, groups_per_chunk=np.int64(70), roi=(0, 9, 0, 9))
+    attributes = json.loads(json.dumps(ds.attrs))
+    assert attributes["data_hash"] == open_scan(store).data_hash
+    assert attributes["model"] == {"kind": "linear", "hash": "linear", "path": None}
+    assert attributes["spec"]["roi"] == [0, 9, 0, 9]
+    assert attributes["plan"]["groups_per_chunk"] == 70
+    assert set(attributes["seconds"]) == {"total", "load", "read", "predict", "splat", "merge"}
+    assert attributes["patterns_per_s"] > 0
+
+
+def test_a_lazy_result_computes_nothing_until_asked(store, client):
+    model = LinearModel()
+    fields = {"groups_per_chunk": 7, "tile": 16, "batch_size": 7}
+    lazy = reconstruct(store, model, compute=False, **fields)
+    assert model.calls == []
+    n_chunks = lazy.attrs["plan"]["n_chunks"]
+    computed = lazy.ptycho.compute()
+    assert len(model.calls) == n_chunks
+    assert_same_bits(computed, reconstruct(store, LinearModel(), client=client, **fields))
+
+
+def test_a_region_of_a_lazy_result_predicts_only_the_chunks_of_its_tiles(store):
+    model = LinearModel()
+    fields = {"groups_per_chunk": 7, "tile": 16, "batch_size": 7}
+    lazy = reconstruct(store, model, compute=False, **fields)
+    first = plan(store, model, reconstruction.ReconstructionSpec(**fields)).tiles[0]
+    assert 0 < len(first.chunks) < lazy.attrs["plan"]["n_chunks"]
+    for compute in (lambda ds: ds.compute(), lambda ds: ds.ptycho.compute()):
+        model.calls.clear()
+        compute(lazy.isel(y=slice(0, 9), x=slice(2, 16)))
+        assert len(model.calls) == len(first.chunks)
+
+
+def test_object_and_weight_together_predict_once(store):
+    model = LinearModel()
+    lazy = reconstruct(store, model, compute=False, groups_per_chunk=7, tile=16, batch_size=7)
+    dask.compute(lazy["object"], lazy["weight"])
+    assert len(model.calls) == lazy.attrs["plan"]["n_chunks"]
+
+
+def test_a_lazy_result_uses_the_active_client(store, client):
+    model = LinearModel()
+    lazy = reconstruct(store, model, compute=False, groups_per_chunk=50, tile=16, batch_size=50)
+    with client.as_current():
+        computed = lazy.ptycho.compute()
+    assert_same_bits(computed, lazy.compute())
+
+
+def test_canvases_go_when_no_tile_needs_them(tmp_path, client, monkeypatch):
+    path, position = tmp_path / "line.zarr", np.stack([np.zeros(200), 4.0 * np.arange(200)], axis=1)
+    write_scan(
+        path,
+        diffraction=np.random.default_rng(0).poisson(9, (200, 16, 16)).astype(np.uint16),
+        position_yx_px=position,
+        probe=np.ones((1, 16, 16), np.complex64),
+        domain="counts",
+        calibration="as_given",
+    )
+    alive, most = weakref.WeakSet(), []
+    make = reconstruction.empty_canvas
+
+    def counted(corner, shape):
+        canvas = make(corner, shape)
+        alive.add(canvas)
+        most.append(len(alive))
+        return canvas
+
+    monkeypatch.setattr(reconstruction, "empty_canvas", counted)
+    ds = reconstruct(path, LinearModel(), client=client, groups_per_chunk=1, tile=16)
+    assert ds.attrs["plan"]["n_chunks"] == 200
+    # Along a line a tile meets some ten chunks, a few more are at work, and each tile makes two canvases of its own.
+    assert max(most) < 40
+    gc.collect()
+    assert len(alive) <= 2
+
+
+def test_a_failing_model_gives_one_line_and_leaves_nothing(store, client, tmp_path):
+    with pytest.raises(PtychodaskError) as caught:
+        reconstruct(store, FailingModel(), client=client, out=tmp_path / "object.zarr", groups_per_chunk=50)
+    assert str(caught.value).startswith("reconstruct: predicting groups ")
+    assert str(caught.value).endswith("failed: RuntimeError: the device went away")
+    with pytest.raises(PtychodaskError, match="values that are not finite for groups"):
+        reconstruct(store, NotFiniteModel(), client=client, out=tmp_path / "object.zarr", groups_per_chunk=50)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(store, client, tmp_path, monkeypatch):
+    def refuse(path, start_yx, arrays):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reconstruction, "write_tile", refuse)
+    with pytest.raises(PtychodaskError, match=r"cannot be written \(No space left on device\)"):
+        reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_stops_the_run_and_leaves_nothing(store, client, tmp_path, monkeypatch):
+    def interrupt(self, future):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reconstruction._Run, "_tile_done", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr", groups_per_chunk=1, tile=16)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    assert client.submit(sum, [1, 2]).result() == 3
+
+
+def test_outputs_are_not_replaced_unasked(store, client, tmp_path):
+    reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr")
+    with pytest.raises(PtychodaskError, match="exists already; pass overwrite=True"):
+        reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr")
+    reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr", overwrite=True)
+    with pytest.raises(PtychodaskError, match="is the store of the scan itself"):
+        reconstruct(store, LinearModel(), client=client, out=store, overwrite=True)
+
+
+def test_what_cannot_be_asked_for_is_refused(store):
+    with pytest.raises(PtychodaskError, match=r"no field chunk; the fields are: groups, window, crop, .*memory_bytes"):
+        reconstruct(store, LinearModel(), chunk=3)
+    with pytest.raises(PtychodaskError, match=r"compute=False writes nothing; leave out= away"):
+        reconstruct(store, LinearModel(), compute=False, out="object.zarr")
+    with pytest.raises(PtychodaskError, match=r"patterns are 16 pixels wide, the linear takes 32"):
+        reconstruct(store, LinearModel(n_pixels=32))
+    with pytest.raises(PtychodaskError, match="no model is recorded for it"):
+        reconstruct(store)
+    with pytest.raises(PtychodaskError, match=r"n_workers is 0"), local_client(0):
+        pass
+
+
+def test_an_object_too_large_for_memory_is_refused_unless_it_goes_to_disk(store, client, tmp_path, monkeypatch):
+    monkeypatch.setattr(reconstruction, "RESULT_PIXEL_BYTES", 10**6)
+    with pytest.raises(PtychodaskError, match=r"pass out= to write it to disk, or roi=, or compute=False"):
+        reconstruct(store, LinearModel(), client=client)
+    reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr")
+
+
+def test_a_predict_task_asks_for_a_gpu_where_workers_advertise_one():
+    assert reconstruction._device_share([{}, {"GPU": 1}]) == {"GPU": 0.5}
+    assert reconstruction._device_share([{}, {}]) is None
