@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from models_for_tests import LinearModel
@@ -157,3 +160,20 @@ def test_a_plan_prints_as_a_table(store):
     assert "predict     3 tasks of 40 groups, batches of 8" in lines
     assert "patterns    120 of 16 x 16" in lines
     assert lines[-1].endswith("of 1,024 MiB a task")
+
+
+def test_planning_loads_no_network_library(store):
+    said = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, ptychodask\n"
+            "ptychodask.reconstruct\n"
+            f"print(ptychodask.plan({str(store)!r}, spec=ptychodask.ReconstructionSpec(groups='c4-k7-s0')).n_groups)\n"
+            "print(sorted({'keras', 'tensorflow', 'matplotlib'} & set(sys.modules)))",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.split("\n")[:2] == [str(N_PATTERNS), "[]"]

@@ -1,7 +1,13 @@
 """Networks, their physics and their bundles."""
 
-from ptychodask.models.bundle import load_model, save_model
-from ptychodask.models.model import Model, limit_threads
-from ptychodask.models.spec import ModelSpec, Optics
+import lazy_loader
 
-__all__ = ["Model", "ModelSpec", "Optics", "limit_threads", "load_model", "save_model"]
+# Keras is loaded with the first network, and not by those who only plan or read a spec.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "bundle": ["load_model", "save_model"],
+        "model": ["Model", "limit_threads"],
+        "spec": ["ModelSpec", "Optics"],
+    },
+)
