@@ -302,6 +302,7 @@ def write_scan(
         if label is not None:
             _write_labels(root, label, order)
         mean_counts = total_counts / n_patterns
+        normalization = input_normalization(mean_counts, n_pixels, where)
         calibrated = calibrate_probe(
             probe, calibration, mean_counts=mean_counts, incident_counts=incident_counts, where=where
         )
@@ -321,7 +322,7 @@ def write_scan(
         root.attrs.update(
             {
                 "domain": domain,
-                "normalization": input_normalization(mean_counts, n_pixels, where),
+                "normalization": normalization,
                 "calibration": calibration,
                 "mean_counts": mean_counts,
                 "diffraction_hash": diffraction_hash,

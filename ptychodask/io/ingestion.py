@@ -267,8 +267,9 @@ def _rows(part: str | int | slice, n_frames: int, where: str) -> slice:
     try:
         if isinstance(part, str) and ":" in part:
             low, high = part.split(":")
-            part = slice(int(low) if low.strip() else 0, int(high) if high.strip() else n_frames)
-        rows = part if isinstance(part, slice) else slice(int(part), int(part) + 1)
+            rows = slice(int(low) if low.strip() else 0, int(high) if high.strip() else n_frames)
+        else:
+            rows = part if isinstance(part, slice) else slice(int(part), int(part) + 1)
         start = 0 if rows.start is None else int(rows.start)
         stop = n_frames if rows.stop is None else int(rows.stop)
     except (TypeError, ValueError) as error:
