@@ -1,0 +1,439 @@
+"""The command line: a thin skin over the public functions. Flags are named like their arguments."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ptychodask.scan import PtychodaskError
+
+app = typer.Typer(
+    name="ptychodask",
+    help="Reconstruct ptychography scans with neural networks, chunk by chunk.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Store = Annotated[Path, typer.Argument(help="The scan's store, a folder ending in .zarr.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, once the new one is whole.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")]
+
+
+class ModelKind(StrEnum):
+    """The two networks."""
+
+    pinn = "pinn"
+    baseline = "baseline"
+
+
+def main() -> None:
+    """Run the command line; bad input ends in one line on standard error and exit code 2."""
+    try:
+        app()
+    except PtychodaskError as error:
+        typer.echo(f"ptychodask: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        typer.echo(f"ptychodask: {error.filename or 'the system'}: {error.strerror or error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("ptychodask: stopped", err=True)
+        sys.exit(130)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from importlib.metadata import version
+
+        typer.echo(version("ptychodask"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log one line per stage.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+
+
+def _bar(quiet: bool) -> bool | None:
+    return False if quiet else None
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given, so that every default stays where it is written."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Keep TensorFlow's start-up notes, which it writes past Python, off the terminal."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for what it makes.")] = Path("demo"),
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Simulate a scan, train both networks on it, reconstruct it and compare with the truth.
+
+    Example: ptychodask demo
+    """
+    with _quiet_import():
+        from ptychodask.demo import run_demo
+    typer.echo(run_demo(out, overwrite=overwrite, progress=_bar(quiet)))
+
+
+@app.command()
+def ingest(
+    source: Annotated[Path, typer.Argument(help="NPZ (or .npz.bz2) or HDF5 file.", show_default=False)],
+    store: Store,
+    format: Annotated[
+        str | None, typer.Option(help="ptychopinn, tike or mapping; by default what the keys say.")
+    ] = None,
+    key: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=KEY: the file's key of diffraction, y, x, position, probe, mask, object, label, flux."),
+    ] = None,
+    domain: Annotated[str | None, typer.Option(help="counts or amplitude.")] = None,
+    axes: Annotated[str | None, typer.Option(help="pattern,qy,qx or qy,qx,pattern.")] = None,
+    dc: Annotated[str | None, typer.Option(help="Where the direct beam is: centre or corner.")] = None,
+    units: Annotated[str | None, typer.Option(help="Of the positions: px, um or m.")] = None,
+    flip_y: Annotated[bool, typer.Option("--flip-y", help="y becomes -y.")] = False,
+    flip_x: Annotated[bool, typer.Option("--flip-x", help="x becomes -x.")] = False,
+    swap_xy: Annotated[bool, typer.Option("--swap-xy", help="y and x change places.")] = False,
+    n_pixels: Annotated[int | None, typer.Option(help="Pixels across a stored pattern: crops or pads.")] = None,
+    bin: Annotated[int | None, typer.Option(help="Detector pixels, along each axis, summed into one.")] = None,
+    centre: Annotated[str | None, typer.Option(help="The beam's centre: dc, auto, or y,x in pixels.")] = None,
+    energy_ev: Annotated[float | None, typer.Option(help="Photon energy.")] = None,
+    wavelength_m: Annotated[float | None, typer.Option(help="Wavelength, in place of the energy.")] = None,
+    distance_m: Annotated[float | None, typer.Option(help="Sample to detector.")] = None,
+    detector_pixel_m: Annotated[float | None, typer.Option(help="Size of a detector pixel.")] = None,
+    pixel_size_m: Annotated[float | None, typer.Option(help="Size of an object pixel, as stored.")] = None,
+    probe: Annotated[str | None, typer.Option(help="file, disc, zone_plate, estimate, or a .npy or .npz.")] = None,
+    probe_diameter_px: Annotated[float | None, typer.Option(help="Of the disc, or of the zone plate's pupil.")] = None,
+    probe_stop_px: Annotated[float | None, typer.Option(help="Diameter of the zone plate's stop.")] = None,
+    probe_defocus: Annotated[float | None, typer.Option(help="Defocus at the pupil's rim, radians.")] = None,
+    probe_defocus_m: Annotated[float | None, typer.Option(help="Distance from the focus, metres.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="as_given, incident or mean_counts.")] = None,
+    incident_counts: Annotated[float | None, typer.Option(help="Photons per pattern on the sample.")] = None,
+    mask: Annotated[Path | None, typer.Option(help=".npy, True where a detector pixel is good.")] = None,
+    drop_frames: Annotated[str | None, typer.Option(help='Rows of the file to leave out: "3,10:20".')] = None,
+    scratch: Annotated[Path | None, typer.Option(help="Folder for unpacked data; beside the store by default.")] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a store from a file of another program.
+
+    Example: ptychodask ingest scan.npz scan.zarr
+
+    Example: ptychodask ingest raw.h5 scan.zarr --key diffraction=entry/data --key y=pos/y --key x=pos/x --domain counts
+    """
+    from ptychodask.io import ingest
+
+    options = _given(
+        keys=_pairs(key),
+        domain=domain,
+        axes=axes,
+        dc=dc,
+        units=units,
+        n_pixels=n_pixels,
+        bin=bin,
+        centre=None if centre is None else _centre(centre),
+        energy_ev=energy_ev,
+        wavelength_m=wavelength_m,
+        distance_m=distance_m,
+        detector_pixel_m=detector_pixel_m,
+        pixel_size_m=pixel_size_m,
+        probe=probe,
+        probe_diameter_px=probe_diameter_px,
+        probe_stop_px=probe_stop_px,
+        probe_defocus=probe_defocus,
+        probe_defocus_m=probe_defocus_m,
+        calibration=calibration,
+        incident_counts=incident_counts,
+        mask=mask,
+        drop_frames=drop_frames,
+        scratch=scratch,
+        # A format that fixes its axes refuses these flags, so only those that were set are handed on.
+        **{name: True for name, set_ in (("flip_y", flip_y), ("flip_x", flip_x), ("swap_xy", swap_xy)) if set_},
+    )
+    scan = ingest(source, store, format=format, overwrite=overwrite, progress=_bar(quiet), **options)
+    typer.echo(f"{store}: {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}, {scan.domain}")
+
+
+def _pairs(keys: list[str] | None) -> dict[str, str] | None:
+    if not keys:
+        return None
+    for text in keys:
+        if "=" not in text:
+            raise PtychodaskError(f"--key {text}: expected NAME=KEY, for example --key diffraction=entry/data")
+    return dict(text.split("=", 1) for text in keys)
+
+
+def _centre(text: str) -> str | tuple[float, float]:
+    if text in ("dc", "auto"):
+        return text
+    y, x = _numbers("--centre", text, 2)
+    return y, x
+
+
+def _numbers(flag: str, text: str, count: int) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != count:
+        raise PtychodaskError(f"{flag} {text}: expected {count} numbers with commas between them")
+    return values
+
+
+@app.command()
+def simulate(
+    store: Store,
+    object: Annotated[str | None, typer.Option(help="lines, star, field, or a .npy or image file.")] = None,
+    probe: Annotated[str | None, typer.Option(help="disc or zone_plate.")] = None,
+    n_pixels: Annotated[int | None, typer.Option(help="Pixels across a pattern.")] = None,
+    n_patterns: Annotated[int | None, typer.Option(help="How many patterns.")] = None,
+    dose: Annotated[float | None, typer.Option(help="Photons per pattern.")] = None,
+    step_px: Annotated[float | None, typer.Option(help="Mean distance of neighbours, object pixels.")] = None,
+    path: Annotated[str | None, typer.Option(help="raster, spiral or random.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of object, path and noise.")] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Simulate a scan of a known object.
+
+    Example: ptychodask simulate lines.zarr --object lines --probe zone_plate --dose 1e6
+    """
+    from ptychodask.simulate import simulate
+
+    options = _given(
+        object=object,
+        probe=probe,
+        n_pixels=n_pixels,
+        n_patterns=n_patterns,
+        dose=dose,
+        step_px=step_px,
+        path=path,
+        seed=seed,
+    )
+    scan = simulate(store, overwrite=overwrite, progress=_bar(quiet), **options)
+    typer.echo(f"{store}: {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}, with their truth")
+
+
+@app.command()
+def group(
+    store: Store,
+    members: Annotated[int | None, typer.Option(help="Patterns in one group.")] = None,
+    neighbours: Annotated[int | None, typer.Option(help="Nearest positions that members are drawn from.")] = None,
+    oversampling: Annotated[int | None, typer.Option(help="Groups that each pattern seeds.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draw.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the table; by default the spec's.")] = None,
+) -> None:
+    """Store a table of groups; training and reconstruction make theirs when there is none.
+
+    Example: ptychodask group scan.zarr --members 4 --neighbours 7
+    """
+    from ptychodask.grouping import GroupingSpec
+    from ptychodask.store import group
+
+    spec = GroupingSpec(**_given(members=members, neighbours=neighbours, oversampling=oversampling, seed=seed))
+    groups = group(store, spec, name=name)
+    typer.echo(f"{store}: {len(groups)} groups of {spec.members} as '{groups.name}'")
+
+
+@app.command()
+def refine_probe(
+    store: Store,
+    n_sweeps: Annotated[int | None, typer.Option(help="Times that each pattern is visited.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Share of the patterns that is used.")] = None,
+    held_out: Annotated[float | None, typer.Option(help="Share of the used patterns that only score.")] = None,
+    search_defocus: Annotated[bool, typer.Option("--search-defocus", help="Try starts out of focus as well.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of the order and of the held-out patterns.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Improve the stored probe by iterative sweeps over the patterns; the probe as ingested is kept.
+
+    Example: ptychodask refine-probe scan.zarr
+    """
+    from ptychodask.iterative import refine_probe
+
+    options = _given(n_sweeps=n_sweeps, fraction=fraction, held_out=held_out, seed=seed)
+    found = refine_probe(store, search_defocus=search_defocus, progress=_bar(quiet), **options)
+    kept = "stored" if found.stored else "not better, so the stored probe stays"
+    typer.echo(f"{store}: R {found.r_before:.4f} -> {found.r_after:.4f} on {found.n_held_out} unseen patterns; {kept}")
+
+
+@app.command()
+def train(
+    store: Store,
+    model: Annotated[ModelKind, typer.Option(help="Which network.")] = ModelKind.pinn,
+    out: Annotated[Path | None, typer.Option(help="Bundle to write; by default beside the store.")] = None,
+    initial: Annotated[Path | None, typer.Option(help="Bundle whose weights to start from.")] = None,
+    members: Annotated[int | None, typer.Option(help="Patterns in one group.")] = None,
+    neighbours: Annotated[int | None, typer.Option(help="Nearest positions that members are drawn from.")] = None,
+    oversampling: Annotated[int | None, typer.Option(help="Groups that each pattern seeds.")] = None,
+    n_filters_scale: Annotated[int | None, typer.Option(help="Width of the network.")] = None,
+    levels: Annotated[int | None, typer.Option(help="How often the U-Net halves its resolution.")] = None,
+    projections_before: Annotated[int | None, typer.Option(help="Data-consistent steps before the U-Net.")] = None,
+    projections_after: Annotated[int | None, typer.Option(help="Data-consistent steps after the U-Net.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the groups at most.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Groups in one step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Rate at the start.")] = None,
+    loss: Annotated[str | None, typer.Option(help="amplitude, poisson or staged.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Held out: random, left, right, top or bottom.")] = None,
+    validation_fraction: Annotated[float | None, typer.Option(help="Share of the patterns held out.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of split, groups, weights and order.")] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a network on a scan; the store records it.
+
+    Example: ptychodask train scan.zarr --max-minutes 10
+    """
+    with _quiet_import():
+        from ptychodask.models import load_model
+        from ptychodask.training import train
+    options = _given(
+        members=members,
+        neighbours=neighbours,
+        oversampling=oversampling,
+        n_filters_scale=n_filters_scale,
+        levels=levels,
+        projections_before=projections_before,
+        projections_after=projections_after,
+        epochs=epochs,
+        max_minutes=max_minutes,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        loss=loss,
+        validation=validation,
+        validation_fraction=validation_fraction,
+        seed=seed,
+    )
+    start = None if initial is None else load_model(initial)
+    trained = train(
+        store, model=model.value, out=out, initial=start, overwrite=overwrite, progress=_bar(quiet), **options
+    )
+    last = trained.history[-1]
+    best = min(entry["held_out_loss"] for entry in trained.history)
+    typer.echo(
+        f"{trained.path}: {len(trained.history)} epochs in {last['seconds']:.0f} s, lowest held-out loss {best:.4g}"
+    )
+
+
+@app.command()
+def plan(
+    store: Store,
+    model: Annotated[Path | None, typer.Option(help="Model bundle; by default the one that the store records.")] = None,
+    groups: Annotated[str | None, typer.Option(help="Name of a stored group table.")] = None,
+    crop: Annotated[int | None, typer.Option(help="Middle pixels of a patch that are used.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Groups in one call of the network.")] = None,
+    groups_per_chunk: Annotated[int | None, typer.Option(help="Groups that one task predicts.")] = None,
+    tile: Annotated[int | None, typer.Option(help="Pixels across a tile of the object.")] = None,
+) -> None:
+    """Show what reconstruct would do: chunks, tiles, memory. Computes nothing.
+
+    Example: ptychodask plan scan.zarr
+    """
+    with _quiet_import():
+        from ptychodask.plan import ReconstructionSpec, plan
+    spec = ReconstructionSpec(
+        **_given(groups=groups, crop=crop, batch_size=batch_size, groups_per_chunk=groups_per_chunk, tile=tile)
+    )
+    typer.echo(str(plan(store, model, spec)))
+
+
+@app.command()
+def reconstruct(
+    store: Store,
+    model: Annotated[Path | None, typer.Option(help="Model bundle; by default the one that the store records.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Result to write; by default <store>.object.zarr.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Picture to write; by default beside the result.")] = None,
+    groups: Annotated[str | None, typer.Option(help="Name of a stored group table.")] = None,
+    window: Annotated[str | None, typer.Option(help="illumination, uniform or cosine.")] = None,
+    crop: Annotated[int | None, typer.Option(help="Middle pixels of a patch that are used.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Groups in one call of the network.")] = None,
+    groups_per_chunk: Annotated[int | None, typer.Option(help="Groups that one task predicts.")] = None,
+    tile: Annotated[int | None, typer.Option(help="Pixels across a tile of the object.")] = None,
+    roi: Annotated[str | None, typer.Option(help="Part of the object: y0,y1,x0,x1 in pixels.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes to start; by default this one.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn a scan into an object, and draw it.
+
+    Example: ptychodask reconstruct scan.zarr
+    """
+    if workers is not None and scheduler is not None:
+        raise PtychodaskError("reconstruct: --workers starts a cluster and --scheduler names one; pass one of them")
+    with _quiet_import():
+        import ptychodask.models  # noqa: F401
+        from ptychodask.cluster import chosen_client
+        from ptychodask.plotting import plot
+        from ptychodask.reconstruction import reconstruct
+    options = _given(
+        groups=groups,
+        window=window,
+        crop=crop,
+        batch_size=batch_size,
+        groups_per_chunk=groups_per_chunk,
+        tile=tile,
+        roi=None if roi is None else tuple(int(value) for value in _numbers("--roi", roi, 4)),
+    )
+    out = store.with_name(f"{store.name.removesuffix('.zarr')}.object.zarr") if out is None else out
+    png = out.with_suffix(".png") if png is None else png
+    with chosen_client(n_workers=workers, address=scheduler) as client:
+        result = reconstruct(store, model, out=out, client=client, overwrite=overwrite, progress=_bar(quiet), **options)
+    plot(result, path=png)
+    height, width = result["object"].shape
+    rate = result.attrs["speed"]["patterns_per_s"]
+    typer.echo(f"{out}: {height} x {width} px, {rate:,.0f} patterns/s; picture in {png}")
+
+
+@app.command()
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="Results to compare; LABEL=PATH gives a name.")],
+    scan: Annotated[Path | None, typer.Option(help="Store with the truth; without it the first result is it.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
+) -> None:
+    """Compare results with the truth of a simulated scan, or with the first of them.
+
+    Example: ptychodask compare pinn.object.zarr baseline.object.zarr --scan scan.zarr
+    """
+    from ptychodask.compare import compare, markdown_table
+
+    labelled = dict(_labelled(str(path)) for path in results)
+    typer.echo(markdown_table(compare(labelled, truth=scan)))
+
+
+def _labelled(text: str) -> tuple[str, Path]:
+    label, equals, path = text.partition("=")
+    return (label, Path(path)) if equals else (Path(text).name.removesuffix(".zarr"), Path(text))

@@ -1,0 +1,113 @@
+"""The order of the modules, who may load what, and what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ptychodask
+
+PACKAGE = Path(ptychodask.__file__).parent
+
+ORDER = [
+    ("scan",),
+    ("progress",),
+    ("grouping",),
+    ("store",),
+    ("io",),
+    ("simulate",),
+    ("models",),
+    ("result",),
+    ("iterative",),
+    ("training",),
+    ("prediction",),
+    ("reassembly",),
+    ("plan",),
+    ("cluster",),
+    ("reconstruction",),
+    ("registration", "metrics", "compare", "study"),
+    ("plotting", "report"),
+    ("inspection", "bench", "demo"),
+    ("cli",),
+]
+LAYER = {name: layer for layer, names in enumerate(ORDER) for name in names}
+
+OWNERS = {
+    "scipy.spatial": {"grouping"},
+    "zarr": {"store", "result"},
+    "h5py": {"io"},
+    "keras": {"models", "training"},
+    "tensorflow": {"models", "training"},
+    "xarray": {"result", "iterative", "reconstruction", "compare", "metrics", "plotting"},
+    "numba": {"reassembly"},
+    "dask": {"reconstruction", "cluster", "result"},
+    "distributed": {"reconstruction", "cluster"},
+    "skimage": {"metrics", "registration", "compare"},
+    "matplotlib": {"plotting", "report"},
+    "rich": {"progress", "cli"},
+    "typer": {"cli"},
+}
+"""Stages that may import each heavy library. xarray is also the type of results, which later stages take and give."""
+
+
+def imports() -> list[tuple[str, str]]:
+    """(stage, imported module) for every import in the package."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found += [(parts[0], alias.name) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path} imports relatively"
+                found.append((parts[0], str(node.module)))
+    return found
+
+
+def test_every_module_has_a_place_in_the_order() -> None:
+    stages = {
+        p.stem if p.is_file() else p.name
+        for p in PACKAGE.iterdir()
+        if p.suffix == ".py" or (p / "__init__.py").exists()
+    }
+    assert stages - {"__init__"} <= set(LAYER)
+
+
+def test_imports_point_up_the_list() -> None:
+    wrong = [
+        f"{stage} imports {module}"
+        for stage, module in imports()
+        if module.startswith("ptychodask.") and LAYER[module.split(".")[1]] > LAYER[stage]
+    ]
+    assert not wrong
+
+
+def test_heavy_libraries_have_one_owner() -> None:
+    strangers = [
+        f"{stage} imports {module}"
+        for stage, module in imports()
+        for library, owners in OWNERS.items()
+        if (module == library or module.startswith(f"{library}.")) and stage not in owners
+    ]
+    assert not strangers
+
+
+@pytest.mark.parametrize("command", ["import ptychodask", "from ptychodask.cli import main"])
+def test_importing_loads_no_network_library(command: str) -> None:
+    code = f"import sys; {command}; sys.exit(any(n in sys.modules for n in ('keras', 'tensorflow', 'torch', 'jax')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_help_loads_no_network_library() -> None:
+    code = (
+        "import sys\nfrom ptychodask.cli import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(any(n in sys.modules for n in ('keras', 'tensorflow', 'torch', 'jax')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0

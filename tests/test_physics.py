@@ -1,0 +1,134 @@
+"""The differentiable physics against plain NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ptychodask.io.probe import disc_probe, zone_plate_probe
+from ptychodask.models import physics
+from ptychodask.scan import illumination
+from ptychodask.simulate import crop_at, diffract
+
+N = 32
+
+
+def pair(values):
+    values = np.asarray(values)
+    return values.real.astype(np.float32), values.imag.astype(np.float32)
+
+
+def joined(values):
+    return np.asarray(values[0]) + 1j * np.asarray(values[1])
+
+
+def smooth_object(rng, shape):
+    """Complex field without frequencies above a sixth of the grid's, amplitude around 1."""
+    noise = rng.normal(size=shape) + 1j * rng.normal(size=shape)
+    fy, fx = np.meshgrid(*(np.fft.fftfreq(n) for n in shape[-2:]), indexing="ij")
+    field = np.fft.ifft2(np.fft.fft2(noise) * np.exp(-((fy**2 + fx**2) / (2 * 0.06**2))))
+    return (1 + 0.3 * field / np.abs(field).max()).astype(np.complex64)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(3)
+
+
+def test_propagation_is_the_centred_unitary_transform(rng):
+    wave = rng.normal(size=(2, N, N)) + 1j * rng.normal(size=(2, N, N))
+    expected = np.fft.fftshift(np.fft.fft2(wave), axes=(-2, -1)) / N
+    np.testing.assert_allclose(joined(physics.propagate(pair(wave))), expected, atol=1e-5)
+    np.testing.assert_allclose(joined(physics.propagate_back(pair(expected))), wave, atol=1e-5)
+
+
+def test_counts_keep_the_energy_and_equal_the_numpy_model(rng):
+    probe = zone_plate_probe(N, outer_px=16, stop_px=5, defocus=4.0) * 30
+    patches = smooth_object(rng, (3, N, N))[None]
+    counts = np.asarray(physics.expected_counts(pair(probe), pair(patches)))
+    waves = probe[None, None] * patches[:, :, None]
+    np.testing.assert_allclose(counts.sum((-2, -1)), (np.abs(waves) ** 2).sum((2, 3, 4)), rtol=1e-5)
+    np.testing.assert_allclose(counts, diffract(waves), atol=1e-5 * counts.max())
+
+
+def test_translation_by_whole_pixels_rolls(rng):
+    image = rng.normal(size=(N, N)) + 1j * rng.normal(size=(N, N))
+    moved = joined(physics.translate(pair(image), np.array([2.0, -3.0], np.float32)))
+    np.testing.assert_allclose(moved, np.roll(image, (-2, 3), axis=(0, 1)), atol=1e-5)
+
+
+def test_translation_reads_a_band_limited_image_between_its_pixels():
+    y, x = np.indices((N, N))
+    wave = lambda y, x: np.exp(2j * np.pi * (3 * y - 2 * x) / N)  # noqa: E731
+    moved = joined(physics.translate(pair(wave(y, x)), np.array([0.3, 1.7], np.float32)))
+    np.testing.assert_allclose(moved, wave(y + 0.3, x + 1.7), atol=1e-5)
+
+
+@pytest.mark.parametrize("members", [1, 4, 9])
+@pytest.mark.parametrize("n_groups", [1, 7, 64])
+def test_members_cut_from_one_object_merge_to_themselves(rng, members, n_groups):
+    # Each patch already equals the object where it overlaps others, so the weighted mean changes nothing there.
+    probe = disc_probe(N, diameter_px=14, edge_px=2.0)
+    weight = illumination(probe)
+    field = smooth_object(rng, (N + 24, N + 24))
+    centre = np.array([(N + 24) / 2] * 2)
+    offset = rng.integers(-4, 5, size=(n_groups, members, 2)).astype(np.float32)
+    patches = np.stack([[crop_at(field, (0, 0), centre + o, N)[0] for o in group] for group in offset])
+    ramps = physics.shift_ramps(offset, N)
+    total = physics.gathered_weight(weight, ramps)
+    merged = joined(physics.merge_members(pair(patches), weight, ramps, total))
+    lit = weight > 0.05
+    assert merged.shape == (n_groups, members, N, N)
+    np.testing.assert_allclose(merged[..., lit], patches[..., lit], atol=2e-3)
+
+
+def test_merging_one_member_keeps_it(rng):
+    probe = disc_probe(N, diameter_px=14)
+    patches = smooth_object(rng, (N, N))[None, None]
+    ramps = physics.shift_ramps(np.zeros((1, 1, 2), np.float32), N)
+    total = physics.gathered_weight(illumination(probe), ramps)
+    merged = joined(physics.merge_members(pair(patches), illumination(probe), ramps, total))
+    np.testing.assert_allclose(merged, patches, atol=1e-4)
+
+
+def projected(patches, probe, amplitude, offset, mask=None):
+    ramps = physics.shift_ramps(offset, N)
+    weight = illumination(probe)
+    total = physics.gathered_weight(weight, ramps)
+    mask = np.ones((N, N), np.float32) if mask is None else mask
+    step = physics.project_group(pair(patches), pair(probe), amplitude, mask, weight, ramps, total)
+    return joined(step)
+
+
+def test_a_projection_leaves_the_true_object_where_it_is(rng):
+    probe = zone_plate_probe(N, outer_px=16, stop_px=5, defocus=4.0) * 30
+    truth = smooth_object(rng, (2, N, N))[:, None]
+    amplitude = np.sqrt(diffract(probe * truth[:, :, None])).astype(np.float32)
+    after = projected(truth, probe, amplitude, np.zeros((2, 1, 2), np.float32))
+    np.testing.assert_allclose(after, truth, atol=1e-4)
+
+
+def test_projections_bring_a_flat_object_to_the_data(rng):
+    probe = zone_plate_probe(N, outer_px=16, stop_px=5, defocus=4.0) * 30
+    field = smooth_object(rng, (N + 24, N + 24))
+    offset = np.array([[[0, 0], [3, 1], [-2, 3], [1, -4]]], np.float32)
+    truth = np.stack([[crop_at(field, (0, 0), 28 + o, N)[0] for o in offset[0]]])
+    amplitude = np.sqrt(diffract(probe * truth[:, :, None])).astype(np.float32)
+    patches = np.ones_like(truth)
+    residual = []
+    for _ in range(4):
+        modelled = np.sqrt(diffract(probe * patches[:, :, None]))
+        residual.append(np.abs(modelled - amplitude).sum() / amplitude.sum())
+        patches = projected(patches, probe, amplitude, offset).astype(np.complex64)
+    assert residual == sorted(residual, reverse=True)
+    assert residual[-1] < 0.5 * residual[0]
+
+
+def test_bad_pixels_change_nothing(rng):
+    probe = zone_plate_probe(N, outer_px=16, stop_px=5, defocus=4.0) * 30
+    truth = smooth_object(rng, (1, N, N))[:, None]
+    amplitude = np.sqrt(diffract(probe * truth[:, :, None])).astype(np.float32)
+    mask = (rng.random((N, N)) > 0.2).astype(np.float32)
+    spoiled = np.where(mask > 0, amplitude, 0)
+    after = projected(truth, probe, spoiled, np.zeros((1, 1, 2), np.float32), mask)
+    np.testing.assert_allclose(after, truth, atol=1e-4)
