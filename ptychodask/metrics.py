@@ -283,7 +283,7 @@ def frc(estimate: NDArray[Any], truth: NDArray[Any]) -> tuple[NDArray[np.float64
     n_rings = side // 2 + 1
 
     def over_rings(values: NDArray[Any]) -> NDArray[np.float64]:
-        return np.bincount(ring, weights=values.ravel())[:n_rings]
+        return np.bincount(ring, weights=values.ravel())[:n_rings].astype(np.float64)
 
     power = np.sqrt(over_rings(np.abs(one) ** 2) * over_rings(np.abs(other) ** 2))
     correlation = over_rings((one * np.conj(other)).real) / np.maximum(power, np.finfo(np.float64).tiny)
