@@ -167,10 +167,11 @@ class Scan:
         float32 array (k, N, N)
         """
         amplitude = np.asarray(self.diffraction[_as_index(index)]).astype(np.float32)
+        if self.mask is not None:
+            # Set, not multiplied: a bad pixel may hold anything, NaN and negative numbers too.
+            amplitude[:, ~self.mask] = 0
         if self.domain == "counts":
             np.sqrt(amplitude, out=amplitude)
-        if self.mask is not None:
-            amplitude *= self.mask
         return amplitude
 
     def network_input(self, index: Any) -> NDArray[np.float32]:

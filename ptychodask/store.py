@@ -162,6 +162,21 @@ def _building(path: Path) -> Path:
     return path.with_name(f".{path.name}.writing")
 
 
+def _take_place(new: Path, path: Path) -> None:
+    """Give `new` the name `path`; what had it goes, but comes back if the new one cannot take its place."""
+    old = path.with_name(f".{path.name}.replaced")
+    _remove(old)
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    _remove(old)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -197,12 +212,7 @@ def whole_or_nothing(path: Path, *, overwrite: bool) -> Iterator[Path]:
         _remove(building)
         building.mkdir()
         yield building
-        old = path.with_name(f".{path.name}.replaced")
-        _remove(old)
-        if path.exists():
-            path.rename(old)
-        building.rename(path)
-        _remove(old)
+        _take_place(building, path)
     except OSError as error:
         raise PtychodaskError(
             f"{path}: cannot be written ({error.strerror or error}); nothing was kept of it, and what was there before "
@@ -300,7 +310,7 @@ def write_scan(
                 root, diffraction, order, source_rows, domain, mask, bar, where
             )
         if label is not None:
-            _write_labels(root, label, order)
+            _write_labels(root, label, order, where)
         mean_counts = total_counts / n_patterns
         normalization = input_normalization(mean_counts, n_pixels, where)
         calibrated = calibrate_probe(
@@ -360,9 +370,11 @@ def _write_patterns(
     return total_counts, digest.hexdigest()
 
 
-def _write_labels(root: zarr.Group, label: PatternSource, order: NDArray[np.int64]) -> None:
+def _write_labels(root: zarr.Group, label: PatternSource, order: NDArray[np.int64], where: str) -> None:
     array = _create_patterns(root, "label", label, ("pattern", "py", "px"))
     for start, block in _blocks(label, order, _shard_patterns(array)):
+        if not np.isfinite(block).all():
+            raise PtychodaskError(f"{where}: labels have values that are not finite; mend them or leave the labels out")
         array[start : start + len(block)] = block
 
 

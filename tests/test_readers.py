@@ -270,6 +270,12 @@ def test_hdf5_is_read_in_every_layout(tmp_path, options, last):
     np.testing.assert_array_equal(scan.position_yx_px, np.stack([Y, X], 1)[scan.source_index])
 
 
+def test_a_packed_hdf5_is_read_too(tmp_path):
+    packed = tmp_path / "source.h5.bz2"
+    packed.write_bytes(bz2.compress(save_hdf5(tmp_path, foreign()).read_bytes()))
+    np.testing.assert_array_equal(in_file_order(read(packed, **MAPPED)), COUNTS)
+
+
 def test_the_unit_beside_a_dataset_is_honoured(tmp_path):
     path = save_hdf5(tmp_path, foreign())
     with h5py.File(path, "a") as file:
@@ -324,7 +330,7 @@ def test_everything_that_can_be_mapped_is_read(tmp_path):
         ({"units": "um"}, "positions are in um and the object pixel is not known; pass pixel_size_m="),
         ({"keys": KEYS | {"object": "dp"}, "flip_y": True}, "an object can be placed only with positions in px"),
         ({"keys": KEYS | {"mask": "dp"}}, r"the mask has shape \(9, 16, 16\)"),
-        ({"keys": KEYS | {"label": "py"}}, r"labels have shape \(9,\)"),
+        ({"keys": KEYS | {"label": "py"}}, r"\[py\]: has shape \(9,\), expected \(pattern, qy, qx\)"),
         ({"keys": KEYS | {"x": "dp"}}, r"values have shape \(9, 16, 16\)"),
         ({"keys": KEYS | {"diffraction": "py"}}, r"patterns have shape \(9,\), expected \(pattern, qy, qx\)"),
     ],

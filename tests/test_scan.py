@@ -48,6 +48,14 @@ def test_bad_pixels_are_zero_in_the_amplitude_and_the_network_input():
     assert scan.network_input([0])[0, 0, 0] == 1.5
 
 
+def test_bad_pixels_may_hold_anything():
+    patterns = np.full((5, 8, 8), 4, np.float32)
+    patterns[:, 2, 5], patterns[:, 2, 6] = np.nan, -1
+    mask = np.ones((8, 8), bool)
+    mask[2, 5:7] = False
+    np.testing.assert_array_equal(make_scan(diffraction=patterns, mask=mask).amplitude([1])[0], 2 * mask)
+
+
 def test_reading_amplitudes_leaves_the_patterns_alone():
     patterns = np.full((5, 8, 8), 4, np.float32)
     make_scan(diffraction=patterns).network_input(slice(None))

@@ -147,6 +147,13 @@ def test_bad_counts_are_refused_by_the_rows_of_the_source(tmp_path, change, mess
     assert list(tmp_path.iterdir()) == []
 
 
+def test_labels_that_are_not_finite_are_refused(tmp_path):
+    label = np.ones((40, 16, 16), np.complex64)
+    label[3, 1, 1] = np.nan
+    with pytest.raises(PtychodaskError, match="labels have values that are not finite"):
+        write(tmp_path / "a.zarr", label=label)
+
+
 def test_bad_counts_under_the_mask_do_not_matter(tmp_path):
     patterns = scan_parts()["diffraction"].astype(np.float32)
     patterns[6, 2, 3] = np.nan
@@ -178,6 +185,22 @@ def test_a_full_disk_leaves_nothing_behind_and_the_earlier_store_whole(tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
     reopened = open_scan(tmp_path / "a.zarr")
     np.testing.assert_array_equal(reopened.diffraction[slice(None)], first.diffraction[slice(None)])
+
+
+def test_an_earlier_store_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    first = write(tmp_path / "a.zarr")
+    rename = Path.rename
+
+    def refuse_new(path: Path, target: Path) -> Path:
+        if path.name.endswith(".writing"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_new)
+    with pytest.raises(PtychodaskError, match="Input/output error"):
+        write(tmp_path / "a.zarr", overwrite=True, **scan_parts(seed=1))
+    assert open_scan(tmp_path / "a.zarr").data_hash == first.data_hash
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
 
 
 def test_a_killed_writer_is_recognised_and_replaced_on_request(tmp_path):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ptychodask.io.npy_stream import reading
 from ptychodask.io.raw import block_ranges
-from ptychodask.io.source import Frames, frame_axes, missing_key
+from ptychodask.io.source import Frames, frame_axes, missing_key, pattern_axes
 from ptychodask.scan import PtychodaskError
 
 with suppress(ImportError):
@@ -39,8 +39,8 @@ class Hdf5File:
     def __init__(self, file: IO[bytes], where: str, scratch: Path, stack: ExitStack) -> None:
         self.where = where
         with reading(where):
-            # By its name, so that links to files beside it are followed.
-            self._file = stack.enter_context(h5py.File(file.name, "r"))
+            # By its name where it has one, so that links to files beside it are followed.
+            self._file = stack.enter_context(h5py.File(file.name if isinstance(file.name, str) else file, "r"))
 
     def keys(self) -> list[str]:
         found: list[str | bytes] = []
@@ -71,7 +71,8 @@ class Hdf5File:
         dataset = self._dataset(key)
         if dataset.dtype.kind not in "buifc":
             raise PtychodaskError(f"{self.where}[{key}]: values have type {dataset.dtype}, expected numbers")
-        return _DatasetFrames(dataset, f"{self.where}[{key}]", pattern_last=pattern_last)
+        where = f"{self.where}[{key}]"
+        return _DatasetFrames(dataset, pattern_axes(self.shape(key), where, last=pattern_last), where, pattern_last)
 
     def _dataset(self, key: str) -> h5py.Dataset:
         with reading(f"{self.where}[{key}]"):
@@ -84,21 +85,16 @@ class Hdf5File:
 
 
 class _DatasetFrames:
-    def __init__(self, dataset: h5py.Dataset, where: str, *, pattern_last: bool) -> None:
-        self._dataset, self._where, self._pattern_last = dataset, where, pattern_last
-        self._cut = frame_axes(dataset.shape)
-        self._leading = dataset.shape.index(self._cut[0]) if len(dataset.shape) > 3 else 0
-        chunks = dataset.chunks
+    def __init__(self, dataset: h5py.Dataset, shape: tuple[int, ...], where: str, pattern_last: bool) -> None:
+        self._dataset, self._shape, self._where, self._pattern_last = dataset, shape, where, pattern_last
+        leading = dataset.shape.index(frame_axes(dataset.shape)[0])
+        self._axis = leading + (2 if pattern_last else 0)
         # A chunk of many frames would be decompressed again for each of them.
-        self.random_access = not pattern_last and (chunks is None or chunks[self._axis] == 1)
-
-    @property
-    def _axis(self) -> int:
-        return self._leading + (2 if self._pattern_last else 0)
+        self.random_access = not pattern_last and (dataset.chunks is None or dataset.chunks[self._axis] == 1)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self._cut[2], *self._cut[:2]) if self._pattern_last else self._cut
+        return self._shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -120,5 +116,5 @@ class _DatasetFrames:
         with reading(self._where):
             frames = np.asarray(self._dataset[where]).astype(self.dtype, copy=False)
         if self._pattern_last:
-            return np.ascontiguousarray(frames.reshape(*self._cut[:2], -1).transpose(2, 0, 1))
-        return frames.reshape(-1, *self.shape[1:])
+            return np.ascontiguousarray(frames.reshape(*self._shape[1:], -1).transpose(2, 0, 1))
+        return frames.reshape(-1, *self._shape[1:])

@@ -27,7 +27,7 @@ from ptychodask.io.geometry import (
     rim_phase,
     stored_dtype,
 )
-from ptychodask.io.npy_stream import NpzFile, read_npy
+from ptychodask.io.npy_stream import NpzFile, read_npy, reading
 from ptychodask.io.probe import disc_probe, estimate_probe, zone_plate_probe
 from ptychodask.io.raw import RawFrames, block_ranges, scratch_file, spill
 from ptychodask.io.source import (
@@ -108,15 +108,9 @@ def ingest(
         container = open_container(source, scratch, stack)
         name = detect_format(container, spec) if format is None else format
         found = reader_of(name, spec, container.where)(container, spec)
-        options, diffraction = _prepare(found, spec, container.where, scratch, stack, progress)
-        return write_scan(
-            store,
-            diffraction=diffraction,
-            provenance=_provenance(source, name, spec),
-            overwrite=overwrite,
-            progress=progress,
-            **options,
-        )
+        scan_parts = _prepare(found, spec, container.where, scratch, stack, progress)
+        provenance = _provenance(source, name, spec)
+        return write_scan(store, provenance=provenance, overwrite=overwrite, progress=progress, **scan_parts)
 
 
 @dataclass(frozen=True)
@@ -174,11 +168,10 @@ class _Labels:
 
 def _prepare(
     found: SourceScan, spec: IngestSpec, where: str, scratch: Path, stack: ExitStack, progress: bool | None
-) -> tuple[dict[str, Any], PatternSource]:
-    """Keyword arguments of `write_scan` from what a reader found, and the patterns."""
-    n_frames = found.frames.shape[0]
+) -> dict[str, Any]:
+    """Keyword arguments of `write_scan` from what a reader found."""
     _check_lengths(found, where)
-    kept = kept_frames(n_frames, spec.drop_frames, where)
+    kept = kept_frames(found.frames.shape[0], spec.drop_frames, where)
     check_positions(found.position_yx[kept], len(kept), where)
     frame_mask = _frame_mask(found, spec, where)
     grid = _grid(found, spec, frame_mask, where)
@@ -194,6 +187,7 @@ def _prepare(
     diffraction = _at_random(found.frames, kept, prepare, scratch, stack, progress, where)
     probe, calibration = _probe(found, spec, grid, diffraction, mask, where)
     return {
+        "diffraction": diffraction,
         "position_yx_px": position_yx_px,
         "probe": probe,
         "domain": found.domain,
@@ -208,13 +202,11 @@ def _prepare(
         "pixel_size_m": object_pixel_m,
         "energy_ev": spec.energy_ev,
         "distance_m": spec.distance_m,
-    }, diffraction
+    }
 
 
 def _check_lengths(found: SourceScan, where: str) -> None:
     shape = found.frames.shape
-    if len(shape) != 3 or 0 in shape:
-        raise PtychodaskError(f"{where}: patterns have shape {shape}, expected (pattern, qy, qx) and none of them 0")
     if found.frames.dtype.kind not in "buif":
         raise PtychodaskError(f"{where}: patterns have type {found.frames.dtype}, expected counts or amplitudes")
     if len(found.position_yx) != shape[0]:
@@ -311,14 +303,10 @@ def _grid(found: SourceScan, spec: IngestSpec, mask: NDArray[np.bool_] | None, w
 
 
 def _found_centre(found: SourceScan, mask: NDArray[np.bool_] | None, where: str) -> tuple[int, int]:
-    mean = mean_counts(_in_order(found.frames), found.domain)
+    mean = mean_counts(found.frames.blocks(), found.domain)
     if mask is not None:
         mean = mean * mask
     return centre_of_mass(np.fft.fftshift(mean) if found.dc == "corner" else mean, where)
-
-
-def _in_order(frames: Frames) -> Iterator[NDArray[Any]]:
-    yield from frames.blocks()
 
 
 def _object_pixel_m(spec: IngestSpec, grid: FrameGrid, where: str) -> float | None:
@@ -425,10 +413,7 @@ def _probe(
     kind = spec.probe or ("file" if found.probe is not None else "estimate")
     if spec.probe is None and kind == "estimate":
         logger.info("%s: holds no probe; it is estimated from the mean pattern (probe=)", where)
-    if kind in ("file", "disc", "zone_plate", "estimate"):
-        calibration = spec.calibration or (found.calibration if kind == "file" else "mean_counts")
-    else:
-        calibration = spec.calibration or "mean_counts"
+    calibration = spec.calibration or (found.calibration if kind == "file" else "mean_counts")
     if calibration == "as_given" and kind in ("disc", "zone_plate", "estimate"):
         raise PtychodaskError(
             f"{where}: a probe made by {kind!r} has no scale of its own; "
@@ -495,7 +480,7 @@ def _probe_file(path: str) -> NDArray[np.complex64]:
         raise PtychodaskError(f"{path}: no such file; probe= is a path or one of: {', '.join(PROBE_MODELS)}")
     if Path(path).suffix != ".npz":
         return as_probe(read_npy(path), path)
-    with ExitStack() as stack:
+    with reading(path), ExitStack() as stack:
         file = stack.enter_context(Path(path).open("rb"))
         npz = NpzFile(file, path, Path(path).parent, stack)
         keys = npz.keys()
@@ -530,7 +515,7 @@ def _plain(value: Any) -> Any:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with reading(str(path)), path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()

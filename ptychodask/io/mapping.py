@@ -143,6 +143,6 @@ def _positions(container: Container, keys: dict[str, str], spec: IngestSpec) -> 
 
 
 def _as_object(values: NDArray[Any], where: str) -> NDArray[np.complex64]:
-    if values.ndim != 2 or values.dtype.kind not in "cfiu":
+    if values.ndim != 2 or not values.size or values.dtype.kind not in "cfiu":
         raise PtychodaskError(f"{where}: the object has shape {values.shape}, expected complex (y, x)")
     return values.astype(np.complex64)

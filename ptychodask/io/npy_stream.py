@@ -26,7 +26,7 @@ from ptychodask.io.raw import (
     scratch_file,
     turn_patterns_first,
 )
-from ptychodask.io.source import BLOCK_BYTES, Frames, frame_axes, require_keys
+from ptychodask.io.source import BLOCK_BYTES, Frames, pattern_axes, require_keys
 from ptychodask.scan import PtychodaskError
 
 DEFLATE_LIMIT = 1032
@@ -119,7 +119,7 @@ def read_header(stream: IO[bytes], n_bytes: int, where: str) -> NpyHeader:
     return header
 
 
-def read_values(stream: IO[bytes], header: NpyHeader, where: str) -> NDArray[Any]:
+def readopen_values(stream: IO[bytes], header: NpyHeader, where: str) -> NDArray[Any]:
     """All values behind a header, in native byte order; pickled objects are refused."""
     if header.dtype.hasobject:
         raise PtychodaskError(f"{where}: holds pickled Python objects, which are never loaded; save plain numbers")
@@ -142,7 +142,7 @@ def read_npy(path: str | Path) -> NDArray[Any]:
     if not path.is_file():
         raise PtychodaskError(f"{path}: no such file")
     with reading(str(path)), path.open("rb") as file:
-        return read_values(file, read_header(file, path.stat().st_size, str(path)), str(path))
+        return readopen_values(file, read_header(file, path.stat().st_size, str(path)), str(path))
 
 
 class NpzFile:
@@ -186,20 +186,19 @@ class NpzFile:
 
     def array(self, key: str) -> NDArray[Any]:
         header, where = self._header(key), f"{self.where}[{key}]"
-        with self._values(key) as stream:
-            return read_values(stream, header, where)
+        with self.open_values(key) as stream:
+            return readopen_values(stream, header, where)
 
     def frames(self, key: str, *, pattern_last: bool = False) -> Frames:
         header, where = self._header(key), f"{self.where}[{key}]"
         if header.dtype.kind not in "buifc":
             raise PtychodaskError(f"{where}: values have type {header.dtype}, expected numbers")
-        axes = frame_axes(header.shape)
-        shape = (axes[2], *axes[:2]) if pattern_last else axes
+        shape = pattern_axes(header.shape, where, last=pattern_last)
         if pattern_last != header.fortran:
             return self._turned(key, shape, transposed=header.fortran)
         if self._members[key].compress_type != zipfile.ZIP_STORED:
             return _StreamedFrames(self, key, shape, header)
-        with self._values(key) as stream, reading(where):
+        with self.open_values(key) as stream, reading(where):
             while stream.read(BLOCK_BYTES):
                 pass  # read to its end once, so that the archive's checksum is compared
         offset = self._member_offset(key) + header.length
@@ -222,8 +221,8 @@ class NpzFile:
         return self._headers[key]
 
     @contextmanager
-    def _values(self, key: str) -> Iterator[IO[bytes]]:
-        """The member as a stream, at its first value."""
+    def open_values(self, key: str) -> Iterator[IO[bytes]]:
+        """An array as a stream, at its first value."""
         header, where = self._header(key), f"{self.where}[{key}]"
         with reading(where):
             stream = self._archive.open(self._members[key])
@@ -243,7 +242,7 @@ class NpzFile:
         header, where = self._header(key), f"{self.where}[{key}]"
         what = f"{where}: turning (qy, qx, pattern) into (pattern, qy, qx)"
         file = self._stack.enter_context(scratch_file(self._scratch, header.n_bytes, what))
-        with self._values(key) as stream, reading(where):
+        with self.open_values(key) as stream, reading(where):
             n_frame = shape[1] * shape[2]
             turn_patterns_first(stream, n_frame, shape[0], header.dtype, file, folder=self._scratch, where=where)
         return RawFrames(file, 0, shape, header.dtype, where=where, transposed=transposed)
@@ -267,7 +266,7 @@ class _StreamedFrames:
 
     def blocks(self) -> Iterator[NDArray[Any]]:
         where = f"{self._npz.where}[{self._key}]"
-        with self._npz._values(self._key) as stream:
+        with self._npz.open_values(self._key) as stream:
             for start, stop in block_ranges(self._shape, self._header.dtype.itemsize):
                 frames = np.empty((stop - start, self._shape[1] * self._shape[2]), self._header.dtype)
                 with reading(where):

@@ -97,7 +97,7 @@ def _domain(dtype: np.dtype[Any], spec: IngestSpec, where: str) -> Domain:
 
 def _object(container: Container) -> NDArray[np.complex64] | None:
     values = np.squeeze(container.array("objectGuess"))
-    if values.ndim != 2 or values.dtype.kind not in "cfiu":
+    if values.ndim != 2 or not values.size or values.dtype.kind not in "cfiu":
         logger.info("%s: left out objectGuess of shape %s", container.where, values.shape)
         return None
     return values.astype(np.complex64)

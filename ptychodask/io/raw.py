@@ -131,9 +131,11 @@ def scratch_file(folder: Path, needed_bytes: int, what: str) -> Iterator[IO[byte
             f"{folder}: {what} needs {megabytes(needed_bytes)} of scratch space and {megabytes(free)} are free; "
             "free some, or pass another folder with scratch="
         )
-    size = megabytes(needed_bytes) if needed_bytes else "space of unknown size"
+    size = megabytes(needed_bytes) if needed_bytes else "a size that the file does not say"
     logger.info("%s: takes %s of scratch in %s", what, size, folder)
-    with tempfile.TemporaryFile(dir=folder, prefix=".ptychodask-") as file:
+    with writing_scratch(folder):
+        file = tempfile.TemporaryFile(dir=folder, prefix=".ptychodask-")  # noqa: SIM115
+    with file:
         yield file
 
 

@@ -133,12 +133,14 @@ class IngestSpec:
                 check_choice(name, getattr(self, name), choices, "ingest")
         for name in ("energy_ev", "wavelength_m", "distance_m", "detector_pixel_m", "pixel_size_m", "incident_counts"):
             value = getattr(self, name)
-            if value is not None and not (np.isfinite(value) and value > 0):
-                raise PtychodaskError(f"ingest: {name} is {value}, expected a positive number")
+            if value is not None and not (
+                isinstance(value, int | float | np.number) and np.isfinite(value) and value > 0
+            ):
+                raise PtychodaskError(f"ingest: {name} is {value!r}, expected a positive number")
         for name, low in (("n_pixels", 8), ("bin", 1)):
             value = getattr(self, name)
-            if value is not None and (int(value) != value or value < low):
-                raise PtychodaskError(f"ingest: {name} is {value}, expected a whole number from {low} on")
+            if value is not None and not (isinstance(value, int | np.integer) and value >= low):
+                raise PtychodaskError(f"ingest: {name} is {value!r}, expected a whole number from {low} on")
         if self.energy_ev is not None and self.wavelength_m is not None:
             raise PtychodaskError("ingest: energy_ev and wavelength_m say the same thing; pass one of them")
         if self.incident_counts is not None and self.calibration != "incident":
@@ -315,6 +317,20 @@ def frame_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
+def pattern_axes(shape: tuple[int, ...], where: str, *, last: bool) -> tuple[int, ...]:
+    """Shape (pattern, h, w) of an array that is stored so, or (h, w, pattern) when `last`; others are refused.
+
+    Examples
+    --------
+    >>> pattern_axes((64, 48, 1500), "scan.npz", last=True)
+    (1500, 64, 48)
+    """
+    axes = frame_axes(shape)
+    if len(axes) != 3 or 0 in axes:
+        raise PtychodaskError(f"{where}: has shape {shape}, expected (pattern, qy, qx) and none of them 0")
+    return (axes[2], *axes[:2]) if last else axes
+
+
 def pattern_axis_is_last(shape: tuple[int, ...], n_positions: int, axes: Axes | None, where: str) -> bool:
     """Whether patterns are stored (h, w, pattern): by what the user says, else by the number of positions.
 
@@ -343,7 +359,7 @@ def pattern_axis_is_last(shape: tuple[int, ...], n_positions: int, axes: Axes | 
     if axes is not None:
         return axes == "qy,qx,pattern"
     first, last = shape[0] == n_positions, shape[2] == n_positions
-    if first and last and shape[0] == shape[1]:
+    if first and last:
         raise PtychodaskError(
             f"{where}: patterns of shape {shape} with {n_positions} positions fit two orders of axes; "
             "pass axes='pattern,qy,qx' or axes='qy,qx,pattern' (--axes)"
