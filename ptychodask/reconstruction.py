@@ -218,7 +218,6 @@ def reconstruct(
     )
     job = ReconstructionJob(prediction, todo.window, todo.crop)
     attributes = _attributes(network, todo, spec)
-    logger.info("%s", todo)
     if not compute:
         if out is not None:
             raise PtychodaskError("reconstruct: compute=False writes nothing; leave out= away, or compute")
@@ -311,6 +310,8 @@ def _run(
     show: bool | None,
 ) -> dict[str, float]:
     """Run every task of a plan; gives the wall time of each stage, summed over the tasks."""
+    n_chunks, n_tiles = len(todo.chunks), len(todo.tiles)
+    logger.info("%s: %d groups in %d chunks onto %d tiles", todo.store, todo.n_groups, n_chunks, n_tiles)
     with (
         client_for_run(client) as used,
         show_progress("reconstruct", todo.n_groups, "groups", show) as progress,
@@ -324,8 +325,9 @@ class _Run:
 
     def __init__(self, client: distributed.Client, job: ReconstructionJob, todo: Plan, out: Path | None) -> None:
         self._client, self._todo, self._out = client, todo, out
-        # A model that lies on no disk is sent once; one with a path is loaded by each worker.
-        self._job = client.scatter(job, hash=False) if job.prediction.model.model is not None else job
+        # A model that lies on no disk is sent to every worker once; one with a path is loaded by each of them.
+        in_memory = job.prediction.model.model is not None
+        self._job = client.scatter(job, hash=False, broadcast=True) if in_memory else job
         self._name = uuid.uuid4().hex[:12]
         self._next_chunk = 0
         self._canvases: dict[int, distributed.Future] = {}

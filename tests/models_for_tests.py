@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -64,3 +66,18 @@ class FailingModel(LinearModel):
 
     def patches(self, x, offset_yx_px):
         raise RuntimeError("the device went away\nand this is its long story")
+
+
+@dataclass(eq=False)
+class DyingModel(LinearModel):
+    """A network that takes its whole process down the first time it is called anywhere."""
+
+    flag: str = ""
+    """File that says it happened."""
+
+    def patches(self, x, offset_yx_px):
+        try:
+            Path(self.flag).touch(exist_ok=False)
+        except FileExistsError:
+            return super().patches(x, offset_yx_px)
+        os._exit(1)

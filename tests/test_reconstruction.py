@@ -10,7 +10,7 @@ import dask
 import numpy as np
 import pytest
 import xarray as xr
-from models_for_tests import FailingModel, LinearModel, NotFiniteModel
+from models_for_tests import DyingModel, FailingModel, LinearModel, NotFiniteModel
 
 from ptychodask import prediction, reconstruction
 from ptychodask.cluster import in_process_client, local_client
@@ -79,14 +79,17 @@ def test_the_object_does_not_depend_on_chunks_and_batches(store, client, whole, 
     assert np.nanmax(np.abs(found - whole)) <= 1e-5 * np.nanmedian(np.abs(whole))
 
 
-def test_two_processes_give_the_same_bits_as_none(store, client, tmp_path):
+def test_two_processes_give_the_same_bits_as_none_and_one_may_die(store, client, tmp_path):
     fields = {"groups_per_chunk": 13, "batch_size": 5, "tile": 24}
     here = reconstruct(store, LinearModel(), client=client, **fields)
     with local_client(2):
         there = reconstruct(store, LinearModel(), **fields)
         written = reconstruct(store, LinearModel(), out=tmp_path / "object.zarr", **fields)
-        assert_same_bits(there, here)
-        assert_same_bits(written, here)
+        dying = DyingModel(content_hash="dying", flag=str(tmp_path / "died"))
+        survived = reconstruct(store, dying, **fields)
+    assert (tmp_path / "died").exists()
+    for ds in (there, written, survived):
+        assert_same_bits(ds, here)
 
 
 def test_without_a_client_one_is_started_and_closed(store, whole):
