@@ -143,7 +143,7 @@ def truth_on_pixels(
     ----------
     truth : Truth
     y_px, x_px : float64 array
-        Coordinates of the pixels in the scan's frame, whole numbers in steps of 1.
+        Coordinates of the pixels in the scan's frame, whole numbers.
 
     Returns
     -------

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ptychodask.io.probe import zone_plate_probe
 from ptychodask.iterative import defocused, measure, r_factor, reconstruct_iterative, refine_probe, run_sweeps
 from ptychodask.scan import PtychodaskError, Scan, input_normalization
 from ptychodask.simulate import expected_counts, simulate
@@ -181,8 +182,6 @@ def test_a_right_probe_stays_right(scan, tmp_path):
 
 
 def test_search_of_the_defocus_finds_a_donut_from_a_focused_guess(scan, tmp_path):
-    from ptychodask.io.probe import zone_plate_probe
-
     focused = zone_plate_probe(32, outer_px=16, stop_px=6.4)
     focused *= np.sqrt((np.abs(scan.probe) ** 2).sum() / (np.abs(focused) ** 2).sum())
     store_with_probe(scan, tmp_path / "scan.zarr", focused)
