@@ -7,6 +7,7 @@ import io
 import logging
 import pickle
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from ptychodask.io import ingest
+from ptychodask.io.hdf5_stream import Hdf5File
 from ptychodask.scan import PtychodaskError, Scan
 
 N = 16
@@ -268,6 +270,17 @@ def test_hdf5_is_read_in_every_layout(tmp_path, options, last):
     scan = read(path, **(MAPPED | {"keys": KEYS | {"diffraction": "entry/dp"}}))
     np.testing.assert_array_equal(in_file_order(scan), COUNTS)
     np.testing.assert_array_equal(scan.position_yx_px, np.stack([Y, X], 1)[scan.source_index])
+
+
+def test_a_chunk_of_many_frames_is_decompressed_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("ptychodask.io.raw.BLOCK_BYTES", 6 * COUNTS[0].nbytes)
+    path = save_hdf5(tmp_path, foreign(), chunks=(4, N, N), compression="gzip")
+    with ExitStack() as stack:
+        source = Hdf5File(stack.enter_context(path.open("rb")), str(path), tmp_path, stack).frames("dp")
+        assert not source.random_access
+        blocks = list(source.blocks())
+    assert [len(block) for block in blocks] == [4, 4, 1]
+    np.testing.assert_array_equal(np.concatenate(blocks), COUNTS)
 
 
 def test_a_packed_hdf5_is_read_too(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.io.npy_stream import reading
-from ptychodask.io.raw import block_ranges
+from ptychodask.io.raw import block_ranges, runs
 from ptychodask.io.source import Frames, frame_axes, missing_key, pattern_axes
 from ptychodask.scan import PtychodaskError
 
@@ -89,8 +89,9 @@ class _DatasetFrames:
         self._dataset, self._shape, self._where, self._pattern_last = dataset, shape, where, pattern_last
         leading = dataset.shape.index(frame_axes(dataset.shape)[0])
         self._axis = leading + (2 if pattern_last else 0)
+        self._chunk_frames = 1 if dataset.chunks is None else int(dataset.chunks[self._axis])
         # A chunk of many frames would be decompressed again for each of them.
-        self.random_access = not pattern_last and (dataset.chunks is None or dataset.chunks[self._axis] == 1)
+        self.random_access = not pattern_last and self._chunk_frames == 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -101,14 +102,13 @@ class _DatasetFrames:
         return np.dtype(self._dataset.dtype).newbyteorder("=")
 
     def blocks(self) -> Iterator[NDArray[Any]]:
-        for start, stop in block_ranges(self.shape, self.dtype.itemsize):
+        for start, stop in block_ranges(self._shape, self.dtype.itemsize, self._chunk_frames):
             yield self._read(start, stop)
 
     def __getitem__(self, index: NDArray[np.int64], /) -> NDArray[Any]:
         frames = np.empty((len(index), *self.shape[1:]), self.dtype)
-        ends = np.flatnonzero(np.diff(index, append=-2) != 1) + 1
-        for start, stop in zip(np.concatenate([[0], ends[:-1]]), ends, strict=True):
-            frames[start:stop] = self._read(int(index[start]), int(index[start]) + int(stop - start))
+        for start, stop in runs(index):
+            frames[start:stop] = self._read(int(index[start]), int(index[start]) + stop - start)
         return frames
 
     def _read(self, start: int, stop: int) -> NDArray[Any]:

@@ -69,8 +69,7 @@ class RawFrames:
     def __getitem__(self, index: NDArray[np.int64], /) -> NDArray[Any]:
         n_pixels = self._shape[1] * self._shape[2]
         frames = np.empty((len(index), n_pixels), self._stored)
-        ends = np.flatnonzero(np.diff(index, append=-2) != 1) + 1
-        for start, stop in zip(np.concatenate([[0], ends[:-1]]), ends, strict=True):
+        for start, stop in runs(index):
             try:
                 self._file.seek(self._offset + int(index[start]) * n_pixels * self._stored.itemsize)
                 read_exactly(self._file, frames[start:stop], self._where)
@@ -87,9 +86,21 @@ def oriented(frames: NDArray[Any], shape: tuple[int, ...], *, transposed: bool) 
     return native.reshape(-1, shape[1], shape[2])
 
 
-def block_ranges(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
-    """First and past-the-last frame of each block of about `BLOCK_BYTES`."""
-    step = max(1, BLOCK_BYTES // max(1, shape[1] * shape[2] * itemsize))
+def runs(index: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """First and past-the-last place of each stretch of an index whose rows follow each other.
+
+    Examples
+    --------
+    >>> list(runs(np.array([4, 5, 6, 2, 3, 3])))
+    [(0, 3), (3, 5), (5, 6)]
+    """
+    ends = (np.flatnonzero(np.diff(index, append=-2) != 1) + 1).tolist()
+    yield from zip([0, *ends[:-1]], ends, strict=True) if ends else ()
+
+
+def block_ranges(shape: tuple[int, ...], itemsize: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """First and past-the-last frame of each block of about `BLOCK_BYTES`, in steps of a `multiple` of frames."""
+    step = max(1, BLOCK_BYTES // max(1, shape[1] * shape[2] * itemsize * multiple)) * multiple
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
 

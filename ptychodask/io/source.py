@@ -91,8 +91,8 @@ class IngestSpec:
     """Size of an object pixel of the scan as it is stored, after `n_pixels` and `bin`, metres."""
 
     probe: str | None = None
-    """"file", "disc", "zone_plate", "estimate", or the path of a .npy or .npz that holds it on the file's grid or on
-    the stored one; the file's own by default, else the estimate."""
+    """One of "file", "disc", "zone_plate" and "estimate", or the path of a .npy or .npz that holds it on the file's
+    grid or on the stored one; the file's own by default, else the estimate."""
 
     probe_diameter_px: float | None = None
     """Disc: diameter in object pixels. Zone plate: outer diameter of its pupil in pixels of the stored patterns."""
@@ -355,7 +355,9 @@ def pattern_axis_is_last(shape: tuple[int, ...], n_positions: int, axes: Axes | 
     True
     """
     if len(shape) != 3:
-        raise PtychodaskError(f"{where}: patterns have shape {shape}, expected (pattern, qy, qx)")
+        raise PtychodaskError(
+            f"{where}: patterns have shape {shape}, expected (pattern, qy, qx); reshape them in the file"
+        )
     if axes is not None:
         return axes == "qy,qx,pattern"
     first, last = shape[0] == n_positions, shape[2] == n_positions
