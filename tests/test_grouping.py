@@ -1,0 +1,153 @@
+"""Groups of neighbours: each pattern seeds its own, with the members that were asked for and no chance left."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ptychodask.grouping import GroupingSpec, curve_order, group_positions
+from ptychodask.scan import PtychodaskError
+
+SPECS = [
+    GroupingSpec(members=2, neighbours=2),
+    GroupingSpec(members=4, neighbours=4),
+    GroupingSpec(members=4, neighbours=7),
+    GroupingSpec(members=9, neighbours=12, seed=3),
+]
+
+
+@pytest.fixture
+def position():
+    return np.random.default_rng(0).uniform(-50, 50, (300, 2))
+
+
+def distances(position, member):
+    return np.linalg.norm(position[member] - position[member[:, :1]], axis=2)
+
+
+@pytest.mark.parametrize("spec", [GroupingSpec(members=1), *SPECS])
+def test_every_pattern_seeds_exactly_one_group(position, spec):
+    member = group_positions(position, spec)
+    assert member.dtype == np.int32
+    assert member.shape == (300, spec.members)
+    assert sorted(member[:, 0]) == list(range(300))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_members_are_distinct_and_ordered_by_distance(position, spec):
+    member = group_positions(position, spec)
+    assert (np.diff(np.sort(member, axis=1), axis=1) > 0).all()
+    assert (np.diff(distances(position, member), axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_members_are_among_the_nearest_neighbours_of_the_seed(position, spec):
+    member = group_positions(position, spec)
+    all_distances = np.linalg.norm(position[:, None] - position, axis=2)
+    nearest = np.argsort(all_distances, axis=1)[:, : spec.neighbours + 1]
+    for group in member:
+        assert set(group) <= set(nearest[group[0]])
+
+
+def test_every_neighbour_is_drawn_as_often_as_any_other():
+    # On a ring all seeds look alike, so the rank of a drawn member counts how often it is chosen.
+    angle = 2 * np.pi * np.arange(4000) / 4000
+    ring = 1000 * np.stack([np.sin(angle), np.cos(angle)], axis=1)
+    member = group_positions(ring, GroupingSpec(members=3, neighbours=6))
+    steps = np.abs((member[:, 1:] - member[:, :1] + 2000) % 4000 - 2000)
+    share = np.bincount(steps.ravel(), minlength=4)[1:4] / steps.size
+    # Three standard deviations of a share of 8000 draws are 0.016.
+    np.testing.assert_allclose(share, 1 / 3, atol=0.02)
+
+
+def test_the_seed_alone_decides_the_draw(position):
+    spec = GroupingSpec(members=4, neighbours=7, seed=1)
+    np.testing.assert_array_equal(group_positions(position, spec), group_positions(position, spec))
+    np.random.seed(5)  # noqa: NPY002
+    np.testing.assert_array_equal(group_positions(position, spec), group_positions(position.copy(), spec))
+    other = group_positions(position, GroupingSpec(members=4, neighbours=7, seed=2))
+    assert not np.array_equal(group_positions(position, spec), other)
+    np.testing.assert_array_equal(group_positions(position, spec)[:, 0], other[:, 0])
+
+
+def test_groups_follow_the_curve_through_their_seeds(position):
+    member = group_positions(position, GroupingSpec(members=4, neighbours=7))
+    np.testing.assert_array_equal(member[:, 0], curve_order(position))
+
+
+def test_oversampling_gives_no_more_groups_than_asked_and_none_twice(position):
+    spec = GroupingSpec(members=3, neighbours=5, oversampling=4)
+    member = group_positions(position, spec)
+    seeds, times = np.unique(member[:, 0], return_counts=True)
+    assert len(seeds) == 300
+    assert times.max() == 4
+    assert times.min() >= 1
+    alike = np.column_stack([member[:, 0], np.sort(member, axis=1)])
+    assert len(np.unique(alike, axis=0)) == len(member)
+    # The first draw of each seed is the one without oversampling.
+    first = member[np.unique(np.flatnonzero(np.r_[True, np.diff(member[:, 0]) != 0]))]
+    np.testing.assert_array_equal(first, group_positions(position, GroupingSpec(members=3, neighbours=5)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"members": 0}, "members is 0, expected 1 or more"),
+        ({"members": 4, "neighbours": 3}, "neighbours is 3 for groups of 4 members; pass neighbours=4"),
+        ({"oversampling": 0}, "oversampling is 0, expected 1 or more"),
+        (
+            {"members": 4, "neighbours": 4, "oversampling": 2},
+            "oversampling=2 needs members > 1 and neighbours > members",
+        ),
+        ({"members": 1, "oversampling": 2}, "oversampling=2 needs members > 1"),
+    ],
+)
+def test_impossible_specs_are_refused(wrong, message):
+    with pytest.raises(PtychodaskError, match=message):
+        GroupingSpec(**wrong)
+
+
+def test_too_few_patterns_are_refused_with_what_would_do(position):
+    with pytest.raises(PtychodaskError, match="neighbours=7 needs 8 patterns, found 7; pass neighbours=6 or fewer"):
+        group_positions(position[:7], GroupingSpec(members=4, neighbours=7))
+    assert group_positions(position[:8], GroupingSpec(members=4, neighbours=7)).shape == (8, 4)
+
+
+def test_repeated_positions_still_seed_their_own_groups(position):
+    repeated = np.concatenate([np.zeros((40, 2)), position[:20]])
+    member = group_positions(repeated, GroupingSpec(members=4, neighbours=7))
+    assert sorted(member[:, 0]) == list(range(60))
+    assert (np.diff(np.sort(member, axis=1), axis=1) > 0).all()
+    everywhere_the_same = group_positions(np.zeros((12, 2)), GroupingSpec(members=4, neighbours=7))
+    assert sorted(everywhere_the_same[:, 0]) == list(range(12))
+
+
+def test_members_of_a_group_share_their_experiment(position):
+    experiment = np.random.default_rng(1).integers(0, 3, 300)
+    member = group_positions(position, GroupingSpec(members=4, neighbours=7), experiment)
+    assert (experiment[member] == experiment[member[:, :1]]).all()
+    assert sorted(member[:, 0]) == list(range(300))
+    with pytest.raises(PtychodaskError, match="neighbours=7 needs 8 patterns, found 5"):
+        group_positions(position, GroupingSpec(members=4, neighbours=7), np.repeat([0, 1], [295, 5]))
+
+
+def test_curve_order_is_a_permutation_of_any_positions(position):
+    for some in (position, position[:1], np.zeros((5, 2)), np.stack([np.arange(9.0), np.zeros(9)], axis=1)):
+        assert sorted(curve_order(some)) == list(range(len(some)))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_curve_walks_a_grid_by_single_steps(bits):
+    side = 2**bits
+    grid = np.stack(np.divmod(np.random.default_rng(0).permutation(side * side), side), axis=1).astype(np.float64)
+    walked = grid[curve_order(grid)]
+    np.testing.assert_array_equal(np.abs(np.diff(walked, axis=0)).sum(axis=1), 1)
+
+
+def test_curve_does_not_depend_on_where_the_scan_lies_or_how_large_it_is(position):
+    np.testing.assert_array_equal(curve_order(position), curve_order(4 * position + 1024))
+
+
+def test_names_tell_specs_apart():
+    specs = [*SPECS, GroupingSpec(members=1), GroupingSpec(members=4, neighbours=7, oversampling=2)]
+    assert len({spec.name for spec in specs}) == len(specs)
