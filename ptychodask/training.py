@@ -305,8 +305,9 @@ def poisson_loss(optics: Optics) -> Callable[[Any, Any], Any]:
 
     def loss(amplitude: Any, counts: Any) -> Any:
         measured = amplitude * amplitude + COUNTS_FLOOR
-        expected = counts + COUNTS_FLOOR
-        deviance = (expected - measured + measured * ops.log(measured / expected)) * mask
+        excess = counts + COUNTS_FLOOR - measured
+        # log1p keeps the digits that λ − n − n ln(λ/n) loses where counts are high and nearly equal.
+        deviance = (excess - measured * ops.log1p(excess / measured)) * mask
         return 0.5 * ops.mean(ops.sum(deviance, axis=(-2, -1))) / mean_counts
 
     return loss

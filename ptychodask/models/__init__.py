@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "bundle": ["load_model", "save_model"],
-        "model": ["Model", "limit_threads"],
+        "model": ["Model"],
         "spec": ["ModelSpec", "Optics"],
     },
 )

@@ -176,29 +176,6 @@ def hash_weights(spec: ModelSpec, weights: list[NDArray[np.float32]]) -> str:
     return digest.hexdigest()
 
 
-def limit_threads(n_threads: int) -> None:
-    """Let the network library of this process use so many threads; only before its first computation.
-
-    Parameters
-    ----------
-    n_threads : int
-        Threads of one operation.
-
-    Notes
-    -----
-    Several processes that each take every core slow each other down.
-    """
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        tf.config.threading.set_intra_op_parallelism_threads(n_threads)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
-    elif keras.backend.backend() == "torch":
-        import torch
-
-        torch.set_num_threads(n_threads)
-
-
 def _compiled(network: keras.Model, spec: ModelSpec, batch_size: int) -> Callable[[Any, Any], Any]:
     backend = keras.backend.backend()
     if backend == "tensorflow":
