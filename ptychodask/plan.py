@@ -320,19 +320,10 @@ def make_plan(scan: Scan, groups: Groups, network: _Network, spec: Reconstructio
         See `plan`.
     """
     window, crop = _window_and_crop(spec, network)
-    first, last = _footprints(scan.position_yx_px, groups.member, network.output, crop)
-    whole = Box(*(int(value) for value in (first[:, 0].min(), last[:, 0].max(), first[:, 1].min(), last[:, 1].max())))
-    box = whole if spec.roi is None else whole.overlap(Box(*(int(value) for value in spec.roi)))
-    if box.n_pixels == 0:
-        raise PtychodaskError(f"{scan.store}: roi {spec.roi} does not meet the object, {tuple(whole)} (y0, y1, x0, x1)")
+    footprints = _footprints(scan.position_yx_px, groups.member, network.output, crop)
+    box = _object_box(footprints, spec.roi, str(scan.store))
     batch_size = _batch_size(spec, network, len(groups))
-    size = int(spec.groups_per_chunk or _groups_per_chunk(network, batch_size, len(groups)))
-    while True:
-        chunks, n_bytes = _chunks(scan, groups, network, (first, last), box, batch_size, size)
-        if max(n_bytes) <= spec.memory_bytes or spec.groups_per_chunk is not None or size == 1:
-            break
-        size = max(1, size // 2)
-    _check_memory(chunks[int(np.argmax(n_bytes))], max(n_bytes), spec)
+    size, chunks, predict_bytes = _fitting_chunks(scan, groups, network, footprints, box, batch_size, spec)
     tile = int(spec.tile or _tile(box))
     tiles = _tiles(box, tile, chunks)
     reassemble_bytes = max(_reassemble_bytes(part, chunks) for part in tiles)
@@ -361,7 +352,7 @@ def make_plan(scan: Scan, groups: Groups, network: _Network, spec: Reconstructio
         box=box,
         chunks=chunks,
         tiles=tiles,
-        predict_bytes=max(n_bytes),
+        predict_bytes=predict_bytes,
         reassemble_bytes=reassemble_bytes,
     )
 
@@ -387,6 +378,20 @@ def _footprints(
     return first, last
 
 
+def _object_box(
+    footprints: tuple[NDArray[np.int64], NDArray[np.int64]], roi: tuple[int, int, int, int] | None, where: str
+) -> Box:
+    """The box that all patches reach, cut to the region that is asked for."""
+    (y0, x0), (y1, x1) = footprints[0].min(axis=0).tolist(), footprints[1].max(axis=0).tolist()
+    whole = Box(y0, y1, x0, x1)
+    if roi is None:
+        return whole
+    box = whole.overlap(Box(*(int(value) for value in roi)))
+    if box.n_pixels == 0:
+        raise PtychodaskError(f"{where}: roi {roi} does not meet the object, {tuple(whole)} (y0, y1, x0, x1)")
+    return box
+
+
 def _batch_size(spec: ReconstructionSpec, network: _Network, n_groups: int) -> int:
     if spec.batch_size is not None:
         return int(spec.batch_size)
@@ -404,6 +409,34 @@ def _tile(box: Box) -> int:
     """A power of two, so that stored chunks divide it."""
     wanted = 2 ** int(np.ceil(np.log2(max(box.shape) / TILES_ACROSS)))
     return min(max(wanted, TILE_PIXELS), 4 * TILE_PIXELS)
+
+
+def _fitting_chunks(
+    scan: Scan,
+    groups: Groups,
+    network: _Network,
+    footprints: tuple[NDArray[np.int64], NDArray[np.int64]],
+    box: Box,
+    batch_size: int,
+    spec: ReconstructionSpec,
+) -> tuple[int, tuple[Chunk, ...], int]:
+    """Groups per chunk, the chunks, and the memory of the largest; halved until they fit where that is automatic."""
+    size = int(spec.groups_per_chunk or _groups_per_chunk(network, batch_size, len(groups)))
+    while True:
+        chunks, n_bytes = _chunks(scan, groups, network, footprints, box, batch_size, size)
+        if not chunks:
+            raise PtychodaskError(f"{scan.store}: no pattern reaches roi {spec.roi}; pass another one")
+        if max(n_bytes) <= spec.memory_bytes:
+            return size, chunks, max(n_bytes)
+        if spec.groups_per_chunk is not None or size == 1:
+            break
+        size //= 2
+    chunk = chunks[int(np.argmax(n_bytes))]
+    raise PtychodaskError(
+        f"plan: groups {chunk.start}..{chunk.stop - 1}, over {chunk.box.shape[0]} x {chunk.box.shape[1]} px, need "
+        f"{max(n_bytes) / MIB:,.1f} MiB, a task may take {spec.memory_bytes / MIB:,.1f} MiB; pass "
+        f"groups_per_chunk= below {chunk.stop - chunk.start}, a smaller batch_size=, or a larger memory_bytes="
+    )
 
 
 def _chunks(
@@ -436,15 +469,6 @@ def _patterns_in_chunks(member: NDArray[np.int32], size: int, n_patterns: int) -
     chunk = np.arange(len(member), dtype=np.int64) // size
     pairs = np.unique(chunk[:, None] * n_patterns + member)
     return np.bincount(pairs // n_patterns)
-
-
-def _check_memory(chunk: Chunk, n_bytes: int, spec: ReconstructionSpec) -> None:
-    if n_bytes > spec.memory_bytes:
-        raise PtychodaskError(
-            f"plan: groups {chunk.start}..{chunk.stop - 1}, over {chunk.box.shape[0]} x {chunk.box.shape[1]} px, need "
-            f"{n_bytes / MIB:,.0f} MiB, a task may take {spec.memory_bytes / MIB:,.0f} MiB; pass "
-            f"groups_per_chunk= below {chunk.stop - chunk.start}, a smaller batch_size=, or a larger memory_bytes="
-        )
 
 
 def _tiles(box: Box, tile: int, chunks: tuple[Chunk, ...]) -> tuple[Tile, ...]:

@@ -36,7 +36,7 @@ class PatchModel(Protocol):
 
     @property
     def kind(self) -> str:
-        """ "pinn", "baseline" or what else it is."""
+        """What it is: "pinn", "baseline", or another word."""
 
     @property
     def members(self) -> int:

@@ -14,7 +14,7 @@ from ptychodask.plan import ReconstructionSpec, plan
 from ptychodask.reassembly import Box
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
-from ptychodask.store import group, open_scan, read_groups
+from ptychodask.store import group, open_scan, read_groups, write_scan
 
 N_PATTERNS = 120
 
@@ -80,6 +80,23 @@ def test_a_region_keeps_only_the_chunks_that_meet_it(store):
 def test_a_region_outside_the_object_is_refused(store):
     with pytest.raises(PtychodaskError, match=r"roi \(900, 910, 0, 5\) does not meet the object"):
         plan(store, LinearModel(), ReconstructionSpec(roi=(900, 910, 0, 5)))
+
+
+def test_a_region_between_the_patterns_is_refused(tmp_path):
+    write_scan(
+        tmp_path / "two.zarr",
+        diffraction=np.ones((2, 16, 16), np.uint16),
+        position_yx_px=np.array([[0.0, 0.0], [200.0, 200.0]]),
+        probe=np.ones((1, 16, 16), np.complex64),
+        domain="counts",
+        calibration="as_given",
+    )
+    with pytest.raises(PtychodaskError, match=r"no pattern reaches roi \(90, 110, 90, 110\)"):
+        plan(
+            tmp_path / "two.zarr",
+            LinearModel(members=1),
+            ReconstructionSpec(roi=(90, 110, 90, 110), groups_per_chunk=1),
+        )
 
 
 def test_automatic_chunks_keep_to_the_memory(store):
