@@ -13,15 +13,19 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "grouping": ["GroupingSpec", "Groups"],
         "store": ["group", "open_scan"],
         "io": ["IngestSpec", "ingest"],
+        "simulate": ["simulate"],
         "result": ["open_result"],
+        "iterative": ["ProbeRefinement", "reconstruct_iterative", "refine_probe"],
         "plan": ["Plan", "ReconstructionSpec", "plan"],
         "reconstruction": ["reconstruct"],
+        "compare": ["compare"],
+        "plotting": ["plot", "plot_comparison"],
     },
 )
 
 
 class _Package(ModuleType):
-    """A package whose `plan` stays the function when the module of the same name is imported."""
+    """A package whose functions stay what their names mean when modules of the same names are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (isinstance(value, ModuleType) and name in __all__):
