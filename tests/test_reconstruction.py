@@ -5,15 +5,18 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from dataclasses import dataclass
+from typing import ClassVar
 
 import dask
+import distributed
 import numpy as np
 import pytest
 import xarray as xr
 from models_for_tests import DyingModel, FailingModel, LinearModel, NotFiniteModel
 
 from ptychodask import prediction, reconstruction
-from ptychodask.cluster import in_process_client, local_client
+from ptychodask.cluster import LOOPBACK, in_process_client, local_client
 from ptychodask.plan import plan
 from ptychodask.reassembly import add_patches, crop_middle, empty_canvas, finish, illumination_window
 from ptychodask.reconstruction import reconstruct
@@ -96,7 +99,7 @@ def test_without_a_client_one_is_started_and_closed(store, whole):
     ds = reconstruct(store, LinearModel())
     assert np.nanmax(np.abs(ds["object"].values - whole)) <= 1e-5 * np.nanmedian(np.abs(whole))
     with pytest.raises(ValueError, match="No clients found"):
-        reconstruction.distributed.Client.current()
+        distributed.Client.current()
 
 
 def test_every_pixel_within_reach_is_known(store, client):
@@ -280,6 +283,37 @@ def test_an_object_too_large_for_memory_is_refused_unless_it_goes_to_disk(store,
     reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr")
 
 
-def test_a_predict_task_asks_for_a_gpu_where_workers_advertise_one():
-    assert reconstruction._device_share([{}, {"GPU": 1}]) == {"GPU": 0.5}
-    assert reconstruction._device_share([{}, {}]) is None
+@dataclass(eq=False)
+class WhereModel(LinearModel):
+    """A network that says which worker calls it."""
+
+    seen: ClassVar[set[str]] = set()
+
+    def patches(self, x, offset_yx_px):
+        self.seen.add(distributed.get_worker().name)
+        return super().patches(x, offset_yx_px)
+
+
+def test_networks_run_where_a_gpu_is_advertised(store, whole):
+    def worker(**resources):
+        return {"cls": distributed.Worker, "options": {"nthreads": 2, "protocol": "inproc://", "resources": resources}}
+
+    scheduler = {
+        "cls": distributed.Scheduler,
+        "options": {"protocol": "inproc://", "dashboard_address": LOOPBACK, "dashboard": False},
+    }
+    workers = {"plain": worker(), "device": worker(GPU=1)}
+    fields = {"groups_per_chunk": 7, "tile": 16}
+    with (
+        distributed.SpecCluster(workers=workers, scheduler=scheduler) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+        client.as_current(),
+    ):
+        client.wait_for_workers(2)
+        now = reconstruct(store, WhereModel(content_hash="eager"), **fields)
+        assert WhereModel.seen == {"device"}
+        WhereModel.seen.clear()
+        later = reconstruct(store, WhereModel(content_hash="lazy"), compute=False, **fields).ptycho.compute()
+        assert WhereModel.seen == {"device"}
+        assert_same_bits(now, later)
+    np.testing.assert_array_equal(np.isnan(now["object"]), np.isnan(whole))
