@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -92,11 +93,12 @@ def refine_probe(
         Share of the used patterns that only score the probes.
     search_defocus : bool
         Start also from the initial probe out of focus, both ways, and go on from the start that predicts the held-out
-        patterns best; for a probe whose phase is not known, such as the one estimated from the mean pattern.
+        patterns best (the same that score the result); for a probe whose phase is not known, such as the one estimated
+        from the mean pattern.
     seed : int
         Seed of the order of the patterns and of the choice of those held out.
     step_object, step_probe : float
-        Length of each update; 1 is the full step.
+        Length of each update, more than 0; 1 is the full step and the largest.
     progress : bool, optional
         See `show_progress`.
 
@@ -115,20 +117,51 @@ def refine_probe(
     to the other patterns for `SCORING_SWEEPS` sweeps, the probe fixed: for both probes in the same way. Of a scan with
     several experiments the one with most patterns is used, since each may have an object of its own.
 
-    Memory: the amplitudes of the used patterns are held as float32, 4 N² bytes a pattern, with one object of 8 bytes a
-    pixel; `fraction` bounds both.
+    Memory: the amplitudes of the used patterns are held as float32, 4 N² bytes a pattern (three times that while they are
+    read), with an object of 8 bytes a pixel that covers them; `fraction` bounds both.
     """
-    for name, value, low, high in (("fraction", fraction, 0, 1), ("held_out", held_out, 0, 0.9)):
-        if not low < value <= high:
-            raise PtychodaskError(f"refine_probe: {name} is {value}, expected more than {low} and at most {high}")
+    bounded = (
+        ("fraction", fraction, 1.0),
+        ("held_out", held_out, 0.9),
+        ("step_object", step_object, 1.0),
+        ("step_probe", step_probe, 1.0),
+    )
+    for name, value, highest in bounded:
+        if not 0 < value <= highest:
+            raise PtychodaskError(f"refine_probe: {name} is {value}, expected more than 0 and at most {highest:g}")
     if n_sweeps < 3:
         raise PtychodaskError(f"refine_probe: n_sweeps is {n_sweeps}, expected 3 or more")
     scan = open_scan(store)
-    initial = scan.probe if scan.probe_initial is None else scan.probe_initial
     used, scored = _split(scan, fraction, held_out, seed)
     sweeps = partial(run_sweeps, seed=seed, step_object=step_object, step_probe=step_probe)
-    starts = _defocus_starts(initial) if search_defocus else (0.0,)
-    n_visits = n_sweeps + 2 * SCORING_SWEEPS + (len(starts) * SCORING_SWEEPS if search_defocus else 0)
+    found = _refined(scan, used, scored, sweeps, n_sweeps, search_defocus, progress)
+    if found.stored:
+        record = {name: value for name, value in asdict(found).items() if name != "probe"}
+        replace_probe(store, found.probe, record | sweeps.keywords | {"fraction": fraction, "held_out": held_out})
+    logger.info(
+        "%s: R of %d held-out patterns %.4f before and %.4f after; the store %s",
+        store,
+        found.n_held_out,
+        found.r_before,
+        found.r_after,
+        "takes the refined probe" if found.stored else "keeps its probe",
+    )
+    return found
+
+
+def _refined(
+    scan: Scan,
+    used: NDArray[np.int64],
+    scored: NDArray[np.int64],
+    sweeps: Callable[..., tuple[NDArray[np.complex64], NDArray[np.complex64]]],
+    n_sweeps: int,
+    search_defocus: bool,
+    progress: bool | None,
+) -> ProbeRefinement:
+    """Refine the initial probe on the `used` patterns and score it on the others."""
+    initial = scan.probe if scan.probe_initial is None else scan.probe_initial
+    starts = _defocus_starts(initial) if search_defocus else ()
+    n_visits = n_sweeps + (2 + len(starts)) * SCORING_SWEEPS
     with show_progress("refine probe", n_visits * len(used), "patterns", progress) as bar:
         measured = measure(scan, used)
 
@@ -136,13 +169,12 @@ def refine_probe(
             object_, probe = sweeps(measured, probe, n_sweeps=SCORING_SWEEPS, update_probe=update_probe, bar=bar)
             return r_factor(object_, measured.corner_yx_px, replace(scan, probe=probe), scored)
 
-        defocus_rad = 0.0
-        if search_defocus:
-            defocus_rad = min(starts, key=lambda rad: score(defocused(initial, rad), update_probe=True))
-        start = defocused(initial, defocus_rad)
+        tried = {rad: score(defocused(initial, rad), update_probe=True) for rad in starts}
+        defocus_rad = min(tried, key=tried.__getitem__) if tried else 0.0
+        start = defocused(initial, defocus_rad) if tried else initial
         _, refined = sweeps(measured, start, n_sweeps=n_sweeps, update_probe=True, bar=bar)
         r_before, r_after = score(initial, update_probe=False), score(refined, update_probe=False)
-    result = ProbeRefinement(
+    return ProbeRefinement(
         probe=refined,
         r_before=r_before,
         r_after=r_after,
@@ -152,19 +184,6 @@ def refine_probe(
         n_held_out=len(scored),
         defocus_rad=defocus_rad,
     )
-    if result.stored:
-        record = {name: value for name, value in asdict(result).items() if name != "probe"}
-        replace_probe(store, refined, record | sweeps.keywords | {"fraction": fraction, "held_out": held_out})
-    logger.info(
-        "%s: probe refined on %d patterns, R of %d held-out ones %.4f before and %.4f after; %s",
-        store,
-        len(used),
-        len(scored),
-        r_before,
-        r_after,
-        "stored" if result.stored else "not better, so the store keeps its probe",
-    )
-    return result
 
 
 def _split(scan: Scan, fraction: float, held_out: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -304,10 +323,11 @@ def measure(scan: Scan, index: NDArray[np.int64]) -> Measured:
     Returns
     -------
     Measured
-        4 N² bytes for each pattern. The object covers the frames of all positions of the scan.
+        4 N² bytes for each pattern, up to three times that while they are read. The object covers the frames of all
+        these positions.
     """
     n_pixels = scan.n_pixels
-    whole = np.floor(scan.position_yx_px)
+    whole = np.floor(scan.position_yx_px[index])
     low = whole.min(axis=0) - n_pixels // 2
     shape = (whole.max(axis=0) - low).astype(int) + n_pixels // 2
     amplitude = scipy.fft.ifftshift(scan.amplitude(index), axes=(1, 2))
@@ -316,8 +336,8 @@ def measure(scan: Scan, index: NDArray[np.int64]) -> Measured:
     return Measured(
         amplitude=amplitude,
         good=None if scan.mask is None else scipy.fft.ifftshift(scan.mask),
-        row_yx=(whole[index] - n_pixels // 2 - low).astype(np.int64),
-        fraction_yx_px=scan.position_yx_px[index] - whole[index],
+        row_yx=(whole - n_pixels // 2 - low).astype(np.int64),
+        fraction_yx_px=scan.position_yx_px[index] - whole,
         shape=(int(shape[0]), int(shape[1])),
         corner_yx_px=(float(low[0]), float(low[1])),
     )

@@ -209,6 +209,7 @@ def test_only_the_largest_experiment_is_used(scan, tmp_path):
     [
         ({"fraction": 0.0}, "fraction is 0.0, expected more than 0 and at most 1"),
         ({"held_out": 1.0}, "held_out is 1.0, expected more than 0 and at most 0.9"),
+        ({"step_probe": 1.5}, "step_probe is 1.5, expected more than 0 and at most 1"),
         ({"n_sweeps": 2}, "n_sweeps is 2, expected 3 or more"),
         ({"fraction": 0.1}, "16 patterns are used and 2 of them held out, which leaves fewer than 16"),
     ],
