@@ -117,8 +117,8 @@ def refine_probe(
     to the other patterns for `SCORING_SWEEPS` sweeps, the probe fixed: for both probes in the same way. Of a scan with
     several experiments the one with most patterns is used, since each may have an object of its own.
 
-    Memory: the amplitudes of the used patterns are held as float32, 4 N² bytes a pattern (three times that while they are
-    read), with an object of 8 bytes a pixel that covers them; `fraction` bounds both.
+    Memory: the amplitudes of the used patterns are held as float32, 4 N² bytes a pattern (three times that while they
+    are read), with an object of 8 bytes a pixel that covers them; `fraction` bounds both.
     """
     bounded = (
         ("fraction", fraction, 1.0),
