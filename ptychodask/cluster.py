@@ -46,6 +46,7 @@ def in_process_client() -> Iterator[Client]:
     Yields
     ------
     distributed.Client
+        Not the active one, so that other threads of this process do not come to depend on it.
     """
     with (
         LocalCluster(
@@ -72,6 +73,7 @@ def local_client(n_workers: int) -> Iterator[Client]:
     Yields
     ------
     distributed.Client
+        The active one until it is closed.
 
     Raises
     ------
@@ -92,6 +94,35 @@ def local_client(n_workers: int) -> Iterator[Client]:
         ) as cluster,
         Client(cluster) as client,
     ):
+        yield client
+
+
+@contextmanager
+def connected_client(address: str) -> Iterator[Client]:
+    """A client of a scheduler that is running already, closed in the end.
+
+    Parameters
+    ----------
+    address : str
+        Such as ``tcp://127.0.0.1:8786``.
+
+    Yields
+    ------
+    distributed.Client
+        The active one until it is closed.
+
+    Raises
+    ------
+    PtychodaskError
+        If no scheduler answers there.
+    """
+    try:
+        client = Client(address, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise PtychodaskError(
+            f"{address}: no Dask scheduler answers ({error}); give the address that dask scheduler prints"
+        ) from error
+    with client:
         yield client
 
 

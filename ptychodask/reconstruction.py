@@ -210,6 +210,8 @@ def reconstruct(
     """
     started = time.perf_counter()
     spec = _with_fields(spec, spec_fields)
+    if out is not None and not compute:
+        raise PtychodaskError("reconstruct: compute=False writes nothing; leave out= away, or compute")
     scan = open_scan(store)
     network = resolve_model(scan, model)
     todo = plan_for(scan, network, spec)
@@ -219,8 +221,6 @@ def reconstruct(
     job = ReconstructionJob(prediction, todo.window, todo.crop)
     attributes = _attributes(network, todo, spec)
     if not compute:
-        if out is not None:
-            raise PtychodaskError("reconstruct: compute=False writes nothing; leave out= away, or compute")
         return _lazy(job, todo, scan.pixel_size_m, attributes)
     if out is None:
         _check_in_memory(todo)
