@@ -65,7 +65,10 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    # Dask's loggers set a level of their own, so the handler decides what reaches the terminal.
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("ptychodask"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
 
 
 def _bar(quiet: bool) -> bool | None:
@@ -396,7 +399,7 @@ def reconstruct(
         raise PtychodaskError("reconstruct: --workers starts a cluster and --scheduler names one; pass one of them")
     with _quiet_import():
         import ptychodask.models  # noqa: F401
-        from ptychodask.cluster import chosen_client
+        from ptychodask.cluster import client_for_run, connected_client, local_client
         from ptychodask.plotting import plot
         from ptychodask.reconstruction import reconstruct
     options = _given(
@@ -410,28 +413,42 @@ def reconstruct(
     )
     out = store.with_name(f"{store.name.removesuffix('.zarr')}.object.zarr") if out is None else out
     png = out.with_suffix(".png") if png is None else png
-    with chosen_client(n_workers=workers, address=scheduler) as client:
+    if workers is not None:
+        chosen = local_client(workers)
+    else:
+        chosen = client_for_run(None) if scheduler is None else connected_client(scheduler)
+    with chosen as client:
         result = reconstruct(store, model, out=out, client=client, overwrite=overwrite, progress=_bar(quiet), **options)
     plot(result, path=png)
     height, width = result["object"].shape
-    rate = result.attrs["speed"]["patterns_per_s"]
+    rate = result.attrs["patterns_per_s"]
     typer.echo(f"{out}: {height} x {width} px, {rate:,.0f} patterns/s; picture in {png}")
 
 
 @app.command()
 def compare(
-    results: Annotated[list[Path], typer.Argument(help="Results to compare; LABEL=PATH gives a name.")],
-    scan: Annotated[Path | None, typer.Option(help="Store with the truth; without it the first result is it.")] = None,
+    results: Annotated[list[str], typer.Argument(help="Results to compare; LABEL=PATH gives a name.")],
+    scan: Annotated[
+        Path | None,
+        typer.Option(help="The scan's store: adds R, and its truth where it has one, else the first result."),
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
 ) -> None:
     """Compare results with the truth of a simulated scan, or with the first of them.
 
     Example: ptychodask compare pinn.object.zarr baseline.object.zarr --scan scan.zarr
     """
-    from ptychodask.compare import compare, markdown_table
+    from ptychodask.compare import compare, to_markdown
+    from ptychodask.plotting import plot_comparison
+    from ptychodask.result import open_result
+    from ptychodask.store import open_scan
 
-    labelled = dict(_labelled(str(path)) for path in results)
-    typer.echo(markdown_table(compare(labelled, truth=scan)))
+    opened = {label: open_result(path) for label, path in map(_labelled, results)}
+    measured = None if scan is None else open_scan(scan)
+    truth = measured if measured is not None and measured.truth is not None else None
+    typer.echo(to_markdown(compare(opened, truth=truth, scan=measured)))
+    if png is not None:
+        plot_comparison(opened, truth, path=png)
 
 
 def _labelled(text: str) -> tuple[str, Path]:

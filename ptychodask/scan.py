@@ -185,10 +185,12 @@ class Scan:
         Returns
         -------
         float32 array (k, N, N)
-            ``amplitude * normalization``.
+            ``amplitude * normalization``, of the mean flux where `flux` is known.
         """
         amplitude = self.amplitude(index)
         amplitude *= np.float32(self.normalization)
+        if self.flux is not None:
+            amplitude /= np.sqrt(self.flux[_as_index(index)])[:, None, None]
         return amplitude
 
 

@@ -66,10 +66,10 @@ class TrainingSpec:
     """How often the U-Net halves its resolution."""
 
     projections_before: int = ModelSpec.projections_before
-    """Data-consistent steps before the U-Net (PINN)."""
+    """Data-consistent steps before the U-Net."""
 
     projections_after: int = ModelSpec.projections_after
-    """Data-consistent steps after the U-Net (PINN)."""
+    """Data-consistent steps after the U-Net."""
 
     epochs: int = 50
     """Passes over the training groups at most."""

@@ -108,15 +108,13 @@ def join_channels(patches: ComplexPair, object_amplitude: float) -> Tensor:
     return ops.transpose(channels, (0, 2, 3, 1)) * (1.0 / object_amplitude)
 
 
-def unet(features: Tensor, spec: ModelSpec, *, skip_first: bool = True) -> Tensor:
+def unet(features: Tensor, spec: ModelSpec) -> Tensor:
     """U-Net of two 3x3 convolutions per level (Ronneberger, Fischer & Brox, MICCAI 2015), 2C channels out.
 
     Parameters
     ----------
     features : tensor (group, N, N, channels)
     spec : ModelSpec
-    skip_first : bool
-        Whether the finest level has its skip connection.
 
     Returns
     -------
@@ -134,8 +132,7 @@ def unet(features: Tensor, spec: ModelSpec, *, skip_first: bool = True) -> Tenso
     for level in reversed(range(spec.levels)):
         hidden = layers.UpSampling2D(name=f"grow{level}")(hidden)
         hidden = _convolution(filters[level], f"up{level}_in")(hidden)
-        if level > 0 or skip_first:
-            hidden = layers.Concatenate(name=f"join{level}")([hidden, skips[level]])
+        hidden = layers.Concatenate(name=f"join{level}")([hidden, skips[level]])
         hidden = _two_convolutions(hidden, filters[level], f"up{level}")
     return layers.Conv2D(2 * spec.members, 3, padding="same", kernel_initializer="zeros", name="out")(hidden)
 
@@ -155,7 +152,7 @@ def build_network(spec: ModelSpec, optics: Optics) -> keras.Model:
     ----------
     spec : ModelSpec
     optics : Optics
-        Probe, input scale and mask of the scan that it will see; a baseline uses none of them.
+        Probe, input scale and mask of the scan that it will see.
 
     Returns
     -------
@@ -165,22 +162,20 @@ def build_network(spec: ModelSpec, optics: Optics) -> keras.Model:
 
     Notes
     -----
-    The PINN is an unrolled network: data-consistent steps of the whole group (its members share the object where
-    they overlap) lead from a flat object to a first estimate, a U-Net corrects it, and a few more steps bring the
-    answer back to the data. Its share of learned weights is the U-Net alone. The baseline is the U-Net on the
-    pattern alone, in the manner of PtychoNN (Cherukara et al., Appl. Phys. Lett. 117 (2020) 044103).
+    Both kinds are unrolled networks of one form, told apart by what they are trained on: data-consistent steps of the
+    whole group (its members share the object where they overlap) lead from a flat object to a first estimate, a U-Net
+    corrects it, and a few more steps bring the answer back to the data. The learned weights are the U-Net's alone.
+    Without steps before it, the U-Net reads the patterns themselves, as PtychoNN does (Cherukara et al., Appl. Phys.
+    Lett. 117 (2020) 044103).
     """
     x = keras.Input((spec.n_pixels, spec.n_pixels, spec.members), name="x")
     offset = keras.Input((spec.members, 2), name="offset_yx_px")
-    if spec.kind == "baseline":
-        relative = unet(x, spec, skip_first=False)
-    else:
-        first = GroupProjections(optics, spec.projections_before, spec.object_amplitude, name="before")(x, offset)
-        features = layers.Concatenate(name="features")([first, x]) if spec.projections_before == 0 else first
-        relative = layers.Add(name="corrected")([first, unet(features, spec)])
-        if spec.projections_after:
-            after = GroupProjections(optics, spec.projections_after, spec.object_amplitude, name="after")
-            relative = after(x, offset, relative)
+    first = GroupProjections(optics, spec.projections_before, spec.object_amplitude, name="before")(x, offset)
+    features = first if spec.projections_before else x
+    relative = layers.Add(name="corrected")([first, unet(features, spec)])
+    if spec.projections_after:
+        after = GroupProjections(optics, spec.projections_after, spec.object_amplitude, name="after")
+        relative = after(x, offset, relative)
     patches = MemberPatches(spec.object_amplitude, name="patches")(relative)
     return keras.Model([x, offset], patches, name=spec.kind)
 

@@ -18,7 +18,7 @@ class ModelSpec:
     """What a network is made of."""
 
     kind: Kind = "pinn"
-    """`pinn`: physics-informed, trained on patterns alone; `baseline`: supervised, one pattern at a time."""
+    """`pinn`: trained on patterns alone, through the forward model; `baseline`: supervised, one pattern at a time."""
 
     n_pixels: int = 64
     """Pixels across a pattern, N; divisible by 2**`levels`."""
@@ -33,10 +33,10 @@ class ModelSpec:
     """How often the U-Net halves its resolution."""
 
     projections_before: int = 3
-    """Data-consistent steps of the group before the network sees it (PINN)."""
+    """Data-consistent steps of the group before the U-Net sees it; 0 gives it the patterns themselves."""
 
     projections_after: int = 2
-    """Data-consistent steps of the group on the network's answer (PINN)."""
+    """Data-consistent steps of the group on the U-Net's answer."""
 
     object_amplitude: float = 1.0
     """Amplitude of the flat object that a prediction starts from, in the units of the calibration."""

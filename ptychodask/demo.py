@@ -1,0 +1,122 @@
+"""What `ptychodask demo` does: both networks on a simulated scan, from the foreign file to the judged picture."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from ptychodask.compare import compare, to_markdown
+from ptychodask.io import ingest
+from ptychodask.plotting import plot, plot_comparison
+from ptychodask.reconstruction import reconstruct
+from ptychodask.scan import PtychodaskError, Scan
+from ptychodask.simulate import simulate
+from ptychodask.training import TrainingSpec, train
+
+logger = logging.getLogger(__name__)
+
+SCAN: dict[str, Any] = {
+    "object": "lines",
+    "probe": "zone_plate",
+    "n_patterns": 1200,
+    "dose": 1e6,
+    "step_px": 6.0,
+    "seed": 1,
+}
+"""The scan that is reconstructed."""
+
+LESSON_SEED = 2
+"""Seed of the scan that the baseline learns from: the same instrument, another object."""
+
+PINN = TrainingSpec(model="pinn", max_minutes=0.75, validation_fraction=0.05)
+BASELINE = TrainingSpec(model="baseline", max_minutes=0.75, validation_fraction=0.05)
+
+
+def run_demo(folder: str | Path, *, overwrite: bool = False, progress: bool | None = None) -> str:
+    """Simulate a scan, ingest it, reconstruct it with both networks and compare them with the truth.
+
+    Parameters
+    ----------
+    folder : path
+        What to make: ``simulated.zarr``, ``scan.npz`` (the same as a foreign file), ``scan.zarr`` (ingested from that),
+        ``lesson.zarr``, two model bundles, two results, ``pinn.png``, ``comparison.png`` and ``comparison.md``.
+    overwrite : bool
+        Make them again where they are there.
+    progress : bool, optional
+        See `show_progress`.
+
+    Returns
+    -------
+    str
+        The table of the comparison, where everything lies, and what to try next.
+
+    Raises
+    ------
+    PtychodaskError
+        If the folder is there and not empty, without `overwrite`.
+
+    Notes
+    -----
+    The PINN learns from the scan itself and needs no truth. The baseline is supervised: it learns from a second
+    simulated scan with the same probe and another object, so that it never saw the object it is judged on.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise PtychodaskError(f"{folder}: is there and not empty; pass --overwrite, or another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    store, lesson = folder / "scan.zarr", folder / "lesson.zarr"
+    make: Callable[..., Scan] = partial(simulate, **SCAN, overwrite=overwrite, progress=progress)
+    write_ptychopinn_npz(make(folder / "simulated.zarr"), folder / "scan.npz")
+    ingest(folder / "scan.npz", store, domain="counts", overwrite=overwrite, progress=progress)
+    make(lesson, seed=LESSON_SEED)
+    results = {
+        "PtychoPINN": _reconstructed(store, store, PINN, folder, overwrite, progress),
+        "Baseline": _reconstructed(store, lesson, BASELINE, folder, overwrite, progress),
+    }
+    table = to_markdown(compare(results, truth=store, scan=store))
+    (folder / "comparison.md").write_text(table + "\n")
+    plot(results["PtychoPINN"], path=folder / "pinn.png")
+    plot_comparison(results, store, path=folder / "comparison.png")
+    logger.info("demo took %.0f s", time.monotonic() - started)
+    return _summary(folder, table, time.monotonic() - started)
+
+
+def write_ptychopinn_npz(scan: Scan, path: Path) -> None:
+    """Write a scan with truth as PtychoPINN's users hold theirs, counts in ``diff3d``, positions from the corner."""
+    if scan.truth is None:
+        raise PtychodaskError(f"{scan.store or 'scan'}: has no truth to write as objectGuess")
+    position = scan.position_yx_px - np.asarray(scan.truth.corner_yx_px)
+    np.savez_compressed(
+        path,
+        diff3d=scan.diffraction[:],
+        ycoords=position[:, 0],
+        xcoords=position[:, 1],
+        probeGuess=scan.probe[0],
+        objectGuess=scan.truth.object,
+    )
+
+
+def _reconstructed(
+    store: Path, lesson: Path, spec: TrainingSpec, folder: Path, overwrite: bool, progress: bool | None
+) -> xr.Dataset:
+    model = train(lesson, spec, out=folder / f"{spec.model}.model", overwrite=overwrite, progress=progress)
+    return reconstruct(store, model, out=folder / f"{spec.model}.object.zarr", overwrite=overwrite, progress=progress)
+
+
+def _summary(folder: Path, table: str, seconds: float) -> str:
+    return f"""{table}
+
+Done in {seconds:.0f} s. In {folder}/: comparison.png and pinn.png are the pictures, comparison.md is this table.
+
+Try next:
+  ptychodask reconstruct {folder / "scan.zarr"} --out again.zarr --workers 2
+  ptychodask train {folder / "scan.zarr"} --out longer.model --max-minutes 10
+  ptychodask ingest your_scan.npz scan.zarr && ptychodask refine-probe scan.zarr && ptychodask train scan.zarr"""
