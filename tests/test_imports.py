@@ -42,7 +42,7 @@ OWNERS = {
     "h5py": {"io"},
     "keras": {"models", "training"},
     "tensorflow": {"models", "training"},
-    "xarray": {"result", "iterative", "reconstruction", "compare", "metrics", "plotting"},
+    "xarray": {"result", "iterative", "reconstruction", "compare", "metrics", "plotting", "demo"},
     "numba": {"reassembly"},
     "dask": {"reconstruction", "cluster", "result"},
     "distributed": {"reconstruction", "cluster"},
