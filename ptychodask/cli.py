@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -215,6 +215,13 @@ def _numbers(flag: str, text: str, count: int) -> tuple[float, ...]:
     return values
 
 
+def _whole_numbers(flag: str, text: str, count: int) -> tuple[int, ...]:
+    values = _numbers(flag, text, count)
+    if any(value != int(value) for value in values):
+        raise PtychodaskError(f"{flag} {text}: expected whole numbers")
+    return tuple(int(value) for value in values)
+
+
 @app.command()
 def simulate(
     store: Store,
@@ -398,8 +405,8 @@ def reconstruct(
     if workers is not None and scheduler is not None:
         raise PtychodaskError("reconstruct: --workers starts a cluster and --scheduler names one; pass one of them")
     with _quiet_import():
-        import ptychodask.models  # noqa: F401
-        from ptychodask.cluster import client_for_run, connected_client, local_client
+        import ptychodask.models.model  # noqa: F401
+        from ptychodask.cluster import connected_client, local_client
         from ptychodask.plotting import plot
         from ptychodask.reconstruction import reconstruct
     options = _given(
@@ -409,14 +416,15 @@ def reconstruct(
         batch_size=batch_size,
         groups_per_chunk=groups_per_chunk,
         tile=tile,
-        roi=None if roi is None else tuple(int(value) for value in _numbers("--roi", roi, 4)),
+        roi=None if roi is None else _whole_numbers("--roi", roi, 4),
     )
     out = store.with_name(f"{store.name.removesuffix('.zarr')}.object.zarr") if out is None else out
     png = out.with_suffix(".png") if png is None else png
+    chosen: AbstractContextManager[Any]
     if workers is not None:
         chosen = local_client(workers)
     else:
-        chosen = client_for_run(None) if scheduler is None else connected_client(scheduler)
+        chosen = nullcontext() if scheduler is None else connected_client(scheduler)
     with chosen as client:
         result = reconstruct(store, model, out=out, client=client, overwrite=overwrite, progress=_bar(quiet), **options)
     plot(result, path=png)

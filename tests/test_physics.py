@@ -132,3 +132,19 @@ def test_bad_pixels_change_nothing(rng):
     spoiled = np.where(mask > 0, amplitude, 0)
     after = projected(truth, probe, spoiled, np.zeros((1, 1, 2), np.float32), mask)
     np.testing.assert_allclose(after, truth, atol=1e-4)
+
+
+def test_projections_stay_stable_under_a_probe_with_sharp_edges(rng):
+    # Translating a sharp edge rings below zero; a weight that becomes too small makes the steps grow without bound.
+    probe = disc_probe(N, diameter_px=15, edge_px=0.5) * 30
+    field = smooth_object(rng, (N + 24, N + 24))
+    offset = rng.uniform(-5, 5, size=(8, 4, 2)).astype(np.float32)
+    truth = np.stack([[crop_at(field, (0, 0), 28 + o, N)[0] for o in group] for group in offset])
+    amplitude = np.sqrt(diffract(probe * truth[:, :, None])).astype(np.float32)
+    patches = np.ones_like(truth)
+    for _ in range(12):
+        patches = projected(patches, probe, amplitude, offset).astype(np.complex64)
+    modelled = np.sqrt(diffract(probe * patches[:, :, None]))
+    flat = np.sqrt(diffract(np.broadcast_to(probe, truth[:, :, None].shape)))
+    assert np.abs(modelled - amplitude).sum() < np.abs(flat - amplitude).sum()
+    assert np.abs(patches).max() < 5

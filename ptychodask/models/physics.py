@@ -131,11 +131,11 @@ def gather_members(values: ComplexPair, ramps: ComplexPair) -> ComplexPair:
 
 
 def gathered_weight(weight: Tensor, ramps: ComplexPair) -> Tensor:
-    """Weights (N, N) of all members summed in each member's frame, (group, C, N, N), not negative."""
-    n_members = ramps[0].shape[1]
+    """Weights (N, N) of all members summed in each member's frame, (group, C, N, N), at least the member's own."""
     each = ops.broadcast_to(weight, ops.shape(ramps[0]))
     total, _ = gather_members((each, ops.zeros_like(each)), ramps)
-    return ops.clip(total, 0.0, float(n_members))
+    # A sharp edge rings when it is translated; what it takes from the others must not weaken a member's own weight.
+    return ops.maximum(total, each)
 
 
 def merge_members(patches: ComplexPair, weight: Tensor, ramps: ComplexPair, total_weight: Tensor) -> ComplexPair:

@@ -1,0 +1,272 @@
+"""The command line: what it does, and that bad input ends in one line, exit code 2 and nothing half-written."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from ptychodask import cli
+from ptychodask.models import Model, ModelSpec, Optics, save_model
+from ptychodask.models.networks import build_network
+from ptychodask.result import open_result
+from ptychodask.simulate import simulate
+from ptychodask.store import open_scan, record_model, replace_probe, stored_group_names
+
+N = 16
+
+COMMANDS = ["demo", "ingest", "simulate", "group", "refine-probe", "train", "plan", "reconstruct", "compare"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "scan.zarr"
+    simulate(path, n_pixels=N, n_patterns=60, step_px=3.0, dose=1e5, probe="zone_plate")
+    return path
+
+
+def untrained(path, store, **fields):
+    """A bundle whose network has not been trained."""
+    optics = Optics.of(open_scan(store))
+    spec = ModelSpec(**{"n_pixels": optics.probe.shape[-1], "members": 4, "levels": 2} | fields)
+    return save_model(Model(spec, build_network(spec, optics).get_weights(), optics), path)
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run the command line in this process: (exit code, standard output, standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ptychodask", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        return ended.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """Run a command that must be refused; gives its one line."""
+
+    def call(*arguments):
+        code, _, err = run(*arguments)
+        assert code == 2, err
+        assert "Traceback" not in err
+        lines = err.strip().splitlines()
+        assert len(lines) == 1, err
+        return lines[0]
+
+    return call
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(command):
+    result = CliRunner().invoke(cli.app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "Example: ptychodask " + command in result.output.replace("\n", " ")
+
+
+def test_the_whole_path_runs_from_the_command_line(run, tmp_path):
+    store = tmp_path / "scan.zarr"
+    assert run("simulate", store, "--n-pixels", N, "--n-patterns", 80, "--step-px", 3, "--dose", 1e5)[0] == 0
+    assert "80 groups of 4 as 'c4-k7-s0'" in run("group", store)[1]
+    short = ["--epochs", 1, "--levels", 2, "--validation-fraction", 0.2]
+    code, out, err = run("train", store, *short, "-q")
+    assert code == 0, err
+    assert "scan.pinn.model: " in out
+    code, out, err = run("plan", store)
+    assert code == 0, err
+    assert "80 groups" in out or "80" in out
+    code, out, err = run("reconstruct", store, "-q")
+    assert code == 0, err
+    assert open_result(tmp_path / "scan.object.zarr").attrs["model"]["kind"] == "pinn"
+    assert (tmp_path / "scan.object.png").stat().st_size > 10_000
+    code, out, err = run("compare", f"PtychoPINN={tmp_path / 'scan.object.zarr'}", "--scan", store)
+    assert code == 0, err
+    assert "| PtychoPINN | amplitude |" in out
+
+
+def test_a_probe_is_refined(run, tmp_path):
+    store = tmp_path / "scan.zarr"
+    scan = simulate(store, n_pixels=N, n_patterns=150, step_px=2.0, dose=1e6, probe="zone_plate")
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=scan.probe.shape) + 1j * rng.normal(size=scan.probe.shape)
+    wrong = scan.probe + np.abs(scan.probe).max() * 0.2 * noise
+    wrong *= np.sqrt((np.abs(scan.probe) ** 2).sum() / (np.abs(wrong) ** 2).sum())
+    replace_probe(store, wrong.astype(np.complex64), {})
+    code, out, err = run("refine-probe", store, "-q")
+    assert code == 0, err
+    assert "unseen patterns" in out
+
+
+def npz(path, **changes):
+    """A small PtychoPINN file; a value of None leaves the key out."""
+    rng = np.random.default_rng(0)
+    position = rng.uniform(N, 3 * N, size=(2, 30))
+    arrays = {
+        "diff3d": rng.random((30, N, N), dtype=np.float32),
+        "ycoords": position[0],
+        "xcoords": position[1],
+        "probeGuess": np.ones((N, N), np.complex64),
+    } | changes
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+    return path
+
+
+BAD_FILES = {
+    "missing key": ({"xcoords": None}, r"xcoords.*diff3d"),
+    "wrong shapes": ({"ycoords": np.zeros(29)}, "30.*29|29.*30"),
+    "positions that are not finite": ({"ycoords": np.full(30, np.nan)}, "not finite"),
+    "a size not divisible by 4": ({"diff3d": np.ones((30, 66, 66), np.float32), "probeGuess": None}, "66"),
+    "negative values": ({"diff3d": -np.ones((30, N, N), np.float32)}, "negative"),
+    "integers of unknown kind": ({"diff3d": np.ones((30, N, N), np.uint16)}, "--domain|domain="),
+    "groups in place of patterns": ({"diff3d": np.ones((30, N, N, 4), np.float32)}, "group"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files_are_refused(refused, tmp_path, case):
+    changes, expected = BAD_FILES[case]
+    line = refused("ingest", npz(tmp_path / "bad.npz", **changes), tmp_path / "scan.zarr")
+    assert re.search(expected, line), line
+    assert list(tmp_path.iterdir()) == [tmp_path / "bad.npz"]
+
+
+def test_files_that_end_too_early_are_refused(refused, tmp_path):
+    whole = npz(tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "whole.npz").unlink()
+    for name, content in {"empty.npz": b"", "cut.npz": whole[: len(whole) // 2], "text.npz": b"hello"}.items():
+        (tmp_path / name).write_bytes(content)
+        assert name in refused("ingest", tmp_path / name, tmp_path / "scan.zarr")
+    assert {path.name for path in tmp_path.iterdir()} == {"empty.npz", "cut.npz", "text.npz"}
+
+
+def test_a_pickled_metadata_is_read_around(run, tmp_path):
+    canary = tmp_path / "canary"
+
+    class Malicious:
+        def __reduce__(self):
+            return open, (str(canary), "w")
+
+    path = npz(tmp_path / "a.npz")
+    np.save(tmp_path / "_metadata.npy", np.array(Malicious(), dtype=object), allow_pickle=True)
+    canary.unlink(missing_ok=True)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.write(tmp_path / "_metadata.npy", "_metadata.npy")
+    code, _, err = run("ingest", path, tmp_path / "scan.zarr")
+    assert code == 0, err
+    assert not canary.exists()
+
+
+def test_missing_paths_are_named(refused, tmp_path):
+    assert "no.npz" in refused("ingest", tmp_path / "no.npz", tmp_path / "scan.zarr")
+    for command in ("group", "refine-probe", "train", "plan", "reconstruct"):
+        assert "no such store" in refused(command, tmp_path / "no.zarr")
+    assert "no.zarr" in refused("compare", tmp_path / "no.zarr", tmp_path / "no.zarr")
+
+
+def change_root(store, **attributes):
+    import zarr
+
+    zarr.open_group(store, mode="r+").attrs.update(attributes)
+
+
+def test_unfinished_and_newer_stores_are_refused(refused, tmp_path):
+    simulate(tmp_path / "a.zarr", n_pixels=N, n_patterns=20, step_px=3.0)
+    change_root(tmp_path / "a.zarr", state="writing")
+    assert "unfinished" in refused("reconstruct", tmp_path / "a.zarr")
+    change_root(tmp_path / "a.zarr", state="complete", format_version=99)
+    assert "format version 99" in refused("train", tmp_path / "a.zarr")
+    (tmp_path / ".b.zarr.writing").mkdir()
+    assert "unfinished" in refused("plan", tmp_path / "b.zarr")
+
+
+def test_without_a_model_it_says_what_to_run(refused, store):
+    assert "ptychodask train" in refused("reconstruct", store)
+
+
+def test_a_model_for_another_size_is_refused(refused, store, tmp_path):
+    simulate(tmp_path / "other.zarr", n_pixels=24, n_patterns=30, step_px=3.0)
+    untrained(tmp_path / "other.model", tmp_path / "other.zarr", levels=3)
+    line = refused("reconstruct", store, "--model", tmp_path / "other.model", "--out", tmp_path / "o.zarr")
+    assert "24" in line
+    assert "16" in line
+    assert not (tmp_path / "o.zarr").exists()
+
+
+def test_a_model_for_another_number_of_members_is_refused(refused, run, store, tmp_path):
+    run("group", store, "--members", 3)
+    untrained(tmp_path / "four.model", store)
+    name = next(name for name in stored_group_names(store) if name.startswith("c3"))
+    line = refused("reconstruct", store, "--model", tmp_path / "four.model", "--groups", name)
+    assert "4" in line
+    assert "3" in line
+
+
+def test_a_recorded_model_that_is_gone_is_named(refused, tmp_path):
+    simulate(tmp_path / "a.zarr", n_pixels=N, n_patterns=20, step_px=3.0)
+    record_model(tmp_path / "a.zarr", kind="pinn", path=tmp_path / "gone.model", content_hash="0")
+    assert "gone.model" in refused("reconstruct", tmp_path / "a.zarr")
+
+
+def test_an_existing_output_is_refused_before_the_work(refused, store, tmp_path):
+    untrained(tmp_path / "a.model", store)
+    (tmp_path / "o.zarr").mkdir()
+    assert "exists already" in refused(
+        "reconstruct", store, "--model", tmp_path / "a.model", "--out", tmp_path / "o.zarr"
+    )
+    assert "exists already" in refused("simulate", store)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["group", "--members", "0"], "members is 0"),
+        (["group", "--members", "4", "--neighbours", "2"], "neighbours is 2"),
+        (["train", "--validation-fraction", "2"], "validation_fraction is 2"),
+        (["train", "--loss", "hinge"], "loss is 'hinge'"),
+        (["reconstruct", "--roi", "1,2"], "--roi"),
+        (["reconstruct", "--roi", "1,2,3,4.5"], "--roi"),
+        (["reconstruct", "--window", "round"], "window is 'round'"),
+        (["reconstruct", "--workers", "2", "--scheduler", "tcp://127.0.0.1:1"], "pass one of them"),
+        (["refine-probe", "--fraction", "7"], "fraction is 7"),
+        (["refine-probe", "--n-sweeps", "1"], "n_sweeps is 1"),
+    ],
+)
+def test_bad_options_are_refused(refused, store, arguments, expected):
+    assert expected in refused(arguments[0], store, *arguments[1:])
+
+
+def test_bad_keys_and_centres_are_refused(refused, tmp_path):
+    path = npz(tmp_path / "a.npz")
+    assert "NAME=KEY" in refused("ingest", path, tmp_path / "s.zarr", "--key", "diff3d")
+    assert "--centre" in refused("ingest", path, tmp_path / "s.zarr", "--centre", "1;2")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(refused, tmp_path, monkeypatch):
+    import errno
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = npz(tmp_path / "a.npz")
+    monkeypatch.setattr("ptychodask.store._create_patterns", full)
+    assert "No space left on device" in refused("ingest", path, tmp_path / "scan.zarr")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_installed_command_answers():
+    done = subprocess.run(
+        [sys.executable, "-c", "from ptychodask.cli import main; main()", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip().count(".") == 2
