@@ -39,7 +39,7 @@ LAYER = {name: layer for layer, names in enumerate(ORDER) for name in names}
 OWNERS = {
     "scipy.spatial": {"grouping"},
     "zarr": {"store", "result"},
-    "h5py": {"io"},
+    "h5py": {"io", "models"},
     "keras": {"models", "training"},
     "tensorflow": {"models", "training"},
     "xarray": {"result", "iterative", "reconstruction", "compare", "metrics", "plotting", "demo"},

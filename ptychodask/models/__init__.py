@@ -8,6 +8,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "bundle": ["load_model", "save_model"],
         "model": ["Model"],
+        "own": ["CallableModel"],
+        "ptychopinn": ["PtychoPinnModel"],
         "spec": ["ModelSpec", "Optics"],
     },
 )

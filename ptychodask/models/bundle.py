@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ptychodask.models.model import Model, hash_weights
 from ptychodask.models.networks import build_network
+from ptychodask.models.ptychopinn import ARCHIVE, PtychoPinnModel, holds_ptychopinn, read_ptychopinn
 from ptychodask.models.spec import ModelSpec, Optics
 from ptychodask.scan import PtychodaskError
 from ptychodask.store import whole_or_nothing
@@ -73,29 +74,39 @@ def _write_history(path: Path, history: list[dict[str, float]]) -> None:
         writer.writerows(history)
 
 
-def load_model(path: str | Path) -> Model:
-    """Read a model bundle.
+def load_model(path: str | Path) -> Model | PtychoPinnModel:
+    """Read a trained model.
 
     Parameters
     ----------
     path : path
-        The folder that `train` wrote.
+        The folder that `train` wrote; or PtychoPINN's ``wts.h5.zip``, the folder that holds it, or its unpacked folder
+        ``diffraction_to_obj``.
 
     Returns
     -------
-    Model
-        Bound to the optics that it was trained with.
+    Model or PtychoPinnModel
+        A `Model` is bound to the optics that it was trained with.
 
     Raises
     ------
     PtychodaskError
-        If there is no bundle, it is damaged, of a newer format, or not of ptychodask.
+        If there is no model, it is damaged, of a newer format, or of neither kind.
     """
     path = Path(path)
     if not path.exists():
         raise PtychodaskError(f"{path}: no such model; make one with 'ptychodask train'")
-    if not (path / "model.json").is_file():
-        raise PtychodaskError(f"{path}: is not a model bundle (no model.json in it); make one with 'ptychodask train'")
+    if (path / "model.json").is_file():
+        return _load_bundle(path)
+    if holds_ptychopinn(path):
+        return read_ptychopinn(path)
+    raise PtychodaskError(
+        f"{path}: is not a model bundle (no model.json in it), nor PtychoPINN's {ARCHIVE}; "
+        "make one with 'ptychodask train'"
+    )
+
+
+def _load_bundle(path: Path) -> Model:
     description = _read_description(path)
     try:
         spec = ModelSpec(**description["spec"])

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import keras
 import numpy as np
@@ -17,7 +17,7 @@ from ptychodask.models.spec import ModelSpec, Optics
 from ptychodask.scan import PtychodaskError, Scan
 
 CompiledCall = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.complex64]]
-"""X (batch, N, N, C) and offsets (batch, C, 2) of one fixed batch size to patches (batch, C, N, N)."""
+"""X (batch, N, N, C) and offsets (batch, C, 2) of one fixed batch size to patches (batch, ..., N, N)."""
 
 PREDICT_BATCH = 32
 
@@ -85,11 +85,7 @@ class Model:
         PtychodaskError
             If the scan's patterns have another size than the network's.
         """
-        if scan.n_pixels != self.n_pixels:
-            raise PtychodaskError(
-                f"{self.path or 'model'}: takes patterns of {self.n_pixels} pixels, {scan.store or 'the scan'} has "
-                f"{scan.n_pixels}; train a model on this scan, or ingest it with n_pixels={self.n_pixels}"
-            )
+        check_n_pixels(self, scan)
         return Model(
             self.spec, self.weights, Optics.of(scan), self.trained_on, self.history, self.path, self.content_hash
         )
@@ -114,13 +110,7 @@ class Model:
             X float32 (batch_size, N, N, C), normalised, and offsets float32 (batch_size, C, 2), pixels, to patches
             complex64 (batch_size, C, N, N) at the members' positions.
         """
-        run = _compiled(self.network(), self.spec, batch_size)
-
-        def call(x: NDArray[np.float32], offset_yx_px: NDArray[np.float32]) -> NDArray[np.complex64]:
-            pairs = np.ascontiguousarray(run(x, offset_yx_px), dtype=np.float32)
-            return pairs.view(np.complex64)[..., 0]
-
-        return call
+        return compiled_call(self.network(), batch_size)
 
     def predict(self, x: NDArray[np.float32], offset_yx_px: NDArray[np.float32]) -> NDArray[np.complex64]:
         """Patches of some groups, for any number of them.
@@ -142,22 +132,61 @@ class Model:
         PtychodaskError
             If a shape does not fit the network.
         """
-        shape = (self.n_pixels, self.n_pixels, self.members)
-        if x.ndim != 4 or x.shape[1:] != shape:
-            raise PtychodaskError(f"model: X has shape {x.shape}, expected (group, {', '.join(map(str, shape))})")
-        if offset_yx_px.shape != (len(x), self.members, 2):
-            raise PtychodaskError(
-                f"model: offsets have shape {offset_yx_px.shape}, expected ({len(x)}, {self.members}, 2)"
-            )
-        call = self.compile(PREDICT_BATCH)
-        patches = np.empty((len(x), self.members, self.n_pixels, self.n_pixels), np.complex64)
-        for start in range(0, len(x), PREDICT_BATCH):
-            part = slice(start, start + PREDICT_BATCH)
-            # The compiled call has one batch shape, so the last batch is padded and cut.
-            patches[part] = call(*(pad_batch(values, PREDICT_BATCH) for values in (x[part], offset_yx_px[part])))[
-                : len(x[part])
-            ]
-        return patches
+        return predict_in_batches(self, x, offset_yx_px)
+
+
+class Predictor(Protocol):
+    """A model as far as its predictions go."""
+
+    @property
+    def members(self) -> int:
+        """Patterns in one group, C."""
+
+    @property
+    def n_pixels(self) -> int:
+        """Pixels across a pattern, N."""
+
+    @property
+    def output(self) -> Literal["member", "group"]:
+        """A patch for each member, or one for the group."""
+
+    @property
+    def path(self) -> str | None:
+        """Where it lies on disk."""
+
+    def compile(self, batch_size: int) -> CompiledCall:
+        """One call of a fixed batch size."""
+
+
+def check_n_pixels(model: Predictor, scan: Scan) -> None:
+    """Raise `PtychodaskError` when the scan's patterns have another size than the network's."""
+    if scan.n_pixels != model.n_pixels:
+        raise PtychodaskError(
+            f"{model.path or 'model'}: takes patterns of {model.n_pixels} pixels, {scan.store or 'the scan'} has "
+            f"{scan.n_pixels}; train a model on this scan, or ingest it with n_pixels={model.n_pixels}"
+        )
+
+
+def predict_in_batches(
+    model: Predictor, x: NDArray[np.float32], offset_yx_px: NDArray[np.float32]
+) -> NDArray[np.complex64]:
+    """Patches of any number of groups by calls of one batch size; arguments and refusals as in `Model.predict`."""
+    shape = (model.n_pixels, model.n_pixels, model.members)
+    if x.ndim != 4 or x.shape[1:] != shape:
+        raise PtychodaskError(f"model: X has shape {x.shape}, expected (group, {', '.join(map(str, shape))})")
+    if offset_yx_px.shape != (len(x), model.members, 2):
+        raise PtychodaskError(
+            f"model: offsets have shape {offset_yx_px.shape}, expected ({len(x)}, {model.members}, 2)"
+        )
+    call = model.compile(PREDICT_BATCH)
+    of_group = (model.members,) if model.output == "member" else ()
+    patches = np.empty((len(x), *of_group, model.n_pixels, model.n_pixels), np.complex64)
+    for start in range(0, len(x), PREDICT_BATCH):
+        part = slice(start, start + PREDICT_BATCH)
+        # The compiled call has one batch shape, so the last batch is padded and cut.
+        padded = [pad_batch(values[part], PREDICT_BATCH) for values in (x, offset_yx_px)]
+        patches[part] = call(*padded)[: len(x[part])]
+    return patches
 
 
 def pad_batch(values: NDArray[np.float32], batch_size: int) -> NDArray[np.float32]:
@@ -176,15 +205,36 @@ def hash_weights(spec: ModelSpec, weights: list[NDArray[np.float32]]) -> str:
     return digest.hexdigest()
 
 
-def _compiled(network: keras.Model, spec: ModelSpec, batch_size: int) -> Callable[[Any, Any], Any]:
+def compiled_call(network: keras.Model, batch_size: int) -> CompiledCall:
+    """One call of a network at a fixed batch size, compiled where the backend compiles.
+
+    Parameters
+    ----------
+    network : keras.Model
+        X and offsets to patches whose last axis holds real and imaginary part, float32.
+    batch_size : int
+        Groups in each call.
+
+    Returns
+    -------
+    callable
+        float32 arrays X (batch_size, N, N, C) and offsets (batch_size, C, 2) to the patches, complex64.
+    """
+    run = _compiled(network, batch_size)
+
+    def call(x: NDArray[np.float32], offset_yx_px: NDArray[np.float32]) -> NDArray[np.complex64]:
+        pairs = np.ascontiguousarray(run(x, offset_yx_px), dtype=np.float32)
+        return pairs.view(np.complex64)[..., 0]
+
+    return call
+
+
+def _compiled(network: keras.Model, batch_size: int) -> Callable[[Any, Any], Any]:
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
 
-        signature = [
-            tf.TensorSpec((batch_size, spec.n_pixels, spec.n_pixels, spec.members), tf.float32),
-            tf.TensorSpec((batch_size, spec.members, 2), tf.float32),
-        ]
+        signature = [tf.TensorSpec((batch_size, *tensor.shape[1:]), tf.float32) for tensor in network.inputs]
         run = tf.function(lambda x, offset: network([x, offset], training=False), input_signature=signature)
         return lambda x, offset: run(tf.convert_to_tensor(x), tf.convert_to_tensor(offset)).numpy()
     if backend == "jax":

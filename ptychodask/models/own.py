@@ -1,0 +1,122 @@
+"""Other people's networks: any callable becomes a model that the engine takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.models.model import CompiledCall, check_n_pixels, predict_in_batches
+from ptychodask.scan import PtychodaskError, Scan, check_choice
+
+InputDomain = Literal["normalised", "amplitude", "counts"]
+"""What a network reads: X as `Scan.network_input` gives it, measured amplitude, or its square."""
+
+Output = Literal["member", "group"]
+"""Patches that a network gives: one for each member, or one for the group."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CallableModel:
+    """A network of any library, as two functions: one opens it, the other calls it.
+
+    Examples
+    --------
+    >>> def load():
+    ...     return lambda x, offset_yx_px: np.moveaxis(x, -1, 1) * np.complex64(1j)
+    >>> model = CallableModel(load=load, n_pixels=8, members=1, content_hash="times i, version 1")
+    >>> model.predict(np.ones((3, 8, 8, 1), np.float32), np.zeros((3, 1, 2), np.float32)).shape
+    (3, 1, 8, 8)
+    """
+
+    load: Callable[[], Callable[[NDArray[np.float32], NDArray[np.float32]], Any]]
+    """Opens the network and returns its call; made once in each process, so what it opens is never sent anywhere.
+
+    The call takes float32 arrays of one fixed batch size, patterns (batch, N, N, C) in the unit of `input_domain` and
+    offsets (batch, C, 2), (y, x), pixels; it returns complex patches (batch, C, N, N) for "member", (batch, N, N) for
+    "group".
+    """
+
+    n_pixels: int
+    """Pixels across a pattern and a patch, N."""
+
+    members: int
+    """Patterns in one group, C."""
+
+    content_hash: str
+    """Says which weights these are, for instance the SHA-256 of their file: two models with one hash are one model."""
+
+    output: Output = "member"
+    """A patch for each member at its position, or one for the group at its centre."""
+
+    input_domain: InputDomain = "normalised"
+    """Unit of the patterns that the call takes."""
+
+    kind: str = "own"
+    """A word for it, recorded with results."""
+
+    normalization: float | None = None
+    """Factor from amplitude to X of the scan that it is bound to."""
+
+    def __post_init__(self) -> None:
+        check_choice("output", self.output, get_args(Output), "model")
+        check_choice("input_domain", self.input_domain, get_args(InputDomain), "model")
+        for name in ("n_pixels", "members"):
+            if getattr(self, name) < 1:
+                raise PtychodaskError(f"model: {name} is {getattr(self, name)}, expected 1 or more")
+        if not self.content_hash:
+            raise PtychodaskError("model: content_hash is empty, expected a word that changes with the weights")
+
+    @property
+    def path(self) -> None:
+        """None: it lies in no bundle, so the model itself travels to the workers."""
+        return None
+
+    def bind(self, scan: Scan) -> CallableModel:
+        """The model for a scan's normalisation; raises `PtychodaskError` when N does not fit."""
+        check_n_pixels(self, scan)
+        return replace(self, normalization=scan.normalization)
+
+    def compile(self, batch_size: int) -> CompiledCall:
+        """One call of a fixed batch size: normalised X and offsets, as in `Model.compile`, to complex64 patches.
+
+        Raises
+        ------
+        PtychodaskError
+            If the unit of its input needs a scan and none is bound; from the call, if what the network returns has
+            another shape than it says, or is not complex.
+        """
+        rescale = self._rescale()
+        network = self.load()
+        n_pixels = self.n_pixels
+        shape = (batch_size, *((self.members,) if self.output == "member" else ()), n_pixels, n_pixels)
+
+        def call(x: NDArray[np.float32], offset_yx_px: NDArray[np.float32]) -> NDArray[np.complex64]:
+            patches = np.asarray(network(rescale(x), offset_yx_px))
+            if patches.shape != shape or patches.dtype.kind != "c":
+                raise PtychodaskError(
+                    f"model: its call returned {patches.dtype} {patches.shape}, expected complex {shape} for "
+                    f"output={self.output!r}; mend the function that load returns"
+                )
+            return patches.astype(np.complex64, copy=False)
+
+        return call
+
+    def _rescale(self) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+        if self.input_domain == "normalised":
+            return lambda x: x
+        if self.normalization is None:
+            raise PtychodaskError(
+                f"model: reads {self.input_domain}, whose unit is that of a scan; call bind(scan) before it predicts"
+            )
+        factor = np.float32(1 / self.normalization)
+        if self.input_domain == "amplitude":
+            return lambda x: x * factor
+        return lambda x: np.square(x * factor)
+
+    def predict(self, x: NDArray[np.float32], offset_yx_px: NDArray[np.float32]) -> NDArray[np.complex64]:
+        """Patches of any number of groups; arguments as in `Model.predict`."""
+        return predict_in_batches(self, x, offset_yx_px)
