@@ -99,7 +99,7 @@ def test_an_epoch_gives_each_group_once_with_its_own_patterns_and_offsets(scan):
 
 def test_a_small_buffer_gives_the_same_groups(scan, monkeypatch):
     member = groups_within(scan, np.arange(120), GroupingSpec(members=3, neighbours=5))
-    monkeypatch.setattr("ptychodask.training.BUFFER_BYTES", 2 * 8 * 3 * N * N * 4)
+    monkeypatch.setattr("ptychodask.training.data.BUFFER_BYTES", 2 * 8 * 3 * N * N * 4)
     stream = stream_of(scan, member)
     for _ in range(2):
         seen = [tuple(row) for i in range(len(stream)) for row in stream[i][0][1].reshape(8, -1)]
@@ -109,7 +109,7 @@ def test_a_small_buffer_gives_the_same_groups(scan, monkeypatch):
 
 def test_a_stream_holds_no_more_than_its_buffer(scan, monkeypatch):
     largest = []
-    monkeypatch.setattr("ptychodask.training.BUFFER_BYTES", 2 * 8 * N * N * 4)
+    monkeypatch.setattr("ptychodask.training.data.BUFFER_BYTES", 2 * 8 * N * N * 4)
     monkeypatch.setattr(
         type(scan), "network_input", lambda self, index: largest.append(len(index)) or self.amplitude(index)
     )
@@ -130,14 +130,21 @@ def test_the_truth_is_cut_at_the_positions(scan):
 
 
 def test_losses_vanish_at_the_data_and_agree_at_high_counts(scan):
-    optics = Optics.of(scan)
     counts = (scan.amplitude(slice(0, 4)) ** 2)[None] * 1e4
+    optics = replace(Optics.of(scan), normalization=scan.normalization / 100)
     for make in (amplitude_loss, poisson_loss):
         assert float(make(optics)(np.sqrt(counts), counts)) < 1e-6
     moved = counts * 1.02
     assert float(poisson_loss(optics)(np.sqrt(counts), moved)) == pytest.approx(
         float(amplitude_loss(optics)(np.sqrt(counts), moved)), rel=0.02
     )
+
+
+def test_losses_stay_finite_where_no_light_is_expected(scan):
+    optics = Optics.of(scan)
+    bright = np.full((1, 1, N, N), 1e4, np.float32)
+    for make in (amplitude_loss, poisson_loss):
+        assert np.isfinite(float(make(optics)(bright, np.zeros_like(bright))))
 
 
 def test_bad_pixels_do_not_count_in_a_loss(scan):
@@ -196,7 +203,7 @@ def test_supervised_training_without_truth_is_refused_before_anything_is_built(s
         domain="counts",
         calibration="as_given",
     )
-    monkeypatch.setattr("ptychodask.training.build_network", lambda *_: pytest.fail("a network was built"))
+    monkeypatch.setattr("ptychodask.training.fitting.build_network", lambda *_: pytest.fail("a network was built"))
     with pytest.raises(PtychodaskError, match="neither truth nor labels"):
         train(store, model="baseline", out=tmp_path / "b.model")
     assert not (tmp_path / "b.model").exists()

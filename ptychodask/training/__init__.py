@@ -1,0 +1,25 @@
+"""Training of the two networks, streaming groups from a store."""
+
+import lazy_loader
+
+# Keras is loaded with the first training, and not by those who read groups or a spec.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "spec": ["TrainingSpec", "replace_fields"],
+        "data": [
+            "GroupBatches",
+            "GroupReader",
+            "amplitude_target",
+            "as_tf_dataset",
+            "as_torch_dataset",
+            "groups_within",
+            "member_offsets",
+            "patch_target",
+            "split_patterns",
+        ],
+        "streaming": ["GroupStream", "MixedStream"],
+        "losses": ["amplitude_loss", "mae_loss", "patch_loss", "poisson_loss"],
+        "fitting": ["default_model_path", "train"],
+    },
+)

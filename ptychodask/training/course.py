@@ -1,0 +1,161 @@
+"""How a training goes: its clock, learning rate, best epoch, end, and what is kept of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.progress import Progress
+from ptychodask.scan import PtychodaskError
+from ptychodask.training.checkpoint import Checkpoint, Snapshot
+from ptychodask.training.spec import TrainingSpec
+from ptychodask.training.streaming import GroupStream
+
+logger = logging.getLogger(__name__)
+
+PLATEAU_EPOCHS = 3
+"""Epochs without a lower held-out loss after which the rate of a `plateau` schedule halves."""
+
+
+@dataclass(eq=False)
+class Course(keras.callbacks.Callback):
+    """Clock, learning rate, best weights and progress of one training, through all its stages."""
+
+    spec: TrainingSpec
+    network: keras.Model
+    optimizer: keras.optimizers.Optimizer
+    stream: GroupStream
+    bar: Progress
+    checkpoint: Checkpoint
+    stage: int = 0
+    until: float = 1.0
+    groups_seen: int = 0
+    spent_s: float = 0.0
+    stage_ends: bool = False
+    waited: int = 0
+    on_plateau: int = 0
+    halvings: int = 0
+    best: list[NDArray[np.float32]] = field(default_factory=list)
+    best_loss: float = np.inf
+    log: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._started = time.monotonic() - self.spent_s
+        self._groups_per_step = self.stream.groups_per_epoch / len(self.stream)
+
+    def seconds(self) -> float:
+        """Time spent, that of stopped runs included."""
+        return time.monotonic() - self._started
+
+    def done(self) -> float:
+        """Share of the training that is over, 0 to 1: by the epochs, or by the clock where that is further."""
+        by_epochs = self.groups_seen / (self.spec.epochs * self.stream.groups_per_epoch)
+        if self.spec.max_minutes is None:
+            return min(1.0, by_epochs)
+        return min(1.0, max(by_epochs, self.seconds() / (60 * self.spec.max_minutes)))
+
+    def begin_stage(self, stage: int, until: float) -> None:
+        """Go on until that share of the training is over; losses of the stages do not compare."""
+        if stage != self.stage or self.stage_ends:
+            self.best_loss, self.waited, self.on_plateau = np.inf, 0, 0
+        self.stage, self.until, self.stage_ends = stage, until, False
+
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        if self.spec.schedule == "constant":
+            return self.spec.learning_rate
+        if self.spec.schedule == "plateau":
+            return self.spec.learning_rate * 0.5**self.halvings
+        return self.spec.learning_rate * 0.5 * (1 + np.cos(np.pi * self.done()))
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self.optimizer.learning_rate = self.learning_rate()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        seen = round((self._steps() + 1) * self._groups_per_step) - self.groups_seen
+        self.groups_seen += seen
+        self.bar.advance(seen)
+        if self.done() >= self.until - 1e-9:
+            self._end_stage()
+
+    def _steps(self) -> int:
+        return round(self.groups_seen / self._groups_per_step)
+
+    def _end_stage(self) -> None:
+        self.stage_ends = True
+        self.model.stop_training = True
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        entry = {"epoch": float(len(self.log) + 1), "seconds": round(self.seconds(), 3)}
+        entry |= {"loss": float(logs["loss"]), "held_out_loss": float(logs["val_loss"])}
+        entry["learning_rate"] = float(self.learning_rate())
+        self.log.append(entry)
+        self.bar.note(f"loss {entry['loss']:.4g}, held out {entry['held_out_loss']:.4g}")
+        self.bar.expect(round(self.groups_seen / max(self.done(), 1e-9)))
+        logger.info("epoch %(epoch)d, %(seconds).0f s: loss %(loss).5g, held out %(held_out_loss).5g", entry)
+        for name in ("loss", "held_out_loss"):
+            if not np.isfinite(entry[name]):
+                self.checkpoint.remove()
+                raise PtychodaskError(
+                    f"training: the {name.replace('_', ' ')} became {entry[name]} in epoch {len(self.log)}; "
+                    "pass a lower learning_rate="
+                )
+        self._judge(entry["held_out_loss"])
+        self.checkpoint.write(self.snapshot())
+
+    def _judge(self, held_out_loss: float) -> None:
+        """Keep the best weights, and draw the consequences of an epoch that is not better."""
+        if held_out_loss < self.best_loss:
+            self.best_loss, self.best = held_out_loss, self.network.get_weights()
+            self.waited = self.on_plateau = 0
+            return
+        self.waited += 1
+        self.on_plateau += 1
+        if self.on_plateau >= PLATEAU_EPOCHS:
+            self.halvings, self.on_plateau = self.halvings + 1, 0
+        if self.spec.patience is not None and self.waited >= self.spec.patience:
+            logger.info("no lower held-out loss in %d epochs", self.waited)
+            self._end_stage()
+
+    def snapshot(self) -> Snapshot:
+        """All that the next epoch depends on."""
+        # A new fit deals once before its first epoch, so an epoch that follows within this one is dealt already.
+        deals = self.stream.deals if self.stage_ends else self.stream.deals - 1
+        state = {name: getattr(self, name) for name in KEPT} | {"spent_s": self.seconds(), "deals": deals}
+        values = [variable.numpy() for variable in self.optimizer.variables]
+        return Snapshot(state, self.network.get_weights(), values, self.best)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Stand where a stopped run stood after its last epoch."""
+        state = dict(snapshot.state)
+        deals = state.pop("deals")
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._started = time.monotonic() - self.spent_s
+        self.best = list(snapshot.best)
+        self.network.set_weights(snapshot.network)
+        for variable, value in zip(self.optimizer.variables, snapshot.optimizer, strict=True):
+            variable.assign(value)
+        while self.stream.deals < deals:
+            self.stream.on_epoch_end()
+        self.bar.advance(self.groups_seen)
+
+
+KEPT = (
+    "stage",
+    "groups_seen",
+    "stage_ends",
+    "waited",
+    "on_plateau",
+    "halvings",
+    "best_loss",
+    "log",
+)
+"""Fields of a course that a stopped run leaves behind as they are."""

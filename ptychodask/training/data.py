@@ -1,0 +1,374 @@
+"""What a network is shown: the split of a scan, its groups as arrays, and batches of them in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from ptychodask.grouping import GroupingSpec, group_positions
+from ptychodask.scan import PtychodaskError, Scan, illuminated_radius_px
+from ptychodask.store import open_scan
+from ptychodask.training.spec import TrainingSpec
+
+BUFFER_BYTES = 128 * 2**20
+"""Network input that is held and shuffled at a time; what bounds the memory of training."""
+
+RUN_GROUPS = 64
+"""Groups that lie together along the curve and are read together."""
+
+
+def split_patterns(scan: Scan, spec: TrainingSpec) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Patterns to train on and patterns held out.
+
+    Parameters
+    ----------
+    scan : Scan
+    spec : TrainingSpec
+
+    Returns
+    -------
+    training, held_out : int64 arrays
+        Sorted pattern indices, none of `spec.exclude`. With a side held out, patterns whose light would fall on both
+        parts are in neither.
+
+    Raises
+    ------
+    PtychodaskError
+        If a part is left with no pattern, or `spec.exclude` names a pattern that is not there.
+    """
+    patterns = _seen_patterns(scan, spec)
+    if spec.validation == "random":
+        order = patterns[np.random.default_rng(spec.seed).permutation(len(patterns))]
+        n_held_out = max(1, round(spec.validation_fraction * len(patterns)))
+        held_out, training = np.sort(order[:n_held_out]), np.sort(order[n_held_out:])
+    else:
+        axis = 0 if spec.validation in ("top", "bottom") else 1
+        place = scan.position_yx_px[patterns, axis] * (1 if spec.validation in ("right", "bottom") else -1)
+        border = np.quantile(place, 1 - spec.validation_fraction)
+        gap = 2 * illuminated_radius_px(scan.probe)
+        held_out, training = patterns[place > border], patterns[place < border - gap]
+    if not len(training) or not len(held_out):
+        raise PtychodaskError(
+            f"{scan.store or 'scan'}: validation='{spec.validation}' with validation_fraction="
+            f"{spec.validation_fraction} leaves {len(training)} patterns to train on and {len(held_out)} held out; "
+            "pass another validation_fraction"
+        )
+    return training, held_out
+
+
+def _seen_patterns(scan: Scan, spec: TrainingSpec) -> NDArray[np.int64]:
+    """Patterns that are not excluded, int64, sorted."""
+    if spec.exclude and spec.exclude[-1] >= scan.n_patterns:
+        raise PtychodaskError(
+            f"{scan.store or 'scan'}: exclude names pattern {spec.exclude[-1]}, the scan has {scan.n_patterns} "
+            "(0 is the first)"
+        )
+    left = np.setdiff1d(np.arange(scan.n_patterns), np.asarray(spec.exclude, np.int64))
+    if not len(left):
+        raise PtychodaskError(f"{scan.store or 'scan'}: exclude names all of its patterns; leave some to train on")
+    return left
+
+
+def groups_within(scan: Scan, patterns: NDArray[np.int64], spec: GroupingSpec) -> NDArray[np.int32]:
+    """Groups (group, channel) whose members all lie among some patterns."""
+    scan_index = None if scan.scan_index is None else scan.scan_index[patterns]
+    return patterns[group_positions(scan.position_yx_px[patterns], spec, scan_index)].astype(np.int32)
+
+
+def member_offsets(scan: Scan, member: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Offsets of members from their group's centre, float32 (group, channel, 2), pixels."""
+    position = scan.position_yx_px[member]
+    return (position - position.mean(axis=1, keepdims=True)).astype(np.float32)
+
+
+TargetOf = Callable[[NDArray[np.int32], NDArray[np.float32]], NDArray[np.float32]]
+"""What a network shall give for some groups: (member table, X of each member) to target."""
+
+GroupArrays = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
+"""X (group, N, N, C), offsets (group, C, 2) and target of some groups."""
+
+
+@dataclass(frozen=True)
+class HeldPatterns:
+    """Network input of some patterns, in memory."""
+
+    pattern: NDArray[np.int64]
+    """Which patterns, sorted."""
+
+    x: NDArray[np.float32]
+    """Their normalised amplitude (pattern, N, N)."""
+
+    def take(self, member: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Input of members, float32 (group, C, N, N)."""
+        return self.x[np.searchsorted(self.pattern, member)]
+
+
+class GroupReader:
+    """The groups of a scan as arrays, read when they are asked for.
+
+    Parameters
+    ----------
+    source : path or Scan
+        A store, or a scan.
+    grouping : GroupingSpec
+        How groups are drawn.
+    member : int32 array (group, channel), optional
+        Groups to read in place of those that `grouping` draws.
+    target_of : callable, optional
+        What a network shall give for some groups; by default the measured amplitude.
+
+    Examples
+    --------
+    >>> scan = Scan(
+    ...     diffraction=np.full((6, 8, 8), 9, np.uint16),
+    ...     position_yx_px=np.arange(12.0).reshape(6, 2),
+    ...     probe=np.ones((1, 8, 8), np.complex64),
+    ...     domain="counts",
+    ...     normalization=0.5,
+    ... )
+    >>> x, offset_yx_px, amplitude = GroupReader(scan, GroupingSpec(members=2, neighbours=2))[0:3]
+    >>> x.shape, offset_yx_px.shape, amplitude.shape, float(amplitude.max())
+    ((3, 8, 8, 2), (3, 2, 2), (3, 2, 8, 8), 3.0)
+    """
+
+    def __init__(
+        self,
+        source: str | Path | Scan,
+        grouping: GroupingSpec = GroupingSpec(),
+        *,
+        member: NDArray[np.int32] | None = None,
+        target_of: TargetOf | None = None,
+    ) -> None:
+        self.scan = source if isinstance(source, Scan) else open_scan(source)
+        if member is None:
+            member = group_positions(self.scan.position_yx_px, grouping, self.scan.scan_index)
+        self.member = member
+        self.target_of = amplitude_target(self.scan) if target_of is None else target_of
+
+    def __len__(self) -> int:
+        return len(self.member)
+
+    def __getitem__(self, groups: slice | NDArray[np.integer[Any]]) -> GroupArrays:
+        """X float32 (group, N, N, C), offsets float32 (group, C, 2) in pixels, and target of some groups.
+
+        The measured amplitude, as a target, is float32 (group, C, N, N).
+        """
+        return self.arrays(groups, self.hold(groups))
+
+    def hold(self, groups: slice | NDArray[np.integer[Any]]) -> HeldPatterns:
+        """Read the patterns of some groups, each once."""
+        pattern = np.unique(self.member[groups]).astype(np.int64)
+        return HeldPatterns(pattern, self.scan.network_input(pattern))
+
+    def arrays(self, groups: slice | NDArray[np.integer[Any]], held: HeldPatterns) -> GroupArrays:
+        """Arrays of some groups from patterns that are held already."""
+        member = self.member[groups]
+        x = held.take(member)
+        return np.moveaxis(x, 1, -1), member_offsets(self.scan, member), self.target_of(member, x)
+
+
+class GroupBatches:
+    """Batches of groups from a reader, in bounded memory, shuffled when asked.
+
+    The groups are cut into short runs along the curve, whose patterns lie together in the store. A deal goes through
+    the runs in a new order, a buffer of several at a time; a buffer's patterns are read once and its groups are dealt
+    into batches at random. Groups that fill no batch wait for the next deal.
+
+    Parameters
+    ----------
+    reader : GroupReader
+    batch_size : int
+        Groups in one batch, or all of them when there are fewer.
+    shuffle : bool
+    seed : int
+        Seed of the order.
+    buffer_bytes : int, optional
+        Network input that is held at a time; by default `BUFFER_BYTES`.
+    """
+
+    def __init__(
+        self, reader: GroupReader, *, batch_size: int, shuffle: bool, seed: int, buffer_bytes: int | None = None
+    ) -> None:
+        self._reader = reader
+        self.batch_size = min(batch_size, len(reader))
+        self.deals = 0
+        self._rng = np.random.default_rng(seed) if shuffle else None
+        batch_bytes = 4 * reader.member.shape[1] * reader.scan.n_pixels**2 * self.batch_size
+        self._buffer_batches = max(1, (buffer_bytes or BUFFER_BYTES) // batch_bytes)
+        self._held: tuple[int, HeldPatterns] | None = None
+        self.deal()
+
+    def __len__(self) -> int:
+        return len(self._reader) // self.batch_size
+
+    def __iter__(self) -> Iterator[GroupArrays]:
+        for index in range(len(self)):
+            yield self[index]
+
+    def deal(self) -> None:
+        """Put the groups into a new order."""
+        self.deals += 1
+        n_groups = len(self._reader)
+        if self._rng is None:
+            self._order = np.arange(n_groups)
+            return
+        runs = np.array_split(np.arange(n_groups), -(-n_groups // RUN_GROUPS))
+        order = np.concatenate([runs[i] for i in self._rng.permutation(len(runs))])
+        size = self._buffer_batches * self.batch_size
+        self._order = np.concatenate(
+            [self._rng.permutation(order[start : start + size]) for start in range(0, n_groups, size)]
+        )
+        # One buffer that holds every group stays valid from deal to deal.
+        if n_groups > size:
+            self._held = None
+
+    def __getitem__(self, index: int) -> GroupArrays:
+        start = index * self.batch_size
+        return self._reader.arrays(self._order[start : start + self.batch_size], self._buffer(index))
+
+    def _buffer(self, index: int) -> HeldPatterns:
+        number = index // self._buffer_batches
+        held = self._held
+        if held is None or held[0] != number:
+            size = self._buffer_batches * self.batch_size
+            self._held = None
+            held = (number, self._reader.hold(self._order[number * size : (number + 1) * size]))
+            self._held = held
+        return held[1]
+
+
+def as_tf_dataset(
+    store: str | Path | Scan,
+    grouping: GroupingSpec = GroupingSpec(),
+    *,
+    batch_size: int = 16,
+    shuffle: bool = True,
+    seed: int = 0,
+) -> Any:
+    """The groups of a scan as a ``tf.data.Dataset``, streamed in bounded memory.
+
+    Parameters
+    ----------
+    store : path or Scan
+    grouping : GroupingSpec
+        How groups are drawn.
+    batch_size : int
+        Groups in one batch; the few that fill none are left out of an epoch.
+    shuffle : bool
+        In another order each epoch.
+    seed : int
+        Seed of the order.
+
+    Returns
+    -------
+    tf.data.Dataset
+        Of ``((X, offsets), amplitude)``: what ``fit`` takes; shapes as `GroupReader` gives them. Iterate it once at a
+        time.
+    """
+    import tensorflow as tf
+
+    batches = GroupBatches(GroupReader(store, grouping), batch_size=batch_size, shuffle=shuffle, seed=seed)
+    n_pixels, members = batches[0][0].shape[2:]
+    shapes = ((n_pixels, n_pixels, members), (members, 2), (members, n_pixels, n_pixels))
+    x, offset, amplitude = (tf.TensorSpec((batches.batch_size, *shape), tf.float32) for shape in shapes)
+
+    def epoch() -> Iterator[Any]:
+        for x, offset, amplitude in batches:
+            yield (x, offset), amplitude
+        batches.deal()
+
+    dataset = tf.data.Dataset.from_generator(epoch, output_signature=((x, offset), amplitude))
+    return dataset.apply(tf.data.experimental.assert_cardinality(len(batches)))
+
+
+def as_torch_dataset(
+    store: str | Path | Scan,
+    grouping: GroupingSpec = GroupingSpec(),
+    *,
+    batch_size: int = 16,
+    shuffle: bool = True,
+    seed: int = 0,
+) -> Any:
+    """The groups of a scan as a ``torch.utils.data.IterableDataset``, streamed in bounded memory.
+
+    Parameters
+    ----------
+    store, grouping, batch_size, shuffle, seed
+        As in `as_tf_dataset`.
+
+    Returns
+    -------
+    torch.utils.data.IterableDataset
+        Of whole batches ``(X, offsets, amplitude)`` as tensors, shapes as `GroupReader` gives them: pass it to a
+        ``DataLoader(dataset, batch_size=None)``. Several workers share an epoch's batches among them; they need
+        ``persistent_workers=True`` to see another order each epoch.
+
+    Raises
+    ------
+    PtychodaskError
+        If PyTorch is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise PtychodaskError("as_torch_dataset: PyTorch is not installed; pip install torch") from error
+
+    batches = GroupBatches(GroupReader(store, grouping), batch_size=batch_size, shuffle=shuffle, seed=seed)
+
+    class TorchGroups(torch.utils.data.IterableDataset):  # type: ignore[misc]
+        def __len__(self) -> int:
+            return len(batches)
+
+        def __iter__(self) -> Iterator[tuple[Any, ...]]:
+            worker = torch.utils.data.get_worker_info()
+            first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+            for index in range(first, len(batches), step):
+                yield tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in batches[index])
+            batches.deal()
+
+    return TorchGroups()
+
+
+def amplitude_target(scan: Scan) -> TargetOf:
+    """Measured amplitude (group, C, N, N): what the PINN's forward model shall give."""
+    scale = np.float32(1.0 / scan.normalization)
+    return lambda _, x: x * scale
+
+
+def patch_target(scan: Scan) -> TargetOf:
+    """Labels, or patches of the truth, as float32 (group, 1, N, N, 2): what the baseline shall give.
+
+    Raises
+    ------
+    PtychodaskError
+        If the scan has neither.
+    """
+    if scan.label is not None:
+        label = scan.label
+        return lambda member, _: _pairs(np.asarray(label[member.reshape(-1)]).reshape(*member.shape, *label.shape[1:]))
+    if scan.truth is None:
+        raise PtychodaskError(
+            f"{scan.store or 'scan'}: has neither truth nor labels, which supervised training needs; "
+            "train model='pinn', or a baseline on a simulated scan"
+        )
+    parts = [ndimage.spline_filter(part) for part in (scan.truth.object.real, scan.truth.object.imag)]
+    corner = np.asarray(scan.truth.corner_yx_px)
+    grid = np.indices((scan.n_pixels, scan.n_pixels)) - scan.n_pixels // 2
+
+    def target(member: NDArray[np.int32], _: NDArray[np.float32]) -> NDArray[np.float32]:
+        place = (scan.position_yx_px[member] - corner)[..., None, None] + grid
+        coordinates = np.moveaxis(place, 2, 0)
+        values = [ndimage.map_coordinates(part, coordinates, prefilter=False, mode="nearest") for part in parts]
+        return np.stack(values, axis=-1).astype(np.float32)
+
+    return target
+
+
+def _pairs(patches: NDArray[Any]) -> NDArray[np.float32]:
+    return np.stack([patches.real, patches.imag], axis=-1).astype(np.float32)

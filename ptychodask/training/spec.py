@@ -1,0 +1,134 @@
+"""How a network is trained: plain values, no network library needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ptychodask.grouping import GroupingSpec
+from ptychodask.models import ModelSpec
+from ptychodask.models.spec import Kind
+from ptychodask.scan import PtychodaskError, check_choice
+
+Loss = Literal["amplitude", "mae", "poisson", "staged"]
+Schedule = Literal["cosine", "constant", "plateau"]
+Validation = Literal["random", "left", "right", "top", "bottom"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSpec:
+    """How a network is trained on a scan."""
+
+    model: Kind = "pinn"
+    """`pinn` (patterns alone) or `baseline` (needs the truth or labels)."""
+
+    members: int | None = None
+    """Patterns in one group, C; by default 4 for the PINN, always 1 for the baseline."""
+
+    neighbours: int = GroupingSpec.neighbours
+    """Nearest positions that members are drawn from, K."""
+
+    oversampling: int = GroupingSpec.oversampling
+    """Groups that each pattern seeds in training."""
+
+    n_filters_scale: int = ModelSpec.n_filters_scale
+    """Width of the network."""
+
+    levels: int = ModelSpec.levels
+    """How often the U-Net halves its resolution."""
+
+    projections_before: int = ModelSpec.projections_before
+    """Data-consistent steps before the U-Net."""
+
+    projections_after: int = ModelSpec.projections_after
+    """Data-consistent steps after the U-Net."""
+
+    epochs: int = 50
+    """Passes over the training groups at most."""
+
+    max_minutes: float | None = None
+    """Stop after so many minutes; the learning rate then falls with the clock."""
+
+    patience: int | None = None
+    """Stop after so many epochs without a lower held-out loss (a staged loss then goes on to its next stage)."""
+
+    batch_size: int = 16
+    """Groups in one step."""
+
+    learning_rate: float = 1e-3
+    """Adam's rate at the start."""
+
+    schedule: Schedule = "cosine"
+    """The rate falls to zero along a half cosine, stays `constant`, or halves on a `plateau` of the held-out loss."""
+
+    loss: Loss | None = None
+    """`amplitude`, `mae` (of the amplitude), `poisson` or `staged` (amplitude, then Poisson); by default staged for
+    counts, amplitude for amplitudes, whose photon number is unknown."""
+
+    validation: Validation = "random"
+    """Held-out patterns: drawn at random, or those on one side of the field, with a dark gap to the others."""
+
+    validation_fraction: float = 0.1
+    """Share of the patterns that is held out."""
+
+    exclude: Sequence[int] = ()
+    """Patterns (indices in the store) that neither training nor validation sees."""
+
+    seed: int = 0
+    """Seed of the split, the groups, the weights and the order of the steps."""
+
+    def __post_init__(self) -> None:
+        check_choice("model", self.model, get_args(Kind), "training")
+        check_choice("validation", self.validation, get_args(Validation), "training")
+        check_choice("schedule", self.schedule, get_args(Schedule), "training")
+        if self.loss is not None:
+            check_choice("loss", self.loss, get_args(Loss), "training")
+        if self.model == "baseline" and self.members not in (None, 1):
+            raise PtychodaskError(f"training: a baseline reads one pattern at a time, found members={self.members}")
+        for name in ("epochs", "batch_size", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PtychodaskError(f"training: {name} is {value}, expected 1 or more")
+        for name in ("learning_rate", "max_minutes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise PtychodaskError(f"training: {name} is {value}, expected a positive number")
+        if not 0 < self.validation_fraction < 1:
+            raise PtychodaskError(
+                f"training: validation_fraction is {self.validation_fraction}, expected a number between 0 and 1"
+            )
+        object.__setattr__(self, "exclude", _pattern_indices(self.exclude))
+        _ = self.grouping
+
+    @property
+    def grouping(self) -> GroupingSpec:
+        """How the training groups are drawn."""
+        members = self.members or (1 if self.model == "baseline" else GroupingSpec.members)
+        if members == 1:
+            return GroupingSpec(members=1, seed=self.seed)
+        return GroupingSpec(members=members, neighbours=self.neighbours, oversampling=self.oversampling, seed=self.seed)
+
+
+def _pattern_indices(exclude: Sequence[int]) -> tuple[int, ...]:
+    """Sorted plain integers, so that a spec can be compared and written as JSON."""
+    indices = np.asarray(exclude)
+    if indices.size and (indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer) or indices.min() < 0):
+        raise PtychodaskError(
+            f"training: exclude has shape {indices.shape} and type {indices.dtype}, expected pattern indices: "
+            "integers from 0 on, in one row"
+        )
+    return tuple(int(i) for i in np.unique(indices))
+
+
+def replace_fields(spec: Any, fields: dict[str, Any]) -> Any:
+    """A spec with some fields changed by name; an unknown name is refused with the list of known ones."""
+    known = set(spec.__dataclass_fields__)
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise PtychodaskError(
+            f"{type(spec).__name__} has no field {', '.join(unknown)}; it has: {', '.join(sorted(known))}"
+        )
+    return replace(spec, **fields)
