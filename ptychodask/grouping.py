@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -170,6 +171,27 @@ def group_positions(
         for earlier in range(later):
             first[:, later] &= (alike[:, later] != alike[:, earlier]).any(axis=1)
     return np.ascontiguousarray(table[first])
+
+
+def groups_without(member: NDArray[np.int32], drop: Sequence[int]) -> NDArray[np.int32]:
+    """The groups of a member table that have none of some patterns.
+
+    Parameters
+    ----------
+    member : int32 array (group, channel)
+    drop : ints
+        Patterns to be left out.
+
+    Returns
+    -------
+    int32 array (group, channel)
+
+    Examples
+    --------
+    >>> groups_without(np.array([[0, 1], [1, 2], [2, 3]]), (0, 7)).tolist()
+    [[1, 2], [2, 3]]
+    """
+    return member[~np.isin(member, drop).any(axis=1)] if len(drop) else member
 
 
 def _nearest(

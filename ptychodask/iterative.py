@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -71,6 +71,7 @@ def refine_probe(
     n_sweeps: int = 10,
     fraction: float = 1.0,
     held_out: float = 0.1,
+    exclude: Sequence[int] | NDArray[np.integer[Any]] = (),
     search_defocus: bool = False,
     seed: int = 0,
     step_object: float = 1.0,
@@ -91,6 +92,8 @@ def refine_probe(
         all of them do.
     held_out : float
         Share of the used patterns that only score the probes.
+    exclude : int array (k,), optional
+        Patterns of the store that have no part in it, neither to refine nor to score.
     search_defocus : bool
         Start also from the initial probe out of focus, both ways, and go on from the start that predicts the held-out
         patterns best (the same that score the result); for a probe whose phase is not known, such as the one estimated
@@ -109,7 +112,7 @@ def refine_probe(
     Raises
     ------
     PtychodaskError
-        If a number is out of range, or the scan has too few patterns.
+        If a number is out of range, a pattern does not exist, or the scan has too few patterns.
 
     Notes
     -----
@@ -132,7 +135,7 @@ def refine_probe(
     if n_sweeps < 3:
         raise PtychodaskError(f"refine_probe: n_sweeps is {n_sweeps}, expected 3 or more")
     scan = open_scan(store)
-    used, scored = _split(scan, fraction, held_out, seed)
+    used, scored = _split(scan, fraction, held_out, exclude, seed)
     sweeps = partial(run_sweeps, seed=seed, step_object=step_object, step_probe=step_probe)
     found = _refined(scan, used, scored, sweeps, n_sweeps, search_defocus, progress)
     if found.stored:
@@ -186,12 +189,18 @@ def _refined(
     )
 
 
-def _split(scan: Scan, fraction: float, held_out: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _split(
+    scan: Scan,
+    fraction: float,
+    held_out: float,
+    exclude: Sequence[int] | NDArray[np.integer[Any]],
+    seed: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Patterns to refine on and patterns to score on, each in the order of the store."""
-    mine = np.arange(scan.n_patterns)
+    mine = patterns_without(scan, exclude)
     if scan.scan_index is not None:
-        experiments, sizes = np.unique(scan.scan_index, return_counts=True)
-        mine = np.flatnonzero(scan.scan_index == experiments[sizes.argmax()])
+        experiments, sizes = np.unique(scan.scan_index[mine], return_counts=True)
+        mine = mine[scan.scan_index[mine] == experiments[sizes.argmax()]]
     position = scan.position_yx_px[mine]
     from_middle = np.hypot(*(position - position.mean(axis=0)).T)
     kept = mine[np.argsort(from_middle, kind="stable")[: int(np.ceil(fraction * len(mine)))]]
@@ -205,11 +214,43 @@ def _split(scan: Scan, fraction: float, held_out: float, seed: int) -> tuple[NDA
     return np.sort(shuffled[n_scored:]), np.sort(shuffled[:n_scored])
 
 
+def patterns_without(scan: Scan, exclude: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """Indices of the patterns of a scan but for those that are left out, ascending.
+
+    Parameters
+    ----------
+    scan : Scan
+    exclude : int array (k,)
+        Patterns to leave out.
+
+    Returns
+    -------
+    int64 array
+
+    Raises
+    ------
+    PtychodaskError
+        If a pattern to leave out does not exist, or none is left.
+    """
+    kept = np.ones(scan.n_patterns, bool)
+    left_out = np.asarray(exclude, np.int64)
+    if left_out.size and not 0 <= left_out.min() <= left_out.max() < scan.n_patterns:
+        raise PtychodaskError(
+            f"{scan.store or 'scan'}: patterns {left_out.min()}..{left_out.max()} are to be left out, expected "
+            f"indices 0..{scan.n_patterns - 1}; give the places of patterns in the store"
+        )
+    kept[left_out] = False
+    if not kept.any():
+        raise PtychodaskError(f"{scan.store or 'scan'}: every pattern is left out; leave some in")
+    return np.flatnonzero(kept)
+
+
 def reconstruct_iterative(
     store: str | Path,
     *,
     n_sweeps: int = 40,
     refine_probe: bool = False,
+    exclude: Sequence[int] | NDArray[np.integer[Any]] = (),
     seed: int = 0,
     progress: bool | None = None,
 ) -> xr.Dataset:
@@ -222,6 +263,8 @@ def reconstruct_iterative(
         Times that each pattern is visited; 3 or more with `refine_probe`.
     refine_probe : bool
         Refine the probe along with the object; the store keeps the one it has.
+    exclude : int array (k,), optional
+        Patterns of the store that are left out.
     seed : int
         Seed of the order of the patterns.
     progress : bool, optional
@@ -236,7 +279,8 @@ def reconstruct_iterative(
     Raises
     ------
     PtychodaskError
-        If `n_sweeps` is too small, or the scan has several experiments, whose objects may differ.
+        If `n_sweeps` is too small, a pattern does not exist, or the scan has several experiments, whose objects may
+        differ.
 
     Notes
     -----
@@ -251,14 +295,15 @@ def reconstruct_iterative(
             f"{store}: holds {len(np.unique(scan.scan_index))} experiments, the iterative engine takes one; "
             "ingest each into a store of its own"
         )
-    measured = measure(scan, np.arange(scan.n_patterns))
-    with show_progress("iterate", n_sweeps * scan.n_patterns, "patterns", progress) as bar:
+    used = patterns_without(scan, exclude)
+    measured = measure(scan, used)
+    with show_progress("iterate", n_sweeps * len(used), "patterns", progress) as bar:
         object_, probe = run_sweeps(
             measured, scan.probe, n_sweeps=n_sweeps, update_probe=refine_probe, seed=seed, bar=bar
         )
     weight, count = _light(measured, probe)
-    r = r_factor(object_, measured.corner_yx_px, replace(scan, probe=probe))
-    logger.info("%s: R %.4f after %d sweeps of %d patterns", store, r, n_sweeps, scan.n_patterns)
+    r = r_factor(object_, measured.corner_yx_px, replace(scan, probe=probe), used)
+    logger.info("%s: R %.4f after %d sweeps of %d patterns", store, r, n_sweeps, len(used))
     return make_dataset(
         np.where(count > 0, object_, np.complex64(complex(np.nan, np.nan))),
         weight,
@@ -269,7 +314,13 @@ def reconstruct_iterative(
         attributes={
             "store": scan.store,
             "data_hash": scan.data_hash,
-            "spec": {"engine": "iterative", "n_sweeps": n_sweeps, "refine_probe": refine_probe, "seed": seed},
+            "spec": {
+                "engine": "iterative",
+                "n_sweeps": n_sweeps,
+                "refine_probe": refine_probe,
+                "n_excluded": scan.n_patterns - len(used),
+                "seed": seed,
+            },
             "r_factor": r,
         },
     )
@@ -427,7 +478,7 @@ def _update_object(
         patch = object_[row : row + n_pixels, column : column + n_pixels]
         ramp = shift_ramp(measured.fraction_yx_px[j], n_pixels, probe.dtype)
         shifted = scipy.fft.ifft2(spectrum * ramp)
-        change = _to_measured(shifted * patch, measured.amplitude[j], measured.good)
+        change, _ = _to_measured(shifted * patch, measured.amplitude[j], measured.good)
         wanted += scipy.fft.fft2(np.conj(patch) * change) * np.conj(ramp)
         seen += _intensity(patch)
         light = _intensity(shifted).sum(axis=0)
@@ -437,15 +488,19 @@ def _update_object(
 
 def _to_measured(
     wave: NDArray[np.complex64], amplitude: NDArray[np.float32], good: NDArray[np.bool_] | None
-) -> NDArray[np.complex64]:
-    """Change of an exit wave (mode, N, N) that gives its pattern the measured amplitude on the good pixels."""
+) -> tuple[NDArray[np.complex64], NDArray[np.float32]]:
+    """Change of an exit wave (mode, N, N) that gives its pattern the measured amplitude on the good pixels.
+
+    The second array is the amplitude (N, N) of the pattern before, bad pixels 0.
+    """
     far = scipy.fft.fft2(wave, norm="ortho")
     model = np.sqrt(_intensity(far).sum(axis=0))
     # A pixel without model light has no phase to keep; the floor stops a division by zero there.
-    ratio = amplitude / np.maximum(model, np.float32(1e-6) * model.max()) - 1
+    ratio = amplitude / np.maximum(model, np.float32(1e-6) * model.max() + np.finfo(np.float32).eps ** 2) - 1
     if good is not None:
         ratio *= good
-    return scipy.fft.ifft2(far * ratio, norm="ortho")
+        model *= good
+    return scipy.fft.ifft2(far * ratio, norm="ortho"), model
 
 
 def _intensity(wave: NDArray[np.complex64]) -> NDArray[np.float32]:
@@ -569,3 +624,207 @@ def _filled(
         np.where(seen, object_, mean).astype(np.complex64), list(zip(before, after, strict=True)), constant_values=mean
     )
     return filled, (float(corner_yx_px[0] - before[0]), float(corner_yx_px[1] - before[1]))
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """How far patterns of an object are from the measured ones: sums over patterns and good pixels."""
+
+    absolute: float = 0.0
+    """Σ|√I_pred − √I|."""
+
+    amplitude: float = 0.0
+    """Σ√I."""
+
+    square: float = 0.0
+    """Σ(√I_pred − √I)², patterns at mean flux."""
+
+    @property
+    def r_factor(self) -> float:
+        """R = Σ|√I_pred − √I| / Σ√I (see `r_factor`)."""
+        return self.absolute / self.amplitude
+
+    def __add__(self, other: Misfit) -> Misfit:
+        return Misfit(self.absolute + other.absolute, self.amplitude + other.amplitude, self.square + other.square)
+
+
+def frame_corners(position_yx_px: NDArray[np.float64], n_pixels: int) -> NDArray[np.int64]:
+    """Coordinates (y, x) of the first pixel of the object that the probe meets at each position; int64 (..., 2)."""
+    return np.floor(position_yx_px).astype(np.int64) - n_pixels // 2
+
+
+def called_for(
+    object_: NDArray[np.complex64], corner: tuple[int, int], scan: Scan, index: NDArray[np.int64]
+) -> tuple[NDArray[np.complex128], Misfit]:
+    """Change of an object that some patterns call for, and how far they are from what the object makes.
+
+    Parameters
+    ----------
+    object_ : complex64 array (y, x)
+        Holds the whole frame at each of these positions; no NaN.
+    corner : (int, int)
+        Coordinates of its pixel [0, 0] in the scan's frame.
+    scan : Scan
+    index : int64 array (k,)
+        Which patterns; `PROBE_BATCH` of them are in memory at a time.
+
+    Returns
+    -------
+    change : complex128 array (y, x)
+        Σ over patterns and modes of conj(P)(ψ' − ψ), with ψ' the exit wave of the measured modulus: half the way down
+        the slope of ``misfit.square``.
+    misfit : Misfit
+
+    Notes
+    -----
+    Projection, modes and bad pixels as in `run_sweeps`. A pattern's share depends on the object in its frame alone, so
+    that shares of any parts of the patterns add up to the same sum.
+    """
+    n_pixels = scan.n_pixels
+    change, total = np.zeros(object_.shape, np.complex128), Misfit()
+    good = None if scan.mask is None else scipy.fft.ifftshift(scan.mask)
+    spectrum = scipy.fft.fft2(scan.probe)
+    position = scan.position_yx_px[index]
+    start = frame_corners(position, n_pixels) - corner
+    flux = np.ones(len(index), np.float32) if scan.flux is None else scan.flux[index]
+    for first in range(0, len(index), PROBE_BATCH):
+        batch = np.arange(first, min(first + PROBE_BATCH, len(index)))
+        measured = scipy.fft.ifftshift(scan.amplitude(index[batch]), axes=(1, 2))
+        for j, amplitude in zip(batch, measured, strict=True):
+            frame = tuple(slice(side, side + n_pixels) for side in start[j])
+            ramp = shift_ramp(position[j] - np.floor(position[j]), n_pixels, scan.probe.dtype)
+            shifted = scipy.fft.ifft2(spectrum * ramp)
+            amplitude = amplitude / np.sqrt(flux[j])
+            wave, model = _to_measured(shifted * object_[frame], amplitude, good)
+            change[frame] += (np.conj(shifted) * wave).sum(axis=0)
+            total += _misfit(model, amplitude, float(np.sqrt(flux[j])))
+    return change, total
+
+
+def _misfit(model: NDArray[np.float32], amplitude: NDArray[np.float32], root_flux: float) -> Misfit:
+    difference = (model - amplitude).astype(np.float64)
+    return Misfit(
+        root_flux * float(np.abs(difference).sum()),
+        root_flux * float(amplitude.sum(dtype=np.float64)),
+        float((difference**2).sum()),
+    )
+
+
+def held_light(
+    probe: NDArray[np.complex64],
+    position_yx_px: NDArray[np.float64],
+    corner: tuple[int, int],
+    shape: tuple[int, int],
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Light that meets each pixel, and what a pixel lacks of the brightest that one pattern has.
+
+    Parameters
+    ----------
+    probe : complex64 array (mode, N, N)
+    position_yx_px : float64 array (pattern, 2)
+    corner : (int, int)
+        Coordinates of pixel [0, 0] in the scan's frame.
+    shape : (int, int)
+        Pixels (y, x).
+
+    Returns
+    -------
+    light : float32 array (y, x)
+        Σ over patterns of |P|², in the probe's unit.
+    hold : float32 array (y, x)
+        max(0, max|P|² − light): how firmly a dim pixel is held where it was.
+    """
+    n_pixels = probe.shape[-1]
+    light = np.zeros((shape[0] + 2 * n_pixels, shape[1] + 2 * n_pixels), np.float64)
+    start = frame_corners(position_yx_px, n_pixels) - corner + n_pixels
+    spectrum = scipy.fft.fft2(probe)
+    for j in np.flatnonzero(((start > 0) & (start < np.add(shape, n_pixels))).all(axis=1)):
+        frame = tuple(slice(side, side + n_pixels) for side in start[j])
+        fraction = position_yx_px[j] - np.floor(position_yx_px[j])
+        light[frame] += _intensity(scipy.fft.ifft2(spectrum * shift_ramp(fraction, n_pixels, probe.dtype))).sum(axis=0)
+    light = light[n_pixels:-n_pixels, n_pixels:-n_pixels]
+    peak = float(_intensity(probe).sum(axis=0).max())
+    return light.astype(np.float32), np.maximum(peak - light, 0).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class StepProducts:
+    """Real scalar products that a polishing step is mixed from: sums over pixels, float64.
+
+    The latest step s and the change u that is called for now; y is what s took off u, and H divides by light plus hold.
+    """
+
+    s_y: float = 0.0
+    y_h_y: float = 0.0
+    s_u: float = 0.0
+    y_h_u: float = 0.0
+
+    def __add__(self, other: StepProducts) -> StepProducts:
+        return StepProducts(
+            self.s_y + other.s_y, self.y_h_y + other.y_h_y, self.s_u + other.s_u, self.y_h_u + other.y_h_u
+        )
+
+    def mix(self) -> tuple[float, float, float]:
+        """Factors (γ, a, b) of the step γ H (u − a y) + b s; (1, 0, 0), the plain step, where s saw no curvature.
+
+        Notes
+        -----
+        The quasi-Newton step of BFGS that remembers one step (D. F. Shanno, Math. Oper. Res. 3 (1978) 244), from the
+        plain inverse curvature γ H with γ = s·y / y·Hy.
+        """
+        if not (self.s_y > 0 and self.y_h_y > 0):
+            return 1.0, 0.0, 0.0
+        gamma, a = self.s_y / self.y_h_y, self.s_u / self.s_y
+        return gamma, a, a - gamma * (self.y_h_u - a * self.y_h_y) / self.s_y
+
+
+def step_products(
+    object_: NDArray[np.complex64],
+    before: NDArray[np.complex64],
+    change: NDArray[np.complex64],
+    change_before: NDArray[np.complex64],
+    curvature: NDArray[np.float32],
+) -> StepProducts:
+    """Scalar products of the latest step of part of an object (see `StepProducts`).
+
+    Parameters
+    ----------
+    object_, before : complex64 array (y, x)
+        Now, and before the latest step.
+    change, change_before : complex64 array (y, x)
+        What patterns and hold call for (called for) there.
+    curvature : float32 array (y, x)
+        Light plus hold, positive.
+    """
+    step = (object_ - before).astype(np.complex128)
+    turn = (change_before - change).astype(np.complex128)
+    scaled = turn / curvature
+    return StepProducts(
+        _real_dot(step, turn), _real_dot(turn, scaled), _real_dot(step, change), _real_dot(scaled, change)
+    )
+
+
+def _real_dot(one: NDArray[Any], other: NDArray[Any]) -> float:
+    return float((one.real * other.real + one.imag * other.imag).sum(dtype=np.float64))
+
+
+def take_step(
+    object_: NDArray[np.complex64],
+    before: NDArray[np.complex64],
+    change: NDArray[np.complex64],
+    change_before: NDArray[np.complex64],
+    curvature: NDArray[np.float32],
+    mix: tuple[float, float, float],
+) -> NDArray[np.complex64]:
+    """Part of an object after a polishing step of the factors that `StepProducts.mix` gives; complex64 (y, x).
+
+    Parameters
+    ----------
+    object_, before, change, change_before, curvature
+        See `step_products`.
+    mix : (float, float, float)
+    """
+    gamma, a, b = mix
+    turn = (change_before - change).astype(np.complex128)
+    moved = object_ + (gamma / curvature) * (change - a * turn) + b * (object_ - before)
+    return moved.astype(np.complex64)

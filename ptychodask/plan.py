@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -10,7 +11,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.grouping import GroupingSpec, Groups
+from ptychodask.grouping import GroupingSpec, Groups, groups_without
+from ptychodask.iterative import patterns_without
 from ptychodask.prediction import PatchModel, recorded_model, resolve_model
 from ptychodask.reassembly import CANVAS_PIXEL_BYTES, Box, Window
 from ptychodask.scan import PtychodaskError, Scan, check_choice
@@ -68,6 +70,13 @@ class ReconstructionSpec:
     roi: tuple[int, int, int, int] | None = None
     """Part of the object to reconstruct, (y0, y1, x0, x1) in pixels of the scan's frame, ends left out."""
 
+    drop: Sequence[int] | NDArray[np.integer[Any]] = ()
+    """Patterns of the store that are not read; groups that have one of them are left out, and polishing too goes
+    without them. Kept as ascending whole numbers."""
+
+    polish: int = 0
+    """Data-consistent sweeps over the patterns that the stitched object is polished with."""
+
     memory_bytes: int = 1024 * MIB
     """Memory that one task may take beside the network itself; automatic sizes keep to it."""
 
@@ -84,6 +93,25 @@ class ReconstructionSpec:
             raise PtychodaskError(f"reconstruct: groups is {self.groups!r}, expected a name or a GroupingSpec")
         if self.roi is not None:
             _check_roi(self.roi)
+        object.__setattr__(self, "drop", _pattern_indices(self.drop))
+        if not isinstance(self.polish, Integral) or self.polish < 0:
+            raise PtychodaskError(
+                f"reconstruct: polish is {self.polish!r}, expected a whole number of sweeps, 0 or more"
+            )
+        if self.polish and self.roi is not None:
+            raise PtychodaskError(
+                f"reconstruct: polish={self.polish} with roi {self.roi}: patterns at its rim reach beyond it; "
+                "polish the whole object and select from it"
+            )
+
+
+def _pattern_indices(drop: Sequence[int] | NDArray[np.integer[Any]]) -> tuple[int, ...]:
+    found = np.asarray(drop)
+    if found.size and (found.ndim != 1 or found.dtype.kind not in "iu" or found.min() < 0):
+        raise PtychodaskError(
+            f"reconstruct: drop has shape {found.shape} and type {found.dtype}, expected indices of patterns, 0 or more"
+        )
+    return tuple(np.unique(found.astype(np.int64)).tolist())
 
 
 def _check_roi(roi: Any) -> None:
@@ -319,6 +347,7 @@ def make_plan(scan: Scan, groups: Groups, network: _Network, spec: Reconstructio
     PtychodaskError
         See `plan`.
     """
+    groups = _without_dropped(scan, groups, spec)
     window, crop = _window_and_crop(spec, network)
     footprints = _footprints(scan.position_yx_px, groups.member, network.output, crop)
     box = _object_box(footprints, spec.roi, str(scan.store))
@@ -355,6 +384,18 @@ def make_plan(scan: Scan, groups: Groups, network: _Network, spec: Reconstructio
         predict_bytes=predict_bytes,
         reassemble_bytes=reassemble_bytes,
     )
+
+
+def _without_dropped(scan: Scan, groups: Groups, spec: ReconstructionSpec) -> Groups:
+    """The groups that are left without the patterns that the spec drops."""
+    _ = patterns_without(scan, spec.drop)
+    member = groups_without(groups.member, tuple(spec.drop))
+    if not len(member):
+        raise PtychodaskError(
+            f"{scan.store}: each of the {len(groups)} groups of '{groups.name}' has one of the {len(spec.drop)} "
+            "patterns to drop; drop fewer"
+        )
+    return replace(groups, member=member)
 
 
 def _window_and_crop(spec: ReconstructionSpec, network: _Network) -> tuple[Window, int]:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask import models
+from ptychodask.grouping import groups_without
 from ptychodask.scan import PtychodaskError, Scan
 from ptychodask.store import open_scan, read_groups
 
@@ -115,6 +116,9 @@ class PredictionJob:
 
     batch_size: int
     """Groups in one call of the network."""
+
+    drop: tuple[int, ...] = ()
+    """Patterns whose groups are left out of the table."""
 
 
 class PatchBatch(NamedTuple):
@@ -272,14 +276,14 @@ def predict_groups(job: PredictionJob, start: int, stop: int, seconds: dict[str,
 
 
 def open_source(job: PredictionJob) -> tuple[Scan, NDArray[np.int32]]:
-    """The scan and the member table (group, channel) of a job, opened once per process.
+    """The scan and the member table (group, channel) of a job, less what it drops, opened once per process.
 
     Raises
     ------
     PtychodaskError
         If the store changed since it was planned.
     """
-    return _SOURCES.get((job.data_hash, job.store, job.groups), lambda: _open_source(job))
+    return _SOURCES.get((job.data_hash, job.store, job.groups, job.drop), lambda: _open_source(job))
 
 
 def _open_source(job: PredictionJob) -> tuple[Scan, NDArray[np.int32]]:
@@ -289,7 +293,7 @@ def _open_source(job: PredictionJob) -> tuple[Scan, NDArray[np.int32]]:
         raise PtychodaskError(
             f"{job.store}: its data or its group table '{job.groups}' changed since the plan; plan again"
         )
-    return scan, groups.member
+    return scan, groups_without(groups.member, job.drop)
 
 
 def _check_patches(patches: NDArray[Any], input_shape: tuple[int, ...], what: str) -> None:

@@ -6,9 +6,10 @@ import logging
 import platform
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from importlib.metadata import version
 from numbers import Integral
 from operator import getitem
@@ -22,8 +23,20 @@ import xarray as xr
 from dask._task_spec import DataNode, List, Task, TaskRef
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+from numpy.typing import NDArray
 
 from ptychodask.cluster import active_client, client_for_run
+from ptychodask.grouping import curve_order
+from ptychodask.iterative import (
+    Misfit,
+    StepProducts,
+    called_for,
+    frame_corners,
+    held_light,
+    patterns_without,
+    step_products,
+    take_step,
+)
 from ptychodask.plan import MIB, RESULT_PIXEL_BYTES, Chunk, Plan, ReconstructionSpec, Tile, plan_for
 from ptychodask.prediction import (
     ModelReference,
@@ -35,7 +48,17 @@ from ptychodask.prediction import (
     stage,
 )
 from ptychodask.progress import Progress, show_progress
-from ptychodask.reassembly import Canvas, Window, add_patches, crop_middle, empty_canvas, finish, make_window, merge
+from ptychodask.reassembly import (
+    Box,
+    Canvas,
+    Window,
+    add_patches,
+    crop_middle,
+    empty_canvas,
+    finish,
+    make_window,
+    merge,
+)
 from ptychodask.result import (
     VARIABLES,
     TileArrays,
@@ -45,7 +68,7 @@ from ptychodask.result import (
     open_result,
     write_tile,
 )
-from ptychodask.scan import PtychodaskError
+from ptychodask.scan import PtychodaskError, Scan
 from ptychodask.store import open_scan, whole_or_nothing
 
 logger = logging.getLogger(__name__)
@@ -68,6 +91,76 @@ class ReconstructionJob:
 
     crop: int
     """Elements across the middle of a patch that are used, M."""
+
+
+@dataclass(frozen=True, eq=False)
+class PolishPart:
+    """Patterns near each other whose shares of a sweep one task sums."""
+
+    index: NDArray[np.int64]
+    """Which patterns."""
+
+    box: Box
+    """Where their frames lie."""
+
+    tiles: tuple[int, ...]
+    """Indices of the tiles that hold the object there."""
+
+
+@dataclass(frozen=True, eq=False)
+class PolishJob:
+    """All that a task of polishing needs to know beside its part or tile."""
+
+    prediction: PredictionJob
+
+    boxes: tuple[Box, ...]
+    """What each tile holds of the object: itself, and beyond the object's edges as far as any frame reaches."""
+
+
+@dataclass(frozen=True, eq=False)
+class PartChange:
+    """What one part of the patterns calls for."""
+
+    change: NDArray[np.complex128]
+    """Change (y, x) over the part's box, as `called_for` gives it."""
+
+    box: Box
+    misfit: Misfit
+
+
+@dataclass(frozen=True, eq=False)
+class HeldLight:
+    """What is fixed of a tile while it is polished; arrays (y, x)."""
+
+    start: NDArray[np.complex64]
+    """The stitched object, its unseen pixels at the mean amplitude."""
+
+    curvature: NDArray[np.float32]
+    """Light plus hold (see `held_light`)."""
+
+    hold: NDArray[np.float32]
+    """How firmly a dim pixel is held where it was."""
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """Sums over one tile that a sweep goes on from."""
+
+    products: StepProducts
+
+    held: float
+    """Σ hold |object − start|²."""
+
+    misfit: dict[int, Misfit]
+    """Misfit of each part that touches the tile."""
+
+
+@dataclass(frozen=True, eq=False)
+class TileChange:
+    """What patterns and hold call for in one tile."""
+
+    change: NDArray[np.complex64]
+    report: SweepReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +251,145 @@ def deliver_tile(tile: Tile, parts: list[ChunkSums], out: Path | None, start_yx:
     return TileReport(arrays if out is None else None, seconds, [part.seconds for part in parts])
 
 
+def hold_tile(job: PolishJob, tile: Box, box: Box, stitched: TileReport, *, mean: float) -> HeldLight:
+    """What is fixed of one tile while it is polished.
+
+    Parameters
+    ----------
+    job : PolishJob
+    tile, box : Box
+        The tile, and what it holds while it is polished.
+    stitched : TileReport
+        With the arrays of the stitched tile.
+    mean : float
+        Amplitude that unseen pixels start with.
+
+    Returns
+    -------
+    HeldLight
+    """
+    assert stitched.arrays is not None
+    scan, _ = open_source(job.prediction)
+    kept = patterns_without(scan, job.prediction.drop)
+    light, hold = held_light(scan.probe, scan.position_yx_px[kept], box.corner, box.shape)
+    start = np.full(box.shape, mean, np.complex64)
+    seen = np.isfinite(stitched.arrays[0])
+    start[_within(tile, box)][seen] = stitched.arrays[0][seen]
+    return HeldLight(start, light + hold, hold)
+
+
+def change_part(job: PolishJob, part: PolishPart, objects: list[NDArray[np.complex64]]) -> PartChange:
+    """What the patterns of one part call for.
+
+    Parameters
+    ----------
+    job : PolishJob
+    part : PolishPart
+    objects : list of complex64 arrays (y, x)
+        Object over each of ``part.tiles``.
+
+    Returns
+    -------
+    PartChange
+    """
+    scan, _ = open_source(job.prediction)
+    whole = np.empty(part.box.shape, np.complex64)
+    for tile, object_ in zip(part.tiles, objects, strict=True):
+        shared = part.box.overlap(job.boxes[tile])
+        whole[_within(shared, part.box)] = object_[_within(shared, job.boxes[tile])]
+    change, misfit = called_for(whole, part.box.corner, scan, part.index)
+    return PartChange(change, part.box, misfit)
+
+
+def change_tile(
+    box: Box,
+    held: HeldLight,
+    object_: NDArray[np.complex64],
+    before: NDArray[np.complex64],
+    earlier: TileChange | None,
+    given: list[PartChange],
+    parts: tuple[int, ...],
+) -> TileChange:
+    """What all patterns and the hold call for in one tile.
+
+    Parameters
+    ----------
+    box : Box
+        What the tile holds.
+    held : HeldLight
+    object_, before : complex64 array (y, x)
+        Now, and before the latest step.
+    earlier : TileChange or None
+        What was called for before the latest step; None in the first sweep.
+    given : list of PartChange
+        What the parts that touch the tile call for, in their order.
+    parts : ints
+        Their indices.
+
+    Returns
+    -------
+    TileChange
+    """
+    off = held.start - object_
+    total = (held.hold * off).astype(np.complex128)
+    for part in given:
+        shared = box.overlap(part.box)
+        total[_within(shared, box)] += part.change[_within(shared, part.box)]
+    change = total.astype(np.complex64)
+    products = StepProducts()
+    if earlier is not None:
+        products = step_products(object_, before, change, earlier.change, held.curvature)
+    missed = float((held.hold * (off.real**2 + off.imag**2)).sum(dtype=np.float64))
+    misfit = {index: part.misfit for index, part in zip(parts, given, strict=True)}
+    return TileChange(change, SweepReport(products, missed, misfit))
+
+
+def step_tile(
+    held: HeldLight,
+    object_: NDArray[np.complex64],
+    before: NDArray[np.complex64],
+    change: TileChange,
+    earlier: TileChange | None,
+    *,
+    mix: tuple[float, float, float],
+) -> NDArray[np.complex64]:
+    """One tile of the object after a step (see `take_step`); complex64 (y, x)."""
+    last = change if earlier is None else earlier
+    return take_step(object_, before, change.change, last.change, held.curvature, mix)
+
+
+def deliver_polished(
+    tile: Tile,
+    box: Box,
+    stitched: TileReport,
+    polished: NDArray[np.complex64],
+    out: Path | None,
+    start_yx: tuple[int, int],
+) -> TileReport:
+    """Put the polished object into a stitched tile, unseen pixels left NaN, and write it or send it to the client.
+
+    Parameters
+    ----------
+    tile, out, start_yx
+        See `deliver_tile`.
+    box : Box
+        What `polished` holds.
+    stitched : TileReport
+    polished : complex64 array (y, x)
+
+    Returns
+    -------
+    TileReport
+    """
+    assert stitched.arrays is not None
+    object_, weight, uncertainty, count = stitched.arrays
+    seen = np.isfinite(object_)
+    arrays = (np.where(seen, polished[_within(tile.box, box)], object_), weight, uncertainty, count)
+    if out is not None:
+        write_tile(out, start_yx, arrays)
+    return replace(stitched, arrays=arrays if out is None else None)
+
+
 def reconstruct(
     store: str | Path,
     model: str | Path | PatchModel | None = None,
@@ -207,34 +439,54 @@ def reconstruct(
     Notes
     -----
     The same plan gives the same bits for any number of workers: sums are float64 and merged in the order of chunks.
+
+    Polishing fits the stitched object to the amplitudes of the patterns, with the store's probe: it lowers
+    Σ(√I_pred − √I)² + Σ hold |object − stitched|², where the hold keeps pixels that met less light than the brightest
+    of one exposure near the network's answer. All patterns are projected at once in each sweep (their shares are
+    summed), and the step follows the summed change and the step before (`StepProducts.mix`), so the result depends on
+    chunks no more than the stitching does. A task reads the part of the object that its patterns meet. Between sweeps
+    the object's tiles, 68 bytes a pixel in all, are spread over the workers. Pixels that no patch reached stay NaN;
+    ``weight``, ``uncertainty`` and ``count`` stay those of the network's patches. The attribute ``polish`` records R of
+    the patterns that were not dropped before the first sweep and after each.
     """
     started = time.perf_counter()
     spec = _with_fields(spec, spec_fields)
     if out is not None and not compute:
         raise PtychodaskError("reconstruct: compute=False writes nothing; leave out= away, or compute")
+    if spec.polish and not compute:
+        raise PtychodaskError(
+            f"reconstruct: compute=False with polish={spec.polish}: each sweep needs the whole object; compute, "
+            "or leave polish away"
+        )
     scan = open_scan(store)
     network = resolve_model(scan, model)
     todo = plan_for(scan, network, spec)
     prediction = PredictionJob(
-        todo.store, todo.data_hash, todo.groups, ModelReference.to(network.bind(scan)), todo.batch_size
+        todo.store,
+        todo.data_hash,
+        todo.groups,
+        ModelReference.to(network.bind(scan)),
+        todo.batch_size,
+        tuple(spec.drop),
     )
     job = ReconstructionJob(prediction, todo.window, todo.crop)
     attributes = _attributes(network, todo, spec)
+    run = partial(_run, job, todo, scan, spec.polish, client, show=progress)
     if not compute:
         return _lazy(job, todo, scan.pixel_size_m, attributes)
     if out is None:
         _check_in_memory(todo)
         arrays = _empty_arrays(todo)
-        seconds = _run(job, todo, client, None, lambda tile, report: _place(arrays, todo, tile, report), progress)
-        attributes |= _rates(todo, seconds, time.perf_counter() - started)
+        seconds, polished = run(None, lambda tile, report: _place(arrays, todo, tile, report))
+        attributes |= polished | _rates(todo, seconds, time.perf_counter() - started)
         return make_dataset(*arrays, todo.box.corner, pixel_size_m=scan.pixel_size_m, attributes=attributes)
     path = Path(out)
     if path.resolve() == Path(todo.store):
         raise PtychodaskError(f"{path}: is the store of the scan itself; name another place with out=")
     with whole_or_nothing(path, overwrite=overwrite) as building:
         create_result(building, todo.box.shape, todo.box.corner, todo.tile, pixel_size_m=scan.pixel_size_m)
-        seconds = _run(job, todo, client, building.resolve(), lambda tile, report: None, progress)
-        finish_result(building, attributes | _rates(todo, seconds, time.perf_counter() - started))
+        seconds, polished = run(building.resolve(), lambda tile, report: None)
+        finish_result(building, attributes | polished | _rates(todo, seconds, time.perf_counter() - started))
     return open_result(path)
 
 
@@ -304,41 +556,139 @@ def _start_yx(todo: Plan, tile: Tile) -> tuple[int, int]:
 def _run(
     job: ReconstructionJob,
     todo: Plan,
+    scan: Scan,
+    n_sweeps: int,
     client: distributed.Client | None,
+    out: Path | None,
+    take: Callable[[Tile, TileReport], None],
+    *,
+    show: bool | None,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Stitch and polish; the wall time of each stage, and what the result records of the polishing."""
+    n_chunks, n_tiles = len(todo.chunks), len(todo.tiles)
+    logger.info("%s: %d groups in %d chunks onto %d tiles", todo.store, todo.n_groups, n_chunks, n_tiles)
+    with client_for_run(client) as used:
+        if n_sweeps == 0:
+            return _stitch(job, todo, used, out, take, show), {}
+        polishing = _Polishing(used, job, todo, scan)
+        seconds = polishing.stitch(show)
+        with stage(seconds, "polish"):
+            r_factors = polishing.sweep(n_sweeps, show)
+        polishing.deliver(out, take)
+    logger.info(
+        "%s: R %.4f after stitching and %.4f after %d sweeps", todo.store, r_factors[0], r_factors[-1], n_sweeps
+    )
+    return seconds, {"polish": {"sweeps": int(n_sweeps), "n_patterns": polishing.n_patterns, "r_factor": r_factors}}
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    """Tasks of two kinds: each chunk gives something that the tiles which it touches take."""
+
+    chunks_of: list[tuple[int, ...]]
+    """Chunks of each tile, ascending."""
+
+    amounts: list[int]
+    """Units of progress in each chunk."""
+
+    chunk: Callable[[int], tuple[Any, ...]]
+    """Function and arguments of a chunk's task."""
+
+    tile: Callable[[int, list[distributed.Future]], tuple[Any, ...]]
+    """Function and arguments of a tile's task, given what its chunks give."""
+
+    chunk_name: Callable[[int], str]
+    """What a chunk's task does, for messages."""
+
+    tile_name: Callable[[int], str]
+    """What a tile's task does, for messages."""
+
+    on_device: bool = False
+    """Chunks ask for a share of a GPU where workers advertise one."""
+
+    every_tile: bool = False
+    """Tiles that no chunk touches have a task too."""
+
+
+def _stitching(
+    client: distributed.Client, job: ReconstructionJob, todo: Plan, out: Path | None, *, every_tile: bool
+) -> _Tasks:
+    """Tasks of the plan: `predict_chunk` and `deliver_tile`."""
+    # A model that lies on no disk is sent to every worker once; one with a path is loaded by each of them.
+    in_memory = job.prediction.model.model is not None
+    sent = client.scatter(job, hash=False, broadcast=True) if in_memory else job
+
+    def tile_task(index: int, parts: list[distributed.Future]) -> tuple[Any, ...]:
+        return deliver_tile, todo.tiles[index], parts, out, _start_yx(todo, todo.tiles[index])
+
+    return _Tasks(
+        chunks_of=[tile.chunks for tile in todo.tiles],
+        amounts=[chunk.stop - chunk.start for chunk in todo.chunks],
+        chunk=lambda index: (predict_chunk, sent, todo.chunks[index]),
+        tile=tile_task,
+        chunk_name=lambda index: f"predicting groups {todo.chunks[index].start}..{todo.chunks[index].stop - 1}",
+        tile_name=lambda index: f"reassembling the tile {tuple(todo.tiles[index].box)}",
+        on_device=True,
+        every_tile=every_tile,
+    )
+
+
+def _stitch(
+    job: ReconstructionJob,
+    todo: Plan,
+    client: distributed.Client,
     out: Path | None,
     take: Callable[[Tile, TileReport], None],
     show: bool | None,
 ) -> dict[str, float]:
     """Run every task of a plan; gives the wall time of each stage, summed over the tasks."""
-    n_chunks, n_tiles = len(todo.chunks), len(todo.tiles)
-    logger.info("%s: %d groups in %d chunks onto %d tiles", todo.store, todo.n_groups, n_chunks, n_tiles)
+    seconds = _Seconds()
+
+    def taken(index: int, future: distributed.Future) -> None:
+        report = future.result()
+        seconds.add(todo.tiles[index], report)
+        take(todo.tiles[index], report)
+
+    tasks = _stitching(client, job, todo, out, every_tile=False)
     with (
-        client_for_run(client) as used,
         show_progress("reconstruct", todo.n_groups, "groups", show) as progress,
-        _Run(used, job, todo, out).guarded() as run,
+        _Run(client, tasks).guarded() as run,
     ):
-        return run.to_its_end(take, progress)
+        run.to_its_end(taken, progress)
+    return seconds.in_all()
+
+
+class _Seconds:
+    """Wall time of the stages; a chunk's is told by each of its tiles and counts once."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[int, dict[str, float]] = {}
+        self._tiles: list[dict[str, float]] = []
+
+    def add(self, tile: Tile, report: TileReport) -> None:
+        self._chunks |= dict(zip(tile.chunks, report.chunk_seconds, strict=True))
+        self._tiles.append(report.seconds)
+
+    def in_all(self) -> dict[str, float]:
+        return _sum_stages([*self._chunks.values(), *self._tiles])
 
 
 class _Run:
-    """The client's side of a run: which tasks are out, and which canvases a tile still waits for."""
+    """The client's side of a run: which tasks are out, and what a tile still waits for."""
 
-    def __init__(self, client: distributed.Client, job: ReconstructionJob, todo: Plan, out: Path | None) -> None:
-        self._client, self._todo, self._out = client, todo, out
-        # A model that lies on no disk is sent to every worker once; one with a path is loaded by each of them.
-        in_memory = job.prediction.model.model is not None
-        self._job = client.scatter(job, hash=False, broadcast=True) if in_memory else job
+    def __init__(self, client: distributed.Client, tasks: _Tasks) -> None:
+        self._client, self._tasks = client, tasks
         self._name = uuid.uuid4().hex[:12]
         self._next_chunk = 0
-        self._canvases: dict[int, distributed.Future] = {}
-        self._missing = [len(tile.chunks) for tile in todo.tiles]
-        self._tiles_of: list[list[int]] = [[] for _ in todo.chunks]
-        for index, tile in enumerate(todo.tiles):
-            for chunk in tile.chunks:
+        self._given: dict[int, distributed.Future] = {}
+        self._missing = [len(chunks) for chunks in tasks.chunks_of]
+        self._tiles_of: list[list[int]] = [[] for _ in tasks.amounts]
+        for index, chunks in enumerate(tasks.chunks_of):
+            for chunk in chunks:
                 self._tiles_of[chunk].append(index)
         self._unused = [len(tiles) for tiles in self._tiles_of]
-        self._predicting: dict[distributed.Future, int] = {}
-        self._reassembling: dict[distributed.Future, int] = {}
+        self._at_chunks: dict[distributed.Future, int] = {}
+        self._at_tiles: dict[distributed.Future, int] = {}
         self._completed = distributed.as_completed(loop=client.loop)
 
     @contextmanager
@@ -347,55 +697,51 @@ class _Run:
         try:
             yield self
         finally:
-            self._client.cancel(list(self._predicting))
-            if self._reassembling:
+            self._client.cancel(list(self._at_chunks))
+            if self._at_tiles:
                 with suppress(TimeoutError), self._client.as_current():
-                    distributed.wait(list(self._reassembling), timeout=WRITERS_WAIT_S)
-                self._client.cancel(list(self._reassembling))
+                    distributed.wait(list(self._at_tiles), timeout=WRITERS_WAIT_S)
+                self._client.cancel(list(self._at_tiles))
 
-    def to_its_end(self, take: Callable[[Tile, TileReport], None], progress: Progress) -> dict[str, float]:
-        """Run all tasks; `take` gets each tile as it is done."""
-        chunk_seconds: dict[int, dict[str, float]] = {}
-        tile_seconds: list[dict[str, float]] = []
+    def to_its_end(self, take: Callable[[int, distributed.Future], None], progress: Progress) -> None:
+        """Run all tasks; `take` gets each tile, by its index, as it is done."""
+        if self._tasks.every_tile:
+            for index, missing in enumerate(self._missing):
+                if missing == 0:
+                    self._submit_tile(index)
         self._submit_chunks()
-        while self._predicting or self._reassembling:
+        while self._at_chunks or self._at_tiles:
             future = next(self._completed)
-            if future in self._predicting:
-                chunk = self._todo.chunks[self._chunk_done(future)]
-                progress.advance(chunk.stop - chunk.start)
+            if future in self._at_chunks:
+                progress.advance(self._tasks.amounts[self._chunk_done(future)])
             else:
-                tile, report = self._tile_done(future)
-                chunk_seconds |= dict(zip(tile.chunks, report.chunk_seconds, strict=True))
-                tile_seconds.append(report.seconds)
-                take(tile, report)
+                take(self._tile_done(future), future)
             self._submit_chunks()
-        return _sum_stages([*chunk_seconds.values(), *tile_seconds])
 
     def _submit_chunks(self) -> None:
-        """Keep each thread busy with one task and one more at hand, and no more: canvases would pile up."""
-        if self._next_chunk == len(self._todo.chunks):
+        """Keep each thread busy with one task and one more at hand, and no more: what they give would pile up."""
+        if self._next_chunk == len(self._tasks.amounts):
             return
         workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
         threads = sum(worker["nthreads"] for worker in workers)
-        resources = _device_share(worker["resources"] for worker in workers)
-        while len(self._predicting) < max(2, 2 * threads) and self._next_chunk < len(self._todo.chunks):
+        resources = _device_share(worker["resources"] for worker in workers) if self._tasks.on_device else None
+        while len(self._at_chunks) < max(2, 2 * threads) and self._next_chunk < len(self._tasks.amounts):
+            function, *arguments = self._tasks.chunk(self._next_chunk)
             future = self._client.submit(
-                predict_chunk,
-                self._job,
-                self._todo.chunks[self._next_chunk],
-                key=f"predict-{self._name}-{self._next_chunk}",
+                function,
+                *arguments,
+                key=f"{function.__name__}-{self._name}-{self._next_chunk}",
                 resources=resources,
                 pure=False,
             )
-            self._predicting[future] = self._next_chunk
+            self._at_chunks[future] = self._next_chunk
             self._completed.add(future)
             self._next_chunk += 1
 
     def _chunk_done(self, future: distributed.Future) -> int:
-        index = self._predicting.pop(future)
-        chunk = self._todo.chunks[index]
-        _check_done(future, f"predicting groups {chunk.start}..{chunk.stop - 1}", (PtychodaskError,))
-        self._canvases[index] = future
+        index = self._at_chunks.pop(future)
+        _check_done(future, self._tasks.chunk_name(index), (PtychodaskError,))
+        self._given[index] = future
         for tile in self._tiles_of[index]:
             self._missing[tile] -= 1
             if self._missing[tile] == 0:
@@ -403,30 +749,207 @@ class _Run:
         return index
 
     def _submit_tile(self, index: int) -> None:
-        tile = self._todo.tiles[index]
+        chunks = self._tasks.chunks_of[index]
+        function, *arguments = self._tasks.tile(index, [self._given[chunk] for chunk in chunks])
         future = self._client.submit(
-            deliver_tile,
-            tile,
-            [self._canvases[chunk] for chunk in tile.chunks],
-            self._out,
-            _start_yx(self._todo, tile),
-            key=f"reassemble-{self._name}-{index}",
-            priority=1,
-            pure=False,
+            function, *arguments, key=f"{function.__name__}-{self._name}-{index}", priority=1, pure=False
         )
-        self._reassembling[future] = index
+        self._at_tiles[future] = index
         self._completed.add(future)
-        for chunk in tile.chunks:
+        for chunk in chunks:
             self._unused[chunk] -= 1
             if self._unused[chunk] == 0:
-                # The tasks that were submitted hold the canvas; it goes with the last of them.
-                del self._canvases[chunk]
+                # The tasks that were submitted hold what it gave; it goes with the last of them.
+                del self._given[chunk]
 
-    def _tile_done(self, future: distributed.Future) -> tuple[Tile, TileReport]:
-        tile = self._todo.tiles[self._reassembling.pop(future)]
+    def _tile_done(self, future: distributed.Future) -> int:
+        index = self._at_tiles.pop(future)
         # What the disk refuses is named by `whole_or_nothing`.
-        _check_done(future, f"reassembling the tile {tuple(tile.box)}", (PtychodaskError, OSError))
-        return tile, future.result()
+        _check_done(future, self._tasks.tile_name(index), (PtychodaskError, OSError))
+        return index
+
+
+class _Polishing:
+    """The client's side of polishing: the tiles of the object, which stay with the workers from sweep to sweep."""
+
+    def __init__(self, client: distributed.Client, job: ReconstructionJob, todo: Plan, scan: Scan) -> None:
+        self._client, self._stitching, self._todo = client, job, todo
+        index = patterns_without(scan, job.prediction.drop)
+        index = index[curve_order(scan.position_yx_px[index])]
+        corner = frame_corners(scan.position_yx_px[index], scan.n_pixels)
+        around = _box_around(corner, scan.n_pixels)
+        # The model stays behind: sweeps need the scan alone.
+        prediction = replace(job.prediction, model=replace(job.prediction.model, model=None))
+        self._job = PolishJob(prediction, tuple(_stretched(tile.box, todo.box, around) for tile in todo.tiles))
+        self.n_patterns = len(index)
+        self._parts = []
+        for first in range(0, len(index), todo.groups_per_chunk):
+            mine = slice(first, first + todo.groups_per_chunk)
+            box = _box_around(corner[mine], scan.n_pixels)
+            touching = [i for i, held in enumerate(self._job.boxes) if held.overlap(box).n_pixels]
+            self._parts.append(PolishPart(index[mine], box, tuple(touching)))
+        self._stitched: list[distributed.Future] = []
+        self._objects: list[distributed.Future] = []
+
+    def stitch(self, show: bool | None) -> dict[str, float]:
+        """Stitch; the tiles stay with the workers. Gives the wall time of each stage."""
+        todo = self._todo
+        done: dict[int, distributed.Future] = {}
+        tasks = _stitching(self._client, self._stitching, todo, None, every_tile=True)
+        with (
+            show_progress("reconstruct", todo.n_groups, "groups", show) as progress,
+            _Run(self._client, tasks).guarded() as run,
+        ):
+            run.to_its_end(done.__setitem__, progress)
+        self._stitched = [done[index] for index in range(len(todo.tiles))]
+        seconds = _Seconds()
+        for tile, report in zip(todo.tiles, self._told(self._on_tiles(_times, self._stitched)), strict=True):
+            seconds.add(tile, report)
+        return seconds.in_all()
+
+    def sweep(self, n_sweeps: int, show: bool | None) -> list[float]:
+        """Sweep over the patterns; R before the first sweep and after each."""
+        summed = self._told(self._on_tiles(_amplitude_sum, self._stitched))
+        mean = sum(total for total, _ in summed) / sum(count for _, count in summed)
+        places = [tile.box for tile in self._todo.tiles]
+        hold = partial(hold_tile, self._job, mean=mean)
+        held = self._on_tiles(hold, places, self._job.boxes, self._stitched)
+        objects = before = self._on_tiles(_start_of, held)
+        changes: list[Any] = [None] * len(held)
+        r_factors: list[float] = []
+        most = 0.0
+        with show_progress("polish", (n_sweeps + 1) * self.n_patterns, "patterns", show) as progress:
+            for sweep in range(n_sweeps + 1):
+                earlier, changes = changes, self._changes(held, objects, before, changes, progress)
+                reports = self._told(self._on_tiles(_report_of, changes))
+                misfit = _misfit_in_all(reports)
+                r_factors.append(misfit.r_factor)
+                progress.note(f"{sweep} of {n_sweeps} sweeps, R {misfit.r_factor:.4f}")
+                if sweep == n_sweeps:
+                    break
+                missed = misfit.square + sum(report.held for report in reports)
+                most = missed if sweep == 0 else most
+                # The plain step never raises what is to be lowered, so it brings back a run that has strayed.
+                products = sum((report.products for report in reports), StepProducts())
+                mix = products.mix() if missed <= most else StepProducts().mix()
+                step = partial(step_tile, mix=mix)
+                before, objects = objects, self._on_tiles(step, held, objects, before, changes, earlier)
+        self._objects = objects
+        return r_factors
+
+    def _changes(
+        self,
+        held: list[distributed.Future],
+        objects: list[distributed.Future],
+        before: list[distributed.Future],
+        earlier: list[Any],
+        progress: Progress,
+    ) -> list[distributed.Future]:
+        """What all patterns call for, tile by tile."""
+        parts, boxes = self._parts, self._job.boxes
+        done: dict[int, distributed.Future] = {}
+
+        def part_task(index: int) -> tuple[Any, ...]:
+            return change_part, self._job, parts[index], [objects[tile] for tile in parts[index].tiles]
+
+        def tile_task(index: int, given: list[distributed.Future]) -> tuple[Any, ...]:
+            named = chunks_of[index]
+            return change_tile, boxes[index], held[index], objects[index], before[index], earlier[index], given, named
+
+        chunks_of = [tuple(i for i, part in enumerate(parts) if tile in part.tiles) for tile in range(len(boxes))]
+        tasks = _Tasks(
+            chunks_of=chunks_of,
+            amounts=[len(part.index) for part in parts],
+            chunk=part_task,
+            tile=tile_task,
+            chunk_name=lambda index: f"polishing with the patterns over {tuple(parts[index].box)}",
+            tile_name=lambda index: f"polishing the tile {tuple(boxes[index])}",
+            every_tile=True,
+        )
+        with _Run(self._client, tasks).guarded() as run:
+            run.to_its_end(done.__setitem__, progress)
+        return [done[index] for index in range(len(boxes))]
+
+    def deliver(self, out: Path | None, take: Callable[[Tile, TileReport], None]) -> None:
+        """Write the tiles, or hand them to `take`."""
+        todo = self._todo
+
+        def tile_task(index: int, _: list[distributed.Future]) -> tuple[Any, ...]:
+            tile = todo.tiles[index]
+            box, stitched, polished = self._job.boxes[index], self._stitched[index], self._objects[index]
+            return deliver_polished, tile, box, stitched, polished, out, _start_yx(todo, tile)
+
+        tasks = _Tasks(
+            chunks_of=[()] * len(todo.tiles),
+            amounts=[],
+            chunk=lambda index: (),
+            tile=tile_task,
+            chunk_name=lambda index: "",
+            tile_name=lambda index: f"delivering the tile {tuple(todo.tiles[index].box)}",
+            every_tile=True,
+        )
+        with show_progress("deliver", 0, "tiles", False) as progress, _Run(self._client, tasks).guarded() as run:
+            run.to_its_end(lambda index, future: take(todo.tiles[index], future.result()), progress)
+
+    def _on_tiles(self, function: Callable[..., Any], *columns: Sequence[Any]) -> list[distributed.Future]:
+        """One task for each tile, with its place in each column."""
+        return [self._client.submit(function, *row, priority=1, pure=False) for row in zip(*columns, strict=True)]
+
+    def _told(self, futures: list[distributed.Future]) -> list[Any]:
+        """What small tasks give."""
+        with self._client.as_current():
+            distributed.wait(futures)
+        for future in futures:
+            _check_done(future, "polishing", (PtychodaskError,))
+        return list(self._client.gather(futures))
+
+
+def _box_around(corner: NDArray[np.int64], n_pixels: int) -> Box:
+    """The box around frames of N x N pixels."""
+    (y0, x0), (y1, x1) = corner.min(axis=0).tolist(), (corner.max(axis=0) + n_pixels).tolist()
+    return Box(y0, y1, x0, x1)
+
+
+def _stretched(tile: Box, whole: Box, around: Box) -> Box:
+    """A tile, from the edges of the whole on moved out to those of the box around it."""
+    return Box(
+        min(tile.y0, around.y0) if tile.y0 == whole.y0 else tile.y0,
+        max(tile.y1, around.y1) if tile.y1 == whole.y1 else tile.y1,
+        min(tile.x0, around.x0) if tile.x0 == whole.x0 else tile.x0,
+        max(tile.x1, around.x1) if tile.x1 == whole.x1 else tile.x1,
+    )
+
+
+def _within(part: Box, whole: Box) -> tuple[slice, slice]:
+    """Where a box lies in an array over another that holds it."""
+    return slice(part.y0 - whole.y0, part.y1 - whole.y0), slice(part.x0 - whole.x0, part.x1 - whole.x0)
+
+
+def _times(report: TileReport) -> TileReport:
+    return replace(report, arrays=None)
+
+
+def _amplitude_sum(report: TileReport) -> tuple[float, int]:
+    """Sum of the amplitude over the seen pixels of a tile, and their number."""
+    assert report.arrays is not None
+    amplitude = np.abs(report.arrays[0])
+    return float(np.nansum(amplitude, dtype=np.float64)), int(np.isfinite(amplitude).sum())
+
+
+def _start_of(held: HeldLight) -> NDArray[np.complex64]:
+    return held.start
+
+
+def _report_of(change: TileChange) -> SweepReport:
+    return change.report
+
+
+def _misfit_in_all(reports: list[SweepReport]) -> Misfit:
+    """Misfit of all patterns; that of a part is told by each of its tiles and counts once."""
+    parts: dict[int, Misfit] = {}
+    for report in reports:
+        parts |= report.misfit
+    return sum((parts[index] for index in sorted(parts)), Misfit())
 
 
 def _device_share(resources: Any) -> dict[str, float] | None:
@@ -459,7 +982,9 @@ def _sum_stages(parts: list[dict[str, float]]) -> dict[str, float]:
 
 def _lazy(job: ReconstructionJob, todo: Plan, pixel_size_m: float | None, attributes: dict[str, Any]) -> xr.Dataset:
     """The Dataset of Dask arrays: one task per chunk, one per tile, which gives all four arrays together."""
-    token = tokenize(todo.store, todo.data_hash, job.prediction.model.content_hash, todo.summary(), todo.box)
+    token = tokenize(
+        todo.store, todo.data_hash, job.prediction.model.content_hash, todo.summary(), todo.box, job.prediction.drop
+    )
     job_key, predict, tiles = f"job-{token}", f"predict-{token}", f"reassemble-{token}"
     chunk_tasks = {
         (predict, i): Task((predict, i), predict_chunk, TaskRef(job_key), c) for i, c in enumerate(todo.chunks)
