@@ -393,6 +393,7 @@ def reconstruct(
     groups_per_chunk: Annotated[int | None, typer.Option(help="Groups that one task predicts.")] = None,
     tile: Annotated[int | None, typer.Option(help="Pixels across a tile of the object.")] = None,
     roi: Annotated[str | None, typer.Option(help="Part of the object: y0,y1,x0,x1 in pixels.")] = None,
+    polish: Annotated[int | None, typer.Option(help="Data-consistent sweeps after stitching.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes to start; by default this one.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
     overwrite: Overwrite = False,
@@ -417,6 +418,7 @@ def reconstruct(
         groups_per_chunk=groups_per_chunk,
         tile=tile,
         roi=None if roi is None else _whole_numbers("--roi", roi, 4),
+        polish=polish,
     )
     out = store.with_name(f"{store.name.removesuffix('.zarr')}.object.zarr") if out is None else out
     png = out.with_suffix(".png") if png is None else png

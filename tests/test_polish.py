@@ -1,0 +1,348 @@
+"""Polishing: the same object however it is cut, nearer to the data after every run, and not one pixel invented."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from models_for_tests import LinearModel
+
+from ptychodask import prediction
+from ptychodask.cluster import in_process_client, local_client
+from ptychodask.iterative import (
+    StepProducts,
+    called_for,
+    frame_corners,
+    held_light,
+    r_factor,
+    reconstruct_iterative,
+    refine_probe,
+    step_products,
+    take_step,
+)
+from ptychodask.plan import ReconstructionSpec, plan
+from ptychodask.reassembly import add_patches, empty_canvas, finish, illumination_window
+from ptychodask.reconstruction import reconstruct
+from ptychodask.scan import PtychodaskError
+from ptychodask.simulate import expected_counts, shift_probe, simulate
+from ptychodask.store import read_groups, write_scan
+
+N_PATTERNS = 120
+FIELDS = {"groups_per_chunk": 40, "tile": 32}
+
+
+@dataclass(eq=False)
+class FlatModel(LinearModel):
+    """A network that has learnt nothing: 0.9 everywhere."""
+
+    content_hash: str = "flat"
+    members: int = 1
+
+    def patches(self, x, offset_yx_px):
+        return np.full((len(x), 1, self.n_pixels, self.n_pixels), 0.9, np.complex64)
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory):
+    path = tmp_path_factory.mktemp("polish") / "scan.zarr"
+    return simulate(path, n_pixels=16, n_patterns=N_PATTERNS, dose=1e6, step_px=2.0, path="raster", seed=3)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with in_process_client() as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def _empty_caches(monkeypatch):
+    monkeypatch.setattr(prediction, "_SOURCES", prediction._ProcessCache())
+    monkeypatch.setattr(prediction, "_PREDICTORS", prediction._ProcessCache())
+
+
+@pytest.fixture(scope="module")
+def polished(scan, client):
+    return reconstruct(scan.store, FlatModel(), client=client, polish=4, **FIELDS)
+
+
+def store_of(scan, path, **changes):
+    """A store like the scan's, patterns in the same order."""
+    kept = {"diffraction": scan.diffraction[:], "probe": scan.probe, "domain": scan.domain} | changes
+    return write_scan(path, position_yx_px=scan.position_yx_px, calibration="as_given", progress=False, **kept)
+
+
+def assert_same_bits(ds, other):
+    for name in ("object", "weight", "uncertainty", "count"):
+        np.testing.assert_array_equal(ds[name].values, other[name].values)
+
+
+@pytest.mark.parametrize("fields", [{"groups_per_chunk": 7, "tile": 24}, {"groups_per_chunk": 1, "tile": 200}])
+def test_the_polished_object_does_not_depend_on_chunks_and_tiles(scan, client, polished, fields):
+    found = reconstruct(scan.store, FlatModel(), client=client, polish=4, **fields)["object"].values
+    wanted = polished["object"].values
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
+    assert np.nanmax(np.abs(found - wanted)) <= 1e-5 * np.nanmedian(np.abs(wanted))
+
+
+def test_two_processes_give_the_same_bits_as_none_on_disk_and_in_memory(scan, polished, tmp_path):
+    with local_client(2):
+        there = reconstruct(scan.store, FlatModel(), polish=4, **FIELDS)
+        written = reconstruct(scan.store, FlatModel(), polish=4, out=tmp_path / "object.zarr", **FIELDS)
+    assert_same_bits(there, polished)
+    assert_same_bits(written, polished)
+    assert json.loads(json.dumps(written.attrs["polish"])) == polished.attrs["polish"]
+
+
+def test_without_sweeps_nothing_changes(scan, client):
+    plain, none = (
+        reconstruct(scan.store, FlatModel(), client=client, **FIELDS, **more) for more in ({}, {"polish": 0})
+    )
+    assert_same_bits(none, plain)
+    assert "polish" not in none.attrs
+
+
+def test_r_falls_and_is_the_r_of_the_object(scan, client, polished):
+    plain = reconstruct(scan.store, FlatModel(), client=client, **FIELDS)
+    record = polished.attrs["polish"]
+    assert (record["sweeps"], record["n_patterns"], len(record["r_factor"])) == (4, N_PATTERNS, 5)
+    corner = float(plain["y"][0]), float(plain["x"][0])
+    for ds, r in ((plain, record["r_factor"][0]), (polished, record["r_factor"][-1])):
+        # The two fill unseen pixels with means of their own, which hardly any light meets.
+        assert r_factor(ds["object"].values, corner, scan) == pytest.approx(r, rel=1e-3)
+    assert record["r_factor"][-1] < 0.3 * record["r_factor"][0]
+    assert polished.attrs["spec"]["polish"] == 4
+
+
+def test_only_the_object_changes_and_unseen_pixels_stay_unseen(scan, client, polished):
+    plain = reconstruct(scan.store, FlatModel(), client=client, **FIELDS)
+    for name in ("weight", "uncertainty", "count"):
+        np.testing.assert_array_equal(polished[name].values, plain[name].values)
+    np.testing.assert_array_equal(np.isnan(polished["object"]), polished["count"] == 0)
+
+
+def test_a_small_crop_is_polished_where_it_was_seen(scan, client):
+    ds = reconstruct(scan.store, FlatModel(), client=client, polish=3, crop=6, window="uniform", **FIELDS)
+    np.testing.assert_array_equal(np.isnan(ds["object"]), ds["count"] == 0)
+    assert ds.attrs["polish"]["r_factor"][-1] < 0.5 * ds.attrs["polish"]["r_factor"][0]
+
+
+def test_dim_pixels_are_held_where_they_were(scan, polished):
+    corner, shape = frames(scan)
+    light, hold = held_light(scan.probe, scan.position_yx_px, corner, shape)
+    peak = (np.abs(scan.probe) ** 2).sum(axis=0).max()
+    np.testing.assert_allclose(hold, np.maximum(peak - light, 0), atol=1e-6 * peak)
+    y, x = (slice(first, first + size - 1) for first, size in zip(corner, shape, strict=True))
+    object_ = polished["object"].sel(y=y, x=x).values
+    unlit = (light < 1e-4 * peak) & np.isfinite(object_)
+    assert unlit.any()
+    np.testing.assert_allclose(object_[unlit], 0.9, atol=0.02)
+    assert np.nanmax(np.abs(object_)) < 1.5
+
+
+def frames(scan):
+    """The object's corner and shape around all frames."""
+    corner = frame_corners(scan.position_yx_px, scan.n_pixels)
+    low = corner.min(axis=0)
+    return tuple(low.tolist()), tuple((corner.max(axis=0) - low + scan.n_pixels).tolist())
+
+
+def truth_over(scan):
+    corner, shape = frames(scan)
+    y, x = (int(c - t) for c, t in zip(corner, scan.truth.corner_yx_px, strict=True))
+    return np.ascontiguousarray(scan.truth.object[y : y + shape[0], x : x + shape[1]]), corner
+
+
+def noise_free(scan, **changes):
+    truth = scan.truth
+    counts = [expected_counts(truth.object, truth.corner_yx_px, scan.probe, place) for place in scan.position_yx_px]
+    return replace(scan, **({"diffraction": np.array(counts), "store": None} | changes))
+
+
+def test_the_truth_is_a_fixed_point(scan):
+    object_, corner = truth_over(scan)
+    change, misfit = called_for(object_, corner, noise_free(scan), np.arange(N_PATTERNS))
+    light, hold = held_light(scan.probe, scan.position_yx_px, corner, object_.shape)
+    assert misfit.r_factor < 1e-5
+    step = take_step(object_, object_, change, change, light + hold, StepProducts().mix())
+    np.testing.assert_allclose(step, object_, atol=1e-5)
+
+
+def test_what_patterns_call_for_is_half_the_slope_of_the_misfit(scan):
+    object_, corner = truth_over(scan)
+    rng = np.random.default_rng(0)
+    off = (rng.standard_normal(object_.shape) + 1j * rng.standard_normal(object_.shape)).astype(np.complex64)
+    object_, index = object_ + np.float32(0.05) * off, np.arange(30)
+    change, _ = called_for(object_, corner, scan, index)
+    step = np.float32(1e-2)
+    after, before = (called_for(object_ + sign * step * off, corner, scan, index)[1].square for sign in (1, -1))
+    slope = (after - before) / (2 * float(step))
+    assert -2 * np.vdot(off, change).real == pytest.approx(slope, rel=2e-2)
+
+
+def test_shares_of_the_patterns_add_up_wherever_the_part_lies(scan):
+    object_, corner = truth_over(scan)
+    whole, total = called_for(object_[:], corner, scan, np.arange(40))
+    summed, misfits = np.zeros_like(whole), []
+    for index in np.array_split(np.arange(40), 3):
+        first = frame_corners(scan.position_yx_px[index], 16)
+        y0, x0 = first.min(axis=0) - corner
+        y1, x1 = first.max(axis=0) - corner + 16
+        change, misfit = called_for(object_[y0:y1, x0:x1], (corner[0] + y0, corner[1] + x0), scan, index)
+        summed[y0:y1, x0:x1] += change
+        misfits.append(misfit)
+    np.testing.assert_allclose(summed, whole, rtol=0, atol=1e-12 * np.abs(whole).max())
+    assert sum(m.absolute for m in misfits) == pytest.approx(total.absolute, rel=1e-12)
+
+
+def test_the_misfit_honours_mask_flux_modes_and_domain(scan):
+    object_, corner = truth_over(scan)
+    modes = np.concatenate([scan.probe, 0.3 * np.roll(scan.probe, 2, axis=1)])
+    mask = np.random.default_rng(1).random((16, 16)) > 0.1
+    flux = np.linspace(0.5, 1.5, N_PATTERNS).astype(np.float32)
+    exact = noise_free(replace(scan, probe=modes))
+    counts = exact.diffraction * flux[:, None, None]
+    counts[:, ~mask] = 1e9
+    spoilt = replace(exact, diffraction=counts, mask=mask, flux=flux)
+    index = np.arange(N_PATTERNS)
+    _, misfit = called_for(object_, corner, spoilt, index)
+    assert misfit.r_factor < 1e-5
+    _, amplitude = called_for(object_, corner, replace(spoilt, diffraction=np.sqrt(counts), domain="amplitude"), index)
+    assert amplitude.r_factor < 1e-5
+    flat = np.ones_like(object_)
+    _, misfit = called_for(flat, corner, spoilt, index)
+    assert misfit.r_factor == pytest.approx(r_factor(flat, corner, spoilt), rel=1e-4)
+
+
+def test_masked_pixels_do_not_touch_the_object(scan, client, tmp_path):
+    mask = np.random.default_rng(0).random((16, 16)) > 0.05
+    garbage = scan.diffraction[:]
+    garbage[:, ~mask] = 1234
+    objects = []
+    for name, counts in (("clean", scan.diffraction[:]), ("spoilt", garbage)):
+        store_of(scan, tmp_path / f"{name}.zarr", diffraction=counts, mask=mask)
+        ds = reconstruct(tmp_path / f"{name}.zarr", FlatModel(), client=client, polish=2, **FIELDS)
+        objects.append(ds["object"].values)
+    np.testing.assert_array_equal(*objects)
+
+
+def test_light_is_summed_as_the_patterns_lie(scan):
+    corner, shape = frames(scan)
+    light, _ = held_light(scan.probe, scan.position_yx_px, corner, shape)
+    wanted = np.zeros(shape)
+    for position in scan.position_yx_px:
+        y, x = (np.floor(position).astype(int) - 8) - corner
+        shifted = shift_probe(scan.probe, position - np.floor(position))
+        wanted[y : y + 16, x : x + 16] += (np.abs(shifted) ** 2).sum(axis=0)
+    np.testing.assert_allclose(light, wanted, rtol=1e-5)
+    part, _ = held_light(scan.probe, scan.position_yx_px, (corner[0] + 5, corner[1] + 3), (9, 7))
+    np.testing.assert_array_equal(part, light[5:14, 3:10])
+
+
+def test_steps_solve_a_quadratic_ever_better():
+    rng = np.random.default_rng(0)
+    scale = np.geomspace(1, 50, 30)
+    wanted = (rng.standard_normal((5, 6)) + 1j * rng.standard_normal((5, 6))).astype(np.complex64)
+    curvature = np.full((5, 6), 50, np.float32)
+    now = before = np.zeros((5, 6), np.complex64)
+    earlier = change = (scale.reshape(5, 6) * (wanted - now)).astype(np.complex64)
+    mix, misses = StepProducts().mix(), []
+    for _ in range(25):
+        now, before = take_step(now, before, change, earlier, curvature, mix), now
+        earlier, change = change, (scale.reshape(5, 6) * (wanted - now)).astype(np.complex64)
+        mix = step_products(now, before, change, earlier, curvature).mix()
+        misses.append(np.linalg.norm(wanted - now))
+    plain = np.linalg.norm(wanted * ((1 - scale / 50) ** 25).reshape(5, 6))
+    # On its way a remembered step may overshoot; in the end it is far ahead of as many plain ones.
+    assert misses[-1] < 0.05 * plain
+
+
+def test_a_step_without_curvature_is_the_plain_one():
+    assert StepProducts().mix() == (1.0, 0.0, 0.0)
+    assert StepProducts(s_y=-1.0, y_h_y=2.0, s_u=1.0, y_h_u=1.0).mix() == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("groups_per_chunk", [7, N_PATTERNS])
+def test_exactly_the_groups_of_dropped_patterns_are_left_out(scan, client, groups_per_chunk):
+    drop = np.array([3, 50, 51, 119])
+    model, fields = LinearModel(), {"drop": drop, "groups_per_chunk": groups_per_chunk}
+    todo = plan(scan.store, model, ReconstructionSpec(**fields))
+    table = read_groups(scan.store, todo.groups).member
+    member = np.array([row for row in table if not set(row.tolist()) & set(drop.tolist())])
+    assert 0 < todo.n_groups == len(member) < len(table)
+    assert todo.n_patterns == len(np.unique(member))
+    position = scan.position_yx_px[member]
+    x = np.moveaxis(scan.network_input(member.ravel()).reshape(*member.shape, 16, 16), 1, -1)
+    patches = model.patches(x, (position - position.mean(axis=1, keepdims=True)).astype(np.float32))
+    canvas = empty_canvas(todo.box.corner, todo.box.shape)
+    window = illumination_window(scan.probe, 16)
+    add_patches(canvas, patches.reshape(-1, 16, 16), position.reshape(-1, 2) - 8, window)
+    wanted, _, _, count = finish(canvas)
+    found = reconstruct(scan.store, model, client=client, **fields)
+    np.testing.assert_array_equal(found["count"], count)
+    np.testing.assert_allclose(found["object"], wanted, atol=1e-5 * np.nanmedian(np.abs(wanted)))
+
+
+def test_dropping_nothing_changes_nothing_and_a_lazy_result_drops_too(scan, client):
+    fields = {"client": client, **FIELDS}
+    whole, none, some = (reconstruct(scan.store, LinearModel(), drop=drop, **fields) for drop in ((), [], [5, 7, 60]))
+    assert_same_bits(none, whole)
+    lazy = reconstruct(scan.store, LinearModel(), drop=[60, 7, 5, 5], compute=False, **FIELDS)
+    assert_same_bits(lazy.compute(), some)
+    assert some.attrs["spec"]["drop"] == [5, 7, 60]
+    assert float(some["count"].sum()) < float(whole["count"].sum())
+
+
+def test_dropped_patterns_have_no_say_in_polishing(scan, client, tmp_path):
+    drop = np.arange(0, N_PATTERNS, 5)
+    spoilt = scan.diffraction[:]
+    spoilt[drop] = spoilt[drop, ::-1] // 2
+    store_of(scan, tmp_path / "spoilt.zarr", diffraction=spoilt)
+    one, other = (
+        reconstruct(store, FlatModel(), client=client, polish=2, drop=drop, **FIELDS)
+        for store in (scan.store, tmp_path / "spoilt.zarr")
+    )
+    assert_same_bits(one, other)
+    assert one.attrs["polish"] == other.attrs["polish"]
+    assert one.attrs["polish"]["n_patterns"] == N_PATTERNS - len(drop)
+
+
+def test_excluded_patterns_have_no_say_in_the_iterative_engine(scan, tmp_path):
+    out = np.arange(0, N_PATTERNS, 5)
+    spoilt = scan.diffraction[:]
+    spoilt[out] = spoilt[out, ::-1] // 2
+    stores = []
+    for name, counts in (("clean", scan.diffraction[:]), ("spoilt", spoilt)):
+        store_of(scan, tmp_path / f"{name}.zarr", diffraction=counts)
+        stores.append(tmp_path / f"{name}.zarr")
+    one, other = (reconstruct_iterative(store, n_sweeps=2, exclude=out, progress=False) for store in stores)
+    assert_same_bits(one, other)
+    assert one.attrs["r_factor"] == other.attrs["r_factor"]
+    found = [refine_probe(store, n_sweeps=3, exclude=out, progress=False) for store in stores]
+    np.testing.assert_array_equal(found[0].probe, found[1].probe)
+    assert found[0].n_patterns + found[0].n_held_out == N_PATTERNS - len(out)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"polish": -1}, "polish is -1, expected a whole number of sweeps, 0 or more"),
+        ({"polish": 1.5}, "polish is 1.5, expected a whole number"),
+        ({"polish": 2, "roi": (0, 9, 0, 9)}, r"polish=2 with roi \(0, 9, 0, 9\): patterns at its rim reach beyond it"),
+        ({"polish": 2, "compute": False}, "compute=False with polish=2: each sweep needs the whole object"),
+        ({"drop": [-1]}, "expected indices of patterns, 0 or more"),
+        ({"drop": [0.5]}, "drop has shape .* expected indices of patterns"),
+        ({"drop": [N_PATTERNS]}, f"patterns {N_PATTERNS}..{N_PATTERNS} are to be left out, expected indices 0..119"),
+        ({"drop": range(N_PATTERNS)}, "every pattern is left out; leave some in"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused(scan, fields, message):
+    with pytest.raises(PtychodaskError, match=message):
+        reconstruct(scan.store, FlatModel(), **fields)
+
+
+def test_a_drop_that_leaves_no_group_is_refused(scan):
+    drop = range(2, N_PATTERNS)
+    with pytest.raises(PtychodaskError, match=r"each of the 120 groups of .* has one of the 118 patterns to drop"):
+        reconstruct(scan.store, LinearModel(), drop=drop)
