@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "models": ["Model", "ModelSpec", "load_model"],
         "result": ["open_result"],
         "iterative": ["ProbeRefinement", "reconstruct_iterative", "refine_probe"],
-        "training": ["TrainingSpec", "train"],
+        "training": ["GroupReader", "TrainingSpec", "as_tf_dataset", "as_torch_dataset", "train"],
         "plan": ["Plan", "ReconstructionSpec", "plan"],
         "reconstruction": ["reconstruct"],
         "compare": ["compare"],
