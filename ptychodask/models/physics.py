@@ -22,6 +22,9 @@ MERGE_FLOOR = 1e-2
 
 TINY = 1e-12
 
+DARK_FLOOR = 1e-3
+"""Far field, relative to the probe's root mean square there, below which its phase may be rounding and counts less."""
+
 
 def multiply(a: ComplexPair, b: ComplexPair) -> ComplexPair:
     """Product of two complex pairs."""
@@ -56,7 +59,7 @@ def propagate(wave: ComplexPair) -> ComplexPair:
     Equals ``fftshift(fft2(wave)) / N`` (DESIGN: unitary FFT, so Σ|far|² = Σ|wave|²).
     """
     n_pixels = wave[0].shape[-1]
-    signs = alternating_signs(n_pixels)
+    signs = ops.convert_to_tensor(alternating_signs(n_pixels))
     real, imag = ops.fft2((wave[0] * signs, wave[1] * signs))
     return real / n_pixels, imag / n_pixels
 
@@ -64,7 +67,7 @@ def propagate(wave: ComplexPair) -> ComplexPair:
 def propagate_back(far: ComplexPair) -> ComplexPair:
     """Exit waves from far fields (..., N, N): the inverse of `propagate`."""
     n_pixels = far[0].shape[-1]
-    signs = alternating_signs(n_pixels) * n_pixels
+    signs = ops.convert_to_tensor(alternating_signs(n_pixels) * n_pixels)
     real, imag = ops.ifft2(far)
     return real * signs, imag * signs
 
@@ -83,7 +86,7 @@ def shift_ramps(shift_yx_px: Tensor, n_pixels: int) -> ComplexPair:
     pair of tensors (..., N, N)
         exp(2πi f·shift), in the order of an FFT's frequencies.
     """
-    frequency = (2 * np.pi * np.fft.fftfreq(n_pixels)).astype(np.float32)
+    frequency = ops.convert_to_tensor((2 * np.pi * np.fft.fftfreq(n_pixels)).astype(np.float32))
     along_y = shift_yx_px[..., 0:1] * frequency
     along_x = shift_yx_px[..., 1:2] * frequency
     return multiply(
@@ -191,8 +194,9 @@ def data_step(patches: ComplexPair, probe: ComplexPair, amplitude: Tensor, mask:
     1256, eqs. 3-5.
     """
     far = propagate(exit_waves(probe, patches))
-    modelled = ops.sqrt(ops.sum(squared_modulus(far), axis=2) + TINY)
-    change = ((amplitude / modelled - 1.0) * mask)[:, :, None]
+    modelled = ops.sum(squared_modulus(far), axis=2)
+    floor = ops.sum(squared_modulus(probe)) * (DARK_FLOOR / probe[0].shape[-1]) ** 2
+    change = ((amplitude - ops.sqrt(modelled + TINY)) / ops.sqrt(modelled + floor) * mask)[:, :, None]
     difference = propagate_back((far[0] * change, far[1] * change))
     real, imag = multiply(conjugate(probe), difference)
     return ops.sum(real, axis=2), ops.sum(imag, axis=2)

@@ -383,6 +383,7 @@ class GroupReassembly(layers.Layer):
         along_x = shift_matrices(offset_yx_px[..., 1], n_pixels)
         centre = np.zeros(n_pixels, np.float32)
         centre[n_pixels // 4 : n_pixels // 4 + n_pixels // 2] = 1
+        centre = ops.convert_to_tensor(centre)
         seen = ops.einsum("bcy,bcx->byx", ops.matmul(along_y, centre), ops.matmul(along_x, centre))
         summed = [
             ops.sum(ops.matmul(ops.matmul(along_y, ops.transpose(part, (0, 3, 1, 2))), along_x_t), axis=1)
@@ -415,7 +416,7 @@ def shift_matrices(shift_px: Tensor, n_pixels: int) -> Tensor:
     [[0.0, 0.0, 0.0], [0.75, 0.0, 0.0], [0.25, 0.75, 0.0]]
     """
     index = np.arange(n_pixels, dtype=np.float32)
-    distance = index[:, None] - index - ops.convert_to_tensor(shift_px)[..., None, None]
+    distance = ops.convert_to_tensor(index[:, None] - index) - ops.convert_to_tensor(shift_px)[..., None, None]
     return ops.maximum(0.0, 1.0 - ops.abs(distance))
 
 
