@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from numbers import Integral
-from operator import getitem
+from operator import attrgetter, getitem
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,18 @@ from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from numpy.typing import NDArray
 
 from ptychodask.cluster import active_client, client_for_run
-from ptychodask.grouping import curve_order
-from ptychodask.iterative import (
-    Misfit,
-    StepProducts,
-    called_for,
-    frame_corners,
-    held_light,
-    patterns_without,
-    step_products,
-    take_step,
-)
+from ptychodask.iterative import StepProducts
 from ptychodask.plan import MIB, RESULT_PIXEL_BYTES, Chunk, Plan, ReconstructionSpec, Tile, plan_for
+from ptychodask.polishing import (
+    amplitude_sum,
+    change_part,
+    change_tile,
+    hold_tile,
+    misfit_in_all,
+    plan_polishing,
+    seen_part,
+    step_tile,
+)
 from ptychodask.prediction import (
     ModelReference,
     PatchModel,
@@ -91,76 +91,6 @@ class ReconstructionJob:
 
     crop: int
     """Elements across the middle of a patch that are used, M."""
-
-
-@dataclass(frozen=True, eq=False)
-class PolishPart:
-    """Patterns near each other whose shares of a sweep one task sums."""
-
-    index: NDArray[np.int64]
-    """Which patterns."""
-
-    box: Box
-    """Where their frames lie."""
-
-    tiles: tuple[int, ...]
-    """Indices of the tiles that hold the object there."""
-
-
-@dataclass(frozen=True, eq=False)
-class PolishJob:
-    """All that a task of polishing needs to know beside its part or tile."""
-
-    prediction: PredictionJob
-
-    boxes: tuple[Box, ...]
-    """What each tile holds of the object: itself, and beyond the object's edges as far as any frame reaches."""
-
-
-@dataclass(frozen=True, eq=False)
-class PartChange:
-    """What one part of the patterns calls for."""
-
-    change: NDArray[np.complex128]
-    """Change (y, x) over the part's box, as `called_for` gives it."""
-
-    box: Box
-    misfit: Misfit
-
-
-@dataclass(frozen=True, eq=False)
-class HeldLight:
-    """What is fixed of a tile while it is polished; arrays (y, x)."""
-
-    start: NDArray[np.complex64]
-    """The stitched object, its unseen pixels at the mean amplitude."""
-
-    curvature: NDArray[np.float32]
-    """Light plus hold (see `held_light`)."""
-
-    hold: NDArray[np.float32]
-    """How firmly a dim pixel is held where it was."""
-
-
-@dataclass(frozen=True)
-class SweepReport:
-    """Sums over one tile that a sweep goes on from."""
-
-    products: StepProducts
-
-    held: float
-    """Σ hold |object − start|²."""
-
-    misfit: dict[int, Misfit]
-    """Misfit of each part that touches the tile."""
-
-
-@dataclass(frozen=True, eq=False)
-class TileChange:
-    """What patterns and hold call for in one tile."""
-
-    change: NDArray[np.complex64]
-    report: SweepReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,113 +181,6 @@ def deliver_tile(tile: Tile, parts: list[ChunkSums], out: Path | None, start_yx:
     return TileReport(arrays if out is None else None, seconds, [part.seconds for part in parts])
 
 
-def hold_tile(job: PolishJob, tile: Box, box: Box, stitched: TileReport, *, mean: float) -> HeldLight:
-    """What is fixed of one tile while it is polished.
-
-    Parameters
-    ----------
-    job : PolishJob
-    tile, box : Box
-        The tile, and what it holds while it is polished.
-    stitched : TileReport
-        With the arrays of the stitched tile.
-    mean : float
-        Amplitude that unseen pixels start with.
-
-    Returns
-    -------
-    HeldLight
-    """
-    assert stitched.arrays is not None
-    scan, _ = open_source(job.prediction)
-    kept = patterns_without(scan, job.prediction.drop)
-    light, hold = held_light(scan.probe, scan.position_yx_px[kept], box.corner, box.shape)
-    start = np.full(box.shape, mean, np.complex64)
-    seen = np.isfinite(stitched.arrays[0])
-    start[_within(tile, box)][seen] = stitched.arrays[0][seen]
-    return HeldLight(start, light + hold, hold)
-
-
-def change_part(job: PolishJob, part: PolishPart, objects: list[NDArray[np.complex64]]) -> PartChange:
-    """What the patterns of one part call for.
-
-    Parameters
-    ----------
-    job : PolishJob
-    part : PolishPart
-    objects : list of complex64 arrays (y, x)
-        Object over each of ``part.tiles``.
-
-    Returns
-    -------
-    PartChange
-    """
-    scan, _ = open_source(job.prediction)
-    whole = np.empty(part.box.shape, np.complex64)
-    for tile, object_ in zip(part.tiles, objects, strict=True):
-        shared = part.box.overlap(job.boxes[tile])
-        whole[_within(shared, part.box)] = object_[_within(shared, job.boxes[tile])]
-    change, misfit = called_for(whole, part.box.corner, scan, part.index)
-    return PartChange(change, part.box, misfit)
-
-
-def change_tile(
-    box: Box,
-    held: HeldLight,
-    object_: NDArray[np.complex64],
-    before: NDArray[np.complex64],
-    earlier: TileChange | None,
-    given: list[PartChange],
-    parts: tuple[int, ...],
-) -> TileChange:
-    """What all patterns and the hold call for in one tile.
-
-    Parameters
-    ----------
-    box : Box
-        What the tile holds.
-    held : HeldLight
-    object_, before : complex64 array (y, x)
-        Now, and before the latest step.
-    earlier : TileChange or None
-        What was called for before the latest step; None in the first sweep.
-    given : list of PartChange
-        What the parts that touch the tile call for, in their order.
-    parts : ints
-        Their indices.
-
-    Returns
-    -------
-    TileChange
-    """
-    off = held.start - object_
-    total = (held.hold * off).astype(np.complex128)
-    for part in given:
-        shared = box.overlap(part.box)
-        total[_within(shared, box)] += part.change[_within(shared, part.box)]
-    change = total.astype(np.complex64)
-    products = StepProducts()
-    if earlier is not None:
-        products = step_products(object_, before, change, earlier.change, held.curvature)
-    missed = float((held.hold * (off.real**2 + off.imag**2)).sum(dtype=np.float64))
-    misfit = {index: part.misfit for index, part in zip(parts, given, strict=True)}
-    return TileChange(change, SweepReport(products, missed, misfit))
-
-
-def step_tile(
-    held: HeldLight,
-    object_: NDArray[np.complex64],
-    before: NDArray[np.complex64],
-    change: TileChange,
-    earlier: TileChange | None,
-    *,
-    mix: tuple[float, float, float],
-) -> NDArray[np.complex64]:
-    """One tile of the object after a step (see `take_step`); complex64 (y, x)."""
-    last = change if earlier is None else earlier
-    return take_step(object_, before, change.change, last.change, held.curvature, mix)
-
-
 def deliver_polished(
     tile: Tile,
     box: Box,
@@ -383,8 +206,7 @@ def deliver_polished(
     """
     assert stitched.arrays is not None
     object_, weight, uncertainty, count = stitched.arrays
-    seen = np.isfinite(object_)
-    arrays = (np.where(seen, polished[_within(tile.box, box)], object_), weight, uncertainty, count)
+    arrays = (seen_part(tile.box, box, object_, polished), weight, uncertainty, count)
     if out is not None:
         write_tile(out, start_yx, arrays)
     return replace(stitched, arrays=arrays if out is None else None)
@@ -774,20 +596,12 @@ class _Polishing:
 
     def __init__(self, client: distributed.Client, job: ReconstructionJob, todo: Plan, scan: Scan) -> None:
         self._client, self._stitching, self._todo = client, job, todo
-        index = patterns_without(scan, job.prediction.drop)
-        index = index[curve_order(scan.position_yx_px[index])]
-        corner = frame_corners(scan.position_yx_px[index], scan.n_pixels)
-        around = _box_around(corner, scan.n_pixels)
-        # The model stays behind: sweeps need the scan alone.
-        prediction = replace(job.prediction, model=replace(job.prediction.model, model=None))
-        self._job = PolishJob(prediction, tuple(_stretched(tile.box, todo.box, around) for tile in todo.tiles))
-        self.n_patterns = len(index)
-        self._parts = []
-        for first in range(0, len(index), todo.groups_per_chunk):
-            mine = slice(first, first + todo.groups_per_chunk)
-            box = _box_around(corner[mine], scan.n_pixels)
-            touching = [i for i, held in enumerate(self._job.boxes) if held.overlap(box).n_pixels]
-            self._parts.append(PolishPart(index[mine], box, tuple(touching)))
+        self._job, self._parts = plan_polishing(scan, todo, job.prediction)
+        self._parts_of = [
+            tuple(index for index, part in enumerate(self._parts) if tile in part.tiles)
+            for tile in range(len(todo.tiles))
+        ]
+        self.n_patterns = sum(len(part.index) for part in self._parts)
         self._stitched: list[distributed.Future] = []
         self._objects: list[distributed.Future] = []
 
@@ -809,20 +623,21 @@ class _Polishing:
 
     def sweep(self, n_sweeps: int, show: bool | None) -> list[float]:
         """Sweep over the patterns; R before the first sweep and after each."""
-        summed = self._told(self._on_tiles(_amplitude_sum, self._stitched))
+        stitched = self._on_tiles(_object_of, self._stitched)
+        summed = self._told(self._on_tiles(amplitude_sum, stitched))
         mean = sum(total for total, _ in summed) / sum(count for _, count in summed)
         places = [tile.box for tile in self._todo.tiles]
         hold = partial(hold_tile, self._job, mean=mean)
-        held = self._on_tiles(hold, places, self._job.boxes, self._stitched)
-        objects = before = self._on_tiles(_start_of, held)
+        held = self._on_tiles(hold, places, self._job.boxes, stitched)
+        objects = before = self._on_tiles(attrgetter("start"), held)
         changes: list[Any] = [None] * len(held)
         r_factors: list[float] = []
         most = 0.0
         with show_progress("polish", (n_sweeps + 1) * self.n_patterns, "patterns", show) as progress:
             for sweep in range(n_sweeps + 1):
                 earlier, changes = changes, self._changes(held, objects, before, changes, progress)
-                reports = self._told(self._on_tiles(_report_of, changes))
-                misfit = _misfit_in_all(reports)
+                reports = self._told(self._on_tiles(attrgetter("report"), changes))
+                misfit = misfit_in_all(reports)
                 r_factors.append(misfit.r_factor)
                 progress.note(f"{sweep} of {n_sweeps} sweeps, R {misfit.r_factor:.4f}")
                 if sweep == n_sweeps:
@@ -853,12 +668,11 @@ class _Polishing:
             return change_part, self._job, parts[index], [objects[tile] for tile in parts[index].tiles]
 
         def tile_task(index: int, given: list[distributed.Future]) -> tuple[Any, ...]:
-            named = chunks_of[index]
-            return change_tile, boxes[index], held[index], objects[index], before[index], earlier[index], given, named
+            known = held[index], objects[index], before[index], earlier[index]
+            return change_tile, boxes[index], *known, given, self._parts_of[index]
 
-        chunks_of = [tuple(i for i, part in enumerate(parts) if tile in part.tiles) for tile in range(len(boxes))]
         tasks = _Tasks(
-            chunks_of=chunks_of,
+            chunks_of=self._parts_of,
             amounts=[len(part.index) for part in parts],
             chunk=part_task,
             tile=tile_task,
@@ -904,52 +718,13 @@ class _Polishing:
         return list(self._client.gather(futures))
 
 
-def _box_around(corner: NDArray[np.int64], n_pixels: int) -> Box:
-    """The box around frames of N x N pixels."""
-    (y0, x0), (y1, x1) = corner.min(axis=0).tolist(), (corner.max(axis=0) + n_pixels).tolist()
-    return Box(y0, y1, x0, x1)
-
-
-def _stretched(tile: Box, whole: Box, around: Box) -> Box:
-    """A tile, from the edges of the whole on moved out to those of the box around it."""
-    return Box(
-        min(tile.y0, around.y0) if tile.y0 == whole.y0 else tile.y0,
-        max(tile.y1, around.y1) if tile.y1 == whole.y1 else tile.y1,
-        min(tile.x0, around.x0) if tile.x0 == whole.x0 else tile.x0,
-        max(tile.x1, around.x1) if tile.x1 == whole.x1 else tile.x1,
-    )
-
-
-def _within(part: Box, whole: Box) -> tuple[slice, slice]:
-    """Where a box lies in an array over another that holds it."""
-    return slice(part.y0 - whole.y0, part.y1 - whole.y0), slice(part.x0 - whole.x0, part.x1 - whole.x0)
+def _object_of(report: TileReport) -> NDArray[np.complex64]:
+    assert report.arrays is not None
+    return report.arrays[0]
 
 
 def _times(report: TileReport) -> TileReport:
     return replace(report, arrays=None)
-
-
-def _amplitude_sum(report: TileReport) -> tuple[float, int]:
-    """Sum of the amplitude over the seen pixels of a tile, and their number."""
-    assert report.arrays is not None
-    amplitude = np.abs(report.arrays[0])
-    return float(np.nansum(amplitude, dtype=np.float64)), int(np.isfinite(amplitude).sum())
-
-
-def _start_of(held: HeldLight) -> NDArray[np.complex64]:
-    return held.start
-
-
-def _report_of(change: TileChange) -> SweepReport:
-    return change.report
-
-
-def _misfit_in_all(reports: list[SweepReport]) -> Misfit:
-    """Misfit of all patterns; that of a part is told by each of its tiles and counts once."""
-    parts: dict[int, Misfit] = {}
-    for report in reports:
-        parts |= report.misfit
-    return sum((parts[index] for index in sorted(parts)), Misfit())
 
 
 def _device_share(resources: Any) -> dict[str, float] | None:

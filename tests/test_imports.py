@@ -27,6 +27,7 @@ ORDER = [
     ("prediction",),
     ("reassembly",),
     ("plan",),
+    ("polishing",),
     ("cluster",),
     ("reconstruction",),
     ("registration", "metrics", "compare", "study"),
