@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,15 +37,8 @@ class PolishPart:
     tiles: tuple[int, ...]
     """Indices of the tiles that hold the object there."""
 
-
-@dataclass(frozen=True, eq=False)
-class PolishJob:
-    """All that a task of polishing needs to know beside its part or tile."""
-
-    prediction: PredictionJob
-
-    boxes: tuple[Box, ...]
-    """What each tile holds of the object: itself, and beyond the object's edges as far as any frame reaches."""
+    tile_boxes: tuple[Box, ...]
+    """What each of them holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,22 +87,25 @@ class TileChange:
     report: SweepReport
 
 
-def plan_polishing(scan: Scan, todo: Plan, prediction: PredictionJob) -> tuple[PolishJob, tuple[PolishPart, ...]]:
-    """What each tile holds, and the parts of the patterns: as many along the curve as a chunk has groups.
+def plan_polishing(scan: Scan, todo: Plan, drop: tuple[int, ...]) -> tuple[tuple[Box, ...], tuple[PolishPart, ...]]:
+    """What each tile holds while it is polished, and the parts of the patterns.
 
     Parameters
     ----------
     scan : Scan
     todo : Plan
         Of the whole object.
-    prediction : PredictionJob
+    drop : ints
+        Patterns that are left out.
 
     Returns
     -------
-    job : PolishJob
+    boxes : tuple of Box
+        Each tile, and beyond the object's edges as far as any frame reaches.
     parts : tuple of PolishPart
+        As many patterns along the curve as a chunk has groups.
     """
-    index = patterns_without(scan, prediction.drop)
+    index = patterns_without(scan, drop)
     index = index[curve_order(scan.position_yx_px[index])]
     corner = frame_corners(scan.position_yx_px[index], scan.n_pixels)
     around = _box_around(corner, scan.n_pixels)
@@ -118,18 +114,18 @@ def plan_polishing(scan: Scan, todo: Plan, prediction: PredictionJob) -> tuple[P
     for first in range(0, len(index), todo.groups_per_chunk):
         mine = slice(first, first + todo.groups_per_chunk)
         box = _box_around(corner[mine], scan.n_pixels)
-        touching = tuple(place for place, held in enumerate(boxes) if held.overlap(box).n_pixels)
-        parts.append(PolishPart(index[mine], box, touching))
-    # The model stays behind: sweeps need the scan alone.
-    return PolishJob(replace(prediction, model=replace(prediction.model, model=None)), boxes), tuple(parts)
+        tiles = tuple(place for place, held in enumerate(boxes) if held.overlap(box).n_pixels)
+        parts.append(PolishPart(index[mine], box, tiles, tuple(boxes[place] for place in tiles)))
+    return boxes, tuple(parts)
 
 
-def hold_tile(job: PolishJob, tile: Box, box: Box, stitched: NDArray[np.complex64], *, mean: float) -> HeldLight:
+def hold_tile(job: PredictionJob, tile: Box, box: Box, stitched: NDArray[np.complex64], *, mean: float) -> HeldLight:
     """What is fixed of one tile while it is polished.
 
     Parameters
     ----------
-    job : PolishJob
+    job : PredictionJob
+        Names the store.
     tile, box : Box
         The tile, and what it holds while it is polished.
     stitched : complex64 array (y, x)
@@ -141,8 +137,8 @@ def hold_tile(job: PolishJob, tile: Box, box: Box, stitched: NDArray[np.complex6
     -------
     HeldLight
     """
-    scan, _ = open_source(job.prediction)
-    kept = patterns_without(scan, job.prediction.drop)
+    scan, _ = open_source(job)
+    kept = patterns_without(scan, job.drop)
     light, hold = held_light(scan.probe, scan.position_yx_px[kept], box.corner, box.shape)
     start = np.full(box.shape, mean, np.complex64)
     seen = np.isfinite(stitched)
@@ -150,12 +146,13 @@ def hold_tile(job: PolishJob, tile: Box, box: Box, stitched: NDArray[np.complex6
     return HeldLight(start, light + hold, hold)
 
 
-def change_part(job: PolishJob, part: PolishPart, objects: list[NDArray[np.complex64]]) -> PartChange:
+def change_part(job: PredictionJob, part: PolishPart, objects: list[NDArray[np.complex64]]) -> PartChange:
     """What the patterns of one part call for.
 
     Parameters
     ----------
-    job : PolishJob
+    job : PredictionJob
+        Names the store.
     part : PolishPart
     objects : list of complex64 arrays (y, x)
         Object over each of ``part.tiles``.
@@ -164,11 +161,11 @@ def change_part(job: PolishJob, part: PolishPart, objects: list[NDArray[np.compl
     -------
     PartChange
     """
-    scan, _ = open_source(job.prediction)
+    scan, _ = open_source(job)
     whole = np.empty(part.box.shape, np.complex64)
-    for tile, object_ in zip(part.tiles, objects, strict=True):
-        shared = part.box.overlap(job.boxes[tile])
-        whole[_within(shared, part.box)] = object_[_within(shared, job.boxes[tile])]
+    for box, object_ in zip(part.tile_boxes, objects, strict=True):
+        shared = part.box.overlap(box)
+        whole[_within(shared, part.box)] = object_[_within(shared, box)]
     change, misfit = called_for(whole, part.box.corner, scan, part.index)
     return PartChange(change, part.box, misfit)
 

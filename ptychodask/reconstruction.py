@@ -596,7 +596,9 @@ class _Polishing:
 
     def __init__(self, client: distributed.Client, job: ReconstructionJob, todo: Plan, scan: Scan) -> None:
         self._client, self._stitching, self._todo = client, job, todo
-        self._job, self._parts = plan_polishing(scan, todo, job.prediction)
+        self._boxes, self._parts = plan_polishing(scan, todo, job.prediction.drop)
+        # The model stays behind: sweeps need the scan alone.
+        self._job = replace(job.prediction, model=replace(job.prediction.model, model=None))
         self._parts_of = [
             tuple(index for index, part in enumerate(self._parts) if tile in part.tiles)
             for tile in range(len(todo.tiles))
@@ -628,7 +630,7 @@ class _Polishing:
         mean = sum(total for total, _ in summed) / sum(count for _, count in summed)
         places = [tile.box for tile in self._todo.tiles]
         hold = partial(hold_tile, self._job, mean=mean)
-        held = self._on_tiles(hold, places, self._job.boxes, stitched)
+        held = self._on_tiles(hold, places, self._boxes, stitched)
         objects = before = self._on_tiles(attrgetter("start"), held)
         changes: list[Any] = [None] * len(held)
         r_factors: list[float] = []
@@ -661,7 +663,7 @@ class _Polishing:
         progress: Progress,
     ) -> list[distributed.Future]:
         """What all patterns call for, tile by tile."""
-        parts, boxes = self._parts, self._job.boxes
+        parts, boxes = self._parts, self._boxes
         done: dict[int, distributed.Future] = {}
 
         def part_task(index: int) -> tuple[Any, ...]:
@@ -690,7 +692,7 @@ class _Polishing:
 
         def tile_task(index: int, _: list[distributed.Future]) -> tuple[Any, ...]:
             tile = todo.tiles[index]
-            box, stitched, polished = self._job.boxes[index], self._stitched[index], self._objects[index]
+            box, stitched, polished = self._boxes[index], self._stitched[index], self._objects[index]
             return deliver_polished, tile, box, stitched, polished, out, _start_yx(todo, tile)
 
         tasks = _Tasks(
@@ -711,9 +713,7 @@ class _Polishing:
 
     def _told(self, futures: list[distributed.Future]) -> list[Any]:
         """What small tasks give."""
-        with self._client.as_current():
-            distributed.wait(futures)
-        for future in futures:
+        for future in distributed.as_completed(futures, loop=self._client.loop):
             _check_done(future, "polishing", (PtychodaskError,))
         return list(self._client.gather(futures))
 
