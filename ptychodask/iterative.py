@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 PROBE_BATCH = 16
 """Patterns whose estimates of the probe are averaged into one update."""
 
+READ_BATCH = 64
+"""Patterns that polishing reads at a time."""
+
 PROBE_DAMPING = 0.1
 """Share of the brightest pixel in the denominator of a probe update; keeps dimly known pixels still."""
 
@@ -666,7 +669,7 @@ def called_for(
         Coordinates of its pixel [0, 0] in the scan's frame.
     scan : Scan
     index : int64 array (k,)
-        Which patterns; `PROBE_BATCH` of them are in memory at a time.
+        Which patterns; `READ_BATCH` of them are in memory at a time.
 
     Returns
     -------
@@ -687,8 +690,8 @@ def called_for(
     position = scan.position_yx_px[index]
     start = frame_corners(position, n_pixels) - corner
     flux = np.ones(len(index), np.float32) if scan.flux is None else scan.flux[index]
-    for first in range(0, len(index), PROBE_BATCH):
-        batch = np.arange(first, min(first + PROBE_BATCH, len(index)))
+    for first in range(0, len(index), READ_BATCH):
+        batch = np.arange(first, min(first + READ_BATCH, len(index)))
         measured = scipy.fft.ifftshift(scan.amplitude(index[batch]), axes=(1, 2))
         for j, amplitude in zip(batch, measured, strict=True):
             frame = tuple(slice(side, side + n_pixels) for side in start[j])
@@ -755,9 +758,16 @@ class StepProducts:
     """
 
     s_y: float = 0.0
+    """s·y, the curvature that the step met."""
+
     y_h_y: float = 0.0
+    """y·Hy."""
+
     s_u: float = 0.0
+    """s·u."""
+
     y_h_u: float = 0.0
+    """y·Hu."""
 
     def __add__(self, other: StepProducts) -> StepProducts:
         return StepProducts(
