@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -21,32 +23,95 @@ from ptychodask.models.spec import ModelSpec, Optics
 
 BASE_FILTERS = 16
 
+ATTENTION_HEADS = 4
+
+Precision = Literal["float32", "mixed"]
+"""Of the U-Net's convolutions; `mixed` computes them in bfloat16 from float32 weights. The physics stays float32."""
+
+
+@dataclass(frozen=True)
+class OpticsTensors:
+    """The optics of the scan that a batch comes from."""
+
+    probe: ComplexPair
+    """(mode, N, N)."""
+
+    weight: Tensor
+    """Relative illumination (N, N)."""
+
+    mask: Tensor
+    """1 where a detector pixel is good (N, N)."""
+
+    amplitude_scale: Tensor
+    """Factor from network input to amplitude."""
+
+
+class OpticsTable:
+    """The optics of one scan as constants, or of several to choose from by their number.
+
+    Parameters
+    ----------
+    optics : Optics or sequence of Optics
+        Probes may differ in the number of their modes: a mode that is missing is dark.
+    """
+
+    def __init__(self, optics: Optics | Sequence[Optics]) -> None:
+        self._optics = (optics,) if isinstance(optics, Optics) else tuple(optics)
+
+    def __len__(self) -> int:
+        return len(self._optics)
+
+    def pick(self, number: Tensor | None = None) -> OpticsTensors:
+        """The optics of scan `number` (an integer tensor with one value), or of the only one."""
+        if number is None:
+            (optics,) = self._optics
+            return OpticsTensors(
+                probe_pair(optics),
+                ops.convert_to_tensor(optics.weight),
+                ops.convert_to_tensor(optics.mask),
+                1.0 / optics.normalization,
+            )
+        modes = max(len(optics.probe) for optics in self._optics)
+        probes = np.stack([np.pad(o.probe, ((0, modes - len(o.probe)), (0, 0), (0, 0))) for o in self._optics])
+        scales = np.array([1.0 / optics.normalization for optics in self._optics], np.float32)
+
+        def chosen(values: Any) -> Tensor:
+            return ops.take(ops.convert_to_tensor(np.ascontiguousarray(values)), number, axis=0)
+
+        return OpticsTensors(
+            (chosen(probes.real), chosen(probes.imag)),
+            chosen(np.stack([optics.weight for optics in self._optics])),
+            chosen(np.stack([optics.mask for optics in self._optics])),
+            chosen(scales),
+        )
+
 
 class GroupProjections(layers.Layer):
     """A few data-consistent steps of each group, from given patches or from a flat object.
 
     Takes X (group, N, N, C), offsets (group, C, 2) and, optionally, patches (group, N, N, 2C) relative to the flat
-    object (real parts, then imaginary parts); gives patches of that form.
+    object (real parts, then imaginary parts) and the number of the scan (group, 1); gives patches of that form.
     """
 
-    def __init__(self, optics: Optics, steps: int, object_amplitude: float, **kwargs: Any) -> None:
+    def __init__(self, optics: OpticsTable, steps: int, object_amplitude: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._optics = optics
         self._steps = steps
         self._object_amplitude = object_amplitude
 
-    def call(self, x: Tensor, offset_yx_px: Tensor, relative: Tensor | None = None) -> Tensor:
-        amplitude = ops.transpose(x, (0, 3, 1, 2)) * (1.0 / self._optics.normalization)
+    def call(
+        self, x: Tensor, offset_yx_px: Tensor, relative: Tensor | None = None, scan: Tensor | None = None
+    ) -> Tensor:
+        optics = self._optics.pick(None if scan is None else scan[0, 0])
+        amplitude = ops.transpose(x, (0, 3, 1, 2)) * optics.amplitude_scale
         if relative is None:
             patches = (ops.ones_like(amplitude) * self._object_amplitude, ops.zeros_like(amplitude))
         else:
             patches = split_channels(relative, self._object_amplitude)
-        weight = ops.convert_to_tensor(self._optics.weight)
         ramps = shift_ramps(offset_yx_px, x.shape[1])
-        total_weight = gathered_weight(weight, ramps)
-        probe = probe_pair(self._optics)
+        total_weight = gathered_weight(optics.weight, ramps)
         for _ in range(self._steps):
-            patches = project_group(patches, probe, amplitude, self._optics.mask, weight, ramps, total_weight)
+            patches = project_group(patches, optics.probe, amplitude, optics.mask, optics.weight, ramps, total_weight)
         return join_channels(patches, self._object_amplitude)
 
     def compute_output_shape(self, x_shape: Any, *_: Any) -> Any:
@@ -56,21 +121,84 @@ class GroupProjections(layers.Layer):
 class GroupCounts(layers.Layer):
     """Counts that the merged patches of each group give: the forward model of the PINN.
 
-    Takes patches (group, C, N, N, 2) and offsets (group, C, 2); gives counts (group, C, N, N).
+    Takes patches (group, C, N, N, 2), offsets (group, C, 2) and, optionally, the number of the scan (group, 1); gives
+    counts (group, C, N, N).
     """
 
-    def __init__(self, optics: Optics, **kwargs: Any) -> None:
+    def __init__(self, optics: OpticsTable, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._optics = optics
 
-    def call(self, patches: Tensor, offset_yx_px: Tensor) -> Tensor:
-        weight = ops.convert_to_tensor(self._optics.weight)
+    def call(self, patches: Tensor, offset_yx_px: Tensor, scan: Tensor | None = None) -> Tensor:
+        optics = self._optics.pick(None if scan is None else scan[0, 0])
         ramps = shift_ramps(offset_yx_px, patches.shape[2])
-        merged = merge_members((patches[..., 0], patches[..., 1]), weight, ramps, gathered_weight(weight, ramps))
-        return expected_counts(probe_pair(self._optics), merged)
+        total_weight = gathered_weight(optics.weight, ramps)
+        merged = merge_members((patches[..., 0], patches[..., 1]), optics.weight, ramps, total_weight)
+        return expected_counts(optics.probe, merged)
 
     def compute_output_shape(self, patches_shape: Any, *_: Any) -> Any:
         return patches_shape[:-1]
+
+
+class PatchPenalties(layers.Layer):
+    """Adds to the loss what patches cost by themselves, and gives them on as they are.
+
+    Takes patches (group, C, N, N, 2), offsets (group, C, 2) and, optionally, the number of the scan (group, 1).
+
+    Parameters
+    ----------
+    optics : OpticsTable
+    tv : float
+        Weight of the total variation where light fell: mean |∇patch|, per pixel (Rudin, Osher & Fatemi, Physica D 60
+        (1992) 259), in units of the flat object's amplitude.
+    real_space : float
+        Weight of the mean squared difference between each member's patch and the group's merged one where light fell,
+        in units of the flat object's intensity.
+    object_amplitude : float
+    """
+
+    def __init__(
+        self, optics: OpticsTable, tv: float, real_space: float, object_amplitude: float, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self._optics = optics
+        self._tv = tv
+        self._real_space = real_space
+        self._object_amplitude = object_amplitude
+
+    def call(self, patches: Tensor, offset_yx_px: Tensor, scan: Tensor | None = None) -> Tensor:
+        optics = self._optics.pick(None if scan is None else scan[0, 0])
+        relative = (patches[..., 0] / self._object_amplitude, patches[..., 1] / self._object_amplitude)
+        if self._tv:
+            self.add_loss(self._tv * total_variation(relative, optics.weight))
+        if self._real_space:
+            self.add_loss(self._real_space * disagreement(relative, optics.weight, offset_yx_px))
+        return patches
+
+    def compute_output_shape(self, patches_shape: Any, *_: Any) -> Any:
+        return patches_shape
+
+
+def total_variation(patches: ComplexPair, weight: Tensor) -> Tensor:
+    """Mean |∇patch| over lit pixels of patches (group, C, N, N), forward differences."""
+    lit = ops.cast(weight > 0, "float32")
+    both = lit[:-1, :-1] * lit[1:, :-1] * lit[:-1, 1:]
+    squared = 0.0
+    for part in patches:
+        down = part[..., 1:, :-1] - part[..., :-1, :-1]
+        right = part[..., :-1, 1:] - part[..., :-1, :-1]
+        squared = squared + down * down + right * right
+    # The root has no gradient at zero.
+    steps = ops.sqrt(squared + 1e-8) * both
+    return ops.mean(ops.sum(steps, axis=(-2, -1))) / ops.maximum(ops.sum(both), 1.0)
+
+
+def disagreement(patches: ComplexPair, weight: Tensor, offset_yx_px: Tensor) -> Tensor:
+    """Mean |patch − merged|² of members, weighted by the light, of patches (group, C, N, N)."""
+    ramps = shift_ramps(offset_yx_px, patches[0].shape[-1])
+    merged = merge_members(patches, weight, ramps, gathered_weight(weight, ramps))
+    squared = (patches[0] - merged[0]) ** 2 + (patches[1] - merged[1]) ** 2
+    return ops.mean(ops.sum(squared * weight, axis=(-2, -1))) / ops.sum(weight)
 
 
 class MemberPatches(layers.Layer):
@@ -108,57 +236,82 @@ def join_channels(patches: ComplexPair, object_amplitude: float) -> Tensor:
     return ops.transpose(channels, (0, 2, 3, 1)) * (1.0 / object_amplitude)
 
 
-def unet(features: Tensor, spec: ModelSpec) -> Tensor:
+def unet(features: Tensor, spec: ModelSpec, precision: Precision = "float32") -> Tensor:
     """U-Net of two 3x3 convolutions per level (Ronneberger, Fischer & Brox, MICCAI 2015), 2C channels out.
 
     Parameters
     ----------
     features : tensor (group, N, N, channels)
     spec : ModelSpec
+    precision : {"float32", "mixed"}
 
     Returns
     -------
     tensor (group, N, N, 2C)
-        Zero before training.
+        Zero before training, float32.
     """
+    dtype = "mixed_bfloat16" if precision == "mixed" else "float32"
     filters = [BASE_FILTERS * spec.n_filters_scale * 2**level for level in range(spec.levels + 1)]
     skips = []
     hidden = features
     for level, width in enumerate(filters[:-1]):
-        hidden = _two_convolutions(hidden, width, f"down{level}")
+        hidden = _two_convolutions(hidden, width, f"down{level}", dtype)
         skips.append(hidden)
-        hidden = layers.MaxPooling2D(name=f"pool{level}")(hidden)
-    hidden = _two_convolutions(hidden, filters[-1], "bottom")
+        hidden = layers.MaxPooling2D(name=f"pool{level}", dtype=dtype)(hidden)
+    hidden = _two_convolutions(hidden, filters[-1], "bottom", dtype)
+    if spec.attention:
+        hidden = _attention(hidden, filters[-1], dtype)
     for level in reversed(range(spec.levels)):
-        hidden = layers.UpSampling2D(name=f"grow{level}")(hidden)
-        hidden = _convolution(filters[level], f"up{level}_in")(hidden)
-        hidden = layers.Concatenate(name=f"join{level}")([hidden, skips[level]])
-        hidden = _two_convolutions(hidden, filters[level], f"up{level}")
-    return layers.Conv2D(2 * spec.members, 3, padding="same", kernel_initializer="zeros", name="out")(hidden)
+        hidden = layers.UpSampling2D(name=f"grow{level}", dtype=dtype)(hidden)
+        hidden = _convolution(filters[level], f"up{level}_in", dtype)(hidden)
+        hidden = layers.Concatenate(name=f"join{level}", dtype=dtype)([hidden, skips[level]])
+        hidden = _two_convolutions(hidden, filters[level], f"up{level}", dtype)
+    return layers.Conv2D(2 * spec.members, 3, padding="same", kernel_initializer="zeros", name="out", dtype="float32")(
+        hidden
+    )
 
 
-def _convolution(filters: int, name: str) -> layers.Layer:
-    return layers.Conv2D(filters, 3, padding="same", activation="relu", name=name)
+def _convolution(filters: int, name: str, dtype: str) -> layers.Layer:
+    return layers.Conv2D(filters, 3, padding="same", activation="relu", name=name, dtype=dtype)
 
 
-def _two_convolutions(hidden: Tensor, filters: int, name: str) -> Tensor:
-    return _convolution(filters, f"{name}_b")(_convolution(filters, f"{name}_a")(hidden))
+def _two_convolutions(hidden: Tensor, filters: int, name: str, dtype: str) -> Tensor:
+    return _convolution(filters, f"{name}_b", dtype)(_convolution(filters, f"{name}_a", dtype)(hidden))
 
 
-def build_network(spec: ModelSpec, optics: Optics) -> keras.Model:
+def _attention(hidden: Tensor, filters: int, dtype: str) -> Tensor:
+    """Each place takes from all others what resembles it (Vaswani et al., NeurIPS 2017), added to what it had."""
+    _, height, width, _ = hidden.shape
+    places = layers.Reshape((height * width, filters), name="bottom_places", dtype=dtype)(hidden)
+    normal = layers.LayerNormalization(name="bottom_normal", dtype=dtype)(places)
+    attention = layers.MultiHeadAttention(
+        ATTENTION_HEADS, filters // ATTENTION_HEADS, name="bottom_attention", dtype=dtype
+    )
+    taken = layers.Reshape((height, width, filters), name="bottom_taken", dtype=dtype)(attention(normal, normal))
+    return layers.Add(name="bottom_attended", dtype=dtype)([hidden, taken])
+
+
+def encoder_layers(network: keras.Model) -> list[layers.Layer]:
+    """Layers on the U-Net's way down and at its bottom that have weights."""
+    return [layer for layer in network.layers if layer.weights and layer.name.startswith(("down", "bottom"))]
+
+
+def build_network(spec: ModelSpec, optics: Optics | Sequence[Optics], precision: Precision = "float32") -> keras.Model:
     """The network of a spec: (X, offsets) to patches (group, C, N, N, 2) at the members' positions.
 
     Parameters
     ----------
     spec : ModelSpec
-    optics : Optics
-        Probe, input scale and mask of the scan that it will see.
+    optics : Optics or sequence of Optics
+        Probe, input scale and mask of the scan that it will see, or of several scans.
+    precision : {"float32", "mixed"}
 
     Returns
     -------
     keras.Model
-        Inputs X float32 (group, N, N, C), normalised, and offsets float32 (group, C, 2), pixels; output float32
-        (group, C, N, N, 2), real and imaginary part.
+        Inputs X float32 (group, N, N, C), normalised, and offsets float32 (group, C, 2), pixels; for several scans also
+        the number of the scan, int32 (group, 1), the same in a whole batch. Output float32 (group, C, N, N, 2), real
+        and imaginary part. The weights and their order do not depend on how many scans there are.
 
     Notes
     -----
@@ -168,20 +321,37 @@ def build_network(spec: ModelSpec, optics: Optics) -> keras.Model:
     Without steps before it, the U-Net reads the patterns themselves, as PtychoNN does (Cherukara et al., Appl. Phys.
     Lett. 117 (2020) 044103).
     """
+    table = OpticsTable(optics)
     x = keras.Input((spec.n_pixels, spec.n_pixels, spec.members), name="x")
     offset = keras.Input((spec.members, 2), name="offset_yx_px")
-    first = GroupProjections(optics, spec.projections_before, spec.object_amplitude, name="before")(x, offset)
+    which = {} if len(table) == 1 else {"scan": keras.Input((1,), dtype="int32", name="scan")}
+    before = GroupProjections(table, spec.projections_before, spec.object_amplitude, name="before")
+    first = before(x, offset, **which)
     features = first if spec.projections_before else x
-    relative = layers.Add(name="corrected")([first, unet(features, spec)])
+    relative = layers.Add(name="corrected")([first, unet(features, spec, precision)])
     if spec.projections_after:
-        after = GroupProjections(optics, spec.projections_after, spec.object_amplitude, name="after")
-        relative = after(x, offset, relative)
+        after = GroupProjections(table, spec.projections_after, spec.object_amplitude, name="after")
+        relative = after(x, offset, relative, **which)
     patches = MemberPatches(spec.object_amplitude, name="patches")(relative)
-    return keras.Model([x, offset], patches, name=spec.kind)
+    return keras.Model([x, offset, *which.values()], patches, name=spec.kind)
 
 
-def build_autoencoder(network: keras.Model, optics: Optics) -> keras.Model:
-    """A PINN's network followed by its forward model: (X, offsets) to counts (group, C, N, N)."""
-    x, offset = network.inputs
-    counts = GroupCounts(optics, name="counts")(network.outputs[0], offset)
-    return keras.Model([x, offset], counts, name="autoencoder")
+def with_penalties(
+    network: keras.Model, spec: ModelSpec, optics: Optics | Sequence[Optics], *, tv: float, real_space: float
+) -> keras.Model:
+    """A network whose patches cost something by themselves: see `PatchPenalties`."""
+    _, offset, *scan = network.inputs
+    penalties = PatchPenalties(OpticsTable(optics), tv, real_space, spec.object_amplitude, name="penalties")
+    patches = penalties(network.outputs[0], offset, **({"scan": scan[0]} if scan else {}))
+    return keras.Model(network.inputs, patches, name="penalised")
+
+
+def build_autoencoder(network: keras.Model, optics: Optics | Sequence[Optics]) -> keras.Model:
+    """A PINN's network followed by its forward model: from the network's inputs to counts (group, C, N, N)."""
+    _, offset, *scan = network.inputs
+    counts = GroupCounts(OpticsTable(optics), name="counts")
+    return keras.Model(
+        network.inputs,
+        counts(network.outputs[0], offset, **({"scan": scan[0]} if scan else {})),
+        name="autoencoder",
+    )

@@ -38,6 +38,9 @@ class ModelSpec:
     projections_after: int = 2
     """Data-consistent steps of the group on the U-Net's answer."""
 
+    attention: bool = False
+    """Self-attention at the bottom of the U-Net."""
+
     object_amplitude: float = 1.0
     """Amplitude of the flat object that a prediction starts from, in the units of the calibration."""
 

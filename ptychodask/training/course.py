@@ -15,7 +15,7 @@ from ptychodask.progress import Progress
 from ptychodask.scan import PtychodaskError
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 from ptychodask.training.spec import TrainingSpec
-from ptychodask.training.streaming import GroupStream
+from ptychodask.training.streaming import GroupStream, MixedStream
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Course(keras.callbacks.Callback):
     spec: TrainingSpec
     network: keras.Model
     optimizer: keras.optimizers.Optimizer
-    stream: GroupStream
+    stream: GroupStream | MixedStream
     bar: Progress
     checkpoint: Checkpoint
     stage: int = 0
@@ -69,11 +69,12 @@ class Course(keras.callbacks.Callback):
 
     def learning_rate(self) -> float:
         """The rate of the next step."""
+        first = self.spec.first_learning_rate
         if self.spec.schedule == "constant":
-            return self.spec.learning_rate
+            return first
         if self.spec.schedule == "plateau":
-            return self.spec.learning_rate * 0.5**self.halvings
-        return self.spec.learning_rate * 0.5 * (1 + np.cos(np.pi * self.done()))
+            return first * 0.5**self.halvings
+        return first * 0.5 * (1 + np.cos(np.pi * self.done()))
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self.optimizer.learning_rate = self.learning_rate()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,22 +13,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.models import Model, ModelSpec, Optics, save_model
-from ptychodask.models.networks import build_autoencoder, build_network
+from ptychodask.models.networks import build_autoencoder, build_network, encoder_layers, with_penalties
 from ptychodask.models.spec import Kind
 from ptychodask.progress import show_progress
 from ptychodask.scan import PtychodaskError, Scan
 from ptychodask.store import open_scan, record_model
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 from ptychodask.training.course import Course
-from ptychodask.training.data import amplitude_target, groups_within, patch_target, split_patterns
+from ptychodask.training.data import BUFFER_BYTES, amplitude_target, groups_within, patch_target, split_patterns
 from ptychodask.training.losses import Loss, amplitude_loss, mae_loss, patch_loss, poisson_loss
 from ptychodask.training.spec import TrainingSpec, replace_fields
-from ptychodask.training.streaming import GroupStream
+from ptychodask.training.streaming import GroupStream, MixedStream
 
 AMPLITUDE_SHARE = 0.5
 """Share of a staged training that uses the amplitude loss before the likelihood of the counts."""
 
 MAX_VALIDATION_GROUPS = 1024
+
+Stream = GroupStream | MixedStream
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,17 +50,47 @@ class Lesson:
         """Split a scan."""
         return cls(scan, Optics.of(scan), *split_patterns(scan, spec))
 
-    def streams(self, spec: TrainingSpec) -> tuple[GroupStream, GroupStream]:
-        """Batches to train on, and batches that judge."""
+    def streams(self, spec: TrainingSpec, n_scans: int) -> tuple[GroupStream, GroupStream]:
+        """Batches to train on, and batches that judge, as one of `n_scans` that share the memory."""
         target_of = patch_target(self.scan) if spec.model == "baseline" else amplitude_target(self.scan)
         member = groups_within(self.scan, self.training, spec.grouping)
         held_out = groups_within(self.scan, self.held_out, replace(spec.grouping, oversampling=1))
-        held_out = _evenly(held_out, MAX_VALIDATION_GROUPS)
-        size, seed = spec.batch_size, spec.seed
+        held_out = _evenly(held_out, -(-MAX_VALIDATION_GROUPS // n_scans))
+        fields: dict[str, Any] = {
+            "batch_size": spec.batch_size,
+            "seed": spec.seed,
+            "buffer_bytes": BUFFER_BYTES // n_scans,
+        }
         return (
-            GroupStream(self.scan, member, target_of, batch_size=size, shuffle=True, seed=seed),
-            GroupStream(self.scan, held_out, target_of, batch_size=size, shuffle=False, seed=seed),
+            GroupStream(self.scan, member, target_of, shuffle=True, **fields),
+            GroupStream(self.scan, held_out, target_of, shuffle=False, **fields),
         )
+
+
+def _streams(lessons: Sequence[Lesson], spec: TrainingSpec) -> tuple[Stream, Stream]:
+    """Batches of all scans to train on, and batches that judge."""
+    pairs = [lesson.streams(spec, len(lessons)) for lesson in lessons]
+    if len(pairs) == 1:
+        return pairs[0]
+    training, held_out = zip(*pairs, strict=True)
+    return MixedStream(training, shuffle=True, seed=spec.seed), MixedStream(held_out, shuffle=False, seed=spec.seed)
+
+
+def _build(
+    spec: TrainingSpec, model_spec: ModelSpec, optics: Optics | Sequence[Optics], initial: Model | None
+) -> tuple[keras.Model, keras.Model]:
+    """The network, and what is fitted: it, with its penalties and its forward model."""
+    keras.utils.set_random_seed(spec.seed)
+    network = build_network(model_spec, optics, spec.precision)
+    if initial is not None:
+        network.set_weights(initial.weights)
+    if spec.freeze_encoder:
+        for layer in encoder_layers(network):
+            layer.trainable = False
+    trained = network
+    if spec.tv or spec.real_space:
+        trained = with_penalties(trained, model_spec, optics, tv=spec.tv, real_space=spec.real_space)
+    return network, trained if spec.model == "baseline" else build_autoencoder(trained, optics)
 
 
 def _fit(
@@ -64,14 +98,15 @@ def _fit(
     trained: keras.Model,
     stages: list[tuple[float, Loss]],
     spec: TrainingSpec,
-    stream: GroupStream,
-    check: GroupStream,
+    streams: tuple[Stream, Stream],
     checkpoint: Checkpoint,
     stopped: Snapshot | None,
     progress: bool | None,
 ) -> tuple[list[NDArray[np.float32]], list[dict[str, float]]]:
     """Best weights of the network and the log, after `trained` (it, or it and its forward model) went through."""
-    optimizer = keras.optimizers.Adam(spec.learning_rate)
+    stream, check = streams
+    steps = None if spec.accumulation == 1 else spec.accumulation
+    optimizer = keras.optimizers.Adam(spec.first_learning_rate, gradient_accumulation_steps=steps)
     optimizer.build(network.trainable_variables)
     with show_progress("train", spec.epochs * stream.groups_per_epoch, "groups", progress) as bar:
         course = Course(spec, network, optimizer, stream, bar, checkpoint)
@@ -87,7 +122,7 @@ def _fit(
 
 
 def train(
-    store: str | Path,
+    store: str | Path | Sequence[str | Path],
     spec: TrainingSpec | None = None,
     *,
     out: str | Path | None = None,
@@ -97,16 +132,16 @@ def train(
     progress: bool | None = None,
     **spec_fields: Any,
 ) -> Model:
-    """Train a network on a scan, streaming its patterns from the store.
+    """Train a network on a scan, or on several at once, streaming patterns from the store.
 
     Parameters
     ----------
-    store : path
-        A scan's store; it records the model in the end.
+    store : path or sequence of paths
+        A scan's store, or several of one N, each with its own probe, mask and scale; each records the model in the end.
     spec : TrainingSpec, optional
         How to train.
     out : path, optional
-        The bundle to write; by default ``<store without .zarr>.<kind>.model`` beside the store.
+        The bundle to write; by default ``<store without .zarr>.<kind>.model`` beside the (first) store.
     initial : Model, optional
         Start from these weights (fine-tuning) in place of random ones; its spec must be the one asked for.
     resume : bool
@@ -132,55 +167,93 @@ def train(
         run is there and shall neither be resumed nor forgotten or trained something else, or the loss diverges.
     """
     spec = replace_fields(spec or TrainingSpec(), spec_fields)
-    scan = open_scan(store)
-    out = default_model_path(store, spec.model) if out is None else Path(out)
+    stores = [store] if isinstance(store, str | Path) else list(store)
+    scans = _open_scans(stores, spec)
+    out = default_model_path(stores[0], spec.model) if out is None else Path(out)
     if out.exists() and not overwrite:
         raise PtychodaskError(f"{out}: exists already; pass overwrite=True (--overwrite), or another out=")
     if not out.parent.is_dir():
         raise PtychodaskError(f"{out}: its folder {out.parent} does not exist; make it first")
-    lesson = Lesson.of(scan, spec)
-    model_spec = _model_spec(scan, spec, lesson.optics, initial)
-    stages = _stages(scan, spec, lesson.optics, model_spec)
-    if initial is not None:
-        _check_initial(initial, model_spec)
-    checkpoint = Checkpoint(out, _identity(scan, spec, model_spec, initial))
+    lessons = [Lesson.of(scan, spec) for scan in scans]
+    optics = lessons[0].optics if len(lessons) == 1 else [lesson.optics for lesson in lessons]
+    model_spec = _model_spec(lessons, spec, initial)
+    stages = _stages(scans, spec, optics, model_spec)
+    _check_initial(initial, model_spec, spec)
+    checkpoint = Checkpoint(out, _identity(scans, spec, model_spec, initial))
     stopped = checkpoint.begin(resume=resume, overwrite=overwrite)
-    stream, check = lesson.streams(spec)
-    keras.utils.set_random_seed(spec.seed)
-    network = build_network(model_spec, lesson.optics)
-    if initial is not None:
-        network.set_weights(initial.weights)
-    trained = network if spec.model == "baseline" else build_autoencoder(network, lesson.optics)
-    weights, log = _fit(network, trained, stages, spec, stream, check, checkpoint, stopped, progress)
-    model = Model(model_spec, weights, lesson.optics, _provenance(lesson, spec), log)
+    streams = _streams(lessons, spec)
+    with _on_devices(spec.devices):
+        network, trained = _build(spec, model_spec, optics, initial)
+        weights, log = _fit(network, trained, stages, spec, streams, checkpoint, stopped, progress)
+    model = Model(model_spec, weights, lessons[0].optics, _provenance(lessons, spec), log)
     model = save_model(model, out, overwrite=overwrite)
-    record_model(store, kind=model.kind, path=out, content_hash=model.content_hash)
+    for each in stores:
+        record_model(each, kind=model.kind, path=out, content_hash=model.content_hash)
     checkpoint.remove()
     return model
 
 
-def _model_spec(scan: Scan, spec: TrainingSpec, optics: Optics, initial: Model | None) -> ModelSpec:
+def _open_scans(stores: Sequence[str | Path], spec: TrainingSpec) -> list[Scan]:
+    """The scans of a training, checked to go together."""
+    if not stores:
+        raise PtychodaskError("training: no store was given; pass one or more")
+    scans = [open_scan(store) for store in stores]
+    sizes = {scan.n_pixels for scan in scans}
+    if len(sizes) > 1:
+        listed = ", ".join(f"{scan.store} has N={scan.n_pixels}" for scan in scans)
+        raise PtychodaskError(f"training: scans differ in size ({listed}); ingest them with one n_pixels=")
+    if spec.exclude and len(scans) > 1:
+        raise PtychodaskError(
+            f"training: exclude names patterns of one scan, found {len(scans)} scans; train on one, or leave it out"
+        )
+    return scans
+
+
+@contextmanager
+def _on_devices(devices: int) -> Iterator[None]:
+    """Build and fit on several devices at once, each with its share of a batch."""
+    if devices == 1:
+        yield
+        return
+    backend = keras.backend.backend()
+    if backend != "tensorflow":
+        raise PtychodaskError(f"training: devices={devices} needs the TensorFlow backend, found {backend}; pass 1")
+    import tensorflow as tf
+
+    found = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    if len(found) < devices:
+        raise PtychodaskError(f"training: devices is {devices}, this process has {len(found)}; pass {len(found)}")
+    with tf.distribute.MirroredStrategy([device.name for device in found[:devices]]).scope():
+        yield
+
+
+def _model_spec(lessons: Sequence[Lesson], spec: TrainingSpec, initial: Model | None) -> ModelSpec:
+    if initial is None:
+        object_amplitude = float(np.mean([lesson.optics.flat_amplitude() for lesson in lessons]))
+    else:
+        object_amplitude = initial.spec.object_amplitude
     return ModelSpec(
         kind=spec.model,
-        n_pixels=scan.n_pixels,
+        n_pixels=lessons[0].scan.n_pixels,
         members=spec.grouping.members,
         n_filters_scale=spec.n_filters_scale,
         levels=spec.levels,
         projections_before=spec.projections_before,
         projections_after=spec.projections_after,
-        object_amplitude=optics.flat_amplitude() if initial is None else initial.spec.object_amplitude,
+        attention=spec.attention,
+        object_amplitude=object_amplitude,
     )
 
 
 def _identity(
-    scan: Scan, spec: TrainingSpec, model_spec: ModelSpec, initial: Model | None
+    scans: Sequence[Scan], spec: TrainingSpec, model_spec: ModelSpec, initial: Model | None
 ) -> dict[str, dict[str, Any]]:
     """What a stopped run must have in common with the one that goes on."""
     return {
         "training": asdict(spec),
         "network": asdict(model_spec),
         "begun": {
-            "data hash": scan.data_hash,
+            "data hash": " ".join(scan.data_hash for scan in scans),
             "initial model": None if initial is None else initial.content_hash,
             "Keras": keras.__version__,
             "backend": keras.backend.backend(),
@@ -204,22 +277,29 @@ def _evenly(member: NDArray[np.int32], most: int) -> NDArray[np.int32]:
     return member[np.unique(np.linspace(0, len(member) - 1, min(most, len(member))).astype(int))]
 
 
-def _check_initial(initial: Model, wanted: ModelSpec) -> None:
+def _check_initial(initial: Model | None, wanted: ModelSpec, spec: TrainingSpec) -> None:
+    if initial is None:
+        if spec.freeze_encoder:
+            raise PtychodaskError("training: freeze_encoder keeps the weights of a given model; pass initial=")
+        return
     if initial.spec != wanted:
         names = [name for name, value in asdict(wanted).items() if getattr(initial.spec, name) != value]
         listed = ", ".join(f"{n} is {getattr(initial.spec, n)}, asked for {getattr(wanted, n)}" for n in names)
         raise PtychodaskError(f"{initial.path or 'initial model'}: does not fit the training ({listed})")
 
 
-def _stages(scan: Scan, spec: TrainingSpec, optics: Optics, model_spec: ModelSpec) -> list[tuple[float, Loss]]:
+def _stages(
+    scans: Sequence[Scan], spec: TrainingSpec, optics: Optics | Sequence[Optics], model_spec: ModelSpec
+) -> list[tuple[float, Loss]]:
     """The losses in their order, each with the share of the training at which it ends."""
     if spec.model == "baseline":
         return [(1.0, patch_loss(optics, model_spec.object_amplitude))]
-    name = spec.loss or ("staged" if scan.domain == "counts" else "amplitude")
-    if name in ("poisson", "staged") and scan.domain == "amplitude":
+    amplitudes = [scan for scan in scans if scan.domain == "amplitude"]
+    name = spec.loss or ("amplitude" if amplitudes else "staged")
+    if name in ("poisson", "staged") and amplitudes:
         raise PtychodaskError(
-            f"{scan.store or 'scan'}: holds amplitudes, whose photon number is unknown, and loss='{name}' needs "
-            "counts; pass loss='amplitude'"
+            f"{amplitudes[0].store or 'scan'}: holds amplitudes, whose photon number is unknown, and loss='{name}' "
+            "needs counts; pass loss='amplitude'"
         )
     if name == "staged":
         return [(AMPLITUDE_SHARE, amplitude_loss(optics)), (1.0, poisson_loss(optics))]
@@ -227,12 +307,20 @@ def _stages(scan: Scan, spec: TrainingSpec, optics: Optics, model_spec: ModelSpe
     return [(1.0, losses[name](optics))]
 
 
-def _provenance(lesson: Lesson, spec: TrainingSpec) -> dict[str, Any]:
+def _provenance(lessons: Sequence[Lesson], spec: TrainingSpec) -> dict[str, Any]:
+    """Where the weights come from; of several scans, the first by name and all in ``scans``."""
+    scans = [
+        {
+            "store": lesson.scan.store,
+            "data_hash": lesson.scan.data_hash,
+            "n_training": len(lesson.training),
+            "n_held_out": len(lesson.held_out),
+        }
+        for lesson in lessons
+    ]
     return {
-        "store": lesson.scan.store,
-        "data_hash": lesson.scan.data_hash,
-        "n_training": len(lesson.training),
-        "n_held_out": len(lesson.held_out),
+        **scans[0],
+        **({"scans": scans} if len(scans) > 1 else {}),
         "training": asdict(spec),
         "keras": keras.__version__,
         "backend": keras.backend.backend(),

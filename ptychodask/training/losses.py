@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,57 +17,91 @@ COUNTS_FLOOR = 0.1
 """Background, counts per pixel, that keeps the Poisson likelihood finite where no light is expected."""
 
 
-def amplitude_loss(optics: Optics) -> Loss:
-    """Σ(√I_pred − √I)² over good pixels, relative to the mean counts, averaged over patterns.
+class ScanValues:
+    """What a loss must know of the scan that a batch comes from.
+
+    Parameters
+    ----------
+    values : sequence of dict
+        For each scan, arrays and numbers by name. One scan's are used as they are; of several, a loss chooses by the
+        number that the target carries (see `with_scan_number`).
+    """
+
+    def __init__(self, values: Sequence[dict[str, Any]]) -> None:
+        self._values = values
+
+    def of(self, target: Any) -> tuple[Any, dict[str, Any]]:
+        """The target as the network shall give it, and the values of its scan."""
+        if len(self._values) == 1:
+            return target, {name: ops.convert_to_tensor(value, "float32") for name, value in self._values[0].items()}
+        number = ops.cast(ops.reshape(target[0, -1], (-1,))[0], "int32")
+        names = self._values[0]
+        stacked = {name: np.stack([value[name] for value in self._values]).astype(np.float32) for name in names}
+        return target[:, :-1], {name: ops.take(stack, number, axis=0) for name, stack in stacked.items()}
+
+
+def _measured(optics: Optics | Sequence[Optics]) -> ScanValues:
+    listed = [optics] if isinstance(optics, Optics) else optics
+    return ScanValues([{"mask": each.mask, "mean_counts": each.mean_counts} for each in listed])
+
+
+def amplitude_loss(optics: Optics | Sequence[Optics]) -> Loss:
+    """Σ(√I_pred − √I)² over good pixels, relative to the scan's mean counts, averaged over patterns.
 
     The Gaussian likelihood of the amplitude: photon noise has the same variance in every pixel's square root.
     """
-    mask, mean_counts = optics.mask, optics.mean_counts
+    values = _measured(optics)
 
-    def loss(amplitude: Any, counts: Any) -> Any:
-        difference = (ops.sqrt(counts + 1e-9) - amplitude) * ops.convert_to_tensor(mask)
-        return ops.mean(ops.sum(difference * difference, axis=(-2, -1))) / mean_counts
+    def loss(target: Any, counts: Any) -> Any:
+        amplitude, scan = values.of(target)
+        difference = (ops.sqrt(counts + 1e-9) - amplitude) * scan["mask"]
+        return ops.mean(ops.sum(difference * difference, axis=(-2, -1))) / scan["mean_counts"]
 
     return loss
 
 
-def mae_loss(optics: Optics) -> Loss:
-    """Σ|√I_pred − √I| over good pixels, averaged over patterns, relative to N·√(mean counts).
+def mae_loss(optics: Optics | Sequence[Optics]) -> Loss:
+    """Σ|√I_pred − √I| over good pixels, averaged over patterns, relative to N·√(mean counts of the scan).
 
     The latter is Σ√I of a pattern whose light is spread evenly.
     """
-    mask, scale = optics.mask, 1.0 / (optics.mask.shape[0] * float(np.sqrt(optics.mean_counts)))
+    values = _measured(optics)
 
-    def loss(amplitude: Any, counts: Any) -> Any:
-        difference = ops.abs(ops.sqrt(counts + 1e-9) - amplitude) * ops.convert_to_tensor(mask)
-        return ops.mean(ops.sum(difference, axis=(-2, -1))) * scale
+    def loss(target: Any, counts: Any) -> Any:
+        amplitude, scan = values.of(target)
+        difference = ops.abs(ops.sqrt(counts + 1e-9) - amplitude) * scan["mask"]
+        evenly = counts.shape[-1] * scan["mean_counts"] ** 0.5
+        return ops.mean(ops.sum(difference, axis=(-2, -1))) / evenly
 
     return loss
 
 
-def poisson_loss(optics: Optics) -> Loss:
-    """A quarter of the Poisson deviance over good pixels, relative to the mean counts, averaged over patterns.
+def poisson_loss(optics: Optics | Sequence[Optics]) -> Loss:
+    """A quarter of the Poisson deviance over good pixels, relative to the scan's mean counts, averaged over patterns.
 
     ½ Σ λ − n + n ln(n/λ), with `COUNTS_FLOOR` added to both: the quarter makes it agree with `amplitude_loss`
     where counts are high (deviance ≈ 4 Σ(√λ − √n)²; McCullagh & Nelder, Generalized Linear Models, 1989, §2.3).
     """
-    mask, mean_counts = optics.mask, optics.mean_counts
+    values = _measured(optics)
 
-    def loss(amplitude: Any, counts: Any) -> Any:
+    def loss(target: Any, counts: Any) -> Any:
+        amplitude, scan = values.of(target)
         measured = amplitude * amplitude + COUNTS_FLOOR
         expected = counts + COUNTS_FLOOR
-        deviance = (expected - measured + measured * ops.log(measured / expected)) * ops.convert_to_tensor(mask)
-        return 0.5 * ops.mean(ops.sum(deviance, axis=(-2, -1))) / mean_counts
+        deviance = (expected - measured + measured * ops.log(measured / expected)) * scan["mask"]
+        return 0.5 * ops.mean(ops.sum(deviance, axis=(-2, -1))) / scan["mean_counts"]
 
     return loss
 
 
-def patch_loss(optics: Optics, object_amplitude: float) -> Loss:
+def patch_loss(optics: Optics | Sequence[Optics], object_amplitude: float) -> Loss:
     """Mean |patch − label| where light fell, in units of the flat object's amplitude."""
-    weight = (optics.weight > 0).astype(np.float32)[..., None]
-    scale = 1.0 / (float(weight.sum()) * object_amplitude)
+    listed = [optics] if isinstance(optics, Optics) else optics
+    lit = [(each.weight > 0).astype(np.float32)[..., None] for each in listed]
+    values = ScanValues([{"lit": each, "scale": 1.0 / (float(each.sum()) * object_amplitude)} for each in lit])
 
-    def loss(label: Any, patches: Any) -> Any:
-        return ops.mean(ops.sum(ops.abs(patches - label) * ops.convert_to_tensor(weight), axis=(-3, -2, -1))) * scale
+    def loss(target: Any, patches: Any) -> Any:
+        label, scan = values.of(target)
+        return ops.mean(ops.sum(ops.abs(patches - label) * scan["lit"], axis=(-3, -2, -1))) * scan["scale"]
 
     return loss

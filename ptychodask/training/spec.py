@@ -15,7 +15,11 @@ from ptychodask.scan import PtychodaskError, check_choice
 
 Loss = Literal["amplitude", "mae", "poisson", "staged"]
 Schedule = Literal["cosine", "constant", "plateau"]
+Precision = Literal["float32", "mixed"]
 Validation = Literal["random", "left", "right", "top", "bottom"]
+
+REFERENCE_STEP = 16
+"""Groups in one step that `learning_rate` is meant for when it is scaled (Goyal et al., arXiv 1706.02677)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,9 @@ class TrainingSpec:
     projections_after: int = ModelSpec.projections_after
     """Data-consistent steps after the U-Net."""
 
+    attention: bool = ModelSpec.attention
+    """Self-attention at the bottom of the U-Net."""
+
     epochs: int = 50
     """Passes over the training groups at most."""
 
@@ -56,10 +63,22 @@ class TrainingSpec:
     """Stop after so many epochs without a lower held-out loss (a staged loss then goes on to its next stage)."""
 
     batch_size: int = 16
-    """Groups in one step."""
+    """Groups in one batch."""
+
+    accumulation: int = 1
+    """Batches whose gradients are averaged into one step."""
+
+    devices: int = 1
+    """Devices that share each batch; more than one needs TensorFlow (MirroredStrategy)."""
+
+    precision: Precision = "float32"
+    """Of the U-Net's convolutions while training: `float32`, or `mixed` (bfloat16); physics and weights are float32."""
 
     learning_rate: float = 1e-3
     """Adam's rate at the start."""
+
+    scale_learning_rate: bool = False
+    """Take the rate for a step of 16 groups and multiply it by how many times more (or fewer) a step has."""
 
     schedule: Schedule = "cosine"
     """The rate falls to zero along a half cosine, stays `constant`, or halves on a `plateau` of the held-out loss."""
@@ -67,6 +86,15 @@ class TrainingSpec:
     loss: Loss | None = None
     """`amplitude`, `mae` (of the amplitude), `poisson` or `staged` (amplitude, then Poisson); by default staged for
     counts, amplitude for amplitudes, whose photon number is unknown."""
+
+    tv: float = 0.0
+    """Weight of the patches' total variation where light fell, per pixel, relative to the flat object."""
+
+    real_space: float = 0.0
+    """Weight of the disagreement of a group's members where they overlap."""
+
+    freeze_encoder: bool = False
+    """Keep the U-Net's way down and its bottom as `initial` has them."""
 
     validation: Validation = "random"
     """Held-out patterns: drawn at random, or those on one side of the field, with a dark gap to the others."""
@@ -88,7 +116,8 @@ class TrainingSpec:
             check_choice("loss", self.loss, get_args(Loss), "training")
         if self.model == "baseline" and self.members not in (None, 1):
             raise PtychodaskError(f"training: a baseline reads one pattern at a time, found members={self.members}")
-        for name in ("epochs", "batch_size", "patience"):
+        check_choice("precision", self.precision, get_args(Precision), "training")
+        for name in ("epochs", "batch_size", "patience", "accumulation", "devices"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PtychodaskError(f"training: {name} is {value}, expected 1 or more")
@@ -96,6 +125,20 @@ class TrainingSpec:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise PtychodaskError(f"training: {name} is {value}, expected a positive number")
+        for name in ("tv", "real_space"):
+            value = getattr(self, name)
+            if not (np.isfinite(value) and value >= 0):
+                raise PtychodaskError(f"training: {name} is {value}, expected 0 or more")
+        if self.real_space and self.grouping.members == 1:
+            raise PtychodaskError(
+                f"training: real_space is {self.real_space}, but groups of one member have nothing to agree with; "
+                "pass members=2 or more, or real_space=0"
+            )
+        if self.batch_size % self.devices:
+            raise PtychodaskError(
+                f"training: batch_size is {self.batch_size}, which {self.devices} devices cannot share evenly; pass a "
+                f"multiple of {self.devices}"
+            )
         if not 0 < self.validation_fraction < 1:
             raise PtychodaskError(
                 f"training: validation_fraction is {self.validation_fraction}, expected a number between 0 and 1"
@@ -110,6 +153,19 @@ class TrainingSpec:
         if members == 1:
             return GroupingSpec(members=1, seed=self.seed)
         return GroupingSpec(members=members, neighbours=self.neighbours, oversampling=self.oversampling, seed=self.seed)
+
+    @property
+    def first_learning_rate(self) -> float:
+        """Adam's rate at the start, scaled with the step where that is asked for.
+
+        Examples
+        --------
+        >>> TrainingSpec(batch_size=64, learning_rate=1e-3, scale_learning_rate=True).first_learning_rate
+        0.004
+        """
+        if not self.scale_learning_rate:
+            return self.learning_rate
+        return self.learning_rate * (self.batch_size * self.accumulation) / REFERENCE_STEP
 
 
 def _pattern_indices(exclude: Sequence[int]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -52,3 +53,52 @@ class GroupStream(keras.utils.PyDataset):
     def on_epoch_end(self) -> None:
         """Deal the groups anew."""
         self._batches.deal()
+
+
+class MixedStream(keras.utils.PyDataset):
+    """Batches of several scans, each from one scan, in proportion; ((X, offsets, scan number), target).
+
+    The target has one channel more, which holds the number of the scan: see `with_scan_number`.
+    """
+
+    def __init__(self, streams: Sequence[GroupStream], *, shuffle: bool, seed: int) -> None:
+        super().__init__()
+        self._streams = streams
+        self._rng = np.random.default_rng(seed) if shuffle else None
+        self.deals = 1
+        self._mix()
+
+    @property
+    def groups_per_epoch(self) -> int:
+        """Groups in all batches of an epoch."""
+        return sum(stream.groups_per_epoch for stream in self._streams)
+
+    def __len__(self) -> int:
+        return sum(len(stream) for stream in self._streams)
+
+    def __getitem__(self, index: int) -> tuple[Any, NDArray[np.float32]]:
+        number, place = self._turns[index]
+        (x, offset), target = self._streams[number][place]
+        scan = np.full((len(x), 1), number, np.int32)
+        return (x, offset, scan), with_scan_number(target, number)
+
+    def on_epoch_end(self) -> None:
+        """Deal the groups of each scan anew, and mix the batches."""
+        self.deals += 1
+        for stream in self._streams:
+            stream.on_epoch_end()
+        self._mix()
+
+    def _mix(self) -> None:
+        number = np.repeat(np.arange(len(self._streams)), [len(stream) for stream in self._streams])
+        if self._rng is not None:
+            number = self._rng.permutation(number)
+        place = np.empty(len(number), np.int64)
+        for each, stream in enumerate(self._streams):
+            place[number == each] = np.arange(len(stream))
+        self._turns = [(int(n), int(p)) for n, p in zip(number, place, strict=True)]
+
+
+def with_scan_number(target: NDArray[np.float32], number: int) -> NDArray[np.float32]:
+    """A target (group, C, ...) with a channel more that holds the number of the scan: a loss sees nothing else."""
+    return np.concatenate([target, np.full_like(target[:, :1], number)], axis=1)
