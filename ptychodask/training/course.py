@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ptychodask.progress import Progress
 from ptychodask.scan import PtychodaskError
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
+from ptychodask.training.loggers import Record
 from ptychodask.training.spec import TrainingSpec
 from ptychodask.training.streaming import GroupStream, MixedStream
 
@@ -33,6 +34,7 @@ class Course(keras.callbacks.Callback):
     stream: GroupStream | MixedStream
     bar: Progress
     checkpoint: Checkpoint
+    record: Record
     stage: int = 0
     until: float = 1.0
     groups_seen: int = 0
@@ -109,6 +111,7 @@ class Course(keras.callbacks.Callback):
                     "pass a lower learning_rate="
                 )
         self._judge(entry["held_out_loss"])
+        self.record(entry)
         self.checkpoint.write(self.snapshot())
 
     def _judge(self, held_out_loss: float) -> None:

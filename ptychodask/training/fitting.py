@@ -21,6 +21,7 @@ from ptychodask.store import open_scan, record_model
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 from ptychodask.training.course import Course
 from ptychodask.training.data import BUFFER_BYTES, amplitude_target, groups_within, patch_target, split_patterns
+from ptychodask.training.loggers import Record, open_logger
 from ptychodask.training.losses import Loss, amplitude_loss, mae_loss, patch_loss, poisson_loss
 from ptychodask.training.spec import TrainingSpec, replace_fields
 from ptychodask.training.streaming import GroupStream, MixedStream
@@ -101,6 +102,7 @@ def _fit(
     streams: tuple[Stream, Stream],
     checkpoint: Checkpoint,
     stopped: Snapshot | None,
+    record: Record,
     progress: bool | None,
 ) -> tuple[list[NDArray[np.float32]], list[dict[str, float]]]:
     """Best weights of the network and the log, after `trained` (it, or it and its forward model) went through."""
@@ -109,16 +111,22 @@ def _fit(
     optimizer = keras.optimizers.Adam(spec.first_learning_rate, gradient_accumulation_steps=steps)
     optimizer.build(network.trainable_variables)
     with show_progress("train", spec.epochs * stream.groups_per_epoch, "groups", progress) as bar:
-        course = Course(spec, network, optimizer, stream, bar, checkpoint)
+        course = Course(spec, network, optimizer, stream, bar, checkpoint, record)
         if stopped is not None:
             course.restore(stopped)
         for number in range(course.stage + course.stage_ends, len(stages)):
             until, loss = stages[number]
             course.begin_stage(number, until)
+            loss = loss if spec.devices == 1 else _per_device(loss)
             # XLA compiles for minutes on a CPU and is slower there; JAX has no other way.
             trained.compile(optimizer=optimizer, loss=loss, jit_compile=keras.backend.backend() == "jax")
             trained.fit(stream, validation_data=check, epochs=spec.epochs, shuffle=False, verbose=0, callbacks=[course])
     return course.best, course.log
+
+
+def _per_device(loss: Loss) -> Loss:
+    """The same loss in the form whose share of several devices Keras averages: it leaves a scalar as it is."""
+    return lambda target, answer: keras.ops.reshape(loss(target, answer), (1,))
 
 
 def train(
@@ -129,6 +137,7 @@ def train(
     initial: Model | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    log_to: str | None = None,
     progress: bool | None = None,
     **spec_fields: Any,
 ) -> Model:
@@ -150,6 +159,9 @@ def train(
         it would have had, and with `max_minutes` the time that was spent already counts.
     overwrite : bool
         Replace an existing bundle, and forget a stopped run unless it is resumed.
+    log_to : str, optional
+        ``tensorboard:FOLDER`` or ``mlflow:URI``: where the curve goes as well, epoch by epoch. It is always in
+        ``log.csv`` of the stopped run's folder while the training lasts, and in the bundle's ``history.csv`` then.
     progress : bool, optional
         See `show_progress`.
     **spec_fields
@@ -176,15 +188,20 @@ def train(
         raise PtychodaskError(f"{out}: its folder {out.parent} does not exist; make it first")
     lessons = [Lesson.of(scan, spec) for scan in scans]
     optics = lessons[0].optics if len(lessons) == 1 else [lesson.optics for lesson in lessons]
+    if not isinstance(initial, Model | None):
+        raise PtychodaskError(
+            f"training: initial is a {type(initial).__name__}, expected a bundle that ptychodask trained; "
+            "train that network where it comes from, or leave initial out"
+        )
     model_spec = _model_spec(lessons, spec, initial)
     stages = _stages(scans, spec, optics, model_spec)
     _check_initial(initial, model_spec, spec)
     checkpoint = Checkpoint(out, _identity(scans, spec, model_spec, initial))
     stopped = checkpoint.begin(resume=resume, overwrite=overwrite)
     streams = _streams(lessons, spec)
-    with _on_devices(spec.devices):
+    with _on_devices(spec.devices), open_logger(log_to, out.name, spec) as record:
         network, trained = _build(spec, model_spec, optics, initial)
-        weights, log = _fit(network, trained, stages, spec, streams, checkpoint, stopped, progress)
+        weights, log = _fit(network, trained, stages, spec, streams, checkpoint, stopped, record, progress)
     model = Model(model_spec, weights, lessons[0].optics, _provenance(lessons, spec), log)
     model = save_model(model, out, overwrite=overwrite)
     for each in stores:

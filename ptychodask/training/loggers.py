@@ -1,0 +1,103 @@
+"""Where else the curve of a training goes while it runs: TensorBoard or MLflow, when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from ptychodask.scan import PtychodaskError
+from ptychodask.training.spec import TrainingSpec
+
+Record = Callable[[dict[str, float]], None]
+"""What is told the entry of each epoch."""
+
+
+@contextmanager
+def open_logger(log_to: str | None, name: str, spec: TrainingSpec) -> Iterator[Record]:
+    """What records the epochs of a training.
+
+    Parameters
+    ----------
+    log_to : str or None
+        ``tensorboard:FOLDER``, ``mlflow:URI``, or None for neither.
+    name : str
+        Name of the run.
+    spec : TrainingSpec
+        Recorded beside the curve where the logger takes it.
+
+    Yields
+    ------
+    callable
+        Takes an epoch's entry of the log.
+
+    Raises
+    ------
+    PtychodaskError
+        If `log_to` has another form, or the package is not installed.
+    """
+    if log_to is None:
+        yield lambda _: None
+        return
+    kind, colon, place = log_to.partition(":")
+    if kind not in LOGGERS or not colon or not place:
+        raise PtychodaskError(f"training: log_to is {log_to!r}, expected tensorboard:FOLDER or mlflow:URI")
+    with LOGGERS[kind](place, name, spec) as record:
+        yield record
+
+
+@contextmanager
+def _tensorboard(folder: str, name: str, spec: TrainingSpec) -> Iterator[Record]:
+    """Scalars of each epoch, in the folder `name` of a TensorBoard folder."""
+    try:
+        import tensorboard  # noqa: F401
+        import tensorflow as tf
+    except ImportError as error:
+        raise _missing("tensorboard", error) from error
+    writer = tf.summary.create_file_writer(f"{folder}/{name}")
+    with writer.as_default():
+        tf.summary.text("spec", "  \n".join(f"{key}: {value}" for key, value in asdict(spec).items()), step=0)
+
+    def record(entry: dict[str, float]) -> None:
+        with writer.as_default():
+            for key, value in entry.items():
+                tf.summary.scalar(key, value, step=int(entry["epoch"]))
+        writer.flush()
+
+    yield record
+    writer.close()
+
+
+@contextmanager
+def _mlflow(uri: str, name: str, spec: TrainingSpec) -> Iterator[Record]:
+    """Metrics of each epoch, in a run of an MLflow tracking server or folder."""
+    try:
+        from mlflow import MlflowClient
+    except ImportError as error:
+        raise _missing("mlflow", error) from error
+    # A client of its own: the fluent interface would change the tracking server of the whole process.
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("ptychodask")
+    experiment_id = client.create_experiment("ptychodask") if experiment is None else experiment.experiment_id
+    run_id = client.create_run(experiment_id, run_name=name).info.run_id
+    for key, value in asdict(spec).items():
+        client.log_param(run_id, key, str(value)[:250])
+
+    def record(entry: dict[str, float]) -> None:
+        for key, value in entry.items():
+            client.log_metric(run_id, key, value, step=int(entry["epoch"]))
+
+    try:
+        yield record
+    except BaseException:
+        client.set_terminated(run_id, status="FAILED")
+        raise
+    client.set_terminated(run_id)
+
+
+LOGGERS: dict[str, Any] = {"tensorboard": _tensorboard, "mlflow": _mlflow}
+
+
+def _missing(package: str, error: ImportError) -> PtychodaskError:
+    return PtychodaskError(f"training: log_to needs {package}, which is not installed ({error}); pip install {package}")
