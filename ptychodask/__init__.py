@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "store": ["group", "open_scan"],
         "io": ["IngestSpec", "ingest"],
         "simulate": ["simulate"],
-        "models": ["Model", "ModelSpec", "load_model"],
+        "models": ["CallableModel", "Model", "ModelSpec", "load_model"],
         "result": ["open_result"],
         "iterative": ["ProbeRefinement", "reconstruct_iterative", "refine_probe"],
         "training": ["GroupReader", "TrainingSpec", "as_tf_dataset", "as_torch_dataset", "train"],

@@ -33,7 +33,7 @@ Cached = TypeVar("Cached")
 
 @runtime_checkable
 class PatchModel(Protocol):
-    """What the engine asks of a network."""
+    """What the engine asks of a network; `load_model` returns such models, and `CallableModel` makes one of a callable."""
 
     @property
     def kind(self) -> str:
@@ -178,7 +178,9 @@ def resolve_model(scan: Scan, model: str | Path | PatchModel | None) -> PatchMod
     if isinstance(model, str | Path):
         return models.load_model(model)
     if not isinstance(model, PatchModel):
-        raise PtychodaskError(f"model: found {type(model).__name__}, expected a path or what load_model returns")
+        raise PtychodaskError(
+            f"model: found {type(model).__name__}, expected a path or what load_model returns, or a CallableModel"
+        )
     return model
 
 

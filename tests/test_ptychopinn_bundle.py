@@ -17,6 +17,7 @@ from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
+from ptychodask.training import train
 
 N = 32
 SCALE = 50.0
@@ -230,6 +231,12 @@ def test_a_scan_is_reconstructed_from_an_archive_whatever_the_chunks(archive, tm
     assert results[0].attrs["plan"]["window"] == "uniform"
     np.testing.assert_array_equal(np.isnan(whole), np.isnan(pieces))
     np.testing.assert_allclose(pieces, whole, rtol=1e-5)
+
+
+def test_a_training_that_would_start_from_an_archive_is_refused(archive, tmp_path):
+    simulate(tmp_path / "scan.zarr", probe="disc", n_pixels=N, n_patterns=40, step_px=3.0)
+    with pytest.raises(PtychodaskError, match="initial is a PtychoPinnModel, expected a bundle"):
+        train(tmp_path / "scan.zarr", initial=load_model(archive), progress=False)
 
 
 def refused(path, match):
