@@ -71,7 +71,7 @@ class ProbeRefinement:
 def refine_probe(
     store: str | Path,
     *,
-    n_sweeps: int = 10,
+    n_sweeps: int = 16,
     fraction: float = 1.0,
     held_out: float = 0.1,
     exclude: Sequence[int] | NDArray[np.integer[Any]] = (),
