@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from models_for_tests import LinearModel
 
-from ptychodask import prediction
+from ptychodask import polishing, prediction
 from ptychodask.cluster import in_process_client, local_client
 from ptychodask.iterative import (
     StepProducts,
@@ -113,6 +113,18 @@ def test_r_falls_and_is_the_r_of_the_object(scan, client, polished):
         assert r_factor(ds["object"].values, corner, scan) == pytest.approx(r, rel=1e-3)
     assert record["r_factor"][-1] < 0.3 * record["r_factor"][0]
     assert polished.attrs["spec"]["polish"] == 4
+
+
+def test_a_failing_sweep_gives_one_line_and_leaves_nothing(scan, client, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("the disk went away\nand this is its long story")
+
+    monkeypatch.setattr(polishing, "called_for", fail)
+    with pytest.raises(PtychodaskError) as caught:
+        reconstruct(scan.store, FlatModel(), client=client, polish=2, out=tmp_path / "object.zarr", **FIELDS)
+    assert str(caught.value).startswith("reconstruct: polishing with the patterns over (")
+    assert str(caught.value).endswith("failed: RuntimeError: the disk went away")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_the_object_changes_and_unseen_pixels_stay_unseen(scan, client, polished):
