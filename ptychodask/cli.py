@@ -11,7 +11,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from ptychodask.scan import PtychodaskError
 
@@ -66,8 +68,8 @@ def _options(
     ] = False,
 ) -> None:
     handler = logging.StreamHandler()
-    # Dask's loggers set a level of their own, so the handler decides what reaches the terminal.
-    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("ptychodask"))
+    # Dask's loggers set a level of their own and speak of slow workers, so the handler decides what is worth showing.
+    handler.addFilter(lambda record: record.levelno >= logging.ERROR or record.name.startswith("ptychodask"))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
 
 
@@ -301,7 +303,10 @@ def refine_probe(
 
 @app.command()
 def train(
-    store: Store,
+    store: Annotated[
+        list[Path],
+        typer.Argument(help="The scan's store, or several of one N to train on at once.", show_default=False),
+    ],
     model: Annotated[ModelKind, typer.Option(help="Which network.")] = ModelKind.pinn,
     out: Annotated[Path | None, typer.Option(help="Bundle to write; by default beside the store.")] = None,
     initial: Annotated[Path | None, typer.Option(help="Bundle whose weights to start from.")] = None,
@@ -312,20 +317,44 @@ def train(
     levels: Annotated[int | None, typer.Option(help="How often the U-Net halves its resolution.")] = None,
     projections_before: Annotated[int | None, typer.Option(help="Data-consistent steps before the U-Net.")] = None,
     projections_after: Annotated[int | None, typer.Option(help="Data-consistent steps after the U-Net.")] = None,
+    attention: Annotated[bool, typer.Option("--attention", help="Self-attention at the bottom of the U-Net.")] = False,
     epochs: Annotated[int | None, typer.Option(help="Passes over the groups at most.")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Groups in one step.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many epochs without a lower held-out loss.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Groups in one batch.")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Batches whose gradients make one step.")] = None,
+    devices: Annotated[int | None, typer.Option(help="Devices that share each batch.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or mixed.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Rate at the start.")] = None,
-    loss: Annotated[str | None, typer.Option(help="amplitude, poisson or staged.")] = None,
+    scale_learning_rate: Annotated[
+        bool,
+        typer.Option("--scale-learning-rate", help="Scale the rate with the groups in a step; 16 leave it as it is."),
+    ] = False,
+    schedule: Annotated[str | None, typer.Option(help="Of the rate: cosine, constant or plateau.")] = None,
+    loss: Annotated[str | None, typer.Option(help="amplitude, mae, poisson or staged.")] = None,
+    tv: Annotated[float | None, typer.Option(help="Weight of the patches' total variation.")] = None,
+    real_space: Annotated[
+        float | None, typer.Option(help="Weight of the members' disagreement where they overlap.")
+    ] = None,
+    freeze_encoder: Annotated[
+        bool, typer.Option("--freeze-encoder", help="Keep the way down of the U-Net as in --initial.")
+    ] = False,
     validation: Annotated[str | None, typer.Option(help="Held out: random, left, right, top or bottom.")] = None,
     validation_fraction: Annotated[float | None, typer.Option(help="Share of the patterns held out.")] = None,
+    exclude: Annotated[Path | None, typer.Option(help=".npy of pattern indices that training never sees.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of split, groups, weights and order.")] = None,
+    log_to: Annotated[str | None, typer.Option(help="tensorboard:FOLDER or mlflow:URI.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last epoch of a stopped run.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a network on a scan; the store records it.
+    """Train a network on one scan or on several at once; each store records it.
 
     Example: ptychodask train scan.zarr --max-minutes 10
+
+    Example: ptychodask train a.zarr b.zarr --out both.model --epochs 20 --patience 3 --resume
     """
     with _quiet_import():
         from ptychodask.models import load_model
@@ -338,24 +367,50 @@ def train(
         levels=levels,
         projections_before=projections_before,
         projections_after=projections_after,
+        attention=attention or None,
         epochs=epochs,
         max_minutes=max_minutes,
+        patience=patience,
         batch_size=batch_size,
+        accumulation=accumulation,
+        devices=devices,
+        precision=precision,
         learning_rate=learning_rate,
+        scale_learning_rate=scale_learning_rate or None,
+        schedule=schedule,
         loss=loss,
+        tv=tv,
+        real_space=real_space,
+        freeze_encoder=freeze_encoder or None,
         validation=validation,
         validation_fraction=validation_fraction,
+        exclude=None if exclude is None else _indices("--exclude", exclude),
         seed=seed,
     )
     start = None if initial is None else load_model(initial)
     trained = train(
-        store, model=model.value, out=out, initial=start, overwrite=overwrite, progress=_bar(quiet), **options
+        store,
+        model=model.value,
+        out=out,
+        initial=start,
+        resume=resume,
+        overwrite=overwrite,
+        log_to=log_to,
+        progress=_bar(quiet),
+        **options,
     )
     last = trained.history[-1]
     best = min(entry["held_out_loss"] for entry in trained.history)
     typer.echo(
         f"{trained.path}: {len(trained.history)} epochs in {last['seconds']:.0f} s, lowest held-out loss {best:.4g}"
     )
+
+
+def _indices(flag: str, path: Path) -> NDArray[Any]:
+    try:
+        return np.atleast_1d(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, EOFError) as error:
+        raise PtychodaskError(f"{flag} {path}: cannot be read ({error}); expected a .npy of pattern indices") from error
 
 
 @app.command()
