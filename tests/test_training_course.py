@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from ptychodask.cli import app
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
@@ -92,3 +96,32 @@ def test_patterns_that_cannot_be_excluded_are_refused(store, exclude, message):
 def test_a_course_that_goes_nowhere_is_refused(fields, message):
     with pytest.raises(PtychodaskError, match=message):
         TrainingSpec(**fields)
+
+
+def test_the_flags_of_the_command_line_reach_the_training(tmp_path, monkeypatch):
+    given = {}
+
+    def fake(store, **options):
+        given.update(options, store=store)
+        return SimpleNamespace(path="x.model", history=[{"seconds": 1.0, "held_out_loss": 0.5}])
+
+    monkeypatch.setattr("ptychodask.training.train", fake)
+    np.save(tmp_path / "e.npy", np.arange(3))
+    flags = "--patience 4 --schedule plateau --tv 0.1 --accumulation 2 --precision mixed --attention --resume"
+    arguments = [
+        "train",
+        "a.zarr",
+        "b.zarr",
+        *flags.split(),
+        "--exclude",
+        str(tmp_path / "e.npy"),
+        "--log-to",
+        "mlflow:x",
+    ]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert [str(store) for store in given["store"]] == ["a.zarr", "b.zarr"]
+    np.testing.assert_array_equal(given.pop("exclude"), np.arange(3))
+    expected = {"patience": 4, "schedule": "plateau", "tv": 0.1, "accumulation": 2, "precision": "mixed"}
+    expected |= {"attention": True, "resume": True, "log_to": "mlflow:x"}
+    assert {name: given[name] for name in expected} == expected
+    assert "freeze_encoder" not in given
