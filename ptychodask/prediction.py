@@ -33,7 +33,7 @@ Cached = TypeVar("Cached")
 
 @runtime_checkable
 class PatchModel(Protocol):
-    """What the engine asks of a network; `load_model` returns such models, and `CallableModel` makes one of a callable."""
+    """What the engine asks of a network; `load_model` returns such models, `CallableModel` makes one of a callable."""
 
     @property
     def kind(self) -> str:
