@@ -265,6 +265,16 @@ def linked(file):
     file["layers/conv2d/vars/0"] = h5py.ExternalLink("other.h5", "/secret")
 
 
+def swapped(file):
+    put_weights(file, small_weights())
+    file["layers/conv2d/vars"].attrs["name"] = "phase"
+
+
+def scaled(file):
+    put_weights(file, small_weights())
+    file["layers/intensity_scaler/vars/0"] = np.float32(1)
+
+
 def hollow(file):
     put_weights(file, small_weights())
     del file["layers/conv2d/vars/0"]
@@ -289,6 +299,8 @@ def hollow(file):
         ({"weights": [[w[..., :1] for w in pair] for pair in small_weights()]}, "expected 4 filters"),
         ({"scale": -1.0}, "intensity_scale is -1.0, expected a positive number"),
         ({"fill_weights": linked}, "have no array layers/conv2d/vars/0"),
+        ({"fill_weights": swapped}, "layers/conv2d holds the weights of 'phase', expected those of 'amplitude'"),
+        ({"fill_weights": scaled}, "its intensity_scaler has a weight of its own"),
         ({"fill_weights": hollow}, "not a plain float32 array"),
     ],
 )

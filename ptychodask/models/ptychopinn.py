@@ -50,8 +50,8 @@ ACTIVATIONS = ("linear", "relu", "sigmoid", "silu", "softplus", "swish", "tanh")
 
 CONVOLUTION_FIELDS = ("filters", "kernel_size", "strides", "padding", "dilation_rate", "groups", "use_bias")
 
-_UNREADABLE = (OSError, EOFError, KeyError, RuntimeError, ValueError, NotImplementedError)
-_UNREADABLE_ZIP = (*_UNREADABLE, zipfile.BadZipFile, zlib.error)
+_OF_FILES = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+_OF_CONTENT = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 class PtychoPinnLayer(NamedTuple):
@@ -183,7 +183,7 @@ def _one_line(source: Path) -> Iterator[None]:
         yield
     except PtychodaskError:
         raise
-    except (*_UNREADABLE_ZIP, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (*_OF_FILES, *_OF_CONTENT) as error:
         first = (str(error).splitlines() or [""])[0][:200]
         raise PtychodaskError(
             f"{source}: cannot be read as a PtychoPINN model ({type(error).__name__}: {first}); copy it again from "
@@ -304,7 +304,18 @@ def _read_weights(content: bytes, entries: list[PtychoPinnLayer], source: Path) 
                         f"{source}: layer '{entry.name}' has weights {array.shape}, expected {entry.config['filters']} "
                         f"filters of {entry.config['kernel_size']}; copy the archive again"
                     )
+            written_for = file[f"{where}/vars"].attrs.get("name", entry.name)
+            if written_for != entry.name:
+                raise PtychodaskError(
+                    f"{source}: {where} holds the weights of '{written_for}', expected those of '{entry.name}'; "
+                    "save the model again with the Keras that PtychoPINN asks for"
+                )
             weights[entry.name] = arrays
+        if "layers/intensity_scaler/vars/0" in file:
+            raise PtychodaskError(
+                f"{source}: its intensity_scaler has a weight of its own, expected PtychoPINN's, which takes model.h5's; "
+                "wrap the network in a CallableModel"
+            )
     return weights
 
 
