@@ -313,7 +313,7 @@ def _read_weights(content: bytes, entries: list[PtychoPinnLayer], source: Path) 
             weights[entry.name] = arrays
         if "layers/intensity_scaler/vars/0" in file:
             raise PtychodaskError(
-                f"{source}: its intensity_scaler has a weight of its own, expected PtychoPINN's, which takes model.h5's; "
+                f"{source}: its intensity_scaler has a weight of its own, expected the scale in model.h5 alone; "
                 "wrap the network in a CallableModel"
             )
     return weights
