@@ -644,7 +644,9 @@ class Misfit:
 
     @property
     def r_factor(self) -> float:
-        """R = Σ|√I_pred − √I| / Σ√I (see `r_factor`)."""
+        """R = Σ|√I_pred − √I| / Σ√I; `PtychodaskError` where the patterns have no light."""
+        if not self.amplitude > 0:
+            raise PtychodaskError("polish: the patterns have no light, so nothing can be told from them; drop fewer")
         return self.absolute / self.amplitude
 
     def __add__(self, other: Misfit) -> Misfit:

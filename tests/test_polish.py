@@ -239,6 +239,14 @@ def test_masked_pixels_do_not_touch_the_object(scan, client, tmp_path):
     np.testing.assert_array_equal(*objects)
 
 
+def test_dark_patterns_are_refused(scan):
+    object_, corner = truth_over(scan)
+    dark = replace(scan, diffraction=np.zeros((N_PATTERNS, 16, 16)))
+    _, misfit = called_for(object_, corner, dark, np.arange(3))
+    with pytest.raises(PtychodaskError, match="the patterns have no light"):
+        _ = misfit.r_factor
+
+
 def test_light_is_summed_as_the_patterns_lie(scan):
     corner, shape = frames(scan)
     light, _ = held_light(scan.probe, scan.position_yx_px, corner, shape)
