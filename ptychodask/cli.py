@@ -428,6 +428,7 @@ def plan(
     Example: ptychodask plan scan.zarr
     """
     with _quiet_import():
+        import ptychodask.models.model  # noqa: F401
         from ptychodask.plan import ReconstructionSpec, plan
     spec = ReconstructionSpec(
         **_given(groups=groups, crop=crop, batch_size=batch_size, groups_per_chunk=groups_per_chunk, tile=tile)
