@@ -35,6 +35,13 @@ def test_a_slice_of_a_reader_gives_what_the_networks_see(store):
         np.testing.assert_array_equal(part, whole[[6, 0]])
 
 
+def test_reading_in_pieces_changes_nothing(store, monkeypatch):
+    whole = GroupReader(store, PAIRS)[:]
+    monkeypatch.setattr("ptychodask.training.data.READ_BYTES", 7 * 4 * N * N)
+    for found, expected in zip(GroupReader(store, PAIRS)[:], whole, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def rows(offset):
     return {tuple(row) for row in np.asarray(offset).reshape(len(offset), -1)}
 

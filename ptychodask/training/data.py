@@ -19,6 +19,9 @@ from ptychodask.training.spec import TrainingSpec
 BUFFER_BYTES = 128 * 2**20
 """Network input that is held and shuffled at a time; what bounds the memory of training."""
 
+READ_BYTES = 4 * 2**20
+"""Network input that is read at a time."""
+
 RUN_GROUPS = 64
 """Groups that lie together along the curve and are read together."""
 
@@ -164,7 +167,13 @@ class GroupReader:
     def hold(self, groups: slice | NDArray[np.integer[Any]]) -> HeldPatterns:
         """Read the patterns of some groups, each once."""
         pattern = np.unique(self.member[groups]).astype(np.int64)
-        return HeldPatterns(pattern, self.scan.network_input(pattern))
+        n_pixels = self.scan.n_pixels
+        x = np.empty((len(pattern), n_pixels, n_pixels), np.float32)
+        step = max(1, READ_BYTES // (4 * n_pixels**2))
+        # A read holds several times what it gives, so that it is done in pieces.
+        for start in range(0, len(pattern), step):
+            x[start : start + step] = self.scan.network_input(pattern[start : start + step])
+        return HeldPatterns(pattern, x)
 
     def arrays(self, groups: slice | NDArray[np.integer[Any]], held: HeldPatterns) -> GroupArrays:
         """Arrays of some groups from patterns that are held already."""
