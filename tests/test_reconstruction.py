@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import json
 import weakref
 from dataclasses import dataclass
@@ -216,9 +217,12 @@ def test_canvases_go_when_no_tile_needs_them(tmp_path, client, monkeypatch):
     monkeypatch.setattr(reconstruction, "empty_canvas", counted)
     ds = reconstruct(path, LinearModel(), client=client, groups_per_chunk=1, tile=16)
     assert ds.attrs["plan"]["n_chunks"] == 200
-    # Along a line a tile meets some ten chunks, a few more are at work, and each tile makes two canvases of its own.
-    assert max(most) < 40
-    gc.collect()
+    # Along a line a tile meets some ten chunks, a few more are at work, and each tile makes two canvases of its own;
+    # releases reach a busy worker late, so the bound is generous: kept canvases would be 200 and more.
+    assert max(most) < 100
+    deadline = time.monotonic() + 30
+    while len(alive) > 2 and time.monotonic() < deadline:
+        client.run(gc.collect)
     assert len(alive) <= 2
 
 
