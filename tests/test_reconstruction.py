@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import time
 import json
+import time
 import weakref
 from dataclasses import dataclass
 from typing import ClassVar
