@@ -29,6 +29,7 @@ from ptychodask.training import (
 N = 16
 
 SHORT = {"epochs": 2, "batch_size": 8, "levels": 2, "neighbours": 5, "validation_fraction": 0.2}
+SHORT |= {"projections_before": 1, "projections_after": 1, "loss": "amplitude"}
 
 
 @pytest.fixture(scope="module")

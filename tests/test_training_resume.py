@@ -77,19 +77,44 @@ def test_a_killed_training_goes_on_to_the_same_curve_and_the_same_weights(store,
     assert not folder.exists()
 
 
+def interrupt_second_epoch(store, out, monkeypatch, fields):
+    on_train_batch_end = Course.on_train_batch_end
+
+    def end_or_interrupt(self, batch, logs=None):
+        if self.log:
+            raise KeyboardInterrupt
+        on_train_batch_end(self, batch, logs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Course, "on_train_batch_end", end_or_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(store, out=out, **fields)
+
+
 @pytest.fixture
 def stopped(store, tmp_path, monkeypatch):
     """A bundle whose training was interrupted in its second epoch."""
-
-    def interrupt(self, batch, logs=None):
-        if self.log:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Course, "on_train_batch_begin", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(store, out=tmp_path / "stopped.model", **SHORT)
+    interrupt_second_epoch(store, tmp_path / "stopped.model", monkeypatch, SHORT)
     return tmp_path / "stopped.model"
+
+
+def test_several_scans_with_every_term_go_on_to_the_same_weights(store, tmp_path, monkeypatch):
+    other = tmp_path / "other.zarr"
+    simulate(other, n_pixels=N, n_patterns=40, step_px=3.0, dose=1e4, probe="disc", seed=3)
+    fields = SHORT | {
+        "epochs": 3,
+        "neighbours": 3,
+        "loss": "amplitude",
+        "accumulation": 2,
+        "tv": 0.1,
+        "real_space": 0.1,
+    }
+    fields |= {"schedule": "plateau", "patience": 2}
+    whole = train([store, other], out=tmp_path / "whole.model", **fields)
+    interrupt_second_epoch([store, other], tmp_path / "stopped.model", monkeypatch, fields)
+    resumed = train([store, other], out=tmp_path / "stopped.model", resume=True, **fields)
+    assert curve(resumed) == curve(whole)
+    assert resumed.content_hash == whole.content_hash
 
 
 def test_another_scan_is_refused_by_name(store, stopped, tmp_path):
