@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from numbers import Integral
@@ -68,7 +68,7 @@ from ptychodask.result import (
     open_result,
     write_tile,
 )
-from ptychodask.scan import PtychodaskError, Scan
+from ptychodask.scan import PtychodaskError, Scan, with_fields
 from ptychodask.store import open_scan, whole_or_nothing
 
 logger = logging.getLogger(__name__)
@@ -272,7 +272,7 @@ def reconstruct(
     the patterns that were not dropped before the first sweep and after each.
     """
     started = time.perf_counter()
-    spec = _with_fields(spec, spec_fields)
+    spec = with_fields(spec, spec_fields)
     if out is not None and not compute:
         raise PtychodaskError("reconstruct: compute=False writes nothing; leave out= away, or compute")
     if spec.polish and not compute:
@@ -310,14 +310,6 @@ def reconstruct(
         seconds, polished = run(building.resolve(), lambda tile, report: None)
         finish_result(building, attributes | polished | _rates(todo, seconds, time.perf_counter() - started))
     return open_result(path)
-
-
-def _with_fields(spec: ReconstructionSpec, spec_fields: dict[str, Any]) -> ReconstructionSpec:
-    names = [field.name for field in fields(ReconstructionSpec)]
-    unknown = [name for name in spec_fields if name not in names]
-    if unknown:
-        raise PtychodaskError(f"reconstruct: no field {', '.join(unknown)}; the fields are: {', '.join(names)}")
-    return replace(spec, **spec_fields)
 
 
 def _attributes(model: PatchModel, todo: Plan, spec: ReconstructionSpec) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,15 @@ ILLUMINATION_FLOOR = 1e-3
 
 class PtychodaskError(ValueError):
     """Input that ptychodask refuses; the message names the thing, what was found and the way out."""
+
+
+class Frozen(Protocol):
+    """A dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Spec = TypeVar("Spec", bound=Frozen)
 
 
 class PatternSource(Protocol):
@@ -203,6 +212,23 @@ def check_choice(name: str, value: object, choices: tuple[object, ...], where: s
     if value not in choices:
         listed = ", ".join(str(choice) for choice in choices)
         raise PtychodaskError(f"{where}: {name} is {value!r}, expected one of: {listed}")
+
+
+def with_fields(spec: Spec, given: dict[str, Any]) -> Spec:
+    """A spec with some fields changed by name.
+
+    Raises
+    ------
+    PtychodaskError
+        If the spec has no field of a name; the fields that it has are listed.
+    """
+    names = [each.name for each in fields(spec)]
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise PtychodaskError(
+            f"{type(spec).__name__}: no field {', '.join(unknown)}; the fields are: {', '.join(names)}"
+        )
+    return replace(spec, **given)
 
 
 def check_pattern_shape(shape: tuple[int, ...], where: str) -> None:

@@ -315,7 +315,7 @@ def test_a_bad_frame_may_be_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_pixel": 64}, "there is no option 'n_pixel', expected some of: keys, domain, axes"),
+        ({"n_pixel": 64}, "no field n_pixel; the fields are: keys, domain, axes"),
         ({"n_pixels": 18}, "18 pixels wide, expected a multiple of 4"),
         ({"n_pixels": 2}, "n_pixels is 2, expected a whole number from 8 on"),
         ({"bin": 0}, "bin is 0"),

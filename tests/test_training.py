@@ -225,7 +225,7 @@ def test_time_ends_a_training(store, tmp_path):
         ({"validation": "middle"}, "validation is 'middle'"),
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
         ({"neighbours": 2}, "neighbours is 2 for groups of 4 members"),
-        ({"storeys": 3}, "has no field storeys; it has: .*levels"),
+        ({"storeys": 3}, "no field storeys; the fields are: .*levels"),
         ({"loss": "hinge"}, "loss is 'hinge'"),
     ],
 )

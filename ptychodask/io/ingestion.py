@@ -38,7 +38,6 @@ from ptychodask.io.source import (
     SourceScan,
     as_mask,
     as_probe,
-    ingest_spec,
     listed_keys,
 )
 from ptychodask.scan import (
@@ -50,6 +49,7 @@ from ptychodask.scan import (
     Truth,
     check_pattern_shape,
     check_positions,
+    with_fields,
 )
 from ptychodask.store import check_vacant, write_scan
 
@@ -101,7 +101,7 @@ def ingest(
     with patterns along its last axis) is first unpacked into a scratch file, cropped already where it is compressed.
     """
     source, store = Path(source), Path(store)
-    spec = ingest_spec(reader_options)
+    spec = with_fields(IngestSpec(), reader_options)
     check_vacant(store, overwrite=overwrite)
     scratch = store.parent if spec.scratch is None else Path(spec.scratch)
     with ExitStack() as stack:

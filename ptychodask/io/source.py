@@ -182,15 +182,6 @@ class IngestSpec:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
-def ingest_spec(options: Mapping[str, Any]) -> IngestSpec:
-    """Build a spec from named options; a name that is not an option is refused with the list of those that are."""
-    known = [f.name for f in fields(IngestSpec)]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise PtychodaskError(f"ingest: there is no option {unknown[0]!r}, expected some of: {', '.join(known)}")
-    return IngestSpec(**options)
-
-
 class Frames(Protocol):
     """Frames of a file (pattern, h, w): readable in order always, at random where `random_access` is True."""
 

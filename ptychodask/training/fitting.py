@@ -16,14 +16,14 @@ from ptychodask.models import Model, ModelSpec, Optics, save_model
 from ptychodask.models.networks import build_autoencoder, build_network, encoder_layers, with_penalties
 from ptychodask.models.spec import Kind
 from ptychodask.progress import show_progress
-from ptychodask.scan import PtychodaskError, Scan
+from ptychodask.scan import PtychodaskError, Scan, with_fields
 from ptychodask.store import open_scan, record_model
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 from ptychodask.training.course import Course
 from ptychodask.training.data import BUFFER_BYTES, amplitude_target, groups_within, patch_target, split_patterns
 from ptychodask.training.loggers import Record, open_logger
 from ptychodask.training.losses import Loss, amplitude_loss, mae_loss, patch_loss, poisson_loss
-from ptychodask.training.spec import TrainingSpec, replace_fields
+from ptychodask.training.spec import TrainingSpec
 from ptychodask.training.streaming import GroupStream, MixedStream
 
 AMPLITUDE_SHARE = 0.5
@@ -178,7 +178,7 @@ def train(
         If the scan does not suit the training (no truth for a baseline, too few patterns), the bundle exists, a stopped
         run is there and shall neither be resumed nor forgotten or trained something else, or the loss diverges.
     """
-    spec = replace_fields(spec or TrainingSpec(), spec_fields)
+    spec = with_fields(spec or TrainingSpec(), spec_fields)
     stores = [store] if isinstance(store, str | Path) else list(store)
     scans = _open_scans(stores, spec)
     out = default_model_path(stores[0], spec.model) if out is None else Path(out)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -177,14 +177,3 @@ def _pattern_indices(exclude: Sequence[int]) -> tuple[int, ...]:
             "integers from 0 on, in one row"
         )
     return tuple(int(i) for i in np.unique(indices))
-
-
-def replace_fields(spec: Any, fields: dict[str, Any]) -> Any:
-    """A spec with some fields changed by name; an unknown name is refused with the list of known ones."""
-    known = set(spec.__dataclass_fields__)
-    unknown = sorted(set(fields) - known)
-    if unknown:
-        raise PtychodaskError(
-            f"{type(spec).__name__} has no field {', '.join(unknown)}; it has: {', '.join(sorted(known))}"
-        )
-    return replace(spec, **fields)
