@@ -48,6 +48,9 @@ SHARD_CHUNKS = 32
 SHARD_BYTES = 32 * 1024 * 1024
 """Uncompressed size that a shard of large patterns stays below, or one chunk: what is in memory while it is written."""
 
+ROOT_FILES = ("zarr.json", "model.json")
+"""Files of which a folder has one where it is a store or a model bundle: what may be overwritten."""
+
 CURVE_GAIN = 0.9
 """Patterns are sorted along the curve when that cuts the chunks read to this share or less."""
 
@@ -144,10 +147,15 @@ def check_vacant(path: Path, *, overwrite: bool) -> None:
     path : Path
         What shall be written.
     overwrite : bool
-        Whether what is there, and leftovers of a killed writer, may be replaced.
+        Whether a store or model that is there, and leftovers of a killed writer, may be replaced; never anything else.
     """
     if path.exists() and not overwrite:
         raise PtychodaskError(f"{path}: exists already; pass overwrite=True (--overwrite), or another name")
+    if path.exists() and not _is_replaceable(path):
+        raise PtychodaskError(
+            f"{path}: is no store or model, so overwrite=True (--overwrite) leaves it alone; pass another name, or "
+            "remove it first"
+        )
     if not path.parent.is_dir():
         raise PtychodaskError(f"{path}: its folder {path.parent} does not exist; make it first")
     if _building(path).exists() and not overwrite:
@@ -155,6 +163,11 @@ def check_vacant(path: Path, *, overwrite: bool) -> None:
             f"{path}: another run is writing it, or was stopped before its end ({_building(path)} is there); "
             "wait for it, or pass overwrite=True (--overwrite) to start again"
         )
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether `path` is a folder that is empty, or holds what the root of a store or of a model bundle holds."""
+    return path.is_dir() and (any((path / name).is_file() for name in ROOT_FILES) or not any(path.iterdir()))
 
 
 def _building(path: Path) -> Path:
@@ -203,8 +216,8 @@ def whole_or_nothing(path: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises
     ------
     PtychodaskError
-        If `path` exists already, another writer is (or was) at work on it, its parent folder is missing, or the
-        disk refuses the writing.
+        If `path` exists already, is neither a store nor a model, another writer is (or was) at work on it, its parent
+        folder is missing, or the disk refuses the writing.
     """
     check_vacant(path, overwrite=overwrite)
     building = _building(path)

@@ -322,3 +322,21 @@ def test_a_damaged_chunk_is_named_when_it_is_read(tmp_path):
     shard.write_bytes(content)
     with pytest.raises(PtychodaskError, match=r"cannot be read for patterns 0\.\.1"):
         scan.diffraction[np.array([0, 1])]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "folder"])
+def test_nothing_but_stores_and_models_is_overwritten(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("years of work")
+    (tmp_path / "notes.txt").write_text("a source")
+    with pytest.raises(PtychodaskError, match=f"{name}: is no store or model.*leaves it alone"):
+        write(tmp_path / name, overwrite=True)
+    assert (tmp_path / "folder" / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "notes.txt").read_text() == "a source"
+
+
+def test_an_empty_folder_and_a_damaged_store_are_overwritten(tmp_path):
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty", overwrite=True)
+    (tmp_path / "empty" / "zarr.json").write_text("{")
+    assert write(tmp_path / "empty", overwrite=True).n_patterns == 40
