@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +79,29 @@ class StoredPatterns:
     def __getitem__(self, index: Any, /) -> NDArray[Any]:
         try:
             if isinstance(index, slice):
-                return np.asarray(self._array[index])
+                return self._whole(np.asarray(self._array[index]))
             wanted, inverse = np.unique(np.asarray(index, dtype=np.int64), return_inverse=True)
             if len(wanted) and wanted[-1] - wanted[0] + 1 == len(wanted):
                 found = np.asarray(self._array[int(wanted[0]) : int(wanted[-1]) + 1])
             else:
                 found = np.asarray(self._array.oindex[wanted])
-            return found[inverse.reshape(-1)]
+            return self._whole(found)[inverse.reshape(-1)]
         except (OSError, RuntimeError, ValueError) as error:
             raise PtychodaskError(
                 f"{self._where}: {self._array.name or 'array'} cannot be read for patterns {_brief(index)} ({error}); "
                 "the store is damaged: ingest the source again"
             ) from error
+
+    def _whole(self, found: NDArray[Any]) -> NDArray[Any]:
+        """What was read, once it is sure that a pattern of zeros was measured: Zarr reads a missing file as zeros."""
+        if not found.any(axis=(1, 2)).all():
+            stored = self._array.shards or self._array.chunks
+            per_file = prod(side // chunk for side, chunk in zip(stored, self._array.chunks, strict=True))
+            n_files = prod(-(-size // side) for size, side in zip(self._array.shape, stored, strict=True))
+            n_found = self._array.nchunks_initialized // per_file
+            if n_found < n_files:
+                raise FileNotFoundError(f"{n_files - n_found} of its {n_files} files are missing")
+        return found
 
 
 def _brief(index: Any) -> str:
@@ -416,6 +428,8 @@ def _create_patterns(root: zarr.Group, name: str, source: PatternSource, dims: t
         shards=(per_chunk * min(SHARD_CHUNKS, chunks_needed, chunks_allowed), n_pixels, n_pixels),
         compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.bitshuffle),
         dimension_names=dims,
+        # Patterns without light have a file too, so that one that is missing tells of damage.
+        config={"write_empty_chunks": True},
     )
 
 
@@ -493,22 +507,19 @@ def open_scan(store: str | Path) -> Scan:
     root = _open_root(path, mode="r")
     attributes: dict[str, Any] = dict(root.attrs)
     where = str(path)
-    for name in ("domain", "normalization", "calibration", "data_hash"):
-        if name not in attributes:
-            raise PtychodaskError(
-                f"{where}: attribute '{name}' is missing; the store is damaged: ingest the source again"
-            )
+    _check_attributes(attributes, where)
     truth = None
     if "truth" in root:
         corner: Any = root["truth"].attrs.get("corner_yx_px", [0.0, 0.0])
         truth = Truth(_read(root, "truth", where), (float(corner[0]), float(corner[1])))
-
-    def number(name: str) -> float | None:
-        return float(attributes[name]) if name in attributes else None
-
-    return Scan(
+    y_px, x_px = _read(root, "y_px", where), _read(root, "x_px", where)
+    if y_px.shape != x_px.shape:
+        raise PtychodaskError(
+            f"{where}: y_px has shape {y_px.shape} and x_px {x_px.shape}; the store is damaged: ingest the source again"
+        )
+    scan = Scan(
         diffraction=StoredPatterns(_array(root, "diffraction", where), where),
-        position_yx_px=np.stack([_read(root, "y_px", where), _read(root, "x_px", where)], axis=1),
+        position_yx_px=np.stack([y_px, x_px], axis=1),
         probe=_read(root, "probe", where),
         probe_initial=_read(root, "probe_initial", where) if "probe_initial" in root else None,
         domain=attributes["domain"],
@@ -520,17 +531,46 @@ def open_scan(store: str | Path) -> Scan:
         source_index=_read(root, "source_index", where) if "source_index" in root else None,
         truth=truth,
         label=StoredPatterns(_array(root, "label", where), where) if "label" in root else None,
-        pixel_size_m=number("pixel_size_m"),
-        energy_ev=number("energy_ev"),
-        distance_m=number("distance_m"),
+        pixel_size_m=attributes.get("pixel_size_m"),
+        energy_ev=attributes.get("energy_ev"),
+        distance_m=attributes.get("distance_m"),
         data_hash=attributes["data_hash"],
         store=where,
         attributes=attributes,
     )
+    if data_hash(attributes["diffraction_hash"], scan.position_yx_px, scan.mask, scan.probe) != scan.data_hash:
+        raise PtychodaskError(
+            f"{where}: positions, mask or probe are not those it was written with (hash differs); the store is "
+            "damaged: ingest the source again"
+        )
+    return scan
+
+
+def _check_attributes(attributes: dict[str, Any], where: str) -> None:
+    """Raise `PtychodaskError` unless a store's root has the attributes of a scan, each of its kind."""
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "domain": str,
+        "normalization": (int, float),
+        "calibration": str,
+        "diffraction_hash": str,
+        "data_hash": str,
+    }
+    optional = dict.fromkeys(("pixel_size_m", "energy_ev", "distance_m"), (int, float))
+    for name, kind in (kinds | {name: kind for name, kind in optional.items() if name in attributes}).items():
+        value = attributes.get(name)
+        if not isinstance(value, kind):
+            raise PtychodaskError(
+                f"{where}: attribute '{name}' is {value!r}; the store is damaged: ingest the source again"
+            )
 
 
 def _array(root: zarr.Group, name: str, where: str) -> zarr.Array:
-    array = root.get(name)
+    try:
+        array = root.get(name)
+    except (OSError, ValueError) as error:
+        raise PtychodaskError(
+            f"{where}: array '{name}' cannot be opened ({error}); the store is damaged: ingest the source again"
+        ) from error
     if not isinstance(array, zarr.Array):
         raise PtychodaskError(f"{where}: array '{name}' is missing; the store is damaged: ingest the source again")
     return array
@@ -571,7 +611,7 @@ def _open_root(path: Path, mode: str) -> zarr.Group:
     version = attributes.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise PtychodaskError(
-            f"{path}: has format version {version}, this ptychodask reads up to {FORMAT_VERSION}; upgrade ptychodask"
+            f"{path}: has format version {version!r}, this ptychodask reads up to {FORMAT_VERSION}; upgrade ptychodask"
         )
     if attributes.get("state") != "complete":
         raise PtychodaskError(
@@ -602,8 +642,6 @@ def group(store: str | Path, spec: GroupingSpec = GroupingSpec(), *, name: str |
     """
     path = Path(store)
     name = spec.name if name is None else name
-    if not name or "/" in name or name.startswith("."):
-        raise PtychodaskError(f"{path}: {name!r} is no name for a group table; use letters, digits, '-' and '_'")
     stored = read_groups(path, name)
     if stored is not None:
         if stored.spec != spec:
@@ -624,8 +662,11 @@ def group(store: str | Path, spec: GroupingSpec = GroupingSpec(), *, name: str |
 
 
 def read_groups(store: str | Path, name: str) -> Groups | None:
-    """A stored group table, or None when there is none of that name."""
+    """A stored group table, or None when there is none of that name; raises `PtychodaskError` for one that is no name
+    or a table that does not fit the scan."""
     path = Path(store)
+    if not name or "/" in name or name.startswith("."):
+        raise PtychodaskError(f"{path}: {name!r} is no name for a group table; use letters, digits, '-' and '_'")
     root = _open_root(path, mode="r")
     table = root.get(f"groups/{name}")
     if not isinstance(table, zarr.Group) or table.attrs.get("state") != "complete":
@@ -638,7 +679,8 @@ def read_groups(store: str | Path, name: str) -> Groups | None:
         ) from error
     member = _read(table, "member", str(path)).astype(np.int32)
     n_patterns = _array(root, "diffraction", str(path)).shape[0]
-    if member.ndim != 2 or member.shape[1] != spec.members or (member < 0).any() or (member >= n_patterns).any():
+    gone = len(member) > 1 and not member.any()
+    if gone or member.ndim != 2 or member.shape[1] != spec.members or not ((member >= 0) & (member < n_patterns)).all():
         raise PtychodaskError(f"{path}: group table '{name}' does not fit the scan; pass another name=")
     return Groups(member, spec, name)
 

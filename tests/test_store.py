@@ -340,3 +340,58 @@ def test_an_empty_folder_and_a_damaged_store_are_overwritten(tmp_path):
     write(tmp_path / "empty", overwrite=True)
     (tmp_path / "empty" / "zarr.json").write_text("{")
     assert write(tmp_path / "empty", overwrite=True).n_patterns == 40
+
+
+@pytest.mark.parametrize("index", [slice(0, 5), np.array([39, 0, 7])])
+def test_patterns_whose_file_is_gone_are_not_read_as_zeros(tmp_path, index):
+    scan = write(tmp_path / "a.zarr")
+    shutil.rmtree(tmp_path / "a.zarr" / "diffraction" / "c")
+    with pytest.raises(PtychodaskError, match=r"/diffraction cannot be read.*1 of its 1 files are missing"):
+        scan.amplitude(index)
+
+
+def test_patterns_without_light_are_read_as_they_were_measured(tmp_path):
+    diffraction = scan_parts()["diffraction"]
+    diffraction[3:] = 0
+    scan = write(tmp_path / "a.zarr", diffraction=diffraction)
+    np.testing.assert_array_equal(scan.diffraction[slice(None)], diffraction[scan.source_index])
+
+
+@pytest.mark.parametrize("name", ["probe", "y_px"])
+def test_an_array_whose_file_is_gone_is_noticed(tmp_path, name):
+    write(tmp_path / "a.zarr")
+    shutil.rmtree(tmp_path / "a.zarr" / name)
+    with pytest.raises(PtychodaskError, match=r"not those it was written with \(hash differs\)"):
+        open_scan(tmp_path / "a.zarr")
+
+
+def test_a_group_table_whose_file_is_gone_is_noticed(tmp_path):
+    write(tmp_path / "a.zarr")
+    table = group(tmp_path / "a.zarr")
+    shutil.rmtree(tmp_path / "a.zarr" / "groups" / table.name / "member")
+    with pytest.raises(PtychodaskError, match="does not fit the scan"):
+        read_groups(tmp_path / "a.zarr", table.name)
+
+
+@pytest.mark.parametrize("attribute", ["normalization", "pixel_size_m", "diffraction_hash"])
+@pytest.mark.parametrize("value", [None, [1]])
+def test_attributes_that_make_no_sense_are_named(tmp_path, attribute, value):
+    write(tmp_path / "a.zarr", pixel_size_m=1e-8)
+    zarr.open_group(tmp_path / "a.zarr", mode="r+").attrs[attribute] = value
+    with pytest.raises(PtychodaskError, match=f"attribute '{attribute}' is .*damaged"):
+        open_scan(tmp_path / "a.zarr")
+
+
+def test_positions_of_two_lengths_are_refused(tmp_path):
+    write(tmp_path / "a.zarr")
+    root = zarr.open_group(tmp_path / "a.zarr", mode="r+", use_consolidated=False)
+    root["y_px"].resize((10,))
+    store_module._consolidate(tmp_path / "a.zarr")
+    with pytest.raises(PtychodaskError, match=r"y_px has shape \(10,\) and x_px \(40,\)"):
+        open_scan(tmp_path / "a.zarr")
+
+
+def test_a_name_that_leaves_the_store_is_refused(tmp_path):
+    write(tmp_path / "a.zarr")
+    with pytest.raises(PtychodaskError, match="is no name for a group table"):
+        read_groups(tmp_path / "a.zarr", "../x")
