@@ -19,9 +19,12 @@ from ptychodask.training import (
     amplitude_loss,
     amplitude_target,
     groups_within,
+    judging_groups,
+    mae_loss,
     member_offsets,
     patch_target,
     poisson_loss,
+    seed_alone,
     split_patterns,
     train,
 )
@@ -146,6 +149,26 @@ def test_losses_stay_finite_where_no_light_is_expected(scan):
     bright = np.full((1, 1, N, N), 1e4, np.float32)
     for make in (amplitude_loss, poisson_loss):
         assert np.isfinite(float(make(optics)(bright, np.zeros_like(bright))))
+
+
+def test_members_without_a_target_are_not_judged(scan):
+    optics = Optics.of(scan)
+    counts = (scan.amplitude(slice(0, 3)) ** 2)[None]
+    seed = np.sqrt(counts)
+    seed[:, 1:] = np.nan
+    for make in (amplitude_loss, mae_loss, poisson_loss):
+        judged = float(make(optics)(seed, 2 * counts))
+        assert judged == pytest.approx(float(make(optics)(np.sqrt(counts[:, :1]), 2 * counts[:, :1])), rel=1e-5)
+
+
+def test_patterns_held_out_at_random_are_judged_among_their_neighbours(scan):
+    training, held_out = split_patterns(scan, TrainingSpec(validation_fraction=0.05))
+    member = judging_groups(scan, training, held_out, GroupingSpec(neighbours=5))
+    np.testing.assert_array_equal(np.sort(member[:, 0]), held_out)
+    assert np.isin(member[:, 1:], training).any()
+    target = seed_alone(amplitude_target(scan))(member, np.ones((len(member), 4, N, N), np.float32))
+    assert np.isfinite(target[:, 0]).all()
+    assert np.isnan(target[:, 1:]).all()
 
 
 def test_bad_pixels_do_not_count_in_a_loss(scan):

@@ -84,6 +84,18 @@ def groups_within(scan: Scan, patterns: NDArray[np.int64], spec: GroupingSpec) -
     return patterns[group_positions(scan.position_yx_px[patterns], spec, scan_index)].astype(np.int32)
 
 
+def judging_groups(
+    scan: Scan, training: NDArray[np.int64], held_out: NDArray[np.int64], spec: GroupingSpec
+) -> NDArray[np.int32]:
+    """Groups (group, channel) seeded by held-out patterns, the other members drawn from all.
+
+    Patterns that are held out at random lie far from each other, and a group of them would not be like those that a
+    scan has; of such a group the seed alone is judged (`seed_alone`).
+    """
+    member = groups_within(scan, np.union1d(training, held_out), spec)
+    return member[np.isin(member[:, 0], held_out)]
+
+
 def member_offsets(scan: Scan, member: NDArray[np.int32]) -> NDArray[np.float32]:
     """Offsets of members from their group's centre, float32 (group, channel, 2), pixels."""
     position = scan.position_yx_px[member]
@@ -342,6 +354,17 @@ def as_torch_dataset(
             batches.deal()
 
     return TorchGroups()
+
+
+def seed_alone(target_of: TargetOf) -> TargetOf:
+    """The same target for each group's seed, and NaN, which no loss judges, for its other members."""
+
+    def target(member: NDArray[np.int32], x: NDArray[np.float32]) -> NDArray[np.float32]:
+        values = target_of(member, x).copy()
+        values[:, 1:] = np.nan
+        return values
+
+    return target
 
 
 def amplitude_target(scan: Scan) -> TargetOf:

@@ -20,7 +20,15 @@ from ptychodask.scan import PtychodaskError, Scan, with_fields
 from ptychodask.store import open_scan, record_model
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 from ptychodask.training.course import Course
-from ptychodask.training.data import BUFFER_BYTES, amplitude_target, groups_within, patch_target, split_patterns
+from ptychodask.training.data import (
+    BUFFER_BYTES,
+    amplitude_target,
+    groups_within,
+    judging_groups,
+    patch_target,
+    seed_alone,
+    split_patterns,
+)
 from ptychodask.training.loggers import Record, open_logger
 from ptychodask.training.losses import Loss, amplitude_loss, mae_loss, patch_loss, poisson_loss
 from ptychodask.training.spec import TrainingSpec
@@ -55,7 +63,11 @@ class Lesson:
         """Batches to train on, and batches that judge, as one of `n_scans` that share the memory."""
         target_of = patch_target(self.scan) if spec.model == "baseline" else amplitude_target(self.scan)
         member = groups_within(self.scan, self.training, spec.grouping)
-        held_out = groups_within(self.scan, self.held_out, replace(spec.grouping, oversampling=1))
+        once = replace(spec.grouping, oversampling=1)
+        if spec.validation == "random":
+            held_out, judged = judging_groups(self.scan, self.training, self.held_out, once), seed_alone(target_of)
+        else:
+            held_out, judged = groups_within(self.scan, self.held_out, once), target_of
         held_out = _evenly(held_out, -(-MAX_VALIDATION_GROUPS // n_scans))
         fields: dict[str, Any] = {
             "batch_size": spec.batch_size,
@@ -64,7 +76,7 @@ class Lesson:
         }
         return (
             GroupStream(self.scan, member, target_of, shuffle=True, **fields),
-            GroupStream(self.scan, held_out, target_of, shuffle=False, **fields),
+            GroupStream(self.scan, held_out, judged, shuffle=False, **fields),
         )
 
 

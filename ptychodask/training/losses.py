@@ -45,6 +45,13 @@ def _measured(optics: Optics | Sequence[Optics]) -> ScanValues:
     return ScanValues([{"mask": each.mask, "mean_counts": each.mean_counts} for each in listed])
 
 
+def _judged(amplitude: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The measured amplitude, and the mean over the members that it judges: those whose target is not NaN."""
+    known = ops.logical_not(ops.isnan(amplitude))
+    share = ops.cast(known[..., 0, 0], "float32")
+    return ops.where(known, amplitude, 0.0), lambda misfit: ops.sum(misfit * share) / ops.sum(share)
+
+
 def amplitude_loss(optics: Optics | Sequence[Optics]) -> Loss:
     """Σ(√I_pred − √I)² over good pixels, relative to the scan's mean counts, averaged over patterns.
 
@@ -54,8 +61,9 @@ def amplitude_loss(optics: Optics | Sequence[Optics]) -> Loss:
 
     def loss(target: Any, counts: Any) -> Any:
         amplitude, scan = values.of(target)
+        amplitude, mean = _judged(amplitude)
         difference = (ops.sqrt(counts + 1e-9) - amplitude) * scan["mask"]
-        return ops.mean(ops.sum(difference * difference, axis=(-2, -1))) / scan["mean_counts"]
+        return mean(ops.sum(difference * difference, axis=(-2, -1))) / scan["mean_counts"]
 
     return loss
 
@@ -69,9 +77,10 @@ def mae_loss(optics: Optics | Sequence[Optics]) -> Loss:
 
     def loss(target: Any, counts: Any) -> Any:
         amplitude, scan = values.of(target)
+        amplitude, mean = _judged(amplitude)
         difference = ops.abs(ops.sqrt(counts + 1e-9) - amplitude) * scan["mask"]
         evenly = counts.shape[-1] * scan["mean_counts"] ** 0.5
-        return ops.mean(ops.sum(difference, axis=(-2, -1))) / evenly
+        return mean(ops.sum(difference, axis=(-2, -1))) / evenly
 
     return loss
 
@@ -86,10 +95,11 @@ def poisson_loss(optics: Optics | Sequence[Optics]) -> Loss:
 
     def loss(target: Any, counts: Any) -> Any:
         amplitude, scan = values.of(target)
+        amplitude, mean = _judged(amplitude)
         measured = amplitude * amplitude + COUNTS_FLOOR
         expected = counts + COUNTS_FLOOR
         deviance = (expected - measured + measured * ops.log(measured / expected)) * scan["mask"]
-        return 0.5 * ops.mean(ops.sum(deviance, axis=(-2, -1))) / scan["mean_counts"]
+        return 0.5 * mean(ops.sum(deviance, axis=(-2, -1))) / scan["mean_counts"]
 
     return loss
 

@@ -97,7 +97,8 @@ class TrainingSpec:
     """Keep the U-Net's way down and its bottom as `initial` has them."""
 
     validation: Validation = "random"
-    """Held-out patterns: drawn at random, or those on one side of the field, with a dark gap to the others."""
+    """Held-out patterns: drawn at random (each judged in a group with its neighbours), or those on one side of the
+    field, with a dark gap to the others."""
 
     validation_fraction: float = 0.1
     """Share of the patterns that is held out."""
