@@ -68,9 +68,18 @@ def _options(
     ] = False,
 ) -> None:
     handler = logging.StreamHandler()
-    # Dask's loggers set a level of their own and speak of slow workers, so the handler decides what is worth showing.
-    handler.addFilter(lambda record: record.levelno >= logging.ERROR or record.name.startswith("ptychodask"))
+    handler.addFilter(_is_worth_showing)
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
+
+
+def _is_worth_showing(record: logging.LogRecord) -> bool:
+    """Whether a log line is ours or an error: Dask's loggers set a level of their own and speak of slow workers.
+
+    What a task raised reaches the user as our own one line, so Dask's account of it stays away.
+    """
+    if record.name.startswith("ptychodask"):
+        return True
+    return record.levelno >= logging.ERROR and not str(record.msg).startswith("Compute Failed")
 
 
 def _bar(quiet: bool) -> bool | None:
@@ -219,7 +228,7 @@ def _numbers(flag: str, text: str, count: int) -> tuple[float, ...]:
 
 def _whole_numbers(flag: str, text: str, count: int) -> tuple[int, ...]:
     values = _numbers(flag, text, count)
-    if any(value != int(value) for value in values):
+    if not all(value.is_integer() for value in values):
         raise PtychodaskError(f"{flag} {text}: expected whole numbers")
     return tuple(int(value) for value in values)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -216,6 +217,15 @@ def test_a_recorded_model_that_is_gone_is_named(refused, tmp_path):
     assert "gone.model" in refused("reconstruct", tmp_path / "a.zarr")
 
 
+def test_damaged_patterns_end_in_one_line_and_leave_no_result(refused, tmp_path):
+    simulate(tmp_path / "a.zarr", n_pixels=N, n_patterns=20, step_px=3.0)
+    untrained(tmp_path / "a.model", tmp_path / "a.zarr")
+    shutil.rmtree(tmp_path / "a.zarr" / "diffraction" / "c")
+    line = refused("reconstruct", tmp_path / "a.zarr", "--model", tmp_path / "a.model", "--out", tmp_path / "o.zarr")
+    assert "files are missing" in line
+    assert {path.name for path in tmp_path.iterdir()} == {"a.zarr", "a.model"}
+
+
 def test_an_existing_output_is_refused_before_the_work(refused, store, tmp_path):
     untrained(tmp_path / "a.model", store)
     (tmp_path / "o.zarr").mkdir()
@@ -234,6 +244,8 @@ def test_an_existing_output_is_refused_before_the_work(refused, store, tmp_path)
         (["train", "--loss", "hinge"], "loss is 'hinge'"),
         (["reconstruct", "--roi", "1,2"], "--roi"),
         (["reconstruct", "--roi", "1,2,3,4.5"], "--roi"),
+        (["reconstruct", "--roi", "nan,1,2,3"], "expected whole numbers"),
+        (["reconstruct", "--roi", "0,inf,2,3"], "expected whole numbers"),
         (["reconstruct", "--window", "round"], "window is 'round'"),
         (["reconstruct", "--workers", "2", "--scheduler", "tcp://127.0.0.1:1"], "pass one of them"),
         (["refine-probe", "--fraction", "7"], "fraction is 7"),
