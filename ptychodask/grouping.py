@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,12 @@ class GroupingSpec:
     """Seed of the generator that draws the members."""
 
     def __post_init__(self) -> None:
+        for name in ("members", "neighbours", "oversampling", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral):
+                raise PtychodaskError(f"grouping: {name} is {value!r}, expected a whole number")
+        if self.seed < 0:
+            raise PtychodaskError(f"grouping: seed is {self.seed}, expected 0 or more")
         if self.members < 1:
             raise PtychodaskError(f"grouping: members is {self.members}, expected 1 or more")
         if self.members > 1 and self.neighbours < self.members:
@@ -80,7 +87,7 @@ class Groups:
 
     def attributes(self) -> dict[str, int]:
         """The spec as plain numbers, as it is recorded beside the table."""
-        return asdict(self.spec)
+        return {name: int(value) for name, value in asdict(self.spec).items()}
 
 
 def curve_order(position_yx_px: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -198,7 +205,7 @@ def _nearest(
     position_yx_px: NDArray[np.float64], neighbours: int, scan_index: NDArray[np.int64] | None
 ) -> NDArray[np.int32]:
     """Indices (pattern, 1 + neighbours): the pattern itself, then its nearest by distance."""
-    nearest = np.empty((len(position_yx_px), neighbours + 1), np.int32)
+    nearest = np.empty((len(position_yx_px), min(neighbours, len(position_yx_px)) + 1), np.int32)
     for experiment in [None] if scan_index is None else np.unique(scan_index):
         mine = np.arange(len(position_yx_px)) if experiment is None else np.flatnonzero(scan_index == experiment)
         if len(mine) <= neighbours:

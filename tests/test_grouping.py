@@ -100,6 +100,9 @@ def test_oversampling_gives_no_more_groups_than_asked_and_none_twice(position):
             "oversampling=2 needs members > 1 and neighbours > members",
         ),
         ({"members": 1, "oversampling": 2}, "oversampling=2 needs members > 1"),
+        ({"members": "4"}, "members is '4', expected a whole number"),
+        ({"neighbours": 7.5}, "neighbours is 7.5, expected a whole number"),
+        ({"seed": -1}, "seed is -1, expected 0 or more"),
     ],
 )
 def test_impossible_specs_are_refused(wrong, message):
