@@ -173,6 +173,7 @@ def test_damaged_foreign_and_newer_bundles_are_refused_in_one_line(model, tmp_pa
         ("model.json", lambda b: b.replace(b'"format_version": 1', b'"format_version": 99'), "has format version 99"),
         ("model.json", lambda b: b.replace(b'"levels"', b'"storeys"'), "spec cannot be read"),
         ("model.json", lambda b: b.replace(b'"levels": 2', b'"levels": 1'), "do not fit its spec"),
+        ("model.json", lambda b: b.replace(b'"trained_on": {', b'"trained_on": [], "was": {'), "no readable way"),
         ("weights.npz", lambda b: b[: len(b) // 2], "cannot be read"),
         ("optics.npz", lambda _: b"", "cannot be read"),
     ]
@@ -183,6 +184,18 @@ def test_damaged_foreign_and_newer_bundles_are_refused_in_one_line(model, tmp_pa
         with pytest.raises(PtychodaskError, match=message) as caught:
             load_model(folder)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"normalization": np.ones(3)}, {"mask": np.ones(2)}, {"probe": np.ones((1, 8, 8), np.complex64)}]
+)
+def test_optics_of_another_shape_are_refused(model, tmp_path, changes):
+    save_model(model, tmp_path / "a.model")
+    with np.load(tmp_path / "a.model" / "optics.npz") as stored:
+        arrays = dict(stored)
+    np.savez(tmp_path / "a.model" / "optics.npz", **(arrays | changes))
+    with pytest.raises(PtychodaskError, match="does not hold the optics"):
+        load_model(tmp_path / "a.model")
 
 
 def test_changed_weights_are_noticed(model, tmp_path):

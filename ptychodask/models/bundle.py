@@ -143,6 +143,8 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise PtychodaskError(f"{path}: model.json cannot be read ({error}); train again") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise PtychodaskError(f"{path}: is not a model bundle of ptychodask; make one with 'ptychodask train'")
+    if not isinstance(description.get("trained_on", {}), dict):
+        raise PtychodaskError(f"{path}: model.json says in no readable way what it was trained on; train again")
     version = description.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise PtychodaskError(
@@ -161,8 +163,15 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 def _read_optics(path: Path, spec: ModelSpec) -> Optics:
     arrays = _read_arrays(path)
+    shape = (spec.n_pixels, spec.n_pixels)
     missing = {"probe", "normalization", "mask"} - set(arrays)
-    if missing or arrays["probe"].ndim != 3 or arrays["probe"].shape[1:] != (spec.n_pixels, spec.n_pixels):
+    if (
+        missing
+        or arrays["probe"].ndim != 3
+        or arrays["probe"].shape[1:] != shape
+        or arrays["mask"].shape != shape
+        or arrays["normalization"].shape != ()
+    ):
         raise PtychodaskError(f"{path}: does not hold the optics of a {spec.n_pixels}-pixel model; train again")
     return Optics(
         arrays["probe"].astype(np.complex64), float(arrays["normalization"]), arrays["mask"].astype(np.float32)
