@@ -208,9 +208,11 @@ def _recorded_model(scan: Scan) -> PatchModel:
 def recorded_model(scan: Scan) -> dict[str, str] | None:
     """Record (kind, path, hash) of the model that a store's `reconstruct` takes, or None."""
     records = scan.attributes.get("models", [])
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise PtychodaskError(f"{scan.store}: its record of models cannot be read; pass model= (--model)")
     for kind in MODEL_ORDER:
         for record in reversed(records):
-            if record["kind"] == kind:
+            if record.keys() >= {"kind", "path", "hash"} and record["kind"] == kind:
                 return dict(record)
     return None
 

@@ -152,3 +152,18 @@ def test_a_recorded_model_that_is_gone_or_changed_is_refused(tmp_path, monkeypat
 def test_what_is_no_model_is_refused(store):
     with pytest.raises(PtychodaskError, match="found dict, expected a path or what load_model returns"):
         resolve_model(open_scan(store), {"pinn": "a"})
+
+
+@pytest.mark.parametrize("records", ["pinn", ["pinn"], {"kind": "pinn"}])
+def test_a_record_of_models_that_cannot_be_read_is_refused(store, records):
+    scan = open_scan(store)
+    scan.attributes["models"] = records
+    with pytest.raises(PtychodaskError, match="record of models cannot be read"):
+        resolve_model(scan, None)
+
+
+def test_a_record_without_its_path_is_no_record(store):
+    scan = open_scan(store)
+    scan.attributes["models"] = [{"kind": "pinn"}]
+    with pytest.raises(PtychodaskError, match="no model is recorded"):
+        resolve_model(scan, None)
