@@ -47,7 +47,7 @@ class ProbeRefinement:
     """The refined probe (mode, N, N), calibrated as the initial one."""
 
     r_before: float
-    """R of the initial probe on the held-out patterns."""
+    """R of the stored probe on the held-out patterns."""
 
     r_after: float
     """R of the refined probe on the same patterns."""
@@ -87,7 +87,7 @@ def refine_probe(
     ----------
     store : path
         The store; its `probe` is replaced when R falls, `probe_initial` stays. A second call starts again from
-        `probe_initial`.
+        `probe_initial`, and its probe must be better than the stored one.
     n_sweeps : int
         Times that each pattern is visited, 3 or more; the first and the last sweep leave the probe as it is.
     fraction : float
@@ -179,7 +179,7 @@ def _refined(
         defocus_rad = min(tried, key=tried.__getitem__) if tried else 0.0
         start = defocused(initial, defocus_rad) if tried else initial
         _, refined = sweeps(measured, start, n_sweeps=n_sweeps, update_probe=True, bar=bar)
-        r_before, r_after = score(initial, update_probe=False), score(refined, update_probe=False)
+        r_before, r_after = score(scan.probe, update_probe=False), score(refined, update_probe=False)
     return ProbeRefinement(
         probe=refined,
         r_before=r_before,

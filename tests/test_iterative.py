@@ -163,6 +163,16 @@ def test_refinement_lowers_r_on_unseen_patterns_and_keeps_the_initial_probe(scan
     np.testing.assert_array_equal(again.probe, found.probe)
 
 
+def test_a_better_stored_probe_stays(scan, tmp_path):
+    y, x = np.mgrid[:32, :32] - 16
+    store_with_probe(scan, tmp_path / "scan.zarr", scan.probe * np.exp(-(y**2 + x**2) / 60))
+    good = refine_probe(tmp_path / "scan.zarr", progress=False)
+    worse = refine_probe(tmp_path / "scan.zarr", n_sweeps=3, progress=False)
+    assert worse.r_before == good.r_after < worse.r_after
+    assert not worse.stored
+    np.testing.assert_array_equal(open_scan(tmp_path / "scan.zarr").probe, good.probe)
+
+
 def test_refinement_keeps_the_total_and_the_centroid_of_the_probe(scan):
     wrong = np.roll(defocused(scan.probe, 12.0), (2, -1), axis=(1, 2))
     _, probe = run_sweeps(measure(scan, np.arange(scan.n_patterns)), wrong, n_sweeps=8, update_probe=True)
