@@ -27,6 +27,9 @@ MAPPED_KEYS = ("diffraction", "y", "x", "position", "probe", "mask", "object", "
 PROBE_MODELS = ("file", "disc", "zone_plate", "estimate")
 """Where an initial probe comes from, beside a path."""
 
+MOST_PIXELS = 2**14
+"""Pixels across a pattern, at the most: wider than any detector."""
+
 BLOCK_BYTES = 4 * 2**20
 """Bytes of frames read from a file at a time."""
 
@@ -139,8 +142,8 @@ class IngestSpec:
                 raise PtychodaskError(f"ingest: {name} is {value!r}, expected a positive number")
         for name, low in (("n_pixels", 8), ("bin", 1)):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | np.integer) and value >= low):
-                raise PtychodaskError(f"ingest: {name} is {value!r}, expected a whole number from {low} on")
+            if value is not None and not (isinstance(value, int | np.integer) and low <= value <= MOST_PIXELS):
+                raise PtychodaskError(f"ingest: {name} is {value!r}, expected a whole number of {low}..{MOST_PIXELS}")
         if self.energy_ev is not None and self.wavelength_m is not None:
             raise PtychodaskError("ingest: energy_ev and wavelength_m say the same thing; pass one of them")
         if self.incident_counts is not None and self.calibration != "incident":
@@ -150,8 +153,12 @@ class IngestSpec:
             )
         if isinstance(self.centre, str):
             check_choice("centre", self.centre, ("dc", "auto", "(y, x)"), "ingest")
-        elif len(self.centre) != 2 or not np.isfinite(self.centre).all():
-            raise PtychodaskError(f"ingest: centre is {self.centre}, expected 'dc', 'auto' or (y, x)")
+        elif not _is_pair(self.centre):
+            raise PtychodaskError(f"ingest: centre is {self.centre!r}, expected 'dc', 'auto' or (y, x)")
+        if self.probe is not None and not isinstance(self.probe, str):
+            raise PtychodaskError(
+                f"ingest: probe is a {type(self.probe).__name__}, expected the name of a model, or the path of a file"
+            )
         self._check_keys()
         self._check_probe_options()
 
@@ -180,6 +187,14 @@ class IngestSpec:
     def given(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+def _is_pair(centre: Any) -> bool:
+    return (
+        isinstance(centre, Sequence | np.ndarray)
+        and len(centre) == 2
+        and all(isinstance(value, int | float | np.number) and np.isfinite(value) for value in centre)
+    )
 
 
 class Frames(Protocol):
