@@ -41,6 +41,9 @@ TILE_PIXELS = 256
 GROUP_CROP = 20
 """Elements of a group's patch that a uniform window keeps by default, as PtychoPINN does."""
 
+LARGEST = {"batch_size": 2**31, "groups_per_chunk": 2**31, "tile": 2**16}
+"""What fields may be at the most: a larger number is a slip of the hand, and a larger tile fits no store."""
+
 RESULT_PIXEL_BYTES = 20
 """Bytes of one pixel of a result: object, weight, uncertainty and count."""
 
@@ -85,6 +88,8 @@ class ReconstructionSpec:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, Integral) or value < 1):
                 raise PtychodaskError(f"reconstruct: {name} is {value!r}, expected a whole number from 1 on")
+            if value is not None and int(value) > LARGEST.get(name, int(value)):
+                raise PtychodaskError(f"reconstruct: {name} is {value}, expected {LARGEST[name]} at the most")
         if self.crop is not None and self.crop % 2:
             raise PtychodaskError(f"reconstruct: crop is {self.crop}, expected an even number; pass {self.crop + 1}")
         if self.window is not None:
@@ -115,7 +120,9 @@ def _pattern_indices(drop: Sequence[int] | NDArray[np.integer[Any]]) -> tuple[in
 
 
 def _check_roi(roi: Any) -> None:
-    whole = len(roi) == 4 and all(isinstance(value, Integral) for value in roi)
+    whole = (
+        isinstance(roi, Sequence | np.ndarray) and len(roi) == 4 and all(isinstance(value, Integral) for value in roi)
+    )
     if not whole or roi[0] >= roi[1] or roi[2] >= roi[3]:
         raise PtychodaskError(f"reconstruct: roi is {roi}, expected whole pixels (y0, y1, x0, x1), y0 < y1 and x0 < x1")
 
