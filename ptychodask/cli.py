@@ -26,6 +26,9 @@ app = typer.Typer(
 )
 
 Store = Annotated[Path, typer.Argument(help="The scan's store, a folder ending in .zarr.", show_default=False)]
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C stopped."""
+
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, once the new one is whole.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")]
 
@@ -41,15 +44,19 @@ def main() -> None:
     """Run the command line; bad input ends in one line on standard error and exit code 2."""
     try:
         app()
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            typer.echo("ptychodask: stopped", err=True)
+        raise
+    except MemoryError as error:
+        typer.echo(f"ptychodask: not enough memory ({error}); ask for less, or crop", err=True)
+        sys.exit(2)
     except PtychodaskError as error:
         typer.echo(f"ptychodask: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
     except OSError as error:
         typer.echo(f"ptychodask: {error.filename or 'the system'}: {error.strerror or error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("ptychodask: stopped", err=True)
-        sys.exit(130)
 
 
 def _version(show: bool) -> None:
@@ -468,12 +475,14 @@ def reconstruct(
 
     Example: ptychodask reconstruct scan.zarr
     """
+    out = store.with_name(f"{store.name.removesuffix('.zarr')}.object.zarr") if out is None else out
+    png = out.with_name(f"{out.name.removesuffix('.zarr')}.png") if png is None else png
     if workers is not None and scheduler is not None:
         raise PtychodaskError("reconstruct: --workers starts a cluster and --scheduler names one; pass one of them")
     with _quiet_import():
         import ptychodask.models.model  # noqa: F401
         from ptychodask.cluster import connected_client, local_client
-        from ptychodask.plotting import plot
+        from ptychodask.plotting import check_figure_path, plot
         from ptychodask.reconstruction import reconstruct
     options = _given(
         groups=groups,
@@ -485,8 +494,7 @@ def reconstruct(
         roi=None if roi is None else _whole_numbers("--roi", roi, 4),
         polish=polish,
     )
-    out = store.with_name(f"{store.name.removesuffix('.zarr')}.object.zarr") if out is None else out
-    png = out.with_suffix(".png") if png is None else png
+    check_figure_path(png)
     chosen: AbstractContextManager[Any]
     if workers is not None:
         chosen = local_client(workers)
@@ -514,10 +522,12 @@ def compare(
     Example: ptychodask compare pinn.object.zarr baseline.object.zarr --scan scan.zarr
     """
     from ptychodask.compare import compare, to_markdown
-    from ptychodask.plotting import plot_comparison
+    from ptychodask.plotting import check_figure_path, plot_comparison
     from ptychodask.result import open_result
     from ptychodask.store import open_scan
 
+    if png is not None:
+        check_figure_path(png)
     opened = {label: open_result(path) for label, path in map(_labelled, results)}
     measured = None if scan is None else open_scan(scan)
     truth = measured if measured is not None and measured.truth is not None else None

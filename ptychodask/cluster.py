@@ -22,6 +22,9 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP
 LOOPBACK = "127.0.0.1:0"
 """Address of Dask's own servers: a free port that only this machine reaches, where the default is every interface."""
 
+ANSWER_WITHIN = "10s"
+"""How long a scheduler that is named by its address may take to answer."""
+
 QUIET = {
     "dashboard_address": LOOPBACK,
     "scheduler_kwargs": {"dashboard": False},
@@ -117,7 +120,7 @@ def connected_client(address: str) -> Iterator[Client]:
         If no scheduler answers there.
     """
     try:
-        client = Client(address, set_as_default=False)
+        client = Client(address, set_as_default=False, timeout=ANSWER_WITHIN)
     except (OSError, ValueError) as error:
         raise PtychodaskError(
             f"{address}: no Dask scheduler answers ({error}); give the address that dask scheduler prints"

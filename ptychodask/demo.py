@@ -78,12 +78,12 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: bool | No
     ingest(folder / "scan.npz", store, domain="counts", overwrite=overwrite, progress=progress)
     make(lesson, seed=LESSON_SEED)
     results = {
-        "PtychoPINN": _reconstructed(store, store, PINN, folder, overwrite, progress),
+        "PINN": _reconstructed(store, store, PINN, folder, overwrite, progress),
         "Baseline": _reconstructed(store, lesson, BASELINE, folder, overwrite, progress),
     }
     table = to_markdown(compare(results, truth=store, scan=store))
     (folder / "comparison.md").write_text(table + "\n")
-    plot(results["PtychoPINN"], path=folder / "pinn.png")
+    plot(results["PINN"], path=folder / "pinn.png")
     plot_comparison(results, store, path=folder / "comparison.png")
     logger.info("demo took %.0f s", time.monotonic() - started)
     return _summary(folder, table, time.monotonic() - started)

@@ -137,6 +137,8 @@ def refine_probe(
             raise PtychodaskError(f"refine_probe: {name} is {value}, expected more than 0 and at most {highest:g}")
     if n_sweeps < 3:
         raise PtychodaskError(f"refine_probe: n_sweeps is {n_sweeps}, expected 3 or more")
+    if seed < 0:
+        raise PtychodaskError(f"refine_probe: seed is {seed}, expected 0 or more")
     scan = open_scan(store)
     used, scored = _split(scan, fraction, held_out, exclude, seed)
     sweeps = partial(run_sweeps, seed=seed, step_object=step_object, step_probe=step_probe)

@@ -230,8 +230,19 @@ def length_label(length_m: float) -> str:
     return f"{length_m:g} m"
 
 
+def check_figure_path(path: str | Path) -> None:
+    """Raise `PtychodaskError` unless a figure can be written there: a file in a folder, of a kind that is known."""
+    path = Path(path)
+    kinds = sorted(FigureCanvasAgg.filetypes)
+    if path.suffix.lstrip(".").lower() not in kinds:
+        raise PtychodaskError(f"{path}: is no name of a figure; end it in one of: {', '.join(f'.{k}' for k in kinds)}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise PtychodaskError(f"{path}: is a folder, or lies in none that exists; name a file in a folder")
+
+
 def _written(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
+        check_figure_path(path)
         try:
             figure.savefig(path, dpi=120)
         except (OSError, ValueError) as error:

@@ -18,6 +18,10 @@ ILLUMINATION_FLOOR = 1e-3
 """Relative intensity of the probe below which a pixel counts as dark."""
 
 
+LARGEST_EXTENT_PX = 1e7
+"""Distance of positions, pixels, beyond which they are taken for a mistake: such an object fills 10^15 bytes."""
+
+
 class PtychodaskError(ValueError):
     """Input that ptychodask refuses; the message names the thing, what was found and the way out."""
 
@@ -262,6 +266,12 @@ def check_positions(position_yx_px: NDArray[np.float64], n_patterns: int, where:
         raise PtychodaskError(
             f"{where}: {len(bad)} of {n_patterns} positions are not finite (patterns {listed}); "
             "leave them out with drop_frames="
+        )
+    extent = float(np.ptp(position_yx_px, axis=0).max()) if n_patterns else 0.0
+    if extent > LARGEST_EXTENT_PX:
+        raise PtychodaskError(
+            f"{where}: positions extend over {extent:.3g} px, expected {LARGEST_EXTENT_PX:.0e} at most; "
+            "say their unit with units=, or leave outliers out with drop_frames="
         )
 
 

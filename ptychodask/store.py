@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -40,6 +41,9 @@ logger = logging.getLogger(__name__)
 FORMAT = "ptychodask-scan"
 FORMAT_VERSION = 1
 
+DAMAGED = "damaged"
+"""What stands for the form of a folder whose root file cannot be read."""
+
 CHUNK_BYTES = 512 * 1024
 """Uncompressed size that a chunk of patterns comes close to: what one read decompresses at the least."""
 
@@ -49,8 +53,6 @@ SHARD_CHUNKS = 32
 SHARD_BYTES = 32 * 1024 * 1024
 """Uncompressed size that a shard of large patterns stays below, or one chunk: what is in memory while it is written."""
 
-ROOT_FILES = ("zarr.json", "model.json")
-"""Files of which a folder has one where it is a store or a model bundle: what may be overwritten."""
 
 CURVE_GAIN = 0.9
 """Patterns are sorted along the curve when that cuts the chunks read to this share or less."""
@@ -151,7 +153,7 @@ def _chunks_read(curve: NDArray[np.int64], place: NDArray[np.int64], patterns_pe
     return len(np.unique(np.stack([run, place[curve] // patterns_per_chunk]), axis=1).T)
 
 
-def check_vacant(path: Path, *, overwrite: bool) -> None:
+def check_vacant(path: Path, *, overwrite: bool, form: str = FORMAT) -> None:
     """Raise `PtychodaskError` unless `path` can be written: its folder is there, and nothing is in the way.
 
     Parameters
@@ -159,14 +161,17 @@ def check_vacant(path: Path, *, overwrite: bool) -> None:
     path : Path
         What shall be written.
     overwrite : bool
-        Whether a store or model that is there, and leftovers of a killed writer, may be replaced; never anything else.
+        Whether what is there and of the same form, and leftovers of a killed writer, may be replaced; never anything
+        else.
+    form : str
+        The ``format`` that a scan, a result or a model records of itself.
     """
     if path.exists() and not overwrite:
         raise PtychodaskError(f"{path}: exists already; pass overwrite=True (--overwrite), or another name")
-    if path.exists() and not _is_replaceable(path):
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or _form(path) in (form, DAMAGED))):
         raise PtychodaskError(
-            f"{path}: is no store or model, so overwrite=True (--overwrite) leaves it alone; pass another name, or "
-            "remove it first"
+            f"{path}: is {_form(path) or 'something of another kind'}, and overwrite=True (--overwrite) replaces a "
+            f"{form} alone; pass another name, or remove it first"
         )
     if not path.parent.is_dir():
         raise PtychodaskError(f"{path}: its folder {path.parent} does not exist; make it first")
@@ -177,9 +182,18 @@ def check_vacant(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def _is_replaceable(path: Path) -> bool:
-    """Whether `path` is a folder that is empty, or holds what the root of a store or of a model bundle holds."""
-    return path.is_dir() and (any((path / name).is_file() for name in ROOT_FILES) or not any(path.iterdir()))
+def _form(path: Path) -> str | None:
+    """The format that a folder records of itself in the root of a Zarr store or a model bundle; None without such."""
+    for name, parents in (("zarr.json", ("attributes",)), ("model.json", ())):
+        if (path / name).is_file():
+            try:
+                found = json.loads((path / name).read_text())
+                for parent in parents:
+                    found = found[parent]
+                return str(found["format"])
+            except (OSError, ValueError, KeyError, TypeError):
+                return DAMAGED
+    return None
 
 
 def _building(path: Path) -> Path:
@@ -210,7 +224,7 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def whole_or_nothing(path: Path, *, overwrite: bool) -> Iterator[Path]:
+def whole_or_nothing(path: Path, *, overwrite: bool, form: str = FORMAT) -> Iterator[Path]:
     """A folder to write into that becomes `path` when the block ends well, and vanishes when it does not.
 
     Parameters
@@ -219,6 +233,8 @@ def whole_or_nothing(path: Path, *, overwrite: bool) -> Iterator[Path]:
         What shall exist in the end.
     overwrite : bool
         Replace what is there (only once the new one is whole), and leftovers of a killed writer.
+    form : str
+        Its ``format``; something of another is never replaced.
 
     Yields
     ------
@@ -228,10 +244,10 @@ def whole_or_nothing(path: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises
     ------
     PtychodaskError
-        If `path` exists already, is neither a store nor a model, another writer is (or was) at work on it, its parent
+        If `path` exists already, is of another form, another writer is (or was) at work on it, its parent
         folder is missing, or the disk refuses the writing.
     """
-    check_vacant(path, overwrite=overwrite)
+    check_vacant(path, overwrite=overwrite, form=form)
     building = _building(path)
     try:
         _remove(building)

@@ -282,3 +282,37 @@ def test_the_installed_command_answers():
         check=True,
     )
     assert done.stdout.strip().count(".") == 2
+
+
+def test_overwriting_replaces_only_what_is_of_the_same_kind(refused, run, store, tmp_path):
+    untrained(tmp_path / "a.model", store)
+    kept = (tmp_path / "a.model" / "weights.npz").read_bytes()
+    arguments = ("reconstruct", store, "--model", tmp_path / "a.model", "--overwrite", "--out")
+    assert "replaces a ptychodask-result alone" in refused(*arguments, tmp_path / "a.model")
+    assert (tmp_path / "a.model" / "weights.npz").read_bytes() == kept
+    assert "replaces a ptychodask-result alone" in refused(*arguments, tmp_path)
+    assert "replaces a ptychodask-model alone" in refused("train", store, "--out", store, "--overwrite")
+    for _ in range(2):
+        assert run(*arguments, tmp_path / "o.zarr", "-q")[0] == 0
+
+
+def test_pictures_are_checked_before_the_work(refused, store, tmp_path):
+    untrained(tmp_path / "a.model", store)
+    for name in ("no/a.png", "a.xyz", "folder"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        line = refused("reconstruct", store, "--model", tmp_path / "a.model", "--png", tmp_path / name)
+        assert name in line
+    assert not store.with_name("scan.object.zarr").exists()
+
+
+def test_positions_in_another_unit_are_noticed(refused, tmp_path):
+    path = npz(tmp_path / "a.npz", ycoords=np.linspace(0, 1e12, 30))
+    assert "positions extend over 1e+12 px" in refused("ingest", path, tmp_path / "scan.zarr")
+
+
+def test_what_does_not_fit_into_memory_is_one_line(refused, store, monkeypatch):
+    def too_large(*_, **__):
+        raise MemoryError("Unable to allocate 931 GiB")
+
+    monkeypatch.setattr("ptychodask.store.group", too_large)
+    assert "not enough memory (Unable to allocate 931 GiB)" in refused("group", store)

@@ -329,7 +329,9 @@ def test_nothing_but_stores_and_models_is_overwritten(tmp_path, name):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.tex").write_text("years of work")
     (tmp_path / "notes.txt").write_text("a source")
-    with pytest.raises(PtychodaskError, match=f"{name}: is no store or model.*leaves it alone"):
+    with pytest.raises(
+        PtychodaskError, match=f"{name}: is something of another kind.*replaces a ptychodask-scan alone"
+    ):
         write(tmp_path / name, overwrite=True)
     assert (tmp_path / "folder" / "thesis.tex").read_text() == "years of work"
     assert (tmp_path / "notes.txt").read_text() == "a source"

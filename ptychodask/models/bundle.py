@@ -53,7 +53,7 @@ def save_model(model: Model, path: str | Path, *, overwrite: bool = False) -> Mo
         "content_hash": model.content_hash,
         "trained_on": model.trained_on,
     }
-    with whole_or_nothing(path, overwrite=overwrite) as folder:
+    with whole_or_nothing(path, overwrite=overwrite, form=FORMAT) as folder:
         weights: dict[str, Any] = {f"w{i:04d}": array for i, array in enumerate(model.weights)}
         np.savez(folder / "weights.npz", **weights)
         np.savez(

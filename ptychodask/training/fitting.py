@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.models import Model, ModelSpec, Optics, save_model
+from ptychodask.models.bundle import FORMAT as MODEL_FORMAT
 from ptychodask.models.networks import build_autoencoder, build_network, encoder_layers, with_penalties
 from ptychodask.models.spec import Kind
 from ptychodask.progress import show_progress
 from ptychodask.scan import PtychodaskError, Scan, with_fields
-from ptychodask.store import open_scan, record_model
+from ptychodask.store import check_vacant, open_scan, record_model
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 from ptychodask.training.course import Course
 from ptychodask.training.data import (
@@ -194,10 +195,7 @@ def train(
     stores = [store] if isinstance(store, str | Path) else list(store)
     scans = _open_scans(stores, spec)
     out = default_model_path(stores[0], spec.model) if out is None else Path(out)
-    if out.exists() and not overwrite:
-        raise PtychodaskError(f"{out}: exists already; pass overwrite=True (--overwrite), or another out=")
-    if not out.parent.is_dir():
-        raise PtychodaskError(f"{out}: its folder {out.parent} does not exist; make it first")
+    check_vacant(out, overwrite=overwrite, form=MODEL_FORMAT)
     lessons = [Lesson.of(scan, spec) for scan in scans]
     optics = lessons[0].optics if len(lessons) == 1 else [lesson.optics for lesson in lessons]
     if not isinstance(initial, Model | None):

@@ -57,7 +57,7 @@ class TrainingSpec:
     """Passes over the training groups at most."""
 
     max_minutes: float | None = None
-    """Stop after so many minutes; the learning rate then falls with the clock."""
+    """Take no step after so many minutes (the last epoch is still judged); the learning rate falls with the clock."""
 
     patience: int | None = None
     """Stop after so many epochs without a lower held-out loss (a staged loss then goes on to its next stage)."""
@@ -122,6 +122,8 @@ class TrainingSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PtychodaskError(f"training: {name} is {value}, expected 1 or more")
+        if self.seed < 0:
+            raise PtychodaskError(f"training: seed is {self.seed}, expected 0 or more")
         for name in ("learning_rate", "max_minutes"):
             value = getattr(self, name)
             if value is not None and not value > 0:
