@@ -146,7 +146,9 @@ def test_inputs_of_the_wrong_shape_are_refused(model):
     [
         ({"kind": "gan"}, "kind is 'gan', expected one of: pinn, baseline"),
         ({"kind": "baseline", "members": 4}, "one pattern at a time, found members=4"),
-        ({"members": 0}, "members is 0"),
+        ({"members": 0}, "members is 0, expected a whole number from 1 to 64"),
+        ({"n_filters_scale": 10**6}, "n_filters_scale is 1000000"),
+        ({"levels": 1.5}, "levels is 1.5"),
         ({"n_pixels": 20, "levels": 3}, "not divisible by"),
         ({"object_amplitude": float("nan")}, "object_amplitude is nan"),
         ({"projections_after": -1}, "projections_after is -1"),

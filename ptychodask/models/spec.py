@@ -13,6 +13,17 @@ from ptychodask.scan import PtychodaskError, Scan, illumination
 Kind = Literal["pinn", "baseline"]
 
 
+BOUNDS = {
+    "n_pixels": (8, 8192),
+    "members": (1, 64),
+    "n_filters_scale": (1, 64),
+    "levels": (1, 8),
+    "projections_before": (0, 1000),
+    "projections_after": (0, 1000),
+}
+"""Lowest and highest values, so that a bundle's description cannot ask for a network that fits into no memory."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """What a network is made of."""
@@ -49,12 +60,10 @@ class ModelSpec:
             raise PtychodaskError(f"model: kind is {self.kind!r}, expected one of: {', '.join(get_args(Kind))}")
         if self.kind == "baseline" and self.members != 1:
             raise PtychodaskError(f"model: a baseline reads one pattern at a time, found members={self.members}")
-        for name in ("members", "n_filters_scale", "levels"):
-            if getattr(self, name) < 1:
-                raise PtychodaskError(f"model: {name} is {getattr(self, name)}, expected 1 or more")
-        for name in ("projections_before", "projections_after"):
-            if getattr(self, name) < 0:
-                raise PtychodaskError(f"model: {name} is {getattr(self, name)}, expected 0 or more")
+        for name, (lowest, highest) in BOUNDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or not lowest <= value <= highest:
+                raise PtychodaskError(f"model: {name} is {value!r}, expected a whole number from {lowest} to {highest}")
         if self.n_pixels % 2**self.levels:
             raise PtychodaskError(
                 f"model: n_pixels is {self.n_pixels}, not divisible by 2**levels = {2**self.levels}; pass fewer levels"
