@@ -520,8 +520,10 @@ def compare(
     """Compare results with the truth of a simulated scan, or with the first of them.
 
     Example: ptychodask compare pinn.object.zarr baseline.object.zarr --scan scan.zarr
+
+    One result of a scan without truth is judged by R alone, how well it explains the patterns.
     """
-    from ptychodask.compare import compare, to_markdown
+    from ptychodask.compare import compare, r_factors, to_markdown
     from ptychodask.plotting import check_figure_path, plot_comparison
     from ptychodask.result import open_result
     from ptychodask.store import open_scan
@@ -531,7 +533,11 @@ def compare(
     opened = {label: open_result(path) for label, path in map(_labelled, results)}
     measured = None if scan is None else open_scan(scan)
     truth = measured if measured is not None and measured.truth is not None else None
-    typer.echo(to_markdown(compare(opened, truth=truth, scan=measured)))
+    if measured is not None and truth is None and len(opened) == 1:
+        for label, misfit in r_factors(opened, measured).items():
+            typer.echo(f"{label}: R {misfit:.4f} over {measured.n_patterns} patterns")
+    else:
+        typer.echo(to_markdown(compare(opened, truth=truth, scan=measured)))
     if png is not None:
         plot_comparison(opened, truth, path=png)
 

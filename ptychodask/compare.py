@@ -102,10 +102,28 @@ def compare(
         "gauge_removed": ["phase", *(["ramp"] if ramp else []), *(["scale"] if scale else [])],
     }
     if scan is not None:
-        measured = scan if isinstance(scan, Scan) else open_scan(scan)
-        misfits = [r_factor(ds["object"].values, _corner(ds), measured) for ds in opened.values()]
-        comparison["r_factor"] = ("method", misfits)
+        comparison["r_factor"] = ("method", list(r_factors(opened, scan).values()))
     return comparison
+
+
+def r_factors(results: Mapping[str, xr.Dataset | str | Path], scan: Scan | str | Path) -> dict[str, float]:
+    """How well whole objects explain the measured patterns.
+
+    Parameters
+    ----------
+    results : dict of label to Dataset or path
+        As in `compare`.
+    scan : Scan or path
+
+    Returns
+    -------
+    dict of label to float
+        R = Σ|√I_pred − √I| / Σ√I over all patterns (`r_factor`). A result of a region explains the patterns inside it;
+        elsewhere its mean amplitude stands in.
+    """
+    measured = scan if isinstance(scan, Scan) else open_scan(scan)
+    opened = {label: _in_memory(result) for label, result in results.items()}
+    return {label: r_factor(ds["object"].values, _corner(ds), measured) for label, ds in opened.items()}
 
 
 def _in_memory(result: xr.Dataset | str | Path) -> xr.Dataset:

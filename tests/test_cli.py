@@ -17,7 +17,7 @@ from ptychodask.models import Model, ModelSpec, Optics, save_model
 from ptychodask.models.networks import build_network
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
-from ptychodask.store import open_scan, record_model, replace_probe, stored_group_names
+from ptychodask.store import open_scan, record_model, replace_probe, stored_group_names, write_scan
 
 N = 16
 
@@ -294,6 +294,19 @@ def test_overwriting_replaces_only_what_is_of_the_same_kind(refused, run, store,
     assert "replaces a ptychodask-model alone" in refused("train", store, "--out", store, "--overwrite")
     for _ in range(2):
         assert run(*arguments, tmp_path / "o.zarr", "-q")[0] == 0
+
+
+def test_one_result_without_truth_is_judged_by_the_patterns(run, tmp_path):
+    simulate(tmp_path / "known.zarr", n_pixels=N, n_patterns=60, step_px=3.0, dose=1e5, probe="zone_plate")
+    scan = open_scan(tmp_path / "known.zarr")
+    store = tmp_path / "scan.zarr"
+    fields = {name: getattr(scan, name) for name in ("position_yx_px", "probe", "domain", "calibration")}
+    write_scan(store, diffraction=scan.diffraction, **fields)
+    untrained(tmp_path / "a.model", store)
+    assert run("reconstruct", store, "--model", tmp_path / "a.model", "-q")[0] == 0
+    code, out, err = run("compare", tmp_path / "scan.object.zarr", "--scan", store)
+    assert code == 0, err
+    assert re.fullmatch(r"scan\.object: R 0\.\d{4} over 60 patterns\n", out)
 
 
 def test_pictures_are_checked_before_the_work(refused, store, tmp_path):
