@@ -166,7 +166,7 @@ def group_positions(
     order = curve_order(position_yx_px)
     if spec.members == 1:
         return order[:, None].astype(np.int32)
-    nearest = _nearest(position_yx_px, spec.neighbours, scan_index)
+    nearest = _nearest(position_yx_px, spec, scan_index)
     rng = np.random.default_rng(spec.seed)
     rounds = [_draw_members(nearest, spec.members, rng) for _ in range(spec.oversampling)]
     table = np.stack(rounds, axis=1)[order]
@@ -202,16 +202,18 @@ def groups_without(member: NDArray[np.int32], drop: Sequence[int]) -> NDArray[np
 
 
 def _nearest(
-    position_yx_px: NDArray[np.float64], neighbours: int, scan_index: NDArray[np.int64] | None
+    position_yx_px: NDArray[np.float64], spec: GroupingSpec, scan_index: NDArray[np.int64] | None
 ) -> NDArray[np.int32]:
     """Indices (pattern, 1 + neighbours): the pattern itself, then its nearest by distance."""
+    neighbours = spec.neighbours
     nearest = np.empty((len(position_yx_px), min(neighbours, len(position_yx_px)) + 1), np.int32)
     for experiment in [None] if scan_index is None else np.unique(scan_index):
         mine = np.arange(len(position_yx_px)) if experiment is None else np.flatnonzero(scan_index == experiment)
         if len(mine) <= neighbours:
+            fewer = f"neighbours={len(mine) - 1} or fewer, or " if len(mine) > spec.members else ""
             raise PtychodaskError(
                 f"grouping: neighbours={neighbours} needs {neighbours + 1} patterns, found {len(mine)}; "
-                f"pass neighbours={max(len(mine) - 1, 0)} or fewer, or members=1"
+                f"pass {fewer}members=1"
             )
         _, found = KDTree(position_yx_px[mine]).query(position_yx_px[mine], k=neighbours + 1, workers=-1)
         # Where positions repeat, the tree may list a twin before (or instead of) the seed itself.

@@ -114,6 +114,8 @@ def test_too_few_patterns_are_refused_with_what_would_do(position):
     with pytest.raises(PtychodaskError, match="neighbours=7 needs 8 patterns, found 7; pass neighbours=6 or fewer"):
         group_positions(position[:7], GroupingSpec(members=4, neighbours=7))
     assert group_positions(position[:8], GroupingSpec(members=4, neighbours=7)).shape == (8, 4)
+    with pytest.raises(PtychodaskError, match="found 4; pass members=1"):
+        group_positions(position[:4], GroupingSpec(members=4, neighbours=7))
 
 
 def test_repeated_positions_still_seed_their_own_groups(position):
