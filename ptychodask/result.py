@@ -14,10 +14,12 @@ from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.errors import ZarrUserWarning
 
 from ptychodask.scan import PtychodaskError
-from ptychodask.store import whole_or_nothing
+from ptychodask.store import Form, open_root, whole_or_nothing
 
 FORMAT = "ptychodask-result"
 FORMAT_VERSION = 1
+
+RESULT = Form(FORMAT, FORMAT_VERSION, "result", "reconstruct")
 
 CHUNK_PIXELS = 256
 """Pixels across a chunk of a stored result, where the tile is a multiple of it."""
@@ -189,42 +191,10 @@ def open_result(path: str | Path) -> xr.Dataset:
         If there is no result, it is unfinished, foreign or of a newer format.
     """
     where = Path(path)
-    _check_result(where)
+    open_root(where, RESULT)
     ds = xr.open_zarr(where, chunks={}, consolidated=True)[list(VARIABLES)]
     del ds.attrs["state"]
     return ds
-
-
-def _check_result(path: Path) -> None:
-    if not path.exists():
-        building = path.with_name(f".{path.name}.writing")
-        if building.exists():
-            raise PtychodaskError(
-                f"{path}: the result is unfinished: its writer is still at work, or was stopped ({building}); "
-                "wait for it, or reconstruct again with overwrite=True (--overwrite)"
-            )
-        raise PtychodaskError(f"{path}: no such result; make one with 'ptychodask reconstruct'")
-    try:
-        attributes = dict(zarr.open_group(path, mode="r", zarr_format=3).attrs)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PtychodaskError(
-            f"{path}: is not a Zarr format 3 store ({error}); make a result with 'ptychodask reconstruct'"
-        ) from error
-    if attributes.get("format") != FORMAT:
-        raise PtychodaskError(
-            f"{path}: is a Zarr store but not a result of ptychodask (format is {attributes.get('format')!r}, "
-            f"expected {FORMAT!r}); make one with 'ptychodask reconstruct'"
-        )
-    version = attributes.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise PtychodaskError(
-            f"{path}: has format version {version}, this ptychodask reads up to {FORMAT_VERSION}; upgrade ptychodask"
-        )
-    if attributes.get("state") != "complete":
-        raise PtychodaskError(
-            f"{path}: the result is unfinished (state is {attributes.get('state')!r}, expected 'complete'); "
-            "reconstruct again with overwrite=True (--overwrite)"
-        )
 
 
 @xr.register_dataset_accessor("ptycho")

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -520,7 +521,7 @@ def open_scan(store: str | Path) -> Scan:
         If there is no such store, it is unfinished, of a newer format, or lacks an array.
     """
     path = Path(store)
-    root = _open_root(path, mode="r")
+    root = open_root(path, SCAN)
     attributes: dict[str, Any] = dict(root.attrs)
     where = str(path)
     _check_attributes(attributes, where)
@@ -602,37 +603,64 @@ def _read(root: zarr.Group, name: str, where: str) -> NDArray[Any]:
         ) from error
 
 
-def _open_root(path: Path, mode: str) -> zarr.Group:
+@dataclass(frozen=True)
+class Form:
+    """What tells one kind of Zarr store of this package from another, and how its users speak of it."""
+
+    name: str
+    """The root attribute ``format``."""
+
+    version: int
+    """The newest ``format_version`` that is read."""
+
+    noun: str
+    """What it is called."""
+
+    maker: str
+    """The command that makes one."""
+
+
+SCAN = Form(FORMAT, FORMAT_VERSION, "store", "ingest")
+
+
+def open_root(path: Path, form: Form, mode: str = "r") -> zarr.Group:
+    """Root group of a finished Zarr store of a form.
+
+    Raises
+    ------
+    PtychodaskError
+        If there is none, it is unfinished, of another form, or newer than this package reads.
+    """
+    make = f"make one with 'ptychodask {form.maker}'"
+    again = f"{form.maker} again with overwrite=True (--overwrite)"
     if not path.exists():
         if _building(path).exists():
             raise PtychodaskError(
-                f"{path}: the store is unfinished: its writer is still at work, or was stopped ({_building(path)}); "
-                "wait for it, or ingest again with overwrite=True (--overwrite)"
+                f"{path}: the {form.noun} is unfinished: its writer is still at work, or was stopped "
+                f"({_building(path)}); wait for it, or {again}"
             )
-        raise PtychodaskError(f"{path}: no such store; make one with 'ptychodask ingest' or 'ptychodask simulate'")
+        raise PtychodaskError(f"{path}: no such {form.noun}; {make}")
     if not path.is_dir():
-        raise PtychodaskError(f"{path}: is a file, expected a store (a folder); make one with 'ptychodask ingest'")
+        raise PtychodaskError(f"{path}: is a file, expected a {form.noun} (a folder); {make}")
     try:
         root = zarr.open_group(path, mode=mode, zarr_format=3)  # type: ignore[arg-type]
         attributes = dict(root.attrs)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PtychodaskError(f"{path}: is not a Zarr format 3 store ({error}); {make}") from error
+    if attributes.get("format") != form.name:
         raise PtychodaskError(
-            f"{path}: is not a Zarr format 3 store ({error}); make one with ptychodask ingest"
-        ) from error
-    if attributes.get("format") != FORMAT:
-        raise PtychodaskError(
-            f"{path}: is a Zarr store but not a scan of ptychodask (format is {attributes.get('format')!r}, "
-            f"expected {FORMAT!r}); make one with 'ptychodask ingest'"
+            f"{path}: is a Zarr store of another kind (format is {attributes.get('format')!r}, "
+            f"expected {form.name!r}); {make}"
         )
     version = attributes.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not isinstance(version, int) or version > form.version:
         raise PtychodaskError(
-            f"{path}: has format version {version!r}, this ptychodask reads up to {FORMAT_VERSION}; upgrade ptychodask"
+            f"{path}: has format version {version!r}, this ptychodask reads up to {form.version}; upgrade ptychodask"
         )
-    if attributes.get("state") != "complete":
+    state = attributes.get("state")
+    if state != "complete":
         raise PtychodaskError(
-            f"{path}: the store is unfinished (state is {attributes.get('state')!r}, expected 'complete'); "
-            "ingest again with overwrite=True (--overwrite)"
+            f"{path}: the {form.noun} is unfinished (state is {state!r}, expected 'complete'); {again}"
         )
     return root
 
@@ -668,7 +696,7 @@ def group(store: str | Path, spec: GroupingSpec = GroupingSpec(), *, name: str |
     scan = open_scan(path)
     member = group_positions(scan.position_yx_px, spec, scan.scan_index)
     groups = Groups(member, spec, name)
-    root = _open_root(path, mode="r+")
+    root = open_root(path, SCAN, "r+")
     table = root.require_group("groups").create_group(name, overwrite=True)
     _put(table, "member", member, ("group", "channel"))
     table.attrs.update({"spec": groups.attributes(), "state": "complete"})
@@ -683,7 +711,7 @@ def read_groups(store: str | Path, name: str) -> Groups | None:
     path = Path(store)
     if not name or "/" in name or name.startswith("."):
         raise PtychodaskError(f"{path}: {name!r} is no name for a group table; use letters, digits, '-' and '_'")
-    root = _open_root(path, mode="r")
+    root = open_root(path, SCAN)
     table = root.get(f"groups/{name}")
     if not isinstance(table, zarr.Group) or table.attrs.get("state") != "complete":
         return None
@@ -703,7 +731,7 @@ def read_groups(store: str | Path, name: str) -> Groups | None:
 
 def stored_group_names(store: str | Path) -> list[str]:
     """Names of the group tables in a store, sorted."""
-    root = _open_root(Path(store), mode="r")
+    root = open_root(Path(store), SCAN)
     tables = root.get("groups")
     return sorted(tables.group_keys()) if isinstance(tables, zarr.Group) else []
 
@@ -736,7 +764,7 @@ def replace_probe(store: str | Path, probe: NDArray[np.complex64], record: dict[
             f"{path}: the new probe has shape {probe.shape} or values that are not finite; expected {scan.probe.shape}"
         )
     probe = probe.astype(np.complex64)
-    root = _open_root(path, mode="r+")
+    root = open_root(path, SCAN, "r+")
     _array(root, "probe", str(path))[...] = probe
     new_hash = data_hash(str(root.attrs["diffraction_hash"]), scan.position_yx_px, scan.mask, probe)
     root.attrs.update({"data_hash": new_hash, "probe_refinement": record})
@@ -757,7 +785,7 @@ def record_model(store: str | Path, *, kind: str, path: str | Path, content_hash
     content_hash : str
         Hash of the bundle's content.
     """
-    root = _open_root(Path(store), mode="r+")
+    root = open_root(Path(store), SCAN, "r+")
     recorded = os.path.relpath(Path(path).resolve(), Path(store).resolve().parent)
     models = list(root.attrs.get("models", []))  # type: ignore[arg-type]
     models.append({"kind": kind, "path": recorded, "hash": content_hash, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})

@@ -224,7 +224,7 @@ def change_root(path: Path, **attributes: Any) -> None:
     [
         ({"state": "writing"}, "the store is unfinished.*'writing', expected 'complete'"),
         ({"format_version": 99}, "format version 99, this ptychodask reads up to 1; upgrade"),
-        ({"format": "other"}, "not a scan of ptychodask"),
+        ({"format": "other"}, "of another kind .format is .other., expected .ptychodask-scan."),
         ({"domain": "photons"}, "domain is 'photons'"),
     ],
 )
