@@ -59,8 +59,8 @@ from ptychodask.reassembly import (
     make_window,
     merge,
 )
-from ptychodask.result import FORMAT as RESULT_FORMAT
 from ptychodask.result import (
+    RESULT,
     VARIABLES,
     TileArrays,
     create_result,
@@ -306,7 +306,7 @@ def reconstruct(
     path = Path(out)
     if path.resolve() == Path(todo.store):
         raise PtychodaskError(f"{path}: is the store of the scan itself; name another place with out=")
-    with whole_or_nothing(path, overwrite=overwrite, form=RESULT_FORMAT) as building:
+    with whole_or_nothing(path, overwrite=overwrite, form=RESULT) as building:
         create_result(building, todo.box.shape, todo.box.corner, todo.tile, pixel_size_m=scan.pixel_size_m)
         seconds, polished = run(building.resolve(), lambda tile, report: None)
         finish_result(building, attributes | polished | _rates(todo, seconds, time.perf_counter() - started))

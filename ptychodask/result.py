@@ -247,7 +247,7 @@ class PtychoAccessor:
         ds = self.compute()
         corner = (int(ds["y"][0]), int(ds["x"][0]))
         arrays = [ds[name].values for name in VARIABLES]
-        with whole_or_nothing(Path(path), overwrite=overwrite, form=FORMAT) as building:
+        with whole_or_nothing(Path(path), overwrite=overwrite, form=RESULT) as building:
             pixel_size_m = ds.attrs.get("pixel_size_m")
             create_result(building, arrays[0].shape, corner, CHUNK_PIXELS, pixel_size_m=pixel_size_m)
             write_tile(building, (0, 0), tuple(arrays))  # type: ignore[arg-type]

@@ -42,6 +42,26 @@ logger = logging.getLogger(__name__)
 FORMAT = "ptychodask-scan"
 FORMAT_VERSION = 1
 
+
+@dataclass(frozen=True)
+class Form:
+    """What tells one kind of folder that this package writes from another, and how its users speak of it."""
+
+    name: str
+    """The root attribute ``format``."""
+
+    version: int
+    """The newest ``format_version`` that is read."""
+
+    noun: str
+    """What it is called."""
+
+    maker: str
+    """The command that makes one."""
+
+
+SCAN = Form(FORMAT, FORMAT_VERSION, "store", "ingest")
+
 DAMAGED = "damaged"
 """What stands for the form of a folder whose root file cannot be read."""
 
@@ -53,7 +73,6 @@ SHARD_CHUNKS = 32
 
 SHARD_BYTES = 32 * 1024 * 1024
 """Uncompressed size that a shard of large patterns stays below, or one chunk: what is in memory while it is written."""
-
 
 CURVE_GAIN = 0.9
 """Patterns are sorted along the curve when that cuts the chunks read to this share or less."""
@@ -154,7 +173,7 @@ def _chunks_read(curve: NDArray[np.int64], place: NDArray[np.int64], patterns_pe
     return len(np.unique(np.stack([run, place[curve] // patterns_per_chunk]), axis=1).T)
 
 
-def check_vacant(path: Path, *, overwrite: bool, form: str = FORMAT) -> None:
+def check_vacant(path: Path, *, overwrite: bool, form: Form = SCAN) -> None:
     """Raise `PtychodaskError` unless `path` can be written: its folder is there, and nothing is in the way.
 
     Parameters
@@ -164,15 +183,15 @@ def check_vacant(path: Path, *, overwrite: bool, form: str = FORMAT) -> None:
     overwrite : bool
         Whether what is there and of the same form, and leftovers of a killed writer, may be replaced; never anything
         else.
-    form : str
-        The ``format`` that a scan, a result or a model records of itself.
+    form : Form
+        What it shall be: a scan, a result or a model.
     """
     if path.exists() and not overwrite:
         raise PtychodaskError(f"{path}: exists already; pass overwrite=True (--overwrite), or another name")
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or _form(path) in (form, DAMAGED))):
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or _form(path) in (form.name, DAMAGED))):
         raise PtychodaskError(
             f"{path}: is {_form(path) or 'something of another kind'}, and overwrite=True (--overwrite) replaces a "
-            f"{form} alone; pass another name, or remove it first"
+            f"{form.name} alone; pass another name, or remove it first"
         )
     if not path.parent.is_dir():
         raise PtychodaskError(f"{path}: its folder {path.parent} does not exist; make it first")
@@ -225,7 +244,7 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def whole_or_nothing(path: Path, *, overwrite: bool, form: str = FORMAT) -> Iterator[Path]:
+def whole_or_nothing(path: Path, *, overwrite: bool, form: Form = SCAN) -> Iterator[Path]:
     """A folder to write into that becomes `path` when the block ends well, and vanishes when it does not.
 
     Parameters
@@ -234,8 +253,8 @@ def whole_or_nothing(path: Path, *, overwrite: bool, form: str = FORMAT) -> Iter
         What shall exist in the end.
     overwrite : bool
         Replace what is there (only once the new one is whole), and leftovers of a killed writer.
-    form : str
-        Its ``format``; something of another is never replaced.
+    form : Form
+        What it shall be; something of another form is never replaced.
 
     Yields
     ------
@@ -601,26 +620,6 @@ def _read(root: zarr.Group, name: str, where: str) -> NDArray[Any]:
         raise PtychodaskError(
             f"{where}: array '{name}' cannot be read ({error}); the store is damaged: ingest the source again"
         ) from error
-
-
-@dataclass(frozen=True)
-class Form:
-    """What tells one kind of Zarr store of this package from another, and how its users speak of it."""
-
-    name: str
-    """The root attribute ``format``."""
-
-    version: int
-    """The newest ``format_version`` that is read."""
-
-    noun: str
-    """What it is called."""
-
-    maker: str
-    """The command that makes one."""
-
-
-SCAN = Form(FORMAT, FORMAT_VERSION, "store", "ingest")
 
 
 def open_root(path: Path, form: Form, mode: str = "r") -> zarr.Group:

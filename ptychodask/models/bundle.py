@@ -17,10 +17,12 @@ from ptychodask.models.networks import build_network
 from ptychodask.models.ptychopinn import ARCHIVE, PtychoPinnModel, holds_ptychopinn, read_ptychopinn
 from ptychodask.models.spec import ModelSpec, Optics
 from ptychodask.scan import PtychodaskError
-from ptychodask.store import whole_or_nothing
+from ptychodask.store import Form, whole_or_nothing
 
 FORMAT = "ptychodask-model"
 FORMAT_VERSION = 1
+
+MODEL = Form(FORMAT, FORMAT_VERSION, "model", "train")
 
 
 def save_model(model: Model, path: str | Path, *, overwrite: bool = False) -> Model:
@@ -53,7 +55,7 @@ def save_model(model: Model, path: str | Path, *, overwrite: bool = False) -> Mo
         "content_hash": model.content_hash,
         "trained_on": model.trained_on,
     }
-    with whole_or_nothing(path, overwrite=overwrite, form=FORMAT) as folder:
+    with whole_or_nothing(path, overwrite=overwrite, form=MODEL) as folder:
         weights: dict[str, Any] = {f"w{i:04d}": array for i, array in enumerate(model.weights)}
         np.savez(folder / "weights.npz", **weights)
         np.savez(

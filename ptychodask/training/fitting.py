@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.models import Model, ModelSpec, Optics, save_model
-from ptychodask.models.bundle import FORMAT as MODEL_FORMAT
+from ptychodask.models.bundle import MODEL
 from ptychodask.models.networks import build_autoencoder, build_network, encoder_layers, with_penalties
 from ptychodask.models.spec import Kind
 from ptychodask.progress import show_progress
@@ -195,7 +195,7 @@ def train(
     stores = [store] if isinstance(store, str | Path) else list(store)
     scans = _open_scans(stores, spec)
     out = default_model_path(stores[0], spec.model) if out is None else Path(out)
-    check_vacant(out, overwrite=overwrite, form=MODEL_FORMAT)
+    check_vacant(out, overwrite=overwrite, form=MODEL)
     lessons = [Lesson.of(scan, spec) for scan in scans]
     optics = lessons[0].optics if len(lessons) == 1 else [lesson.optics for lesson in lessons]
     if not isinstance(initial, Model | None):
