@@ -12,17 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.models.description import FORMAT, FORMAT_VERSION, MODEL, read_description, read_history
 from ptychodask.models.model import Model, hash_weights
 from ptychodask.models.networks import build_network
 from ptychodask.models.ptychopinn import ARCHIVE, PtychoPinnModel, holds_ptychopinn, read_ptychopinn
 from ptychodask.models.spec import ModelSpec, Optics
 from ptychodask.scan import PtychodaskError
-from ptychodask.store import Form, whole_or_nothing
-
-FORMAT = "ptychodask-model"
-FORMAT_VERSION = 1
-
-MODEL = Form(FORMAT, FORMAT_VERSION, "model", "train")
+from ptychodask.store import whole_or_nothing
 
 
 def save_model(model: Model, path: str | Path, *, overwrite: bool = False) -> Model:
@@ -109,7 +105,7 @@ def load_model(path: str | Path) -> Model | PtychoPinnModel:
 
 
 def _load_bundle(path: Path) -> Model:
-    description = _read_description(path)
+    description = read_description(path)
     try:
         spec = ModelSpec(**description["spec"])
     except (KeyError, TypeError) as error:
@@ -132,27 +128,10 @@ def _load_bundle(path: Path) -> Model:
         weights,
         optics,
         dict(description.get("trained_on", {})),
-        _read_history(path / "history.csv"),
+        read_history(path / "history.csv"),
         str(path),
         str(description["content_hash"]),
     )
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    try:
-        description = json.loads((path / "model.json").read_text())
-    except (OSError, ValueError) as error:
-        raise PtychodaskError(f"{path}: model.json cannot be read ({error}); train again") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise PtychodaskError(f"{path}: is not a model bundle of ptychodask; make one with 'ptychodask train'")
-    if not isinstance(description.get("trained_on", {}), dict):
-        raise PtychodaskError(f"{path}: model.json says in no readable way what it was trained on; train again")
-    version = description.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise PtychodaskError(
-            f"{path}: has format version {version}, this ptychodask reads up to {FORMAT_VERSION}; upgrade ptychodask"
-        )
-    return description
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -178,13 +157,3 @@ def _read_optics(path: Path, spec: ModelSpec) -> Optics:
     return Optics(
         arrays["probe"].astype(np.complex64), float(arrays["normalization"]), arrays["mask"].astype(np.float32)
     )
-
-
-def _read_history(path: Path) -> list[dict[str, float]]:
-    if not path.is_file():
-        return []
-    try:
-        with path.open(newline="") as file:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError) as error:
-        raise PtychodaskError(f"{path}: cannot be read ({error}); train again") from error

@@ -1,0 +1,57 @@
+"""What a model bundle says of itself, read without loading a network."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from ptychodask.scan import PtychodaskError
+from ptychodask.store import Form
+
+FORMAT = "ptychodask-model"
+FORMAT_VERSION = 1
+
+MODEL = Form(FORMAT, FORMAT_VERSION, "model", "train")
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """What ``model.json`` of a bundle says: ``spec``, ``content_hash`` and, where it was trained, ``trained_on``.
+
+    Raises
+    ------
+    PtychodaskError
+        If it cannot be read, or is foreign or newer.
+    """
+    try:
+        description = json.loads((path / "model.json").read_text())
+    except (OSError, ValueError) as error:
+        raise PtychodaskError(f"{path}: model.json cannot be read ({error}); train again") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise PtychodaskError(f"{path}: is not a model bundle of ptychodask; make one with 'ptychodask train'")
+    if not isinstance(description.get("trained_on", {}), dict):
+        raise PtychodaskError(f"{path}: model.json says in no readable way what it was trained on; train again")
+    version = description.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise PtychodaskError(
+            f"{path}: has format version {version}, this ptychodask reads up to {FORMAT_VERSION}; upgrade ptychodask"
+        )
+    return description
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """One entry for each epoch that a bundle's ``history.csv`` holds; none where there is no such file.
+
+    Raises
+    ------
+    PtychodaskError
+        If it cannot be read.
+    """
+    if not path.is_file():
+        return []
+    try:
+        with path.open(newline="") as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError) as error:
+        raise PtychodaskError(f"{path}: cannot be read ({error}); train again") from error
