@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "plan": ["Plan", "ReconstructionSpec", "plan"],
         "reconstruction": ["reconstruct"],
         "compare": ["compare"],
+        "residuals": ["outliers", "residuals"],
         "plotting": ["plot", "plot_comparison"],
     },
 )

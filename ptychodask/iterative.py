@@ -599,16 +599,40 @@ def r_factor(
     for start in range(0, len(index), PROBE_BATCH):
         batch = index[start : start + PROBE_BATCH]
         for j, amplitude in zip(batch, scan.amplitude(batch), strict=True):
-            model = np.sqrt(expected_counts(filled, corner, scan.probe, scan.position_yx_px[j]))
-            if scan.flux is not None:
-                model *= np.sqrt(scan.flux[j])
-            if scan.mask is not None:
-                model *= scan.mask
+            model = predicted_amplitude(filled, corner, scan, int(j))
             misfit += float(np.abs(model - amplitude).sum(dtype=np.float64))
             total += float(amplitude.sum(dtype=np.float64))
     if not total > 0:
         raise PtychodaskError(f"{scan.store or 'scan'}: the patterns to judge by have no light")
     return misfit / total
+
+
+def predicted_amplitude(
+    object_: NDArray[np.complex64], corner_yx_px: tuple[float, float], scan: Scan, pattern: int
+) -> NDArray[np.float32]:
+    """Amplitude √I_pred that an object makes in one pattern with the scan's probe and flux, bad pixels 0.
+
+    Parameters
+    ----------
+    object_ : complex64 array (y, x)
+        Holds the whole frame at the pattern's position; no NaN.
+    corner_yx_px : (float, float)
+        Coordinates of its pixel [0, 0] in the scan's frame, pixels.
+    scan : Scan
+    pattern : int
+        Which pattern.
+
+    Returns
+    -------
+    float32 array (N, N)
+        As `Scan.amplitude` gives the measured one.
+    """
+    model = np.sqrt(expected_counts(object_, corner_yx_px, scan.probe, scan.position_yx_px[pattern]))
+    if scan.flux is not None:
+        model *= np.sqrt(scan.flux[pattern])
+    if scan.mask is not None:
+        model *= scan.mask
+    return model
 
 
 def _filled(
