@@ -477,11 +477,9 @@ def reconstruct(
     """
     out = store.with_name(f"{store.name.removesuffix('.zarr')}.object.zarr") if out is None else out
     png = out.with_name(f"{out.name.removesuffix('.zarr')}.png") if png is None else png
-    if workers is not None and scheduler is not None:
-        raise PtychodaskError("reconstruct: --workers starts a cluster and --scheduler names one; pass one of them")
+    _check_one_cluster("reconstruct", workers, scheduler)
     with _quiet_import():
         import ptychodask.models.model  # noqa: F401
-        from ptychodask.cluster import connected_client, local_client
         from ptychodask.plotting import check_figure_path, plot
         from ptychodask.reconstruction import reconstruct
     options = _given(
@@ -495,17 +493,88 @@ def reconstruct(
         polish=polish,
     )
     check_figure_path(png)
-    chosen: AbstractContextManager[Any]
-    if workers is not None:
-        chosen = local_client(workers)
-    else:
-        chosen = nullcontext() if scheduler is None else connected_client(scheduler)
-    with chosen as client:
+    with _client(workers, scheduler) as client:
         result = reconstruct(store, model, out=out, client=client, overwrite=overwrite, progress=_bar(quiet), **options)
     plot(result, path=png)
     height, width = result["object"].shape
     rate = result.attrs["patterns_per_s"]
     typer.echo(f"{out}: {height} x {width} px, {rate:,.0f} patterns/s; picture in {png}")
+
+
+def _check_one_cluster(command: str, workers: int | None, scheduler: str | None) -> None:
+    if workers is not None and scheduler is not None:
+        raise PtychodaskError(f"{command}: --workers starts a cluster and --scheduler names one; pass one of them")
+
+
+def _client(workers: int | None, scheduler: str | None) -> AbstractContextManager[Any]:
+    """A client of new worker processes or of a running scheduler; None where neither is asked for."""
+    from ptychodask.cluster import connected_client, local_client
+
+    if workers is not None:
+        return local_client(workers)
+    return nullcontext() if scheduler is None else connected_client(scheduler)
+
+
+@app.command()
+def bench(
+    store: Annotated[
+        Path | None, typer.Argument(help="The scan's store; by default one is simulated.", show_default=False)
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Model bundle; by default the recorded one, or one built.")] = None,
+    network: Annotated[str | None, typer.Option(help="What is built: pinn or ptychopinn.")] = None,
+    n_groups: Annotated[int | None, typer.Option(help="Groups of the simulated scan.")] = None,
+    n_pixels: Annotated[int | None, typer.Option(help="Pixels across a pattern of the simulated scan.")] = None,
+    members: Annotated[int | None, typer.Option(help="Patterns in one group of the built network.")] = None,
+    n_filters_scale: Annotated[int | None, typer.Option(help="Width of the built network.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Groups in one call of the network.")] = None,
+    groups_per_chunk: Annotated[int | None, typer.Option(help="Groups that one task predicts.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes to start; by default this one.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder that all workers see, for what is made meanwhile.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="File for all figures.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time a reconstruction from disk to disk, stage by stage, against the bare network on the same workers.
+
+    Example: ptychodask bench --n-groups 2000
+
+    Example: ptychodask bench scan.zarr --model pinn.model --scheduler tcp://127.0.0.1:8786 --json bench.json
+    """
+    from json import dumps
+
+    _check_one_cluster("bench", workers, scheduler)
+    made = _given(
+        n_groups=n_groups, n_pixels=n_pixels, network=network, members=members, n_filters_scale=n_filters_scale
+    )
+    _check_what_is_made(store, model, made)
+    if json is not None and not json.parent.is_dir():
+        raise PtychodaskError(f"{json}: its folder does not exist; make it first")
+    with _quiet_import():
+        import ptychodask.models.model  # noqa: F401
+        from ptychodask.bench import BenchSpec, bench, describe
+        from ptychodask.plan import ReconstructionSpec
+    spec = BenchSpec(**made)
+    reconstruction = ReconstructionSpec(**_given(batch_size=batch_size, groups_per_chunk=groups_per_chunk))
+    with _client(workers, scheduler) as client:
+        report = bench(
+            store, model, spec, reconstruction=reconstruction, client=client, folder=folder, progress=_bar(quiet)
+        )
+    typer.echo(describe(report))
+    if json is not None:
+        json.write_text(dumps(report, indent=2) + "\n")
+
+
+def _check_what_is_made(store: Path | None, model: Path | None, made: dict[str, Any]) -> None:
+    """Raise `PtychodaskError` for a flag about a scan or a network that is given and not made."""
+    for given, names, what in (
+        (store, ("n_groups", "n_pixels"), "scan that is simulated"),
+        (model, ("network", "members", "n_filters_scale"), "network that is built"),
+    ):
+        wrong = [f"--{name.replace('_', '-')}" for name in names if name in made]
+        if given is not None and wrong:
+            raise PtychodaskError(f"bench: {', '.join(wrong)} describes a {what}, and {given} is given; leave one away")
 
 
 @app.command()
