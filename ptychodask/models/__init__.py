@@ -11,5 +11,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "own": ["CallableModel"],
         "ptychopinn": ["PtychoPinnModel"],
         "spec": ["ModelSpec", "Optics"],
+        "untrained": ["untrained_model", "untrained_ptychopinn"],
     },
 )
