@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from ptychodask.compare import find_truth, truth_on_pixels
-from ptychodask.metrics import align_gauge
+from ptychodask.metrics import align_gauge, frc
 from ptychodask.scan import PtychodaskError, Scan, Truth
 
 LIMIT_PERCENTILES = (1.0, 99.0)
@@ -25,6 +28,18 @@ LARGEST_PIXELS = 2048
 
 UNSEEN_COLOUR = "lightsteelblue"
 """Colour of pixels that no patch reached."""
+
+WELL_LIT = 0.1
+"""Share of the median weight below which a pixel has no say in a colour scale: the scan's rim."""
+
+CONTOURS: dict[float, Literal["dashed", "solid"]] = {WELL_LIT: "dashed", 0.5: "solid"}
+"""Shares of the median weight along which a line is drawn, and its style."""
+
+RESIDUALS = {"r_factor": "R-factor", "poisson_deviance": "Poisson deviance"}
+"""Residuals of single patterns that are drawn, and what they are called."""
+
+WORST_NAMED = 10
+"""Patterns with the highest residuals that a figure names."""
 
 
 def plot(ds: xr.Dataset, *, path: str | Path | None = None) -> Figure:
@@ -41,33 +56,105 @@ def plot(ds: xr.Dataset, *, path: str | Path | None = None) -> Figure:
     -------
     matplotlib.figure.Figure
         Four panels, each with a colour bar and a scale bar (in metres where the pixel size is known, else in pixels);
-        +y down, +x right. Colour scales span the 1st to the 99th percentile of the well-lit pixels; pixels that
-        no patch reached are light blue. A phase that fills more than half the circle is shown on a cyclic map over the
-        whole of it.
+        +y down, +x right. Colour scales span the 1st to the 99th percentile of the well-lit pixels, which are those
+        with a tenth of the median weight or more; pixels that no patch reached are light blue. A phase that fills more
+        than half the circle is shown on a cyclic map over the whole of it.
 
     Raises
     ------
     PtychodaskError
         If the Dataset is no result, nothing in it is seen, or the figure cannot be written.
     """
-    shown = _thinned(ds)
-    object_, weight = shown["object"].values, shown["weight"].values
-    seen = np.isfinite(object_)
-    if not seen.any():
-        raise PtychodaskError("plot: no pixel of the object is seen, so there is nothing to show")
-    bright = seen & (weight >= np.median(weight[seen]) / 10)
-    middle = _middle_phasor(object_[bright])
-    phase = np.angle(object_ * middle)
-    figure = Figure(figsize=(11, 9.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    shown = thinned(ds)
+    object_, weight, uncertainty = (shown[name].values for name in ("object", "weight", "uncertainty"))
+    lit = _well_lit(shown)
+    phase = np.angle(object_ * _middle_phasor(object_[lit]))
+    figure = _empty_figure(11, 9.5)
     axes = figure.subplots(2, 2)
-    _panel(axes[0, 0], np.abs(object_), "amplitude", shown, _limits(np.abs(object_)[bright]))
-    _panel(axes[0, 1], phase, "phase (rad)", shown, *_phase_scale(phase[bright]))
-    _panel(axes[1, 0], np.where(seen, weight, np.nan), "weight", shown, (0.0, float(weight.max())), "viridis")
-    uncertainty = shown["uncertainty"].values
-    known = uncertainty[bright & np.isfinite(uncertainty)]
-    _panel(axes[1, 1], uncertainty, "uncertainty", shown, _limits(known) if known.size else (0.0, 1.0), "magma")
+    _panel(axes[0, 0], np.abs(object_), "amplitude", shown, _limits(np.abs(object_)[lit]))
+    _panel(axes[0, 1], phase, "phase (rad)", shown, *_phase_scale(phase[lit]))
+    _panel(axes[1, 0], np.where(np.isfinite(object_), weight, np.nan), "weight", shown, (0, weight.max()), "viridis")
+    known = uncertainty[lit & np.isfinite(uncertainty)]
+    _panel(axes[1, 1], uncertainty, "uncertainty", shown, _limits(known) if known.size else (0, 1), "magma")
     return _written(figure, path)
+
+
+def plot_complex(ds: xr.Dataset, *, path: str | Path | None = None) -> Figure:
+    """Figure of a result as complex numbers: phase as hue, amplitude as brightness, weight as lines.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        As `plot` takes it.
+    path : path, optional
+        Where to write it too.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        The object and a wheel that tells its colours: phase around it, amplitude from its middle to its rim (the 99th
+        percentile of the well-lit pixels). The mean phase is turned to zero. Lines run where the weight is a tenth and
+        a half of its median.
+
+    Raises
+    ------
+    PtychodaskError
+        As `plot`.
+    """
+    shown = thinned(ds)
+    lit = _well_lit(shown)
+    object_ = shown["object"].values
+    full = float(np.percentile(np.abs(object_[lit]), LIMIT_PERCENTILES[1])) or 1.0
+    figure = _empty_figure(9, 7)
+    axes = figure.subplots()
+    colours = complex_colours(object_ * _middle_phasor(object_[lit]), full)
+    axes.imshow(colours, origin="upper", extent=_extent(shown))
+    _frame(axes, "phase as hue, amplitude as brightness", shown)
+    _add_contours(axes, shown)
+    _draw_wheel(axes.inset_axes((1.08, 0.72, 0.24, 0.24)), full)
+    return _written(figure, path)
+
+
+def complex_colours(object_: NDArray[np.complexfloating[Any, Any]], full: float) -> NDArray[np.float64]:
+    """Colours of complex numbers.
+
+    Parameters
+    ----------
+    object_ : complex array (y, x)
+    full : float
+        Amplitude of full brightness; all above it are as bright.
+
+    Returns
+    -------
+    float64 array (y, x, 3)
+        Red, green and blue, 0 to 1: hue from the phase (0 is red, 2π/3 green, -2π/3 blue), value from the amplitude.
+        Unseen pixels (NaN) are light blue.
+
+    Examples
+    --------
+    >>> complex_colours(np.array([[2.0, 1.0, 0.0, -1.0 + 0j]]), 2.0).tolist()
+    [[[1.0, 0.0, 0.0], [0.5, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.5, 0.5]]]
+    """
+    seen = np.isfinite(object_)
+    found = np.where(seen, object_, 0)
+    hue = np.angle(found) / (2 * np.pi) % 1.0
+    value = np.minimum(np.abs(found) / full, 1.0)
+    colours = hsv_to_rgb(np.stack([hue, np.ones_like(hue), value], axis=-1))
+    return np.asarray(np.where(seen[..., None], colours, to_rgb(UNSEEN_COLOUR)))
+
+
+def _draw_wheel(axes: Axes, full: float) -> None:
+    """The colours of all complex numbers up to an amplitude, as a disc: real part to the right, imaginary part up."""
+    across = np.linspace(-1, 1, 201)
+    disc = across + 1j * across[::-1, None]
+    colours = complex_colours(disc, 1.0)
+    colours[np.abs(disc) > 1] = 1.0
+    axes.imshow(colours, extent=(-1, 1, -1, 1))
+    for angle, label in ((0, "0"), (0.5, "π/2"), (1, "π"), (1.5, "-π/2")):
+        at = 1.25 * np.exp(1j * np.pi * angle)
+        axes.text(at.real, at.imag, label, ha="center", va="center")
+    axes.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), title=f"phase (rad)\nrim: |O| ≥ {full:.3g}")
+    axes.set_axis_off()
 
 
 def plot_comparison(
@@ -78,7 +165,7 @@ def plot_comparison(
     scale: bool = False,
     path: str | Path | None = None,
 ) -> Figure:
-    """Figure of several results side by side: amplitudes above, phases below, on one scale each.
+    """Figure of several results side by side, and of what tells each from the reference.
 
     Parameters
     ----------
@@ -93,7 +180,9 @@ def plot_comparison(
     Returns
     -------
     matplotlib.figure.Figure
-        One column for the truth and for each result, in the frame of the first result.
+        One column for the truth and for each result, in the frame of the first result: amplitude, phase, and the
+        amplitude of the complex difference from the reference, each row on one scale. Below, the Fourier ring
+        correlation of amplitude and phase with the reference, over what all have seen and the first has lit well.
 
     Raises
     ------
@@ -102,29 +191,234 @@ def plot_comparison(
     """
     if not results:
         raise PtychodaskError("plot_comparison: found no result, expected one at least")
-    first = _thinned(next(iter(results.values())))
+    first = thinned(next(iter(results.values())))
+    objects = _aligned_objects(results, truth, first, ramp, scale)
+    if len(objects) == 1:
+        figure = _empty_figure(4.2, 7.5)
+        _draw_objects(figure.subplots(2, 1, squeeze=False), objects, first)
+        return _written(figure, path)
+    figure = _empty_figure(4.2 * len(objects), 14.5)
+    grid = figure.add_gridspec(2, 1, height_ratios=(3, 1))
+    axes = figure.add_subfigure(grid[0]).subplots(3, len(objects))
+    _draw_objects(axes, objects, first)
+    _draw_differences(axes[2], objects, first)
+    _draw_frcs(figure.add_subfigure(grid[1]).subplots(1, 2), objects, first)
+    return _written(figure, path)
+
+
+def _aligned_objects(
+    results: Mapping[str, xr.Dataset],
+    truth: Truth | Scan | str | Path | None,
+    first: xr.Dataset,
+    ramp: bool,
+    scale: bool,
+) -> dict[str, NDArray[np.complex64]]:
+    """The truth, where given, and the results on the pixels of the first, all with the gauge of the foremost."""
     y, x = first["y"].values, first["x"].values
     objects = {label: _on_pixels(ds, y, x) for label, ds in results.items()}
     if truth is not None:
         objects = {"truth": truth_on_pixels(find_truth(truth), y, x), **objects}
     reference = next(iter(objects.values()))
-    objects = {label: align_gauge(found, reference, ramp=ramp, scale=scale)[0] for label, found in objects.items()}
-    weight = first["weight"].values
-    bright = np.isfinite(reference) & (weight >= np.median(weight[weight > 0]) / 10)
-    middle = _middle_phasor(reference[bright])
-    amplitude_limits = _limits(np.abs(reference)[bright])
-    phase_scale = _phase_scale(np.angle(reference * middle)[bright])
-    figure = Figure(figsize=(4.2 * len(objects), 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(objects), squeeze=False)
+    return {label: align_gauge(found, reference, ramp=ramp, scale=scale)[0] for label, found in objects.items()}
+
+
+def _draw_objects(axes: NDArray[Any], objects: Mapping[str, NDArray[np.complex64]], first: xr.Dataset) -> None:
+    """Amplitudes in the first row of axes, phases in the second, on the scales of the foremost object."""
+    reference = next(iter(objects.values()))
+    lit = _well_lit(first) & np.isfinite(reference)
+    middle = _middle_phasor(reference[lit])
+    amplitude_limits = _limits(np.abs(reference)[lit])
+    phase_scale = _phase_scale(np.angle(reference * middle)[lit])
     for column, (label, object_) in enumerate(objects.items()):
         _panel(axes[0, column], np.abs(object_), f"{label}: amplitude", first, amplitude_limits)
         _panel(axes[1, column], np.angle(object_ * middle), f"{label}: phase (rad)", first, *phase_scale)
+
+
+def _draw_differences(axes: NDArray[Any], objects: Mapping[str, NDArray[np.complex64]], first: xr.Dataset) -> None:
+    """How far each object is from the foremost, whose own axes stay empty."""
+    (name, reference), *others = objects.items()
+    differences = [np.abs(object_ - reference) for _, object_ in others]
+    lit = _well_lit(first)
+    seen = np.concatenate([found[lit & np.isfinite(found)] for found in differences])
+    limits = (0.0, _limits(seen)[1])
+    axes[0].set_axis_off()
+    for panel, (label, _), found in zip(axes[1:], others, differences, strict=True):
+        _panel(panel, found, f"|{label} − {name}|", first, limits, "magma")
+
+
+def _draw_frcs(axes: NDArray[Any], objects: Mapping[str, NDArray[np.complex64]], first: xr.Dataset) -> None:
+    """Curves of all objects but the foremost, over what all have seen and the first result has lit well."""
+    judged = _well_lit(first) & np.all([np.isfinite(object_) for object_ in objects.values()], axis=0)
+    if not judged.any():
+        raise PtychodaskError("plot_comparison: no well-lit pixel is seen in all of the results")
+    reference, *others = (np.where(judged, object_, np.complex64(np.nan)) for object_ in objects.values())
+    parts: dict[str, Callable[..., NDArray[Any]]] = {"amplitude": np.abs, "phase": np.angle}
+    for panel, (name, part) in zip(axes, parts.items(), strict=True):
+        found = [frc(part(other), part(reference)) for other in others]
+        curves = dict(zip(list(objects)[1:], (curve for _, curve in found), strict=True))
+        frequency = found[0][0] / _step_px(first)
+        _draw_frc(panel, frequency, curves, f"FRC of the {name}", first.attrs.get("pixel_size_m"))
+
+
+def _draw_frc(
+    axes: Axes,
+    frequency: NDArray[np.floating[Any]],
+    curves: Mapping[str, NDArray[np.floating[Any]]],
+    title: str,
+    pixel_size_m: float | None,
+) -> None:
+    """Fourier ring correlations over cycles per pixel; periods in metres above, where the pixel size is known."""
+    for label, curve in curves.items():
+        # The ring of zero frequency is ruled by the means.
+        axes.plot(frequency[1:], curve[1:], label=label)
+    axes.axhline(0.5, color="gray", linestyle="dashed", linewidth=0.8)
+    axes.set(xlim=(0, frequency[-1]), ylim=(-0.2, 1.05), xlabel="frequency (cycles per pixel)", ylabel="correlation")
+    axes.set_title(title)
+    axes.legend(loc="upper right", frameon=False)
+    if pixel_size_m is not None:
+        ticks = frequency[-1] * np.arange(0.2, 1.01, 0.2)
+        periods = [length_label(float(f"{pixel_size_m / tick:.3g}")) for tick in ticks]
+        axes.secondary_xaxis("top").set_xticks(ticks, periods)
+
+
+def plot_residuals(residuals: xr.Dataset, *, path: str | Path | None = None) -> Figure:
+    """Figure of how badly a result explains each pattern: over the scan, and pattern after pattern.
+
+    Parameters
+    ----------
+    residuals : xarray.Dataset
+        From `residuals`.
+    path : path, optional
+        Where to write it too.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        A row for R and one for the Poisson deviance, where it is known. Left, their colours over the positions, +y
+        down; patterns that were not judged are left out. Right, the values in the order of the source file where that
+        is known, else of the store (dots), and sorted (line). Rings are around the ten worst, which the title names by
+        their place in the store; an infinite R lies at the upper edge.
+
+    Raises
+    ------
+    PtychodaskError
+        If the Dataset holds no residuals, or the figure cannot be written.
+    """
+    if missing := [name for name in (*RESIDUALS, "y_px", "x_px") if name not in residuals.variables]:
+        raise PtychodaskError(f"plot_residuals: the Dataset has no {', '.join(missing)} (pattern)")
+    known = {name: title for name, title in RESIDUALS.items() if np.isfinite(residuals[name]).any()}
+    if not known:
+        raise PtychodaskError("plot_residuals: no pattern was judged, so there is nothing to show")
+    figure = _empty_figure(12, 4.8 * len(known))
+    for axes, (name, title) in zip(figure.subplots(len(known), 2, squeeze=False), known.items(), strict=True):
+        values = residuals[name].values
+        values = np.where(np.isposinf(values), 1.05 * values[np.isfinite(values)].max(), values)
+        worst = worst_patterns(residuals, name)
+        _draw_over_scan(axes[0], residuals, values, title, worst)
+        _draw_in_turn(axes[1], residuals, values, title, worst)
     return _written(figure, path)
 
 
-def _thinned(ds: xr.Dataset) -> xr.Dataset:
-    """The result in memory, by every k-th pixel where it is larger than a picture shows."""
+def worst_patterns(residuals: xr.Dataset, name: str = "r_factor") -> list[int]:
+    """Places in the store of the patterns with the highest residuals, the worst first; ten at most.
+
+    Examples
+    --------
+    >>> worst_patterns(xr.Dataset({"r_factor": ("pattern", [0.2, np.nan, 0.4, np.inf])}))
+    [3, 2, 0]
+    """
+    values = residuals[name].values
+    judged = np.flatnonzero(~np.isnan(values))
+    return judged[np.argsort(-values[judged], kind="stable")][:WORST_NAMED].tolist()
+
+
+def _draw_over_scan(
+    axes: Axes, residuals: xr.Dataset, values: NDArray[np.floating[Any]], title: str, worst: list[int]
+) -> None:
+    y, x = residuals["y_px"].values, residuals["x_px"].values
+    judged = ~np.isnan(values)
+    low, high = _limits(values[judged])
+    # The dots of a dense scan are small enough to stay apart.
+    size = float(np.clip(2e4 / len(values), 1, 60))
+    dots = axes.scatter(x[judged], y[judged], c=values[judged], s=size, vmin=low, vmax=high, linewidths=0)
+    axes.scatter(x[worst], y[worst], s=size + 60, facecolors="none", edgecolors="red", linewidths=1.2)
+    axes.set(aspect="equal", xlabel="x (px)", ylabel="y (px)", title=f"{title} over the scan")
+    axes.invert_yaxis()
+    axes.figure.colorbar(dots, ax=axes, shrink=0.85, extend="both")
+
+
+def _draw_in_turn(
+    axes: Axes, residuals: xr.Dataset, values: NDArray[np.floating[Any]], title: str, worst: list[int]
+) -> None:
+    known = "source_index" in residuals.coords
+    turn = residuals["source_index"].values if known else np.arange(len(values))
+    ranked = np.sort(values[~np.isnan(values)])[::-1]
+    axes.plot(np.linspace(turn.min(), turn.max(), len(ranked)), ranked, color="tab:gray", label="sorted")
+    axes.plot(turn, values, ".", markersize=3, color="tab:blue", label="one pattern")
+    axes.plot(turn[worst], values[worst], "o", markerfacecolor="none", color="red", label=f"the {len(worst)} worst")
+    axes.set(xlabel="pattern, row in the source file" if known else "pattern, place in the store", ylabel=title)
+    axes.set_title(f"worst, by place in the store: {', '.join(map(str, worst))}", fontsize="small")
+    axes.legend(frameon=False)
+
+
+def plot_split_half(ds: xr.Dataset, *, path: str | Path | None = None) -> Figure:
+    """Figure of two objects that were each made of one half of the patterns, and of how far they agree.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        A result with ``object_half``, ``weight_half`` (half, y, x).
+    path : path, optional
+        Where to write it too.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        The phase of either half, the amplitude of their complex difference, and the Fourier ring correlation of the two
+        as complex objects, over the pixels that both have lit well. Neither half is aligned with the other.
+
+    Raises
+    ------
+    PtychodaskError
+        If the Dataset has no halves, they share no well-lit pixel, or the figure cannot be written.
+    """
+    missing = [name for name in ("object_half", "weight_half") if name not in ds]
+    if missing:
+        raise PtychodaskError(f"plot_split_half: the Dataset has no {', '.join(missing)} (half, y, x)")
+    shown = ds[["object_half", "weight_half"]].ptycho.compute()
+    one, other = shown["object_half"].values
+    lit = np.all([_above_share(weight) for weight in shown["weight_half"].values], axis=0)
+    lit &= np.isfinite(one) & np.isfinite(other)
+    if not lit.any():
+        raise PtychodaskError("plot_split_half: no pixel is well lit in both halves, so they cannot be compared")
+    middle = _middle_phasor(one[lit])
+    phases = [np.angle(half * middle) for half in (one, other)]
+    figure = _empty_figure(11, 10)
+    axes = figure.subplots(2, 2)
+    for panel, phase, label in zip(axes[0], phases, ("first", "second"), strict=True):
+        _panel(panel, phase, f"{label} half: phase (rad)", shown, *_phase_scale(phases[0][lit]))
+    difference = np.abs(one - other)
+    _panel(axes[1, 0], difference, "|first − second|", shown, (0.0, _limits(difference[lit])[1]), "magma")
+    frequency, curve = frc(*(np.where(lit, half, np.complex64(np.nan)) for half in (one, other)))
+    _draw_frc(axes[1, 1], frequency, {"object": curve}, "FRC of the halves", ds.attrs.get("pixel_size_m"))
+    axes[1, 1].set_box_aspect(0.8)
+    return _written(figure, path)
+
+
+def _empty_figure(width_in: float, height_in: float) -> Figure:
+    figure = Figure(figsize=(width_in, height_in), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def thinned(ds: xr.Dataset) -> xr.Dataset:
+    """The result in memory, by every k-th pixel where it is larger than a picture shows.
+
+    Raises
+    ------
+    PtychodaskError
+        If the Dataset is no result of one method.
+    """
     missing = [name for name in ("object", "weight", "uncertainty") if name not in ds or ds[name].dims != ("y", "x")]
     if missing:
         raise PtychodaskError(f"plot: the Dataset has no {', '.join(missing)} (y, x); select one method of a result")
@@ -140,6 +434,31 @@ def _on_pixels(ds: xr.Dataset, y_px: NDArray[np.float64], x_px: NDArray[np.float
 def _middle_phasor(object_: NDArray[np.complexfloating]) -> np.complexfloating:
     """Turns an object so that its mean phase is zero, which keeps the wrap far from its phases."""
     return np.exp(-1j * np.angle(object_.sum()))
+
+
+def _above_share(weight: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Where the weight is `WELL_LIT` of its median or more; nowhere where there is no light."""
+    lit = weight > 0
+    return weight >= WELL_LIT * np.median(weight[lit]) if lit.any() else lit
+
+
+def _well_lit(ds: xr.Dataset) -> NDArray[np.bool_]:
+    """Pixels of a result that rule its colour scales."""
+    seen = np.isfinite(ds["object"].values)
+    if not seen.any():
+        raise PtychodaskError("plot: no pixel of the object is seen, so there is nothing to show")
+    return seen & _above_share(np.where(seen, ds["weight"].values, 0))
+
+
+def _step_px(ds: xr.Dataset) -> float:
+    x = ds["x"].values
+    return float(x[1] - x[0]) if len(x) > 1 else 1.0
+
+
+def _extent(ds: xr.Dataset) -> tuple[float, float, float, float]:
+    """Left, right, lower and upper edge of a picture, pixels of the scan's frame."""
+    y, x, half = ds["y"].values, ds["x"].values, _step_px(ds) / 2
+    return x[0] - half, x[-1] + half, y[-1] + half, y[0] - half
 
 
 def _limits(values: NDArray[np.floating]) -> tuple[float, float]:
@@ -163,23 +482,37 @@ def _panel(
     colours: str = "gray",
 ) -> None:
     """One picture with its colour bar and scale bar, axes in pixels of the scan's frame."""
-    y, x = ds["y"].values, ds["x"].values
-    half = (x[1] - x[0]) / 2 if len(x) > 1 else 0.5
-    image = axes.imshow(
-        values,
-        cmap=colours,
-        vmin=limits[0],
-        vmax=limits[1],
-        origin="upper",
-        extent=(x[0] - half, x[-1] + half, y[-1] + half, y[0] - half),
-    )
-    axes.set_facecolor(UNSEEN_COLOUR)
-    axes.set_title(title)
-    axes.set_xlabel("x (px)")
-    axes.set_ylabel("y (px)")
+    image = axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], origin="upper", extent=_extent(ds))
     assert axes.figure is not None
     axes.figure.colorbar(image, ax=axes, shrink=0.85)
+    _frame(axes, title, ds)
+
+
+def _frame(axes: Axes, title: str, ds: xr.Dataset) -> None:
+    axes.set_facecolor(UNSEEN_COLOUR)
+    axes.set(title=title, xlabel="x (px)", ylabel="y (px)")
     _add_scale_bar(axes, ds)
+
+
+def _add_contours(axes: Axes, ds: xr.Dataset) -> None:
+    """Lines of equal weight, and what they mean."""
+    weight = ds["weight"].values
+    relative = weight / np.median(weight[weight > 0])
+    inside = {share: style for share, style in CONTOURS.items() if relative.min() < share < relative.max()}
+    if min(weight.shape) < 2 or not inside:
+        return
+    axes.contour(
+        ds["x"].values,
+        ds["y"].values,
+        relative,
+        levels=list(inside),
+        linestyles=list(inside.values()),
+        colors="white",
+        linewidths=1.2,
+    )
+    lines = [Line2D([], [], color="white", linestyle=style) for style in inside.values()]
+    labels = [f"{share:.0%} of the median weight" for share in inside]
+    axes.legend(lines, labels, loc="upper right", facecolor="black", labelcolor="white", fontsize="small")
 
 
 def _add_scale_bar(axes: Axes, ds: xr.Dataset) -> None:
