@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "reconstruction": ["reconstruct"],
         "compare": ["compare"],
         "residuals": ["outliers", "residuals"],
-        "plotting": ["plot", "plot_comparison"],
+        "plotting": ["plot", "plot_comparison", "plot_complex", "plot_residuals", "plot_split_half"],
     },
 )
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.errors import ZarrUserWarning
 
+import ptychodask
 from ptychodask.scan import PtychodaskError
 from ptychodask.store import Form, open_root, whole_or_nothing
 
@@ -215,6 +216,21 @@ class PtychoAccessor:
         """Argument of the object (y, x) on [-π, π], radians."""
         phase = xr.ufuncs.angle(self._ds["object"]).rename("phase")
         return phase.assign_attrs(long_name="phase of the object", units="rad")
+
+    def plot(self, *, path: str | Path | None = None) -> Any:
+        """Figure of the result, as `ptychodask.plot` draws it: amplitude, phase, weight and uncertainty.
+
+        Parameters
+        ----------
+        path : path, optional
+            Where to write it too.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+        """
+        # Figures lie further down; the package finds them when they are asked for.
+        return ptychodask.plot(self._ds, path=path)
 
     def compute(self) -> xr.Dataset:
         """The result in memory, each task of a lazy one run once.

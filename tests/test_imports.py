@@ -89,6 +89,23 @@ def test_imports_point_up_the_list() -> None:
     assert not wrong
 
 
+def test_only_the_figures_of_a_result_are_reached_for_down_the_list() -> None:
+    """`import ptychodask` gives every name; what is taken from it points up the list too, with one exception."""
+    down = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        stage = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module == "ptychodask":
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ptychodask":
+                names = [node.attr]
+            # A name is a module, or an object that knows its module.
+            homes = [getattr(getattr(ptychodask, name, None), "__module__", f"ptychodask.{name}") for name in names]
+            down |= {(stage, home) for home in homes if LAYER[home.split(".")[1]] > LAYER[stage]}
+    assert down == {("result", "ptychodask.plotting")}
+
+
 def test_heavy_libraries_have_one_owner() -> None:
     strangers = [
         f"{stage} imports {module}"
