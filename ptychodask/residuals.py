@@ -295,7 +295,7 @@ def _as_dataset(scan: Scan, sums: NDArray[np.float64], kept: NDArray[np.int64], 
     )
 
 
-def outliers(found: xr.Dataset, *, n_mad: float = 5.0) -> NDArray[np.int64]:
+def outliers(found: xr.Dataset, *, n_mad: float = 8.0) -> NDArray[np.int64]:
     """Patterns whose R is far above that of most others, worst first.
 
     Parameters
@@ -316,6 +316,11 @@ def outliers(found: xr.Dataset, *, n_mad: float = 5.0) -> NDArray[np.int64]:
     ------
     PtychodaskError
         If `n_mad` is not positive.
+
+    Notes
+    -----
+    Bad patterns spoil the object where they lie, and with it the R of their neighbours: drop the worst, reconstruct, and
+    look again. At the rim of a scan, where few patterns overlap, R is larger than inside without anything being wrong.
 
     Examples
     --------
