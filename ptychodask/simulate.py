@@ -479,12 +479,12 @@ def simulate(
     position = PATHS[path](n_patterns, step_px, rng_path)
     half = np.ceil(np.abs(position).max(axis=0)).astype(int) + n_pixels // 2 + 1
     truth = _centred_truth(object, (2 * int(half[0]), 2 * int(half[1])), rng_object)
-    scaled_probe = _scaled_probe(probe, n_pixels, dose)
+    illuminating = scaled_probe(probe, n_pixels, dose)
     return write_scan(
         store,
-        diffraction=SimulatedPatterns(truth, scaled_probe, position, seed),
+        diffraction=SimulatedPatterns(truth, illuminating, position, seed),
         position_yx_px=position,
-        probe=scaled_probe,
+        probe=illuminating,
         domain="counts",
         calibration="as_given",
         truth=truth,
@@ -541,8 +541,28 @@ def _read_image(path: Path) -> NDArray[Any]:
         raise PtychodaskError(f"{path}: cannot be read as an image ({error}); pass a .npy or .png file") from error
 
 
-def _scaled_probe(probe: str | NDArray[Any], n_pixels: int, dose: float) -> NDArray[np.complex128]:
-    """The probe as complex128 (mode, N, N) with Σ|P|² equal to the dose."""
+def scaled_probe(probe: str | NDArray[Any], n_pixels: int, dose: float) -> NDArray[np.complex128]:
+    """The probe that `simulate` illuminates with.
+
+    Parameters
+    ----------
+    probe : str or complex array (N, N) or (mode, N, N)
+        A name of `PROBES`, or a probe whose scale is set by the dose.
+    n_pixels : int
+        Pixels across a pattern, N.
+    dose : float
+        Photons of the probe in one pattern.
+
+    Returns
+    -------
+    complex128 array (mode, N, N)
+        Σ|P|² equals the dose.
+
+    Raises
+    ------
+    PtychodaskError
+        If the name is unknown, the shape is another, or there is no light.
+    """
     if isinstance(probe, str):
         check_choice("probe", probe, PROBES, "simulate")
         if probe == "disc":
