@@ -75,7 +75,7 @@ class _Layers:
         return name
 
     def convolve(self, given: str, filters: int, activation: str = "relu") -> str:
-        sizes = {"kernel_size": [3, 3], "strides": [1, 1], "dilation_rate": [1, 1], "groups": 1}
+        sizes: dict[str, Any] = {"kernel_size": [3, 3], "strides": [1, 1], "dilation_rate": [1, 1], "groups": 1}
         return self.add("Conv2D", given, filters=filters, padding="same", use_bias=True, activation=activation, **sizes)
 
     def convolve_twice(self, given: str, filters: int) -> str:
