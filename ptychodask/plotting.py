@@ -581,3 +581,97 @@ def _written(figure: Figure, path: str | Path | None) -> Figure:
         except (OSError, ValueError) as error:
             raise PtychodaskError(f"{path}: the figure cannot be written ({error}); name a .png in a folder") from error
     return figure
+
+
+def plot_study(study: xr.Dataset, metric: str, *, path: str | Path | None = None) -> Figure:
+    """Figure of one metric of a study over the dose.
+
+    Parameters
+    ----------
+    study : xarray.Dataset
+        From `run_study`.
+    metric : str
+        A name of its coordinate ``metric``.
+    path : path, optional
+        Where to write it too.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        A row for each part of the object, a column for each spacing, a line for each network and gridsize: the mean
+        over the seeds, from the lowest to the highest of them shaded. A network whose figures are the same for every
+        gridsize has one line.
+
+    Raises
+    ------
+    PtychodaskError
+        If the study has no such metric, or the figure cannot be written.
+    """
+    if metric not in study["metric"].values:
+        listed = ", ".join(map(str, study["metric"].values))
+        raise PtychodaskError(f"plot_study: found no metric {metric}, expected one of: {listed}")
+    spacing = "overlap" if "overlap" in study.dims else "step_px"
+    parts = [part for part in study["part"].values if study["value"].sel(part=part, metric=metric).notnull().any()]
+    if not parts:
+        raise PtychodaskError(f"plot_study: {metric} is known for no cell, so there is nothing to show")
+    figure = _empty_figure(4.5 * study.sizes[spacing] + 1.5, 3.5 * len(parts))
+    panels = figure.subplots(len(parts), study.sizes[spacing], squeeze=False, sharex=True, sharey="row")
+    for row, part in zip(panels, parts, strict=True):
+        for axes, place in zip(row, study[spacing].values, strict=True):
+            _draw_over_dose(axes, study["value"].sel({"part": part, "metric": metric, spacing: place}))
+            axes.set(xscale="log", title=f"{part}, {spacing.replace('_', ' ')} {place:g}")
+        row[0].set_ylabel(metric)
+    for axes in panels[-1]:
+        axes.set_xlabel("dose (photons in a pattern)")
+    panels[0, 0].legend(frameon=False)
+    return _written(figure, path)
+
+
+def _draw_over_dose(axes: Axes, values: xr.DataArray) -> None:
+    for model in values["model"].values:
+        figures = values.loc[{"model": model}].transpose("gridsize", "dose", "seed")
+        alike = all(np.array_equal(one, figures[0], equal_nan=True) for one in figures)
+        for gridsize, one in zip(figures["gridsize"].values, figures[:1] if alike else figures, strict=False):
+            label = str(model) if alike else f"{model}, gridsize {gridsize}"
+            (line,) = axes.plot(one["dose"], one.mean("seed"), "o-", label=label)
+            axes.fill_between(one["dose"], one.min("seed"), one.max("seed"), color=line.get_color(), alpha=0.2)
+
+
+def plot_contact_sheet(
+    pictures: Mapping[tuple[str, str], NDArray[np.floating[Any]]], *, path: str | Path | None = None
+) -> Figure:
+    """Figure of many small pictures in rows and columns.
+
+    Parameters
+    ----------
+    pictures : dict of (row, column) to float array (y, x)
+        Labels and pictures, NaN where unseen; a column has the colour scale of its first picture.
+    path : path, optional
+        Where to write it too.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    PtychodaskError
+        If there is no picture, or the figure cannot be written.
+    """
+    if not pictures:
+        raise PtychodaskError("plot_contact_sheet: found no picture, expected one at least")
+    rows, columns = (list(dict.fromkeys(labels)) for labels in zip(*pictures, strict=True))
+    figure = _empty_figure(2.2 * len(columns) + 0.6, 2.3 * len(rows) + 0.3)
+    panels = figure.subplots(len(rows), len(columns), squeeze=False)
+    limits: dict[str, tuple[float, float]] = {}
+    for (row, column), picture in pictures.items():
+        limits.setdefault(column, _limits(picture[np.isfinite(picture)]))
+        axes = panels[rows.index(row), columns.index(column)]
+        axes.imshow(picture, cmap="gray", vmin=limits[column][0], vmax=limits[column][1], origin="upper")
+    for axes in panels.flat:
+        axes.set(xticks=[], yticks=[], facecolor=UNSEEN_COLOUR)
+    for axes, column in zip(panels[0], columns, strict=True):
+        axes.set_title(column, fontsize="small")
+    for axes, row in zip(panels[:, 0], rows, strict=True):
+        axes.set_ylabel(row, fontsize="small")
+    return _written(figure, path)
