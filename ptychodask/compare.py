@@ -2,61 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+import io
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from scipy.ndimage import shift
+from scipy.signal import fftconvolve
 
+from ptychodask.io import ForeignResult, read_foreign_result
+from ptychodask.iterative import frame_corners
 from ptychodask.metrics import (
+    PTYCHOPINN_PEAK,
     Gauge,
     align_gauge,
-    amplitude_correlation,
     amplitude_ratio,
-    frc50,
+    correlation,
+    crossing,
+    frc,
+    half_bit,
     mae,
+    ms_ssim,
     mse,
-    phase_correlation,
     psnr,
     r_factor,
     ssim,
 )
-from ptychodask.result import open_result
+from ptychodask.registration import find_corner, on_whole_pixels, seen_box
+from ptychodask.result import make_dataset, open_result
 from ptychodask.scan import PtychodaskError, Scan, Truth
 from ptychodask.store import open_scan
 
-METRICS = ("correlation", "ratio", "mae", "mse", "psnr", "ssim", "frc50")
-"""Figures of each part of an object; `ratio` is of amplitudes alone."""
+logger = logging.getLogger(__name__)
+
+METRICS = ("correlation", "ratio", "mae", "mse", "psnr", "ssim", "ms_ssim", "frc50", "frc_half_bit", "frc_1_7")
+"""Figures of each part of an object; `ratio` is of amplitudes alone, the last three are in cycles per pixel."""
 
 PARTS = ("amplitude", "phase")
 """Parts of an object that are judged apart."""
 
+METHOD_OF_KIND = {"pinn": "PtychoPINN", "baseline": "Baseline"}
+"""Name of the method of a result, from the kind of model that it records."""
+
+METHOD_OF_PROGRAM = {"pty-chi": "PtyChi"}
+"""Name of the method, from the program that a file of another one names."""
+
+LIGHT_INSIDE = 0.95
+"""Share of the probe's light that must fall on seen pixels for a pattern to be judged by."""
+
+PIXEL_TOLERANCE = 1e-3
+"""By how much pixel sizes may differ, relative to one of them, between results that are compared."""
+
+Result = xr.Dataset | ForeignResult | str | Path
+
 
 def compare(
-    results: Mapping[str, xr.Dataset | str | Path],
+    results: Mapping[str, Result] | Sequence[Result],
     *,
     truth: Truth | Scan | str | Path | None = None,
     scan: Scan | str | Path | None = None,
+    baseline: str | None = None,
+    register: bool = False,
     ramp: bool = True,
     scale: bool = False,
+    peak: float | Literal["range", "ptychopinn"] = "range",
     min_weight: float = 0.1,
 ) -> xr.Dataset:
     """Judge results on the area that all of them have seen.
 
     Parameters
     ----------
-    results : dict of label to Dataset or path
-        Results of `reconstruct` or `reconstruct_iterative`, or stores that hold such.
+    results : dict of label to result, or list of results
+        Any number of: a result of `reconstruct` or `reconstruct_iterative`, a store or a file that holds one, also of
+        another program (`read_foreign_result`). One with a dimension ``method`` counts as several. Without labels,
+        the kind of model that a result records gives its name: ``PtychoPINN``, ``Baseline``; a file of pty-chi is
+        ``PtyChi``; else the name of the file, or ``Iterative``.
     truth : Truth, Scan or path, optional
         The known object, or a scan (store) that has one; without it the first result is the reference.
     scan : Scan or path, optional
-        The measured scan (store); adds the R-factor of each whole object over all its patterns.
+        The measured scan (store); adds the R-factor of each object, see `r_factors`.
+    baseline : str, optional
+        Label of the result from which signed differences are taken.
+    register : bool
+        Move each result to where it fits the reference best, to a fraction of a pixel. Results without a place in the
+        scan's frame are moved in any case.
     ramp, scale : bool
         Remove a phase plane, a factor of the amplitude; the latter is a gauge only with calibration ``mean_counts``.
         The global phase always is one.
+    peak : float, "range" or "ptychopinn"
+        Peak of the PSNR: a number, the range of the reference's part, or PtychoPINN's 255.
     min_weight : float
         Pixels whose weight is below this share of the median weight of their result count as unseen: the scan's rim.
 
@@ -64,35 +102,57 @@ def compare(
     -------
     xarray.Dataset
         ``value`` (method, part, metric): correlation, ratio of the mean amplitudes, mean absolute and squared error,
-        PSNR (dB), SSIM, and FRC50 (cycles per pixel) over the common rectangle (its middle square);
-        ``peak`` (part), the reference's range, which is the peak of the PSNR and the range of the SSIM;
-        ``phase_rad``, ``ramp_rad_per_px``, ``scale``, the gauge that was removed (at the common area's first pixel);
+        PSNR (dB), SSIM, MS-SSIM, and the frequencies (cycles per pixel) at which the ring correlation crosses one half,
+        the half-bit curve and 1/7, over the smallest rectangle that holds what all have seen (the latter three over its
+        middle square);
+        ``difference`` (method, part, metric), the same less that of `baseline`;
+        ``frc`` (method, part, frequency), the curves, and ``half_bit`` (frequency);
+        ``resolution_px`` and, where the pixel size is known, ``resolution_m`` (method, part, criterion), the inverse of
+        the crossings: full periods;
+        ``data_range`` (part), the reference's range, over which SSIM is taken, and ``peak`` (part), that of the PSNR;
+        ``phase_rad``, ``ramp_rad_per_px``, ``scale``, the gauge that was removed (at the common area's first pixel),
+        and ``shift_px`` (method, axis), by how much a result was moved;
         ``r_factor`` (method) with `scan`. Phases in radians. Attributes name the reference and the common area.
         Select with ``.sel({"method": label})``, for xarray's own `sel` has a keyword ``method``.
 
     Raises
     ------
     PtychodaskError
-        If there is nothing to compare with, the truth is missing, or the results share no seen pixel.
+        If there is nothing to compare with, the truth is missing, a file cannot be read, pixel sizes differ, or the
+        results share no seen pixel.
+
+    Notes
+    -----
+    An estimate's phase is taken within π of the reference's, and that from the reference's mean phase on, so that only
+    objects that wrap themselves show wraps.
     """
-    opened = {label: _in_memory(result) for label, result in results.items()}
-    if not opened or (truth is None and len(opened) < 2):
-        raise PtychodaskError(f"compare: {len(opened)} results and no truth; pass truth=, or a second result")
     known = None if truth is None else find_truth(truth)
+    placed = place(results, truth=known, register=register, min_weight=min_weight)
+    opened = {label: _in_memory(ds) for label, ds in placed.items()}
+    if known is None and len(opened) < 2:
+        raise PtychodaskError(f"compare: {len(opened)} results and no truth; pass truth=, or a second result")
+    if baseline is not None and baseline not in opened:
+        raise PtychodaskError(
+            f"compare: no result {baseline!r} to be the baseline; the results are {', '.join(opened)}"
+        )
     y, x = _common_frame(opened)
-    objects = {label: _seen_object(ds, y, x, min_weight) for label, ds in opened.items()}
+    objects = {label: truth_on_pixels(_known(ds, min_weight), y, x) for label, ds in opened.items()}
     reference = next(iter(objects.values())) if known is None else truth_on_pixels(known, y, x)
     seen = np.isfinite(reference) & np.all([np.isfinite(object_) for object_ in objects.values()], axis=0)
     if not seen.any():
         raise PtychodaskError("compare: no pixel is seen in all of the results and in the reference")
-    wanted = _parts(np.where(seen, reference, np.nan))
-    peak = {part: float(np.ptp(values[seen])) for part, values in wanted.items()}
-    gauges, values = [], []
-    for object_ in objects.values():
-        aligned, gauge = align_gauge(np.where(seen, object_, np.nan), reference, ramp=ramp, scale=scale)
-        gauges.append(gauge)
-        values.append(_figures(aligned, np.where(seen, reference, np.nan), peak))
-    comparison = _as_dataset(list(objects), values, peak, gauges)
+    box = seen_box(seen)
+    y, x, seen = y[box[0]], x[box[1]], seen[box]
+    wanted = np.where(seen, reference[box], np.complex64(complex(np.nan, np.nan)))
+    aligned = [
+        align_gauge(np.where(seen, object_[box], np.nan), wanted, ramp=ramp, scale=scale)
+        for object_ in objects.values()
+    ]
+    # Phases are taken from the reference's mean on, far from where they wrap.
+    turn = np.exp(-1j * np.angle(np.nansum(wanted)))
+    turned = {label: found * turn for label, (found, _) in zip(objects, aligned, strict=True)}
+    judged = _judged(turned, wanted * turn, peak, _pixel_size_m(placed))
+    comparison = _with_gauges(judged, [gauge for _, gauge in aligned], placed)
     comparison.attrs = {
         "reference": "truth" if known is not None else next(iter(objects)),
         "seen_pixels": int(seen.sum()),
@@ -103,35 +163,165 @@ def compare(
     }
     if scan is not None:
         comparison["r_factor"] = ("method", list(r_factors(opened, scan).values()))
-    return comparison
+    return comparison if baseline is None else _with_differences(comparison, baseline)
 
 
-def r_factors(results: Mapping[str, xr.Dataset | str | Path], scan: Scan | str | Path) -> dict[str, float]:
-    """How well whole objects explain the measured patterns.
+def place(
+    results: Mapping[str, Result] | Sequence[Result],
+    *,
+    truth: Truth | Scan | str | Path | None = None,
+    register: bool = False,
+    min_weight: float = 0.1,
+) -> dict[str, xr.Dataset]:
+    """Results of any program on the pixels of one frame: the scan's, or that of the first result if it has another.
 
     Parameters
     ----------
-    results : dict of label to Dataset or path
+    results, truth, register, min_weight
         As in `compare`.
-    scan : Scan or path
 
     Returns
     -------
-    dict of label to float
-        R = Σ|√I_pred − √I| / Σ√I over all patterns (`r_factor`). A result of a region explains the patterns inside it;
-        elsewhere its mean amplitude stands in.
+    dict of label to Dataset
+        As `reconstruct` gives them. One that was moved is in memory and says by how much in the attribute
+        ``shift_yx_px``; one on pixels that belong to no scan has the attribute ``frame`` = "own".
+
+    Raises
+    ------
+    PtychodaskError
+        If a file cannot be read, pixel sizes differ, or a result cannot be registered.
     """
-    measured = scan if isinstance(scan, Scan) else open_scan(scan)
-    opened = {label: _in_memory(result) for label, result in results.items()}
-    return {label: r_factor(ds["object"].values, _corner(ds), measured) for label, ds in opened.items()}
+    opened = results_by_label(results.items() if isinstance(results, Mapping) else [(None, each) for each in results])
+    _pixel_size_m(opened)
+    if not opened:
+        return {}
+    first = next(iter(opened))
+    frame = "scan" if truth is not None else _frame(opened[first])
+    reference = find_truth(truth) if truth is not None else _known(_in_memory(opened[first]), min_weight)
+    for label, ds in opened.items():
+        searched = _frame(ds) != frame
+        if (register or searched) and not (truth is None and label == first):
+            opened[label] = _registered(label, ds, reference, frame, min_weight, search=searched)
+    return opened
 
 
-def _in_memory(result: xr.Dataset | str | Path) -> xr.Dataset:
-    ds = result if isinstance(result, xr.Dataset) else open_result(result)
+def _frame(ds: xr.Dataset) -> str:
+    return str(ds.attrs.get("frame", "scan"))
+
+
+def _registered(
+    label: str, ds: xr.Dataset, reference: Truth, frame: str, min_weight: float, *, search: bool
+) -> xr.Dataset:
+    """A result moved to where it fits the reference best."""
+    ds = _in_memory(ds)
+    known = _known(ds, min_weight)
+    before, origin = np.asarray(known.corner_yx_px), np.asarray(reference.corner_yx_px)
+    start = None if search else tuple((before - origin).tolist())
+    try:
+        after = np.asarray(find_corner(known.object, reference.object, start_yx_px=start)) + origin
+    except PtychodaskError as error:
+        raise PtychodaskError(f"{label}: {error}") from error
+    logger.info("%s: moved by (%.2f, %.2f) px", label, *(after - before))
+    attributes = {**ds.attrs, "frame": frame, "shift_yx_px": (after - before).tolist()}
+    weight, _ = on_whole_pixels(ds["weight"].values + 0j, tuple(after.tolist()))
+    object_, corner = on_whole_pixels(ds["object"].values, tuple(after.tolist()))
+    return _dataset(object_, np.maximum(weight.real, 0), corner, ds.attrs.get("pixel_size_m"), attributes)
+
+
+def _dataset(
+    object_: NDArray[np.complexfloating[Any, Any]],
+    weight: NDArray[np.floating[Any]],
+    corner: tuple[int, int],
+    pixel_size_m: float | None,
+    attributes: dict[str, Any],
+) -> xr.Dataset:
+    """A result of which nothing but object and weight is known."""
+    seen = np.isfinite(object_)
+    uncertainty = np.full(seen.shape, np.nan, np.float32)
+    weight = np.where(seen, weight, 0.0)
+    return make_dataset(object_, weight, uncertainty, seen, corner, pixel_size_m=pixel_size_m, attributes=attributes)
+
+
+def results_by_label(results: Iterable[tuple[str | None, Result]]) -> dict[str, xr.Dataset]:
+    """Results under their labels, those of several methods taken apart.
+
+    Parameters
+    ----------
+    results : iterable of (label or None, result)
+        See `compare` for the name of one without a label.
+
+    Returns
+    -------
+    dict of label to Dataset
+        One of another program has the attribute ``frame`` = "own" where its file says no place.
+    """
+    found: dict[str, xr.Dataset] = {}
+    for label, result in results:
+        source = Path(result).name.removesuffix(".zarr") if isinstance(result, str | Path) else None
+        methods = _methods_of(result)
+        for method, ds in methods.items():
+            name = method or source or "result"
+            if label is not None:
+                name = f"{label} {method}" if len(methods) > 1 else label
+            elif name in found:
+                name = f"{name} ({source})"
+            if name in found:
+                raise PtychodaskError(f"compare: two results are called {name}; give each a label (LABEL=PATH)")
+            found[name] = ds
+    return found
+
+
+def _methods_of(result: Result) -> dict[str | None, xr.Dataset]:
+    """The results that one holds, by the names of the methods that it records."""
+    if isinstance(result, str | Path):
+        result = read_foreign_result(result) if Path(result).is_file() else open_result(result)
+    if isinstance(result, ForeignResult):
+        return {METHOD_OF_PROGRAM.get(result.program or ""): _from_foreign(result)}
+    if "method" in result.dims:
+        kinds = [str(kind) for kind in result["method"].values]
+        return {METHOD_OF_KIND.get(kind, kind): result.isel(method=i, drop=True) for i, kind in enumerate(kinds)}
+    if result.attrs.get("spec", {}).get("engine") == "iterative":
+        return {"Iterative": result}
+    return {METHOD_OF_KIND.get(result.attrs.get("model", {}).get("kind")): result}
+
+
+def _from_foreign(result: ForeignResult) -> xr.Dataset:
+    own = result.corner_yx_px or (0.0, 0.0)
+    object_, corner = on_whole_pixels(result.object, own)
+    attributes = {} if result.corner_yx_px else {"frame": "own"}
+    return _dataset(object_, np.ones(object_.shape, np.float32), corner, result.pixel_size_m, attributes)
+
+
+def _in_memory(ds: xr.Dataset) -> xr.Dataset:
     for name in ("object", "weight"):
         if name not in ds or ds[name].dims != ("y", "x"):
-            raise PtychodaskError(f"compare: a result has no {name} (y, x); select one method of it, or reconstruct it")
+            raise PtychodaskError(f"compare: a result has no {name} (y, x); reconstruct it, or select pixels with isel")
     return ds[["object", "weight"]].ptycho.compute()
+
+
+def _known(ds: xr.Dataset, min_weight: float) -> Truth:
+    """The well-lit part of a result in memory, as if it were known: NaN where its weight is too small."""
+    weight = ds["weight"].values
+    enough = min_weight * float(np.median(weight[weight > 0])) if (weight > 0).any() else np.inf
+    object_ = np.where(weight >= enough, ds["object"].values, np.complex64(complex(np.nan, np.nan)))
+    return Truth(object_, _corner(ds))
+
+
+def _corner(ds: xr.Dataset) -> tuple[float, float]:
+    return float(ds["y"][0]), float(ds["x"][0])
+
+
+def _pixel_size_m(results: Mapping[str, xr.Dataset]) -> float | None:
+    """Size of a pixel, on which all results that know theirs agree."""
+    sizes = {label: ds.attrs["pixel_size_m"] for label, ds in results.items() if "pixel_size_m" in ds.attrs}
+    for label, size in sizes.items():
+        first_label, first = next(iter(sizes.items()))
+        if abs(size / first - 1) > PIXEL_TOLERANCE:
+            raise PtychodaskError(
+                f"compare: pixels of {first_label} are {first:g} m across and those of {label} {size:g} m; "
+                "bring the objects to one pixel size first"
+            )
+    return next(iter(sizes.values()), None)
 
 
 def find_truth(truth: Truth | Scan | str | Path) -> Truth:
@@ -166,7 +356,7 @@ def truth_on_pixels(
     Returns
     -------
     complex64 array (y, x)
-        NaN where the truth does not reach. A corner that lies between pixels is met by cubic splines.
+        NaN where the truth does not reach. A corner that lies between pixels is met by `on_whole_pixels`.
 
     Examples
     --------
@@ -174,23 +364,12 @@ def truth_on_pixels(
     >>> truth_on_pixels(truth, np.array([5.0, 6.0]), np.array([1.0, 2.0])).real.tolist()
     [[4.0, 5.0], [nan, nan]]
     """
-    corner = np.asarray(truth.corner_yx_px, np.float64)
-    whole = np.ceil(corner)
-    known = truth.object
-    if (whole != corner).any():
-        before = corner - whole
-        known = (shift(known.real, before, order=3) + 1j * shift(known.imag, before, order=3)).astype(np.complex64)
-        # The last row or column has met what lies beyond the known object.
-        known = known[tuple(slice(None, -1) if part else slice(None) for part in before)]
+    known, corner = on_whole_pixels(truth.object, truth.corner_yx_px)
     placed = np.full((len(y_px), len(x_px)), complex(np.nan, np.nan), np.complex64)
-    rows, columns = (np.asarray(axis).astype(int) - int(start) for axis, start in zip((y_px, x_px), whole, strict=True))
+    rows, columns = (np.asarray(axis).astype(int) - start for axis, start in zip((y_px, x_px), corner, strict=True))
     good_rows, good_columns = ((at >= 0) & (at < n) for at, n in zip((rows, columns), known.shape, strict=True))
     placed[np.ix_(good_rows, good_columns)] = known[np.ix_(rows[good_rows], columns[good_columns])]
     return placed
-
-
-def _corner(ds: xr.Dataset) -> tuple[float, float]:
-    return float(ds["y"][0]), float(ds["x"][0])
 
 
 def _common_frame(results: Mapping[str, xr.Dataset]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -208,60 +387,164 @@ def _common_frame(results: Mapping[str, xr.Dataset]) -> tuple[NDArray[np.float64
     return axes[0], axes[1]
 
 
-def _seen_object(
-    ds: xr.Dataset, y: NDArray[np.float64], x: NDArray[np.float64], min_weight: float
-) -> NDArray[np.complex64]:
-    """The object on the common frame, NaN where its weight is too small."""
-    weight = ds["weight"].values
-    enough = min_weight * float(np.median(weight[weight > 0])) if (weight > 0).any() else np.inf
-    top, left = int(y[0] - ds["y"][0]), int(x[0] - ds["x"][0])
-    frame = slice(top, top + len(y)), slice(left, left + len(x))
-    return np.where(weight[frame] >= enough, ds["object"].values[frame], np.complex64(complex(np.nan, np.nan)))
+def _judged(
+    objects: Mapping[str, NDArray[np.complexfloating[Any, Any]]],
+    reference: NDArray[np.complexfloating[Any, Any]],
+    peak: float | Literal["range", "ptychopinn"],
+    pixel_size_m: float | None,
+) -> xr.Dataset:
+    """Figures and ring correlations of aligned objects, all NaN on the same pixels."""
+    wanted = _parts(reference, reference)
+    data_range = {part: float(np.nanmax(values) - np.nanmin(values)) for part, values in wanted.items()}
+    peaks = {part: _peak(peak, data_range[part]) for part in PARTS}
+    found = [_parts(object_, reference) for object_ in objects.values()]
+    curves = [[frc(parts[part], wanted[part]) for part in PARTS] for parts in found]
+    frequency = curves[0][0][0]
+    thresholds: dict[str, float | NDArray[np.float64]] = {
+        "frc50": 0.5,
+        "frc_half_bit": half_bit(frequency),
+        "frc_1_7": 1 / 7,
+    }
+    crossings = np.array(
+        [[[crossing(*curve, level) for level in thresholds.values()] for curve in row] for row in curves]
+    )
+    plain = np.array([[_figures(parts, wanted, part, data_range, peaks) for part in PARTS] for parts in found])
+    judged = xr.Dataset(
+        {
+            "value": (("method", "part", "metric"), np.concatenate([plain, crossings], axis=2)),
+            "frc": (("method", "part", "frequency"), np.array([[c for _, c in row] for row in curves])),
+            "half_bit": ("frequency", thresholds["frc_half_bit"]),
+            "resolution_px": (("method", "part", "criterion"), 1 / crossings, {"units": "px"}),
+            "data_range": ("part", list(data_range.values())),
+            "peak": ("part", list(peaks.values())),
+        },
+        coords={
+            "method": list(objects),
+            "part": list(PARTS),
+            "metric": list(METRICS),
+            "criterion": list(thresholds),
+            "frequency": ("frequency", frequency, {"units": "1/px", "long_name": "spatial frequency"}),
+        },
+    )
+    if pixel_size_m is not None:
+        judged["resolution_m"] = (judged["resolution_px"] * pixel_size_m).assign_attrs(units="m")
+    return judged
 
 
-def _parts(object_: NDArray[np.complexfloating[Any, Any]]) -> dict[str, NDArray[np.floating[Any]]]:
-    return {"amplitude": np.abs(object_), "phase": np.angle(object_)}
+def _parts(
+    object_: NDArray[np.complexfloating[Any, Any]], reference: NDArray[np.complexfloating[Any, Any]]
+) -> dict[str, NDArray[np.floating[Any]]]:
+    """Amplitude, and the phase within π of the reference's."""
+    phase = np.angle(reference) + np.angle(object_ * np.conj(reference))
+    return {"amplitude": np.abs(object_), "phase": phase}
+
+
+def _peak(peak: float | Literal["range", "ptychopinn"], data_range: float) -> float:
+    named = {"range": data_range, "ptychopinn": PTYCHOPINN_PEAK}
+    if isinstance(peak, str) and peak in named:
+        return named[peak]
+    if not (isinstance(peak, int | float) and peak > 0):
+        raise PtychodaskError(f"compare: peak is {peak!r}, expected a positive number or one of {', '.join(named)}")
+    return float(peak)
 
 
 def _figures(
-    aligned: NDArray[np.complexfloating[Any, Any]],
-    reference: NDArray[np.complexfloating[Any, Any]],
-    peak: Mapping[str, float],
-) -> list[list[float]]:
-    """Figures (part, metric) of an aligned object."""
-    found, wanted = _parts(aligned), _parts(reference)
-    correlation = {"amplitude": amplitude_correlation, "phase": phase_correlation}
+    found: Mapping[str, NDArray[np.floating[Any]]],
+    wanted: Mapping[str, NDArray[np.floating[Any]]],
+    part: str,
+    data_range: Mapping[str, float],
+    peaks: Mapping[str, float],
+) -> list[float]:
+    """The figures of one part that are no crossings."""
+    pair = found[part], wanted[part]
     return [
-        [
-            correlation[part](aligned, reference),
-            amplitude_ratio(aligned, reference) if part == "amplitude" else np.nan,
-            mae(found[part], wanted[part]),
-            mse(found[part], wanted[part]),
-            psnr(found[part], wanted[part], peak=peak[part]),
-            ssim(found[part], wanted[part], data_range=peak[part]),
-            frc50(found[part], wanted[part]),
-        ]
-        for part in PARTS
+        correlation(*pair),
+        amplitude_ratio(*pair) if part == "amplitude" else np.nan,
+        mae(*pair),
+        mse(*pair),
+        psnr(*pair, peak=peaks[part]),
+        ssim(*pair, data_range=data_range[part]),
+        ms_ssim(*pair, data_range=data_range[part]),
     ]
 
 
-def _as_dataset(
-    labels: list[str], values: list[list[list[float]]], peak: Mapping[str, float], gauges: list[Gauge]
-) -> xr.Dataset:
-    return xr.Dataset(
+def _with_gauges(judged: xr.Dataset, gauges: list[Gauge], opened: Mapping[str, xr.Dataset]) -> xr.Dataset:
+    shifts = [ds.attrs.get("shift_yx_px", [0.0, 0.0]) for ds in opened.values()]
+    return judged.assign(
         {
-            "value": (("method", "part", "metric"), np.array(values)),
-            "peak": ("part", [peak[part] for part in PARTS]),
             "phase_rad": ("method", [gauge.phase_rad for gauge in gauges]),
             "ramp_rad_per_px": (("method", "axis"), [gauge.ramp_yx_rad_per_px for gauge in gauges]),
             "scale": ("method", [gauge.scale for gauge in gauges]),
-        },
-        coords={"method": labels, "part": list(PARTS), "metric": list(METRICS), "axis": ["y", "x"]},
+            "shift_px": (("method", "axis"), shifts),
+        }
+    ).assign_coords(axis=["y", "x"])
+
+
+def r_factors(results: Mapping[str, Result] | Sequence[Result], scan: Scan | str | Path) -> dict[str, float]:
+    """How well whole objects explain the measured patterns.
+
+    Parameters
+    ----------
+    results : dict of label to result, or list of results
+        As in `compare`, in the scan's frame.
+    scan : Scan or path
+
+    Returns
+    -------
+    dict of label to float
+        R = Σ|√I_pred − √I| / Σ√I over the patterns of `patterns_inside` (`r_factor`); NaN where there are none.
+
+    Raises
+    ------
+    PtychodaskError
+        If a result has no place in the scan's frame.
+    """
+    measured = scan if isinstance(scan, Scan) else open_scan(scan)
+    opened = {label: _in_memory(ds) for label, ds in place(results).items()}
+    index = patterns_inside(opened, measured)
+    if not len(index):
+        logger.warning("compare: no pattern's light falls inside all results, so there is no R")
+        return dict.fromkeys(opened, float("nan"))
+    return {label: r_factor(ds["object"].values, _corner(ds), measured, index) for label, ds in opened.items()}
+
+
+def patterns_inside(results: Mapping[str, xr.Dataset], scan: Scan) -> NDArray[np.int64]:
+    """Patterns whose light falls on what all results have seen: `LIGHT_INSIDE` of it at the least.
+
+    Parameters
+    ----------
+    results : dict of label to Dataset
+        In the scan's frame.
+    scan : Scan
+
+    Returns
+    -------
+    int64 array (k,)
+    """
+    inside = np.ones(scan.n_patterns, bool)
+    light = (np.abs(scan.probe) ** 2).sum(axis=0, dtype=np.float64)
+    for label, ds in results.items():
+        if _frame(ds) != "scan":
+            raise PtychodaskError(f"{label}: has no place in the scan's frame, so no R; pass truth= to find one")
+        seen = np.pad(np.isfinite(ds["object"].values).astype(np.float64), scan.n_pixels)
+        share = fftconvolve(seen, light[::-1, ::-1] / light.sum(), mode="valid")
+        start = frame_corners(scan.position_yx_px, scan.n_pixels) - np.asarray(_corner(ds), int) + scan.n_pixels
+        on = ((start >= 0) & (start < share.shape)).all(axis=1)
+        inside &= on
+        inside[on] &= share[tuple(start[on].T)] >= LIGHT_INSIDE
+    return np.flatnonzero(inside)
+
+
+def _with_differences(comparison: xr.Dataset, baseline: str) -> xr.Dataset:
+    comparison = comparison.assign(
+        difference=comparison["value"] - comparison["value"].loc[baseline].drop_vars("method")
     )
+    comparison.attrs["baseline"] = baseline
+    return comparison
 
 
 def to_markdown(comparison: xr.Dataset) -> str:
-    """A comparison as a Markdown table, one row for each method and part.
+    """A comparison as Markdown: a row for each method and part, and what the figures mean.
 
     Parameters
     ----------
@@ -271,15 +554,68 @@ def to_markdown(comparison: xr.Dataset) -> str:
     Returns
     -------
     str
+        One table; a second one of signed differences where there is a baseline.
     """
-    metrics = [str(metric) for metric in comparison["metric"].values]
-    scored = "r_factor" in comparison
-    rows = [["method", "part", *metrics, *(["r_factor"] if scored else [])]]
+    text = _table(comparison, "value", "{:.4g}")
+    if "difference" in comparison:
+        text += f"\nLess {comparison.attrs['baseline']}:\n\n" + _table(comparison, "difference", "{:+.3g}")
+    return f"{text}\n{_caption(comparison)}\n"
+
+
+def _table(comparison: xr.Dataset, variable: str, form: str) -> str:
+    header, *rows = _rows(comparison, variable)
+    shown = [[*row[:2], *("" if np.isnan(value) else form.format(value) for value in row[2:])] for row in rows]
+    lines = [header, ["---", "---", *("---:" for _ in header[2:])], *shown]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _rows(comparison: xr.Dataset, variable: str) -> list[list[Any]]:
+    """Header and rows: method, part, figures, and R beside the values."""
+    scored = variable == "value" and "r_factor" in comparison
+    rows: list[list[Any]] = [["method", "part", *comparison["metric"].values, *(["r_factor"] if scored else [])]]
     for method in comparison["method"].values:
         for part in comparison["part"].values:
-            figures = [float(value) for value in comparison["value"].loc[method, part]]
-            if scored:
-                figures.append(float(comparison["r_factor"].loc[method]))
-            rows.append([str(method), str(part), *("" if np.isnan(value) else f"{value:.4g}" for value in figures)])
-    rows.insert(1, ["---", "---", *("---:" for _ in rows[0][2:])])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+            figures = comparison[variable].loc[method, part].values.tolist()
+            rows.append([method, part, *figures, *([float(comparison["r_factor"].loc[method])] if scored else [])])
+    return rows
+
+
+def _caption(comparison: xr.Dataset) -> str:
+    peak, span = (dict(zip(PARTS, comparison[name].values, strict=True)) for name in ("peak", "data_range"))
+    moved = [
+        f"{method} by ({shift[0]:+.2f}, {shift[1]:+.2f})"
+        for method, shift in zip(comparison["method"].values, comparison["shift_px"].values, strict=True)
+        if shift.any()
+    ]
+    return (
+        f"Against {comparison.attrs['reference']} on {comparison.attrs['seen_pixels']} pixels; "
+        f"{', '.join(comparison.attrs['gauge_removed'])} removed; "
+        f"PSNR in dB at peak {peak['amplitude']:.4g} (amplitude) and {peak['phase']:.4g} (phase); "
+        f"SSIM over ranges of {span['amplitude']:.4g} and {span['phase']:.4g} rad; "
+        "FRC crossings in cycles per pixel." + (f" Moved (y, x), in pixels: {', '.join(moved)}." if moved else "")
+    )
+
+
+def to_csv(comparison: xr.Dataset) -> str:
+    """A comparison as CSV: a row for each method and part, all digits, nothing where there is no figure.
+
+    Parameters
+    ----------
+    comparison : xarray.Dataset
+        From `compare`.
+
+    Returns
+    -------
+    str
+        Columns: method, part, the metrics, r_factor with a scan, and ``<metric>_less_<baseline>`` with a baseline.
+    """
+    header, *rows = _rows(comparison, "value")
+    if "difference" in comparison:
+        names, *differences = _rows(comparison, "difference")
+        header = [*header, *(f"{name}_less_{comparison.attrs['baseline']}" for name in names[2:])]
+        rows = [[*row, *more[2:]] for row, more in zip(rows, differences, strict=True)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([["" if value != value else value for value in row] for row in rows])
+    return text.getvalue()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import scipy.fft
 from numpy.typing import NDArray
-from scipy.ndimage import binary_erosion
+from scipy.ndimage import binary_erosion, gaussian_filter
 from skimage.metrics import structural_similarity
 
 from ptychodask.iterative import r_factor
@@ -18,22 +18,39 @@ from ptychodask.simulate import diffract
 __all__ = [
     "Gauge",
     "align_gauge",
-    "amplitude_correlation",
     "amplitude_ratio",
+    "correlation",
+    "crossing",
     "frc",
     "frc50",
+    "half_bit",
     "mae",
+    "ms_ssim",
     "mse",
     "patch_r_factor",
-    "phase_correlation",
     "psnr",
     "r_factor",
     "seen_in_both",
     "ssim",
 ]
 
+PTYCHOPINN_PEAK = 255.0
+"""Peak of the PSNR that PtychoPINN's tables state, whatever the unit of the object."""
+
 SSIM_WINDOW = 7
-"""Pixels across the window of `ssim`."""
+"""Pixels across the uniform window of `ssim`."""
+
+MS_SSIM_EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+"""Exponents of the scales of `ms_ssim`, finest first (Wang et al. 2003, section 3.2)."""
+
+MS_SSIM_SIGMA = 1.5
+"""Standard deviation, pixels, of the Gaussian window of `ms_ssim`."""
+
+MS_SSIM_WINDOW = 11
+"""Pixels across that window, where it is cut off."""
+
+SSIM_CONSTANTS = (0.01, 0.03)
+"""K1 and K2 of the structural similarity (Wang et al. 2004, section III.B)."""
 
 ZOOM_STEPS = 10
 """Times that the search for a phase ramp narrows, four times each."""
@@ -152,61 +169,89 @@ def _ramp_of(product: NDArray[np.complex128]) -> tuple[float, float]:
     return float(slope[0]), float(slope[1])
 
 
-def _pearson(one: NDArray[Any], other: NDArray[Any]) -> float:
-    one, other = one - one.mean(dtype=np.float64), other - other.mean(dtype=np.float64)
-    spread = np.sqrt((one * one).sum() * (other * other).sum())
-    return float((one * other).sum() / spread) if spread > 0 else float("nan")
-
-
-def amplitude_correlation(estimate: NDArray[Any], truth: NDArray[Any]) -> float:
-    """Pearson correlation of |estimate| and |truth| (y, x) over the seen pixels; NaN where one is constant."""
+def _say(estimate: NDArray[Any], truth: NDArray[Any], weight: NDArray[Any] | None) -> NDArray[np.float64]:
+    """Say of each pixel (y, x): its weight, 0 where it is unseen in either array."""
     seen = seen_in_both(estimate, truth)
-    return _pearson(np.abs(estimate[seen]), np.abs(truth[seen]))
+    if weight is None:
+        return seen.astype(np.float64)
+    if weight.shape != seen.shape:
+        raise PtychodaskError(f"metrics: weight has shape {weight.shape}, expected that of the arrays, {seen.shape}")
+    say = np.where(seen, weight, 0.0).astype(np.float64)
+    if not say.sum() > 0:
+        raise PtychodaskError("metrics: no pixel that is seen in both arrays has a weight, so they cannot be compared")
+    return say
 
 
-def phase_correlation(estimate: NDArray[Any], truth: NDArray[Any]) -> float:
-    """Pearson correlation of the phases (y, x) over the seen pixels; NaN where one is constant.
+def _mean(values: NDArray[Any], say: NDArray[np.float64]) -> float:
+    """Weighted mean over the pixels that have a say; what the others hold, NaN too, does not matter."""
+    return float(np.average(values[say > 0], weights=say[say > 0]))
 
-    Notes
-    -----
-    Phases are taken on [-π, π] as they are: remove the gauge first, and expect little of objects that wrap.
+
+def correlation(
+    estimate: NDArray[np.floating[Any]], truth: NDArray[np.floating[Any]], *, weight: NDArray[Any] | None = None
+) -> float:
+    """Pearson correlation of real arrays (y, x) over the seen pixels; NaN where one is constant.
+
+    Examples
+    --------
+    >>> round(correlation(np.array([[1.0, 2.0, np.nan]]), np.array([[0.0, 0.3, 7.0]])), 6)
+    1.0
     """
-    seen = seen_in_both(estimate, truth)
-    return _pearson(np.angle(estimate[seen]), np.angle(truth[seen]))
+    say = _say(estimate, truth, weight)
+    one, other = estimate - _mean(estimate, say), truth - _mean(truth, say)
+    spread = np.sqrt(_mean(one * one, say) * _mean(other * other, say))
+    return _mean(one * other, say) / spread if spread > 0 else float("nan")
 
 
-def amplitude_ratio(estimate: NDArray[Any], truth: NDArray[Any]) -> float:
+def amplitude_ratio(estimate: NDArray[Any], truth: NDArray[Any], *, weight: NDArray[Any] | None = None) -> float:
     """Mean |estimate| over mean |truth| (y, x), seen pixels alone; 1 is perfect."""
-    seen = seen_in_both(estimate, truth)
-    return float(np.abs(estimate[seen]).mean(dtype=np.float64) / np.abs(truth[seen]).mean(dtype=np.float64))
+    say = _say(estimate, truth, weight)
+    return _mean(np.abs(estimate), say) / _mean(np.abs(truth), say)
 
 
-def mae(estimate: NDArray[np.floating[Any]], truth: NDArray[np.floating[Any]]) -> float:
+def mae(
+    estimate: NDArray[np.floating[Any]], truth: NDArray[np.floating[Any]], *, weight: NDArray[Any] | None = None
+) -> float:
     """Mean absolute difference of real arrays (y, x) over the seen pixels.
+
+    Parameters
+    ----------
+    estimate, truth : float array (y, x)
+        Pixels that are NaN in either have no say.
+    weight : array (y, x), optional
+        Say of each pixel, here and in the other figures; a mask is a weight of 0 and 1. Equal by default.
 
     Examples
     --------
     >>> mae(np.array([[1.0, 2.0, np.nan]]), np.array([[1.0, 4.0, 5.0]]))
     1.0
     """
-    seen = seen_in_both(estimate, truth)
-    return float(np.abs(estimate[seen] - truth[seen]).mean(dtype=np.float64))
+    return _mean(np.abs(estimate - truth), _say(estimate, truth, weight))
 
 
-def mse(estimate: NDArray[np.floating[Any]], truth: NDArray[np.floating[Any]]) -> float:
+def mse(
+    estimate: NDArray[np.floating[Any]], truth: NDArray[np.floating[Any]], *, weight: NDArray[Any] | None = None
+) -> float:
     """Mean squared difference of real arrays (y, x) over the seen pixels."""
-    seen = seen_in_both(estimate, truth)
-    return float(np.square(estimate[seen] - truth[seen], dtype=np.float64).mean())
+    return _mean(np.square(estimate - truth, dtype=np.float64), _say(estimate, truth, weight))
 
 
-def psnr(estimate: NDArray[np.floating[Any]], truth: NDArray[np.floating[Any]], *, peak: float) -> float:
+def psnr(
+    estimate: NDArray[np.floating[Any]],
+    truth: NDArray[np.floating[Any]],
+    *,
+    peak: float,
+    weight: NDArray[Any] | None = None,
+) -> float:
     """Peak signal-to-noise ratio of real arrays (y, x) over the seen pixels.
 
     Parameters
     ----------
     estimate, truth : float array (y, x)
     peak : float
-        The signal's largest value or its range, in the unit of the arrays; state it with the figure.
+        The signal's largest value or its range, in the unit of the arrays, or `PTYCHOPINN_PEAK`; state it with the
+        figure.
+    weight : array (y, x), optional
 
     Returns
     -------
@@ -218,11 +263,17 @@ def psnr(estimate: NDArray[np.floating[Any]], truth: NDArray[np.floating[Any]], 
     >>> psnr(np.array([[0.0, 0.1]]), np.array([[0.1, 0.0]]), peak=1.0)
     20.0
     """
-    error = mse(estimate, truth)
+    error = mse(estimate, truth, weight=weight)
     return float(10 * np.log10(peak**2 / error)) if error > 0 else float("inf")
 
 
-def ssim(estimate: NDArray[np.floating[Any]], truth: NDArray[np.floating[Any]], *, data_range: float) -> float:
+def ssim(
+    estimate: NDArray[np.floating[Any]],
+    truth: NDArray[np.floating[Any]],
+    *,
+    data_range: float,
+    weight: NDArray[Any] | None = None,
+) -> float:
     """Structural similarity of real arrays (y, x), averaged over the windows that are seen whole.
 
     Parameters
@@ -230,6 +281,8 @@ def ssim(estimate: NDArray[np.floating[Any]], truth: NDArray[np.floating[Any]], 
     estimate, truth : float array (y, x)
     data_range : float
         Range of the signal, in the unit of the arrays; state it with the figure.
+    weight : array (y, x), optional
+        Say of the window around each pixel; a window that meets a weight of 0 is not seen whole.
 
     Returns
     -------
@@ -241,63 +294,215 @@ def ssim(estimate: NDArray[np.floating[Any]], truth: NDArray[np.floating[Any]], 
     -----
     Z. Wang et al., IEEE Trans. Image Process. 13 (2004) 600.
     """
-    seen = seen_in_both(estimate, truth)
-    whole = binary_erosion(seen, np.ones((SSIM_WINDOW, SSIM_WINDOW)))
+    say = _say(estimate, truth, weight)
+    whole = _whole_windows(say > 0, SSIM_WINDOW)
     if not whole.any():
         return float("nan")
-    one, other = (np.where(seen, values, 0).astype(np.float64) for values in (estimate, truth))
+    one, other = (np.where(say > 0, values, 0).astype(np.float64) for values in (estimate, truth))
     _, similarity = structural_similarity(one, other, win_size=SSIM_WINDOW, data_range=data_range, full=True)
-    return float(similarity[whole].mean())
+    return _mean(similarity, say * whole)
 
 
-def frc(estimate: NDArray[Any], truth: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _whole_windows(seen: NDArray[np.bool_], n_pixels: int) -> NDArray[np.bool_]:
+    """True where the window around a pixel lies within the array and is seen whole."""
+    return binary_erosion(seen, np.ones((n_pixels, n_pixels)))
+
+
+def ms_ssim(
+    estimate: NDArray[np.floating[Any]],
+    truth: NDArray[np.floating[Any]],
+    *,
+    data_range: float,
+    exponents: tuple[float, ...] = MS_SSIM_EXPONENTS,
+    weight: NDArray[Any] | None = None,
+) -> float:
+    """Structural similarity over several scales of real arrays (y, x).
+
+    Parameters
+    ----------
+    estimate, truth : float array (y, x)
+    data_range : float
+        Range of the signal, in the unit of the arrays; state it with the figure.
+    exponents : tuple of float
+        One for each scale, finest first; each scale has half the resolution of the one before.
+    weight : array (y, x), optional
+        Say of the window around each pixel; a window that meets a weight of 0 is not seen whole.
+
+    Returns
+    -------
+    float
+        Product over the scales of the mean contrast and structure, at the coarsest also luminance, each to its
+        exponent; a negative mean counts as 0. NaN where no window is seen whole at the coarsest scale: with five
+        scales the seen area must hold 176 x 176 pixels. Pass fewer exponents for less, and say so with the figure.
+
+    Notes
+    -----
+    Z. Wang et al., Proc. 37th Asilomar Conf. Signals, Systems and Computers (2003) 1398. Gaussian window of
+    `MS_SSIM_SIGMA`; a coarser pixel is the mean of 2 x 2 finer ones, and unseen where one of these is.
+    """
+    say = _say(estimate, truth, weight)
+    seen = say > 0
+    one, other = (np.where(seen, values, 0).astype(np.float64) for values in (estimate, truth))
+    product = 1.0
+    for scale, exponent in enumerate(exponents):
+        if scale:
+            seen = np.asarray(_cells(seen).all(axis=(1, 3)))
+            one, other, say = (_cells(values).mean(axis=(1, 3)) for values in (one, other, say))
+        whole = _whole_windows(seen, MS_SSIM_WINDOW)
+        if not whole.any():
+            return float("nan")
+        luminance, structure = _similarities(one, other, data_range)
+        similarity = luminance * structure if scale == len(exponents) - 1 else structure
+        product *= max(_mean(similarity, say * whole), 0.0) ** exponent
+    return product
+
+
+def _cells(values: NDArray[Any]) -> NDArray[Any]:
+    """2 x 2 pixels to a cell (row, 2, column, 2); an odd last row or column is left out."""
+    height, width = (size // 2 for size in values.shape)
+    return values[: 2 * height, : 2 * width].reshape(height, 2, width, 2)
+
+
+def _similarities(
+    one: NDArray[np.float64], other: NDArray[np.float64], data_range: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Luminance, and contrast times structure, of the window around each pixel.
+
+    Notes
+    -----
+    Wang et al. 2004, equations 6 and, with C3 = C2/2, 9 times 10.
+    """
+
+    def local_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return gaussian_filter(values, MS_SSIM_SIGMA, radius=MS_SSIM_WINDOW // 2)
+
+    small_1, small_2 = ((constant * data_range) ** 2 for constant in SSIM_CONSTANTS)
+    mean_1, mean_2 = local_mean(one), local_mean(other)
+    covariance = local_mean(one * other) - mean_1 * mean_2
+    variances = local_mean(one * one) - mean_1**2 + local_mean(other * other) - mean_2**2
+    luminance = (2 * mean_1 * mean_2 + small_1) / (mean_1**2 + mean_2**2 + small_1)
+    return luminance, (2 * covariance + small_2) / (variances + small_2)
+
+
+def frc(
+    estimate: NDArray[Any], truth: NDArray[Any], *, weight: NDArray[Any] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Fourier ring correlation of two arrays over their middle square.
 
     Parameters
     ----------
     estimate, truth : real or complex array (y, x)
         Unseen pixels count as the mean of the seen ones.
+    weight : array (y, x), optional
+        Multiplies both; let it fade towards what it leaves out, for an edge that both share correlates.
 
     Returns
     -------
     frequency : float64 array (ring,)
         Cycles per pixel, one ring for each frequency of the square, up to 0.5.
     correlation : float64 array (ring,)
-        Real part of the normalised correlation over each ring.
+        Real part of the normalised correlation over each ring; NaN where one array is constant.
 
     Notes
     -----
     W. O. Saxton, W. Baumeister, J. Microsc. 127 (1982) 127. Means are taken off and a Hann window is laid over the
     square, so that its edges make no signal.
     """
-    seen = seen_in_both(estimate, truth)
+    say = _say(estimate, truth, weight)
     side = min(estimate.shape)
     square = tuple(slice((n - side) // 2, (n - side) // 2 + side) for n in estimate.shape)
     taper = np.outer(np.hanning(side), np.hanning(side))
     one, other = (
-        scipy.fft.fft2((np.where(seen, values - values[seen].mean(), 0))[square] * taper)
+        scipy.fft.fft2((np.where(say > 0, values - values[say > 0].mean(), 0) * say)[square] * taper)
         for values in (estimate, truth)
     )
-    radius = np.hypot(*np.meshgrid(scipy.fft.fftfreq(side), scipy.fft.fftfreq(side)))
-    ring = np.rint(radius * side).astype(int).ravel()
-    n_rings = side // 2 + 1
+    ring = _ring_of(side)
+    powers = [_over_rings(np.abs(spectrum) ** 2, ring) for spectrum in (one, other)]
+    found = _over_rings((one * np.conj(other)).real, ring)
+    found /= np.maximum(np.sqrt(powers[0] * powers[1]), np.finfo(np.float64).tiny)
+    if not all(power.any() for power in powers):
+        found[:] = np.nan
+    return np.arange(side // 2 + 1, dtype=np.float64) / side, found
 
-    def over_rings(values: NDArray[Any]) -> NDArray[np.float64]:
-        return np.bincount(ring, weights=values.ravel())[:n_rings].astype(np.float64)
 
-    power = np.sqrt(over_rings(np.abs(one) ** 2) * over_rings(np.abs(other) ** 2))
-    correlation = over_rings((one * np.conj(other)).real) / np.maximum(power, np.finfo(np.float64).tiny)
-    return np.arange(n_rings, dtype=np.float64) / side, correlation
+def _ring_of(side: int) -> NDArray[np.int64]:
+    """Ring (y, x) that each frequency of a square belongs to: its distance from zero, to the nearest whole number."""
+    frequency = scipy.fft.fftfreq(side)
+    return np.rint(np.hypot(frequency[:, None], frequency) * side).astype(np.int64)
+
+
+def _over_rings(values: NDArray[Any], ring: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sums over the rings that are whole."""
+    sums = np.bincount(ring.ravel(), weights=values.ravel())
+    return sums[: len(ring) // 2 + 1].astype(np.float64)
+
+
+def half_bit(frequency: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Correlation at which a ring carries half a bit of information in each pixel.
+
+    Parameters
+    ----------
+    frequency : float64 array (ring,)
+        From `frc`.
+
+    Returns
+    -------
+    float64 array (ring,)
+        (0.2071 + 1.9102/√n) / (1.2071 + 0.9102/√n), n the number of the square's frequencies in the ring.
+
+    Notes
+    -----
+    M. van Heel, M. Schatz, J. Struct. Biol. 151 (2005) 250, equation 17. All frequencies of a ring count as
+    independent, as is usual for images of objects that fill the square.
+    """
+    ring = _ring_of(round(1 / float(frequency[1])))
+    root = np.sqrt(_over_rings(np.ones(ring.shape), ring))
+    return (0.2071 + 1.9102 / root) / (1.2071 + 0.9102 / root)
+
+
+def crossing(
+    frequency: NDArray[np.float64], correlation: NDArray[np.float64], threshold: float | NDArray[np.float64]
+) -> float:
+    """Lowest frequency at which a ring correlation falls below a threshold.
+
+    Parameters
+    ----------
+    frequency, correlation : float64 array (ring,)
+        From `frc`.
+    threshold : float or float64 array (ring,)
+        0.5 (FRC50), 1/7, or `half_bit(frequency)`.
+
+    Returns
+    -------
+    float
+        Cycles per pixel, by straight lines between rings; its inverse is the resolution as a full period in pixels.
+        0.5 where the correlation never falls below, the first ring where it is below from the start, NaN where there
+        is no correlation.
+
+    Notes
+    -----
+    The ring of zero frequency, which the mean and the window rule, does not count.
+
+    Examples
+    --------
+    >>> crossing(np.array([0.0, 0.1, 0.2, 0.3]), np.array([1.0, 0.9, 0.6, 0.2]), 0.5)
+    0.225
+    """
+    above = correlation - threshold
+    if np.isnan(above).any():
+        return float("nan")
+    below = np.flatnonzero(above[1:] < 0) + 1
+    if not len(below):
+        return 0.5
+    k = below[0]
+    if k == 1:
+        return float(frequency[1])
+    return float(np.interp(0.0, [above[k], above[k - 1]], [frequency[k], frequency[k - 1]]))
 
 
 def frc50(estimate: NDArray[Any], truth: NDArray[Any]) -> float:
-    """Lowest frequency, cycles per pixel, at which the `frc` falls below one half; 0.5 where it never does.
-
-    The ring of zero frequency, which the mean and the window rule, does not count.
-    """
-    frequency, correlation = frc(estimate, truth)
-    below = np.flatnonzero(correlation[1:] < 0.5)
-    return float(frequency[1:][below[0]]) if len(below) else 0.5
+    """Frequency, cycles per pixel, at which the `frc` crosses one half: see `crossing`."""
+    return crossing(*frc(estimate, truth), 0.5)
 
 
 def patch_r_factor(
