@@ -580,37 +580,67 @@ def _check_what_is_made(store: Path | None, model: Path | None, made: dict[str, 
 @app.command()
 def compare(
     results: Annotated[list[str], typer.Argument(help="Results to compare; LABEL=PATH gives a name.")],
-    scan: Annotated[
-        Path | None,
-        typer.Option(help="The scan's store: adds R, and its truth where it has one, else the first result."),
-    ] = None,
+    truth: Annotated[Path | None, typer.Option(help="Store of a scan with truth; by default that of --scan.")] = None,
+    scan: Annotated[Path | None, typer.Option(help="The scan's store: adds R.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Label of the result to take signed differences from.")] = None,
+    register: Annotated[bool, typer.Option("--register", help="Move results to where they fit best.")] = False,
+    scale: Annotated[bool, typer.Option("--scale", help="Remove a factor of the amplitude.")] = False,
+    peak: Annotated[str | None, typer.Option(help="Of the PSNR: range, ptychopinn (255) or a number.")] = None,
+    key: Annotated[list[str] | None, typer.Option(help="LABEL=KEY: the array of another program's file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Table to write as CSV.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Table to write as Markdown.")] = None,
     png: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
 ) -> None:
     """Compare results with the truth of a simulated scan, or with the first of them.
 
-    Example: ptychodask compare pinn.object.zarr baseline.object.zarr --scan scan.zarr
+    Example: ptychodask compare pinn.object.zarr baseline.object.zarr --scan scan.zarr --baseline Baseline
 
-    One result of a scan without truth is judged by R alone, how well it explains the patterns.
+    Example: ptychodask compare scan.object.zarr PtyChi=ptychi_reconstruction.npz --truth scan.zarr --csv table.csv
+
+    Without a label, a result takes the name of the model that made it: PtychoPINN, Baseline; else that of its file.
+    Files of Tike, pty-chi and Ptychodus are read. One result of a scan without truth is judged by R alone, how well it
+    explains the patterns.
     """
-    from ptychodask.compare import compare, r_factors, to_markdown
+    from ptychodask.compare import compare, patterns_inside, place, r_factors, results_by_label, to_csv, to_markdown
     from ptychodask.plotting import check_figure_path, plot_comparison
-    from ptychodask.result import open_result
     from ptychodask.store import open_scan
 
     if png is not None:
         check_figure_path(png)
-    opened = {label: open_result(path) for label, path in map(_labelled, results)}
+    opened = results_by_label(_labelled(results, key))
     measured = None if scan is None else open_scan(scan)
-    truth = measured if measured is not None and measured.truth is not None else None
-    if measured is not None and truth is None and len(opened) == 1:
-        for label, misfit in r_factors(opened, measured).items():
-            typer.echo(f"{label}: R {misfit:.4f} over {measured.n_patterns} patterns")
+    known = open_scan(truth) if truth is not None else measured if measured and measured.truth is not None else None
+    placed = place(opened, truth=known, register=register)
+    if measured is not None and known is None and len(placed) == 1:
+        for label, misfit in r_factors(placed, measured).items():
+            typer.echo(f"{label}: R {misfit:.4f} over {len(patterns_inside(placed, measured))} patterns")
     else:
-        typer.echo(to_markdown(compare(opened, truth=truth, scan=measured)))
+        options = _given(baseline=baseline, peak=None if peak is None else _peak(peak))
+        table = compare(placed, truth=known, scan=measured, scale=scale, **options)
+        typer.echo(to_markdown(table))
+        for path, text in ((csv, to_csv(table)), (markdown, to_markdown(table))):
+            if path is not None:
+                path.write_text(text)
     if png is not None:
-        plot_comparison(opened, truth, path=png)
+        plot_comparison(placed, known, scale=scale, path=png)
 
 
-def _labelled(text: str) -> tuple[str, Path]:
-    label, equals, path = text.partition("=")
-    return (label, Path(path)) if equals else (Path(text).name.removesuffix(".zarr"), Path(text))
+def _labelled(results: list[str], keys: list[str] | None) -> Iterator[tuple[str | None, Any]]:
+    """Each result with its label; where the array's key is given, with what was read by it."""
+    from ptychodask.io import read_foreign_result
+
+    key_of = dict(text.partition("=")[::2] for text in keys or [])
+    for text in results:
+        name, equals, path = text.partition("=")
+        if not equals or Path(text).exists():
+            yield None, text
+        elif name in key_of:
+            yield name, read_foreign_result(path, key=key_of.pop(name))
+        else:
+            yield name, path
+    if key_of:
+        raise PtychodaskError(f"--key {'='.join(key_of.popitem())}: no result has this label; name it with LABEL=PATH")
+
+
+def _peak(text: str) -> str | float:
+    return text if text in ("range", "ptychopinn") else _numbers("--peak", text, 1)[0]

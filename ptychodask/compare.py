@@ -128,15 +128,14 @@ def compare(
     """
     known = None if truth is None else find_truth(truth)
     placed = place(results, truth=known, register=register, min_weight=min_weight)
-    opened = {label: _in_memory(ds) for label, ds in placed.items()}
-    if known is None and len(opened) < 2:
-        raise PtychodaskError(f"compare: {len(opened)} results and no truth; pass truth=, or a second result")
-    if baseline is not None and baseline not in opened:
+    if known is None and len(placed) < 2:
+        raise PtychodaskError(f"compare: {len(placed)} results and no truth; pass truth=, or a second result")
+    if baseline is not None and baseline not in placed:
         raise PtychodaskError(
-            f"compare: no result {baseline!r} to be the baseline; the results are {', '.join(opened)}"
+            f"compare: no result {baseline!r} to be the baseline; the results are {', '.join(placed)}"
         )
-    y, x = _common_frame(opened)
-    objects = {label: truth_on_pixels(_known(ds, min_weight), y, x) for label, ds in opened.items()}
+    y, x = _common_frame(placed)
+    objects = {label: truth_on_pixels(_known(ds, min_weight), y, x) for label, ds in placed.items()}
     reference = next(iter(objects.values())) if known is None else truth_on_pixels(known, y, x)
     seen = np.isfinite(reference) & np.all([np.isfinite(object_) for object_ in objects.values()], axis=0)
     if not seen.any():
@@ -162,7 +161,9 @@ def compare(
         "gauge_removed": ["phase", *(["ramp"] if ramp else []), *(["scale"] if scale else [])],
     }
     if scan is not None:
-        comparison["r_factor"] = ("method", list(r_factors(opened, scan).values()))
+        measured = scan if isinstance(scan, Scan) else open_scan(scan)
+        comparison["r_factor"] = ("method", list(r_factors(placed, measured).values()))
+        comparison.attrs["r_patterns"] = len(patterns_inside(placed, measured))
     return comparison if baseline is None else _with_differences(comparison, baseline)
 
 
@@ -197,7 +198,7 @@ def place(
         return {}
     first = next(iter(opened))
     frame = "scan" if truth is not None else _frame(opened[first])
-    reference = find_truth(truth) if truth is not None else _known(_in_memory(opened[first]), min_weight)
+    reference = find_truth(truth) if truth is not None else _known(opened[first], min_weight)
     for label, ds in opened.items():
         searched = _frame(ds) != frame
         if (register or searched) and not (truth is None and label == first):
@@ -267,8 +268,15 @@ def results_by_label(results: Iterable[tuple[str | None, Result]]) -> dict[str, 
                 name = f"{name} ({source})"
             if name in found:
                 raise PtychodaskError(f"compare: two results are called {name}; give each a label (LABEL=PATH)")
-            found[name] = ds
+            found[name] = _checked(name, ds)
     return found
+
+
+def _checked(label: str, ds: xr.Dataset) -> xr.Dataset:
+    for name in ("object", "weight"):
+        if name not in ds or ds[name].dims != ("y", "x"):
+            raise PtychodaskError(f"{label}: has no {name} (y, x); reconstruct it, or select pixels with isel")
+    return ds
 
 
 def _methods_of(result: Result) -> dict[str | None, xr.Dataset]:
@@ -293,14 +301,12 @@ def _from_foreign(result: ForeignResult) -> xr.Dataset:
 
 
 def _in_memory(ds: xr.Dataset) -> xr.Dataset:
-    for name in ("object", "weight"):
-        if name not in ds or ds[name].dims != ("y", "x"):
-            raise PtychodaskError(f"compare: a result has no {name} (y, x); reconstruct it, or select pixels with isel")
     return ds[["object", "weight"]].ptycho.compute()
 
 
 def _known(ds: xr.Dataset, min_weight: float) -> Truth:
-    """The well-lit part of a result in memory, as if it were known: NaN where its weight is too small."""
+    """The well-lit part of a result, as if it were known: NaN where its weight is too small."""
+    ds = _in_memory(ds)
     weight = ds["weight"].values
     enough = min_weight * float(np.median(weight[weight > 0])) if (weight > 0).any() else np.inf
     object_ = np.where(weight >= enough, ds["object"].values, np.complex64(complex(np.nan, np.nan)))
@@ -592,7 +598,9 @@ def _caption(comparison: xr.Dataset) -> str:
         f"{', '.join(comparison.attrs['gauge_removed'])} removed; "
         f"PSNR in dB at peak {peak['amplitude']:.4g} (amplitude) and {peak['phase']:.4g} (phase); "
         f"SSIM over ranges of {span['amplitude']:.4g} and {span['phase']:.4g} rad; "
-        "FRC crossings in cycles per pixel." + (f" Moved (y, x), in pixels: {', '.join(moved)}." if moved else "")
+        "FRC crossings in cycles per pixel."
+        + (f" R over {comparison.attrs['r_patterns']} patterns." if "r_factor" in comparison else "")
+        + (f" Moved (y, x), in pixels: {', '.join(moved)}." if moved else "")
     )
 
 

@@ -306,7 +306,7 @@ def test_one_result_without_truth_is_judged_by_the_patterns(run, tmp_path):
     assert run("reconstruct", store, "--model", tmp_path / "a.model", "-q")[0] == 0
     code, out, err = run("compare", tmp_path / "scan.object.zarr", "--scan", store)
     assert code == 0, err
-    assert re.fullmatch(r"scan\.object: R 0\.\d{4} over 60 patterns\n", out)
+    assert re.fullmatch(r"PtychoPINN: R 0\.\d{4} over 60 patterns\n", out)
 
 
 def test_pictures_are_checked_before_the_work(refused, store, tmp_path):

@@ -114,7 +114,7 @@ def test_what_cannot_be_compared_is_refused(truth, tmp_path):
         compare({"one": one, "far": result(truth.object, (500, 10))})
     with pytest.raises(PtychodaskError, match="no pixel is seen in all"):
         compare({"one": one}, truth=Truth(truth.object, (500.0, 10.0)))
-    with pytest.raises(PtychodaskError, match=r"a result has no weight \(y, x\)"):
+    with pytest.raises(PtychodaskError, match=r"one: has no weight \(y, x\)"):
         compare({"one": one.drop_vars("weight"), "other": one})
     with pytest.raises(PtychodaskError, match="no such result"):
         compare({"one": tmp_path / "none.zarr", "other": one})
