@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from ptychodask.compare import find_truth, truth_on_pixels
-from ptychodask.metrics import align_gauge, frc
+from ptychodask.metrics import align_gauge, frc, half_bit
 from ptychodask.scan import PtychodaskError, Scan, Truth
 
 LIMIT_PERCENTILES = (1.0, 99.0)
@@ -161,6 +161,7 @@ def plot_comparison(
     results: Mapping[str, xr.Dataset],
     truth: Truth | Scan | str | Path | None = None,
     *,
+    comparison: xr.Dataset | None = None,
     ramp: bool = True,
     scale: bool = False,
     path: str | Path | None = None,
@@ -170,8 +171,11 @@ def plot_comparison(
     Parameters
     ----------
     results : dict of label to Dataset
+        On the pixels of one frame: see `place`.
     truth : Truth, Scan or path, optional
         The known object, or a scan (store) that has one; it comes first. Without it the first result is the reference.
+    comparison : xarray.Dataset, optional
+        From `compare`, of the same results: adds its ring correlations.
     ramp, scale : bool
         Remove a phase plane, a factor of the amplitude, beside the global phase: from all towards the reference.
     path : path, optional
@@ -181,8 +185,8 @@ def plot_comparison(
     -------
     matplotlib.figure.Figure
         One column for the truth and for each result, in the frame of the first result: amplitude, phase, and the
-        amplitude of the complex difference from the reference, each row on one scale. Below, the Fourier ring
-        correlation of amplitude and phase with the reference, over what all have seen and the first has lit well.
+        amplitude of the complex difference from the reference, each row on one scale. Below, with a comparison, the
+        Fourier ring correlation of amplitude and phase with the reference.
 
     Raises
     ------
@@ -193,16 +197,19 @@ def plot_comparison(
         raise PtychodaskError("plot_comparison: found no result, expected one at least")
     first = thinned(next(iter(results.values())))
     objects = _aligned_objects(results, truth, first, ramp, scale)
-    if len(objects) == 1:
-        figure = _empty_figure(4.2, 7.5)
-        _draw_objects(figure.subplots(2, 1, squeeze=False), objects, first)
-        return _written(figure, path)
-    figure = _empty_figure(4.2 * len(objects), 14.5)
-    grid = figure.add_gridspec(2, 1, height_ratios=(3, 1))
-    axes = figure.add_subfigure(grid[0]).subplots(3, len(objects))
-    _draw_objects(axes, objects, first)
-    _draw_differences(axes[2], objects, first)
-    _draw_frcs(figure.add_subfigure(grid[1]).subplots(1, 2), objects, first)
+    judged = _well_lit(first) & np.all([np.isfinite(object_) for object_ in objects.values()], axis=0)
+    if not judged.any():
+        raise PtychodaskError("plot_comparison: no well-lit pixel of the first result is seen in all of them")
+    rows = 2 if len(objects) == 1 else 3
+    figure = _empty_figure(4.2 * len(objects), 3.7 * rows + (0 if comparison is None else 3.7))
+    grid = figure.add_gridspec(rows + (comparison is not None), 1)
+    axes = figure.add_subfigure(grid[:rows]).subplots(rows, len(objects), squeeze=False)
+    _draw_objects(axes, objects, judged, first)
+    if len(objects) > 1:
+        _draw_differences(axes[2], objects, judged, first)
+    if comparison is not None:
+        panels = figure.add_subfigure(grid[rows:]).subplots(1, 2)
+        _draw_frcs(panels, comparison, first.attrs.get("pixel_size_m"))
     return _written(figure, path)
 
 
@@ -222,59 +229,57 @@ def _aligned_objects(
     return {label: align_gauge(found, reference, ramp=ramp, scale=scale)[0] for label, found in objects.items()}
 
 
-def _draw_objects(axes: NDArray[Any], objects: Mapping[str, NDArray[np.complex64]], first: xr.Dataset) -> None:
+def _draw_objects(
+    axes: NDArray[Any], objects: Mapping[str, NDArray[np.complex64]], judged: NDArray[np.bool_], first: xr.Dataset
+) -> None:
     """Amplitudes in the first row of axes, phases in the second, on the scales of the foremost object."""
     reference = next(iter(objects.values()))
-    lit = _well_lit(first) & np.isfinite(reference)
-    middle = _middle_phasor(reference[lit])
-    amplitude_limits = _limits(np.abs(reference)[lit])
-    phase_scale = _phase_scale(np.angle(reference * middle)[lit])
+    middle = _middle_phasor(reference[judged])
+    amplitude_limits = _limits(np.abs(reference)[judged])
+    phase_scale = _phase_scale(np.angle(reference * middle)[judged])
     for column, (label, object_) in enumerate(objects.items()):
         _panel(axes[0, column], np.abs(object_), f"{label}: amplitude", first, amplitude_limits)
         _panel(axes[1, column], np.angle(object_ * middle), f"{label}: phase (rad)", first, *phase_scale)
 
 
-def _draw_differences(axes: NDArray[Any], objects: Mapping[str, NDArray[np.complex64]], first: xr.Dataset) -> None:
+def _draw_differences(
+    axes: NDArray[Any], objects: Mapping[str, NDArray[np.complex64]], judged: NDArray[np.bool_], first: xr.Dataset
+) -> None:
     """How far each object is from the foremost, whose own axes stay empty."""
     (name, reference), *others = objects.items()
     differences = [np.abs(object_ - reference) for _, object_ in others]
-    lit = _well_lit(first)
-    seen = np.concatenate([found[lit & np.isfinite(found)] for found in differences])
-    limits = (0.0, _limits(seen)[1])
+    limits = (0.0, _limits(np.concatenate([found[judged] for found in differences]))[1])
     axes[0].set_axis_off()
     for panel, (label, _), found in zip(axes[1:], others, differences, strict=True):
         _panel(panel, found, f"|{label} − {name}|", first, limits, "magma")
 
 
-def _draw_frcs(axes: NDArray[Any], objects: Mapping[str, NDArray[np.complex64]], first: xr.Dataset) -> None:
-    """Curves of all objects but the foremost, over what all have seen and the first result has lit well."""
-    judged = _well_lit(first) & np.all([np.isfinite(object_) for object_ in objects.values()], axis=0)
-    if not judged.any():
-        raise PtychodaskError("plot_comparison: no well-lit pixel is seen in all of the results")
-    reference, *others = (np.where(judged, object_, np.complex64(np.nan)) for object_ in objects.values())
-    parts: dict[str, Callable[..., NDArray[Any]]] = {"amplitude": np.abs, "phase": np.angle}
-    for panel, (name, part) in zip(axes, parts.items(), strict=True):
-        found = [frc(part(other), part(reference)) for other in others]
-        curves = dict(zip(list(objects)[1:], (curve for _, curve in found), strict=True))
-        frequency = found[0][0] / _step_px(first)
-        _draw_frc(panel, frequency, curves, f"FRC of the {name}", first.attrs.get("pixel_size_m"))
+def _draw_frcs(axes: NDArray[Any], comparison: xr.Dataset, pixel_size_m: float | None) -> None:
+    """Curves of all results but the reference, amplitude and phase apart."""
+    frequency = comparison["frequency"].values
+    methods = [method for method in comparison["method"].values if method != comparison.attrs["reference"]]
+    for panel, part in zip(axes, comparison["part"].values, strict=True):
+        curves = {str(method): comparison["frc"].loc[method, part].values for method in methods}
+        _draw_frc(panel, frequency, curves, f"FRC of the {part}", pixel_size_m)
 
 
 def _draw_frc(
     axes: Axes,
-    frequency: NDArray[np.floating[Any]],
+    frequency: NDArray[np.float64],
     curves: Mapping[str, NDArray[np.floating[Any]]],
     title: str,
     pixel_size_m: float | None,
 ) -> None:
-    """Fourier ring correlations over cycles per pixel; periods in metres above, where the pixel size is known."""
+    """Ring correlations over cycles per pixel, and the usual thresholds; periods where the pixel size is known."""
+    # The ring of zero frequency is ruled by the means.
     for label, curve in curves.items():
-        # The ring of zero frequency is ruled by the means.
         axes.plot(frequency[1:], curve[1:], label=label)
-    axes.axhline(0.5, color="gray", linestyle="dashed", linewidth=0.8)
+    axes.plot(frequency[1:], half_bit(frequency)[1:], color="gray", linewidth=0.8, linestyle="dotted", label="half bit")
+    axes.axhline(0.5, color="gray", linewidth=0.8, linestyle="dashed", label="1/2")
+    axes.axhline(1 / 7, color="gray", linewidth=0.8, linestyle="dashdot", label="1/7")
     axes.set(xlim=(0, frequency[-1]), ylim=(-0.2, 1.05), xlabel="frequency (cycles per pixel)", ylabel="correlation")
     axes.set_title(title)
-    axes.legend(loc="upper right", frameon=False)
+    axes.legend(loc="upper right", fontsize="small")
     if pixel_size_m is not None:
         ticks = frequency[-1] * np.arange(0.2, 1.01, 0.2)
         periods = [length_label(float(f"{pixel_size_m / tick:.3g}")) for tick in ticks]

@@ -7,9 +7,25 @@ import sys
 
 import numpy as np
 import pytest
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from PIL import Image
 
-from ptychodask.plotting import length_label, nice_length, plot, plot_comparison
+from ptychodask.compare import compare
+from ptychodask.metrics import frc
+from ptychodask.plotting import (
+    UNSEEN_COLOUR,
+    complex_colours,
+    length_label,
+    nice_length,
+    plot,
+    plot_comparison,
+    plot_complex,
+    plot_residuals,
+    plot_split_half,
+    worst_patterns,
+)
 from ptychodask.result import make_dataset
 from ptychodask.scan import PtychodaskError, Truth
 
@@ -83,26 +99,136 @@ def test_large_objects_are_thinned(monkeypatch, object_):
     assert image.get_array().shape == (14, 20)
 
 
-def test_comparison_shows_truth_and_results_without_their_gauge(object_, tmp_path):
+def known_object(shape=(60, 80)):
     rng = np.random.default_rng(0)
-    known = (rng.uniform(0.5, 1, (60, 80)) * np.exp(1j * rng.uniform(-0.5, 0.5, (60, 80)))).astype(np.complex64)
+    return (rng.uniform(0.5, 1, shape) * np.exp(1j * rng.uniform(-0.5, 0.5, shape))).astype(np.complex64)
+
+
+def panels_of(figure):
+    return {axes.get_title(): axes for axes in figure.findobj(Axes) if axes.get_title()}
+
+
+def test_comparison_shows_truth_and_results_without_their_gauge(tmp_path):
+    known = known_object()
     y, x = np.indices((40, 60))
     turned = known[10:50, 5:65] * np.exp(1j * (2 + 0.01 * y - 0.02 * x))
     figure = plot_comparison(
-        {"one": result(turned), "other": result(known[15:55, 5:65], corner=(-5, 5))},
+        {"one": result(turned), "other": result(known[15:55, 5:65] + 0.1, corner=(-5, 5))},
         Truth(known, (-20.0, 0.0)),
         path=tmp_path / "comparison.png",
     )
-    panels = [axes for axes in figure.axes if axes.get_title()]
-    assert [axes.get_title() for axes in panels] == [
-        *(f"{label}: amplitude" for label in ("truth", "one", "other")),
-        *(f"{label}: phase (rad)" for label in ("truth", "one", "other")),
-    ]
-    truth, one, other = (axes.images[0].get_array() for axes in panels[3:])
+    panels = panels_of(figure)
+    assert set(panels) == {
+        *(f"{label}: {part}" for label in ("truth", "one", "other") for part in ("amplitude", "phase (rad)")),
+        "|one − truth|",
+        "|other − truth|",
+    }
+    truth, one, other = (panels[f"{label}: phase (rad)"].images[0].get_array() for label in ("truth", "one", "other"))
     np.testing.assert_allclose(one, truth, atol=1e-3)
-    np.testing.assert_allclose(other[5:], truth[5:], atol=1e-3)
     assert other.mask[:5].all()
+    np.testing.assert_allclose(panels["|one − truth|"].images[0].get_array(), 0, atol=1e-3)
+    far = panels["|other − truth|"].images[0].get_array()
+    assert far.mask[:5].all()
+    assert 0.05 < far[5:].mean() < 0.15
     assert (tmp_path / "comparison.png").exists()
+
+
+def test_comparison_shows_the_ring_correlations_of_compare():
+    known = known_object()
+    results = {"one": result(known[10:50, 5:65]), "noisy": result(known[10:50, 5:65] + 0.3 * known[:40, :60])}
+    comparison = compare(results)
+    panels = panels_of(plot_comparison(results, comparison=comparison))
+    for part in ("amplitude", "phase"):
+        lines = {line.get_label(): line for line in panels[f"FRC of the {part}"].lines}
+        assert set(lines) == {"noisy", "half bit", "1/2", "1/7"}
+        np.testing.assert_array_equal(lines["noisy"].get_xdata(), comparison["frequency"][1:])
+        np.testing.assert_array_equal(lines["noisy"].get_ydata(), comparison["frc"].loc["noisy", part][1:])
+
+
+def test_phase_is_hue_and_amplitude_is_brightness():
+    numbers = np.array([[1, np.exp(2j * np.pi / 3), 0.5 * np.exp(-2j * np.pi / 3), 7, np.nan]])
+    red, green, blue, bright, unseen = complex_colours(numbers, 1.0)[0]
+    np.testing.assert_allclose([red, green, blue], np.diag([1, 1, 0.5]), atol=1e-12)
+    np.testing.assert_array_equal(bright, red)
+    np.testing.assert_array_equal(unseen, to_rgb(UNSEEN_COLOUR))
+
+
+def test_complex_view_has_a_wheel_of_its_own_colours_and_lines_of_weight(object_):
+    ds = result(object_)
+    ds["weight"][:, 30:] = 0.02
+    figure = plot_complex(ds)
+    axes, wheel = figure.axes[0], figure.axes[0].child_axes[0]
+    assert texts(figure) == ["10 px"]
+    assert [text.get_text() for text in wheel.texts] == ["0", "π/2", "π", "-π/2"]
+    colours = wheel.images[0].get_array()
+    np.testing.assert_allclose(colours[100, -1], (1, 0, 0), atol=1e-6)
+    np.testing.assert_allclose(colours[0, 100], complex_colours(np.array([[1j]]), 1.0)[0, 0], atol=1e-6)
+    np.testing.assert_allclose(colours[0, 0], 1)
+    np.testing.assert_allclose(colours[100, 100], 0, atol=1e-6)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "10% of the median weight",
+        "50% of the median weight",
+    ]
+
+
+def test_a_result_draws_itself_with_nothing_else_imported(object_, tmp_path):
+    result(object_).ptycho.save(tmp_path / "object.zarr")
+    code = (
+        "import sys, ptychodask; ds = ptychodask.open_result(sys.argv[1]);"
+        "assert 'matplotlib' not in sys.modules; print(len(ds.ptycho.plot(path=sys.argv[2]).axes))"
+    )
+    paths = str(tmp_path / "object.zarr"), str(tmp_path / "object.png")
+    found = subprocess.run([sys.executable, "-W", "error", "-c", code, *paths], capture_output=True, text=True)
+    assert found.stdout == "8\n", found.stderr
+    assert (tmp_path / "object.png").stat().st_size > 10_000
+
+
+def some_residuals(r_factor, deviance, **coords):
+    n_patterns = len(r_factor)
+    places = {"y_px": ("pattern", np.arange(n_patterns) * 2.0), "x_px": ("pattern", np.arange(n_patterns) * 3.0)}
+    variables = {"r_factor": ("pattern", r_factor), "poisson_deviance": ("pattern", deviance)}
+    return xr.Dataset(variables, coords={**places, **{name: ("pattern", values) for name, values in coords.items()}})
+
+
+def test_residuals_are_drawn_over_the_scan_and_in_turn_and_the_worst_named():
+    r_factor = np.full(30, 0.2) + 0.001 * np.arange(30)
+    r_factor[[4, 17]] = 0.9, np.inf
+    r_factor[5] = np.nan
+    assert worst_patterns(some_residuals(r_factor, r_factor))[:3] == [17, 4, 29]
+    turn = np.arange(30)[::-1]
+    figure = plot_residuals(some_residuals(r_factor, np.full(30, np.nan), source_index=turn))
+    over_scan, in_turn = figure.axes[:2]
+    assert len(figure.axes) == 3, "no row for a deviance that is not known"
+    dots, rings = over_scan.collections
+    assert len(dots.get_offsets()) == 29
+    np.testing.assert_array_equal(rings.get_offsets()[:2], [[51, 34], [12, 8]])
+    assert over_scan.yaxis_inverted()
+    assert in_turn.get_title().startswith("worst, by place in the store: 17, 4, 29, 28, ")
+    worst = {line.get_label(): line for line in in_turn.lines}["the 10 worst"]
+    np.testing.assert_array_equal(worst.get_xdata()[:2], turn[[17, 4]])
+    np.testing.assert_allclose(worst.get_ydata()[:2], [1.05 * 0.9, 0.9])
+
+
+def test_halves_are_shown_with_their_ring_correlation():
+    known = known_object((48, 48))
+    rng = np.random.default_rng(1)
+    noise = 0.1 * (rng.normal(size=(2, 48, 48)) + 1j * rng.normal(size=(2, 48, 48)))
+    ds = result(known, pixel_size_m=1e-8)
+    ds["object_half"] = ("half", "y", "x"), (known + noise).astype(np.complex64)
+    ds["weight_half"] = ("half", "y", "x"), np.ones((2, 48, 48), np.float32)
+    panels = panels_of(plot_split_half(ds))
+    assert set(panels) == {
+        "first half: phase (rad)",
+        "second half: phase (rad)",
+        "|first − second|",
+        "FRC of the halves",
+    }
+    frequency, curve = frc(*ds["object_half"].values)
+    line = panels["FRC of the halves"].lines[0]
+    np.testing.assert_allclose(line.get_xdata(), frequency[1:])
+    np.testing.assert_allclose(line.get_ydata(), curve[1:], atol=1e-6)
+    (periods,) = panels["FRC of the halves"].child_axes
+    assert [label.get_text() for label in periods.get_xticklabels()][-1] == "20 nm"
 
 
 def test_plotting_leaves_pyplot_alone():
@@ -121,6 +247,16 @@ def test_what_cannot_be_shown_is_refused(object_, tmp_path):
         plot(ds, path=tmp_path / "result.xyz")
     with pytest.raises(PtychodaskError, match="found no result"):
         plot_comparison({})
+    dark = result(object_)
+    dark["weight"][:, 30:] = 1e-3
+    with pytest.raises(PtychodaskError, match="no well-lit pixel of the first result is seen in all of them"):
+        plot_comparison({"dark": dark, "other": result(object_[:, 30:], corner=(-10, 35))})
+    with pytest.raises(PtychodaskError, match=r"no object_half, weight_half \(half, y, x\)"):
+        plot_split_half(ds)
+    with pytest.raises(PtychodaskError, match=r"plot_residuals: the Dataset has no r_factor, poisson_deviance, y_px"):
+        plot_residuals(ds)
+    with pytest.raises(PtychodaskError, match="no pattern was judged"):
+        plot_residuals(some_residuals(np.full(3, np.nan), np.full(3, np.nan)))
 
 
 @pytest.mark.parametrize(("longest", "nice"), [(1.0, 1.0), (4.99, 2.0), (5.0, 5.0), (99.0, 50.0), (3e-8, 2e-8)])
