@@ -26,6 +26,9 @@ app = typer.Typer(
 )
 
 Store = Annotated[Path, typer.Argument(help="The scan's store, a folder ending in .zarr.", show_default=False)]
+RESIDUAL_TOTALS = (("r_factor", "R"), ("poisson_deviance", "Poisson deviance"))
+"""Totals of residuals, and how they are told."""
+
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C stopped."""
 
@@ -466,6 +469,7 @@ def reconstruct(
     tile: Annotated[int | None, typer.Option(help="Pixels across a tile of the object.")] = None,
     roi: Annotated[str | None, typer.Option(help="Part of the object: y0,y1,x0,x1 in pixels.")] = None,
     polish: Annotated[int | None, typer.Option(help="Data-consistent sweeps after stitching.")] = None,
+    drop: Annotated[Path | None, typer.Option(help=".npy of pattern indices to leave out.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes to start; by default this one.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
     overwrite: Overwrite = False,
@@ -491,6 +495,7 @@ def reconstruct(
         tile=tile,
         roi=None if roi is None else _whole_numbers("--roi", roi, 4),
         polish=polish,
+        drop=None if drop is None else _indices("--drop", drop),
     )
     check_figure_path(png)
     with _client(workers, scheduler) as client:
@@ -607,6 +612,9 @@ def compare(
 
     if png is not None:
         check_figure_path(png)
+    for path in (csv, markdown):
+        if path is not None and not path.parent.is_dir():
+            raise PtychodaskError(f"{path}: lies in no folder that exists; name a file in a folder")
     opened = results_by_label(_labelled(results, key))
     measured = None if scan is None else open_scan(scan)
     known = open_scan(truth) if truth is not None else measured if measured and measured.truth is not None else None
@@ -643,4 +651,68 @@ def _labelled(results: list[str], keys: list[str] | None) -> Iterator[tuple[str 
 
 
 def _peak(text: str) -> str | float:
-    return text if text in ("range", "ptychopinn") else _numbers("--peak", text, 1)[0]
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+@app.command()
+def residuals(
+    result: Annotated[Path, typer.Argument(help="What reconstruct wrote, a folder ending in .zarr.")],
+    store: Store,
+    drop: Annotated[Path | None, typer.Option(help=".npy of pattern indices that the result goes without.")] = None,
+    n_mad: Annotated[
+        float | None, typer.Option(help="Deviations above the median R from which one stands out.")
+    ] = None,
+    save_outliers: Annotated[Path | None, typer.Option(help=".npy to write those to, for reconstruct --drop.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Table to write, a row for each pattern.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes to start; by default this one.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Judge each measured pattern by the one that a result makes, and name those that stand out.
+
+    Example: ptychodask residuals scan.object.zarr scan.zarr --png residuals.png --save-outliers bad.npy
+    """
+    from ptychodask.plotting import check_figure_path, plot_residuals
+    from ptychodask.residuals import outliers, residuals
+
+    _check_one_cluster("residuals", workers, scheduler)
+    if png is not None:
+        check_figure_path(png)
+    dropped = [] if drop is None else _indices("--drop", drop)
+    with _client(workers, scheduler) as client:
+        found = residuals(result, store, client=client, drop=dropped, progress=_bar(quiet))
+    far = outliers(found, **_given(n_mad=n_mad))
+    told = "".join(f", {title} {found.attrs[name]:.4g}" for name, title in RESIDUAL_TOTALS if name in found.attrs)
+    typer.echo(f"{result}: {found.attrs['n_counted']} patterns{told}; {len(far)} stand out: {far.tolist()}")
+    if save_outliers is not None:
+        np.save(save_outliers, far)
+    if csv is not None:
+        found.to_dataframe().to_csv(csv)
+    if png is not None:
+        plot_residuals(found, path=png)
+
+
+@app.command()
+def study(
+    study: Annotated[Path, typer.Argument(help="TOML file: [matrix] and what its cells share.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder to make; by default beside the file.")] = None,
+    recompute: Annotated[list[str] | None, typer.Option(help="Cell to compute again; * for any characters.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes to start; by default this one.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Simulate, train, reconstruct and compare over dose, overlap, gridsize and network. Goes on where it was stopped.
+
+    Example: ptychodask study docs/study.toml --out study
+    """
+    _check_one_cluster("study", workers, scheduler)
+    with _quiet_import():
+        from ptychodask.study import run_study, to_markdown
+    folder = study.with_suffix("") if out is None else out
+    with _client(workers, scheduler) as client:
+        found = run_study(study, folder, recompute=recompute or (), client=client, progress=_bar(quiet))
+    typer.echo(f"{to_markdown(found)}\n{folder}: table.md, metrics.csv and figures")

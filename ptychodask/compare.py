@@ -51,7 +51,7 @@ METHOD_OF_KIND = {"pinn": "PtychoPINN", "baseline": "Baseline"}
 METHOD_OF_PROGRAM = {"pty-chi": "PtyChi"}
 """Name of the method, from the program that a file of another one names."""
 
-LIGHT_INSIDE = 0.95
+LIGHT_INSIDE = 0.99
 """Share of the probe's light that must fall on seen pixels for a pattern to be judged by."""
 
 PIXEL_TOLERANCE = 1e-3
@@ -198,12 +198,25 @@ def place(
         return {}
     first = next(iter(opened))
     frame = "scan" if truth is not None else _frame(opened[first])
-    reference = find_truth(truth) if truth is not None else _known(opened[first], min_weight)
+    if truth is None:
+        reference = _known(opened[first], min_weight)
+    else:
+        reference = _where_lit(find_truth(truth), opened, min_weight)
     for label, ds in opened.items():
         searched = _frame(ds) != frame
         if (register or searched) and not (truth is None and label == first):
             opened[label] = _registered(label, ds, reference, frame, min_weight, search=searched)
     return opened
+
+
+def _where_lit(truth: Truth, results: Mapping[str, xr.Dataset], min_weight: float) -> Truth:
+    """The truth where the first result in the scan's frame is well lit: beyond, other programs' objects are guesses."""
+    for ds in results.values():
+        if _frame(ds) == "scan":
+            lit = _known(ds, min_weight)
+            known = truth_on_pixels(truth, ds["y"].values, ds["x"].values)
+            return Truth(np.where(np.isfinite(lit.object), known, np.complex64(np.nan)), lit.corner_yx_px)
+    return truth
 
 
 def _frame(ds: xr.Dataset) -> str:
@@ -258,7 +271,7 @@ def results_by_label(results: Iterable[tuple[str | None, Result]]) -> dict[str, 
     """
     found: dict[str, xr.Dataset] = {}
     for label, result in results:
-        source = Path(result).name.removesuffix(".zarr") if isinstance(result, str | Path) else None
+        source = Path(result).stem if isinstance(result, str | Path) else None
         methods = _methods_of(result)
         for method, ds in methods.items():
             name = method or source or "result"
@@ -282,7 +295,9 @@ def _checked(label: str, ds: xr.Dataset) -> xr.Dataset:
 def _methods_of(result: Result) -> dict[str | None, xr.Dataset]:
     """The results that one holds, by the names of the methods that it records."""
     if isinstance(result, str | Path):
-        result = read_foreign_result(result) if Path(result).is_file() else open_result(result)
+        path = Path(result)
+        is_store = path.is_dir() or (not path.exists() and path.suffix in ("", ".zarr"))
+        result = open_result(path) if is_store else read_foreign_result(path)
     if isinstance(result, ForeignResult):
         return {METHOD_OF_PROGRAM.get(result.program or ""): _from_foreign(result)}
     if "method" in result.dims:

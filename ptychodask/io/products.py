@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ptychodask.io.formats import open_container
 from ptychodask.io.npy_stream import read_npy, reading
-from ptychodask.io.source import Container, listed_keys, require_keys
+from ptychodask.io.source import Container, listed_keys
 from ptychodask.scan import PtychodaskError
 
 RECONSTRUCTED_KEY = "reconstructed_object"
@@ -90,7 +90,8 @@ def read_foreign_result(path: str | Path, *, key: str | None = None) -> ForeignR
             if numbers:
                 return _product(container, numbers)
         name = _only_complex(container, found) if key is None else key
-        require_keys(container, [name])
+        if name not in found:
+            raise PtychodaskError(f"{path}: holds no array {name!r}; keys found: {listed_keys(found)}")
         return ForeignResult(_as_object(container.array(name), f"{path}[{name}]"))
 
 
