@@ -22,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "reconstruction": ["reconstruct"],
         "compare": ["compare"],
         "residuals": ["outliers", "residuals"],
+        "study": ["StudySpec", "read_study", "run_study"],
         "plotting": ["plot", "plot_comparison", "plot_complex", "plot_residuals", "plot_split_half"],
     },
 )

@@ -26,9 +26,6 @@ app = typer.Typer(
 )
 
 Store = Annotated[Path, typer.Argument(help="The scan's store, a folder ending in .zarr.", show_default=False)]
-RESIDUAL_TOTALS = (("r_factor", "R"), ("poisson_deviance", "Poisson deviance"))
-"""Totals of residuals, and how they are told."""
-
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C stopped."""
 
@@ -676,17 +673,17 @@ def residuals(
 
     Example: ptychodask residuals scan.object.zarr scan.zarr --png residuals.png --save-outliers bad.npy
     """
-    from ptychodask.plotting import check_figure_path, plot_residuals
+    from ptychodask.plotting import RESIDUALS, check_figure_path, plot_residuals
     from ptychodask.residuals import outliers, residuals
 
     _check_one_cluster("residuals", workers, scheduler)
     if png is not None:
         check_figure_path(png)
-    dropped = [] if drop is None else _indices("--drop", drop)
+    options = _given(drop=None if drop is None else _indices("--drop", drop))
     with _client(workers, scheduler) as client:
-        found = residuals(result, store, client=client, drop=dropped, progress=_bar(quiet))
+        found = residuals(result, store, client=client, progress=_bar(quiet), **options)
     far = outliers(found, **_given(n_mad=n_mad))
-    told = "".join(f", {title} {found.attrs[name]:.4g}" for name, title in RESIDUAL_TOTALS if name in found.attrs)
+    told = "".join(f", {title} {found.attrs[name]:.4g}" for name, title in RESIDUALS.items() if name in found.attrs)
     typer.echo(f"{result}: {found.attrs['n_counted']} patterns{told}; {len(far)} stand out: {far.tolist()}")
     if save_outliers is not None:
         np.save(save_outliers, far)

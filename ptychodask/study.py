@@ -1,0 +1,636 @@
+"""A study: one simulated scan after another over dose, overlap, gridsize and network, each reconstructed and judged."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import shutil
+import threading
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatchcase
+from inspect import signature
+from pathlib import Path
+from typing import Any, get_args
+
+import distributed
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from ptychodask.cluster import active_client, in_process_client
+from ptychodask.compare import compare, find_truth, truth_on_pixels
+from ptychodask.metrics import align_gauge
+from ptychodask.models import load_model
+from ptychodask.models.spec import Kind
+from ptychodask.plan import ReconstructionSpec
+from ptychodask.plotting import WELL_LIT, plot_contact_sheet, plot_study
+from ptychodask.progress import Progress, show_progress
+from ptychodask.reconstruction import reconstruct
+from ptychodask.result import open_result
+from ptychodask.scan import PtychodaskError, check_choice, with_fields
+from ptychodask.simulate import scaled_probe, simulate
+from ptychodask.training import TrainingSpec, train
+
+logger = logging.getLogger(__name__)
+
+SIMULATE_KEYS: dict[str, type | tuple[type, ...]] = {
+    "object": str,
+    "probe": str,
+    "n_pixels": int,
+    "n_patterns": int,
+    "path": str,
+}
+"""What the table [simulate] may hold: arguments of `simulate` that the matrix does not set."""
+
+COMPARE_KEYS: dict[str, type | tuple[type, ...]] = {
+    "register": bool,
+    "ramp": bool,
+    "scale": bool,
+    "peak": (int, float, str),
+    "min_weight": (int, float),
+}
+"""What the table [compare] may hold: arguments of `compare`."""
+
+SET_BY_MATRIX = ("model", "members", "seed")
+"""Fields of `TrainingSpec` that the matrix sets."""
+
+LESSON_SEED = 1000
+"""Added to the seed of the scan that a baseline learns from: the same instrument, another object."""
+
+SPEC_FILE, RECORD_FILE = "spec.json", "record.json"
+"""In the folder of a cell: what it is, written first, and its figures, written last."""
+
+DRAWN_METRICS = ("psnr", "ssim", "frc50")
+"""Metrics that are drawn over the dose."""
+
+THUMBNAIL_PIXELS = 128
+"""Pixels along one side of a picture in the contact sheet, at the most."""
+
+# Keras keeps state of its own for the whole process, and several trainings would share the cores anyway.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySpec:
+    """Which simulated scans are reconstructed, and how: every combination of the six axes."""
+
+    dose: tuple[float, ...]
+    """Photons of the probe in one pattern."""
+
+    overlap: tuple[float, ...] | None = None
+    """1 − spacing / diameter of the probe (`probe_diameter_px`), between 0 and 1; or give `step_px`."""
+
+    step_px: tuple[float, ...] | None = None
+    """Mean spacing of the positions, pixels, below the diameter of the probe; or give `overlap`."""
+
+    gridsize: tuple[int, ...] = (2,)
+    """A PINN takes gridsize² patterns at once; a baseline always takes one."""
+
+    model: tuple[str, ...] = get_args(Kind)
+    """Networks: pinn, baseline."""
+
+    seed: tuple[int, ...] = (0,)
+    """Seeds of object, positions, noise and training."""
+
+    simulate: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `simulate`: `SIMULATE_KEYS`."""
+
+    train: dict[str, Any] = field(default_factory=dict)
+    """Fields of `TrainingSpec`, but for `SET_BY_MATRIX`."""
+
+    reconstruct: dict[str, Any] = field(default_factory=dict)
+    """Fields of `ReconstructionSpec`."""
+
+    compare: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `compare`: `COMPARE_KEYS`."""
+
+    def __post_init__(self) -> None:
+        if (self.overlap is None) == (self.step_px is None):
+            raise PtychodaskError("study: the matrix needs overlap or step_px, and not both")
+        for name, kinds in (("dose", (int, float)), (self.spacing, (int, float)), ("gridsize", int), ("seed", int)):
+            _check_axis(name, getattr(self, name), kinds)
+        _check_axis("model", self.model, str)
+        for model in self.model:
+            check_choice("model", model, get_args(Kind), "study")
+        _check_positive("dose", self.dose)
+        _check_positive("gridsize", self.gridsize)
+        _check_keys("simulate", self.simulate, SIMULATE_KEYS)
+        _check_keys("compare", self.compare, COMPARE_KEYS)
+        allowed = [each.name for each in fields(TrainingSpec) if each.name not in SET_BY_MATRIX]
+        _check_names("train", self.train, allowed)
+        _check_names("reconstruct", self.reconstruct, [each.name for each in fields(ReconstructionSpec)])
+        cells_of(self)
+
+    @property
+    def spacing(self) -> str:
+        """Name of the axis of spacings: overlap or step_px."""
+        return "overlap" if self.step_px is None else "step_px"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One scan, one network: everything that its figures depend on, as plain values."""
+
+    name: str
+    """Name of its folder."""
+
+    simulate: dict[str, Any]
+    train: dict[str, Any]
+    reconstruct: dict[str, Any]
+    compare: dict[str, Any]
+
+
+def read_study(path: str | Path) -> StudySpec:
+    """Read the TOML file of a study.
+
+    Parameters
+    ----------
+    path : path
+        With the tables ``[matrix]`` (`dose`, `overlap` or `step_px`, `gridsize`, `model`, `seed`: lists) and, where
+        wanted, ``[simulate]``, ``[train]``, ``[reconstruct]`` and ``[compare]``.
+
+    Returns
+    -------
+    StudySpec
+
+    Raises
+    ------
+    PtychodaskError
+        If the file cannot be read, or holds what a study does not know.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> text = '''
+    ... [matrix]
+    ... dose = [1e4, 1e6]
+    ... overlap = [0.6, 0.8]    # 1 - spacing / diameter of the probe
+    ... gridsize = [1, 2]
+    ... model = ["pinn", "baseline"]
+    ...
+    ... [simulate]
+    ... n_pixels = 64
+    ... n_patterns = 1000
+    ...
+    ... [train]
+    ... max_minutes = 5
+    ... '''
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "study.toml"
+    ...     _ = file.write_text(text)
+    ...     len(cells_of(read_study(file)))
+    12
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            given = tomllib.load(file)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PtychodaskError(f"{path}: is no TOML ({error}); mend that line") from error
+    tables = ("matrix", "simulate", "train", "reconstruct", "compare")
+    for name, table in given.items():
+        if name not in tables or not isinstance(table, dict):
+            raise PtychodaskError(f"{path}: {name} is none of the tables of a study: {', '.join(tables)}")
+    axes = [each.name for each in fields(StudySpec) if each.name not in tables]
+    matrix = given.pop("matrix", {})
+    _check_names("matrix", matrix, axes)
+    if "dose" not in matrix:
+        raise PtychodaskError(f"{path}: [matrix] has no dose, expected a list of photons in a pattern")
+    for name, values in matrix.items():
+        if not isinstance(values, list):
+            raise PtychodaskError(f"{path}: [matrix] {name} is {values!r}, expected a list")
+    fields_given: dict[str, Any] = {name: tuple(values) for name, values in matrix.items()} | given
+    return StudySpec(**fields_given)
+
+
+def _check_axis(name: str, values: tuple[Any, ...], kinds: type | tuple[type, ...]) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise PtychodaskError(f"study: {name} holds {value!r}, expected {_told(kinds)}")
+    if not values or len(set(values)) < len(values):
+        raise PtychodaskError(f"study: {name} is {list(values)}, expected one or more values, each once")
+
+
+def _check_positive(name: str, values: tuple[float, ...]) -> None:
+    for value in values:
+        if not (math.isfinite(value) and value > 0):
+            raise PtychodaskError(f"study: {name} holds {value}, expected positive numbers")
+
+
+def _check_names(table: str, given: dict[str, Any], allowed: Sequence[str]) -> None:
+    for name in given:
+        if name not in allowed:
+            raise PtychodaskError(f"study: [{table}] has no {name}; it may have: {', '.join(allowed)}")
+
+
+def _check_keys(table: str, given: dict[str, Any], kinds: dict[str, type | tuple[type, ...]]) -> None:
+    _check_names(table, given, list(kinds))
+    for name, value in given.items():
+        wanted = kinds[name]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            raise PtychodaskError(f"study: [{table}] {name} is {value!r}, expected {_told(wanted)}")
+
+
+def _told(kinds: type | tuple[type, ...]) -> str:
+    names = {
+        str: "text",
+        int: "a whole number",
+        bool: "true or false",
+        (int, float): "a number",
+        (int, float, str): "a number or text",
+    }
+    return names[kinds]
+
+
+def probe_diameter_px(probe: NDArray[np.complexfloating[Any, Any]]) -> float:
+    """Diameter of a probe: that of the uniform disc which is lit as evenly.
+
+    Parameters
+    ----------
+    probe : complex array (mode, N, N)
+
+    Returns
+    -------
+    float
+        2 sqrt(A / π), pixels, with the area A = (Σ|P|²)² / Σ|P|⁴; the number of pixels of a uniform disc.
+
+    Examples
+    --------
+    >>> y, x = np.indices((64, 64)) - 32
+    >>> round(probe_diameter_px((np.hypot(y, x) < 10)[None]), 1)
+    20.1
+    """
+    light = (np.abs(probe) ** 2).sum(axis=0, dtype=np.float64)
+    return float(2 * np.sqrt(light.sum() ** 2 / (light**2).sum() / np.pi))
+
+
+def cells_of(spec: StudySpec) -> dict[tuple[Any, ...], Cell]:
+    """The cells of a study.
+
+    Parameters
+    ----------
+    spec : StudySpec
+
+    Returns
+    -------
+    dict of (dose, spacing, gridsize, model, seed) to Cell
+        Every combination of the axes. A baseline takes one pattern at a time, so its cells are the same for every
+        gridsize.
+
+    Raises
+    ------
+    PtychodaskError
+        If a spacing is beyond what the probe allows, or a field of training or reconstruction is wrong.
+    """
+    steps = dict(zip(getattr(spec, spec.spacing), steps_px(spec), strict=True))
+    _checked("reconstruct", ReconstructionSpec, spec.reconstruct)
+    cells = {}
+    for dose, spacing, gridsize, model, seed in itertools.product(*_axes(spec).values()):
+        size = 1 if model == "baseline" else gridsize
+        train_fields = {**spec.train, "model": model, "members": size**2, "seed": seed}
+        _checked("train", TrainingSpec, train_fields)
+        cells[dose, spacing, gridsize, model, seed] = Cell(
+            name=f"dose{dose:.12g}-{spec.spacing.removesuffix('_px')}{spacing:.12g}-g{size}-{model}-s{seed}",
+            simulate={**spec.simulate, "dose": float(dose), "step_px": steps[spacing], "seed": seed},
+            train=train_fields,
+            reconstruct=dict(spec.reconstruct),
+            compare=dict(spec.compare),
+        )
+    return cells
+
+
+def _axes(spec: StudySpec) -> dict[str, tuple[Any, ...]]:
+    names = ("dose", spec.spacing, "gridsize", "model", "seed")
+    return {name: getattr(spec, name) for name in names}
+
+
+def _checked(table: str, kind: Callable[..., Any], values: dict[str, Any]) -> Any:
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise PtychodaskError(f"study: [{table}] holds a value of the wrong kind: {error}") from error
+
+
+def steps_px(spec: StudySpec) -> list[float]:
+    """Mean spacing of the positions for each spacing that a study asks for, pixels.
+
+    Raises
+    ------
+    PtychodaskError
+        If neighbours would not overlap, or lie on one place.
+    """
+    diameter = _diameter_px(spec)
+    if spec.step_px is not None:
+        for step in spec.step_px:
+            if not 0 < step < diameter:
+                raise PtychodaskError(
+                    f"study: step_px holds {step}, expected more than 0 and less than {diameter:.4g}, the diameter of "
+                    "the probe: from there on neighbours do not overlap"
+                )
+        return [float(step) for step in spec.step_px]
+    assert spec.overlap is not None
+    for overlap in spec.overlap:
+        if not 0 < overlap < 1:
+            raise PtychodaskError(
+                f"study: overlap holds {overlap}, expected more than 0 and less than 1, for a spacing between 0 and "
+                f"{diameter:.4g} px, the diameter of the probe"
+            )
+    return [(1 - overlap) * diameter for overlap in spec.overlap]
+
+
+def _diameter_px(spec: StudySpec) -> float:
+    defaults = {name: parameter.default for name, parameter in signature(simulate).parameters.items()}
+    given = defaults | spec.simulate
+    return probe_diameter_px(scaled_probe(given["probe"], given["n_pixels"], 1.0))
+
+
+def run_study(
+    study: StudySpec | str | Path,
+    out: str | Path,
+    *,
+    recompute: Sequence[str] = (),
+    client: distributed.Client | None = None,
+    progress: bool | None = None,
+) -> xr.Dataset:
+    """Simulate, train, reconstruct and compare for every cell of a study.
+
+    Parameters
+    ----------
+    study : StudySpec or path
+        The study, or its TOML file (`read_study`).
+    out : path
+        Folder for what it makes: ``cells/<name>/`` with scan, network, result and ``record.json``; ``metrics.csv`` (a
+        row for each cell, part and metric), ``table.md``, a figure for each of `DRAWN_METRICS`, and the objects side by
+        side in ``amplitude.png`` and ``phase.png``. The same call again, all cells finished, gives the Dataset again.
+    recompute : sequence of str
+        Names of cells to compute again, ``*`` and ``?`` standing for any characters.
+    client : distributed.Client, optional
+        Where to run, one cell for each worker at a time; by default the active client, else this thread.
+    progress : bool, optional
+        See `show_progress`.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``value`` (dose, overlap or step_px, gridsize, model, seed, part, metric), as `compare` gives it against the
+        truth, and ``r_factor`` without part and metric. The other measure of the spacing is a coordinate beside it.
+
+    Raises
+    ------
+    PtychodaskError
+        If the study is wrong, a finished or begun cell was something else and is not named in `recompute`, or cells
+        fail (after the others are done).
+
+    Notes
+    -----
+    Objects that are drawn (``lines``, ...) depend on the size of the field, so scans of different spacing see different
+    ones; a picture (``object = "picture.png"``) is the same for all.
+
+    A cell that has its record is not computed again; one that was begun goes on with what it has, a training from its
+    last epoch. So a study that was stopped, or lost a worker, is started again by the same call.
+
+    A PINN learns from the scan that it reconstructs, without its truth. A baseline learns from a second scan with the
+    same probe, dose and spacing and another object. Each cell simulates its scan for itself: the same scan in all cells
+    of one dose, spacing and seed, and no two tasks write to one store. A process trains one network at a time.
+    """
+    spec = study if isinstance(study, StudySpec) else read_study(study)
+    out = Path(out).resolve()
+    cells = cells_of(spec)
+    todo = _unfinished({cell.name: cell for cell in cells.values()}, out / "cells", recompute)
+    logger.info("%s: %d cells, %d of them to compute", out, len({cell.name for cell in cells.values()}), len(todo))
+    used = client if client is not None else active_client()
+    with show_progress("study", len(todo), "cells", progress) as bar:
+        if used is None:
+            _run_here(todo, out / "cells", bar)
+        else:
+            _run_on(used, todo, out / "cells", bar)
+    found = _gathered(spec, cells, out / "cells")
+    _write_all(spec, found, cells, out)
+    return found
+
+
+def _unfinished(cells: dict[str, Cell], folder: Path, recompute: Sequence[str]) -> list[Cell]:
+    """Cells without a record; what is there must be of the same cells."""
+    for pattern in recompute:
+        if not any(fnmatchcase(name, pattern) for name in cells):
+            raise PtychodaskError(f"study: no cell is named {pattern}; the cells are: {', '.join(cells)}")
+    again = {name for name in cells if any(fnmatchcase(name, pattern) for pattern in recompute)}
+    for name, cell in cells.items():
+        found = _read_json(folder / name / SPEC_FILE)
+        if found is not None and found != _plain(cell) and name not in again:
+            raise PtychodaskError(
+                f"{folder / name}: was computed with {_difference(found, _plain(cell))}; "
+                f"recompute it by name (--recompute '{name}', or '*' for all), or give another --out"
+            )
+    for name in again:
+        if (folder / name / SPEC_FILE).exists():
+            shutil.rmtree(folder / name)
+    return [cell for name, cell in cells.items() if not (folder / name / RECORD_FILE).exists()]
+
+
+def _plain(cell: Cell) -> Any:
+    return json.loads(json.dumps(asdict(cell)))
+
+
+def _difference(found: Any, wanted: Any) -> str:
+    """Which values differ, such as "train.epochs 5, now 20"."""
+    told = []
+    for table in ("simulate", "train", "reconstruct", "compare"):
+        before, now = found.get(table, {}), wanted[table]
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                told.append(f"{table}.{name} {before.get(name, 'not given')}, now {now.get(name, 'not given')}")
+    return "; ".join(told) or "another format"
+
+
+def _run_here(cells: list[Cell], folder: Path, bar: Progress) -> None:
+    failed = {}
+    for cell in cells:
+        bar.note(cell.name)
+        try:
+            run_cell(cell, folder / cell.name)
+        except PtychodaskError as error:
+            failed[cell.name] = str(error)
+        bar.advance()
+    _check_failed(failed, len(cells))
+
+
+def _run_on(client: distributed.Client, cells: list[Cell], folder: Path, bar: Progress) -> None:
+    """As many cells at a time as there are workers, each of which trains one network at a time."""
+    waiting = iter(cells)
+    running: dict[distributed.Future, Cell] = {}
+    failed = {}
+    n_workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+    completed = distributed.as_completed(loop=client.loop)
+
+    def submit(n_cells: int) -> None:
+        for cell in itertools.islice(waiting, n_cells):
+            future = client.submit(run_cell, cell, folder / cell.name, pure=False)
+            running[future] = cell
+            completed.add(future)
+
+    try:
+        submit(n_workers)
+        while running:
+            future = next(completed)
+            cell = running.pop(future)
+            try:
+                future.result()
+            except PtychodaskError as error:
+                failed[cell.name] = str(error)
+            bar.note(cell.name)
+            bar.advance()
+            submit(1)
+    finally:
+        client.cancel(list(running))
+    _check_failed(failed, len(cells))
+
+
+def _check_failed(failed: dict[str, str], n_cells: int) -> None:
+    if failed:
+        name, said = next(iter(failed.items()))
+        raise PtychodaskError(
+            f"study: {len(failed)} of {n_cells} cells failed, the others are done; the first is {name}: {said}"
+        )
+
+
+def run_cell(cell: Cell, folder: Path) -> None:
+    """Compute one cell into its folder, from where it was left.
+
+    Parameters
+    ----------
+    cell : Cell
+    folder : Path
+        Takes spec.json first and record.json last.
+    """
+    store, bundle = folder / "scan.zarr", folder / "network.model"
+    lesson = folder / "lesson.zarr" if cell.train["model"] == "baseline" else store
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / SPEC_FILE, _plain(cell))
+    with _ONE_AT_A_TIME:
+        if not store.exists():
+            simulate(store, **cell.simulate, progress=False)
+        if not lesson.exists():
+            seed = cell.simulate["seed"] + LESSON_SEED
+            simulate(lesson, **cell.simulate | {"seed": seed}, progress=False)
+        if not bundle.exists():
+            train(lesson, with_fields(TrainingSpec(), cell.train), out=bundle, resume=True, progress=False)
+        with in_process_client() as client:
+            result = reconstruct(
+                store,
+                load_model(bundle),
+                out=folder / "object.zarr",
+                client=client,
+                overwrite=True,
+                progress=False,
+                **cell.reconstruct,
+            )
+        found = compare({cell.name: result}, truth=store, scan=store, **cell.compare)
+    record = {
+        "r_factor": float(found["r_factor"][0]),
+        "part": found["part"].values.tolist(),
+        "metric": found["metric"].values.tolist(),
+        "value": found["value"][0].transpose("part", "metric").values.tolist(),
+    }
+    _write_json(folder / RECORD_FILE, record)
+
+
+def _write_json(path: Path, values: Any) -> None:
+    """Write a file that is whole whenever it is there."""
+    building = path.with_name(f".{path.name}")
+    building.write_text(json.dumps(values, indent=1) + "\n")
+    building.replace(path)
+
+
+def _read_json(path: Path) -> Any:
+    """What a file holds, None where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise PtychodaskError(f"{path}: cannot be read ({error}); remove its folder, or give another --out") from error
+
+
+def _gathered(spec: StudySpec, cells: dict[tuple[Any, ...], Cell], folder: Path) -> xr.Dataset:
+    """The figures of all cells."""
+    axes = _axes(spec)
+    shape = [len(values) for values in axes.values()]
+    records = [_read_json(folder / cell.name / RECORD_FILE) for cell in cells.values()]
+    parts, metrics = records[0]["part"], records[0]["metric"]
+    value = np.array([record["value"] for record in records]).reshape(*shape, len(parts), len(metrics))
+    r_factor = np.array([record["r_factor"] for record in records]).reshape(shape)
+    diameter, steps = _diameter_px(spec), np.array(steps_px(spec))
+    beside = {"step_px": steps} if spec.spacing == "overlap" else {"overlap": 1 - steps / diameter}
+    return xr.Dataset(
+        {"value": ([*axes, "part", "metric"], value), "r_factor": (list(axes), r_factor)},
+        coords={
+            **{name: list(values) for name, values in axes.items()},
+            "part": parts,
+            "metric": metrics,
+            **{name: (spec.spacing, values) for name, values in beside.items()},
+        },
+        attrs={"probe_diameter_px": diameter, "study": json.dumps(asdict(spec))},
+    )
+
+
+def to_markdown(study: xr.Dataset) -> str:
+    """A study as a Markdown table, one row for each cell and part; a baseline's with gridsize 1 alone.
+
+    Parameters
+    ----------
+    study : xarray.Dataset
+        From `run_study`.
+
+    Returns
+    -------
+    str
+    """
+    metrics = [str(metric) for metric in study["metric"].values]
+    axes = [str(axis) for axis in study["r_factor"].dims]
+    rows = [[*axes, "part", *metrics, "r_factor"]]
+    for key in itertools.product(*(study[axis].values.tolist() for axis in axes)):
+        dose, spacing, gridsize, model, seed = key
+        if model == "baseline" and gridsize != study["gridsize"].values[0]:
+            continue
+        told = [f"{dose:g}", f"{spacing:g}", "1" if model == "baseline" else str(gridsize), model, str(seed)]
+        for part in study["part"].values:
+            figures = [*study["value"].loc[(*key, part)].values, study["r_factor"].loc[key].values]
+            rows.append([*told, str(part), *("" if np.isnan(figure) else f"{figure:.4g}" for figure in figures)])
+    rows.insert(1, [*("---" for _ in (*axes, "part")), *("---:" for _ in (*metrics, "r_factor"))])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _write_all(spec: StudySpec, found: xr.Dataset, cells: dict[tuple[Any, ...], Cell], out: Path) -> None:
+    """Metrics, table and figures of a study."""
+    found.to_dataframe().reset_index().dropna(subset="value").to_csv(out / "metrics.csv", index=False)
+    (out / "table.md").write_text(to_markdown(found))
+    for metric in DRAWN_METRICS:
+        plot_study(found, metric, path=out / f"{metric}.png")
+    pictures = _thumbnails(spec, cells, out / "cells")
+    for part, picture_of in (("amplitude", np.abs), ("phase", np.angle)):
+        plot_contact_sheet({key: picture_of(one) for key, one in pictures.items()}, path=out / f"{part}.png")
+
+
+def _thumbnails(
+    spec: StudySpec, cells: dict[tuple[Any, ...], Cell], folder: Path
+) -> dict[tuple[str, str], NDArray[np.complexfloating[Any, Any]]]:
+    """Objects of the first seed by (network, scan), each scan's truth above; every k-th pixel, gauge removed."""
+    found: dict[tuple[str, str], NDArray[np.complexfloating[Any, Any]]] = {}
+    for (dose, spacing, gridsize, model, seed), cell in cells.items():
+        row = model if model == "baseline" else f"{model}, gridsize {gridsize}"
+        column = f"dose {dose:g}, {spec.spacing.replace('_', ' ')} {spacing:g}"
+        if seed != spec.seed[0] or (row, column) in found:
+            continue
+        ds = open_result(folder / cell.name / "object.zarr")[["object", "weight"]]
+        step = -(-max(ds.sizes.values()) // THUMBNAIL_PIXELS)
+        ds = ds.isel(y=slice(None, None, step), x=slice(None, None, step)).compute()
+        lit = ds["weight"] >= WELL_LIT * ds["weight"].where(ds["weight"] > 0).median()
+        truth = truth_on_pixels(find_truth(folder / cell.name / "scan.zarr"), ds["y"].values, ds["x"].values)
+        found.setdefault(("truth", column), truth)
+        found[row, column] = align_gauge(ds["object"].where(lit).values, truth)[0]
+    return found
