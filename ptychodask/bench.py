@@ -158,13 +158,13 @@ def bench(
         start_up_s = max(run.start_up_s for run in _bare(used, workers, replace(job, n_batches=1)))
         before = _bare(used, workers, job)
         _warm_up(str(scan.store), network, reconstruction, todo, used, len(workers))
-        _on_all(used, forget_peak)
+        on_all(used, forget_peak)
         started = time.perf_counter()
         result = reconstruct(
             str(scan.store), network, reconstruction, out=place / "object.zarr", client=used, progress=progress
         )
         total = time.perf_counter() - started
-        peaks = _on_all(used, peak_above_baseline)
+        peaks = on_all(used, peak_above_baseline)
         after = _bare(used, workers, job)
         return {
             "scan": _about_scan(scan, simulated=store is None),
@@ -398,7 +398,7 @@ def _resident_bytes(field: str) -> int:
     return int(str(_first_of(_STATUS, field)).split()[0]) * 1024
 
 
-def _on_all(client: Any, function: Any) -> dict[str, Any]:
+def on_all(client: Any, function: Any) -> dict[str, Any]:
     """What a function gives in the client's process, the scheduler's and each worker's."""
     return {"client": function(), "scheduler": client.run_on_scheduler(function), **client.run(function)}
 

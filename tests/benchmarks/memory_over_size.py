@@ -1,0 +1,74 @@
+"""Peak memory above the loaded model's of worker, client and scheduler, for scans of growing size.
+
+Each size runs in fresh processes: a client (this module again), a scheduler and one worker. A small scan comes first;
+what is resident then is the baseline. The network gives constants. Scan and groups are made before, elsewhere.
+
+    python -m tests.benchmarks.memory_over_size                          10^4, 10^5, 10^6 patterns
+    python -m tests.benchmarks.memory_over_size --groups-per-chunk 2048  the same chunks whatever the size
+    python -m tests.benchmarks.memory_over_size --quick                  10^3, 10^4
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ptychodask.bench import forget_peak, on_all, peak_above_baseline
+from ptychodask.grouping import GroupingSpec
+from ptychodask.reconstruction import reconstruct
+from ptychodask.store import group
+from tests.benchmarks.measuring import CheapModel, cluster, noisy_scan, parser, tell
+
+N_PIXELS = 16
+MEMBERS = 4
+SMALL = 1000
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.add_argument("--groups-per-chunk", type=int)
+    flags.add_argument("--of", nargs=2, help="store of the small scan, and of the one that is measured")
+    given = flags.parse_args()
+    sizes = {} if given.groups_per_chunk is None else {"groups_per_chunk": given.groups_per_chunk}
+    if given.of:
+        sys.stdout.write(json.dumps(measure(*map(Path, given.of), sizes)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        small = make(Path(folder, "small.zarr"), SMALL)
+        for n_patterns in (10**3, 10**4) if given.quick else (10**4, 10**5, 10**6):
+            store = make(Path(folder, f"{n_patterns}.zarr"), n_patterns)
+            again = [sys.executable, "-m", "tests.benchmarks.memory_over_size", *sys.argv[1:]]
+            told = subprocess.run([*again, "--of", small, store], check=True, capture_output=True).stdout
+            tell("memory_over_size", patterns=n_patterns, **json.loads(told))
+
+
+def make(store: Path, n_patterns: int) -> Path:
+    noisy_scan(store, n_patterns, N_PIXELS)
+    group(store, GroupingSpec(members=MEMBERS))
+    return store
+
+
+def measure(small: Path, store: Path, sizes: dict[str, int]) -> dict[str, Any]:
+    """Peaks in MiB, and how long it took."""
+    model = CheapModel(n_pixels=N_PIXELS, members=MEMBERS)
+    with cluster(1) as (client, _):
+        reconstruct(
+            small, model, out=store.with_name("small.object.zarr"), client=client, overwrite=True, progress=False
+        )
+        on_all(client, forget_peak)
+        result = reconstruct(
+            store, model, out=store.with_name("object.zarr"), client=client, overwrite=True, progress=False, **sizes
+        )
+        peaks = on_all(client, peak_above_baseline)
+    names = ("client_mib", "scheduler_mib", "worker_mib")
+    found = {name: (peak.peak_above_baseline or 0) / 2**20 for name, peak in zip(names, peaks.values(), strict=True)}
+    plan = {name: result.attrs["plan"][name] for name in ("groups_per_chunk", "n_chunks", "n_tiles")}
+    return found | plan | {"seconds": result.attrs["seconds"]["total"]}
+
+
+if __name__ == "__main__":
+    main()
