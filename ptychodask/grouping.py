@@ -180,8 +180,8 @@ def group_positions(
     return np.ascontiguousarray(table[first])
 
 
-def groups_without(member: NDArray[np.int32], drop: Sequence[int]) -> NDArray[np.int32]:
-    """The groups of a member table that have none of some patterns.
+def groups_kept(member: NDArray[np.int32], drop: Sequence[int]) -> NDArray[np.bool_]:
+    """Which groups of a member table have none of some patterns.
 
     Parameters
     ----------
@@ -191,14 +191,14 @@ def groups_without(member: NDArray[np.int32], drop: Sequence[int]) -> NDArray[np
 
     Returns
     -------
-    int32 array (group, channel)
+    bool array (group,)
 
     Examples
     --------
-    >>> groups_without(np.array([[0, 1], [1, 2], [2, 3]]), (0, 7)).tolist()
-    [[1, 2], [2, 3]]
+    >>> groups_kept(np.array([[0, 1], [1, 2], [2, 3]]), (0, 7)).tolist()
+    [False, True, True]
     """
-    return member[~np.isin(member, drop).any(axis=1)] if len(drop) else member
+    return np.asarray(~np.isin(member, drop).any(axis=1))
 
 
 def _nearest(

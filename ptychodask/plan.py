@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -11,12 +12,21 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.grouping import GroupingSpec, Groups, groups_without
+from ptychodask.grouping import GroupingSpec, Groups, groups_kept
 from ptychodask.iterative import patterns_without
-from ptychodask.prediction import PatchModel, recorded_model, resolve_model
+from ptychodask.models.spec import Precision
+from ptychodask.prediction import (
+    ModelReference,
+    PatchModel,
+    PredictionJob,
+    precisions,
+    predict_groups,
+    recorded_model,
+    resolve_model,
+)
 from ptychodask.reassembly import CANVAS_PIXEL_BYTES, Box, Window
-from ptychodask.scan import PtychodaskError, Scan, check_choice
-from ptychodask.store import group, open_scan, read_groups, stored_group_names
+from ptychodask.scan import PtychodaskError, Scan, check_choice, check_positions
+from ptychodask.store import StoredPatterns, group, open_scan, read_groups, stored_group_names
 
 MIB = 2**20
 
@@ -43,6 +53,12 @@ GROUP_CROP = 20
 
 LARGEST = {"batch_size": 2**31, "groups_per_chunk": 2**31, "tile": 2**16}
 """What fields may be at the most: a larger number is a slip of the hand, and a larger tile fits no store."""
+
+NOWHERE = 2**40
+"""A coordinate beyond every object, pixels."""
+
+MEASURE_S = 3.0
+"""How long a speed is measured at the most, after the network is compiled."""
 
 RESULT_PIXEL_BYTES = 20
 """Bytes of one pixel of a result: object, weight, uncertainty and count."""
@@ -80,6 +96,21 @@ class ReconstructionSpec:
     polish: int = 0
     """Data-consistent sweeps over the patterns that the stitched object is polished with."""
 
+    precision: Precision = "float32"
+    """Of the network's convolutions: "mixed" computes them in bfloat16."""
+
+    split_half: bool = False
+    """Stitch every other pattern apart as well, in the same pass: ``object_half`` and ``weight_half``."""
+
+    pyramid: bool = False
+    """Add coarser levels to the result that is written (see `open_result`)."""
+
+    cache: str | Path | None = None
+    """Store of predicted patches (float16): filled by the first run, read in place of the network by later ones."""
+
+    position_yx_px: NDArray[np.float64] | None = field(default=None, compare=False)
+    """Corrected positions, float64 (pattern, 2) in the store's order, at which cached patches are stitched."""
+
     memory_bytes: int = 1024 * MIB
     """Memory that one task may take beside the network itself; automatic sizes keep to it."""
 
@@ -102,6 +133,21 @@ class ReconstructionSpec:
         if not isinstance(self.polish, Integral) or self.polish < 0:
             raise PtychodaskError(
                 f"reconstruct: polish is {self.polish!r}, expected a whole number of sweeps, 0 or more"
+            )
+        check_choice("precision", self.precision, get_args(Precision), "reconstruct")
+        if self.polish and self.split_half:
+            raise PtychodaskError(
+                f"reconstruct: polish={self.polish} with split_half=True: sweeps join the halves; leave one away"
+            )
+        if self.position_yx_px is not None and self.cache is None:
+            raise PtychodaskError(
+                "reconstruct: position_yx_px without cache=: a network reads offsets between the positions that are "
+                "stored; name a cache of patches, or ingest with the corrected positions"
+            )
+        if self.polish and self.position_yx_px is not None:
+            raise PtychodaskError(
+                f"reconstruct: polish={self.polish} with position_yx_px: sweeps take the stored positions; "
+                "ingest with the corrected ones"
             )
         if self.polish and self.roi is not None:
             raise PtychodaskError(
@@ -202,6 +248,12 @@ class Plan:
     reassemble_bytes: int
     """Memory of the largest task that reassembles."""
 
+    read_amplification: float
+    """Patterns that are decompressed for each that is read once: stored chunks are read whole, rims more than once."""
+
+    groups_per_s: float | None = None
+    """Measured speed of one process, reading included; None where it was not asked for."""
+
     def summary(self) -> dict[str, Any]:
         """The plan's sizes as plain values."""
         return {
@@ -217,6 +269,7 @@ class Plan:
             "n_tiles": len(self.tiles),
             "predict_bytes": self.predict_bytes,
             "reassemble_bytes": self.reassemble_bytes,
+            "read_amplification": self.read_amplification,
         }
 
     def __str__(self) -> str:
@@ -229,11 +282,16 @@ class Plan:
             "window": f"{self.window}, {self.crop} x {self.crop}, a patch per {self.output}",
             "object": f"{height:,} x {width:,} px from (y, x) = {self.box.corner}, "
             f"{self.box.n_pixels * RESULT_PIXEL_BYTES / MIB:,.0f} MiB",
+            "read": f"{self.read_amplification:.2f} patterns decompressed for each",
             "predict": f"{len(self.chunks):,} tasks of {self.groups_per_chunk:,} groups, batches of {self.batch_size}",
             "reassemble": f"{len(self.tiles):,} tiles of {self.tile} x {self.tile} px, at most {most} chunks each",
             "memory": f"{self.predict_bytes / MIB:,.1f} MiB to predict, {self.reassemble_bytes / MIB:,.1f} MiB to "
             f"reassemble, {budget} a task",
         }
+        if self.groups_per_s is not None:
+            rows["time"] = (
+                f"about {self.n_groups / self.groups_per_s:,.0f} s in one process, at {self.groups_per_s:,.0f} groups/s"
+            )
         return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
 
 
@@ -244,7 +302,11 @@ class _Network(NamedTuple):
 
 
 def plan(
-    store: str | Path, model: str | Path | PatchModel | None = None, spec: ReconstructionSpec = ReconstructionSpec()
+    store: str | Path,
+    model: str | Path | PatchModel | None = None,
+    spec: ReconstructionSpec = ReconstructionSpec(),
+    *,
+    measure: bool = False,
 ) -> Plan:
     """What `reconstruct` would do, without doing it.
 
@@ -255,6 +317,8 @@ def plan(
         By default the one that the store records; a store without any is planned for a patch per member, with the
         group table of the spec.
     spec : ReconstructionSpec
+    measure : bool
+        Predict for a few seconds in this process, to tell how long it will take.
 
     Returns
     -------
@@ -263,7 +327,8 @@ def plan(
     Raises
     ------
     PtychodaskError
-        If the model does not fit the scan, the region lies outside it, or a task would not fit into the memory.
+        If the model does not fit the scan, the region lies outside it, or a task would not fit into the memory; or if
+        there is no model to measure.
 
     Notes
     -----
@@ -271,22 +336,120 @@ def plan(
     does not depend on where it was made. A group table that is missing is made and stored.
     """
     scan = open_scan(store)
-    if model is None and (spec.groups is not None or recorded_model(scan) is None):
+    if model is None and not measure and (spec.groups is not None or recorded_model(scan) is None):
         groups = _default_groups(scan, spec)
         return make_plan(scan, groups, _Network(groups.spec.members, scan.n_pixels, "member"), spec)
     network = resolve_model(scan, model)
-    return plan_for(scan, network, spec)
+    todo = plan_for(scan, network, spec)
+    return replace(todo, groups_per_s=_measured_rate(todo, network, scan, spec)) if measure else todo
+
+
+def prediction_job(todo: Plan, model: PatchModel, scan: Scan, spec: ReconstructionSpec) -> PredictionJob:
+    """What the tasks of a plan know of their model and of the scan."""
+    return PredictionJob(
+        todo.store,
+        todo.data_hash,
+        todo.groups,
+        ModelReference.to(model.bind(scan)),
+        todo.batch_size,
+        tuple(spec.drop),
+        spec.precision,
+    )
+
+
+def _measured_rate(todo: Plan, model: PatchModel, scan: Scan, spec: ReconstructionSpec) -> float:
+    """Groups per second of this process, compiling left out, reading included."""
+    job = prediction_job(todo, model, scan, spec)
+    chunk = todo.chunks[0]
+    next(predict_groups([job], chunk.start, min(chunk.start + todo.batch_size, chunk.stop), {}))
+    n_groups, started = 0, time.perf_counter()
+    for chunk in todo.chunks:
+        for _, batch in predict_groups([job], chunk.start, chunk.stop, {}):
+            n_groups += len(batch.pattern) // (todo.members if todo.output == "member" else 1)
+            if time.perf_counter() - started > MEASURE_S:
+                return n_groups / (time.perf_counter() - started)
+    return n_groups / (time.perf_counter() - started)
 
 
 def plan_for(scan: Scan, model: PatchModel, spec: ReconstructionSpec) -> Plan:
     """The plan of a scan that is open already, for a model that is loaded already (see `plan`)."""
+    groups, network = _groups_and_network(scan, model, spec)
+    return make_plan(scan, groups, network, spec)
+
+
+def plan_together(scan: Scan, models: Mapping[str, PatchModel], spec: ReconstructionSpec) -> dict[str, Plan]:
+    """Plans of several models that share object, chunks and tiles, so that one pass over the patterns serves all.
+
+    Parameters
+    ----------
+    scan : Scan
+    models : dict of label to model
+    spec : ReconstructionSpec
+
+    Returns
+    -------
+    dict of label to Plan
+        Each with the bytes of a task that predicts all.
+
+    Raises
+    ------
+    PtychodaskError
+        As `plan`, or if the models' group tables do not follow the same seeds.
+    """
+    parts = {label: _groups_and_network(scan, model, spec) for label, model in models.items()}
+    _check_same_seeds(scan, {label: groups for label, (groups, _) in parts.items()})
+    share = replace(spec, memory_bytes=max(1, spec.memory_bytes // len(models)))
+    alone = [make_plan(scan, groups, network, share) for groups, network in parts.values()]
+    box = Box(
+        min(one.box.y0 for one in alone),
+        max(one.box.y1 for one in alone),
+        min(one.box.x0 for one in alone),
+        max(one.box.x1 for one in alone),
+    )
+    common = replace(share, groups_per_chunk=min(one.groups_per_chunk for one in alone), tile=spec.tile or _tile(box))
+    plans = {label: make_plan(scan, *part, common, box=box) for label, part in parts.items()}
+    chunks = _united(plan.chunks for plan in plans.values())
+    tiles = _tiles(box, int(common.tile or 0), chunks)
+    n_bytes = sum(one.predict_bytes for one in plans.values())
+    return {
+        label: replace(one, chunks=chunks, tiles=tiles, predict_bytes=n_bytes, memory_bytes=int(spec.memory_bytes))
+        for label, one in plans.items()
+    }
+
+
+def _check_same_seeds(scan: Scan, groups: Mapping[str, Groups]) -> None:
+    (first, table), *others = groups.items()
+    for label, other in others:
+        if len(other) != len(table) or (other.member[:, 0] != table.member[:, 0]).any():
+            raise PtychodaskError(
+                f"{scan.store}: group tables '{table.name}' of {first} and '{other.name}' of {label} do not have the "
+                "same seeds, so they cannot share a pass; reconstruct with one model at a time"
+            )
+
+
+def _united(chunks: Iterable[Sequence[Chunk]]) -> tuple[Chunk, ...]:
+    """Chunks of several plans with the same rows, each over the box that holds all of its namesakes."""
+    boxes: dict[tuple[int, int], Box] = {}
+    for chunk in (chunk for plan_chunks in chunks for chunk in plan_chunks):
+        rows, box = (chunk.start, chunk.stop), chunk.box
+        known = boxes.get(rows, box)
+        boxes[rows] = Box(min(known.y0, box.y0), max(known.y1, box.y1), min(known.x0, box.x0), max(known.x1, box.x1))
+    return tuple(Chunk(start, stop, box) for (start, stop), box in sorted(boxes.items()))
+
+
+def _groups_and_network(scan: Scan, model: PatchModel, spec: ReconstructionSpec) -> tuple[Groups, _Network]:
     if model.n_pixels != scan.n_pixels:
         raise PtychodaskError(
             f"{scan.store}: patterns are {scan.n_pixels} pixels wide, the {model.kind} takes {model.n_pixels}; "
             f"ingest with n_pixels={model.n_pixels}, or pass another model"
         )
+    if spec.precision not in precisions(model):
+        raise PtychodaskError(
+            f"reconstruct: precision is {spec.precision!r}, the {model.kind} computes in: "
+            f"{', '.join(precisions(model))}; leave precision away"
+        )
     groups = _groups_of(scan, spec.groups, model.members)
-    return make_plan(scan, groups, _Network(model.members, model.n_pixels, model.output), spec)
+    return groups, _Network(model.members, model.n_pixels, model.output)
 
 
 def _default_groups(scan: Scan, spec: ReconstructionSpec) -> Groups:
@@ -334,7 +497,9 @@ def _groups_of(scan: Scan, groups: str | GroupingSpec | None, members: int) -> G
     )
 
 
-def make_plan(scan: Scan, groups: Groups, network: _Network, spec: ReconstructionSpec) -> Plan:
+def make_plan(
+    scan: Scan, groups: Groups, network: _Network, spec: ReconstructionSpec, *, box: Box | None = None
+) -> Plan:
     """The plan of a scan, from its positions and member table alone.
 
     Parameters
@@ -344,6 +509,8 @@ def make_plan(scan: Scan, groups: Groups, network: _Network, spec: Reconstructio
     groups : Groups
     network : (members, n_pixels, output)
     spec : ReconstructionSpec
+    box : Box, optional
+        The object, where it is not that of these groups alone.
 
     Returns
     -------
@@ -354,12 +521,13 @@ def make_plan(scan: Scan, groups: Groups, network: _Network, spec: Reconstructio
     PtychodaskError
         See `plan`.
     """
-    groups = _without_dropped(scan, groups, spec)
+    kept = _kept_groups(scan, groups, spec)
     window, crop = _window_and_crop(spec, network)
-    footprints = _footprints(scan.position_yx_px, groups.member, network.output, crop)
-    box = _object_box(footprints, spec.roi, str(scan.store))
-    batch_size = _batch_size(spec, network, len(groups))
-    size, chunks, predict_bytes = _fitting_chunks(scan, groups, network, footprints, box, batch_size, spec)
+    position = _stitching_positions(scan, spec)
+    footprints = _footprints(position, groups.member, network.output, crop, kept)
+    box = _object_box(footprints, spec.roi, str(scan.store)) if box is None else box
+    batch_size = _batch_size(spec, network, int(kept.sum()))
+    size, chunks, predict_bytes = _fitting_chunks(scan, groups, network, footprints, box, batch_size, spec, kept)
     tile = int(spec.tile or _tile(box))
     tiles = _tiles(box, tile, chunks)
     reassemble_bytes = max(_reassemble_bytes(part, chunks) for part in tiles)
@@ -370,6 +538,8 @@ def make_plan(scan: Scan, groups: Groups, network: _Network, spec: Reconstructio
             f"than {size}, or a larger memory_bytes="
         )
     rows = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
+    rows = rows[kept[rows]]
+    n_patterns = int(np.count_nonzero(np.bincount(groups.member[rows].ravel())))
     return Plan(
         store=str(Path(str(scan.store)).resolve()),
         data_hash=scan.data_hash,
@@ -384,25 +554,33 @@ def make_plan(scan: Scan, groups: Groups, network: _Network, spec: Reconstructio
         tile=tile,
         memory_bytes=int(spec.memory_bytes),
         n_groups=len(rows),
-        n_patterns=int(np.count_nonzero(np.bincount(groups.member[rows].ravel()))),
+        n_patterns=n_patterns,
         box=box,
         chunks=chunks,
         tiles=tiles,
         predict_bytes=predict_bytes,
         reassemble_bytes=reassemble_bytes,
+        read_amplification=_patterns_decompressed(scan, groups.member[rows], rows // size) / n_patterns,
     )
 
 
-def _without_dropped(scan: Scan, groups: Groups, spec: ReconstructionSpec) -> Groups:
-    """The groups that are left without the patterns that the spec drops."""
+def _kept_groups(scan: Scan, groups: Groups, spec: ReconstructionSpec) -> NDArray[np.bool_]:
+    """Which groups have none of the patterns that the spec drops."""
     _ = patterns_without(scan, spec.drop)
-    member = groups_without(groups.member, tuple(spec.drop))
-    if not len(member):
+    kept = groups_kept(groups.member, tuple(spec.drop))
+    if not kept.any():
         raise PtychodaskError(
             f"{scan.store}: each of the {len(groups)} groups of '{groups.name}' has one of the {len(spec.drop)} "
             "patterns to drop; drop fewer"
         )
-    return replace(groups, member=member)
+    return kept
+
+
+def _stitching_positions(scan: Scan, spec: ReconstructionSpec) -> NDArray[np.float64]:
+    if spec.position_yx_px is None:
+        return scan.position_yx_px
+    check_positions(spec.position_yx_px, scan.n_patterns, "position_yx_px")
+    return spec.position_yx_px
 
 
 def _window_and_crop(spec: ReconstructionSpec, network: _Network) -> tuple[Window, int]:
@@ -415,14 +593,18 @@ def _window_and_crop(spec: ReconstructionSpec, network: _Network) -> tuple[Windo
 
 
 def _footprints(
-    position_yx_px: NDArray[np.float64], member: NDArray[np.int32], output: str, crop: int
+    position_yx_px: NDArray[np.float64], member: NDArray[np.int32], output: str, crop: int, kept: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First pixel (y, x) that each group's patches reach, and the one after the last; int64 (group, 2)."""
+    """First pixel (y, x) that each group's patches reach, and the one after the last; int64 (group, 2).
+
+    Those of groups that are not kept reach nothing: they begin after they end.
+    """
     position = position_yx_px[member]
     if output == "group":
         position = position.mean(axis=1, keepdims=True)
     first = np.floor(position.min(axis=1) - crop / 2).astype(np.int64)
     last = np.floor(position.max(axis=1) - crop / 2).astype(np.int64) + crop + 1
+    first[~kept], last[~kept] = NOWHERE, -NOWHERE
     return first, last
 
 
@@ -467,11 +649,13 @@ def _fitting_chunks(
     box: Box,
     batch_size: int,
     spec: ReconstructionSpec,
+    kept: NDArray[np.bool_],
 ) -> tuple[int, tuple[Chunk, ...], int]:
     """Groups per chunk, the chunks, and the memory of the largest; halved until they fit where that is automatic."""
     size = int(spec.groups_per_chunk or _groups_per_chunk(network, batch_size, len(groups)))
+    canvases = 2 if spec.split_half else 1
     while True:
-        chunks, n_bytes = _chunks(scan, groups, network, footprints, box, batch_size, size)
+        chunks, n_bytes = _chunks(scan, groups, network, footprints, box, batch_size, size, kept, canvases)
         if not chunks:
             raise PtychodaskError(f"{scan.store}: no pattern reaches roi {spec.roi}; pass another one")
         if max(n_bytes) <= spec.memory_bytes:
@@ -495,12 +679,14 @@ def _chunks(
     box: Box,
     batch_size: int,
     size: int,
+    kept: NDArray[np.bool_],
+    canvases: int,
 ) -> tuple[tuple[Chunk, ...], list[int]]:
     """Chunks of `size` groups that meet the object, and the memory that predicting each of them takes."""
     first, last = footprints
     starts = np.arange(0, len(groups), size)
     low, high = np.minimum.reduceat(first, starts), np.maximum.reduceat(last, starts)
-    patterns = _patterns_in_chunks(groups.member, size, scan.n_patterns)
+    patterns = _patterns_in_chunks(groups.member, size, scan.n_patterns, kept)
     batch_bytes = batch_size * network.members * network.n_pixels**2 * (2 * 4 + 2 * 8)
     pattern_bytes = network.n_pixels**2 * (scan.diffraction.dtype.itemsize + 4)
     chunks, n_bytes = [], []
@@ -508,15 +694,30 @@ def _chunks(
         own = Box(int(low[index, 0]), int(high[index, 0]), int(low[index, 1]), int(high[index, 1])).overlap(box)
         if own.n_pixels:
             chunks.append(Chunk(start, min(start + size, len(groups)), own))
-            n_bytes.append(int(patterns[index]) * pattern_bytes + batch_bytes + own.n_pixels * CANVAS_PIXEL_BYTES)
+            n_bytes.append(
+                int(patterns[index]) * pattern_bytes + batch_bytes + own.n_pixels * CANVAS_PIXEL_BYTES * canvases
+            )
     return tuple(chunks), n_bytes
 
 
-def _patterns_in_chunks(member: NDArray[np.int32], size: int, n_patterns: int) -> NDArray[np.int64]:
+def _patterns_in_chunks(
+    member: NDArray[np.int32], size: int, n_patterns: int, kept: NDArray[np.bool_]
+) -> NDArray[np.int64]:
     """Different patterns that each chunk of `size` groups reads."""
-    chunk = np.arange(len(member), dtype=np.int64) // size
-    pairs = np.unique(chunk[:, None] * n_patterns + member)
-    return np.bincount(pairs // n_patterns)
+    chunk = np.flatnonzero(kept) // size
+    pairs = np.unique(chunk[:, None] * n_patterns + member[kept])
+    return np.bincount(pairs // n_patterns, minlength=-(-len(member) // size))
+
+
+def _patterns_decompressed(scan: Scan, member: NDArray[np.int32], chunk: NDArray[np.int64]) -> int:
+    """Patterns in the stored chunks that are read for groups in chunks, each as often as it is read."""
+    assert isinstance(scan.diffraction, StoredPatterns)
+    per_stored = scan.diffraction.chunk_patterns
+    n_stored = -(-scan.n_patterns // per_stored)
+    read = np.unique(chunk[:, None] * n_stored + member // per_stored)
+    sizes = np.full(n_stored, per_stored)
+    sizes[-1] = scan.n_patterns - (n_stored - 1) * per_stored
+    return int(sizes[read % n_stored].sum())
 
 
 def _tiles(box: Box, tile: int, chunks: tuple[Chunk, ...]) -> tuple[Tile, ...]:

@@ -137,7 +137,7 @@ def hold_tile(job: PredictionJob, tile: Box, box: Box, stitched: NDArray[np.comp
     -------
     HeldLight
     """
-    scan, _ = open_source(job)
+    scan = open_source(job)
     kept = patterns_without(scan, job.drop)
     light, hold = held_light(scan.probe, scan.position_yx_px[kept], box.corner, box.shape)
     start = np.full(box.shape, mean, np.complex64)
@@ -161,7 +161,7 @@ def change_part(job: PredictionJob, part: PolishPart, objects: list[NDArray[np.c
     -------
     PartChange
     """
-    scan, _ = open_source(job)
+    scan = open_source(job)
     whole = np.empty(part.box.shape, np.complex64)
     for box, object_ in zip(part.tile_boxes, objects, strict=True):
         shared = part.box.overlap(box)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask import models
-from ptychodask.grouping import groups_without
+from ptychodask.grouping import groups_kept
+from ptychodask.models.spec import Precision
 from ptychodask.scan import PtychodaskError, Scan
-from ptychodask.store import open_scan, read_groups
+from ptychodask.store import ScanReader, open_scan
 
 MODEL_ORDER = ("pinn", "baseline")
 """Kinds of recorded models, the one that is taken first in front."""
@@ -118,7 +119,10 @@ class PredictionJob:
     """Groups in one call of the network."""
 
     drop: tuple[int, ...] = ()
-    """Patterns whose groups are left out of the table."""
+    """Patterns whose groups are left out."""
+
+    precision: Precision = "float32"
+    """Of the network's convolutions."""
 
 
 class PatchBatch(NamedTuple):
@@ -129,6 +133,9 @@ class PatchBatch(NamedTuple):
 
     position_yx_px: NDArray[np.float64]
     """Coordinates (y, x) of element [N//2, N//2] of each patch, float64 (n, 2)."""
+
+    pattern: NDArray[np.integer[Any]]
+    """The pattern of each patch, of a group's patch its seed (n,)."""
 
 
 class _ProcessCache(Generic[Cached]):
@@ -149,7 +156,8 @@ class _ProcessCache(Generic[Cached]):
 
 
 # Per process and not per Dask worker: the threaded scheduler has no worker, and one process may hold several.
-_SOURCES: _ProcessCache[tuple[Scan, NDArray[np.int32]]] = _ProcessCache()
+_SCANS: _ProcessCache[Scan] = _ProcessCache()
+_READERS: _ProcessCache[ScanReader] = _ProcessCache()
 _PREDICTORS: _ProcessCache[Predict] = _ProcessCache()
 _DEVICE = threading.Lock()
 
@@ -227,77 +235,135 @@ def stage(seconds: dict[str, float], name: str) -> Iterator[None]:
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def predict_groups(job: PredictionJob, start: int, stop: int, seconds: dict[str, float]) -> Iterator[PatchBatch]:
-    """Patches of consecutive groups, batch by batch.
+def predict_groups(
+    jobs: Sequence[PredictionJob], start: int, stop: int, seconds: dict[str, float]
+) -> Iterator[tuple[int, PatchBatch]]:
+    """Patches of consecutive groups, batch by batch, from one reading of their patterns.
 
     Parameters
     ----------
-    job : PredictionJob
+    jobs : sequence of PredictionJob
+        Of one store, one for each model.
     start, stop : int
-        Rows of the group table.
+        Rows of each job's group table.
     seconds : dict
-        Takes the wall time of the stages ``load``, ``read`` and ``predict``.
+        Takes the wall time of the stages ``load``, ``read``, ``gather`` and ``predict``.
 
     Yields
     ------
+    number : int
+        Which job.
     PatchBatch
         Patches in the order of the rows (and, for "member" models, of the members in each).
 
     Raises
     ------
     PtychodaskError
-        If the store changed since it was planned, or the network returns values that are not finite.
+        If the store changed since it was planned, or a network returns values that are not finite.
 
     Notes
     -----
     Patterns are read outside the device lock, so that one thread reads while another predicts.
     """
-    with stage(seconds, "load"):
-        scan, table = open_source(job)
-        key = (job.model.content_hash, job.data_hash, job.batch_size)
-        predict = _PREDICTORS.get(key, lambda: job.model.load().bind(scan).compile(job.batch_size))
-    member = table[start:stop]
     with stage(seconds, "read"):
-        wanted, row = np.unique(member, return_inverse=True)
-        patterns = scan.network_input(wanted)
-    row = row.reshape(member.shape)
-    position = scan.position_yx_px[member]
+        reader = open_reader(jobs[0])
+        rows = [_rows_of(reader, job, start, stop) for job in jobs]
+        wanted = np.unique(np.concatenate([member.ravel() for _, member in rows]))
+        part = reader.part(wanted)
+        patterns = part.network_input(slice(None))
+    for number, (job, (row, member)) in enumerate(zip(jobs, rows, strict=True)):
+        with stage(seconds, "load"):
+            predict = _predictor(job, part)
+        places = np.searchsorted(wanted, member)
+        for batch in _predict_rows(job, predict, patterns, part.position_yx_px, places, row, seconds):
+            yield number, batch._replace(pattern=wanted[batch.pattern])
+
+
+def _rows_of(
+    reader: ScanReader, job: PredictionJob, start: int, stop: int
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Rows of a job's group table, and their members, less those that it drops."""
+    member = reader.member(job.groups, start, stop)
+    if len(member) != stop - start:
+        raise _changed(job)
+    kept = groups_kept(member, job.drop)
+    return np.arange(start, stop)[kept], member[kept]
+
+
+def _predictor(job: PredictionJob, part: Scan) -> Predict:
+    key = (job.model.content_hash, job.data_hash, job.batch_size, job.precision)
+    return _PREDICTORS.get(key, lambda: compile_model(job.model.load().bind(part), job.batch_size, job.precision))
+
+
+def compile_model(model: PatchModel, batch_size: int, precision: Precision) -> Predict:
+    """A model's call of one batch size, in a precision that `precisions` says it has."""
+    return model.compile(batch_size) if precision == "float32" else model.compile(batch_size, precision)  # type: ignore[call-arg]
+
+
+def precisions(model: PatchModel) -> tuple[Precision, ...]:
+    """Precisions that a model computes in; one that says nothing computes in float32 alone."""
+    return getattr(model, "precisions", ("float32",))
+
+
+def _predict_rows(
+    job: PredictionJob,
+    predict: Predict,
+    patterns: NDArray[np.float32],
+    position_yx_px: NDArray[np.float64],
+    places: NDArray[np.int64],
+    row: NDArray[np.int64],
+    seconds: dict[str, float],
+) -> Iterator[PatchBatch]:
+    """Patches of groups whose members lie at `places` in the patterns; they name patterns by their places."""
+    position = position_yx_px[places]
     centre = position.mean(axis=1)
     offset = (position - centre[:, None]).astype(np.float32)
-    for first in range(0, len(member), job.batch_size):
+    for first in range(0, len(places), job.batch_size):
         # The compiled call has one batch shape, so the last batch is padded (with its last group) and cut.
-        batch = np.minimum(np.arange(first, first + job.batch_size), len(member) - 1)
-        n_real = min(job.batch_size, len(member) - first)
-        x = np.ascontiguousarray(np.moveaxis(patterns[row[batch]], 1, -1))
+        batch = np.minimum(np.arange(first, first + job.batch_size), len(places) - 1)
+        n_real = min(job.batch_size, len(places) - first)
+        real = batch[:n_real]
+        with stage(seconds, "gather"):
+            x = np.ascontiguousarray(np.moveaxis(patterns[places[batch]], 1, -1))
         with _DEVICE, stage(seconds, "predict"):
             patches = np.asarray(predict(x, offset[batch]))[:n_real]
-        _check_patches(patches, x.shape, f"groups {start + first}..{start + first + n_real - 1} of '{job.groups}'")
-        real = batch[:n_real]
-        at_members = patches.ndim == 4
-        yield PatchBatch(
-            patches.reshape(-1, *patches.shape[-2:]), position[real].reshape(-1, 2) if at_members else centre[real]
-        )
+        _check_patches(patches, x.shape, f"groups {row[real[0]]}..{row[real[-1]]} of '{job.groups}'")
+        if patches.ndim == 4:
+            yield PatchBatch(
+                patches.reshape(-1, *patches.shape[-2:]), position[real].reshape(-1, 2), places[real].reshape(-1)
+            )
+        else:
+            yield PatchBatch(patches, centre[real], places[real, 0])
 
 
-def open_source(job: PredictionJob) -> tuple[Scan, NDArray[np.int32]]:
-    """The scan and the member table (group, channel) of a job, less what it drops, opened once per process.
-
-    Raises
-    ------
-    PtychodaskError
-        If the store changed since it was planned.
-    """
-    return _SOURCES.get((job.data_hash, job.store, job.groups, job.drop), lambda: _open_source(job))
+def open_reader(job: PredictionJob) -> ScanReader:
+    """The store of a job, opened once per process; raises `PtychodaskError` if it changed since it was planned."""
+    return _READERS.get((job.data_hash, job.store), lambda: _open_reader(job))
 
 
-def _open_source(job: PredictionJob) -> tuple[Scan, NDArray[np.int32]]:
+def _open_reader(job: PredictionJob) -> ScanReader:
+    reader = ScanReader(job.store)
+    if reader.data_hash != job.data_hash:
+        raise _changed(job)
+    return reader
+
+
+def open_source(job: PredictionJob) -> Scan:
+    """The scan of a job, opened once per process; raises `PtychodaskError` if it changed since it was planned."""
+    return _SCANS.get((job.data_hash, job.store), lambda: _open_source(job))
+
+
+def _open_source(job: PredictionJob) -> Scan:
     scan = open_scan(job.store)
-    groups = read_groups(job.store, job.groups)
-    if groups is None or scan.data_hash != job.data_hash:
-        raise PtychodaskError(
-            f"{job.store}: its data or its group table '{job.groups}' changed since the plan; plan again"
-        )
-    return scan, groups_without(groups.member, job.drop)
+    if scan.data_hash != job.data_hash:
+        raise _changed(job)
+    return scan
+
+
+def _changed(job: PredictionJob) -> PtychodaskError:
+    return PtychodaskError(
+        f"{job.store}: its data or its group table '{job.groups}' changed since the plan; plan again"
+    )
 
 
 def _check_patches(patches: NDArray[Any], input_shape: tuple[int, ...], what: str) -> None:

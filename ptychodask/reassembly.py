@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numba
@@ -240,6 +242,29 @@ def crop(canvas: Canvas, box: Box) -> Canvas:
 def _window_of(canvas: Canvas, box: Box) -> tuple[slice, slice]:
     (y, x) = canvas.corner
     return slice(box.y0 - y, box.y1 - y), slice(box.x0 - x, box.x1 - x)
+
+
+PIXEL = np.dtype(
+    [("weighted", np.complex128), ("weight", np.float64), ("weighted_square", np.float64), ("count", np.int32)]
+)
+"""One pixel of a canvas on disk."""
+
+
+def save_canvas(canvas: Canvas, path: Path) -> None:
+    """Write a canvas into a file that appears when it is whole; `open_canvas` reads it back, bit by bit the same."""
+    pixels = np.empty(canvas.weight.shape, PIXEL)
+    for name in PIXEL.names or ():
+        pixels[name] = getattr(canvas, name)
+    being_written = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    with being_written.open("wb") as file:
+        np.save(file, pixels, allow_pickle=False)
+    being_written.replace(path)
+
+
+def open_canvas(path: Path, corner: tuple[int, int]) -> Canvas:
+    """A canvas that `save_canvas` wrote, with its corner (y, x); its sums stay on disk and cannot be written into."""
+    pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+    return Canvas(corner, **{name: pixels[name] for name in PIXEL.names or ()})
 
 
 def finish(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,45 @@ VARIABLES: dict[str, tuple[type, Any, str]] = {
 }
 """Data variables of a result: dtype, value where no patch reached, meaning."""
 
-TileArrays = tuple[NDArray[np.complex64], NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]
-"""object, weight, uncertainty and count of one tile, as `reassembly.finish` gives them."""
+HALF_VARIABLES: dict[str, tuple[type, Any, str]] = {
+    "object_half": (np.complex64, complex(np.nan, np.nan), "object from every other pattern"),
+    "weight_half": (np.float32, 0.0, "sum of the weights of the patches of one half"),
+}
+"""Data variables of a result that was split: they have a dimension `half` of 2."""
+
+TileArrays = dict[str, NDArray[Any]]
+"""One tile of each data variable, by name."""
+
+PYRAMID = "pyramid"
+"""Group of a result store that holds the coarser levels, named 1, 2, ..."""
+
+COARSEST_PIXELS = 512
+"""Pixels along the longer side that the coarsest level of a pyramid stays below."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a result has beside the plane of its pixels."""
+
+    methods: tuple[str, ...] = ()
+    """Labels of the models where there are several: the dimension `method`."""
+
+    split_half: bool = False
+    """The two halves are there too."""
+
+    @property
+    def variables(self) -> dict[str, tuple[type, Any, str]]:
+        """Data variables: dtype, fill value, meaning."""
+        return VARIABLES | (HALF_VARIABLES if self.split_half else {})
+
+    def dims(self, name: str) -> tuple[str, ...]:
+        """Dimensions of a data variable."""
+        return (*(("method",) if self.methods else ()), *(("half",) if name in HALF_VARIABLES else ()), "y", "x")
+
+    def shape(self, name: str, plane: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of a data variable over a plane of pixels (y, x)."""
+        sizes = {"method": len(self.methods), "half": 2, "y": plane[0], "x": plane[1]}
+        return tuple(sizes[dim] for dim in self.dims(name))
 
 
 def make_dataset(
@@ -46,6 +84,8 @@ def make_dataset(
     *,
     pixel_size_m: float | None,
     attributes: dict[str, Any],
+    layers: Layers = Layers(),
+    **halves: Any,
 ) -> xr.Dataset:
     """The Dataset of a reconstructed object.
 
@@ -61,6 +101,10 @@ def make_dataset(
         Size of an object pixel, metres; adds the coordinates ``y_m`` and ``x_m``.
     attributes : dict
         Plain values for JSON: hashes, plan, versions, rates.
+    layers : Layers
+        Where there are several methods, each array has them as its first axis.
+    **halves : array
+        ``object_half`` and ``weight_half`` (half, y, x), where the layers have them.
 
     Returns
     -------
@@ -74,20 +118,23 @@ def make_dataset(
     >>> ds.y.values.tolist(), ds.x.values.tolist()
     ([-1.0, 0.0], [4.0, 5.0, 6.0])
     """
-    arrays = {"object": object, "weight": weight, "uncertainty": uncertainty, "count": count}
+    arrays = {"object": object, "weight": weight, "uncertainty": uncertainty, "count": count, **halves}
     return xr.Dataset(
         {
-            name: (("y", "x"), array.astype(VARIABLES[name][0], copy=False), {"long_name": VARIABLES[name][2]})
-            for name, array in arrays.items()
+            name: (layers.dims(name), arrays[name].astype(dtype, copy=False), {"long_name": meaning})
+            for name, (dtype, _, meaning) in layers.variables.items()
         },
-        coords=_coordinates(object.shape, corner, pixel_size_m),
-        attrs={**attributes, **_own_attributes(pixel_size_m)},
+        coords=_coordinates(object.shape[-2:], corner, pixel_size_m)
+        | ({"method": list(layers.methods)} if layers.methods else {}),
+        attrs={**attributes, **_own_attributes(pixel_size_m, layers)},
     )
 
 
-def _own_attributes(pixel_size_m: float | None) -> dict[str, Any]:
-    own = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    return own if pixel_size_m is None else {**own, "pixel_size_m": float(pixel_size_m)}
+def _own_attributes(pixel_size_m: float | None, layers: Layers) -> dict[str, Any]:
+    own: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    own |= {} if pixel_size_m is None else {"pixel_size_m": float(pixel_size_m)}
+    # Labels are an attribute, for Zarr format 3 has no settled type of text.
+    return own | ({"methods": list(layers.methods)} if layers.methods else {})
 
 
 def _coordinates(shape: tuple[int, ...], corner: tuple[int, int], pixel_size_m: float | None) -> dict[str, Any]:
@@ -101,7 +148,13 @@ def _coordinates(shape: tuple[int, ...], corner: tuple[int, int], pixel_size_m: 
 
 
 def create_result(
-    path: Path, shape: tuple[int, int], corner: tuple[int, int], tile: int, *, pixel_size_m: float | None
+    path: Path,
+    shape: tuple[int, int],
+    corner: tuple[int, int],
+    tile: int,
+    *,
+    pixel_size_m: float | None,
+    layers: Layers = Layers(),
 ) -> None:
     """An empty result store for tiles to be written into; it stays unfinished until `finish_result`.
 
@@ -114,27 +167,37 @@ def create_result(
     tile : int
         Pixels across a tile; one shard, so that no two tiles share a file.
     pixel_size_m : float or None
+    layers : Layers
     """
     root = zarr.create_group(path, zarr_format=3, overwrite=True)
-    root.attrs.update({**_own_attributes(pixel_size_m), "state": "writing"})
-    chunk = CHUNK_PIXELS if tile % CHUNK_PIXELS == 0 else tile
-    for name, (dtype, fill, meaning) in VARIABLES.items():
-        array = root.create_array(
-            name,
-            shape=shape,
-            dtype=dtype,
-            chunks=(chunk, chunk),
-            shards=(tile, tile),
-            fill_value=dtype(fill),
-            compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.bitshuffle),
-            dimension_names=("y", "x"),
-        )
-        array.attrs["long_name"] = meaning
-        if pixel_size_m is not None:
-            # The CF convention by which xarray tells coordinates from data.
-            array.attrs["coordinates"] = "y_m x_m"
+    root.attrs.update({**_own_attributes(pixel_size_m, layers), "state": "writing"})
+    for name in layers.variables:
+        _create_variable(root, name, shape, tile, pixel_size_m, layers)
     for name, (dim, values, attributes) in _coordinates(shape, corner, pixel_size_m).items():
         root.create_array(name, data=values, chunks=values.shape, dimension_names=(dim,)).attrs.update(attributes)
+
+
+def _create_variable(
+    root: zarr.Group, name: str, shape: tuple[int, int], tile: int, pixel_size_m: float | None, layers: Layers
+) -> zarr.Array:
+    dtype, fill, meaning = layers.variables[name]
+    chunk = CHUNK_PIXELS if tile % CHUNK_PIXELS == 0 else tile
+    whole = layers.shape(name, shape)
+    array = root.create_array(
+        name,
+        shape=whole,
+        dtype=dtype,
+        chunks=(*[1] * (len(whole) - 2), chunk, chunk),
+        shards=(*whole[:-2], tile, tile),
+        fill_value=dtype(fill),
+        compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.bitshuffle),
+        dimension_names=layers.dims(name),
+    )
+    array.attrs["long_name"] = meaning
+    if pixel_size_m is not None:
+        # The CF convention by which xarray tells coordinates from data.
+        array.attrs["coordinates"] = "y_m x_m"
+    return array
 
 
 def write_tile(path: Path, start_yx: tuple[int, int], arrays: TileArrays) -> None:
@@ -146,15 +209,109 @@ def write_tile(path: Path, start_yx: tuple[int, int], arrays: TileArrays) -> Non
         Store that `create_result` made.
     start_yx : (int, int)
         Row and column of the tile's first pixel in the whole arrays: whole multiples of the tile.
-    arrays : object, weight, uncertainty, count (y, x)
+    arrays : dict of name to array (..., y, x)
     """
     root = zarr.open_group(path, mode="r+", zarr_format=3)
-    height, width = arrays[0].shape
-    region = slice(start_yx[0], start_yx[0] + height), slice(start_yx[1], start_yx[1] + width)
-    for name, values in zip(VARIABLES, arrays, strict=True):
+    height, width = arrays["object"].shape[-2:]
+    region = ..., slice(start_yx[0], start_yx[0] + height), slice(start_yx[1], start_yx[1] + width)
+    for name, values in arrays.items():
         array = root[name]
         assert isinstance(array, zarr.Array)
         array[region] = values
+
+
+def write_pyramid(path: Path) -> None:
+    """Add coarser levels of object and weight to a result store that is being written: half the pixels along each side
+    of the level before, until the longer side is shorter than `COARSEST_PIXELS`.
+
+    Parameters
+    ----------
+    path : Path
+        Store that `create_result` made, its tiles written.
+
+    Notes
+    -----
+    A pixel of level k is the mean of 2 x 2 of level k - 1, weighted by their weights; its weight is their mean. It lies
+    in the middle of them, so its coordinate is theirs plus half a pixel. One tile is in memory at a time.
+    """
+    root = zarr.open_group(path, mode="r+", zarr_format=3)
+    finer, level = root, 1
+    while max(_array(finer, "object").shape[-2:]) >= COARSEST_PIXELS:
+        finer = _write_level(root.require_group(f"{PYRAMID}/{level}"), finer)
+        level += 1
+
+
+def _write_level(group: zarr.Group, finer: zarr.Group) -> zarr.Group:
+    sources = {name: _array(finer, name) for name in ("object", "weight")}
+    plane = sources["object"].shape[-2:]
+    coarse = tuple(-(-side // 2) for side in plane)
+    tile = int((sources["object"].shards or sources["object"].chunks)[-1])
+    for name, source in sources.items():
+        group.create_array(
+            name,
+            shape=(*source.shape[:-2], *coarse),
+            dtype=source.dtype,
+            chunks=source.chunks,
+            shards=(*source.shape[:-2], tile, tile),
+            fill_value=source.fill_value,
+            compressors=source.compressors,
+            dimension_names=tuple(source.metadata.dimension_names or ()),  # type: ignore[union-attr]
+        )
+    for y in range(0, coarse[0], tile):
+        for x in range(0, coarse[1], tile):
+            region = ..., slice(y, min(y + tile, coarse[0])), slice(x, min(x + tile, coarse[1]))
+            below = ..., slice(2 * y, 2 * (y + tile)), slice(2 * x, 2 * (x + tile))
+            halved = halve(*(np.asarray(sources[name][below]) for name in sources))
+            for name, values in zip(sources, halved, strict=True):
+                _array(group, name)[region] = values
+    for axis, dim in enumerate(("y", "x")):
+        values = np.asarray(_array(finer, dim)[...])
+        first, step = float(values[0]), float(values[1] - values[0])
+        group.create_array(
+            dim, data=first + step / 2 + 2 * step * np.arange(coarse[axis]), chunks="auto", dimension_names=(dim,)
+        )
+    return group
+
+
+def halve(
+    object_: NDArray[np.complex64], weight: NDArray[np.float32]
+) -> tuple[NDArray[np.complex64], NDArray[np.float32]]:
+    """An object and its weight at half the pixels along y and x.
+
+    Parameters
+    ----------
+    object_ : complex64 array (..., y, x)
+        NaN where unseen.
+    weight : float32 array (..., y, x)
+
+    Returns
+    -------
+    object : complex64 array (..., y/2, x/2)
+        Mean of 2 x 2 pixels weighted by their weights, NaN where none is seen; an odd last row or column stands alone.
+    weight : float32 array (..., y/2, x/2)
+        Mean weight.
+
+    Examples
+    --------
+    >>> halved, weight = halve(np.array([[1, 3], [np.nan, 3]], np.complex64), np.array([[1, 1], [0, 2]], np.float32))
+    >>> halved.tolist(), weight.tolist()
+    ([[(2.5+0j)]], [[1.0]])
+    """
+    odd = [(0, 0)] * (object_.ndim - 2) + [(0, side % 2) for side in object_.shape[-2:]]
+    say = np.pad(weight.astype(np.float64), odd)
+    weighted = np.pad(np.where(weight > 0, object_, 0) * weight, odd)
+    (height, width), blocks = say.shape[-2:], (*say.shape[:-2], -1, 2, say.shape[-1] // 2, 2)
+    total, sums = (values.reshape(blocks).sum(axis=(-3, -1)) for values in (say, weighted))
+    assert total.shape[-2:] == (height // 2, width // 2)
+    mean = np.where(total > 0, sums / np.where(total > 0, total, 1), complex(np.nan, np.nan))
+    present = np.pad(np.ones(weight.shape[-2:]), odd[-2:]).reshape(height // 2, 2, width // 2, 2).sum(axis=(1, 3))
+    return mean.astype(np.complex64), (total / present).astype(np.float32)
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array:
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    return array
 
 
 def finish_result(path: Path, attributes: dict[str, Any]) -> None:
@@ -174,13 +331,15 @@ def finish_result(path: Path, attributes: dict[str, Any]) -> None:
         zarr.consolidate_metadata(path, zarr_format=3)
 
 
-def open_result(path: str | Path) -> xr.Dataset:
+def open_result(path: str | Path, level: int = 0) -> xr.Dataset:
     """Open a stored result; its arrays stay on disk.
 
     Parameters
     ----------
     path : path
         What `reconstruct` wrote to `out`, or ``ds.ptycho.save`` wrote.
+    level : int
+        0 for the result itself; 1, 2, ... for a coarser level of its pyramid: ``object`` and ``weight`` alone.
 
     Returns
     -------
@@ -189,13 +348,33 @@ def open_result(path: str | Path) -> xr.Dataset:
     Raises
     ------
     PtychodaskError
-        If there is no result, it is unfinished, foreign or of a newer format.
+        If there is no result, it is unfinished, foreign or of a newer format, or has no such level.
     """
     where = Path(path)
-    open_root(where, RESULT)
-    ds = xr.open_zarr(where, chunks={}, consolidated=True)[list(VARIABLES)]
+    root = open_root(where, RESULT)
+    if level:
+        return _open_level(where, root, level)
+    ds = xr.open_zarr(where, chunks={}, consolidated=True)
+    ds = ds[[name for name in VARIABLES | HALF_VARIABLES if name in ds]]
     del ds.attrs["state"]
-    return ds
+    return _with_methods(ds)
+
+
+def _open_level(where: Path, root: zarr.Group, level: int) -> xr.Dataset:
+    pyramid = root.get(PYRAMID)
+    levels = sorted(pyramid.group_keys()) if isinstance(pyramid, zarr.Group) else []
+    if str(level) not in levels:
+        has = f"levels 1 to {len(levels)}" if levels else "no pyramid: reconstruct again with pyramid=True (--pyramid)"
+        raise PtychodaskError(f"{where}: no level {level}; it has {has}")
+    ds = xr.open_zarr(where, group=f"{PYRAMID}/{level}", chunks={}, consolidated=False)
+    ds.attrs = {key: value for key, value in root.attrs.items() if key != "state"} | {"level": level}
+    if "pixel_size_m" in ds.attrs:
+        ds.attrs["pixel_size_m"] = float(ds.attrs["pixel_size_m"]) * 2**level
+    return _with_methods(ds)
+
+
+def _with_methods(ds: xr.Dataset) -> xr.Dataset:
+    return ds.assign_coords(method=list(ds.attrs["methods"])) if "method" in ds.dims else ds
 
 
 @xr.register_dataset_accessor("ptycho")
@@ -262,11 +441,11 @@ class PtychoAccessor:
         _check_savable(self._ds)
         ds = self.compute()
         corner = (int(ds["y"][0]), int(ds["x"][0]))
-        arrays = [ds[name].values for name in VARIABLES]
+        arrays = {name: ds[name].values for name in VARIABLES}
         with whole_or_nothing(Path(path), overwrite=overwrite, form=RESULT) as building:
             pixel_size_m = ds.attrs.get("pixel_size_m")
-            create_result(building, arrays[0].shape, corner, CHUNK_PIXELS, pixel_size_m=pixel_size_m)
-            write_tile(building, (0, 0), tuple(arrays))  # type: ignore[arg-type]
+            create_result(building, arrays["object"].shape, corner, CHUNK_PIXELS, pixel_size_m=pixel_size_m)
+            write_tile(building, (0, 0), arrays)
             finish_result(building, ds.attrs)
 
 

@@ -75,6 +75,9 @@ SHARD_CHUNKS = 32
 SHARD_BYTES = 32 * 1024 * 1024
 """Uncompressed size that a shard of large patterns stays below, or one chunk: what is in memory while it is written."""
 
+CLEAR_ATTEMPTS = 50
+"""Times that the remains of a store are removed, a tenth of a second apart, until they are gone."""
+
 TABLE_ROWS = 2**15
 """Rows in a chunk of positions, flux and group tables."""
 
@@ -258,6 +261,15 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _clear_away(building: Path) -> None:
+    """Remove what was being written, also while a task that was not reached in time still adds a file to it."""
+    for _ in range(CLEAR_ATTEMPTS):
+        shutil.rmtree(building, ignore_errors=True)
+        if not building.exists():
+            return
+        time.sleep(0.1)
+
+
 @contextmanager
 def whole_or_nothing(path: Path, *, overwrite: bool, form: Form = SCAN) -> Iterator[Path]:
     """A folder to write into that becomes `path` when the block ends well, and vanishes when it does not.
@@ -295,7 +307,7 @@ def whole_or_nothing(path: Path, *, overwrite: bool, form: Form = SCAN) -> Itera
             "is untouched: free space or name another place"
         ) from error
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        _clear_away(building)
 
 
 def write_scan(
@@ -633,6 +645,10 @@ class ScanReader:
         """Rows `start` to `stop` of a group table, int32 (group, channel)."""
         return _read(self._root, f"groups/{groups}/member", self._where, slice(start, stop))
 
+    def position_yx_px(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Positions (y, x) of some patterns, by ascending indices, float64 (k, 2)."""
+        return np.stack([_read(self._root, name, self._where, index) for name in ("y_px", "x_px")], axis=1)
+
     def part(self, index: NDArray[np.int64]) -> Scan:
         """The scan as if it had some of its patterns alone; they and their positions are read into memory.
 
@@ -641,10 +657,9 @@ class ScanReader:
         index : int64 array (k,)
             Which patterns, ascending.
         """
-        y_px, x_px = (_read(self._root, name, self._where, index) for name in ("y_px", "x_px"))
         return Scan(
             diffraction=self._diffraction[index],
-            position_yx_px=np.stack([y_px, x_px], axis=1),
+            position_yx_px=self.position_yx_px(index),
             probe=self.probe,
             domain=self._attributes["domain"],
             normalization=float(self._attributes["normalization"]),

@@ -58,7 +58,8 @@ def client():
 
 @pytest.fixture(autouse=True)
 def _empty_caches(monkeypatch):
-    monkeypatch.setattr(prediction, "_SOURCES", prediction._ProcessCache())
+    monkeypatch.setattr(prediction, "_SCANS", prediction._ProcessCache())
+    monkeypatch.setattr(prediction, "_READERS", prediction._ProcessCache())
     monkeypatch.setattr(prediction, "_PREDICTORS", prediction._ProcessCache())
 
 

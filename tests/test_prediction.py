@@ -11,9 +11,9 @@ from models_for_tests import LinearModel, NotFiniteModel
 from ptychodask import models, prediction
 from ptychodask.grouping import GroupingSpec
 from ptychodask.prediction import ModelReference, PredictionJob, predict_groups, resolve_model
-from ptychodask.scan import PtychodaskError, Scan
+from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
-from ptychodask.store import group, open_scan, read_groups, record_model, replace_probe
+from ptychodask.store import ScanReader, group, open_scan, read_groups, record_model, replace_probe
 
 N_PATTERNS = 40
 
@@ -28,7 +28,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _empty_caches(monkeypatch):
-    monkeypatch.setattr(prediction, "_SOURCES", prediction._ProcessCache())
+    monkeypatch.setattr(prediction, "_READERS", prediction._ProcessCache())
     monkeypatch.setattr(prediction, "_PREDICTORS", prediction._ProcessCache())
 
 
@@ -37,7 +37,7 @@ def job_for(store, model, batch_size=8):
 
 
 def predicted(job, start=0, stop=N_PATTERNS):
-    batches = list(predict_groups(job, start, stop, {}))
+    batches = [batch for _, batch in predict_groups([job], start, stop, {})]
     return np.concatenate([b.patches for b in batches]), np.concatenate([b.position_yx_px for b in batches])
 
 
@@ -61,8 +61,8 @@ def test_every_call_has_one_shape_and_the_last_is_padded(store):
 
 def test_a_chunk_reads_each_pattern_once(store, monkeypatch):
     reads = []
-    read = Scan.network_input
-    monkeypatch.setattr(Scan, "network_input", lambda self, index: reads.append(index) or read(self, index))
+    read = ScanReader.part
+    monkeypatch.setattr(ScanReader, "part", lambda self, index: reads.append(index) or read(self, index))
     predicted(job_for(store, LinearModel()), 5, 25)
     (index,) = reads
     np.testing.assert_array_equal(index, np.unique(read_groups(store, "c4-k7-s0").member[5:25]))
@@ -70,8 +70,8 @@ def test_a_chunk_reads_each_pattern_once(store, monkeypatch):
 
 def test_stages_are_timed(store):
     seconds: dict[str, float] = {}
-    list(predict_groups(job_for(store, LinearModel()), 0, 10, seconds))
-    assert set(seconds) == {"load", "read", "predict"}
+    list(predict_groups([job_for(store, LinearModel())], 0, 10, seconds))
+    assert set(seconds) == {"load", "read", "gather", "predict"}
     assert min(seconds.values()) >= 0
 
 

@@ -20,7 +20,8 @@ from ptychodask import prediction, reconstruction
 from ptychodask.cluster import LOOPBACK, in_process_client, local_client
 from ptychodask.plan import plan
 from ptychodask.reassembly import add_patches, crop_middle, empty_canvas, finish, illumination_window
-from ptychodask.reconstruction import reconstruct
+from ptychodask.reconstruction import reconstruct, tasks
+from ptychodask.reconstruction.running import Run
 from ptychodask.result import open_result
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
@@ -44,7 +45,8 @@ def client():
 
 @pytest.fixture(autouse=True)
 def _empty_caches(monkeypatch):
-    monkeypatch.setattr(prediction, "_SOURCES", prediction._ProcessCache())
+    monkeypatch.setattr(prediction, "_SCANS", prediction._ProcessCache())
+    monkeypatch.setattr(prediction, "_READERS", prediction._ProcessCache())
     monkeypatch.setattr(prediction, "_PREDICTORS", prediction._ProcessCache())
 
 
@@ -153,7 +155,7 @@ def test_attributes_say_what_made_the_object(store, client):
     assert attributes["model"] == {"kind": "linear", "hash": "linear", "path": None}
     assert attributes["spec"]["roi"] == [0, 9, 0, 9]
     assert attributes["plan"]["groups_per_chunk"] == 70
-    assert set(attributes["seconds"]) == {"total", "load", "read", "predict", "splat", "merge"}
+    assert set(attributes["seconds"]) == {"total", "load", "read", "gather", "predict", "splat", "merge"}
     assert attributes["patterns_per_s"] > 0
 
 
@@ -206,7 +208,7 @@ def test_canvases_go_when_no_tile_needs_them(tmp_path, client, monkeypatch):
         calibration="as_given",
     )
     alive, most = weakref.WeakSet(), []
-    make = reconstruction.empty_canvas
+    make = tasks.empty_canvas
 
     def counted(corner, shape):
         canvas = make(corner, shape)
@@ -214,7 +216,7 @@ def test_canvases_go_when_no_tile_needs_them(tmp_path, client, monkeypatch):
         most.append(len(alive))
         return canvas
 
-    monkeypatch.setattr(reconstruction, "empty_canvas", counted)
+    monkeypatch.setattr(tasks, "empty_canvas", counted)
     ds = reconstruct(path, LinearModel(), client=client, groups_per_chunk=1, tile=16)
     assert ds.attrs["plan"]["n_chunks"] == 200
     # Along a line a tile meets some ten chunks, a few more are at work, and each tile makes two canvases of its own;
@@ -240,7 +242,7 @@ def test_a_full_disk_leaves_nothing(store, client, tmp_path, monkeypatch):
     def refuse(path, start_yx, arrays):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(reconstruction, "write_tile", refuse)
+    monkeypatch.setattr(tasks, "write_tile", refuse)
     with pytest.raises(PtychodaskError, match=r"cannot be written \(No space left on device\)"):
         reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr")
     assert list(tmp_path.iterdir()) == []
@@ -250,7 +252,7 @@ def test_an_interrupt_stops_the_run_and_leaves_nothing(store, client, tmp_path, 
     def interrupt(self, future):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reconstruction._Run, "_tile_done", interrupt)
+    monkeypatch.setattr(Run, "_tile_done", interrupt)
     with pytest.raises(KeyboardInterrupt):
         reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr", groups_per_chunk=1, tile=16)
     assert list(tmp_path.iterdir()) == []

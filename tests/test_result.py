@@ -7,7 +7,15 @@ import pytest
 import xarray as xr
 import zarr
 
-from ptychodask.result import CHUNK_PIXELS, create_result, finish_result, make_dataset, open_result, write_tile
+from ptychodask.result import (
+    CHUNK_PIXELS,
+    VARIABLES,
+    create_result,
+    finish_result,
+    make_dataset,
+    open_result,
+    write_tile,
+)
 from ptychodask.scan import PtychodaskError
 
 CORNER = (-7, 12)
@@ -77,7 +85,7 @@ def test_tiles_written_one_by_one_are_the_whole(result, tmp_path):
     create_result(tmp_path, (50, 70), CORNER, tile, pixel_size_m=2e-9)
     for row in range(0, 50, tile):
         for column in range(0, 70, tile):
-            part = tuple(a[row : row + tile, column : column + tile] for a in arrays)
+            part = {n: a[row : row + tile, column : column + tile] for n, a in zip(VARIABLES, arrays, strict=True)}
             write_tile(tmp_path, (row, column), part)
     finish_result(tmp_path, {k: v for k, v in result.attrs.items() if not k.startswith("format")})
     xr.testing.assert_identical(open_result(tmp_path).compute(), result)

@@ -6,14 +6,14 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.models.networks import build_network
-from ptychodask.models.spec import ModelSpec, Optics
+from ptychodask.models.spec import ModelSpec, Optics, Precision
 from ptychodask.scan import PtychodaskError, Scan
 
 CompiledCall = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.complex64]]
@@ -49,6 +49,9 @@ class Model:
 
     output: Literal["member", "group"] = "member"
     """Patches are given for each member, at its position."""
+
+    precisions: ClassVar[tuple[Precision, ...]] = get_args(Precision)
+    """Precisions that it computes in."""
 
     def __post_init__(self) -> None:
         if not self.content_hash:
@@ -90,19 +93,21 @@ class Model:
             self.spec, self.weights, Optics.of(scan), self.trained_on, self.history, self.path, self.content_hash
         )
 
-    def network(self) -> keras.Model:
+    def network(self, precision: Precision = "float32") -> keras.Model:
         """The Keras network with these weights and optics."""
-        network = build_network(self.spec, self.optics)
+        network = build_network(self.spec, self.optics, precision)
         network.set_weights(self.weights)
         return network
 
-    def compile(self, batch_size: int) -> CompiledCall:
+    def compile(self, batch_size: int, precision: Precision = "float32") -> CompiledCall:
         """One call of a fixed batch size, compiled where the backend compiles.
 
         Parameters
         ----------
         batch_size : int
             Groups in each call.
+        precision : {"float32", "mixed"}
+            Of the U-Net's convolutions.
 
         Returns
         -------
@@ -110,7 +115,7 @@ class Model:
             X float32 (batch_size, N, N, C), normalised, and offsets float32 (batch_size, C, 2), pixels, to patches
             complex64 (batch_size, C, N, N) at the members' positions.
         """
-        return compiled_call(self.network(), batch_size)
+        return compiled_call(self.network(precision), batch_size)
 
     def predict(self, x: NDArray[np.float32], offset_yx_px: NDArray[np.float32]) -> NDArray[np.complex64]:
         """Patches of some groups, for any number of them.

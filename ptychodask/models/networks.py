@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,14 +19,11 @@ from ptychodask.models.physics import (
     project_group,
     shift_ramps,
 )
-from ptychodask.models.spec import ModelSpec, Optics
+from ptychodask.models.spec import ModelSpec, Optics, Precision
 
 BASE_FILTERS = 16
 
 ATTENTION_HEADS = 4
-
-Precision = Literal["float32", "mixed"]
-"""Of the U-Net's convolutions; `mixed` computes them in bfloat16 from float32 weights. The physics stays float32."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +247,7 @@ def unet(features: Tensor, spec: ModelSpec, precision: Precision = "float32") ->
     tensor (group, N, N, 2C)
         Zero before training, float32.
     """
-    dtype = "mixed_bfloat16" if precision == "mixed" else "float32"
+    dtype = convolution_dtype(precision)
     filters = [BASE_FILTERS * spec.n_filters_scale * 2**level for level in range(spec.levels + 1)]
     skips = []
     hidden = features
@@ -269,6 +266,11 @@ def unet(features: Tensor, spec: ModelSpec, precision: Precision = "float32") ->
     return layers.Conv2D(2 * spec.members, 3, padding="same", kernel_initializer="zeros", name="out", dtype="float32")(
         hidden
     )
+
+
+def convolution_dtype(precision: Precision) -> str:
+    """Keras' name of a precision."""
+    return "mixed_bfloat16" if precision == "mixed" else "float32"
 
 
 def _convolution(filters: int, name: str, dtype: str) -> layers.Layer:

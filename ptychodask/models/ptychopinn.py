@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import h5py
 import keras
@@ -27,7 +27,9 @@ from keras import layers, ops
 from numpy.typing import NDArray
 
 from ptychodask.models.model import CompiledCall, check_n_pixels, compiled_call, predict_in_batches
+from ptychodask.models.networks import convolution_dtype
 from ptychodask.models.physics import ComplexPair, Tensor
+from ptychodask.models.spec import Precision
 from ptychodask.scan import PtychodaskError, Scan
 
 ARCHIVE = "wts.h5.zip"
@@ -104,18 +106,21 @@ class PtychoPinnModel:
 
     output: Literal["member", "group"] = "group"
 
+    precisions: ClassVar[tuple[Precision, ...]] = get_args(Precision)
+    """Precisions that it computes in."""
+
     def bind(self, scan: Scan) -> PtychoPinnModel:
         """The model for a scan, whose normalised input is PtychoPINN's own; raises `PtychodaskError` for another N."""
         check_n_pixels(self, scan)
         return self
 
-    def network(self) -> keras.Model:
+    def network(self, precision: Precision = "float32") -> keras.Model:
         """The Keras network: X (group, N, N, C) and offsets (group, C, 2) to patches (group, N, N, 2)."""
-        return build_ptychopinn(self)
+        return build_ptychopinn(self, precision)
 
-    def compile(self, batch_size: int) -> CompiledCall:
+    def compile(self, batch_size: int, precision: Precision = "float32") -> CompiledCall:
         """One call of a fixed batch size: X and offsets, as in `Model.compile`, to complex64 (batch_size, N, N)."""
-        return compiled_call(self.network(), batch_size)
+        return compiled_call(self.network(precision), batch_size)
 
     def predict(self, x: NDArray[np.float32], offset_yx_px: NDArray[np.float32]) -> NDArray[np.complex64]:
         """Patches complex64 (group, N, N) of any number of groups; arguments as in `Model.predict`."""
@@ -361,15 +366,20 @@ def _hash(entries: list[PtychoPinnLayer], weights: dict[str, list[NDArray[np.flo
     return digest.hexdigest()
 
 
-def build_ptychopinn(model: PtychoPinnModel) -> keras.Model:
-    """The Keras network of a model: X (group, N, N, C) and offsets (group, C, 2) to patches (group, N, N, 2)."""
+def build_ptychopinn(model: PtychoPinnModel, precision: Precision = "float32") -> keras.Model:
+    """The Keras network of a model: X (group, N, N, C) and offsets (group, C, 2) to patches (group, N, N, 2).
+
+    With `precision` "mixed" the convolutions, and what lies between them, are computed in bfloat16.
+    """
+    dtype = convolution_dtype(precision)
     x = keras.Input((model.n_pixels, model.n_pixels, model.members), name="x")
     offset = keras.Input((model.members, 2), name="offset_yx_px")
     given = iter([x, offset])
     values: dict[str, Any] = {}
     for entry in model.layers:
         inputs = [next(given)] if entry.kind == "InputLayer" else [values[name] for name in entry.inputs]
-        values[entry.name] = BUILDERS[entry.kind](entry, *inputs)
+        arguments = {"dtype": dtype} if entry.kind in OF_PRECISION else {}
+        values[entry.name] = BUILDERS[entry.kind](entry, *inputs, **arguments)
     network = keras.Model([x, offset], values[model.layers[-1].name], name="ptychopinn")
     for name, arrays in model.weights.items():
         network.get_layer(name).set_weights(arrays)
@@ -435,9 +445,10 @@ def _keep(entry: PtychoPinnLayer, value: Any) -> Any:
     return value
 
 
-def _convolve(entry: PtychoPinnLayer, value: Tensor) -> Tensor:
+def _convolve(entry: PtychoPinnLayer, value: Tensor, dtype: str) -> Tensor:
     fields = {name: entry.config[name] for name in CONVOLUTION_FIELDS}
-    return layers.Conv2D(**fields, activation=_activation(entry, entry.config["activation"]), name=entry.name)(value)
+    activation = _activation(entry, entry.config["activation"])
+    return layers.Conv2D(**fields, activation=activation, name=entry.name, dtype=dtype)(value)
 
 
 def _activation(entry: PtychoPinnLayer, name: Any) -> str:
@@ -454,12 +465,14 @@ def _activate(entry: PtychoPinnLayer, value: Tensor) -> Tensor:
     return activated * float(entry.config["scale"]) if name == "tanh" else activated
 
 
-def _pool(entry: PtychoPinnLayer, value: Tensor) -> Tensor:
-    return layers.MaxPooling2D(**{name: entry.config[name] for name in ("pool_size", "strides", "padding")})(value)
+def _pool(entry: PtychoPinnLayer, value: Tensor, dtype: str) -> Tensor:
+    fields = {name: entry.config[name] for name in ("pool_size", "strides", "padding")}
+    return layers.MaxPooling2D(**fields, dtype=dtype)(value)
 
 
-def _grow(entry: PtychoPinnLayer, value: Tensor) -> Tensor:
-    return layers.UpSampling2D(**{name: entry.config[name] for name in ("size", "interpolation")})(value)
+def _grow(entry: PtychoPinnLayer, value: Tensor, dtype: str) -> Tensor:
+    fields = {name: entry.config[name] for name in ("size", "interpolation")}
+    return layers.UpSampling2D(**fields, dtype=dtype)(value)
 
 
 def _some_channels(entry: PtychoPinnLayer, value: Tensor) -> Tensor:
@@ -480,6 +493,7 @@ def _centre_mask(entry: PtychoPinnLayer, value: Tensor) -> NDArray[np.float32]:
 
 
 def _combine(entry: PtychoPinnLayer, first: Tensor, second: Tensor) -> ComplexPair:
+    first, second = ops.cast(first, "float32"), ops.cast(second, "float32")
     if entry.config.get("use_polar", False):
         return first * ops.cos(second), first * ops.sin(second)
     return first, second
@@ -521,3 +535,6 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "TrimReconstructionLayer": _trim,
 }
 """What each class in an archive's list becomes: its entry and the values it reads, to its value."""
+
+OF_PRECISION = ("Conv2D", "MaxPooling2D", "UpSampling2D")
+"""Classes that are computed in the precision that is asked for."""

@@ -12,6 +12,9 @@ from ptychodask.scan import PtychodaskError, Scan, illumination
 
 Kind = Literal["pinn", "baseline"]
 
+Precision = Literal["float32", "mixed"]
+"""Of a network's convolutions; `mixed` computes them in bfloat16 from float32 weights. The physics stays float32."""
+
 
 BOUNDS = {
     "n_pixels": (8, 8192),

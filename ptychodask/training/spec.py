@@ -10,12 +10,11 @@ import numpy as np
 
 from ptychodask.grouping import GroupingSpec
 from ptychodask.models import ModelSpec
-from ptychodask.models.spec import Kind
+from ptychodask.models.spec import Kind, Precision
 from ptychodask.scan import PtychodaskError, check_choice
 
 Loss = Literal["amplitude", "mae", "poisson", "staged"]
 Schedule = Literal["cosine", "constant", "plateau"]
-Precision = Literal["float32", "mixed"]
 Validation = Literal["random", "left", "right", "top", "bottom"]
 
 REFERENCE_STEP = 16

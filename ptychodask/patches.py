@@ -1,0 +1,117 @@
+"""Predicted patches kept on disk, so that another window, crop, drop or position needs no network."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from ptychodask.scan import PtychodaskError
+from ptychodask.store import Form, open_root
+
+PATCHES = Form("ptychodask-patches", 1, "cache of patches", "reconstruct")
+
+
+def create_patches(
+    path: Path, patch_shape: tuple[int, ...], n_groups: int, rows: tuple[int, int], made_by: dict[str, Any]
+) -> None:
+    """An empty cache for patches to be written into; it stays unfinished until `finish_patches`.
+
+    Parameters
+    ----------
+    path : Path
+        Folder that exists and is empty (see `whole_or_nothing`).
+    patch_shape : ints
+        What the network gives for one group: (C, N, N) or (N, N).
+    n_groups : int
+        Rows of the group table.
+    rows : (int, int)
+        Groups in a task and in a batch: what is written at a time never shares a file.
+    made_by : dict
+        What the patches depend on; plain values for JSON.
+    """
+    root = zarr.create_group(path, zarr_format=3)
+    root.attrs.update({"format": PATCHES.name, "format_version": PATCHES.version, "state": "writing", **made_by})
+    root.create_array(
+        "patches",
+        shape=(n_groups, *patch_shape, 2),
+        chunks=(min(math.gcd(*rows), n_groups), *patch_shape, 2),
+        dtype=np.float16,
+        compressors=None,
+        dimension_names=("group", *(("channel",) if len(patch_shape) == 3 else ()), "py", "px", "part"),
+    )
+
+
+def finish_patches(path: Path) -> None:
+    """Mark a cache as complete."""
+    zarr.open_group(path, mode="r+", zarr_format=3).attrs["state"] = "complete"
+
+
+def check_patches(path: Path, made_by: dict[str, Any]) -> None:
+    """Raise `PtychodaskError` unless a finished cache was made by the same data and model."""
+    found = dict(open_root(path, PATCHES).attrs)
+    other = [
+        f"{name} is {found.get(name)!r}, expected {value!r}"
+        for name, value in made_by.items()
+        if found.get(name) != value
+    ]
+    if other:
+        raise PtychodaskError(f"{path}: holds patches of something else: {'; '.join(other)}; name another cache=")
+
+
+class StoredPatches:
+    """The patches of a cache, by rows of its group table.
+
+    Parameters
+    ----------
+    path : Path
+        What `create_patches` made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        array = zarr.open_group(path, mode="r+", zarr_format=3)["patches"]
+        assert isinstance(array, zarr.Array)
+        self._array = array
+
+    def write(self, start: int, patches: NDArray[np.complex64]) -> int:
+        """Write the patches (n, N, N) of consecutive groups from row `start` on; gives the row after the last.
+
+        Raises
+        ------
+        PtychodaskError
+            If a value is too large for float16.
+        """
+        shape = self._array.shape[1:]
+        values = np.ascontiguousarray(patches).view(np.float32).reshape(-1, *shape)
+        with np.errstate(over="ignore"):
+            halves = values.astype(np.float16)
+        if not np.isfinite(halves).all():
+            raise PtychodaskError(
+                f"{self._path}: a patch has the modulus {np.abs(patches).max():.3g}, which float16 cannot hold; "
+                "reconstruct without cache="
+            )
+        stop = start + len(values)
+        self._array[start:stop] = halves
+        return stop
+
+    def read(self, start: int, stop: int) -> NDArray[np.complex64]:
+        """Patches of the groups in rows `start` to `stop`, complex64 (group, C, N, N) or (group, N, N)."""
+        try:
+            values = np.asarray(self._array[start:stop]).astype(np.float32)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise PtychodaskError(
+                f"{self._path}: patches of groups {start}..{stop - 1} cannot be read ({error}); remove the cache and "
+                "fill it again"
+            ) from error
+        if not values.any(axis=tuple(range(1, values.ndim))).all():
+            # Zarr reads a missing file as zeros, which no network gives for a whole group.
+            raise PtychodaskError(
+                f"{self._path}: patches of some of groups {start}..{stop - 1} are missing; remove the cache and "
+                "fill it again"
+            )
+        return values.view(np.complex64)[..., 0]

@@ -1,0 +1,358 @@
+"""`reconstruct`: the tasks of a plan, their run on a Dask client, and the Dataset they give."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import distributed
+import numpy as np
+import xarray as xr
+
+from ptychodask.cluster import client_for_run
+from ptychodask.patches import PATCHES, check_patches, create_patches, finish_patches
+from ptychodask.plan import (
+    MIB,
+    RESULT_PIXEL_BYTES,
+    Plan,
+    ReconstructionSpec,
+    Tile,
+    plan_for,
+    plan_together,
+    prediction_job,
+)
+from ptychodask.prediction import PatchModel, resolve_model, stage
+from ptychodask.reconstruction.lazy import lazy_result
+from ptychodask.reconstruction.polished import Polishing
+from ptychodask.reconstruction.running import check_workers
+from ptychodask.reconstruction.stitching import start_yx, stitch
+from ptychodask.reconstruction.tasks import MethodJob, StitchingJob, TileReport
+from ptychodask.result import (
+    RESULT,
+    Layers,
+    TileArrays,
+    create_result,
+    finish_result,
+    make_dataset,
+    open_result,
+    write_pyramid,
+)
+from ptychodask.scan import PtychodaskError, Scan, with_fields
+from ptychodask.store import open_scan, whole_or_nothing
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["reconstruct"]
+
+SUMS_FOLDER = "sums"
+"""Folder inside a result that is being written where sums of chunks wait for their tiles."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """A reconstruction that is ready to run."""
+
+    scan: Scan
+    job: StitchingJob
+    todo: Plan
+    n_sweeps: int
+    attributes: dict[str, Any]
+
+
+def reconstruct(
+    store: str | Path,
+    model: str | Path | PatchModel | Mapping[str, str | Path | PatchModel] | None = None,
+    spec: ReconstructionSpec = ReconstructionSpec(),
+    *,
+    out: str | Path | None = None,
+    client: distributed.Client | None = None,
+    overwrite: bool = False,
+    compute: bool = True,
+    progress: bool | None = None,
+    **spec_fields: Any,
+) -> xr.Dataset:
+    """Turn a scan into an object: predict its groups chunk by chunk, and reassemble them tile by tile.
+
+    Parameters
+    ----------
+    store : path
+        A store that `ingest` or `simulate` wrote.
+    model : path or model, or dict of label to such, optional
+        By default the latest `pinn` that the store records, else the latest `baseline`. Several models predict from
+        one reading of the patterns, and the result has a dimension ``method``.
+    spec : ReconstructionSpec
+        How; its group table is by default the stored one with the model's members, else made by the default spec.
+    out : path, optional
+        Store to write the result into, tile by tile; by default it stays in memory.
+    client : distributed.Client, optional
+        Where to run; by default the active client, else one in this process.
+    overwrite : bool
+        Replace what is at `out`.
+    compute : bool
+        False gives a lazy Dataset: a region of it predicts only the chunks that meet the tiles it touches.
+    progress : bool, optional
+        See `show_progress`.
+    **spec_fields
+        Fields of `spec` to replace, by name.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``object``, ``weight``, ``uncertainty`` and ``count`` (y, x), see `make_dataset`; lazy when `out` is given or
+        `compute` is False. With ``split_half`` also ``object_half`` and ``weight_half`` (half, y, x); with several
+        models each array has ``method`` as its first axis.
+
+    Raises
+    ------
+    PtychodaskError
+        If a field is unknown, no model fits, the plan is refused (see `plan`), a worker has too little memory, a task
+        fails, or `out` exists.
+
+    Notes
+    -----
+    The same plan gives the same bits for any number of workers: sums are float64 and merged in the order of chunks.
+    With `out` the sums of a chunk wait for their tiles in a file beside it, so that no worker's memory depends on the
+    size of the scan.
+
+    The halves take every other pattern as they are stored: the patches of even ones and of odd ones (of a patch per
+    group, its seed counts). A network with several members reads all of them for each patch, so its halves are not
+    independent, and their correlation is an upper bound.
+
+    A cache holds the patches as float16, 11 bits of each number.
+
+    Polishing fits the stitched object to the amplitudes of the patterns, with the store's probe: it lowers
+    Σ(√I_pred − √I)² + Σ hold |object − stitched|², where the hold keeps pixels that met less light than the brightest
+    of one exposure near the network's answer. All patterns are projected at once in each sweep (their shares are
+    summed), and the step follows the summed change and the step before (`StepProducts.mix`), so the result depends on
+    chunks no more than the stitching does. A task reads the part of the object that its patterns meet. Between sweeps
+    the object's tiles, 68 bytes a pixel in all, are spread over the workers. Pixels that no patch reached stay NaN;
+    ``weight``, ``uncertainty`` and ``count`` stay those of the network's patches. The attribute ``polish`` records R of
+    the patterns that were not dropped before the first sweep and after each.
+    """
+    started = time.perf_counter()
+    spec = with_fields(spec, spec_fields)
+    several = isinstance(model, Mapping)
+    _check_asked(spec, out, compute=compute, several=several)
+    scan = open_scan(store)
+    models = model if isinstance(model, Mapping) else {"": model}
+    networks = {str(label): resolve_model(scan, one) for label, one in models.items()}
+    plans = plan_together(scan, networks, spec) if several else {"": plan_for(scan, networks[""], spec)}
+    todo = next(iter(plans.values()))
+    with _patch_cache(scan, networks, todo, spec) as patches:
+        job = StitchingJob(
+            tuple(
+                MethodJob(prediction_job(plans[label], network, scan, spec), plans[label].window, plans[label].crop)
+                for label, network in networks.items()
+            ),
+            Layers(tuple(networks) if several else (), spec.split_half),
+            position_yx_px=spec.position_yx_px,
+            **patches,
+        )
+        work = _Work(scan, job, todo, int(spec.polish), _attributes(networks, plans, spec))
+        if not compute:
+            return lazy_result(job, todo, scan.pixel_size_m, work.attributes)
+        if out is None:
+            return _in_memory(work, client, started, progress)
+        return _on_disk(work, Path(out), client, started, progress, overwrite=overwrite, pyramid=spec.pyramid)
+
+
+def _check_asked(spec: ReconstructionSpec, out: str | Path | None, *, compute: bool, several: bool) -> None:
+    """Raise `PtychodaskError` for wishes that exclude each other."""
+    if out is not None and not compute:
+        raise PtychodaskError("reconstruct: compute=False writes nothing; leave out= away, or compute")
+    if spec.pyramid and out is None:
+        raise PtychodaskError("reconstruct: pyramid=True is for a result on disk; pass out= (--out)")
+    if spec.polish and not compute:
+        raise PtychodaskError(
+            f"reconstruct: compute=False with polish={spec.polish}: each sweep needs the whole object; compute, "
+            "or leave polish away"
+        )
+    if several and (spec.polish or spec.cache is not None):
+        raise PtychodaskError(
+            "reconstruct: several models with polish or cache, which go with one; reconstruct with one model at a time"
+        )
+    if spec.cache is not None and not compute and not Path(spec.cache).exists():
+        raise PtychodaskError(f"reconstruct: compute=False cannot fill the cache {spec.cache}; compute first")
+
+
+def _in_memory(work: _Work, client: distributed.Client | None, started: float, progress: bool | None) -> xr.Dataset:
+    todo = work.todo
+    _check_in_memory(work)
+    arrays: TileArrays = {
+        name: np.full(work.job.layers.shape(name, todo.box.shape), fill, dtype)
+        for name, (dtype, fill, _) in work.job.layers.variables.items()
+    }
+
+    def place(tile: Tile, report: TileReport) -> None:
+        assert report.arrays is not None
+        y, x = start_yx(todo, tile)
+        height, width = tile.box.shape
+        for name, part in report.arrays.items():
+            arrays[name][..., y : y + height, x : x + width] = part
+
+    told = _run(work, client, None, None, place, show=progress)
+    return make_dataset(
+        **arrays,
+        corner=todo.box.corner,
+        pixel_size_m=work.scan.pixel_size_m,
+        attributes=work.attributes | _rates(todo, told, started),
+        layers=work.job.layers,
+    )
+
+
+def _on_disk(
+    work: _Work,
+    path: Path,
+    client: distributed.Client | None,
+    started: float,
+    progress: bool | None,
+    *,
+    overwrite: bool,
+    pyramid: bool,
+) -> xr.Dataset:
+    todo = work.todo
+    if path.resolve() == Path(todo.store):
+        raise PtychodaskError(f"{path}: is the store of the scan itself; name another place with out=")
+    with whole_or_nothing(path, overwrite=overwrite, form=RESULT) as building:
+        create_result(
+            building,
+            todo.box.shape,
+            todo.box.corner,
+            todo.tile,
+            pixel_size_m=work.scan.pixel_size_m,
+            layers=work.job.layers,
+        )
+        folder = building.resolve() / SUMS_FOLDER
+        folder.mkdir()
+        told = _run(work, client, building.resolve(), folder, lambda tile, report: None, show=progress)
+        folder.rmdir()
+        if pyramid:
+            with stage(told["seconds"], "pyramid"):
+                write_pyramid(building)
+        finish_result(building, work.attributes | _rates(todo, told, started))
+    return open_result(path)
+
+
+def _run(
+    work: _Work,
+    client: distributed.Client | None,
+    out: Path | None,
+    folder: Path | None,
+    take: Callable[[Tile, TileReport], None],
+    *,
+    show: bool | None,
+) -> dict[str, Any]:
+    """Stitch and polish; attributes that tell of it: the wall time of each stage, and R of the sweeps."""
+    job, todo = work.job, work.todo
+    n_chunks, n_tiles = len(todo.chunks), len(todo.tiles)
+    logger.info("%s: %d groups in %d chunks onto %d tiles", todo.store, todo.n_groups, n_chunks, n_tiles)
+    with client_for_run(client) as used:
+        check_workers(used, max(todo.predict_bytes, todo.reassemble_bytes))
+        if work.n_sweeps == 0:
+            return {"seconds": stitch(job, todo, used, out, folder, take, show)}
+        polishing = Polishing(used, job, todo, work.scan)
+        seconds = polishing.stitch(show)
+        with stage(seconds, "polish"):
+            r_factors = polishing.sweep(work.n_sweeps, show)
+        polishing.deliver(out, take)
+    logger.info(
+        "%s: R %.4f after stitching and %.4f after %d sweeps", todo.store, r_factors[0], r_factors[-1], work.n_sweeps
+    )
+    polished = {"sweeps": work.n_sweeps, "n_patterns": polishing.n_patterns, "r_factor": r_factors}
+    return {"seconds": seconds, "polish": polished}
+
+
+@contextmanager
+def _patch_cache(
+    scan: Scan, networks: Mapping[str, PatchModel], todo: Plan, spec: ReconstructionSpec
+) -> Iterator[dict[str, Any]]:
+    """Fields of the job that concern the cache of patches; one that is not there yet becomes whole with the block."""
+    if spec.cache is None:
+        yield {}
+        return
+    path, (network,) = Path(spec.cache), networks.values()
+    made_by = {
+        "data_hash": scan.data_hash,
+        "model_hash": network.content_hash,
+        "groups": todo.groups,
+        "precision": spec.precision,
+    }
+    if path.exists():
+        check_patches(path, made_by)
+        yield {"patches": str(path.resolve())}
+        return
+    if spec.roi is not None or len(spec.drop) or spec.position_yx_px is not None:
+        raise PtychodaskError(
+            f"{path}: no such cache of patches, and roi, drop and position_yx_px would leave it with holes; fill it "
+            "with the whole scan first"
+        )
+    shape = (todo.n_pixels, todo.n_pixels)
+    with whole_or_nothing(path, overwrite=False, form=PATCHES) as building:
+        create_patches(
+            building,
+            (todo.members, *shape) if todo.output == "member" else shape,
+            todo.n_groups,
+            (todo.groups_per_chunk, todo.batch_size),
+            made_by,
+        )
+        yield {"patches": str(building.resolve()), "fill": True}
+        finish_patches(building)
+
+
+def _attributes(
+    networks: Mapping[str, PatchModel], plans: Mapping[str, Plan], spec: ReconstructionSpec
+) -> dict[str, Any]:
+    packages = ("ptychodask", "numpy", "numba", "dask", "distributed", "xarray", "zarr")
+    first = next(iter(plans.values()))
+    made_by = {label: {"kind": one.kind, "hash": one.content_hash, "path": one.path} for label, one in networks.items()}
+    summaries = {label: one.summary() for label, one in plans.items()}
+    return {
+        "store": first.store,
+        "data_hash": first.data_hash,
+        "model": made_by.get("", made_by),
+        "spec": {each.name: _plain(getattr(spec, each.name)) for each in fields(spec)},
+        "plan": summaries.get("", summaries),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A spec's values as JSON has them; of an array its hash."""
+    if isinstance(value, np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def _rates(todo: Plan, told: dict[str, Any], started: float) -> dict[str, Any]:
+    total = time.perf_counter() - started
+    return told | {
+        "seconds": {"total": total, **told["seconds"]},
+        "groups_per_s": todo.n_groups / total,
+        "patterns_per_s": todo.n_patterns / total,
+    }
+
+
+def _check_in_memory(work: _Work) -> None:
+    todo, layers = work.todo, work.job.layers
+    per_pixel = RESULT_PIXEL_BYTES * max(1, len(layers.methods)) * (2 if layers.split_half else 1)
+    n_bytes = todo.box.n_pixels * per_pixel
+    if n_bytes > todo.memory_bytes:
+        raise PtychodaskError(
+            f"reconstruct: the object has {todo.box.shape[0]} x {todo.box.shape[1]} px, {n_bytes / MIB:,.0f} MiB, more "
+            f"than memory_bytes={todo.memory_bytes}; pass out= to write it to disk, or roi=, or compute=False"
+        )

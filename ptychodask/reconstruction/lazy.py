@@ -1,0 +1,70 @@
+"""A result that computes nothing until asked: Dask arrays over the tasks of a plan."""
+
+from __future__ import annotations
+
+from operator import getitem
+from typing import Any
+
+import dask.array as da
+import xarray as xr
+from dask._task_spec import DataNode, List, Task, TaskRef
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+
+from ptychodask.cluster import active_client
+from ptychodask.plan import Plan
+from ptychodask.reconstruction.running import device_share, workers_of
+from ptychodask.reconstruction.tasks import StitchingJob, predict_chunk, reassemble_tile
+from ptychodask.result import make_dataset
+
+
+def lazy_result(job: StitchingJob, todo: Plan, pixel_size_m: float | None, attributes: dict[str, Any]) -> xr.Dataset:
+    """The Dataset of Dask arrays: one task per chunk, one per tile, which gives all arrays of the tile together."""
+    predictions = [method.prediction for method in job.methods]
+    token = tokenize(
+        [
+            (one.store, one.data_hash, one.groups, one.model.content_hash, one.drop, one.precision)
+            for one in predictions
+        ],
+        todo.summary(),
+        todo.box,
+        job.layers,
+        job.patches,
+        job.position_yx_px,
+    )
+    job_key, predict, tiles = f"job-{token}", f"predict-{token}", f"reassemble-{token}"
+    chunk_tasks = {
+        (predict, i): Task((predict, i), predict_chunk, TaskRef(job_key), c) for i, c in enumerate(todo.chunks)
+    }
+    tile_tasks = {
+        (tiles, i): Task(
+            (tiles, i), reassemble_tile, job.layers, tile, List(*(TaskRef((predict, c)) for c in tile.chunks))
+        )
+        for i, tile in enumerate(todo.tiles)
+    }
+    client = active_client()
+    resources = device_share(worker["resources"] for worker in workers_of(client)) if client is not None else None
+    layers: dict[str, Any] = {
+        job_key: MaterializedLayer({job_key: DataNode(job_key, job)}),
+        predict: MaterializedLayer(chunk_tasks, annotations={"resources": resources} if resources else None),
+        tiles: MaterializedLayer(tile_tasks),
+    }
+    dependencies: dict[str, set[str]] = {job_key: set(), predict: {job_key}, tiles: {predict}}
+    planes = tuple(_tile_sizes(side, todo.tile) for side in todo.box.shape)
+    arrays = {}
+    for variable, (dtype, _, _) in job.layers.variables.items():
+        name = f"{variable}-{token}"
+        whole = tuple((size,) for size in job.layers.shape(variable, (0, 0))[:-2])
+        picks = {}
+        for i in range(len(todo.tiles)):
+            key = (name, *[0] * len(whole), i // len(planes[1]), i % len(planes[1]))
+            picks[key] = Task(key, getitem, TaskRef((tiles, i)), variable)
+        graph = HighLevelGraph({**layers, name: MaterializedLayer(picks)}, {**dependencies, name: {tiles}})
+        arrays[variable] = da.Array(graph, name, (*whole, *planes), dtype=dtype)
+    return make_dataset(
+        **arrays, corner=todo.box.corner, pixel_size_m=pixel_size_m, attributes=attributes, layers=job.layers
+    )
+
+
+def _tile_sizes(side: int, tile: int) -> tuple[int, ...]:
+    return tuple(min(tile, side - start) for start in range(0, side, tile))

@@ -1,0 +1,168 @@
+"""The client's side of polishing: sweeps over the patterns, the object's tiles staying with the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import distributed
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.iterative import StepProducts
+from ptychodask.plan import Plan, Tile
+from ptychodask.polishing import (
+    amplitude_sum,
+    change_part,
+    change_tile,
+    hold_tile,
+    misfit_in_all,
+    plan_polishing,
+    step_tile,
+)
+from ptychodask.progress import Progress, show_progress
+from ptychodask.reconstruction.running import Run, Tasks, check_done
+from ptychodask.reconstruction.stitching import Seconds, start_yx, stitching_tasks
+from ptychodask.reconstruction.tasks import StitchingJob, TileReport, deliver_polished
+from ptychodask.scan import PtychodaskError, Scan
+
+
+class Polishing:
+    """The client's side of polishing: the tiles of the object, which stay with the workers from sweep to sweep."""
+
+    def __init__(self, client: distributed.Client, job: StitchingJob, todo: Plan, scan: Scan) -> None:
+        self._client, self._stitching, self._todo = client, job, todo
+        prediction = job.methods[0].prediction
+        self._boxes, self._parts = plan_polishing(scan, todo, prediction.drop)
+        # The model stays behind: sweeps need the scan alone.
+        self._job = replace(prediction, model=replace(prediction.model, model=None))
+        self._parts_of = [
+            tuple(index for index, part in enumerate(self._parts) if tile in part.tiles)
+            for tile in range(len(todo.tiles))
+        ]
+        self.n_patterns = sum(len(part.index) for part in self._parts)
+        self._stitched: list[distributed.Future] = []
+        self._objects: list[distributed.Future] = []
+
+    def stitch(self, show: bool | None) -> dict[str, float]:
+        """Stitch; the tiles stay with the workers. Gives the wall time of each stage."""
+        todo = self._todo
+        done: dict[int, distributed.Future] = {}
+        tasks = stitching_tasks(self._client, self._stitching, todo, every_tile=True)
+        with (
+            show_progress("reconstruct", todo.n_groups, "groups", show) as progress,
+            Run(self._client, tasks).guarded() as run,
+        ):
+            run.to_its_end(done.__setitem__, progress)
+        self._stitched = [done[index] for index in range(len(todo.tiles))]
+        seconds = Seconds()
+        for tile, report in zip(todo.tiles, self._told(self._on_tiles(_times, self._stitched)), strict=True):
+            seconds.add(tile, report)
+        return seconds.in_all()
+
+    def sweep(self, n_sweeps: int, show: bool | None) -> list[float]:
+        """Sweep over the patterns; R before the first sweep and after each."""
+        stitched = self._on_tiles(_object_of, self._stitched)
+        summed = self._told(self._on_tiles(amplitude_sum, stitched))
+        mean = sum(total for total, _ in summed) / sum(count for _, count in summed)
+        places = [tile.box for tile in self._todo.tiles]
+        hold = partial(hold_tile, self._job, mean=mean)
+        held = self._on_tiles(hold, places, self._boxes, stitched)
+        objects = before = self._on_tiles(attrgetter("start"), held)
+        changes: list[Any] = [None] * len(held)
+        r_factors: list[float] = []
+        most = 0.0
+        with show_progress("polish", (n_sweeps + 1) * self.n_patterns, "patterns", show) as progress:
+            for sweep in range(n_sweeps + 1):
+                earlier, changes = changes, self._changes(held, objects, before, changes, progress)
+                reports = self._told(self._on_tiles(attrgetter("report"), changes))
+                misfit = misfit_in_all(reports)
+                r_factors.append(misfit.r_factor)
+                progress.note(f"{sweep} of {n_sweeps} sweeps, R {misfit.r_factor:.4f}")
+                if sweep == n_sweeps:
+                    break
+                missed = misfit.square + sum(report.held for report in reports)
+                most = missed if sweep == 0 else most
+                # The plain step never raises what is to be lowered, so it brings back a run that has strayed.
+                products = sum((report.products for report in reports), StepProducts())
+                mix = products.mix() if missed <= most else StepProducts().mix()
+                step = partial(step_tile, mix=mix)
+                before, objects = objects, self._on_tiles(step, held, objects, before, changes, earlier)
+        self._objects = objects
+        return r_factors
+
+    def _changes(
+        self,
+        held: list[distributed.Future],
+        objects: list[distributed.Future],
+        before: list[distributed.Future],
+        earlier: list[Any],
+        progress: Progress,
+    ) -> list[distributed.Future]:
+        """What all patterns call for, tile by tile."""
+        parts, boxes = self._parts, self._boxes
+        done: dict[int, distributed.Future] = {}
+
+        def part_task(index: int) -> tuple[Any, ...]:
+            return change_part, self._job, parts[index], [objects[tile] for tile in parts[index].tiles]
+
+        def tile_task(index: int, given: list[distributed.Future]) -> tuple[Any, ...]:
+            known = held[index], objects[index], before[index], earlier[index]
+            return change_tile, boxes[index], *known, given, self._parts_of[index]
+
+        tasks = Tasks(
+            chunks_of=self._parts_of,
+            amounts=[len(part.index) for part in parts],
+            chunk=part_task,
+            tile=tile_task,
+            chunk_name=lambda index: f"polishing with the patterns over {tuple(parts[index].box)}",
+            tile_name=lambda index: f"polishing the tile {tuple(boxes[index])}",
+            every_tile=True,
+        )
+        with Run(self._client, tasks).guarded() as run:
+            run.to_its_end(done.__setitem__, progress)
+        return [done[index] for index in range(len(boxes))]
+
+    def deliver(self, out: Path | None, take: Callable[[Tile, TileReport], None]) -> None:
+        """Write the tiles, or hand them to `take`."""
+        todo = self._todo
+
+        def tile_task(index: int, _: list[distributed.Future]) -> tuple[Any, ...]:
+            tile = todo.tiles[index]
+            box, stitched, polished = self._boxes[index], self._stitched[index], self._objects[index]
+            return deliver_polished, tile, box, stitched, polished, out, start_yx(todo, tile)
+
+        tasks = Tasks(
+            chunks_of=[()] * len(todo.tiles),
+            amounts=[],
+            chunk=lambda index: (),
+            tile=tile_task,
+            chunk_name=lambda index: "",
+            tile_name=lambda index: f"delivering the tile {tuple(todo.tiles[index].box)}",
+            every_tile=True,
+        )
+        with show_progress("deliver", 0, "tiles", False) as progress, Run(self._client, tasks).guarded() as run:
+            run.to_its_end(lambda index, future: take(todo.tiles[index], future.result()), progress)
+
+    def _on_tiles(self, function: Callable[..., Any], *columns: Sequence[Any]) -> list[distributed.Future]:
+        """One task for each tile, with its place in each column."""
+        return [self._client.submit(function, *row, priority=1, pure=False) for row in zip(*columns, strict=True)]
+
+    def _told(self, futures: list[distributed.Future]) -> list[Any]:
+        """What small tasks give."""
+        for future in distributed.as_completed(futures, loop=self._client.loop):
+            check_done(future, "polishing", (PtychodaskError,))
+        return list(self._client.gather(futures))
+
+
+def _object_of(report: TileReport) -> NDArray[np.complex64]:
+    assert report.arrays is not None
+    return report.arrays["object"]  # type: ignore[no-any-return]
+
+
+def _times(report: TileReport) -> TileReport:
+    return replace(report, arrays=None)

@@ -1,0 +1,252 @@
+"""One pass that gives more than one object, patches that are kept for another pass, and coarser levels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from models_for_tests import LinearModel
+
+from ptychodask import prediction
+from ptychodask.cluster import in_process_client
+from ptychodask.grouping import GroupingSpec, groups_kept
+from ptychodask.plan import ReconstructionSpec, plan
+from ptychodask.reassembly import add_patches, empty_canvas, finish, illumination_window
+from ptychodask.reconstruction import reconstruct
+from ptychodask.result import open_result
+from ptychodask.scan import PtychodaskError
+from ptychodask.simulate import simulate
+from ptychodask.store import ScanReader, group, open_scan, read_groups
+
+SAME = ("object", "weight", "uncertainty", "count")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("passes") / "scan.zarr"
+    simulate(path, n_pixels=16, n_patterns=150, step_px=3.0, seed=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def client():
+    with in_process_client() as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def _empty_caches(monkeypatch):
+    monkeypatch.setattr(prediction, "_READERS", prediction._ProcessCache())
+    monkeypatch.setattr(prediction, "_PREDICTORS", prediction._ProcessCache())
+
+
+def assert_same_bits(one, other, names=SAME):
+    for name in names:
+        np.testing.assert_array_equal(one[name].values, other[name].values)
+
+
+def stitched(store, keep, position=None):
+    """Object from the patches of the linear model whose pattern `keep` takes, all at once."""
+    model, scan = LinearModel(), open_scan(store)
+    todo = plan(store, model)
+    member = read_groups(store, todo.groups).member
+    own = scan.position_yx_px[member]
+    x = np.moveaxis(scan.network_input(member.ravel()).reshape(*member.shape, 16, 16), 1, -1)
+    patches = model.patches(x, (own - own.mean(axis=1, keepdims=True)).astype(np.float32)).reshape(-1, 16, 16)
+    placed = own if position is None else position[member]
+    chosen = keep(member.ravel())
+    canvas = empty_canvas(todo.box.corner, todo.box.shape)
+    window = illumination_window(scan.probe, 16)
+    return finish(add_patches(canvas, patches[chosen], placed.reshape(-1, 2)[chosen] - 8, window))
+
+
+def test_halves_are_the_patches_of_every_other_pattern(store, client):
+    ds = reconstruct(store, LinearModel(), client=client, split_half=True, groups_per_chunk=7, tile=20)
+    for half in range(2):
+        object_, weight, _, _ = stitched(store, lambda pattern, half=half: pattern % 2 == half)
+        np.testing.assert_allclose(ds["object_half"][half], object_, rtol=1e-5)
+        np.testing.assert_allclose(ds["weight_half"][half], weight, rtol=1e-6)
+    whole = reconstruct(store, LinearModel(), client=client, groups_per_chunk=7, tile=20)
+    np.testing.assert_allclose(ds["object"], whole["object"], rtol=1e-6)
+    np.testing.assert_array_equal(ds["count"], whole["count"])
+
+
+def test_halves_are_the_same_on_disk_and_lazily(store, client, tmp_path):
+    fields = {"split_half": True, "groups_per_chunk": 40, "tile": 32}
+    names = (*SAME, "object_half", "weight_half")
+    memory = reconstruct(store, LinearModel(), client=client, **fields)
+    assert_same_bits(reconstruct(store, LinearModel(), client=client, out=tmp_path / "o.zarr", **fields), memory, names)
+    assert_same_bits(reconstruct(store, LinearModel(), compute=False, **fields).ptycho.compute(), memory, names)
+    assert memory["object_half"].dims == ("half", "y", "x")
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_several_models_read_each_pattern_once_and_give_what_each_gives_alone(
+    store, client, tmp_path, monkeypatch, on_disk
+):
+    models = {"pinn": LinearModel(), "baseline": LinearModel(content_hash="other", members=1, output="group")}
+    group(store, GroupingSpec(members=1))
+    reads = []
+    read = ScanReader.part
+    monkeypatch.setattr(ScanReader, "part", lambda self, index: reads.append(len(index)) or read(self, index))
+    out = tmp_path / "both.zarr" if on_disk else None
+    both = reconstruct(store, models, client=client, groups_per_chunk=150, window="illumination", out=out)
+    assert reads == [150]
+    assert both["object"].dims == ("method", "y", "x")
+    assert both["method"].values.tolist() == ["pinn", "baseline"]
+    for label, model in models.items():
+        alone = reconstruct(store, model, client=client, groups_per_chunk=150, window="illumination")
+        y, x = alone["y"].values, alone["x"].values
+        assert_same_bits(both.sel({"method": label, "y": y, "x": x}), alone)
+
+
+def test_several_models_keep_their_halves_apart(store, client):
+    models = {"a": LinearModel(), "b": LinearModel(content_hash="b")}
+    both = reconstruct(store, models, client=client, split_half=True, tile=32, groups_per_chunk=40)
+    alone = reconstruct(store, models["a"], client=client, split_half=True, tile=32, groups_per_chunk=40)
+    assert both["object_half"].dims == ("method", "half", "y", "x")
+    for label in "ab":
+        assert_same_bits(both.sel({"method": label}), alone, (*SAME, "object_half", "weight_half"))
+    lazy = reconstruct(store, models, compute=False, split_half=True, tile=32, groups_per_chunk=40).ptycho.compute()
+    assert_same_bits(lazy, both, (*SAME, "object_half"))
+
+
+def test_models_whose_groups_have_other_seeds_cannot_share_a_pass(tmp_path, client):
+    path = tmp_path / "scan.zarr"
+    simulate(path, n_pixels=16, n_patterns=60, step_px=3.0)
+    group(path, GroupingSpec(members=4, oversampling=2))
+    with pytest.raises(PtychodaskError, match="do not have the same seeds, so they cannot share a pass"):
+        reconstruct(path, {"a": LinearModel(), "b": LinearModel(content_hash="b", members=1)}, client=client)
+
+
+def test_cached_patches_are_stitched_again_without_the_network(store, client, tmp_path):
+    model, cache = LinearModel(), tmp_path / "patches.zarr"
+    first = reconstruct(store, model, client=client, cache=cache, groups_per_chunk=40)
+    plain = reconstruct(store, LinearModel(), client=client, groups_per_chunk=40)
+    assert_same_bits(first, plain)
+    n_calls = len(model.calls)
+    again = reconstruct(store, model, client=client, cache=cache, groups_per_chunk=7)
+    assert len(model.calls) == n_calls
+    # float16 keeps eleven bits.
+    np.testing.assert_allclose(again["object"], plain["object"], rtol=0, atol=2e-3 * float(abs(plain["object"]).max()))
+    np.testing.assert_array_equal(again["count"], plain["count"])
+    cosine = reconstruct(store, model, client=client, cache=cache, window="cosine", crop=12)
+    expected = reconstruct(store, LinearModel(), client=client, window="cosine", crop=12)
+    np.testing.assert_allclose(cosine["object"], expected["object"], rtol=0, atol=2e-3 * 2)
+    assert len(model.calls) == n_calls
+
+
+def test_cached_patches_can_be_dropped_and_moved(store, client, tmp_path):
+    model, cache = LinearModel(), tmp_path / "patches.zarr"
+    reconstruct(store, model, client=client, cache=cache)
+    drop = [3, 50]
+    dropped = reconstruct(store, model, client=client, cache=cache, drop=drop)
+    expected = reconstruct(store, model, client=client, drop=drop)
+    np.testing.assert_array_equal(dropped["count"], expected["count"])
+    scan = open_scan(store)
+    moved = scan.position_yx_px + np.random.default_rng(0).uniform(-0.5, 0.5, scan.position_yx_px.shape)
+    shifted = reconstruct(store, model, client=client, cache=cache, position_yx_px=moved)
+    object_, weight, _, count = stitched(store, lambda pattern: pattern >= 0, moved)
+    box = shifted["object"].shape
+    seen = (count > 0).sum()
+    assert (shifted["count"].values > 0).sum() >= seen - box[0] - box[1]
+    assert shifted["weight"].sum() == pytest.approx(weight.sum(), rel=0.02)
+    assert shifted.attrs["spec"]["position_yx_px"] is not None
+    assert np.nanmean(np.abs(object_)) == pytest.approx(float(np.abs(shifted["object"]).mean()), rel=0.02)
+
+
+def test_a_cache_of_something_else_or_with_holes_is_refused(store, client, tmp_path):
+    cache = tmp_path / "patches.zarr"
+    with pytest.raises(PtychodaskError, match="would leave it with holes; fill it with the whole scan first"):
+        reconstruct(store, LinearModel(), client=client, cache=cache, drop=[1])
+    with pytest.raises(PtychodaskError, match="compute=False cannot fill the cache"):
+        reconstruct(store, LinearModel(), compute=False, cache=cache)
+    reconstruct(store, LinearModel(), client=client, cache=cache)
+    with pytest.raises(PtychodaskError, match="holds patches of something else: model_hash is 'linear', expected 'b'"):
+        reconstruct(store, LinearModel(content_hash="b"), client=client, cache=cache)
+    for file in (cache / "patches" / "c").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    with pytest.raises(PtychodaskError, match="are missing; remove the cache"):
+        reconstruct(store, LinearModel(), client=client, cache=cache)
+
+
+def test_a_failing_run_leaves_no_cache(store, client, tmp_path):
+    class Loud(LinearModel):
+        def patches(self, x, offset_yx_px):
+            return super().patches(x, offset_yx_px) * np.float32(1e6)
+
+    with pytest.raises(PtychodaskError, match="which float16 cannot hold; reconstruct without cache="):
+        reconstruct(store, Loud(content_hash="loud"), client=client, cache=tmp_path / "patches.zarr")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"polish": 2, "split_half": True}, "sweeps join the halves"),
+        ({"position_yx_px": np.zeros((150, 2))}, "position_yx_px without cache="),
+        ({"precision": "float16"}, "precision is 'float16', expected one of: float32, mixed"),
+        ({"precision": "mixed"}, "the linear computes in: float32; leave precision away"),
+        ({"pyramid": True}, "pyramid=True is for a result on disk"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused(store, fields, message):
+    with pytest.raises(PtychodaskError, match=message):
+        reconstruct(store, LinearModel(), **fields)
+
+
+def test_several_models_go_without_polishing(store):
+    with pytest.raises(PtychodaskError, match="several models with polish or cache, which go with one"):
+        reconstruct(store, {"a": LinearModel(), "b": LinearModel()}, polish=1)
+
+
+def test_a_worker_with_too_little_memory_is_named_before_the_first_task(store, client, monkeypatch):
+    model = LinearModel()
+    monkeypatch.setattr(
+        "ptychodask.reconstruction.running.workers_of",
+        lambda client: [{"name": "small", "memory_limit": 2**20, "nthreads": 2, "resources": {}}],
+    )
+    with pytest.raises(PtychodaskError, match="worker small may take 1 MiB, its 2 threads need .*pass memory_bytes="):
+        reconstruct(store, model, client=client)
+    assert model.calls == []
+
+
+def test_each_level_of_a_pyramid_is_the_weighted_mean_of_the_one_below(tmp_path, client, monkeypatch):
+    monkeypatch.setattr("ptychodask.result.COARSEST_PIXELS", 32)
+    path, out = tmp_path / "scan.zarr", tmp_path / "object.zarr"
+    simulate(path, n_pixels=16, n_patterns=300, step_px=5.0)
+    whole = reconstruct(path, LinearModel(), client=client, out=out, tile=16, pyramid=True).compute()
+    height, width = whole["object"].shape
+    level = open_result(out, level=1).compute()
+    assert level["object"].shape == (-(-height // 2), -(-width // 2))
+    assert level["y"].values[:2].tolist() == [whole["y"].values[0] + 0.5, whole["y"].values[0] + 2.5]
+    y, x = height // 4, width // 4
+    block = whole.isel(y=slice(2 * y, 2 * y + 2), x=slice(2 * x, 2 * x + 2))
+    expected = (block["object"] * block["weight"]).sum() / block["weight"].sum()
+    np.testing.assert_allclose(level["object"][y, x], expected, rtol=1e-5)
+    n_levels = 1
+    while max(open_result(out, level=n_levels)["object"].shape) >= 32:
+        n_levels += 1
+    with pytest.raises(PtychodaskError, match=f"no level {n_levels + 1}; it has levels 1 to {n_levels}"):
+        open_result(out, level=n_levels + 1)
+    assert_same_bits(open_result(out), reconstruct(path, LinearModel(), client=client, tile=16))
+
+
+def test_a_measured_plan_tells_the_time(store):
+    todo = plan(store, LinearModel(), ReconstructionSpec(groups_per_chunk=40), measure=True)
+    assert todo.groups_per_s > 0
+    assert "groups/s" in str(todo).splitlines()[-1]
+
+
+def test_read_amplification_counts_each_stored_chunk_as_often_as_it_is_read(store):
+    model = LinearModel()
+    scan = open_scan(store)
+    todo = plan(store, model, ReconstructionSpec(groups_per_chunk=40))
+    per_stored = scan.diffraction.chunk_patterns
+    read = 0
+    for chunk in todo.chunks:
+        member = read_groups(store, todo.groups).member[chunk.start : chunk.stop]
+        assert groups_kept(member, ()).all()
+        for stored in np.unique(member // per_stored):
+            read += min(per_stored, scan.n_patterns - stored * per_stored)
+    assert todo.read_amplification == pytest.approx(read / 150)
