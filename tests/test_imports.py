@@ -18,6 +18,7 @@ ORDER = [
     ("progress",),
     ("grouping",),
     ("store",),
+    ("patches",),
     ("io",),
     ("simulate",),
     ("models",),
@@ -39,7 +40,7 @@ LAYER = {name: layer for layer, names in enumerate(ORDER) for name in names}
 
 OWNERS = {
     "scipy.spatial": {"grouping"},
-    "zarr": {"store", "result"},
+    "zarr": {"store", "patches", "result"},
     "h5py": {"io", "models"},
     "keras": {"models", "training"},
     "tensorflow": {"models", "training"},
