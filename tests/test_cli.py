@@ -21,7 +21,7 @@ from ptychodask.store import open_scan, record_model, replace_probe, stored_grou
 
 N = 16
 
-COMMANDS = ["demo", "ingest", "simulate", "group", "refine-probe", "train", "plan", "reconstruct", "compare"]
+COMMANDS = ["demo", "ingest", "simulate", "group", "refine-probe", "train", "plan", "reconstruct", "bench", "compare"]
 
 
 @pytest.fixture(scope="module")
