@@ -70,6 +70,8 @@ def find_corner(
     >>> find_corner(reference[10:50, 20:60] * 1j, reference)
     (10.0, 20.0)
     """
+    if not (np.isfinite(moving).any() and np.isfinite(reference).any()):
+        raise PtychodaskError("registration: no pixel of one of the objects is seen, so it cannot be placed")
     corner = np.asarray(_search(moving, reference) if start_yx_px is None else start_yx_px, np.float64)
     for _ in range(MOST_STEPS):
         placed, whole = on_whole_pixels(moving, (float(corner[0]), float(corner[1])))
@@ -90,8 +92,6 @@ def _search(moving: Complex, reference: Complex) -> NDArray[np.float64]:
     # Arrays of one shape, for the origin of shifts between different shapes is not documented.
     shape = np.maximum(reference.shape, moving.shape)
     (one, seen_one), (other, seen_other) = (_edges(object_, shape) for object_ in (reference, moving))
-    if not (seen_one.any() and seen_other.any()):
-        raise PtychodaskError("registration: one of the objects has no pixel that is seen, so it cannot be placed")
     found, *_ = phase_cross_correlation(
         one, other, reference_mask=seen_one, moving_mask=seen_other, overlap_ratio=LEAST_OVERLAP
     )

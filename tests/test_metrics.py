@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from scipy.ndimage import gaussian_filter
+from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
 from ptychodask.metrics import (
+    PTYCHOPINN_PEAK,
     align_gauge,
     amplitude_ratio,
     correlation,
+    crossing,
     frc,
     frc50,
+    half_bit,
     mae,
+    ms_ssim,
     mse,
     patch_r_factor,
     psnr,
@@ -109,11 +114,84 @@ def test_errors_leave_unseen_pixels_out():
     assert psnr(truth, truth, peak=10.0) == np.inf
 
 
-def test_psnr_and_ssim_are_those_of_scikit_image(truth, rng):
+def test_weights_are_the_say_of_pixels():
+    estimate, truth = np.array([[1.0, 5.0, 3.0]]), np.array([[0.0, 3.0, 3.5]])
+    weight = np.array([[3.0, 1.0, 0.0]])
+    assert mae(estimate, truth, weight=weight) == pytest.approx((3 * 1 + 1 * 2) / 4)
+    assert mse(estimate, truth, weight=weight) == pytest.approx((3 * 1 + 1 * 4) / 4)
+    assert psnr(estimate, truth, peak=2.0, weight=weight) == pytest.approx(10 * np.log10(4 / 1.75))
+    assert amplitude_ratio(estimate, truth, weight=weight) == pytest.approx((3 * 1 + 5) / 3)
+    with pytest.raises(PtychodaskError, match=r"weight has shape \(1, 2\), expected that of the arrays, \(1, 3\)"):
+        mae(estimate, truth, weight=weight[:, 1:])
+    with pytest.raises(PtychodaskError, match="no pixel that is seen in both arrays has a weight"):
+        mae(estimate, truth, weight=np.zeros((1, 3)))
+
+
+@pytest.mark.parametrize("figure", [mae, mse, amplitude_ratio, correlation])
+def test_a_mask_is_a_weight_of_zero_and_one(truth, rng, figure):
+    one = np.abs(truth).astype(np.float64)
+    other = one + 0.1 * rng.standard_normal(one.shape)
+    mask = rng.random(one.shape) > 0.3
+    hidden = np.where(mask, other, np.nan)
+    assert figure(other, one, weight=mask) == pytest.approx(figure(hidden, one), rel=1e-12)
+
+
+def test_errors_psnr_and_ssim_are_those_of_scikit_image(truth, rng):
     one = np.abs(truth).astype(np.float64)
     other = one + 0.05 * rng.standard_normal(one.shape)
-    assert psnr(other, one, peak=0.5) == pytest.approx(peak_signal_noise_ratio(one, other, data_range=0.5))
-    assert ssim(other, one, data_range=0.5) == pytest.approx(structural_similarity(one, other, data_range=0.5))
+    assert mse(other, one) == pytest.approx(mean_squared_error(one, other), rel=1e-6)
+    assert psnr(other, one, peak=0.5) == pytest.approx(peak_signal_noise_ratio(one, other, data_range=0.5), rel=1e-6)
+    assert ssim(other, one, data_range=0.5) == pytest.approx(
+        structural_similarity(one, other, data_range=0.5), rel=1e-6
+    )
+
+
+def test_the_peak_of_ptychopinns_tables_is_255():
+    truth = np.zeros((3, 4))
+    estimate = np.full((3, 4), np.sqrt(0.0084030))
+    assert psnr(estimate, truth, peak=PTYCHOPINN_PEAK) == pytest.approx(68.886, abs=5e-4)
+    assert psnr(estimate, truth, peak=1.0) == pytest.approx(20.756, abs=5e-4)
+
+
+@pytest.fixture
+def wide(rng):
+    """A textured picture and a blurred, noisy one of it, both large enough for five scales."""
+    one = np.abs(random_field((192, 208), rng)).astype(np.float64)
+    return one, gaussian_filter(one, 1) + 0.03 * rng.standard_normal(one.shape)
+
+
+def test_one_scale_of_ms_ssim_is_scikit_images_gaussian_ssim(wide):
+    one, other = wide
+    expected = structural_similarity(
+        one, other, data_range=0.5, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+    )
+    assert ms_ssim(other, one, data_range=0.5, exponents=(1.0,)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_ms_ssim_is_that_of_tensorflow(wide):
+    import tensorflow as tf
+
+    one, other = (tf.constant(values[None, :, :, None], tf.float32) for values in wide)
+    expected = float(tf.image.ssim_multiscale(one, other, 0.5)[0])
+    # TensorFlow computes in float32.
+    assert ms_ssim(wide[1], wide[0], data_range=0.5) == pytest.approx(expected, abs=1e-5)
+
+
+def test_ms_ssim_of_a_part_is_that_of_the_part_alone(wide):
+    one, other = (np.pad(values, ((0, 0), (32, 0))) for values in wide)
+    expected = ms_ssim(wide[1], wide[0], data_range=0.5)
+    assert ms_ssim(other, one, data_range=0.5, weight=np.arange(240) >= np.full((192, 1), 32)) == pytest.approx(
+        expected
+    )
+    other[:, :32] = np.nan
+    assert ms_ssim(other, one, data_range=0.5) == pytest.approx(expected)
+
+
+def test_ms_ssim_needs_a_window_at_its_coarsest_scale(wide):
+    one, other = (values[:175] for values in wide)
+    assert np.isnan(ms_ssim(other, one, data_range=0.5))
+    assert 0 < ms_ssim(other, one, data_range=0.5, exponents=(0.5, 0.5)) < 1
+    assert ms_ssim(one, one, data_range=0.5, exponents=(0.5, 0.5)) == pytest.approx(1)
 
 
 def test_ssim_of_a_part_is_that_of_the_part_alone(truth, rng):
@@ -125,16 +203,76 @@ def test_ssim_of_a_part_is_that_of_the_part_alone(truth, rng):
     assert np.isnan(ssim(other[:4], one[:4], data_range=0.5))
 
 
-def test_ring_correlation_is_one_where_signals_agree_and_falls_where_they_do_not(rng):
-    truth = rng.standard_normal((64, 70))
-    frequency, correlation = frc(truth, truth)
-    np.testing.assert_allclose(correlation, 1, rtol=1e-12)
-    np.testing.assert_allclose(frequency, np.arange(33) / 64)
-    assert frc50(truth, truth) == 0.5
-    spectrum = np.fft.fft2(truth)
-    high = np.hypot(*np.meshgrid(np.fft.fftfreq(64), np.fft.fftfreq(70), indexing="ij")) > 0.2
-    spectrum[high] = np.fft.fft2(rng.standard_normal((64, 70)))[high]
-    assert frc50(np.fft.ifft2(spectrum), truth) == pytest.approx(0.2, abs=2 / 64)
+def all_crossings(one, other):
+    frequency, correlation = frc(one, other)
+    return [crossing(frequency, correlation, threshold) for threshold in (0.5, half_bit(frequency), 1 / 7)]
+
+
+@pytest.mark.parametrize("side", [64, 65])
+def test_ring_correlation_of_a_picture_with_itself_is_one(rng, side):
+    truth = rng.standard_normal((side, 70))
+    frequency, correlation = frc(truth, -3 * truth + 5)
+    np.testing.assert_allclose(correlation, -1, rtol=1e-12)
+    np.testing.assert_allclose(frequency, np.arange(side // 2 + 1) / side)
+    assert all_crossings(3 * truth + 5, truth) == [0.5, 0.5, 0.5]
+
+
+def test_ring_correlation_of_independent_noise_is_about_zero(rng):
+    one, other = rng.standard_normal((2, 256, 256))
+    _, correlation = frc(one, other)
+    # A ring of n frequencies scatters by about 2 / sqrt(n), for half are conjugates and the window couples neighbours.
+    assert abs(correlation[20:].mean()) < 0.02
+    assert correlation[20:].std() < 0.12
+    assert max(all_crossings(one, other)) < 0.02
+
+
+def test_ring_correlation_crosses_where_the_common_band_ends(rng):
+    one, other = rng.standard_normal((2, 128, 140))
+    high = np.hypot(*np.meshgrid(np.fft.fftfreq(128), np.fft.fftfreq(140), indexing="ij")) > 0.2
+    limited = np.fft.ifft2(np.where(high, np.fft.fft2(other), np.fft.fft2(one))).real
+    # The Hann window is three frequencies wide, the square's are 1/128 apart.
+    np.testing.assert_allclose(all_crossings(limited, one), 0.2, atol=2 / 128)
+    assert frc50(limited, one) == all_crossings(limited, one)[0]
+
+
+def test_ring_correlation_of_signal_and_noise_follows_their_ratio(rng):
+    signal, *noise = rng.standard_normal((3, 256, 256))
+    # FSC = SNR / (1 + SNR) of each half (Saxton & Baumeister); SNR 1 in each gives one half.
+    _, correlation = frc(signal + noise[0], signal + noise[1])
+    assert correlation[10:].mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_weight_hides_pixels_from_the_ring_correlation(rng):
+    truth = rng.standard_normal((96, 96))
+    fade = np.clip((np.arange(96) - 30) / 10, 0, 1) * np.ones((96, 1))
+    spoilt = np.where(np.arange(96) < 30, rng.standard_normal((96, 96)), truth)
+    assert frc(spoilt, truth)[1][1:].mean() < 0.95
+    np.testing.assert_allclose(frc(spoilt, truth, weight=fade)[1][1:], 1, atol=1e-12)
+
+
+def test_ring_correlation_of_a_constant_is_unknown(truth):
+    frequency, correlation = frc(np.ones((50, 64)), np.abs(truth))
+    assert np.isnan(correlation).all()
+    assert np.isnan(crossing(frequency, correlation, 0.5))
+
+
+def test_half_bit_curve_is_that_of_van_heel_and_schatz():
+    frequency = np.arange(513) / 1024
+    curve = half_bit(frequency)
+    # Ring 1 of a square holds 8 frequencies: (0, ±1), (±1, 0), (±1, ±1).
+    assert curve[1] == pytest.approx((0.2071 + 1.9102 / np.sqrt(8)) / (1.2071 + 0.9102 / np.sqrt(8)))
+    # Half a bit in each pixel of the sum needs an SNR of √2 − 1, half of it in each picture.
+    assert curve[-1] == pytest.approx(0.2071 / 1.2071, abs=0.03)
+    assert (np.diff(curve[1:]) < 0.02).all()
+
+
+def test_a_curve_crosses_between_rings_and_once():
+    frequency = np.arange(6) / 10
+    curve = np.array([0.0, 1.0, 0.8, 0.2, 0.9, 0.1])
+    assert crossing(frequency, curve, 0.5) == pytest.approx(0.25)
+    assert crossing(frequency, curve, np.array([1, 0.1, 0.1, 0.1, 1.0, 1.0])) == pytest.approx(0.3 + 0.1 * 0.1 / 0.2)
+    assert crossing(frequency, np.full(6, 0.9), 0.5) == 0.5
+    assert crossing(frequency, np.zeros(6), 0.5) == pytest.approx(0.1)
 
 
 def test_patch_r_factor_is_zero_for_exact_patches_and_leaves_bad_pixels_out(rng):
