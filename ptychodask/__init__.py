@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "residuals": ["outliers", "residuals"],
         "study": ["StudySpec", "read_study", "run_study"],
         "plotting": ["plot", "plot_comparison", "plot_complex", "plot_residuals", "plot_split_half"],
+        "report": ["write_report"],
     },
 )
 

@@ -616,6 +616,7 @@ def compare(
     measured = None if scan is None else open_scan(scan)
     known = open_scan(truth) if truth is not None else measured if measured and measured.truth is not None else None
     placed = place(opened, truth=known, register=register)
+    table = None
     if measured is not None and known is None and len(placed) == 1:
         for label, misfit in r_factors(placed, measured).items():
             typer.echo(f"{label}: R {misfit:.4f} over {len(patterns_inside(placed, measured))} patterns")
@@ -627,7 +628,7 @@ def compare(
             if path is not None:
                 path.write_text(text)
     if png is not None:
-        plot_comparison(placed, known, scale=scale, path=png)
+        plot_comparison(placed, known, comparison=table, scale=scale, path=png)
 
 
 def _labelled(results: list[str], keys: list[str] | None) -> Iterator[tuple[str | None, Any]]:
@@ -713,3 +714,31 @@ def study(
     with _client(workers, scheduler) as client:
         found = run_study(study, folder, recompute=recompute or (), client=client, progress=_bar(quiet))
     typer.echo(f"{to_markdown(found)}\n{folder}: table.md, metrics.csv and figures")
+
+
+@app.command()
+def report(
+    result: Annotated[str, typer.Argument(help="Result to report on; LABEL=PATH gives a name.", show_default=False)],
+    scan: Annotated[
+        Path | None, typer.Option(help="Store it was made from: adds what was measured and each pattern's residual.")
+    ] = None,
+    truth: Annotated[Path | None, typer.Option(help="Store of a scan with truth; by default that of --scan.")] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option(help="Another result to compare with; LABEL=PATH gives a name; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; by default beside the result.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a report of a result: one HTML file with figures, metrics, methods and provenance, for any browser.
+
+    Example: ptychodask report scan.object.zarr --scan scan.zarr --out report.html
+
+    Example: ptychodask report pinn.object.zarr --scan scan.zarr --compare baseline.object.zarr
+    """
+    from ptychodask.report import write_report
+
+    ((label, source),) = _labelled([result], None)
+    out = Path(source).with_name(f"{Path(source).name.removesuffix('.zarr')}.html") if out is None else out
+    others = _labelled(compare or [], None)
+    path = write_report(source, out, label=label, scan=scan, truth=truth, others=others, progress=_bar(quiet))
+    typer.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

@@ -21,7 +21,19 @@ from ptychodask.store import open_scan, record_model, replace_probe, stored_grou
 
 N = 16
 
-COMMANDS = ["demo", "ingest", "simulate", "group", "refine-probe", "train", "plan", "reconstruct", "bench", "compare"]
+COMMANDS = [
+    "demo",
+    "ingest",
+    "simulate",
+    "group",
+    "refine-probe",
+    "train",
+    "plan",
+    "reconstruct",
+    "bench",
+    "compare",
+    "report",
+]
 
 
 @pytest.fixture(scope="module")
