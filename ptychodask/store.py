@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,9 @@ SHARD_CHUNKS = 32
 SHARD_BYTES = 32 * 1024 * 1024
 """Uncompressed size that a shard of large patterns stays below, or one chunk: what is in memory while it is written."""
 
+SLICE_GAP = 4
+"""Stored chunks without a wanted row that one slice reads over: decoding them costs less than another slice."""
+
 CLEAR_ATTEMPTS = 50
 """Times that the remains of a store are removed, a tenth of a second apart, until they are gone."""
 
@@ -134,7 +138,7 @@ class StoredPatterns:
 
 def _rows(array: zarr.Array, wanted: NDArray[np.int64]) -> NDArray[Any]:
     """Rows of a stored array, by ascending indices: read in slices, several times faster than row by row."""
-    ends = [0, *(np.flatnonzero(np.diff(wanted) >= array.chunks[0]) + 1).tolist(), len(wanted)]
+    ends = [0, *(np.flatnonzero(np.diff(wanted) >= SLICE_GAP * array.chunks[0]) + 1).tolist(), len(wanted)]
     found = np.empty((len(wanted), *array.shape[1:]), array.dtype)
     for start, stop in pairwise(ends):
         if start == stop:
@@ -635,6 +639,7 @@ class ScanReader:
         self.probe: NDArray[np.complex64] = _read(self._root, "probe", self._where)
         """Calibrated probe (mode, N, N)."""
         self._mask = _read(self._root, "mask", self._where) if "mask" in self._root else None
+        self._tables: dict[str, zarr.Array] = {}
 
     @property
     def data_hash(self) -> str:
@@ -643,11 +648,16 @@ class ScanReader:
 
     def member(self, groups: str, start: int, stop: int) -> NDArray[np.int32]:
         """Rows `start` to `stop` of a group table, int32 (group, channel)."""
-        return _read(self._root, f"groups/{groups}/member", self._where, slice(start, stop))
+        return self._table(f"groups/{groups}/member", slice(start, stop))
 
     def position_yx_px(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
         """Positions (y, x) of some patterns, by ascending indices, float64 (k, 2)."""
-        return np.stack([_read(self._root, name, self._where, index) for name in ("y_px", "x_px")], axis=1)
+        return np.stack([self._table(name, index) for name in ("y_px", "x_px")], axis=1)
+
+    def _table(self, name: str, rows: slice | NDArray[np.int64]) -> NDArray[Any]:
+        if name not in self._tables:
+            self._tables[name] = _array(self._root, name, self._where)
+        return _read_rows(self._tables[name], self._where, rows)
 
     def part(self, index: NDArray[np.int64]) -> Scan:
         """The scan as if it had some of its patterns alone; they and their positions are read into memory.
@@ -665,7 +675,7 @@ class ScanReader:
             normalization=float(self._attributes["normalization"]),
             calibration=self._attributes["calibration"],
             mask=self._mask,
-            flux=_read(self._root, "flux", self._where, index) if "flux" in self._root else None,
+            flux=self._table("flux", index) if "flux" in self._root else None,
             data_hash=self.data_hash,
             store=self._where,
         )
@@ -701,14 +711,18 @@ def _array(root: zarr.Group, name: str, where: str) -> zarr.Array:
     return array
 
 
-def _read(root: zarr.Group, name: str, where: str, rows: slice | NDArray[np.int64] | None = None) -> NDArray[Any]:
-    """An array, or some of its rows: a slice, or ascending indices."""
-    array = _array(root, name, where)
+def _read(root: zarr.Group, name: str, where: str) -> NDArray[Any]:
+    return _read_rows(_array(root, name, where), where, ...)
+
+
+def _read_rows(array: zarr.Array, where: str, rows: slice | EllipsisType | NDArray[np.int64]) -> NDArray[Any]:
+    """Rows of an array, by a slice or by ascending indices."""
     try:
-        return _rows(array, rows) if isinstance(rows, np.ndarray) else np.asarray(array[... if rows is None else rows])
+        return _rows(array, rows) if isinstance(rows, np.ndarray) else np.asarray(array[rows])
     except (OSError, RuntimeError, ValueError) as error:
         raise PtychodaskError(
-            f"{where}: array '{name}' cannot be read ({error}); the store is damaged: ingest the source again"
+            f"{where}: array '{array.name.lstrip('/')}' cannot be read ({error}); the store is damaged: ingest the "
+            "source again"
         ) from error
 
 
