@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from ptychodask import models
 from ptychodask.cluster import THREAD_VARIABLES, client_for_run
-from ptychodask.plan import MIB, Plan, ReconstructionSpec, plan
-from ptychodask.prediction import PatchModel, recorded_model, resolve_model
+from ptychodask.plan import MIB, Plan, ReconstructionSpec, plan, prediction_job
+from ptychodask.prediction import PatchModel, PredictionJob, compile_model, recorded_model, resolve_model
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import PtychodaskError, Scan, check_choice
 from ptychodask.simulate import simulate
@@ -71,14 +71,8 @@ class BenchSpec:
 class BareJob:
     """A loop over the network alone."""
 
-    model: str | PatchModel
-    """Where it lies, or the model itself when it lies nowhere."""
-
-    store: str
-    groups: str
-
-    batch_size: int
-    """Groups in one call, as the reconstruction has them."""
+    prediction: PredictionJob
+    """Model, scan, groups and batch size, as the reconstruction has them."""
 
     n_batches: int
 
@@ -154,7 +148,7 @@ def bench(
         started = time.perf_counter()
         todo = plan(str(scan.store), network, reconstruction)
         plan_s = time.perf_counter() - started
-        job = _bare_job(network, todo, len(workers))
+        job = _bare_job(prediction_job(todo, network, scan, reconstruction), todo.n_groups, len(workers))
         start_up_s = max(run.start_up_s for run in _bare(used, workers, replace(job, n_batches=1)))
         before = _bare(used, workers, job)
         _warm_up(str(scan.store), network, reconstruction, todo, used, len(workers))
@@ -169,7 +163,7 @@ def bench(
         return {
             "scan": _about_scan(scan, simulated=store is None),
             "model": _about_model(network),
-            "plan": {"seconds": plan_s, **todo.summary()},
+            "plan": {"seconds": plan_s, "precision": reconstruction.precision, **todo.summary()},
             "workers": _about_workers(used),
             "start_up_s": start_up_s,
             "bare": {
@@ -215,10 +209,9 @@ def _network(scan: Scan, model: str | Path | PatchModel | None, spec: BenchSpec,
     return found.bind(scan)
 
 
-def _bare_job(network: PatchModel, todo: Plan, n_workers: int) -> BareJob:
-    wanted = todo.n_groups * BARE_SHARE / (todo.batch_size * n_workers)
-    model = network if network.path is None else str(Path(network.path).resolve())
-    return BareJob(model, todo.store, todo.groups, todo.batch_size, max(BARE_BATCHES_AT_LEAST, round(wanted)))
+def _bare_job(prediction: PredictionJob, n_groups: int, n_workers: int) -> BareJob:
+    wanted = n_groups * BARE_SHARE / (prediction.batch_size * n_workers)
+    return BareJob(prediction, max(BARE_BATCHES_AT_LEAST, round(wanted)))
 
 
 def _bare(client: Any, workers: list[str], job: BareJob) -> list[BareRun]:
@@ -240,23 +233,23 @@ def run_bare(job: BareJob) -> BareRun:
     BareRun
     """
     started = time.perf_counter()
-    scan = open_scan(job.store)
-    model: PatchModel = models.load_model(job.model) if isinstance(job.model, str) else job.model
-    predict = model.bind(scan).compile(job.batch_size)
-    batches = _batches(job, scan)
+    own = job.prediction
+    scan = open_scan(own.store)
+    predict = compile_model(own.model.load().bind(scan), own.batch_size, own.precision)
+    batches = _batches(own, scan, min(DISTINCT_BATCHES, job.n_batches))
     np.asarray(predict(*batches[0]))
     ready = time.perf_counter()
     for index in range(job.n_batches):
         np.asarray(predict(*batches[index % len(batches)]))
-    return BareRun(ready - started, time.perf_counter() - ready, job.n_batches * job.batch_size)
+    return BareRun(ready - started, time.perf_counter() - ready, job.n_batches * own.batch_size)
 
 
-def _batches(job: BareJob, scan: Scan) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+def _batches(job: PredictionJob, scan: Scan, n_batches: int) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """X (batch, N, N, C) and offsets (batch, C, 2) of the first groups of the scan, each a whole batch."""
     groups = read_groups(job.store, job.groups)
     assert groups is not None
     batches = []
-    for index in range(min(DISTINCT_BATCHES, job.n_batches)):
+    for index in range(n_batches):
         rows = np.arange(index * job.batch_size, (index + 1) * job.batch_size) % len(groups)
         member = groups.member[rows]
         patterns = scan.network_input(member.reshape(-1)).reshape(*member.shape, scan.n_pixels, scan.n_pixels)
@@ -425,8 +418,9 @@ def describe(report: dict[str, Any]) -> str:
         "scan": f"{scan['n_patterns']:,} patterns of {scan['n_pixels']} x {scan['n_pixels']}, {scan['dtype']}, "
         f"{scan['stored_bytes'] / MIB:,.0f} MiB on disk{', simulated' if scan['simulated'] else ''}",
         "model": _model_row(report["model"]),
-        "plan": f"{plan_['n_groups']:,} groups in {plan_['n_chunks']:,} chunks of {plan_['groups_per_chunk']:,}, "
-        f"batches of {plan_['batch_size']}, onto {plan_['n_tiles']:,} tiles; made in {plan_['seconds']:.1f} s",
+        "plan": f"{plan_['n_groups']:,} groups in {plan_['n_chunks']:,} chunks of {plan_['groups_per_chunk']:,} onto "
+        f"{plan_['n_tiles']:,} tiles, batches of {plan_['batch_size']} in {plan_['precision']}; "
+        f"made in {plan_['seconds']:.1f} s",
         "workers": _workers_row(report["workers"]),
         "start-up": f"{report['start_up_s']:.1f} s to load the model and to make the first call",
         "bare": f"{bare['before_groups_per_s']:,.1f} groups/s before and {bare['after_groups_per_s']:,.1f} after, "

@@ -530,6 +530,7 @@ def bench(
     n_filters_scale: Annotated[int | None, typer.Option(help="Width of the built network.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Groups in one call of the network.")] = None,
     groups_per_chunk: Annotated[int | None, typer.Option(help="Groups that one task predicts.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or mixed.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes to start; by default this one.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
     folder: Annotated[
@@ -558,7 +559,9 @@ def bench(
         from ptychodask.bench import BenchSpec, bench, describe
         from ptychodask.plan import ReconstructionSpec
     spec = BenchSpec(**made)
-    reconstruction = ReconstructionSpec(**_given(batch_size=batch_size, groups_per_chunk=groups_per_chunk))
+    reconstruction = ReconstructionSpec(
+        **_given(batch_size=batch_size, groups_per_chunk=groups_per_chunk, precision=precision)
+    )
     with _client(workers, scheduler) as client:
         report = bench(
             store, model, spec, reconstruction=reconstruction, client=client, folder=folder, progress=_bar(quiet)
