@@ -21,6 +21,9 @@ MOST_STEPS = 5
 LARGEST_LAST_STEP_PX = 0.5
 """A shift that changes by more at the last step has not been found."""
 
+LEAST_AGREEMENT = 0.2
+"""Correlation of the complex objects, gauge and means removed, below which they do not match."""
+
 LEAST_OVERLAP = 0.3
 """Share of the smaller object's seen pixels that must lie on the other's."""
 
@@ -54,7 +57,7 @@ def find_corner(
     Raises
     ------
     PtychodaskError
-        If the two share too little, or the search does not settle.
+        If no place is found where the two match.
 
     Notes
     -----
@@ -75,14 +78,14 @@ def find_corner(
     corner = np.asarray(_search(moving, reference) if start_yx_px is None else start_yx_px, np.float64)
     for _ in range(MOST_STEPS):
         placed, whole = on_whole_pixels(moving, (float(corner[0]), float(corner[1])))
-        step = _offset(*_shared(placed, reference, whole))
+        step, agreement = _offset(*_shared(placed, reference, whole))
         corner = corner + step
         if np.abs(step).max() <= 1 / UPSAMPLING:
             break
-    if np.abs(step).max() > LARGEST_LAST_STEP_PX:
+    if np.abs(step).max() > LARGEST_LAST_STEP_PX or not agreement >= LEAST_AGREEMENT:
         raise PtychodaskError(
-            f"registration: after {MOST_STEPS} steps the shift still changes by {np.abs(step).max():.2f} px, "
-            "so the objects do not match; check that they are of one sample, pixel size and orientation"
+            f"registration: at its best place the object correlates with the other by {agreement:.2f}, expected "
+            f"{LEAST_AGREEMENT} or more; check that they are of one sample, pixel size and orientation"
         )
     return float(corner[0]), float(corner[1])
 
@@ -125,14 +128,15 @@ def _shared(moving: Complex, reference: Complex, corner: tuple[int, int]) -> tup
     return one[box], other[box]
 
 
-def _offset(moving: Complex, reference: Complex) -> NDArray[np.float64]:
-    """How far an object has to move to meet another of its shape, rows and columns."""
+def _offset(moving: Complex, reference: Complex) -> tuple[NDArray[np.float64], float]:
+    """How far an object has to move to meet another of its shape, (y, x), and how well both correlate before."""
     aligned, _ = align_gauge(moving, reference)
     seen = np.isfinite(aligned) & np.isfinite(reference)
     taper = np.outer(*(np.hanning(size + 2)[1:-1] for size in seen.shape))
     one, other = (np.where(seen, object_ - object_[seen].mean(), 0) * taper for object_ in (reference, aligned))
     found, *_ = phase_cross_correlation(one, other, upsample_factor=UPSAMPLING, normalization=None)
-    return np.asarray(found, np.float64)
+    agreement = np.abs(np.vdot(one, other)) / max(np.linalg.norm(one) * np.linalg.norm(other), np.finfo(float).tiny)
+    return np.asarray(found, np.float64), float(agreement)
 
 
 def seen_box(seen: NDArray[np.bool_]) -> tuple[slice, slice]:

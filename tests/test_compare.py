@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import csv
+import io
+
 import numpy as np
 import pytest
+import xarray as xr
 
-from ptychodask.compare import METRICS, compare, to_markdown, truth_on_pixels
+from ptychodask.compare import (
+    METRICS,
+    compare,
+    patterns_inside,
+    place,
+    r_factors,
+    results_by_label,
+    to_csv,
+    to_markdown,
+    truth_on_pixels,
+)
+from ptychodask.io import ForeignResult
 from ptychodask.iterative import r_factor
+from ptychodask.metrics import frc, half_bit
 from ptychodask.result import make_dataset
 from ptychodask.scan import PtychodaskError, Truth
 from ptychodask.simulate import random_field, shift_probe, simulate
@@ -17,9 +33,9 @@ def truth():
     return Truth(random_field((70, 80), np.random.default_rng(2)), (-20.0, 10.0))
 
 
-def result(object_, corner, weight=None):
+def result(object_, corner, weight=None, *, pixel_size_m=None, **attributes):
     weight = np.ones(object_.shape, np.float32) if weight is None else weight
-    return make_dataset(object_, weight, weight, weight, corner, pixel_size_m=None, attributes={})
+    return make_dataset(object_, weight, weight, weight, corner, pixel_size_m=pixel_size_m, attributes=attributes)
 
 
 def crop_of(truth, start, shape):
@@ -106,6 +122,146 @@ def test_markdown_table_has_a_row_for_each_method_and_part(truth):
     assert lines[-1].startswith("Against truth on 5600 pixels; phase, ramp removed; PSNR in dB at peak ")
 
 
+def noisy(truth, seed, noise=0.05):
+    rng = np.random.default_rng(seed)
+    return (truth.object + noise * rng.standard_normal(truth.object.shape)).astype(np.complex64)
+
+
+def test_differences_are_signed_and_from_the_baseline(truth):
+    results = {"good": result(noisy(truth, 0, 0.02), (-20, 10)), "poor": result(noisy(truth, 1, 0.1), (-20, 10))}
+    table = compare(results, truth=truth, baseline="good")
+    np.testing.assert_array_equal(
+        table["difference"].values, table["value"].values - table["value"].loc[["good"]].values
+    )
+    assert (
+        float(table["difference"].loc["poor", "amplitude", "mae"])
+        > 0
+        > table["difference"].loc["poor", "phase", "psnr"]
+    )
+    assert "Less good:" in to_markdown(table)
+    with pytest.raises(PtychodaskError, match="no result 'best' to be the baseline; the results are good, poor"):
+        compare(results, truth=truth, baseline="best")
+
+
+def test_ring_correlations_come_with_their_crossings_in_pixels_and_metres(truth):
+    estimate = noisy(truth, 0)
+    table = compare({"a": result(estimate, (-20, 10), pixel_size_m=2e-9)}, truth=truth, ramp=False)
+    frequency, curve = frc(np.abs(estimate), np.abs(truth.object))
+    np.testing.assert_allclose(table["frequency"], frequency)
+    np.testing.assert_allclose(table["frc"].loc["a", "amplitude"], curve, atol=5e-3)
+    np.testing.assert_array_equal(table["half_bit"], half_bit(frequency))
+    crossings = table["value"].sel(metric=["frc50", "frc_half_bit", "frc_1_7"]).values
+    np.testing.assert_allclose(table["resolution_px"], 1 / crossings)
+    np.testing.assert_allclose(table["resolution_m"], 2e-9 / crossings)
+
+
+def test_the_peak_of_the_psnr_is_stated_and_can_be_chosen(truth):
+    one = {"a": result(noisy(truth, 0), (-20, 10))}
+    own, ptychopinn, two = (compare(one, truth=truth, peak=peak) for peak in ("range", "ptychopinn", 2.0))
+    error = own["value"].loc["a", :, "mse"]
+    np.testing.assert_allclose(own["value"].loc["a", :, "psnr"], 10 * np.log10(own["data_range"] ** 2 / error))
+    np.testing.assert_allclose(ptychopinn["value"].loc["a", :, "psnr"], 10 * np.log10(255**2 / error))
+    np.testing.assert_allclose(two["peak"], 2)
+    assert "PSNR in dB at peak 255 (amplitude)" in to_markdown(ptychopinn)
+    with pytest.raises(PtychodaskError, match="peak is 'most', expected a positive number or one of range, ptychopinn"):
+        compare(one, truth=truth, peak="most")
+
+
+def test_phases_around_the_wrap_are_as_good_as_others(truth):
+    plain = compare({"a": result(noisy(truth, 0), (-20, 10))}, truth=truth)
+    turned = Truth((truth.object * np.exp(3.1j)).astype(np.complex64), truth.corner_yx_px)
+    wrapped = compare({"a": result(noisy(truth, 0), (-20, 10))}, truth=turned)
+    np.testing.assert_allclose(wrapped["value"].loc["a", "phase"], plain["value"].loc["a", "phase"], rtol=1e-3)
+
+
+def test_an_object_of_another_program_is_found_on_the_truth(truth):
+    moved = np.ones((90, 100), np.complex64)
+    moved[11:81, 7:87] = truth.object
+    foreign = ForeignResult(shift_probe(np.pad(moved, ((0, 10), (0, 0))), (0.25, -0.4))[:90] * 1j, program="pty-chi")
+    ours = result(truth.object, (-20, 10))
+    table = compare([ours.assign_attrs(model={"kind": "pinn"}), foreign], truth=truth)
+    assert table["method"].values.tolist() == ["PtychoPINN", "PtyChi"]
+    # Its pixel [11.25, 6.6] is the truth's [0, 0], which lies at (-20, 10).
+    np.testing.assert_allclose(table["shift_px"].loc["PtyChi"], (-31.25, 3.4), atol=0.03)
+    assert (table["shift_px"].loc["PtychoPINN"] == 0).all()
+    assert (table["value"].loc["PtyChi", :, "correlation"] > 0.997).all()
+    assert "Moved (y, x), in pixels: PtyChi by (-31.2" in to_markdown(table)
+
+
+def test_a_product_lies_where_its_file_says_unless_it_is_registered(truth):
+    product = {"a": result(truth.object, (-20, 10)), "product": ForeignResult(truth.object, (-18.0, 10.0), 1e-9)}
+    kept, found = (compare(product, truth=truth, register=register) for register in (False, True))
+    assert (kept["shift_px"].loc["product"] == 0).all()
+    np.testing.assert_allclose(found["shift_px"].loc["product"], (-2, 0), atol=0.02)
+    np.testing.assert_allclose(found["value"].sel(metric="correlation"), 1, atol=1e-4)
+    assert (kept["value"].loc["product", :, "correlation"] < 0.99).all()
+
+
+def test_registered_results_are_placed_on_the_first_where_there_is_no_truth(truth):
+    own = ForeignResult(truth.object)
+    placed = place({"own": own, "scan's": result(crop_of(truth, (5, 8), (50, 60)), (500, 600))})
+    assert [ds.attrs["frame"] for ds in placed.values()] == ["own", "own"]
+    assert (float(placed["scan's"]["y"][0]), float(placed["scan's"]["x"][0])) == (5, 8)
+    np.testing.assert_allclose(placed["scan's"].attrs["shift_yx_px"], (-495, -592), atol=0.011)
+
+
+def test_results_name_themselves(truth, tmp_path):
+    pinn, baseline = (result(truth.object, (-20, 10), model={"kind": kind}) for kind in ("pinn", "baseline"))
+    iterative = result(truth.object, (-20, 10), spec={"engine": "iterative"})
+    pinn.ptycho.save(tmp_path / "again.zarr")
+    np.save(tmp_path / "other.npy", truth.object)
+    files = [tmp_path / "again.zarr", tmp_path / "other.npy"]
+    found = results_by_label((None, each) for each in (pinn, baseline, iterative, *files))
+    assert list(found) == ["PtychoPINN", "Baseline", "Iterative", "PtychoPINN (again)", "other"]
+    both = xr.concat([pinn, baseline], xr.Variable("method", ["pinn", "baseline"]), combine_attrs="override")
+    assert list(results_by_label([(None, both)])) == ["PtychoPINN", "Baseline"]
+    assert list(results_by_label([("new", both), ("old", pinn)])) == ["new PtychoPINN", "new Baseline", "old"]
+    with pytest.raises(PtychodaskError, match=r"two results are called PtychoPINN.*give each a label \(LABEL=PATH\)"):
+        results_by_label([(None, pinn), (None, pinn), (None, pinn)])
+
+
+def test_csv_has_all_digits_and_reads_back(truth):
+    results = {"a": result(noisy(truth, 0), (-20, 10)), "b": result(noisy(truth, 1), (-20, 10))}
+    table = compare(results, truth=truth, baseline="a")
+    rows = list(csv.DictReader(io.StringIO(to_csv(table))))
+    assert [(row["method"], row["part"]) for row in rows] == [
+        ("a", "amplitude"),
+        ("a", "phase"),
+        ("b", "amplitude"),
+        ("b", "phase"),
+    ]
+    assert float(rows[3]["psnr"]) == float(table["value"].loc["b", "phase", "psnr"])
+    assert float(rows[3]["psnr_less_a"]) == float(table["difference"].loc["b", "phase", "psnr"])
+    assert rows[1]["ratio"] == ""
+
+
+def test_a_region_is_judged_by_the_patterns_whose_light_falls_inside(tmp_path):
+    scan = simulate(tmp_path / "scan.zarr", n_pixels=16, n_patterns=300, step_px=3.0, progress=False)
+    corner = np.asarray(scan.truth.corner_yx_px, int)
+    whole = result(scan.truth.object, tuple(corner.tolist()))
+    region = whole.isel(y=slice(10, 50), x=slice(12, 52))
+    inside = patterns_inside({"whole": whole, "region": region}, scan)
+    # The light lies in the middle half of the frame around a position.
+    distance = np.abs(scan.position_yx_px - corner - (10, 12) - 20).max(axis=1)
+    assert set(np.flatnonzero(distance < 20 - 8)) <= set(inside) <= set(np.flatnonzero(distance < 20 - 2))
+    table = compare({"region": region, "whole": whole}, truth=scan, scan=scan)
+    assert table.attrs["r_patterns"] == len(inside) < scan.n_patterns
+    expected = r_factor(scan.truth.object, tuple(corner), scan, inside)
+    np.testing.assert_allclose(table["r_factor"].loc["whole"], expected, rtol=1e-6)
+    np.testing.assert_allclose(table["r_factor"].loc["region"], expected, atol=0.01)
+    assert len(patterns_inside({"whole": whole}, scan)) == scan.n_patterns
+
+
+def test_without_a_pattern_inside_there_is_no_r(tmp_path, caplog):
+    scan = simulate(tmp_path / "scan.zarr", n_pixels=16, n_patterns=40, step_px=3.0, progress=False)
+    corner = tuple(int(value) for value in scan.truth.corner_yx_px)
+    found = r_factors({"small": result(scan.truth.object[:9, :9], corner)}, scan)
+    assert np.isnan(found["small"])
+    assert "no pattern's light falls inside all results" in caplog.text
+    with pytest.raises(PtychodaskError, match="own: has no place in the scan's frame, so no R"):
+        r_factors({"own": ForeignResult(scan.truth.object)}, scan)
+
+
 def test_what_cannot_be_compared_is_refused(truth, tmp_path):
     one = result(truth.object, (-20, 10))
     with pytest.raises(PtychodaskError, match="1 results and no truth; pass truth="):
@@ -116,5 +272,11 @@ def test_what_cannot_be_compared_is_refused(truth, tmp_path):
         compare({"one": one}, truth=Truth(truth.object, (500.0, 10.0)))
     with pytest.raises(PtychodaskError, match=r"one: has no weight \(y, x\)"):
         compare({"one": one.drop_vars("weight"), "other": one})
+    with pytest.raises(PtychodaskError, match="pixels of a are 1e-09 m across and those of b 2e-09 m"):
+        compare({name: result(truth.object, (0, 0), pixel_size_m=size) for name, size in (("a", 1e-9), ("b", 2e-9))})
+    with pytest.raises(
+        PtychodaskError, match="flat: registration: at its best place the object correlates with the other by 0.00"
+    ):
+        compare({"one": one, "flat": ForeignResult(np.ones((30, 40), np.complex64))})
     with pytest.raises(PtychodaskError, match="no such result"):
         compare({"one": tmp_path / "none.zarr", "other": one})
