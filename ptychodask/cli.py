@@ -422,11 +422,11 @@ def train(
     )
 
 
-def _indices(flag: str, path: Path) -> NDArray[Any]:
+def _numbers_in(flag: str, path: Path, what: str) -> NDArray[Any]:
     try:
         return np.atleast_1d(np.load(path, allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
-        raise PtychodaskError(f"{flag} {path}: cannot be read ({error}); expected a .npy of pattern indices") from error
+        raise PtychodaskError(f"{flag} {path}: cannot be read ({error}); expected a .npy of {what}") from error
 
 
 @app.command()
@@ -438,24 +438,38 @@ def plan(
     batch_size: Annotated[int | None, typer.Option(help="Groups in one call of the network.")] = None,
     groups_per_chunk: Annotated[int | None, typer.Option(help="Groups that one task predicts.")] = None,
     tile: Annotated[int | None, typer.Option(help="Pixels across a tile of the object.")] = None,
+    roi: Annotated[str | None, typer.Option(help="Part of the object: y0,y1,x0,x1 in pixels.")] = None,
+    memory_bytes: Annotated[int | None, typer.Option(help="Memory that one task may take.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Predict for some seconds to tell the time.")] = False,
 ) -> None:
-    """Show what reconstruct would do: chunks, tiles, memory. Computes nothing.
+    """Show what reconstruct would do: chunks, tiles, memory. Computes nothing, unless the time is measured.
 
-    Example: ptychodask plan scan.zarr
+    Example: ptychodask plan scan.zarr --measure
     """
     with _quiet_import():
         import ptychodask.models.model  # noqa: F401
         from ptychodask.plan import ReconstructionSpec, plan
     spec = ReconstructionSpec(
-        **_given(groups=groups, crop=crop, batch_size=batch_size, groups_per_chunk=groups_per_chunk, tile=tile)
+        **_given(
+            groups=groups,
+            crop=crop,
+            batch_size=batch_size,
+            groups_per_chunk=groups_per_chunk,
+            tile=tile,
+            roi=None if roi is None else _whole_numbers("--roi", roi, 4),
+            memory_bytes=memory_bytes,
+        )
     )
-    typer.echo(str(plan(store, model, spec)))
+    typer.echo(str(plan(store, model, spec, measure=measure)))
 
 
 @app.command()
 def reconstruct(
     store: Store,
-    model: Annotated[Path | None, typer.Option(help="Model bundle; by default the one that the store records.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Model; by default the one that the store records. Several as LABEL=PATH."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Result to write; by default <store>.object.zarr.")] = None,
     png: Annotated[Path | None, typer.Option(help="Picture to write; by default beside the result.")] = None,
     groups: Annotated[str | None, typer.Option(help="Name of a stored group table.")] = None,
@@ -467,6 +481,12 @@ def reconstruct(
     roi: Annotated[str | None, typer.Option(help="Part of the object: y0,y1,x0,x1 in pixels.")] = None,
     polish: Annotated[int | None, typer.Option(help="Data-consistent sweeps after stitching.")] = None,
     drop: Annotated[Path | None, typer.Option(help=".npy of pattern indices to leave out.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, or mixed (bfloat16 convolutions).")] = None,
+    split_half: Annotated[bool, typer.Option("--split-half", help="Stitch every other pattern apart as well.")] = False,
+    pyramid: Annotated[bool, typer.Option("--pyramid", help="Add coarser levels to the result.")] = False,
+    cache: Annotated[Path | None, typer.Option(help="Patches to keep, or to stitch again without the network.")] = None,
+    positions: Annotated[Path | None, typer.Option(help=".npy of corrected positions (y, x) for --cache.")] = None,
+    memory_bytes: Annotated[int | None, typer.Option(help="Memory that one task may take.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes to start; by default this one.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
     overwrite: Overwrite = False,
@@ -475,13 +495,15 @@ def reconstruct(
     """Turn a scan into an object, and draw it.
 
     Example: ptychodask reconstruct scan.zarr
+
+    Example: ptychodask reconstruct scan.zarr --model PtychoPINN=scan.pinn.model --model Baseline=scan.baseline.model
     """
     out = store.with_name(f"{store.name.removesuffix('.zarr')}.object.zarr") if out is None else out
     png = out.with_name(f"{out.name.removesuffix('.zarr')}.png") if png is None else png
     _check_one_cluster("reconstruct", workers, scheduler)
     with _quiet_import():
         import ptychodask.models.model  # noqa: F401
-        from ptychodask.plotting import check_figure_path, plot
+        from ptychodask.plotting import check_figure_path, plot, plot_comparison
         from ptychodask.reconstruction import reconstruct
     options = _given(
         groups=groups,
@@ -492,15 +514,38 @@ def reconstruct(
         tile=tile,
         roi=None if roi is None else _whole_numbers("--roi", roi, 4),
         polish=polish,
-        drop=None if drop is None else _indices("--drop", drop),
+        drop=None if drop is None else _numbers_in("--drop", drop, "pattern indices"),
+        memory_bytes=memory_bytes,
+        precision=precision,
+        split_half=split_half or None,
+        pyramid=pyramid or None,
+        cache=cache,
+        position_yx_px=None if positions is None else _numbers_in("--positions", positions, "positions"),
     )
     check_figure_path(png)
     with _client(workers, scheduler) as client:
-        result = reconstruct(store, model, out=out, client=client, overwrite=overwrite, progress=_bar(quiet), **options)
-    plot(result, path=png)
-    height, width = result["object"].shape
+        result = reconstruct(
+            store, _models(model), out=out, client=client, overwrite=overwrite, progress=_bar(quiet), **options
+        )
+    if "method" in result.dims:
+        plot_comparison({label: result.sel({"method": label}) for label in result["method"].values}, path=png)
+    else:
+        plot(result, path=png)
+    height, width = result["object"].shape[-2:]
     rate = result.attrs["patterns_per_s"]
     typer.echo(f"{out}: {height} x {width} px, {rate:,.0f} patterns/s; picture in {png}")
+
+
+def _models(given: list[str] | None) -> str | dict[str, str] | None:
+    """A model's path, or several by their labels."""
+    if not given or (len(given) == 1 and "=" not in given[0]):
+        return given[0] if given else None
+    found = dict(text.split("=", 1) for text in given if "=" in text)
+    if len(found) < len(given):
+        raise PtychodaskError(
+            f"--model {' --model '.join(given)}: several models need a label of their own each; write LABEL=PATH"
+        )
+    return found
 
 
 def _check_one_cluster(command: str, workers: int | None, scheduler: str | None) -> None:
@@ -683,7 +728,7 @@ def residuals(
     _check_one_cluster("residuals", workers, scheduler)
     if png is not None:
         check_figure_path(png)
-    options = _given(drop=None if drop is None else _indices("--drop", drop))
+    options = _given(drop=None if drop is None else _numbers_in("--drop", drop, "pattern indices"))
     with _client(workers, scheduler) as client:
         found = residuals(result, store, client=client, progress=_bar(quiet), **options)
     far = outliers(found, **_given(n_mad=n_mad))

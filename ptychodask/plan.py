@@ -139,6 +139,8 @@ class ReconstructionSpec:
             raise PtychodaskError(
                 f"reconstruct: polish={self.polish} with split_half=True: sweeps join the halves; leave one away"
             )
+        if self.position_yx_px is not None:
+            object.__setattr__(self, "position_yx_px", _as_positions(self.position_yx_px))
         if self.position_yx_px is not None and self.cache is None:
             raise PtychodaskError(
                 "reconstruct: position_yx_px without cache=: a network reads offsets between the positions that are "
@@ -163,6 +165,13 @@ def _pattern_indices(drop: Sequence[int] | NDArray[np.integer[Any]]) -> tuple[in
             f"reconstruct: drop has shape {found.shape} and type {found.dtype}, expected indices of patterns, 0 or more"
         )
     return tuple(np.unique(found.astype(np.int64)).tolist())
+
+
+def _as_positions(given: Any) -> NDArray[np.float64]:
+    found = np.asarray(given)
+    if found.dtype.kind not in "iuf":
+        raise PtychodaskError(f"reconstruct: position_yx_px has type {found.dtype}, expected numbers (pattern, 2)")
+    return found.astype(np.float64)
 
 
 def _check_roi(roi: Any) -> None:
