@@ -400,7 +400,7 @@ def train(
         freeze_encoder=freeze_encoder or None,
         validation=validation,
         validation_fraction=validation_fraction,
-        exclude=None if exclude is None else _indices("--exclude", exclude),
+        exclude=None if exclude is None else _numbers_in("--exclude", exclude, "pattern indices"),
         seed=seed,
     )
     start = None if initial is None else load_model(initial)
