@@ -38,6 +38,9 @@ CONTOURS: dict[float, Literal["dashed", "solid"]] = {WELL_LIT: "dashed", 0.5: "s
 RESIDUALS = {"r_factor": "R-factor", "poisson_deviance": "Poisson deviance"}
 """Residuals of single patterns that are drawn, and what they are called."""
 
+LONGEST_LABEL = 24
+"""Characters of a result's label that a figure shows."""
+
 WORST_NAMED = 10
 """Patterns with the highest residuals that a figure names."""
 
@@ -238,6 +241,7 @@ def _draw_objects(
     amplitude_limits = _limits(np.abs(reference)[judged])
     phase_scale = _phase_scale(np.angle(reference * middle)[judged])
     for column, (label, object_) in enumerate(objects.items()):
+        label = drawn_label(label)
         _panel(axes[0, column], np.abs(object_), f"{label}: amplitude", first, amplitude_limits)
         _panel(axes[1, column], np.angle(object_ * middle), f"{label}: phase (rad)", first, *phase_scale)
 
@@ -251,7 +255,8 @@ def _draw_differences(
     limits = (0.0, _limits(np.concatenate([found[judged] for found in differences]))[1])
     axes[0].set_axis_off()
     for panel, (label, _), found in zip(axes[1:], others, differences, strict=True):
-        _panel(panel, found, f"|{label} − {name}|", first, limits, "magma")
+        title = f"|{drawn_label(label)} − {drawn_label(name)}|"
+        _panel(panel, found, title, first, limits, "magma")
 
 
 def _draw_frcs(axes: NDArray[Any], comparison: xr.Dataset, pixel_size_m: float | None) -> None:
@@ -273,7 +278,7 @@ def _draw_frc(
     """Ring correlations over cycles per pixel, and the usual thresholds; periods where the pixel size is known."""
     # The ring of zero frequency is ruled by the means.
     for label, curve in curves.items():
-        axes.plot(frequency[1:], curve[1:], label=label)
+        axes.plot(frequency[1:], curve[1:], label=drawn_label(label))
     axes.plot(frequency[1:], half_bit(frequency)[1:], color="gray", linewidth=0.8, linestyle="dotted", label="half bit")
     axes.axhline(0.5, color="gray", linewidth=0.8, linestyle="dashed", label="1/2")
     axes.axhline(1 / 7, color="gray", linewidth=0.8, linestyle="dashdot", label="1/7")
@@ -566,6 +571,18 @@ def length_label(length_m: float) -> str:
         if length_m >= unit_m * (1 - 1e-9):
             return f"{length_m / unit_m:g} {name}"
     return f"{length_m:g} m"
+
+
+def drawn_label(label: str) -> str:
+    """A label as a figure shows it: in one line, not too long, and no formula whatever it holds.
+
+    Examples
+    --------
+    >>> drawn_label("a $x$"), drawn_label("a label that is far too long")
+    ('a \\\\$x\\\\$', 'a label that is far too…')
+    """
+    line = " ".join(label.split())
+    return (line if len(line) <= LONGEST_LABEL else f"{line[: LONGEST_LABEL - 1].rstrip()}…").replace("$", r"\$")
 
 
 def check_figure_path(path: str | Path) -> None:

@@ -452,7 +452,11 @@ def _page(found: Findings) -> str:
         *(tag("section", tag("h2", title), *content, id=title.lower()) for title, content in present.items()),
     )
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    return HEAD.format(style=STYLE, digest=digest, title=html.escape(found.title), generator=GENERATOR) + body + "\n"
+    return (
+        HEAD.format(style=STYLE, digest=digest, title=html.escape(found.title), generator=GENERATOR)
+        + body
+        + "\n</html>\n"
+    )
 
 
 def _summary(found: Findings) -> list[Markup]:

@@ -1,0 +1,257 @@
+"""A report says what is known, in one file that no browser leaves and nothing from a file can take over."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from ptychodask import cli
+from ptychodask.iterative import reconstruct_iterative
+from ptychodask.report import check_report_path, write_report
+from ptychodask.result import make_dataset
+from ptychodask.scan import PtychodaskError, Truth
+from ptychodask.simulate import simulate
+from ptychodask.store import open_scan
+
+EVIL = "$\\frac{<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">'&amp;"
+
+VOID = {"meta", "link", "img"}
+
+
+class Page(HTMLParser):
+    """Elements of a page and what they hold; complains about elements that are not closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.texts = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.texts.append(data)
+
+    def tags(self, name):
+        return [attributes for tag, attributes in self.elements if tag == name]
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def page_of(path):
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A simulated scan with truth, an iterative result of it and its report with everything."""
+    folder = tmp_path_factory.mktemp("report")
+    simulate(folder / "scan.zarr", n_pixels=16, n_patterns=60, step_px=3.0, dose=1e5, probe="zone_plate")
+    ds = reconstruct_iterative(folder / "scan.zarr", n_sweeps=3, progress=False)
+    ds.ptycho.save(folder / "scan.object.zarr")
+    (ds * 1).assign_attrs(ds.attrs).ptycho.save(folder / "again.object.zarr")
+    write_report(
+        folder / "scan.object.zarr",
+        folder / "report.html",
+        scan=folder / "scan.zarr",
+        others=[("Again", folder / "again.object.zarr")],
+        progress=False,
+    )
+    return folder
+
+
+@pytest.fixture
+def ds():
+    """A result whose every name and attribute tries to be more than text."""
+    rng = np.random.default_rng(0)
+    object_ = (rng.uniform(0.5, 1, (40, 40)) * np.exp(1j * rng.uniform(-1, 1, (40, 40)))).astype(np.complex64)
+    ones = np.ones(object_.shape)
+    attributes = {
+        "store": f"/data/{EVIL}.zarr",
+        "data_hash": EVIL,
+        "model": {"kind": EVIL, "hash": EVIL, "path": EVIL},
+        "plan": {"n_groups": EVIL, EVIL: [EVIL, {EVIL: None}]},
+        "polish": {"sweeps": EVIL, "r_factor": [EVIL, EVIL]},
+        "versions": {"ptychodask": EVIL},
+        EVIL: EVIL,
+    }
+    return make_dataset(object_, ones, ones * 0.1, ones, (0, 0), pixel_size_m=2e-8, attributes=attributes)
+
+
+def test_report_holds_summary_figures_metrics_methods_and_provenance(folder):
+    page = page_of(folder / "report.html")
+    sections = [attributes["id"] for attributes in page.tags("section")]
+    assert sections == ["summary", "object", "comparison", "patterns", "methods", "provenance"]
+    assert [attributes["href"] for attributes in page.tags("a")] == [f"#{name}" for name in sections]
+    pictures = page.tags("img")
+    assert len(pictures) == 4
+    for picture in pictures:
+        kind, data = picture["src"].split(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data).startswith(b"\x89PNG")
+        assert len(picture["alt"]) > 40
+    for fact in (
+        "amplitude: SSIM",
+        "R over 60 patterns",
+        "Again",
+        open_scan(folder / "scan.zarr").data_hash,
+        "engine iterative; n_sweeps 3",
+    ):
+        assert fact in page.text
+
+
+def test_methods_say_what_was_done_with_which_numbers_and_what_is_not_known(folder):
+    text = page_of(folder / "report.html").text
+    methods = text[text.rindex("Methods") : text.rindex("Provenance")]
+    for sentence in (
+        "The scan holds 60 diffraction patterns of 16 × 16 pixels, stored as photon counts",
+        "reconstructed by 3 sweeps of an iterative algorithm (rPIE).",
+        "after the global phase and a phase plane had been removed",
+        "The phase is known up to a constant and a plane, which no pattern can tell.",
+    ):
+        assert sentence in methods
+    assert "accuracy of the object is not known" not in methods
+
+
+def test_methods_without_a_scan_say_so(ds, tmp_path):
+    text = page_of(write_report(ds, tmp_path / "report.html")).text
+    assert "the measurement itself (the scan was not given to this report)" in text
+    assert "how the network was trained (its bundle is not at the recorded path" in text
+    assert "No known object was given, so the accuracy of the object is not known." in text
+
+
+def test_training_is_told_where_the_bundle_is_the_one_that_was_used(ds, tmp_path):
+    bundle = tmp_path / "a.model"
+    bundle.mkdir()
+    description = {
+        "format": "ptychodask-model",
+        "format_version": 1,
+        "content_hash": "abc",
+        "trained_on": {"store": "lesson.zarr", "data_hash": "other", "n_training": 90, "n_held_out": 10},
+    }
+    (bundle / "model.json").write_text(json.dumps(description))
+    (bundle / "history.csv").write_text("epoch,held_out_loss\n1,0.5\n2,0.25\n")
+    ds.attrs["model"] = {"kind": "baseline", "hash": "abc", "path": str(bundle)}
+    text = page_of(write_report(ds, tmp_path / "report.html")).text
+    assert (
+        "It was trained on 90 patterns of another scan (lesson.zarr), with 10 held out, for 2 epochs; the lowest "
+        "held-out loss was 0.2500." in text
+    )
+    ds.attrs["model"]["hash"] = "another"
+    assert "It was trained on" not in page_of(write_report(ds, tmp_path / "report.html")).text
+
+
+def test_what_comes_from_a_file_stays_text(ds, tmp_path):
+    path = write_report(ds, tmp_path / "report.html", label=EVIL, others=[(f"other {EVIL}", ds)])
+    page = page_of(path)
+    assert page.tags("script") == []
+    assert all(attributes["src"].startswith("data:image/png;base64,") for attributes in page.tags("img"))
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert f"/data/{EVIL}.zarr" in html.unescape(path.read_text())
+
+
+def test_policy_allows_its_own_style_and_pictures_alone(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    (style,) = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    (policy,) = re.findall(r'content="(default-src[^"]*)"', text)
+    assert policy.split("; ") == [
+        "default-src 'none'",
+        "img-src data:",
+        f"style-src 'sha256-{digest}'",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    assert "http://" not in text
+    assert "https://" not in text
+
+
+def test_a_truth_of_its_own_is_compared_with(ds, tmp_path):
+    truth = Truth(ds["object"].values, (0.0, 0.0))
+    text = page_of(write_report(ds, tmp_path / "report.html", label="mine", truth=truth)).text
+    assert "The amplitude of “mine” has a correlation of 1.000 with it" in text
+
+
+def test_halves_get_a_picture(ds, tmp_path):
+    ds["object_half"] = ("half", "y", "x"), np.stack([ds["object"].values] * 2)
+    ds["weight_half"] = ("half", "y", "x"), np.stack([ds["weight"].values] * 2)
+    assert "each from one half of the patterns" in page_of(write_report(ds, tmp_path / "report.html")).text
+
+
+def test_only_a_report_is_replaced_and_nothing_half_written_is_left(ds, folder, tmp_path):
+    path = tmp_path / "report.html"
+    write_report(ds, path)
+    write_report(ds, path)
+    path.write_text("<html>my notes</html>")
+    with pytest.raises(PtychodaskError, match=r"report\.html: is there and no report of ptychodask"):
+        write_report(ds, path)
+    assert path.read_text() == "<html>my notes</html>"
+    with pytest.raises(PtychodaskError, match=r"is no name of a report; end it in \.html"):
+        check_report_path(tmp_path / "report.pdf")
+    with pytest.raises(PtychodaskError, match="lies in none that exists"):
+        check_report_path(tmp_path / "no" / "report.html")
+    with pytest.raises(PtychodaskError, match="pass the scan that it was made from"):
+        write_report(ds, tmp_path / "other.html", scan=folder / "scan.zarr")
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_the_command_writes_it_beside_the_result(folder, monkeypatch, capsys):
+    arguments = ["report", f"Mine={folder / 'scan.object.zarr'}", "--scan", folder / "scan.zarr", "-q"]
+    monkeypatch.setattr("sys.argv", ["ptychodask", *map(str, [*arguments, "--compare", folder / "again.object.zarr"])])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert re.fullmatch(r".*scan\.object\.html: \d\.\d MB\n", capsys.readouterr().out)
+    text = page_of(folder / "scan.object.html").text
+    assert text.startswith("Mine Mine Report of a ptychographic reconstruction.")
+    assert "Mine Iterative amplitude: correlation" in text
+
+
+def test_a_browser_shows_it_without_a_complaint_and_asks_for_nothing(ds, folder, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[browser]'")
+    write_report(ds, tmp_path / "evil.html", label=EVIL, others=[(f"other {EVIL}", ds)])
+    with playwright.sync_playwright() as engine:
+        browser = launched(engine, playwright.Error)
+        for path in (folder / "report.html", tmp_path / "evil.html"):
+            page = browser.new_page(viewport={"width": 1000, "height": 800})
+            said, asked = [], []
+            page.on("console", lambda message, said=said: said.append(message.text))
+            page.on("pageerror", lambda error, said=said: said.append(str(error)))
+            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            page.goto(path.as_uri())
+            page.wait_for_load_state("networkidle")
+            assert said == []
+            assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+            assert page.title() != "taken"
+            assert page.evaluate("[...document.images].every(image => image.naturalWidth > 500)")
+            assert page.evaluate("getComputedStyle(document.body).maxWidth") == "960px"
+            page.set_viewport_size({"width": 390, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth") == 390
+        browser.close()
+
+
+def launched(engine, error):
+    """Chromium as playwright brings it, or as the system has it; the test is skipped where there is neither."""
+    tried = []
+    for options in ({}, {"executable_path": "/usr/bin/chromium"}):
+        try:
+            return engine.chromium.launch(args=["--no-sandbox"], **options)
+        except error as reason:
+            tried.append(str(reason).splitlines()[0])
+    pytest.skip(f"needs Chromium, from playwright or at /usr/bin/chromium ({'; '.join(tried)})")
