@@ -54,6 +54,9 @@ METHOD_OF_PROGRAM = {"pty-chi": "PtyChi"}
 LIGHT_INSIDE = 0.99
 """Share of the probe's light that must fall on seen pixels for a pattern to be judged by."""
 
+LEAST_PIXELS = 8
+"""Pixels along each side of the area that results are judged on, at the least."""
+
 PIXEL_TOLERANCE = 1e-3
 """By how much pixel sizes may differ, relative to one of them, between results that are compared."""
 
@@ -134,27 +137,16 @@ def compare(
         raise PtychodaskError(
             f"compare: no result {baseline!r} to be the baseline; the results are {', '.join(placed)}"
         )
-    y, x = _common_frame(placed)
-    objects = {label: truth_on_pixels(_known(ds, min_weight), y, x) for label, ds in placed.items()}
-    reference = next(iter(objects.values())) if known is None else truth_on_pixels(known, y, x)
-    seen = np.isfinite(reference) & np.all([np.isfinite(object_) for object_ in objects.values()], axis=0)
-    if not seen.any():
-        raise PtychodaskError("compare: no pixel is seen in all of the results and in the reference")
-    box = seen_box(seen)
-    y, x, seen = y[box[0]], x[box[1]], seen[box]
-    wanted = np.where(seen, reference[box], np.complex64(complex(np.nan, np.nan)))
-    aligned = [
-        align_gauge(np.where(seen, object_[box], np.nan), wanted, ramp=ramp, scale=scale)
-        for object_ in objects.values()
-    ]
+    objects, reference, y, x = _on_common_area(placed, known, min_weight)
+    aligned = [align_gauge(object_, reference, ramp=ramp, scale=scale) for object_ in objects.values()]
     # Phases are taken from the reference's mean on, far from where they wrap.
-    turn = np.exp(-1j * np.angle(np.nansum(wanted)))
+    turn = np.exp(-1j * np.angle(np.nansum(reference)))
     turned = {label: found * turn for label, (found, _) in zip(objects, aligned, strict=True)}
-    judged = _judged(turned, wanted * turn, peak, _pixel_size_m(placed))
+    judged = _judged(turned, reference * turn, peak, _pixel_size_m(placed))
     comparison = _with_gauges(judged, [gauge for _, gauge in aligned], placed)
     comparison.attrs = {
         "reference": "truth" if known is not None else next(iter(objects)),
-        "seen_pixels": int(seen.sum()),
+        "seen_pixels": int(np.isfinite(reference).sum()),
         "y_px": [float(y[0]), float(y[-1])],
         "x_px": [float(x[0]), float(x[-1])],
         "min_weight": min_weight,
@@ -391,6 +383,27 @@ def truth_on_pixels(
     good_rows, good_columns = ((at >= 0) & (at < n) for at, n in zip((rows, columns), known.shape, strict=True))
     placed[np.ix_(good_rows, good_columns)] = known[np.ix_(rows[good_rows], columns[good_columns])]
     return placed
+
+
+def _on_common_area(
+    results: Mapping[str, xr.Dataset], truth: Truth | None, min_weight: float
+) -> tuple[dict[str, NDArray[np.complex64]], NDArray[np.complex64], NDArray[np.float64], NDArray[np.float64]]:
+    """Objects by label and the reference, all NaN on the same pixels, and the coordinates y and x of these."""
+    y, x = _common_frame(results)
+    objects = {label: truth_on_pixels(_known(ds, min_weight), y, x) for label, ds in results.items()}
+    reference = next(iter(objects.values())) if truth is None else truth_on_pixels(truth, y, x)
+    seen = np.isfinite(reference) & np.all([np.isfinite(object_) for object_ in objects.values()], axis=0)
+    if not seen.any():
+        raise PtychodaskError("compare: no pixel is seen in all of the results and in the reference")
+    box = seen_box(seen)
+    if min(seen[box].shape) < LEAST_PIXELS:
+        raise PtychodaskError(
+            f"compare: all results and the reference have seen {' x '.join(map(str, seen[box].shape))} pixels, "
+            f"expected {LEAST_PIXELS} or more along each side"
+        )
+    unseen = np.complex64(complex(np.nan, np.nan))
+    objects = {label: np.where(seen, object_, unseen)[box] for label, object_ in objects.items()}
+    return objects, np.where(seen, reference, unseen)[box], y[box[0]], x[box[1]]
 
 
 def _common_frame(results: Mapping[str, xr.Dataset]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

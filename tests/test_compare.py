@@ -25,7 +25,7 @@ from ptychodask.iterative import r_factor
 from ptychodask.metrics import frc, half_bit
 from ptychodask.result import make_dataset
 from ptychodask.scan import PtychodaskError, Truth
-from ptychodask.simulate import random_field, shift_probe, simulate
+from ptychodask.simulate import crossing_lines, random_field, shift_probe, simulate
 
 
 @pytest.fixture
@@ -274,9 +274,11 @@ def test_what_cannot_be_compared_is_refused(truth, tmp_path):
         compare({"one": one.drop_vars("weight"), "other": one})
     with pytest.raises(PtychodaskError, match="pixels of a are 1e-09 m across and those of b 2e-09 m"):
         compare({name: result(truth.object, (0, 0), pixel_size_m=size) for name, size in (("a", 1e-9), ("b", 2e-9))})
+    with pytest.raises(PtychodaskError, match="alien: registration: at its best place the object correlates with"):
+        compare({"one": one, "alien": ForeignResult(crossing_lines((60, 70), np.random.default_rng(8)))})
     with pytest.raises(
-        PtychodaskError, match="flat: registration: at its best place the object correlates with the other by 0.00"
+        PtychodaskError, match="all results and the reference have seen 7 x 80 pixels, expected 8 or more"
     ):
-        compare({"one": one, "flat": ForeignResult(np.ones((30, 40), np.complex64))})
+        compare({"one": one, "rim": result(truth.object, (43, 10))})
     with pytest.raises(PtychodaskError, match="no such result"):
         compare({"one": tmp_path / "none.zarr", "other": one})
