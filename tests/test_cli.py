@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from ptychodask import cli
 from ptychodask.models import Model, ModelSpec, Optics, save_model
 from ptychodask.models.networks import build_network
-from ptychodask.result import open_result
+from ptychodask.result import make_dataset, open_result
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan, record_model, replace_probe, stored_group_names, write_scan
 
@@ -319,6 +319,50 @@ def test_one_result_without_truth_is_judged_by_the_patterns(run, tmp_path):
     code, out, err = run("compare", tmp_path / "scan.object.zarr", "--scan", store)
     assert code == 0, err
     assert re.fullmatch(r"PtychoPINN: R 0\.\d{4} over 60 patterns\n", out)
+
+
+@pytest.fixture
+def judged(store, tmp_path):
+    """The truth as a result, and a poorer one as pty-chi's file, on pixels of its own."""
+    truth = open_scan(store).truth
+    ones = np.ones(truth.object.shape)
+    corner = tuple(int(value) for value in truth.corner_yx_px)
+    make_dataset(truth.object, ones, ones, ones, corner, pixel_size_m=None, attributes={}).ptycho.save(
+        tmp_path / "ours.zarr"
+    )
+    noise = np.random.default_rng(0).normal(scale=0.05, size=ones.shape)
+    np.savez(tmp_path / "ptychi.npz", reconstructed_object=truth.object + noise, algorithm="pty-chi")
+    return tmp_path
+
+
+def test_files_of_other_programs_are_compared_and_tables_written(run, store, judged):
+    results = [judged / "ours.zarr", judged / "ptychi.npz"]
+    tables = ["--csv", judged / "t.csv", "--markdown", judged / "t.md", "--png", judged / "t.png"]
+    code, out, err = run("compare", *results, "--truth", store, "--baseline", "PtyChi", *tables)
+    assert code == 0, err
+    assert "| ours | amplitude | 1 | 1 |" in out
+    assert "Less PtyChi:" in out
+    assert (judged / "t.md").read_text().strip() == out.strip()
+    assert (judged / "t.csv").read_text().startswith("method,part,correlation,")
+    assert (judged / "t.png").stat().st_size > 10_000
+    code, out, err = run("compare", f"A={judged / 'ptychi.npz'}", "--key", "A=reconstructed_object", "--truth", store)
+    assert code == 0, err
+    assert "| A | phase |" in out
+
+
+def test_what_cannot_be_compared_is_one_line(refused, store, judged):
+    ours, theirs = judged / "ours.zarr", judged / "ptychi.npz"
+    for arguments, line in (
+        ((ours,), "1 results and no truth"),
+        ((ours, judged / "no.npz"), "no.npz: no such file"),
+        ((theirs, "--key", "B=a", "--truth", store), "--key B=a: no result has this label"),
+        ((f"A={theirs}", "--key", "A=a", "--truth", store), "holds no array 'a'; keys found: reconstructed_object"),
+        ((ours, theirs, "--baseline", "Nobody"), "no result 'Nobody' to be the baseline"),
+        ((ours, theirs, "--peak", "high"), "peak is 'high', expected a positive number"),
+        ((ours, theirs, "--csv", judged / "none" / "t.csv"), "lies in no folder that exists"),
+        ((ours, theirs, "--truth", ours), "expected 'ptychodask-scan'"),
+    ):
+        assert line in refused("compare", *arguments)
 
 
 def test_pictures_are_checked_before_the_work(refused, store, tmp_path):
