@@ -799,7 +799,8 @@ def group(store: str | Path, spec: GroupingSpec = GroupingSpec(), *, name: str |
     scan = open_scan(path)
     member = group_positions(scan.position_yx_px, spec, scan.scan_index)
     groups = Groups(member, spec, name)
-    root = open_root(path, SCAN, "r+")
+    # A run that was killed may have left a table that the consolidated metadata do not know.
+    root = zarr.open_group(path, mode="r+", zarr_format=3, use_consolidated=False)
     table = root.require_group("groups").create_group(name, overwrite=True)
     _put(table, "member", member, ("group", "channel"))
     table.attrs.update({"spec": groups.attributes(), "state": "complete"})

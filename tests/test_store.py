@@ -274,6 +274,21 @@ def test_a_stored_group_table_is_read_not_computed_again(tmp_path, monkeypatch):
     assert stored_group_names(tmp_path / "a.zarr") == ["c4-k7-s3", "c4-k7-s4"]
 
 
+def test_a_grouping_that_was_killed_is_made_again(tmp_path, monkeypatch):
+    path = tmp_path / "a.zarr"
+    write(path)
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(store_module, "_consolidate", killed)
+        group(path)
+    assert read_groups(path, GroupingSpec().name) is None
+    made = group(path)
+    np.testing.assert_array_equal(read_groups(path, made.name).member, made.member)
+
+
 def test_grouping_leaves_the_patterns_untouched(tmp_path):
     scan = write(tmp_path / "a.zarr")
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "a.zarr" / "diffraction").rglob("*") if p.is_file()}
