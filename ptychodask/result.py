@@ -411,6 +411,12 @@ class PtychoAccessor:
         # Figures lie further down; the package finds them when they are asked for.
         return ptychodask.plot(self._ds, path=path)
 
+    @property
+    def standard_error(self) -> xr.DataArray:
+        """Uncertainty over the square root of the count (y, x): that of the mean, were the estimates independent."""
+        error = (self._ds["uncertainty"] / self._ds["count"] ** 0.5).rename("standard_error")
+        return error.assign_attrs(long_name="standard error of the object, overlapping estimates taken as independent")
+
     def compute(self) -> xr.Dataset:
         """The result in memory, each task of a lazy one run once.
 

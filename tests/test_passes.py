@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ClassVar
+
+import distributed
 import numpy as np
 import pytest
 from models_for_tests import LinearModel
 
 from ptychodask import prediction
-from ptychodask.cluster import in_process_client
+from ptychodask.cluster import LOOPBACK, QUIET, in_process_client
 from ptychodask.grouping import GroupingSpec, groups_kept
 from ptychodask.plan import ReconstructionSpec, plan
 from ptychodask.reassembly import add_patches, empty_canvas, finish, illumination_window
@@ -250,3 +256,52 @@ def test_read_amplification_counts_each_stored_chunk_as_often_as_it_is_read(stor
         for stored in np.unique(member // per_stored):
             read += min(per_stored, scan.n_patterns - stored * per_stored)
     assert todo.read_amplification == pytest.approx(read / 150)
+
+
+@dataclass(eq=False)
+class WaitingModel(LinearModel):
+    """A network whose first call waits until it is let go, and that says which worker calls it."""
+
+    let_go: ClassVar[threading.Event] = threading.Event()
+    begun: ClassVar[threading.Event] = threading.Event()
+    seen: ClassVar[set[str]] = set()
+    compiled: ClassVar[list[int]] = []
+
+    def compile(self, batch_size):
+        self.compiled.append(batch_size)
+        return super().compile(batch_size)
+
+    def patches(self, x, offset_yx_px):
+        self.begun.set()
+        assert self.let_go.wait(60)
+        self.seen.add(distributed.get_worker().name)
+        return super().patches(x, offset_yx_px)
+
+
+def quiet_cluster(n_workers):
+    return distributed.LocalCluster(
+        processes=False, n_workers=n_workers, threads_per_worker=1, worker_dashboard_address=LOOPBACK, **QUIET
+    )
+
+
+def test_a_worker_that_joins_late_takes_its_part(store, client):
+    fields = {"groups_per_chunk": 7, "tile": 16, "batch_size": 7}
+    with quiet_cluster(1) as cluster, distributed.Client(cluster, set_as_default=False) as joined:
+        with ThreadPoolExecutor() as pool:
+            running = pool.submit(reconstruct, store, WaitingModel(content_hash="late"), client=joined, **fields)
+            assert WaitingModel.begun.wait(60)
+            cluster.scale(2)
+            joined.wait_for_workers(2)
+            WaitingModel.let_go.set()
+            ds = running.result()
+        assert len(WaitingModel.seen) == 2
+    # One process: its workers share the compiled call.
+    assert WaitingModel.compiled == [7]
+    assert_same_bits(ds, reconstruct(store, LinearModel(), client=client, **fields))
+
+
+def test_an_adaptive_cluster_without_workers_starts_some(store, client):
+    with quiet_cluster(0) as cluster, distributed.Client(cluster, set_as_default=False) as adaptive:
+        cluster.adapt(minimum=0, maximum=2, interval="100ms")
+        ds = reconstruct(store, LinearModel(), client=adaptive, groups_per_chunk=7)
+    assert_same_bits(ds, reconstruct(store, LinearModel(), client=client, groups_per_chunk=7))

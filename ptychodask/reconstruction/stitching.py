@@ -10,7 +10,7 @@ import distributed
 
 from ptychodask.plan import Plan, Tile
 from ptychodask.progress import show_progress
-from ptychodask.reconstruction.running import Run, Tasks
+from ptychodask.reconstruction.running import Run, Tasks, workers_of
 from ptychodask.reconstruction.tasks import StitchingJob, TileReport, deliver_tile, predict_chunk
 
 
@@ -39,7 +39,7 @@ def stitching_tasks(
     """
     # What is large and lies on no disk is sent to every worker once; a model with a path is loaded by each of them.
     heavy = job.position_yx_px is not None or any(method.prediction.model.model is not None for method in job.methods)
-    sent = client.scatter(job, hash=False, broadcast=True) if heavy else job
+    sent = _sent(client, job) if heavy else job
 
     def tile_task(index: int, parts: list[Any]) -> tuple[Any, ...]:
         tile = todo.tiles[index]
@@ -56,6 +56,18 @@ def stitching_tasks(
         every_tile=every_tile,
         chunks_kept=folder is not None,
     )
+
+
+def _sent(client: distributed.Client, job: StitchingJob) -> distributed.Future:
+    """The job on the workers, once each."""
+    if workers_of(client):
+        return client.scatter(job, hash=False, broadcast=True)
+    # A cluster that starts its workers when there is work has nobody yet to send it to.
+    return client.submit(_as_it_is, job, pure=False)
+
+
+def _as_it_is(job: StitchingJob) -> StitchingJob:
+    return job
 
 
 def stitch(
