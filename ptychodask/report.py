@@ -41,6 +41,9 @@ GENERATOR = '<meta name="generator" content="ptychodask">'
 
 FIGURE_DPI = 130
 
+LONGEST_LIST = 20
+"""Entries of a recorded list that are written out."""
+
 METRIC_NAMES = {
     "correlation": "correlation (Pearson)",
     "ratio": "ratio of the means",
@@ -178,6 +181,7 @@ def _find_out(
 ) -> Findings:
     measured = None if scan is None else scan if isinstance(scan, Scan) else open_scan(scan)
     label, result = next(iter(results.items()))
+    result = _of_first_method(result)
     _check_same_data(label, result, measured)
     if truth is None and measured is not None:
         truth = measured.truth
@@ -198,6 +202,15 @@ def _find_out(
     )
 
 
+def _of_first_method(result: xr.Dataset) -> xr.Dataset:
+    """The result with what was recorded of its own method alone, where several methods were stored together."""
+    methods = recorded(result.attrs, "methods")
+    if not isinstance(methods, list):
+        return result
+    own = {name: recorded(result.attrs, name, methods[0]) for name in ("model", "plan")}
+    return result.assign_attrs({**own, "methods": methods[0]})
+
+
 def _check_same_data(label: str, result: xr.Dataset, scan: Scan | None) -> None:
     made_from = recorded(result.attrs, "data_hash")
     if scan is not None and made_from is not None and made_from != scan.data_hash:
@@ -210,12 +223,18 @@ def _check_same_data(label: str, result: xr.Dataset, scan: Scan | None) -> None:
 def _training(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """What the model's bundle says of its training, where it still lies at its path and is the same model."""
     path, content_hash = recorded(attributes, "model", "path"), recorded(attributes, "model", "hash")
-    if not isinstance(path, str) or not (Path(path) / "model.json").is_file():
+    # Unlike Path.is_file, this is False for what is no possible path.
+    if not isinstance(path, str) or not os.path.isfile(os.path.join(path, "model.json")):
         return {}
-    description = read_description(Path(path))
+    try:
+        description = read_description(Path(path))
+        history = read_history(Path(path) / "history.csv")
+    except PtychodaskError as error:
+        logger.warning("the report says nothing of the training: %s", error)
+        return {}
     if description.get("content_hash") != content_hash:
         return {}
-    return {**description.get("trained_on", {}), "history": read_history(Path(path) / "history.csv")}
+    return {**description.get("trained_on", {}), "history": history}
 
 
 def recorded(attributes: Mapping[str, Any], *names: str) -> Any:
@@ -320,8 +339,12 @@ def _stitched(attributes: Mapping[str, Any], result: xr.Dataset) -> list[str]:
         plan.get(name, "an unknown number of")
         for name in ("n_groups", "n_patterns", "groups", "n_chunks", "crop", "window")
     )
+    dropped = recorded(attributes, "spec", "drop")
+    chunks = f"{n_chunks} chunks"
+    if isinstance(dropped, list) and dropped:
+        chunks += f"; {len(dropped)} patterns were left out"
     return [
-        f"It read {n_groups} groups, made of {n_patterns} patterns (group table {groups}), in {n_chunks} chunks.",
+        f"It read {n_groups} groups, made of {n_patterns} patterns (group table {groups}), in {chunks}.",
         f"The middle {crop} pixels of each patch, weighted by the window “{window}”, were averaged at the measured "
         f"positions into an object of {height} × {width} pixels.",
     ]
@@ -386,7 +409,9 @@ def _not_known(found: Findings) -> list[str]:
         }
         missing += [name for name, value in setting.items() if value is None]
     if recorded(found.result.attrs, "model") is not None and not found.training:
-        missing.append("how the network was trained (its bundle is not at the recorded path, or is another by now)")
+        missing.append(
+            "how the network was trained (its bundle is not at the recorded path, is another by now, or cannot be read)"
+        )
     sentences = [f"Not recorded, and so not stated here: {_listed(missing)}."] if missing else []
     if found.truth is None:
         sentences.append("No known object was given, so the accuracy of the object is not known.")
@@ -606,7 +631,8 @@ def in_words(value: Any) -> str:
     if isinstance(value, Mapping):
         return "; ".join(f"{name} {in_words(item)}" for name, item in value.items() if item is not None)
     if isinstance(value, list | tuple):
-        return ", ".join(map(in_words, value))
+        more = f", ... ({len(value)} in all)" if len(value) > LONGEST_LIST else ""
+        return ", ".join(map(in_words, value[:LONGEST_LIST])) + more
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

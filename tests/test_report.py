@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from ptychodask import cli
 from ptychodask.iterative import reconstruct_iterative
@@ -155,6 +156,22 @@ def test_training_is_told_where_the_bundle_is_the_one_that_was_used(ds, tmp_path
     )
     ds.attrs["model"]["hash"] = "another"
     assert "It was trained on" not in page_of(write_report(ds, tmp_path / "report.html")).text
+
+
+def test_of_several_methods_the_first_is_told_and_the_others_stand_beside_it(ds, tmp_path):
+    both = xr.concat([ds, ds * 1.1], "method").assign_coords(method=["pinn", "baseline"])
+    plan = {"n_groups": 12, "n_patterns": 20, "groups": "c4", "n_chunks": 3, "crop": 8, "window": "cosine"}
+    both.attrs = {
+        "methods": ["pinn", "baseline"],
+        "model": {name: {"kind": name, "hash": f"{name}-hash", "path": "gone"} for name in ("pinn", "baseline")},
+        "plan": {"pinn": plan, "baseline": plan | {"n_groups": 99}},
+        "spec": {"drop": [3, 7]},
+    }
+    text = page_of(write_report(both, tmp_path / "report.html")).text
+    assert "predicted by a physics-informed network" in text
+    assert "It read 12 groups, made of 20 patterns (group table c4), in 3 chunks; 2 patterns were left out." in text
+    assert "PtychoPINN Baseline amplitude: correlation" in text
+    assert "99" not in text[text.rindex("Methods") : text.rindex("Provenance")]
 
 
 def test_what_comes_from_a_file_stays_text(ds, tmp_path):
