@@ -292,9 +292,10 @@ def _methods_of(result: Result) -> dict[str | None, xr.Dataset]:
         result = open_result(path) if is_store else read_foreign_result(path)
     if isinstance(result, ForeignResult):
         return {METHOD_OF_PROGRAM.get(result.program or ""): _from_foreign(result)}
-    if "method" in result.dims:
-        kinds = [str(kind) for kind in result["method"].values]
-        return {METHOD_OF_KIND.get(kind, kind): result.isel(method=i, drop=True) for i, kind in enumerate(kinds)}
+    if "method" in result.coords:
+        several = result if "method" in result.dims else result.expand_dims("method")
+        kinds = [str(kind) for kind in several["method"].values]
+        return {METHOD_OF_KIND.get(kind, kind): several.isel(method=i, drop=True) for i, kind in enumerate(kinds)}
     if result.attrs.get("spec", {}).get("engine") == "iterative":
         return {"Iterative": result}
     return {METHOD_OF_KIND.get(result.attrs.get("model", {}).get("kind")): result}
@@ -429,7 +430,10 @@ def _judged(
 ) -> xr.Dataset:
     """Figures and ring correlations of aligned objects, all NaN on the same pixels."""
     wanted = _parts(reference, reference)
-    data_range = {part: float(np.nanmax(values) - np.nanmin(values)) for part, values in wanted.items()}
+    data_range = {
+        "amplitude": _range(wanted["amplitude"], float(np.nanmax(wanted["amplitude"]))),
+        "phase": _range(wanted["phase"], np.pi),
+    }
     peaks = {part: _peak(peak, data_range[part]) for part in PARTS}
     found = [_parts(object_, reference) for object_ in objects.values()]
     curves = [[frc(parts[part], wanted[part]) for part in PARTS] for parts in found]
@@ -460,6 +464,11 @@ def _judged(
             "frequency": ("frequency", frequency, {"units": "1/px", "long_name": "spatial frequency"}),
         },
     )
+    # A part that is constant in the reference, as the phase of an absorber, has no structure to correlate with.
+    structured = judged["data_range"] > 0
+    for name in ("frc", "resolution_px"):
+        judged[name] = judged[name].where(structured)
+    judged["value"] = judged["value"].where(structured | judged["metric"].isin(["ratio", "mae", "mse", "psnr"]))
     if pixel_size_m is not None:
         judged["resolution_m"] = (judged["resolution_px"] * pixel_size_m).assign_attrs(units="m")
     return judged
@@ -471,6 +480,12 @@ def _parts(
     """Amplitude, and the phase within π of the reference's."""
     phase = np.angle(reference) + np.angle(object_ * np.conj(reference))
     return {"amplitude": np.abs(object_), "phase": phase}
+
+
+def _range(values: NDArray[np.floating[Any]], size: float) -> float:
+    """Largest less smallest; 0 where that is rounding."""
+    span = float(np.nanmax(values) - np.nanmin(values))
+    return span if span > 1e-6 * size else 0.0
 
 
 def _peak(peak: float | Literal["range", "ptychopinn"], data_range: float) -> float:
@@ -490,15 +505,15 @@ def _figures(
     peaks: Mapping[str, float],
 ) -> list[float]:
     """The figures of one part that are no crossings."""
-    pair = found[part], wanted[part]
+    pair, span, peak = (found[part], wanted[part]), data_range[part], peaks[part]
     return [
         correlation(*pair),
         amplitude_ratio(*pair) if part == "amplitude" else np.nan,
         mae(*pair),
         mse(*pair),
-        psnr(*pair, peak=peaks[part]),
-        ssim(*pair, data_range=data_range[part]),
-        ms_ssim(*pair, data_range=data_range[part]),
+        psnr(*pair, peak=peak) if peak > 0 else np.nan,
+        ssim(*pair, data_range=span) if span > 0 else np.nan,
+        ms_ssim(*pair, data_range=span) if span > 0 else np.nan,
     ]
 
 

@@ -194,13 +194,13 @@ def correlation(
 
     Examples
     --------
-    >>> round(correlation(np.array([[1.0, 2.0, np.nan]]), np.array([[0.0, 0.3, 7.0]])), 6)
-    1.0
+    >>> round(correlation(np.array([[1.0, 2.0, np.nan]]), np.array([[0.0, -0.3, 7.0]])), 6)
+    -1.0
     """
     say = _say(estimate, truth, weight)
     one, other = estimate - _mean(estimate, say), truth - _mean(truth, say)
     spread = np.sqrt(_mean(one * one, say) * _mean(other * other, say))
-    return _mean(one * other, say) / spread if spread > 0 else float("nan")
+    return float(_mean(one * other, say) / spread) if spread > 0 else float("nan")
 
 
 def amplitude_ratio(estimate: NDArray[Any], truth: NDArray[Any], *, weight: NDArray[Any] | None = None) -> float:
@@ -481,7 +481,8 @@ def crossing(
 
     Notes
     -----
-    The ring of zero frequency, which the mean and the window rule, does not count.
+    The ring of zero frequency, which the mean and the window rule, does not count. An object whose slow changes are
+    wrong crosses in the first rings however well finer ones agree: look at the curve.
 
     Examples
     --------

@@ -167,6 +167,15 @@ def test_the_peak_of_the_psnr_is_stated_and_can_be_chosen(truth):
         compare(one, truth=truth, peak="most")
 
 
+def test_what_a_constant_phase_cannot_tell_is_left_blank(truth):
+    absorber = Truth((np.abs(truth.object) * np.exp(0.3j)).astype(np.complex64), truth.corner_yx_px)
+    table = compare({"a": result(noisy(truth, 0), (-20, 10))}, truth=absorber)
+    known = table["value"].loc["a", "phase"].notnull()
+    assert table["frc"].loc["a", "phase"].isnull().all()
+    assert known["metric"].values[known].tolist() == ["mae", "mse"]
+    assert table["value"].loc["a", "amplitude"].notnull().sum() == len(METRICS) - 1  # too small for MS-SSIM
+
+
 def test_phases_around_the_wrap_are_as_good_as_others(truth):
     plain = compare({"a": result(noisy(truth, 0), (-20, 10))}, truth=truth)
     turned = Truth((truth.object * np.exp(3.1j)).astype(np.complex64), truth.corner_yx_px)
@@ -215,6 +224,7 @@ def test_results_name_themselves(truth, tmp_path):
     assert list(found) == ["PtychoPINN", "Baseline", "Iterative", "PtychoPINN (again)", "other"]
     both = xr.concat([pinn, baseline], xr.Variable("method", ["pinn", "baseline"]), combine_attrs="override")
     assert list(results_by_label([(None, both)])) == ["PtychoPINN", "Baseline"]
+    assert list(results_by_label([(None, both.isel(method=1)), (None, iterative)])) == ["Baseline", "Iterative"]
     assert list(results_by_label([("new", both), ("old", pinn)])) == ["new PtychoPINN", "new Baseline", "old"]
     with pytest.raises(PtychodaskError, match=r"two results are called PtychoPINN.*give each a label \(LABEL=PATH\)"):
         results_by_label([(None, pinn), (None, pinn), (None, pinn)])
