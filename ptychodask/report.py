@@ -39,7 +39,8 @@ logger = logging.getLogger(__name__)
 GENERATOR = '<meta name="generator" content="ptychodask">'
 """What tells a report from another page, which is not overwritten."""
 
-FIGURE_DPI = 130
+FIGURE_WIDTH_PX = 1400
+"""Pixels across an embedded figure."""
 
 LONGEST_LIST = 20
 """Entries of a recorded list that are written out."""
@@ -535,14 +536,17 @@ def _pictures(found: Findings) -> list[Markup]:
         ),
     ]
     if "object_half" in found.result:
-        caption = "Two objects, each from one half of the patterns, and how far they agree at each frequency."
+        caption = (
+            "Two objects, each from one half of the patterns, and how far they agree at each frequency. What both get "
+            "wrong alike, as a network may, does not show."
+        )
         pictures.append(_picture(plot_split_half(found.result), caption))
     return pictures
 
 
 def _picture(figure: Figure, caption: str) -> Markup:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=FIGURE_DPI)
+    figure.savefig(buffer, format="png", dpi=FIGURE_WIDTH_PX / figure.get_figwidth())
     data = base64.b64encode(buffer.getvalue()).decode()
     image = Markup(f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">')
     return tag("figure", image, tag("figcaption", caption))
