@@ -64,8 +64,8 @@ def find_corner(
     The search compares the strength of smoothed edges, which the gauge leaves alone, by masked normalised
     cross-correlation (D. Padfield, IEEE Trans. Image Process. 21 (2012) 2706). The fraction is the peak of
     the cross-correlation of the complex objects, gauge removed, sampled finely (M. Guizar-Sicairos et al., Opt. Lett.
-    33 (2008) 156), found again with the object moved there until it stays. The search of the whole takes about 500 bytes
-    of memory for each pixel of the larger object, and finds objects that share `LEAST_OVERLAP` of the smaller one.
+    33 (2008) 156), found again with the object moved there until it stays. The search of the whole takes about 500
+    bytes of memory for each pixel of the larger object, and finds objects that share `LEAST_OVERLAP` of the smaller.
 
     Examples
     --------
