@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "plan": ["Plan", "ReconstructionSpec", "plan"],
         "reconstruction": ["reconstruct"],
         "compare": ["compare"],
+        "resolution": ["resolution"],
         "residuals": ["outliers", "residuals"],
         "study": ["StudySpec", "read_study", "run_study"],
         "plotting": ["plot", "plot_comparison", "plot_complex", "plot_residuals", "plot_split_half"],
