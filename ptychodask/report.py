@@ -270,12 +270,12 @@ def methods_text(found: Findings) -> list[str]:
 def _measured(scan: Scan | None) -> list[str]:
     if scan is None:
         return []
-    unit = {"counts": "photon counts", "amplitude": "amplitudes"}[scan.domain]
+    stored = {"counts": "photon counts", "amplitude": "amplitudes"}[scan.domain]
     mean = recorded(scan.attributes, "mean_counts")
     light = f", with {number(mean)} counts per pattern on average" if isinstance(mean, float) else ""
     sentences = [
         f"The scan holds {scan.n_patterns} diffraction patterns of {scan.n_pixels} × {scan.n_pixels} pixels, stored as "
-        f"{unit}{light}."
+        f"{stored}{light}."
     ]
     setting = {
         "photon energy": (scan.energy_ev, 1e-3, "keV"),
@@ -285,10 +285,18 @@ def _measured(scan: Scan | None) -> list[str]:
     known = [f"the {name} {number(value * factor)} {unit}" for name, (value, factor, unit) in setting.items() if value]
     if known:
         sentences.append(f"{_listed(known)[0].upper()}{_listed(known)[1:]} (as recorded in the store).")
-    source, reader = (recorded(scan.attributes, "provenance", name) for name in ("source", "reader"))
-    if source is not None:
-        sentences.append(f"It was read from {Path(str(source)).name} as the format “{reader}”.")
-    return sentences
+    return [*sentences, *_source(scan.attributes)]
+
+
+def _source(attributes: Mapping[str, Any]) -> list[str]:
+    names = ("source", "reader", "object", "probe", "dose", "step_px")
+    source, reader, object_, probe, dose, step_px = (recorded(attributes, "provenance", name) for name in names)
+    if source == "simulation":
+        return [
+            f"It was simulated: object “{object_}”, probe “{probe}”, {number(dose)} photons in a pattern, steps of "
+            f"{number(step_px)} pixels."
+        ]
+    return [] if source is None else [f"It was read from {Path(str(source)).name} as the format “{reader}”."]
 
 
 def _probe(scan: Scan | None) -> list[str]:
@@ -597,8 +605,8 @@ def _patterns(found: Findings) -> list[Markup]:
         f"{len(far) or 'none'} of them lie more than five deviations above the median."
     )
     header = ["pattern, place in the store", "y (px)", "x (px)", "R", "Poisson deviance"]
-    columns = [own[name].values for name in ("y_px", "x_px", "r_factor", "poisson_deviance")]
-    rows = [[str(j), *(number(float(column[j])) for column in columns)] for j in worst_patterns(own)]
+    y, x, r, deviance = (own[name].values for name in ("y_px", "x_px", "r_factor", "poisson_deviance"))
+    rows = [[str(j), f"{y[j]:.1f}", f"{x[j]:.1f}", number(r[j]), number(deviance[j])] for j in worst_patterns(own)]
     caption = (
         "How far each pattern is from the one that the object makes, over the scan and in turn; the worst in rings."
     )

@@ -122,6 +122,7 @@ def test_methods_say_what_was_done_with_which_numbers_and_what_is_not_known(fold
     methods = text[text.rindex("Methods") : text.rindex("Provenance")]
     for sentence in (
         "The scan holds 60 diffraction patterns of 16 × 16 pixels, stored as photon counts",
+        "It was simulated: object “lines”, probe “zone_plate”, 100,000 photons in a pattern, steps of 3.000 pixels.",
         "reconstructed by 3 sweeps of an iterative algorithm (rPIE).",
         "after the global phase and a phase plane had been removed",
         "The phase is known up to a constant and a plane, which no pattern can tell.",
