@@ -657,9 +657,7 @@ def compare(
 
     if png is not None:
         check_figure_path(png)
-    for path in (csv, markdown):
-        if path is not None and not path.parent.is_dir():
-            raise PtychodaskError(f"{path}: lies in no folder that exists; name a file in a folder")
+    _check_folders(csv, markdown)
     opened = results_by_label(_labelled(results, key))
     measured = None if scan is None else open_scan(scan)
     known = open_scan(truth) if truth is not None else measured if measured and measured.truth is not None else None
@@ -677,6 +675,12 @@ def compare(
                 path.write_text(text)
     if png is not None:
         plot_comparison(placed, known, comparison=table, scale=scale, path=png)
+
+
+def _check_folders(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise PtychodaskError(f"{path}: lies in no folder that exists; name a file in a folder")
 
 
 def _labelled(results: list[str], keys: list[str] | None) -> Iterator[tuple[str | None, Any]]:
@@ -728,6 +732,7 @@ def residuals(
     _check_one_cluster("residuals", workers, scheduler)
     if png is not None:
         check_figure_path(png)
+    _check_folders(save_outliers, csv)
     options = _given(drop=None if drop is None else _numbers_in("--drop", drop, "pattern indices"))
     with _client(workers, scheduler) as client:
         found = residuals(result, store, client=client, progress=_bar(quiet), **options)

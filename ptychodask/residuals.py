@@ -87,10 +87,16 @@ def residuals(
     The forward model is that of `r_factor`, pixels that were not seen counting as the mean amplitude of those that
     were. A task reads consecutive patterns and the part of the object that they meet, so neither scan nor object is
     ever whole in memory when both lie on disk. A pattern's residual does not depend on how the scan is cut.
-    A lazy result that lies on no disk (``compute=False``) is predicted twice: compute it, or write it, first.
+    A lazy result that lies on no disk (``compute=False``) is predicted twice: compute it, or write it, first. A result
+    of other data, or made with another probe than the scan has now, is judged all the same, and a warning logged.
     """
     measured = scan if isinstance(scan, Scan) else open_scan(Path(scan).resolve())
-    object_ = _object_of(result)
+    opened = result if isinstance(result, xr.Dataset) else open_result(Path(result).resolve())
+    object_ = _object_of(opened)
+    if opened.attrs.get("data_hash", measured.data_hash) != measured.data_hash:
+        logger.warning(
+            "the result was made of other data than %s, or with another probe", measured.store or "this scan"
+        )
     kept = patterns_without(measured, drop)
     # Tasks need none of what else a scan knows; a truth may be as large as the object.
     sent = replace(measured, truth=None, label=None, probe_initial=None, scan_index=None, source_index=None)
@@ -102,8 +108,7 @@ def residuals(
     return _as_dataset(measured, sums, kept, flagged=len(drop) > 0)
 
 
-def _object_of(result: xr.Dataset | str | Path) -> xr.DataArray:
-    ds = result if isinstance(result, xr.Dataset) else open_result(Path(result).resolve())
+def _object_of(ds: xr.Dataset) -> xr.DataArray:
     if "object" not in ds or ds["object"].dims != ("y", "x"):
         raise PtychodaskError("residuals: the result has no object (y, x); select one method of it, or reconstruct it")
     for dim in ("y", "x"):
@@ -319,8 +324,8 @@ def outliers(found: xr.Dataset, *, n_mad: float = 8.0) -> NDArray[np.int64]:
 
     Notes
     -----
-    Bad patterns spoil the object where they lie, and with it the R of their neighbours: drop the worst, reconstruct, and
-    look again. At the rim of a scan, where few patterns overlap, R is larger than inside without anything being wrong.
+    Bad patterns spoil the object where they lie, and with it the R of their neighbours: drop the worst, reconstruct,
+    and look again. At the rim of a scan, where few patterns overlap, R is larger than inside with nothing wrong.
 
     Examples
     --------
