@@ -371,13 +371,15 @@ def _draw_in_turn(
     axes.legend(frameon=False)
 
 
-def plot_split_half(ds: xr.Dataset, *, path: str | Path | None = None) -> Figure:
+def plot_split_half(ds: xr.Dataset, *, resolution: xr.Dataset | None = None, path: str | Path | None = None) -> Figure:
     """Figure of two objects that were each made of one half of the patterns, and of how far they agree.
 
     Parameters
     ----------
     ds : xarray.Dataset
         A result with ``object_half``, ``weight_half`` (half, y, x).
+    resolution : xarray.Dataset, optional
+        From `resolution`: adds the map of the local resolution.
     path : path, optional
         Where to write it too.
 
@@ -403,16 +405,37 @@ def plot_split_half(ds: xr.Dataset, *, path: str | Path | None = None) -> Figure
         raise PtychodaskError("plot_split_half: no pixel is well lit in both halves, so they cannot be compared")
     middle = _middle_phasor(one[lit])
     phases = [np.angle(half * middle) for half in (one, other)]
-    figure = _empty_figure(11, 10)
-    axes = figure.subplots(2, 2)
-    for panel, phase, label in zip(axes[0], phases, ("first", "second"), strict=True):
+    n_columns = 2 if resolution is None else 3
+    figure = _empty_figure(5.5 * n_columns, 10)
+    axes = figure.subplots(2, n_columns)
+    for panel, phase, label in zip(axes[0, :2], phases, ("first", "second"), strict=True):
         _panel(panel, phase, f"{label} half: phase (rad)", shown, *_phase_scale(phases[0][lit]))
     difference = np.abs(one - other)
     _panel(axes[1, 0], difference, "|first − second|", shown, (0.0, _limits(difference[lit])[1]), "magma")
     frequency, curve = frc(*(np.where(lit, half, np.complex64(np.nan)) for half in (one, other)))
     _draw_frc(axes[1, 1], frequency, {"object": curve}, "FRC of the halves", ds.attrs.get("pixel_size_m"))
     axes[1, 1].set_box_aspect(0.8)
+    if resolution is not None:
+        _draw_local_resolution(axes[0, 2], resolution, shown)
+        axes[1, 2].set_axis_off()
     return _written(figure, path)
+
+
+def _draw_local_resolution(axes: Axes, resolution: xr.Dataset, ds: xr.Dataset) -> None:
+    """The resolution of each window as a square of the step's size around the window's middle."""
+    y, x, half = resolution["window_y"].values, resolution["window_x"].values, resolution.attrs["step_px"] / 2
+    image = axes.imshow(
+        resolution["local_resolution_px"].values,
+        cmap="viridis_r",
+        origin="upper",
+        extent=(x[0] - half, x[-1] + half, y[-1] + half, y[0] - half),
+    )
+    _frame(axes, f"local resolution (px), FRC at {resolution.attrs['criterion']}", ds)
+    left, right, bottom, top = _extent(ds)
+    axes.set_xlim(left, right)
+    axes.set_ylim(bottom, top)
+    assert axes.figure is not None
+    axes.figure.colorbar(image, ax=axes, shrink=0.85)
 
 
 def _empty_figure(width_in: float, height_in: float) -> Figure:

@@ -31,6 +31,7 @@ from ptychodask.plotting import (
     worst_patterns,
 )
 from ptychodask.residuals import outliers, residuals
+from ptychodask.resolution import resolution
 from ptychodask.scan import PtychodaskError, Scan, Truth
 from ptychodask.store import open_scan
 
@@ -41,6 +42,9 @@ GENERATOR = '<meta name="generator" content="ptychodask">'
 
 FIGURE_WIDTH_PX = 1400
 """Pixels across an embedded figure."""
+
+RESOLUTION_WINDOW_PX = 64
+"""Pixels across a window of the map of the local resolution, where the object is so large."""
 
 LONGEST_LIST = 20
 """Entries of a recorded list that are written out."""
@@ -544,11 +548,14 @@ def _pictures(found: Findings) -> list[Markup]:
         ),
     ]
     if "object_half" in found.result:
+        window_px = min(RESOLUTION_WINDOW_PX, min(found.result.sizes[dim] for dim in ("y", "x")) // 2 * 2)
         caption = (
             "Two objects, each from one half of the patterns, and how far they agree at each frequency. What both get "
-            "wrong alike, as a network may, does not show."
+            "wrong alike, as a network may, does not show. The map has the resolution of each window of "
+            f"{window_px} pixels."
         )
-        pictures.append(_picture(plot_split_half(found.result), caption))
+        shown = resolution(found.result, window_px=window_px)
+        pictures.append(_picture(plot_split_half(found.result, resolution=shown), caption))
     return pictures
 
 

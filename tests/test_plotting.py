@@ -26,6 +26,7 @@ from ptychodask.plotting import (
     plot_split_half,
     worst_patterns,
 )
+from ptychodask.resolution import resolution
 from ptychodask.result import make_dataset
 from ptychodask.scan import PtychodaskError, Truth
 
@@ -266,3 +267,15 @@ def test_scale_bar_length_is_one_two_or_five(longest, nice):
 
 def test_lengths_are_written_with_a_prefix():
     assert [length_label(m) for m in (2e-9, 1e-6, 5e-4, 3.0)] == ["2 nm", "1 µm", "500 µm", "3 m"]
+
+
+def test_local_resolution_is_drawn_where_its_windows_lie(object_):
+    known = np.exp(1j * np.random.default_rng(1).standard_normal((96, 96)))
+    ds = result(known.astype(np.complex64))
+    ds["object_half"] = ("half", "y", "x"), np.stack([known, known]).astype(np.complex64)
+    ds["weight_half"] = ("half", "y", "x"), np.ones((2, 96, 96), np.float32)
+    found = resolution(ds, window_px=32, step_px=16)
+    panel = panels_of(plot_split_half(ds, resolution=found))["local resolution (px), FRC at 1/7"]
+    (image,) = panel.images
+    assert image.get_extent() == [5 + 16 - 8, 5 + 80 + 8, -10 + 80 + 8, -10 + 16 - 8]
+    np.testing.assert_array_equal(image.get_array(), 2)
