@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Worker, WorkerPlugin
 
 from ptychodask.scan import PtychodaskError
 
 logger = logging.getLogger(__name__)
+
+IN_PROCESS = "inproc://"
+"""How addresses of workers begin that live in the client's process."""
+
+_PARCELS: dict[str, Any] = {}
 
 THREADS_PER_WORKER = 2
 """One thread reads and sums while the other predicts."""
@@ -127,6 +135,66 @@ def connected_client(address: str) -> Iterator[Client]:
         ) from error
     with client:
         yield client
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Something large that lies in every process of a cluster while a run is at work; tasks carry its key alone."""
+
+    key: str
+
+    def open(self) -> Any:
+        """What is inside."""
+        return _PARCELS[self.key]
+
+
+class _Delivery(WorkerPlugin):
+    """Puts a parcel into each worker's process, also of one that joins late."""
+
+    def __init__(self, key: str, content: Any) -> None:
+        self.name = key
+        self._content = content
+
+    def setup(self, worker: Worker) -> None:
+        _PARCELS.setdefault(self.name, self._content)
+
+    def teardown(self, worker: Worker) -> None:
+        # A worker inside the client's process leaves it to the client, which may have other workers beside it.
+        if not worker.address.startswith(IN_PROCESS):
+            _PARCELS.pop(self.name, None)
+
+
+@contextmanager
+def parcel_for(client: Client, content: Any) -> Iterator[Parcel]:
+    """A parcel that tasks of a client open while the block lasts.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    content : object
+        Sent once to each process that is not this one.
+
+    Yields
+    ------
+    Parcel
+
+    Notes
+    -----
+    Data that are scattered to all workers do not stay with all of them: the scheduler's memory manager removes what it
+    takes for needless copies.
+    """
+    parcel = Parcel(f"ptychodask-{uuid.uuid4().hex}")
+    _PARCELS[parcel.key] = content
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    elsewhere = not workers or not all(address.startswith(IN_PROCESS) for address in workers)
+    if elsewhere:
+        client.register_plugin(_Delivery(parcel.key, content))
+    try:
+        yield parcel
+    finally:
+        _PARCELS.pop(parcel.key, None)
+        if elsewhere and client.status == "running":
+            client.unregister_worker_plugin(parcel.key)
 
 
 @contextmanager

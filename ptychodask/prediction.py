@@ -373,7 +373,10 @@ def _check_patches(patches: NDArray[Any], input_shape: tuple[int, ...], what: st
             f"model: patches for {what} have shape {patches.shape}, "
             f"expected (group, {members}, {n_pixels}, {n_pixels}) or (group, {n_pixels}, {n_pixels})"
         )
-    if not np.isfinite(patches).all():
+    # A sum is finite unless a value is not, or all are huge: it spares looking at each.
+    with np.errstate(all="ignore"):
+        total = patches.sum()
+    if not np.isfinite(total) and not np.isfinite(patches).all():
         raise PtychodaskError(
             f"model: the network returned values that are not finite for {what}; its weights or its input are damaged: "
             "train again, or drop these patterns"

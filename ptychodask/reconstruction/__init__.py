@@ -34,7 +34,7 @@ from ptychodask.prediction import PatchModel, resolve_model, stage
 from ptychodask.reconstruction.lazy import lazy_result
 from ptychodask.reconstruction.polished import Polishing
 from ptychodask.reconstruction.running import check_workers
-from ptychodask.reconstruction.stitching import start_yx, stitch
+from ptychodask.reconstruction.stitching import sent_job, start_yx, stitch
 from ptychodask.reconstruction.tasks import MethodJob, StitchingJob, TileReport
 from ptychodask.result import (
     RESULT,
@@ -255,11 +255,11 @@ def _run(
     job, todo = work.job, work.todo
     n_chunks, n_tiles = len(todo.chunks), len(todo.tiles)
     logger.info("%s: %d groups in %d chunks onto %d tiles", todo.store, todo.n_groups, n_chunks, n_tiles)
-    with client_for_run(client) as used:
+    with client_for_run(client) as used, sent_job(used, job) as sent:
         check_workers(used, max(todo.predict_bytes, todo.reassemble_bytes))
         if work.n_sweeps == 0:
-            return {"seconds": stitch(job, todo, used, out, folder, take, show)}
-        polishing = Polishing(used, job, todo, work.scan)
+            return {"seconds": stitch(job, sent, todo, used, out, folder, take, show)}
+        polishing = Polishing(used, job, sent, todo, work.scan)
         seconds = polishing.stitch(show)
         with stage(seconds, "polish"):
             r_factors = polishing.sweep(work.n_sweeps, show)

@@ -13,6 +13,7 @@ import distributed
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.cluster import Parcel
 from ptychodask.iterative import StepProducts
 from ptychodask.plan import Plan, Tile
 from ptychodask.polishing import (
@@ -34,8 +35,10 @@ from ptychodask.scan import PtychodaskError, Scan
 class Polishing:
     """The client's side of polishing: the tiles of the object, which stay with the workers from sweep to sweep."""
 
-    def __init__(self, client: distributed.Client, job: StitchingJob, todo: Plan, scan: Scan) -> None:
-        self._client, self._stitching, self._todo = client, job, todo
+    def __init__(
+        self, client: distributed.Client, job: StitchingJob, sent: StitchingJob | Parcel, todo: Plan, scan: Scan
+    ) -> None:
+        self._client, self._stitching, self._sent, self._todo = client, job, sent, todo
         prediction = job.methods[0].prediction
         self._boxes, self._parts = plan_polishing(scan, todo, prediction.drop)
         # The model stays behind: sweeps need the scan alone.
@@ -52,10 +55,9 @@ class Polishing:
         """Stitch; the tiles stay with the workers. Gives the wall time of each stage."""
         todo = self._todo
         done: dict[int, distributed.Future] = {}
-        tasks = stitching_tasks(self._client, self._stitching, todo, every_tile=True)
         with (
             show_progress("reconstruct", todo.n_groups, "groups", show) as progress,
-            Run(self._client, tasks).guarded() as run,
+            Run(self._client, stitching_tasks(self._stitching, self._sent, todo, every_tile=True)).guarded() as run,
         ):
             run.to_its_end(done.__setitem__, progress)
         self._stitched = [done[index] for index in range(len(todo.tiles))]

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import distributed
 
+from ptychodask.cluster import Parcel, parcel_for
 from ptychodask.plan import Plan, Tile
 from ptychodask.progress import show_progress
-from ptychodask.reconstruction.running import Run, Tasks, workers_of
+from ptychodask.reconstruction.running import Run, Tasks
 from ptychodask.reconstruction.tasks import StitchingJob, TileReport, deliver_tile, predict_chunk
 
 
 def stitching_tasks(
-    client: distributed.Client,
     job: StitchingJob,
+    sent: StitchingJob | Parcel,
     todo: Plan,
     out: Path | None = None,
     folder: Path | None = None,
@@ -27,8 +29,7 @@ def stitching_tasks(
 
     Parameters
     ----------
-    client : distributed.Client
-    job : StitchingJob
+    job, sent : StitchingJob, and as tasks carry it
     todo : Plan
     out : Path, optional
         Result store to write tiles into; by default they are sent.
@@ -37,9 +38,6 @@ def stitching_tasks(
     every_tile : bool
         Tiles that no chunk touches are delivered too.
     """
-    # What is large and lies on no disk is sent to every worker once; a model with a path is loaded by each of them.
-    heavy = job.position_yx_px is not None or any(method.prediction.model.model is not None for method in job.methods)
-    sent = _sent(client, job) if heavy else job
 
     def tile_task(index: int, parts: list[Any]) -> tuple[Any, ...]:
         tile = todo.tiles[index]
@@ -58,20 +56,19 @@ def stitching_tasks(
     )
 
 
-def _sent(client: distributed.Client, job: StitchingJob) -> distributed.Future:
-    """The job on the workers, once each."""
-    if workers_of(client):
-        return client.scatter(job, hash=False, broadcast=True)
-    # A cluster that starts its workers when there is work has nobody yet to send it to.
-    return client.submit(_as_it_is, job, pure=False)
-
-
-def _as_it_is(job: StitchingJob) -> StitchingJob:
-    return job
+@contextmanager
+def sent_job(client: distributed.Client, job: StitchingJob) -> Iterator[StitchingJob | Parcel]:
+    """The job as tasks carry it: itself, or a parcel where it holds what lies on no disk."""
+    in_memory = job.position_yx_px is not None or any(
+        method.prediction.model.model is not None for method in job.methods
+    )
+    with parcel_for(client, job) if in_memory else nullcontext(job) as sent:
+        yield sent
 
 
 def stitch(
     job: StitchingJob,
+    sent: StitchingJob | Parcel,
     todo: Plan,
     client: distributed.Client,
     out: Path | None,
@@ -89,10 +86,9 @@ def stitch(
         take(todo.tiles[index], report)
         waiting.tile_done(todo.tiles[index])
 
-    tasks = stitching_tasks(client, job, todo, out, folder, every_tile=False)
     with (
         show_progress("reconstruct", todo.n_groups, "groups", show) as progress,
-        Run(client, tasks).guarded() as run,
+        Run(client, stitching_tasks(job, sent, todo, out, folder, every_tile=False)).guarded() as run,
     ):
         run.to_its_end(taken, progress)
     return seconds.in_all()

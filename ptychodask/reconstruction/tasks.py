@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.cluster import Parcel
 from ptychodask.grouping import groups_kept
 from ptychodask.patches import StoredPatches
 from ptychodask.plan import Chunk, Tile
@@ -100,12 +101,12 @@ class TileReport:
     """Wall time of the stages of each of its chunks."""
 
 
-def predict_chunk(job: StitchingJob, chunk: Chunk, folder: Path | None = None) -> ChunkSums:
+def predict_chunk(job: StitchingJob | Parcel, chunk: Chunk, folder: Path | None = None) -> ChunkSums:
     """Predict one chunk and sum its patches over its own box, batch by batch.
 
     Parameters
     ----------
-    job : StitchingJob
+    job : StitchingJob, or Parcel of one
     chunk : Chunk
     folder : Path, optional
         Where the sums are kept; by default in memory.
@@ -114,6 +115,7 @@ def predict_chunk(job: StitchingJob, chunk: Chunk, folder: Path | None = None) -
     -------
     ChunkSums
     """
+    job = job.open() if isinstance(job, Parcel) else job
     seconds: dict[str, float] = {}
     per_method = 2 if job.layers.split_half else 1
     canvases = [empty_canvas(chunk.box.corner, chunk.box.shape) for _ in range(per_method * len(job.methods))]
