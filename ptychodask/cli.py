@@ -249,7 +249,9 @@ def simulate(
     n_patterns: Annotated[int | None, typer.Option(help="How many patterns.")] = None,
     dose: Annotated[float | None, typer.Option(help="Photons per pattern.")] = None,
     step_px: Annotated[float | None, typer.Option(help="Mean distance of neighbours, object pixels.")] = None,
-    path: Annotated[str | None, typer.Option(help="raster, spiral or random.")] = None,
+    path: Annotated[
+        str | None, typer.Option(help="raster, spiral, random, or a scan's store for its positions.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of object, path and noise.")] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,

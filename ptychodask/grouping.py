@@ -8,7 +8,7 @@ from numbers import Integral
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import KDTree
+from scipy.spatial import ConvexHull, KDTree, QhullError
 
 from ptychodask.scan import PtychodaskError
 
@@ -116,7 +116,7 @@ def curve_order(position_yx_px: NDArray[np.float64]) -> NDArray[np.int64]:
     extent = float((position_yx_px.max(axis=0) - low).max())
     cells = 2**CURVE_BITS - 1
     scale = cells / extent if extent > 0 else 0.0
-    y, x = ((position_yx_px - low) * scale).astype(np.int64).T.copy()
+    y, x = ((position_yx_px - low) * scale).astype(np.int32).T.copy()
     distance = np.zeros(len(y), np.int64)
     side = 1 << (CURVE_BITS - 1)
     while side:
@@ -128,6 +128,27 @@ def curve_order(position_yx_px: NDArray[np.float64]) -> NDArray[np.int64]:
         x, y = np.where(upper, x, y), np.where(upper, y, x)
         side >>= 1
     return np.argsort(distance, kind="stable")
+
+
+def mean_spacing_px(position_yx_px: NDArray[np.float64]) -> float:
+    """Square root of the area for each position, over their convex hull, pixels.
+
+    Raises
+    ------
+    PtychodaskError
+        If the positions lie on one line, or are fewer than three.
+
+    Examples
+    --------
+    >>> round(mean_spacing_px(np.argwhere(np.ones((41, 41))) * 3.0), 2)
+    2.93
+    """
+    try:
+        return float(np.sqrt(ConvexHull(position_yx_px).volume / len(position_yx_px)))
+    except (QhullError, ValueError) as error:
+        raise PtychodaskError(
+            f"{len(position_yx_px)} positions span no area, expected three or more that do not lie on one line"
+        ) from error
 
 
 def group_positions(
@@ -216,12 +237,17 @@ def _nearest(
                 f"pass {fewer}members=1"
             )
         _, found = KDTree(position_yx_px[mine]).query(position_yx_px[mine], k=neighbours + 1, workers=-1)
-        # Where positions repeat, the tree may list a twin before (or instead of) the seed itself.
-        itself = found == np.arange(len(mine))[:, None]
-        itself[~itself.any(axis=1), -1] = True
-        rest = found[~itself].reshape(len(mine), neighbours)
-        nearest[mine] = mine[np.column_stack([np.arange(len(mine)), rest])]
+        _put_seed_first(found)
+        nearest[mine] = found if experiment is None else mine[found]
     return nearest
+
+
+def _put_seed_first(found: NDArray[np.int64]) -> None:
+    """Where positions repeat, a tree may list a twin before (or instead of) the position itself."""
+    seed = np.arange(len(found))
+    for row in np.flatnonzero(found[:, 0] != seed):
+        others = [place for place in found[row] if place != row]
+        found[row] = [row, *others[: found.shape[1] - 1]]
 
 
 def _draw_members(nearest: NDArray[np.int32], members: int, rng: np.random.Generator) -> NDArray[np.int32]:

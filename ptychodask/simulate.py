@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from scipy.ndimage import gaussian_filter
 
+from ptychodask.grouping import curve_order, mean_spacing_px
 from ptychodask.io.probe import disc_probe, zone_plate_probe
 from ptychodask.scan import PtychodaskError, Scan, Truth, check_choice, check_pattern_shape
-from ptychodask.store import write_scan
+from ptychodask.store import open_scan, write_scan
 
 logger = logging.getLogger(__name__)
 
@@ -366,6 +367,52 @@ PATHS: dict[str, Callable[[int, float, np.random.Generator], NDArray[np.float64]
 """Scan paths by name."""
 
 
+def make_positions(path: str, n_patterns: int, step_px: float, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Positions of a simulated scan.
+
+    Parameters
+    ----------
+    path : str
+        A name of `PATHS`; or the store of a scan, of whose positions those are taken that lie nearest to the middle
+        once every so many along a space-filling curve are left.
+    n_patterns : int
+    step_px : float
+        Mean spacing, pixels.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    float64 array (pattern, 2)
+        (y, x), pixels, around (0, 0).
+
+    Raises
+    ------
+    PtychodaskError
+        If the name is unknown, or the scan's positions do not lie so close (`mean_spacing_px`) or are too few.
+    """
+    if path in PATHS:
+        return PATHS[path](n_patterns, step_px, rng)
+    if not Path(path).exists():
+        check_choice("path", path, (*PATHS, "the store of a scan"), "simulate")
+    known = open_scan(path).position_yx_px
+    own_px = mean_spacing_px(known)
+    # A hair's breadth, so that the scan's own spacing can be asked for as it is printed.
+    if step_px < 0.999 * own_px:
+        raise PtychodaskError(
+            f"simulate: step_px is {step_px:.4g}, but the positions of {path} lie {own_px:.4g} px apart on the mean; "
+            f"pass {own_px:.4g} or more"
+        )
+    n_left = min(len(known), round(len(known) * (own_px / step_px) ** 2))
+    if n_left < n_patterns:
+        raise PtychodaskError(
+            f"simulate: {path} has {n_left} positions at step_px={step_px:.4g}, expected n_patterns={n_patterns} at "
+            f"least; pass n_patterns={n_left}, or a step_px down to {own_px:.4g}"
+        )
+    left = known[curve_order(known)[np.linspace(0, len(known) - 1, n_left).round().astype(int)]]
+    left = left - (left.max(axis=0) + left.min(axis=0)) / 2
+    return left[np.sort(np.argsort(np.hypot(*left.T), kind="stable")[:n_patterns])]
+
+
 class SimulatedPatterns:
     """Noisy patterns that are made when they are asked for; a pattern depends on its own index and the seed alone."""
 
@@ -441,7 +488,7 @@ def simulate(
     step_px : float
         Mean spacing of the positions, pixels: the scan covers ``n_patterns * step_px**2``.
     path : str
-        A name of `PATHS`.
+        A name of `PATHS`, or the store of a scan whose positions are taken (`make_positions`).
     seed : int
         Seed of object, positions and noise; the noise of a pattern depends on the seed and its own index alone.
     overwrite : bool
@@ -458,7 +505,8 @@ def simulate(
     Raises
     ------
     PtychodaskError
-        If a name is unknown, a number is out of range, an image cannot be read or is too small, or the store exists.
+        If a name is unknown, a number is out of range, a scan's positions are too far apart or too few, an image cannot
+        be read or is too small, or the store exists.
 
     Examples
     --------
@@ -468,7 +516,6 @@ def simulate(
     >>> scan.n_patterns, scan.calibration, scan.diffraction.dtype.name
     (20, 'as_given', 'uint16')
     """
-    check_choice("path", path, tuple(PATHS), "simulate")
     for name, value in (("n_patterns", n_patterns), ("dose", dose), ("step_px", step_px)):
         if not (np.isfinite(value) and value > 0):
             raise PtychodaskError(f"simulate: {name} is {value}, expected a positive number")
@@ -476,7 +523,7 @@ def simulate(
         raise PtychodaskError(f"simulate: seed is {seed}, expected 0 or more")
     check_pattern_shape((n_patterns, n_pixels, n_pixels), "simulate")
     rng_path, rng_object = np.random.default_rng(seed).spawn(2)
-    position = PATHS[path](n_patterns, step_px, rng_path)
+    position = make_positions(path, n_patterns, step_px, rng_path)
     half = np.ceil(np.abs(position).max(axis=0)).astype(int) + n_pixels // 2 + 1
     truth = _centred_truth(object, (2 * int(half[0]), 2 * int(half[1])), rng_object)
     illuminating = scaled_probe(probe, n_pixels, dose)

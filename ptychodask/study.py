@@ -32,7 +32,7 @@ from ptychodask.progress import Progress, show_progress
 from ptychodask.reconstruction import reconstruct
 from ptychodask.result import open_result
 from ptychodask.scan import PtychodaskError, check_choice, with_fields
-from ptychodask.simulate import scaled_probe, simulate
+from ptychodask.simulate import make_positions, scaled_probe, simulate
 from ptychodask.training import TrainingSpec, train
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,7 @@ class StudySpec:
         _check_positive("dose", self.dose)
         _check_positive("gridsize", self.gridsize)
         _check_keys("simulate", self.simulate, SIMULATE_KEYS)
+        _check_positive("n_patterns", (_simulate_arguments(self)["n_patterns"],))
         _check_keys("compare", self.compare, COMPARE_KEYS)
         allowed = [each.name for each in fields(TrainingSpec) if each.name not in SET_BY_MATRIX]
         _check_names("train", self.train, allowed)
@@ -284,10 +285,14 @@ def cells_of(spec: StudySpec) -> dict[tuple[Any, ...], Cell]:
     Raises
     ------
     PtychodaskError
-        If a spacing is beyond what the probe allows, or a field of training or reconstruction is wrong.
+        If a spacing is beyond what the probe allows, or the scan whose positions are taken, or a field of training or
+        reconstruction is wrong.
     """
     steps = dict(zip(getattr(spec, spec.spacing), steps_px(spec), strict=True))
     _checked("reconstruct", ReconstructionSpec, spec.reconstruct)
+    given = _simulate_arguments(spec)
+    for step in steps.values():
+        make_positions(given["path"], given["n_patterns"], step, np.random.default_rng(0))
     cells = {}
     for dose, spacing, gridsize, model, seed in itertools.product(*_axes(spec).values()):
         size = 1 if model == "baseline" else gridsize
@@ -342,9 +347,13 @@ def steps_px(spec: StudySpec) -> list[float]:
     return [(1 - overlap) * diameter for overlap in spec.overlap]
 
 
+def _simulate_arguments(spec: StudySpec) -> dict[str, Any]:
+    """What [simulate] says, else the defaults."""
+    return {name: parameter.default for name, parameter in signature(simulate).parameters.items()} | spec.simulate
+
+
 def _diameter_px(spec: StudySpec) -> float:
-    defaults = {name: parameter.default for name, parameter in signature(simulate).parameters.items()}
-    given = defaults | spec.simulate
+    given = _simulate_arguments(spec)
     return probe_diameter_px(scaled_probe(given["probe"], given["n_pixels"], 1.0))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ptychodask.grouping import mean_spacing_px
 from ptychodask.scan import PtychodaskError, Truth
 from ptychodask.simulate import (
     OBJECTS,
@@ -15,6 +16,7 @@ from ptychodask.simulate import (
     crossing_lines,
     diffract,
     expected_counts,
+    make_positions,
     random_field,
     shift_probe,
     siemens_star,
@@ -99,6 +101,40 @@ def test_raster_neighbours_are_a_jittered_step_apart(rng):
     steps = np.diff(position.reshape(10, 10, 2), axis=1)
     assert np.abs(steps[..., 1] - 5).max() <= 2 * 0.2 * 5
     assert np.abs(steps[..., 0]).max() <= 2 * 0.2 * 5
+
+
+def test_positions_of_another_scan_are_thinned_to_the_spacing(tmp_path, rng):
+    store = tmp_path / "known.zarr"
+    known = simulate(store, **SMALL | {"n_patterns": 900, "path": "raster"}).position_yx_px
+    position = make_positions(str(store), 100, 6.0, rng)
+    # Each is one of the known positions, moved with all others.
+    moved = position[:, None] - known
+    places = moved.reshape(-1, 2).round(6)
+    assert np.unique(places, axis=0, return_counts=True)[1].max() == 100
+    assert mean_spacing_px(position) == pytest.approx(6.0, rel=0.1)
+    assert np.abs(position).max() < 0.7 * 6.0 * 10
+    scan = simulate(tmp_path / "scan.zarr", **SMALL | {"path": str(store), "step_px": 6.0})
+    assert scan.n_patterns == SMALL["n_patterns"]
+    assert len(make_positions(str(store), 900, mean_spacing_px(known), rng)) == 900
+
+
+def test_positions_that_a_scan_cannot_give_are_refused_with_the_bound(tmp_path, rng):
+    store = tmp_path / "known.zarr"
+    own = mean_spacing_px(simulate(store, **SMALL | {"n_patterns": 400, "path": "raster"}).position_yx_px)
+    with pytest.raises(
+        PtychodaskError, match=rf"step_px is 2, but .* lie {own:.4g} px apart .* pass {own:.4g} or more"
+    ):
+        make_positions(str(store), 50, 2.0, rng)
+    with pytest.raises(
+        PtychodaskError, match=rf"has 93 positions at step_px=6, .* n_patterns=93, .* down to {own:.4g}"
+    ):
+        make_positions(str(store), 200, 6.0, rng)
+    with pytest.raises(
+        PtychodaskError, match=r"path is 'zigzag', expected one of: random, raster, spiral, the store of"
+    ):
+        make_positions("zigzag", 50, 2.0, rng)
+    with pytest.raises(PtychodaskError, match=r"4 positions span no area"):
+        mean_spacing_px(np.arange(8.0).reshape(4, 2))
 
 
 @pytest.mark.parametrize("path", PATHS)

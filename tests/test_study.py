@@ -17,7 +17,7 @@ from ptychodask.cluster import in_process_client
 from ptychodask.compare import compare
 from ptychodask.plotting import plot_contact_sheet, plot_study
 from ptychodask.scan import PtychodaskError
-from ptychodask.simulate import scaled_probe
+from ptychodask.simulate import scaled_probe, simulate
 from ptychodask.study import StudySpec, cells_of, probe_diameter_px, read_study, run_study, steps_px, to_markdown
 
 TINY = StudySpec(
@@ -258,6 +258,17 @@ def test_a_wrong_study_is_refused_by_name_before_anything_runs(tmp_path, text, s
     with pytest.raises(PtychodaskError, match=said):
         run_study(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_spacing_that_the_scan_of_the_positions_cannot_give_is_refused_with_the_bound(tmp_path):
+    store = tmp_path / "known.zarr"
+    simulate(store, n_pixels=16, n_patterns=200, step_px=5.0, path="raster", dose=1e4)
+    taken = {"path": str(store), "n_patterns": 40}
+    with pytest.raises(PtychodaskError, match=r"step_px is 2.235, but the positions of .* 4\.\d+ px apart on the mean"):
+        StudySpec(dose=(1e4,), overlap=(0.7, 0.9), simulate=taken)
+    with pytest.raises(PtychodaskError, match=r"expected n_patterns=40 at least; pass n_patterns=1\d"):
+        StudySpec(dose=(1e4,), step_px=(8, 16), simulate=taken)
+    assert len(cells_of(StudySpec(dose=(1e4,), step_px=(5, 8), simulate=taken))) == 4
 
 
 def test_a_damaged_record_is_named(fake, tmp_path):
