@@ -244,10 +244,11 @@ def _nearest(
 
 def _put_seed_first(found: NDArray[np.int64]) -> None:
     """Where positions repeat, a tree may list a twin before (or instead of) the position itself."""
-    seed = np.arange(len(found))
-    for row in np.flatnonzero(found[:, 0] != seed):
-        others = [place for place in found[row] if place != row]
-        found[row] = [row, *others[: found.shape[1] - 1]]
+    row = np.flatnonzero(found[:, 0] != np.arange(len(found)))
+    itself = found[row] == row[:, None]
+    itself[~itself.any(axis=1), -1] = True
+    others = found[row][~itself].reshape(len(row), found.shape[1] - 1)
+    found[row] = np.column_stack([row, others])
 
 
 def _draw_members(nearest: NDArray[np.int32], members: int, rng: np.random.Generator) -> NDArray[np.int32]:

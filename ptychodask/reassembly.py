@@ -139,37 +139,45 @@ def add_patches(
     >>> canvas.weight.tolist(), canvas.weighted.tolist()
     ([[0.75, 0.25, 0.0]], [[1.5j, 0.5j, 0j]])
     """
+    # Where the window is zero nothing is added, and a probe fills its frame but rarely.
+    rows, columns = _support(window.any(axis=1)), _support(window.any(axis=0))
     _splat(
         canvas.weighted,
         canvas.weight,
         canvas.weighted_square,
         canvas.count,
         canvas.corner,
-        np.ascontiguousarray(corner_yx_px, np.float64),
-        np.ascontiguousarray(patches, np.complex64),
-        np.ascontiguousarray(window, np.float64),
+        np.ascontiguousarray(corner_yx_px + (rows.start, columns.start), np.float64),
+        np.ascontiguousarray(patches[:, rows, columns], np.complex64),
+        np.ascontiguousarray(window[rows, columns], np.float64),
     )
     return canvas
+
+
+def _support(lit: NDArray[np.bool_]) -> slice:
+    """From the first to the last element that is True; empty where none is."""
+    places = np.flatnonzero(lit)
+    return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
 
 
 # No fastmath: it would let the compiler reorder sums, and the object would depend on the machine.
 @numba.njit(nogil=True, cache=True)
 def _splat(weighted, weight, weighted_square, count, origin, corner, patches, window):  # type: ignore[no-untyped-def]
     height, width = weight.shape
-    n, size = patches.shape[0], patches.shape[1]
+    n, n_rows, n_columns = patches.shape
     # One row of the patch, shifted along x: Σ b·w·patch (real, imaginary) and Σ b·w; and the row before it.
-    row, before = np.zeros((3, size + 1)), np.zeros((3, size + 1))
+    row, before = np.zeros((3, n_columns + 1)), np.zeros((3, n_columns + 1))
     for i in range(n):
         # The fraction is taken in the scan's frame, so that it does not depend on where the canvas lies.
         whole_y, whole_x = np.floor(corner[i, 0]), np.floor(corner[i, 1])
         fy, fx = corner[i, 0] - whole_y, corner[i, 1] - whole_x
         top, left = int(whole_y) - origin[0], int(whole_x) - origin[1]
-        first, last = max(0, -left), min(size + 1, width - left)
+        first, last = max(0, -left), min(n_columns + 1, width - left)
         before[:] = 0.0
-        for r in range(size + 1):
+        for r in range(n_rows + 1):
             row[:] = 0.0
-            if r < size:
-                for k in range(size):
+            if r < n_rows:
+                for k in range(n_columns):
                     w = window[r, k]
                     real, imag = w * patches[i, r, k].real, w * patches[i, r, k].imag
                     row[0, k] += (1.0 - fx) * real
