@@ -19,6 +19,7 @@ from typing import Any, get_args
 import distributed
 import numpy as np
 import xarray as xr
+from distributed.scheduler import KilledWorker
 from numpy.typing import NDArray
 
 from ptychodask.cluster import active_client, in_process_client
@@ -491,6 +492,8 @@ def _run_on(client: distributed.Client, cells: list[Cell], folder: Path, bar: Pr
                 future.result()
             except PtychodaskError as error:
                 failed[cell.name] = str(error)
+            except KilledWorker:
+                failed[cell.name] = "the workers that it ran on died; give them more memory, or ask for less"
             bar.note(cell.name)
             bar.advance()
             submit(1)

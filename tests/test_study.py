@@ -8,10 +8,12 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import xarray as xr
+from distributed.scheduler import KilledWorker
 
 from ptychodask import study as module
 from ptychodask.cluster import in_process_client
@@ -199,6 +201,18 @@ def test_a_cell_that_fails_stops_no_other(fake, tmp_path, monkeypatch, cluster):
     monkeypatch.setattr(module, "run_cell", works)
     run_study(spec, tmp_path)
     assert fake == ["dose1000-step4-g2-pinn-s0"]
+
+
+def test_a_cell_whose_workers_die_is_told(fake, tmp_path, monkeypatch):
+    def killed(cell, folder):
+        raise KilledWorker(cell.name, SimpleNamespace(address="tcp://gone"), 3)
+
+    monkeypatch.setattr(module, "run_cell", killed)
+    with (
+        in_process_client() as client,
+        pytest.raises(PtychodaskError, match=r"6 of 6 cells failed, .* workers .* died"),
+    ):
+        run_study(replace(LOGICAL, seed=(0,), step_px=(4,)), tmp_path, client=client)
 
 
 def test_the_overlap_is_one_less_the_spacing_in_diameters_of_the_probe():
