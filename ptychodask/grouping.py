@@ -118,15 +118,19 @@ def curve_order(position_yx_px: NDArray[np.float64]) -> NDArray[np.int64]:
     scale = cells / extent if extent > 0 else 0.0
     y, x = ((position_yx_px - low) * scale).astype(np.int32).T.copy()
     distance = np.zeros(len(y), np.int64)
-    side = 1 << (CURVE_BITS - 1)
-    while side:
-        right, upper = (x & side) > 0, (y & side) > 0
-        distance += side * side * ((3 * right) ^ upper)
-        flip = ~upper & right
-        x = np.where(flip, side - 1 - (x & (side - 1)), x & (side - 1))
-        y = np.where(flip, side - 1 - (y & (side - 1)), y & (side - 1))
-        x, y = np.where(upper, x, y), np.where(upper, y, x)
-        side >>= 1
+    for bit in reversed(range(CURVE_BITS)):
+        below = np.int32((1 << bit) - 1)
+        right, upper = (x >> bit) & 1, (y >> bit) & 1
+        distance = distance << 2 | (3 * right ^ upper)
+        x &= below
+        y &= below
+        # Both coordinates are mirrored in the lower right quadrant, and change places in the two lower ones.
+        mirrored = (right & (1 - upper)) * below
+        x ^= mirrored
+        y ^= mirrored
+        exchanged = (x ^ y) * (1 - upper)
+        x ^= exchanged
+        y ^= exchanged
     return np.argsort(distance, kind="stable")
 
 
@@ -190,9 +194,9 @@ def group_positions(
     nearest = _nearest(position_yx_px, spec, scan_index)
     rng = np.random.default_rng(spec.seed)
     rounds = [_draw_members(nearest, spec.members, rng) for _ in range(spec.oversampling)]
-    table = np.stack(rounds, axis=1)[order]
     if spec.oversampling == 1:
-        return np.ascontiguousarray(table[:, 0])
+        return rounds[0][order]
+    table = np.stack(rounds, axis=1)[order]
     first = np.ones(table.shape[:2], bool)
     alike = np.sort(table, axis=2)
     for later in range(1, spec.oversampling):
