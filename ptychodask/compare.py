@@ -33,7 +33,7 @@ from ptychodask.metrics import (
     ssim,
 )
 from ptychodask.registration import find_corner, on_whole_pixels, seen_box
-from ptychodask.result import make_dataset, open_result
+from ptychodask.result import make_dataset, open_result, recorded
 from ptychodask.scan import PtychodaskError, Scan, Truth
 from ptychodask.store import open_scan
 
@@ -115,7 +115,8 @@ def compare(
         ``data_range`` (part), the reference's range, over which SSIM is taken, and ``peak`` (part), that of the PSNR;
         ``phase_rad``, ``ramp_rad_per_px``, ``scale``, the gauge that was removed (at the common area's first pixel),
         and ``shift_px`` (method, axis), by how much a result was moved;
-        ``r_factor`` (method) with `scan`. Phases in radians. Attributes name the reference and the common area.
+        ``r_factor`` (method) with `scan`. Phases in radians. Attributes name the reference and the common area, and in
+        ``data_hash`` the data of each result (and of the scan) where these are not the same: see `other_data`.
         Select with ``.sel({"method": label})``, for xarray's own `sel` has a keyword ``method``.
 
     Raises
@@ -152,11 +153,40 @@ def compare(
         "min_weight": min_weight,
         "gauge_removed": ["phase", *(["ramp"] if ramp else []), *(["scale"] if scale else [])],
     }
-    if scan is not None:
-        measured = scan if isinstance(scan, Scan) else open_scan(scan)
+    measured = scan if isinstance(scan, Scan) or scan is None else open_scan(scan)
+    if measured is not None:
         comparison["r_factor"] = ("method", list(r_factors(placed, measured).values()))
         comparison.attrs["r_patterns"] = len(patterns_inside(placed, measured))
+    comparison.attrs |= _different_data(placed, measured)
+    if told := other_data(comparison):
+        logger.warning("compare: %s", told)
     return comparison if baseline is None else _with_differences(comparison, baseline)
+
+
+def _different_data(results: Mapping[str, xr.Dataset], scan: Scan | None) -> dict[str, dict[str, str]]:
+    """The attribute ``data_hash`` where results were made of different data, or not of the scan; nothing elsewhere."""
+    hashes = {label: str(ds.attrs["data_hash"]) for label, ds in results.items() if "data_hash" in ds.attrs}
+    if scan is not None:
+        hashes["the scan"] = scan.data_hash
+    return {"data_hash": hashes} if len(set(hashes.values())) > 1 else {}
+
+
+def other_data(comparison: xr.Dataset) -> str:
+    """A sentence that says which results were made of which data; nothing where all were made of the same.
+
+    Parameters
+    ----------
+    comparison : xarray.Dataset
+        From `compare`.
+
+    Examples
+    --------
+    >>> other_data(xr.Dataset(attrs={"data_hash": {"a": "0123456789abcdef", "b": "fedcba9876543210"}}))
+    'Not all were made of one scan with one probe; data: a 0123456789ab, b fedcba987654.'
+    """
+    hashes = comparison.attrs.get("data_hash", {})
+    listed = ", ".join(f"{label} {hash_[:12]}" for label, hash_ in hashes.items())
+    return f"Not all were made of one scan with one probe; data: {listed}." if hashes else ""
 
 
 def place(
@@ -281,6 +311,9 @@ def _checked(label: str, ds: xr.Dataset) -> xr.Dataset:
     for name in ("object", "weight"):
         if name not in ds or ds[name].dims != ("y", "x"):
             raise PtychodaskError(f"{label}: has no {name} (y, x); reconstruct it, or select pixels with isel")
+    size = ds.attrs.get("pixel_size_m", 1.0)
+    if not (isinstance(size, int | float) and 0 < size < np.inf):
+        raise PtychodaskError(f"{label}: records {size!r} as pixel_size_m, expected a positive number of metres")
     return ds
 
 
@@ -296,9 +329,9 @@ def _methods_of(result: Result) -> dict[str | None, xr.Dataset]:
         several = result if "method" in result.dims else result.expand_dims("method")
         kinds = [str(kind) for kind in several["method"].values]
         return {METHOD_OF_KIND.get(kind, kind): several.isel(method=i, drop=True) for i, kind in enumerate(kinds)}
-    if result.attrs.get("spec", {}).get("engine") == "iterative":
+    if recorded(result.attrs, "spec", "engine") == "iterative":
         return {"Iterative": result}
-    return {METHOD_OF_KIND.get(result.attrs.get("model", {}).get("kind")): result}
+    return {METHOD_OF_KIND.get(str(recorded(result.attrs, "model", "kind"))): result}
 
 
 def _from_foreign(result: ForeignResult) -> xr.Dataset:
@@ -644,6 +677,7 @@ def _caption(comparison: xr.Dataset) -> str:
         "FRC crossings in cycles per pixel."
         + (f" R over {comparison.attrs['r_patterns']} patterns." if "r_factor" in comparison else "")
         + (f" Moved (y, x), in pixels: {', '.join(moved)}." if moved else "")
+        + (f" {told}" if (told := other_data(comparison)) else "")
     )
 
 

@@ -44,6 +44,12 @@ LONGEST_LABEL = 24
 WORST_NAMED = 10
 """Patterns with the highest residuals that a figure names."""
 
+WIDEST_LINEAR = 10.0
+"""Highest residual over the median from which a figure has a logarithmic scale: a dark frame's R may be a hundred."""
+
+FINEST_PX = 2.0
+"""Period, pixels, that no resolution can be below."""
+
 
 def plot(ds: xr.Dataset, *, path: str | Path | None = None) -> Figure:
     """Figure of a result: amplitude, phase, weight and uncertainty.
@@ -330,7 +336,7 @@ def plot_residuals(residuals: xr.Dataset, *, path: str | Path | None = None) -> 
 
 
 def worst_patterns(residuals: xr.Dataset, name: str = "r_factor") -> list[int]:
-    """Places in the store of the patterns with the highest residuals, the worst first; ten at most.
+    """Places in the store of the patterns with the highest residuals, the worst first; ten at most, none dropped.
 
     Examples
     --------
@@ -338,6 +344,8 @@ def worst_patterns(residuals: xr.Dataset, name: str = "r_factor") -> list[int]:
     [3, 2, 0]
     """
     values = residuals[name].values
+    if "dropped" in residuals.coords:
+        values = np.where(residuals["dropped"].values, np.nan, values)
     judged = np.flatnonzero(~np.isnan(values))
     return judged[np.argsort(-values[judged], kind="stable")][:WORST_NAMED].tolist()
 
@@ -367,6 +375,8 @@ def _draw_in_turn(
     axes.plot(turn, values, ".", markersize=3, color="tab:blue", label="one pattern")
     axes.plot(turn[worst], values[worst], "o", markerfacecolor="none", color="red", label=f"the {len(worst)} worst")
     axes.set(xlabel="pattern, row in the source file" if known else "pattern, place in the store", ylabel=title)
+    if ranked[0] > WIDEST_LINEAR * np.median(ranked):
+        axes.set_yscale("log")
     axes.set_title(f"worst, by place in the store: {', '.join(map(str, worst))}", fontsize="small")
     axes.legend(frameon=False)
 
@@ -422,11 +432,16 @@ def plot_split_half(ds: xr.Dataset, *, resolution: xr.Dataset | None = None, pat
 
 
 def _draw_local_resolution(axes: Axes, resolution: xr.Dataset, ds: xr.Dataset) -> None:
-    """The resolution of each window as a square of the step's size around the window's middle."""
+    """The resolution of each window as a square of the step's size around its middle, from the finest there can be."""
     y, x, half = resolution["window_y"].values, resolution["window_x"].values, resolution.attrs["step_px"] / 2
+    local = resolution["local_resolution_px"].values
+    known = local[np.isfinite(local)]
+    coarsest = max(2 * FINEST_PX, _limits(known)[1]) if known.size else 2 * FINEST_PX
     image = axes.imshow(
-        resolution["local_resolution_px"].values,
+        local,
         cmap="viridis_r",
+        vmin=FINEST_PX,
+        vmax=coarsest,
         origin="upper",
         extent=(x[0] - half, x[-1] + half, y[-1] + half, y[0] - half),
     )
@@ -435,7 +450,7 @@ def _draw_local_resolution(axes: Axes, resolution: xr.Dataset, ds: xr.Dataset) -
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
     assert axes.figure is not None
-    axes.figure.colorbar(image, ax=axes, shrink=0.85)
+    axes.figure.colorbar(image, ax=axes, shrink=0.85, extend="max")
 
 
 def _empty_figure(width_in: float, height_in: float) -> Figure:

@@ -19,7 +19,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from ptychodask.compare import compare, find_truth, place, results_by_label
+from ptychodask.compare import compare, find_truth, other_data, place, results_by_label
 from ptychodask.models.description import read_description, read_history
 from ptychodask.plotting import (
     plot,
@@ -30,8 +30,9 @@ from ptychodask.plotting import (
     thinned,
     worst_patterns,
 )
-from ptychodask.residuals import outliers, residuals
+from ptychodask.residuals import OUTLIER_MAD, outliers, residuals
 from ptychodask.resolution import resolution
+from ptychodask.result import recorded
 from ptychodask.scan import PtychodaskError, Scan, Truth
 from ptychodask.store import open_scan
 
@@ -203,8 +204,14 @@ def _find_out(
         training=_training(result.attrs),
         placed=placed,
         comparison=compare(placed, truth=known, scan=measured) if compared else None,
-        residuals=None if measured is None else residuals(result, measured, progress=progress),
+        residuals=None if measured is None else _residuals(result, measured, progress),
     )
+
+
+def _residuals(result: xr.Dataset, scan: Scan, progress: bool | None) -> xr.Dataset:
+    """What each pattern says of the result, with those flagged that it was made without."""
+    dropped = recorded(result.attrs, "spec", "drop")
+    return residuals(result, scan, drop=dropped if isinstance(dropped, list) else (), progress=progress)
 
 
 def _of_first_method(result: xr.Dataset) -> xr.Dataset:
@@ -240,20 +247,6 @@ def _training(attributes: Mapping[str, Any]) -> dict[str, Any]:
     if description.get("content_hash") != content_hash:
         return {}
     return {**description.get("trained_on", {}), "history": history}
-
-
-def recorded(attributes: Mapping[str, Any], *names: str) -> Any:
-    """A value in nested attributes; None where there is none.
-
-    Examples
-    --------
-    >>> recorded({"plan": {"tile": 256}}, "plan", "tile"), recorded({"plan": "none"}, "plan", "tile")
-    (256, None)
-    """
-    value: Any = attributes
-    for name in names:
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
 
 
 # The methods paragraph: each function gives the sentences of one stage, none of what was not recorded.
@@ -550,9 +543,10 @@ def _pictures(found: Findings) -> list[Markup]:
     if "object_half" in found.result:
         window_px = min(RESOLUTION_WINDOW_PX, min(found.result.sizes[dim] for dim in ("y", "x")) // 2 * 2)
         caption = (
-            "Two objects, each from one half of the patterns, and how far they agree at each frequency. What both get "
-            "wrong alike, as a network may, does not show. The map has the resolution of each window of "
-            f"{window_px} pixels."
+            "Two objects, each stitched from one half of the patches, and how far they agree at each frequency. What "
+            "both get wrong alike, as a network may, does not show; where the network reads several patterns at once, "
+            "each half has seen patterns of the other, and the resolution is a bound that the object may be far from. "
+            f"The map has the resolution of each window of {window_px} pixels."
         )
         shown = resolution(found.result, window_px=window_px)
         pictures.append(_picture(plot_split_half(found.result, resolution=shown), caption))
@@ -586,7 +580,8 @@ def _comparison(found: Findings) -> list[Markup]:
     peaks = _listed([f"{part} {number(float(table['peak'].loc[part]))}" for part in table["part"].values])
     note = (
         f"Reference: {table.attrs['reference']}, over {table.attrs['seen_pixels']} pixels that all have seen. Removed "
-        f"first: {_listed(table.attrs['gauge_removed'])}. Peaks of the PSNR, ranges of the reference: {peaks}."
+        f"first: {_listed(table.attrs['gauge_removed'])}. Peaks of the PSNR, ranges of the reference: {peaks}. "
+        f"{other_data(table)}"
     )
     figure = plot_comparison(found.placed, found.truth, comparison=table)
     caption = (
@@ -608,8 +603,8 @@ def _patterns(found: Findings) -> list[Markup]:
     own = found.residuals
     far = outliers(own)
     words = (
-        f"R is {number(own.attrs['r_factor'])} over the {own.attrs['n_counted']} patterns that were judged; "
-        f"{len(far) or 'none'} of them lie more than five deviations above the median."
+        f"R is {number(own.attrs['r_factor'])} over the {own.attrs['n_counted']} patterns that were judged. Those that "
+        f"stand out, by more than {OUTLIER_MAD:g} deviations above the median: {len(far) or 'none'}."
     )
     header = ["pattern, place in the store", "y (px)", "x (px)", "R", "Poisson deviance"]
     y, x, r, deviance = (own[name].values for name in ("y_px", "x_px", "r_factor", "poisson_deviance"))
@@ -640,7 +635,7 @@ def _facts_table(values: Mapping[str, Any]) -> Markup:
 
 
 def in_words(value: Any) -> str:
-    """A value of nested attributes in one line, what is None left out.
+    """A value of nested attributes in one line, what is None or empty left out.
 
     Examples
     --------
@@ -648,7 +643,7 @@ def in_words(value: Any) -> str:
     ('tile 256; roi 0, 5', 'kind pinn')
     """
     if isinstance(value, Mapping):
-        return "; ".join(f"{name} {in_words(item)}" for name, item in value.items() if item is not None)
+        return "; ".join(f"{name} {in_words(item)}" for name, item in value.items() if item not in (None, [], {}))
     if isinstance(value, list | tuple):
         more = f", ... ({len(value)} in all)" if len(value) > LONGEST_LIST else ""
         return ", ".join(map(in_words, value[:LONGEST_LIST])) + more

@@ -32,6 +32,9 @@ PART_PIXELS = 2**22
 PARTS_AT_LEAST = 16
 """Tasks that a scan is cut into where it has as many patterns."""
 
+OUTLIER_MAD = 8.0
+"""Deviations above the median from which a pattern's R stands out."""
+
 MAD_TO_SIGMA = 1.4826
 """Standard deviation of normally spread values in units of their median absolute deviation."""
 
@@ -300,7 +303,7 @@ def _as_dataset(scan: Scan, sums: NDArray[np.float64], kept: NDArray[np.int64], 
     )
 
 
-def outliers(found: xr.Dataset, *, n_mad: float = 8.0) -> NDArray[np.int64]:
+def outliers(found: xr.Dataset, *, n_mad: float = OUTLIER_MAD) -> NDArray[np.int64]:
     """Patterns whose R is far above that of most others, worst first.
 
     Parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -375,6 +376,20 @@ def _open_level(where: Path, root: zarr.Group, level: int) -> xr.Dataset:
 
 def _with_methods(ds: xr.Dataset) -> xr.Dataset:
     return ds.assign_coords(method=list(ds.attrs["methods"])) if "method" in ds.dims else ds
+
+
+def recorded(attributes: Mapping[str, Any], *names: str) -> Any:
+    """A value in nested attributes; None where there is none.
+
+    Examples
+    --------
+    >>> recorded({"plan": {"tile": 256}}, "plan", "tile"), recorded({"plan": "none"}, "plan", "tile")
+    (256, None)
+    """
+    value: Any = attributes
+    for name in names:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 @xr.register_dataset_accessor("ptycho")

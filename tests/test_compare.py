@@ -272,6 +272,31 @@ def test_without_a_pattern_inside_there_is_no_r(tmp_path, caplog):
         r_factors({"own": ForeignResult(scan.truth.object)}, scan)
 
 
+@pytest.mark.parametrize("attributes", [{"spec": "none", "model": 3}, {"model": {"kind": ["pinn"]}}, {"spec": [1]}])
+def test_attributes_of_another_form_give_no_name(truth, attributes):
+    assert list(results_by_label([(None, result(truth.object, (0, 0), **attributes))])) == ["result"]
+
+
+def test_results_of_other_data_are_told_of(truth, tmp_path, caplog):
+    scan = simulate(tmp_path / "scan.zarr", n_pixels=16, n_patterns=40, step_px=3.0, progress=False)
+    corner = tuple(int(value) for value in scan.truth.corner_yx_px)
+    own, other, silent = (
+        result(scan.truth.object, corner, **attributes)
+        for attributes in ({"data_hash": scan.data_hash}, {"data_hash": "0123456789abcdef"}, {})
+    )
+    alike = compare({"own": own, "silent": silent}, truth=scan, scan=scan)
+    assert "data_hash" not in alike.attrs
+    assert not caplog.records
+    table = compare({"own": own, "other": other})
+    assert table.attrs["data_hash"] == {"own": scan.data_hash, "other": "0123456789abcdef"}
+    words = f"Not all were made of one scan with one probe; data: own {scan.data_hash[:12]}, other 0123456789ab"
+    assert words in caplog.text
+    assert words in to_markdown(table)
+    assert f"other 0123456789ab, the scan {scan.data_hash[:12]}." in to_markdown(
+        compare({"other": other}, truth=scan, scan=scan)
+    )
+
+
 def test_what_cannot_be_compared_is_refused(truth, tmp_path):
     one = result(truth.object, (-20, 10))
     with pytest.raises(PtychodaskError, match="1 results and no truth; pass truth="):
@@ -284,6 +309,8 @@ def test_what_cannot_be_compared_is_refused(truth, tmp_path):
         compare({"one": one.drop_vars("weight"), "other": one})
     with pytest.raises(PtychodaskError, match="pixels of a are 1e-09 m across and those of b 2e-09 m"):
         compare({name: result(truth.object, (0, 0), pixel_size_m=size) for name, size in (("a", 1e-9), ("b", 2e-9))})
+    with pytest.raises(PtychodaskError, match="odd: records 'small' as pixel_size_m, expected a positive number"):
+        compare({"one": one, "odd": result(truth.object, (0, 0)).assign_attrs(pixel_size_m="small")})
     with pytest.raises(PtychodaskError, match="alien: registration: at its best place the object correlates with"):
         compare({"one": one, "alien": ForeignResult(crossing_lines((60, 70), np.random.default_rng(8)))})
     with pytest.raises(

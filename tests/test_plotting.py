@@ -210,6 +210,21 @@ def test_residuals_are_drawn_over_the_scan_and_in_turn_and_the_worst_named():
     np.testing.assert_allclose(worst.get_ydata()[:2], [1.05 * 0.9, 0.9])
 
 
+def test_a_dark_frame_leaves_the_residuals_of_others_readable():
+    r_factor = np.linspace(0.1, 0.2, 30)
+    scales = []
+    for highest in (0.9, 128.0):
+        r_factor[4] = highest
+        in_turn = plot_residuals(some_residuals(r_factor, np.full(30, np.nan))).axes[1]
+        scales.append(in_turn.get_yscale())
+    assert scales == ["linear", "log"]
+
+
+def test_dropped_patterns_are_not_among_the_worst():
+    residuals = some_residuals(np.array([0.1, 0.9, 0.2]), np.ones(3), dropped=np.array([False, True, False]))
+    assert worst_patterns(residuals) == [2, 0]
+
+
 def test_halves_are_shown_with_their_ring_correlation():
     known = known_object((48, 48))
     rng = np.random.default_rng(1)
@@ -279,3 +294,6 @@ def test_local_resolution_is_drawn_where_its_windows_lie(object_):
     (image,) = panel.images
     assert image.get_extent() == [5 + 16 - 8, 5 + 80 + 8, -10 + 80 + 8, -10 + 16 - 8]
     np.testing.assert_array_equal(image.get_array(), 2)
+    assert image.get_clim() == (2, 4), "the finest there can be, and where nothing is coarser a wide enough scale"
+    found["local_resolution_px"][:] = np.nan
+    assert plot_split_half(ds, resolution=found)

@@ -200,6 +200,13 @@ def test_policy_allows_its_own_style_and_pictures_alone(folder):
     assert "https://" not in text
 
 
+def test_patterns_that_a_result_was_made_without_do_not_count(folder, tmp_path):
+    ds = reconstruct_iterative(folder / "scan.zarr", n_sweeps=1, exclude=[3, 7], progress=False)
+    ds.attrs["spec"] = {"drop": [3, 7]}
+    text = page_of(write_report(ds, tmp_path / "report.html", scan=folder / "scan.zarr", progress=False)).text
+    assert "over the 58 patterns that were judged. Those that stand out, by more than 8 deviations above" in text
+
+
 def test_a_truth_of_its_own_is_compared_with(ds, tmp_path):
     truth = Truth(ds["object"].values, (0.0, 0.0))
     text = page_of(write_report(ds, tmp_path / "report.html", label="mine", truth=truth)).text
@@ -209,7 +216,7 @@ def test_a_truth_of_its_own_is_compared_with(ds, tmp_path):
 def test_halves_get_a_picture(ds, tmp_path):
     ds["object_half"] = ("half", "y", "x"), np.stack([ds["object"].values] * 2)
     ds["weight_half"] = ("half", "y", "x"), np.stack([ds["weight"].values] * 2)
-    assert "each from one half of the patterns" in page_of(write_report(ds, tmp_path / "report.html")).text
+    assert "each stitched from one half of the patches" in page_of(write_report(ds, tmp_path / "report.html")).text
 
 
 def test_only_a_report_is_replaced_and_nothing_half_written_is_left(ds, folder, tmp_path):
