@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -203,6 +204,18 @@ def group_positions(
         for earlier in range(later):
             first[:, later] &= (alike[:, later] != alike[:, earlier]).any(axis=1)
     return np.ascontiguousarray(table[first])
+
+
+def check_drop(where: str, n_patterns: int, drop: Sequence[int] | NDArray[np.integer[Any]]) -> None:
+    """Raise `PtychodaskError` unless patterns to leave out exist, and some are left."""
+    left_out = np.asarray(drop, np.int64)
+    if left_out.size and not 0 <= left_out.min() <= left_out.max() < n_patterns:
+        raise PtychodaskError(
+            f"{where}: patterns {left_out.min()}..{left_out.max()} are to be left out, expected "
+            f"indices 0..{n_patterns - 1}; give the places of patterns in the store"
+        )
+    if len(np.unique(left_out)) == n_patterns:
+        raise PtychodaskError(f"{where}: every pattern is left out; leave some in")
 
 
 def groups_kept(member: NDArray[np.int32], drop: Sequence[int]) -> NDArray[np.bool_]:

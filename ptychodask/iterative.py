@@ -15,6 +15,7 @@ import scipy.ndimage
 import xarray as xr
 from numpy.typing import NDArray
 
+from ptychodask.grouping import check_drop
 from ptychodask.progress import Progress, show_progress
 from ptychodask.result import make_dataset
 from ptychodask.scan import PtychodaskError, Scan, illumination
@@ -237,16 +238,9 @@ def patterns_without(scan: Scan, exclude: Sequence[int] | NDArray[np.integer[Any
     PtychodaskError
         If a pattern to leave out does not exist, or none is left.
     """
+    check_drop(scan.store or "scan", scan.n_patterns, exclude)
     kept = np.ones(scan.n_patterns, bool)
-    left_out = np.asarray(exclude, np.int64)
-    if left_out.size and not 0 <= left_out.min() <= left_out.max() < scan.n_patterns:
-        raise PtychodaskError(
-            f"{scan.store or 'scan'}: patterns {left_out.min()}..{left_out.max()} are to be left out, expected "
-            f"indices 0..{scan.n_patterns - 1}; give the places of patterns in the store"
-        )
-    kept[left_out] = False
-    if not kept.any():
-        raise PtychodaskError(f"{scan.store or 'scan'}: every pattern is left out; leave some in")
+    kept[np.asarray(exclude, np.int64)] = False
     return np.flatnonzero(kept)
 
 

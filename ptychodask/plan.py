@@ -12,8 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.grouping import GroupingSpec, Groups, groups_kept
-from ptychodask.iterative import patterns_without
+from ptychodask.grouping import GroupingSpec, check_drop
 from ptychodask.models.spec import Precision
 from ptychodask.prediction import (
     ModelReference,
@@ -26,7 +25,8 @@ from ptychodask.prediction import (
 )
 from ptychodask.reassembly import CANVAS_PIXEL_BYTES, Box, Window
 from ptychodask.scan import PtychodaskError, Scan, check_choice, check_positions
-from ptychodask.store import StoredPatterns, group, open_scan, read_groups, stored_group_names
+from ptychodask.store import GroupTable, ScanReader, group, open_groups, stored_group_names
+from ptychodask.survey import BLOCK_GROUPS, Survey, survey
 
 MIB = 2**20
 
@@ -53,9 +53,6 @@ GROUP_CROP = 20
 
 LARGEST = {"batch_size": 2**31, "groups_per_chunk": 2**31, "tile": 2**16}
 """What fields may be at the most: a larger number is a slip of the hand, and a larger tile fits no store."""
-
-NOWHERE = 2**40
-"""A coordinate beyond every object, pixels."""
 
 MEASURE_S = 3.0
 """How long a speed is measured at the most, after the network is compiled."""
@@ -344,12 +341,14 @@ def plan(
     Sizes follow from the scan, the model and ``spec.memory_bytes``, and not from the number of workers, so the object
     does not depend on where it was made. A group table that is missing is made and stored.
     """
-    scan = open_scan(store)
+    reader = ScanReader(store)
+    reader.check()
+    scan = reader.first()
     if model is None and not measure and (spec.groups is not None or recorded_model(scan) is None):
-        groups = _default_groups(scan, spec)
-        return make_plan(scan, groups, _Network(groups.spec.members, scan.n_pixels, "member"), spec)
+        table = _default_table(str(store), spec)
+        return make_plan(reader, table, _Network(table.spec.members, scan.n_pixels, "member"), spec)
     network = resolve_model(scan, model)
-    todo = plan_for(scan, network, spec)
+    todo = plan_for(reader, network, spec)
     return replace(todo, groups_per_s=_measured_rate(todo, network, scan, spec)) if measure else todo
 
 
@@ -380,18 +379,18 @@ def _measured_rate(todo: Plan, model: PatchModel, scan: Scan, spec: Reconstructi
     return n_groups / (time.perf_counter() - started)
 
 
-def plan_for(scan: Scan, model: PatchModel, spec: ReconstructionSpec) -> Plan:
-    """The plan of a scan that is open already, for a model that is loaded already (see `plan`)."""
-    groups, network = _groups_and_network(scan, model, spec)
-    return make_plan(scan, groups, network, spec)
+def plan_for(reader: ScanReader, model: PatchModel, spec: ReconstructionSpec) -> Plan:
+    """The plan of a store that is open already, for a model that is loaded already (see `plan`)."""
+    table, network = _table_and_network(reader, model, spec)
+    return make_plan(reader, table, network, spec)
 
 
-def plan_together(scan: Scan, models: Mapping[str, PatchModel], spec: ReconstructionSpec) -> dict[str, Plan]:
+def plan_together(reader: ScanReader, models: Mapping[str, PatchModel], spec: ReconstructionSpec) -> dict[str, Plan]:
     """Plans of several models that share object, chunks and tiles, so that one pass over the patterns serves all.
 
     Parameters
     ----------
-    scan : Scan
+    reader : ScanReader
     models : dict of label to model
     spec : ReconstructionSpec
 
@@ -405,18 +404,15 @@ def plan_together(scan: Scan, models: Mapping[str, PatchModel], spec: Reconstruc
     PtychodaskError
         As `plan`, or if the models' group tables do not follow the same seeds.
     """
-    parts = {label: _groups_and_network(scan, model, spec) for label, model in models.items()}
-    _check_same_seeds(scan, {label: groups for label, (groups, _) in parts.items()})
+    if not models:
+        raise PtychodaskError("reconstruct: model is an empty dict, expected a label and a model at least")
+    parts = {label: _table_and_network(reader, model, spec) for label, model in models.items()}
+    _check_same_seeds(reader, {label: table for label, (table, _) in parts.items()})
     share = replace(spec, memory_bytes=max(1, spec.memory_bytes // len(models)))
-    alone = [make_plan(scan, groups, network, share) for groups, network in parts.values()]
-    box = Box(
-        min(one.box.y0 for one in alone),
-        max(one.box.y1 for one in alone),
-        min(one.box.x0 for one in alone),
-        max(one.box.x1 for one in alone),
-    )
+    alone = [make_plan(reader, table, network, share) for table, network in parts.values()]
+    box = _around(one.box for one in alone)
     common = replace(share, groups_per_chunk=min(one.groups_per_chunk for one in alone), tile=spec.tile or _tile(box))
-    plans = {label: make_plan(scan, *part, common, box=box) for label, part in parts.items()}
+    plans = {label: make_plan(reader, *part, common, box=box) for label, part in parts.items()}
     chunks = _united(plan.chunks for plan in plans.values())
     tiles = _tiles(box, int(common.tile or 0), chunks)
     n_bytes = sum(one.predict_bytes for one in plans.values())
@@ -426,30 +422,37 @@ def plan_together(scan: Scan, models: Mapping[str, PatchModel], spec: Reconstruc
     }
 
 
-def _check_same_seeds(scan: Scan, groups: Mapping[str, Groups]) -> None:
-    (first, table), *others = groups.items()
+def _check_same_seeds(reader: ScanReader, tables: Mapping[str, GroupTable]) -> None:
+    (first, table), *others = tables.items()
     for label, other in others:
-        if len(other) != len(table) or (other.member[:, 0] != table.member[:, 0]).any():
+        blocks = range(0, len(table), BLOCK_GROUPS)
+        if len(other) != len(table) or any(
+            (other.rows(at, at + BLOCK_GROUPS)[:, 0] != table.rows(at, at + BLOCK_GROUPS)[:, 0]).any() for at in blocks
+        ):
             raise PtychodaskError(
-                f"{scan.store}: group tables '{table.name}' of {first} and '{other.name}' of {label} do not have the "
+                f"{reader.where}: group tables '{table.name}' of {first} and '{other.name}' of {label} do not have the "
                 "same seeds, so they cannot share a pass; reconstruct with one model at a time"
             )
 
 
+def _around(boxes: Iterable[Box]) -> Box:
+    """The box that holds all."""
+    y0, y1, x0, x1 = zip(*boxes, strict=True)
+    return Box(min(y0), max(y1), min(x0), max(x1))
+
+
 def _united(chunks: Iterable[Sequence[Chunk]]) -> tuple[Chunk, ...]:
     """Chunks of several plans with the same rows, each over the box that holds all of its namesakes."""
-    boxes: dict[tuple[int, int], Box] = {}
+    boxes: dict[tuple[int, int], list[Box]] = {}
     for chunk in (chunk for plan_chunks in chunks for chunk in plan_chunks):
-        rows, box = (chunk.start, chunk.stop), chunk.box
-        known = boxes.get(rows, box)
-        boxes[rows] = Box(min(known.y0, box.y0), max(known.y1, box.y1), min(known.x0, box.x0), max(known.x1, box.x1))
-    return tuple(Chunk(start, stop, box) for (start, stop), box in sorted(boxes.items()))
+        boxes.setdefault((chunk.start, chunk.stop), []).append(chunk.box)
+    return tuple(Chunk(start, stop, _around(found)) for (start, stop), found in sorted(boxes.items()))
 
 
-def _groups_and_network(scan: Scan, model: PatchModel, spec: ReconstructionSpec) -> tuple[Groups, _Network]:
-    if model.n_pixels != scan.n_pixels:
+def _table_and_network(reader: ScanReader, model: PatchModel, spec: ReconstructionSpec) -> tuple[GroupTable, _Network]:
+    if model.n_pixels != reader.n_pixels:
         raise PtychodaskError(
-            f"{scan.store}: patterns are {scan.n_pixels} pixels wide, the {model.kind} takes {model.n_pixels}; "
+            f"{reader.where}: patterns are {reader.n_pixels} pixels wide, the {model.kind} takes {model.n_pixels}; "
             f"ingest with n_pixels={model.n_pixels}, or pass another model"
         )
     if spec.precision not in precisions(model):
@@ -457,23 +460,21 @@ def _groups_and_network(scan: Scan, model: PatchModel, spec: ReconstructionSpec)
             f"reconstruct: precision is {spec.precision!r}, the {model.kind} computes in: "
             f"{', '.join(precisions(model))}; leave precision away"
         )
-    groups = _groups_of(scan, spec.groups, model.members)
-    return groups, _Network(model.members, model.n_pixels, model.output)
+    table = _table_of(reader.where, spec.groups, model.members)
+    return table, _Network(model.members, model.n_pixels, model.output)
 
 
-def _default_groups(scan: Scan, spec: ReconstructionSpec) -> Groups:
+def _default_table(store: str, spec: ReconstructionSpec) -> GroupTable:
     """The table that the spec names, or the store's only one, or the default spec's."""
     if spec.groups is not None:
-        return _named_groups(scan, spec.groups)
-    names = stored_group_names(str(scan.store))
-    return _named_groups(scan, names[0] if len(names) == 1 else GroupingSpec())
+        return _named_table(store, spec.groups)
+    names = stored_group_names(store)
+    return _named_table(store, names[0] if len(names) == 1 else GroupingSpec())
 
 
-def _named_groups(scan: Scan, groups: str | GroupingSpec) -> Groups:
-    store = str(scan.store)
-    if isinstance(groups, GroupingSpec):
-        return group(store, groups)
-    found = read_groups(store, groups)
+def _named_table(store: str, groups: str | GroupingSpec) -> GroupTable:
+    name = group(store, groups).name if isinstance(groups, GroupingSpec) else groups
+    found = open_groups(store, name)
     if found is None:
         stored = ", ".join(stored_group_names(store)) or "none"
         raise PtychodaskError(
@@ -482,40 +483,37 @@ def _named_groups(scan: Scan, groups: str | GroupingSpec) -> Groups:
     return found
 
 
-def _groups_of(scan: Scan, groups: str | GroupingSpec | None, members: int) -> Groups:
+def _table_of(store: str, groups: str | GroupingSpec | None, members: int) -> GroupTable:
     """The table that is asked for, or the stored one with the model's members, or the default spec's."""
     if groups is not None:
-        found = _named_groups(scan, groups)
+        found = _named_table(store, groups)
         if found.spec.members != members:
             raise PtychodaskError(
-                f"{scan.store}: group table '{found.name}' has {found.spec.members} patterns in a group, "
+                f"{store}: group table '{found.name}' has {found.spec.members} patterns in a group, "
                 f"the model takes {members}; pass another groups=, or none"
             )
         return found
     default = GroupingSpec(members=members, neighbours=max(GroupingSpec.neighbours, members))
-    stored = [table for name in stored_group_names(str(scan.store)) if (table := read_groups(str(scan.store), name))]
+    stored = [table for name in stored_group_names(store) if (table := open_groups(store, name))]
     fitting = [table for table in stored if table.spec.members == members]
     if not fitting:
-        return group(str(scan.store), default)
+        return _named_table(store, default)
     for table in fitting:
         if len(fitting) == 1 or table.spec == default:
             return table
     listed = ", ".join(table.name for table in fitting)
-    raise PtychodaskError(
-        f"{scan.store}: several group tables have {members} patterns in a group ({listed}); pass groups="
-    )
+    raise PtychodaskError(f"{store}: several group tables have {members} patterns in a group ({listed}); pass groups=")
 
 
 def make_plan(
-    scan: Scan, groups: Groups, network: _Network, spec: ReconstructionSpec, *, box: Box | None = None
+    reader: ScanReader, table: GroupTable, network: _Network, spec: ReconstructionSpec, *, box: Box | None = None
 ) -> Plan:
-    """The plan of a scan, from its positions and member table alone.
+    """The plan of a scan, from its positions and group table alone.
 
     Parameters
     ----------
-    scan : Scan
-        Opened from a store.
-    groups : Groups
+    reader : ScanReader
+    table : GroupTable
     network : (members, n_pixels, output)
     spec : ReconstructionSpec
     box : Box, optional
@@ -530,13 +528,12 @@ def make_plan(
     PtychodaskError
         See `plan`.
     """
-    kept = _kept_groups(scan, groups, spec)
+    check_drop(reader.where, reader.n_patterns, tuple(spec.drop))
+    if spec.position_yx_px is not None:
+        check_positions(spec.position_yx_px, reader.n_patterns, "position_yx_px")
     window, crop = _window_and_crop(spec, network)
-    position = _stitching_positions(scan, spec)
-    footprints = _footprints(position, groups.member, network.output, crop, kept)
-    box = _object_box(footprints, spec.roi, str(scan.store)) if box is None else box
-    batch_size = _batch_size(spec, network, int(kept.sum()))
-    size, chunks, predict_bytes = _fitting_chunks(scan, groups, network, footprints, box, batch_size, spec, kept)
+    batch_size = _batch_size(spec, network, len(table))
+    found, chunks, predict_bytes, box = _fitting_chunks(reader, table, network, crop, batch_size, spec, box)
     tile = int(spec.tile or _tile(box))
     tiles = _tiles(box, tile, chunks)
     reassemble_bytes = max(_reassemble_bytes(part, chunks) for part in tiles)
@@ -544,52 +541,32 @@ def make_plan(
         raise PtychodaskError(
             f"plan: a tile of {tile} x {tile} px needs {reassemble_bytes / MIB:,.0f} MiB to reassemble, "
             f"a task may take {spec.memory_bytes / MIB:,.0f} MiB; pass a smaller tile=, another groups_per_chunk= "
-            f"than {size}, or a larger memory_bytes="
+            f"than {found.size}, or a larger memory_bytes="
         )
-    rows = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
-    rows = rows[kept[rows]]
-    n_patterns = int(np.count_nonzero(np.bincount(groups.member[rows].ravel())))
+    of_plan = np.array([chunk.start // found.size for chunk in chunks])
+    n_patterns = int(np.count_nonzero(found.used))
     return Plan(
-        store=str(Path(str(scan.store)).resolve()),
-        data_hash=scan.data_hash,
-        groups=groups.name,
+        store=str(Path(reader.where).resolve()),
+        data_hash=reader.data_hash,
+        groups=table.name,
         members=network.members,
         n_pixels=network.n_pixels,
         output=network.output,
         window=window,
         crop=crop,
         batch_size=batch_size,
-        groups_per_chunk=size,
+        groups_per_chunk=found.size,
         tile=tile,
         memory_bytes=int(spec.memory_bytes),
-        n_groups=len(rows),
+        n_groups=int(found.n_groups[of_plan].sum()),
         n_patterns=n_patterns,
         box=box,
         chunks=chunks,
         tiles=tiles,
         predict_bytes=predict_bytes,
         reassemble_bytes=reassemble_bytes,
-        read_amplification=_patterns_decompressed(scan, groups.member[rows], rows // size) / n_patterns,
+        read_amplification=float(found.n_decompressed[of_plan].sum() / n_patterns),
     )
-
-
-def _kept_groups(scan: Scan, groups: Groups, spec: ReconstructionSpec) -> NDArray[np.bool_]:
-    """Which groups have none of the patterns that the spec drops."""
-    _ = patterns_without(scan, spec.drop)
-    kept = groups_kept(groups.member, tuple(spec.drop))
-    if not kept.any():
-        raise PtychodaskError(
-            f"{scan.store}: each of the {len(groups)} groups of '{groups.name}' has one of the {len(spec.drop)} "
-            "patterns to drop; drop fewer"
-        )
-    return kept
-
-
-def _stitching_positions(scan: Scan, spec: ReconstructionSpec) -> NDArray[np.float64]:
-    if spec.position_yx_px is None:
-        return scan.position_yx_px
-    check_positions(spec.position_yx_px, scan.n_patterns, "position_yx_px")
-    return spec.position_yx_px
 
 
 def _window_and_crop(spec: ReconstructionSpec, network: _Network) -> tuple[Window, int]:
@@ -601,28 +578,8 @@ def _window_and_crop(spec: ReconstructionSpec, network: _Network) -> tuple[Windo
     return window, int(spec.crop or network.n_pixels)
 
 
-def _footprints(
-    position_yx_px: NDArray[np.float64], member: NDArray[np.int32], output: str, crop: int, kept: NDArray[np.bool_]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First pixel (y, x) that each group's patches reach, and the one after the last; int64 (group, 2).
-
-    Those of groups that are not kept reach nothing: they begin after they end.
-    """
-    position = position_yx_px[member]
-    if output == "group":
-        position = position.mean(axis=1, keepdims=True)
-    first = np.floor(position.min(axis=1) - crop / 2).astype(np.int64)
-    last = np.floor(position.max(axis=1) - crop / 2).astype(np.int64) + crop + 1
-    first[~kept], last[~kept] = NOWHERE, -NOWHERE
-    return first, last
-
-
-def _object_box(
-    footprints: tuple[NDArray[np.int64], NDArray[np.int64]], roi: tuple[int, int, int, int] | None, where: str
-) -> Box:
+def _object_box(whole: Box, roi: tuple[int, int, int, int] | None, where: str) -> Box:
     """The box that all patches reach, cut to the region that is asked for."""
-    (y0, x0), (y1, x1) = footprints[0].min(axis=0).tolist(), footprints[1].max(axis=0).tolist()
-    whole = Box(y0, y1, x0, x1)
     if roi is None:
         return whole
     box = whole.overlap(Box(*(int(value) for value in roi)))
@@ -651,24 +608,39 @@ def _tile(box: Box) -> int:
 
 
 def _fitting_chunks(
-    scan: Scan,
-    groups: Groups,
+    reader: ScanReader,
+    table: GroupTable,
     network: _Network,
-    footprints: tuple[NDArray[np.int64], NDArray[np.int64]],
-    box: Box,
+    crop: int,
     batch_size: int,
     spec: ReconstructionSpec,
-    kept: NDArray[np.bool_],
-) -> tuple[int, tuple[Chunk, ...], int]:
-    """Groups per chunk, the chunks, and the memory of the largest; halved until they fit where that is automatic."""
-    size = int(spec.groups_per_chunk or _groups_per_chunk(network, batch_size, len(groups)))
-    canvases = 2 if spec.split_half else 1
+    box: Box | None,
+) -> tuple[Survey, tuple[Chunk, ...], int, Box]:
+    """Survey, chunks, the memory of the largest, and the object; chunks are halved until they fit where that is
+    automatic."""
+    size = int(spec.groups_per_chunk or _groups_per_chunk(network, batch_size, len(table)))
     while True:
-        chunks, n_bytes = _chunks(scan, groups, network, footprints, box, batch_size, size, kept, canvases)
+        found = survey(
+            reader,
+            table,
+            size=size,
+            output=network.output,
+            crop=crop,
+            drop=tuple(spec.drop),
+            position_yx_px=spec.position_yx_px,
+            region=None if spec.roi is None else Box(*(int(value) for value in spec.roi)),
+        )
+        if not found.n_groups.any():
+            raise PtychodaskError(
+                f"{reader.where}: each of the {len(table)} groups of '{table.name}' has one of the {len(spec.drop)} "
+                "patterns to drop; drop fewer"
+            )
+        object_box = _object_box(found.whole, spec.roi, reader.where) if box is None else box
+        chunks, n_bytes = _chunks(reader, found, network, object_box, batch_size, spec, len(table))
         if not chunks:
-            raise PtychodaskError(f"{scan.store}: no pattern reaches roi {spec.roi}; pass another one")
+            raise PtychodaskError(f"{reader.where}: no pattern reaches roi {spec.roi}; pass another one")
         if max(n_bytes) <= spec.memory_bytes:
-            return size, chunks, max(n_bytes)
+            return found, chunks, max(n_bytes), object_box
         if spec.groups_per_chunk is not None or size == 1:
             break
         size //= 2
@@ -681,52 +653,26 @@ def _fitting_chunks(
 
 
 def _chunks(
-    scan: Scan,
-    groups: Groups,
+    reader: ScanReader,
+    found: Survey,
     network: _Network,
-    footprints: tuple[NDArray[np.int64], NDArray[np.int64]],
     box: Box,
     batch_size: int,
-    size: int,
-    kept: NDArray[np.bool_],
-    canvases: int,
+    spec: ReconstructionSpec,
+    n_groups: int,
 ) -> tuple[tuple[Chunk, ...], list[int]]:
-    """Chunks of `size` groups that meet the object, and the memory that predicting each of them takes."""
-    first, last = footprints
-    starts = np.arange(0, len(groups), size)
-    low, high = np.minimum.reduceat(first, starts), np.maximum.reduceat(last, starts)
-    patterns = _patterns_in_chunks(groups.member, size, scan.n_patterns, kept)
+    """Chunks that meet the object, and the memory that predicting each of them takes."""
     batch_bytes = batch_size * network.members * network.n_pixels**2 * (2 * 4 + 2 * 8)
-    pattern_bytes = network.n_pixels**2 * (scan.diffraction.dtype.itemsize + 4)
+    pattern_bytes = network.n_pixels**2 * (reader.pattern_itemsize + 4)
+    canvas_bytes = CANVAS_PIXEL_BYTES * (2 if spec.split_half else 1)
     chunks, n_bytes = [], []
-    for index, start in enumerate(starts.tolist()):
-        own = Box(int(low[index, 0]), int(high[index, 0]), int(low[index, 1]), int(high[index, 1])).overlap(box)
+    for index in np.flatnonzero(found.n_groups).tolist():
+        own = found.box(index).overlap(box)
         if own.n_pixels:
-            chunks.append(Chunk(start, min(start + size, len(groups)), own))
-            n_bytes.append(
-                int(patterns[index]) * pattern_bytes + batch_bytes + own.n_pixels * CANVAS_PIXEL_BYTES * canvases
-            )
+            start = index * found.size
+            chunks.append(Chunk(start, min(start + found.size, n_groups), own))
+            n_bytes.append(int(found.n_patterns[index]) * pattern_bytes + batch_bytes + own.n_pixels * canvas_bytes)
     return tuple(chunks), n_bytes
-
-
-def _patterns_in_chunks(
-    member: NDArray[np.int32], size: int, n_patterns: int, kept: NDArray[np.bool_]
-) -> NDArray[np.int64]:
-    """Different patterns that each chunk of `size` groups reads."""
-    chunk = np.flatnonzero(kept) // size
-    pairs = np.unique(chunk[:, None] * n_patterns + member[kept])
-    return np.bincount(pairs // n_patterns, minlength=-(-len(member) // size))
-
-
-def _patterns_decompressed(scan: Scan, member: NDArray[np.int32], chunk: NDArray[np.int64]) -> int:
-    """Patterns in the stored chunks that are read for groups in chunks, each as often as it is read."""
-    assert isinstance(scan.diffraction, StoredPatterns)
-    per_stored = scan.diffraction.chunk_patterns
-    n_stored = -(-scan.n_patterns // per_stored)
-    read = np.unique(chunk[:, None] * n_stored + member // per_stored)
-    sizes = np.full(n_stored, per_stored)
-    sizes[-1] = scan.n_patterns - (n_stored - 1) * per_stored
-    return int(sizes[read % n_stored].sum())
 
 
 def _tiles(box: Box, tile: int, chunks: tuple[Chunk, ...]) -> tuple[Tile, ...]:

@@ -154,8 +154,8 @@ def add_patches(
     return canvas
 
 
-def _support(lit: NDArray[np.bool_]) -> slice:
-    """From the first to the last element that is True; empty where none is."""
+def _support(lit: Any) -> slice:
+    """From the first to the last element of a bool array that is True; empty where none is."""
     places = np.flatnonzero(lit)
     return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
 

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -552,9 +552,21 @@ def data_hash(
 ) -> str:
     """SHA-256 over diffraction (by its own hash), positions, mask and probe: what an object depends on."""
     digest = hashlib.sha256(diffraction_hash.encode())
-    for values in (position_yx_px, mask, probe):
-        digest.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
+    digest.update(np.ascontiguousarray(position_yx_px).tobytes())
+    _add_optics(digest, mask, probe)
     return digest.hexdigest()
+
+
+def _add_optics(digest: Any, mask: NDArray[np.bool_] | None, probe: NDArray[np.complex64]) -> None:
+    for values in (mask, probe):
+        digest.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
+
+
+def _hash_differs(where: str) -> PtychodaskError:
+    return PtychodaskError(
+        f"{where}: positions, mask or probe are not those it was written with (hash differs); the store is damaged: "
+        "ingest the source again"
+    )
 
 
 def open_scan(store: str | Path) -> Scan:
@@ -610,10 +622,7 @@ def open_scan(store: str | Path) -> Scan:
         attributes=attributes,
     )
     if data_hash(attributes["diffraction_hash"], scan.position_yx_px, scan.mask, scan.probe) != scan.data_hash:
-        raise PtychodaskError(
-            f"{where}: positions, mask or probe are not those it was written with (hash differs); the store is "
-            "damaged: ingest the source again"
-        )
+        raise _hash_differs(where)
     return scan
 
 
@@ -631,20 +640,56 @@ class ScanReader:
     """
 
     def __init__(self, store: str | Path) -> None:
-        self._where = str(store)
+        self.where = str(store)
+        """Path of the store."""
         self._root = open_root(Path(store), SCAN)
         self._attributes: dict[str, Any] = dict(self._root.attrs)
-        _check_attributes(self._attributes, self._where)
-        self._diffraction = StoredPatterns(_array(self._root, "diffraction", self._where), self._where)
-        self.probe: NDArray[np.complex64] = _read(self._root, "probe", self._where)
+        _check_attributes(self._attributes, self.where)
+        self._diffraction = StoredPatterns(_array(self._root, "diffraction", self.where), self.where)
+        self.probe: NDArray[np.complex64] = _read(self._root, "probe", self.where)
         """Calibrated probe (mode, N, N)."""
-        self._mask = _read(self._root, "mask", self._where) if "mask" in self._root else None
+        self._mask = _read(self._root, "mask", self.where) if "mask" in self._root else None
         self._tables: dict[str, zarr.Array] = {}
 
     @property
     def data_hash(self) -> str:
         """The data hash that the store records."""
         return str(self._attributes["data_hash"])
+
+    @property
+    def n_patterns(self) -> int:
+        """How many patterns the scan holds."""
+        return int(self._diffraction.shape[0])
+
+    @property
+    def n_pixels(self) -> int:
+        """Pixels across one pattern, N."""
+        return int(self._diffraction.shape[1])
+
+    @property
+    def pattern_itemsize(self) -> int:
+        """Bytes of one pixel of a stored pattern."""
+        return self._diffraction.dtype.itemsize
+
+    @property
+    def stored_chunk_patterns(self) -> int:
+        """Patterns in one chunk of the store: the least that a read decompresses."""
+        return self._diffraction.chunk_patterns
+
+    def check(self) -> None:
+        """Raise `PtychodaskError` unless positions, mask and probe are those that the data hash was taken of."""
+        digest = hashlib.sha256(str(self._attributes["diffraction_hash"]).encode())
+        for start in range(0, self.n_patterns, TABLE_ROWS):
+            rows = np.arange(start, min(start + TABLE_ROWS, self.n_patterns))
+            digest.update(self.position_yx_px(rows).tobytes())
+        _add_optics(digest, self._mask, self.probe)
+        if digest.hexdigest() != self.data_hash:
+            raise _hash_differs(self.where)
+
+    def first(self) -> Scan:
+        """The scan as if it had its first pattern alone, with all that the store records: what a model is bound to."""
+        part = self.part(np.arange(1))
+        return replace(part, attributes=self._attributes, pixel_size_m=self._attributes.get("pixel_size_m"))
 
     def member(self, groups: str, start: int, stop: int) -> NDArray[np.int32]:
         """Rows `start` to `stop` of a group table, int32 (group, channel)."""
@@ -656,8 +701,8 @@ class ScanReader:
 
     def _table(self, name: str, rows: slice | NDArray[np.int64]) -> NDArray[Any]:
         if name not in self._tables:
-            self._tables[name] = _array(self._root, name, self._where)
-        return _read_rows(self._tables[name], self._where, rows)
+            self._tables[name] = _array(self._root, name, self.where)
+        return _read_rows(self._tables[name], self.where, rows)
 
     def part(self, index: NDArray[np.int64]) -> Scan:
         """The scan as if it had some of its patterns alone; they and their positions are read into memory.
@@ -677,7 +722,7 @@ class ScanReader:
             mask=self._mask,
             flux=self._table("flux", index) if "flux" in self._root else None,
             data_hash=self.data_hash,
-            store=self._where,
+            store=self.where,
         )
 
 
@@ -809,9 +854,43 @@ def group(store: str | Path, spec: GroupingSpec = GroupingSpec(), *, name: str |
     return groups
 
 
-def read_groups(store: str | Path, name: str) -> Groups | None:
-    """A stored group table, or None when there is none of that name; raises `PtychodaskError` for one that is no name
-    or a table that does not fit the scan."""
+class GroupTable:
+    """A stored group table that is read by rows.
+
+    Parameters
+    ----------
+    store : path
+    name : str
+    spec : GroupingSpec
+    member : zarr.Array
+    n_patterns : int
+    """
+
+    def __init__(self, store: Path, name: str, spec: GroupingSpec, member: zarr.Array, n_patterns: int) -> None:
+        self.name, self.spec = name, spec
+        self._store, self._member, self._n_patterns = store, member, n_patterns
+        if member.ndim != 2 or member.shape[1] != spec.members:
+            raise self._unfit()
+
+    def __len__(self) -> int:
+        return int(self._member.shape[0])
+
+    def rows(self, start: int, stop: int) -> NDArray[np.int32]:
+        """Rows `start` to `stop`, int32 (group, channel); raises `PtychodaskError` where they do not fit the scan."""
+        member = _read_rows(self._member, str(self._store), slice(start, stop)).astype(np.int32)
+        # Zarr reads a missing file as zeros.
+        gone = len(member) > 1 and not member.any()
+        if gone or not ((member >= 0) & (member < self._n_patterns)).all():
+            raise self._unfit()
+        return member
+
+    def _unfit(self) -> PtychodaskError:
+        return PtychodaskError(f"{self._store}: group table '{self.name}' does not fit the scan; pass another name=")
+
+
+def open_groups(store: str | Path, name: str) -> GroupTable | None:
+    """A stored group table, its rows on disk, or None when there is none of that name; raises `PtychodaskError` for one
+    that is no name or a table that does not fit the scan."""
     path = Path(store)
     if not name or "/" in name or name.startswith("."):
         raise PtychodaskError(f"{path}: {name!r} is no name for a group table; use letters, digits, '-' and '_'")
@@ -825,12 +904,14 @@ def read_groups(store: str | Path, name: str) -> Groups | None:
         raise PtychodaskError(
             f"{path}: group table '{name}' has no readable spec ({error}); pass another name="
         ) from error
-    member = _read(table, "member", str(path)).astype(np.int32)
-    n_patterns = _array(root, "diffraction", str(path)).shape[0]
-    gone = len(member) > 1 and not member.any()
-    if gone or member.ndim != 2 or member.shape[1] != spec.members or not ((member >= 0) & (member < n_patterns)).all():
-        raise PtychodaskError(f"{path}: group table '{name}' does not fit the scan; pass another name=")
-    return Groups(member, spec, name)
+    n_patterns = int(_array(root, "diffraction", str(path)).shape[0])
+    return GroupTable(path, name, spec, _array(table, "member", str(path)), n_patterns)
+
+
+def read_groups(store: str | Path, name: str) -> Groups | None:
+    """A stored group table in memory; None, and refusals, as `open_groups`."""
+    table = open_groups(store, name)
+    return None if table is None else Groups(table.rows(0, len(table)), table.spec, name)
 
 
 def stored_group_names(store: str | Path) -> list[str]:

@@ -27,6 +27,7 @@ ORDER = [
     ("training",),
     ("prediction",),
     ("reassembly",),
+    ("survey",),
     ("plan",),
     ("polishing",),
     ("cluster",),

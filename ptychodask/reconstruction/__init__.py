@@ -47,7 +47,7 @@ from ptychodask.result import (
     write_pyramid,
 )
 from ptychodask.scan import PtychodaskError, Scan, with_fields
-from ptychodask.store import open_scan, whole_or_nothing
+from ptychodask.store import ScanReader, open_scan, whole_or_nothing
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class _Work:
     """A reconstruction that is ready to run."""
 
     scan: Scan
+    """Its first pattern alone, with all that the store records."""
+
     job: StitchingJob
     todo: Plan
     n_sweeps: int
@@ -142,10 +144,12 @@ def reconstruct(
     spec = with_fields(spec, spec_fields)
     several = isinstance(model, Mapping)
     _check_asked(spec, out, compute=compute, several=several)
-    scan = open_scan(store)
+    reader = ScanReader(store)
+    reader.check()
+    scan = reader.first()
     models = model if isinstance(model, Mapping) else {"": model}
     networks = {str(label): resolve_model(scan, one) for label, one in models.items()}
-    plans = plan_together(scan, networks, spec) if several else {"": plan_for(scan, networks[""], spec)}
+    plans = plan_together(reader, networks, spec) if several else {"": plan_for(reader, networks[""], spec)}
     todo = next(iter(plans.values()))
     with _patch_cache(scan, networks, todo, spec) as patches:
         job = StitchingJob(
@@ -259,7 +263,7 @@ def _run(
         check_workers(used, max(todo.predict_bytes, todo.reassemble_bytes))
         if work.n_sweeps == 0:
             return {"seconds": stitch(job, sent, todo, used, out, folder, take, show)}
-        polishing = Polishing(used, job, sent, todo, work.scan)
+        polishing = Polishing(used, job, sent, todo, open_scan(todo.store))
         seconds = polishing.stitch(show)
         with stage(seconds, "polish"):
             r_factors = polishing.sweep(work.n_sweeps, show)

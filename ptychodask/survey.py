@@ -1,0 +1,164 @@
+"""One pass over a group table: what each chunk of groups reads and reaches, whatever the size of the scan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.grouping import groups_kept
+from ptychodask.reassembly import Box
+from ptychodask.store import GroupTable, ScanReader
+
+BLOCK_GROUPS = 2**15
+"""Groups that are looked at together, or one chunk of them."""
+
+NOWHERE = 2**40
+"""A coordinate beyond every object, pixels."""
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What chunks of `size` consecutive groups read and reach; arrays have one entry for each chunk of the table."""
+
+    size: int
+    """Groups in a chunk; the last has fewer."""
+
+    first_yx: NDArray[np.int64]
+    """First pixel (chunk, 2) that its patches reach."""
+
+    last_yx: NDArray[np.int64]
+    """The one after the last (chunk, 2); before the first where all its groups are dropped."""
+
+    n_groups: NDArray[np.int64]
+    """Groups that are predicted (chunk,)."""
+
+    n_patterns: NDArray[np.int64]
+    """Different patterns that it reads (chunk,)."""
+
+    n_decompressed: NDArray[np.int64]
+    """Patterns in the stored chunks that it reads (chunk,)."""
+
+    used: NDArray[np.bool_]
+    """Whether a pattern (pattern,) is read for a chunk that reaches the region."""
+
+    def box(self, chunk: int) -> Box:
+        """What a chunk reaches."""
+        (y0, x0), (y1, x1) = self.first_yx[chunk].tolist(), self.last_yx[chunk].tolist()
+        return Box(y0, y1, x0, x1)
+
+    @property
+    def whole(self) -> Box:
+        """What all chunks reach."""
+        (y0, x0), (y1, x1) = self.first_yx.min(axis=0).tolist(), self.last_yx.max(axis=0).tolist()
+        return Box(y0, y1, x0, x1)
+
+
+def survey(
+    reader: ScanReader,
+    table: GroupTable,
+    *,
+    size: int,
+    output: Literal["member", "group"],
+    crop: int,
+    drop: Sequence[int] = (),
+    position_yx_px: NDArray[np.float64] | None = None,
+    region: Box | None = None,
+) -> Survey:
+    """Look at a group table, block by block.
+
+    Parameters
+    ----------
+    reader : ScanReader
+    table : GroupTable
+    size : int
+        Groups in a chunk.
+    output : {"member", "group"}
+        A patch for each member, or one for the group.
+    crop : int
+        Elements across the middle of a patch that are used, M.
+    drop : ints
+        Patterns whose groups are left out.
+    position_yx_px : float64 array (pattern, 2), optional
+        Where patches are stitched; by default the stored positions.
+    region : Box, optional
+        Patterns are counted as used where their chunks reach it.
+
+    Returns
+    -------
+    Survey
+    """
+    used = np.zeros(reader.n_patterns, bool)
+    parts: list[list[NDArray[np.int64]]] = []
+    for member in _blocks(table, size):
+        kept = groups_kept(member, drop)
+        chunk = np.arange(len(member)) // size
+        position = _positions(reader, member, position_yx_px)
+        first, last = _reach(position if output == "member" else position.mean(axis=1, keepdims=True), crop, kept)
+        starts = np.arange(0, len(member), size)
+        low, high = np.minimum.reduceat(first, starts), np.maximum.reduceat(last, starts)
+        pairs = np.unique(chunk[kept, None] * reader.n_patterns + member[kept])
+        pattern_chunk, pattern = np.divmod(pairs, reader.n_patterns)
+        parts.append(
+            [
+                low,
+                high,
+                np.bincount(chunk[kept], minlength=len(starts)),
+                np.bincount(pattern_chunk, minlength=len(starts)),
+                _decompressed(reader, pattern_chunk, pattern, len(starts)),
+            ]
+        )
+        used[pattern[_reaching(low, high, region)[pattern_chunk]]] = True
+    first, last, *counts = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Survey(size, first, last, counts[0], counts[1], counts[2], used)
+
+
+def _blocks(table: GroupTable, size: int) -> Iterator[NDArray[np.int32]]:
+    """Whole chunks of the table, about `BLOCK_GROUPS` groups at a time."""
+    step = max(1, BLOCK_GROUPS // size) * size
+    for start in range(0, len(table), step):
+        yield table.rows(start, min(start + step, len(table)))
+
+
+def _positions(
+    reader: ScanReader, member: NDArray[np.int32], position_yx_px: NDArray[np.float64] | None
+) -> NDArray[np.float64]:
+    if position_yx_px is not None:
+        return position_yx_px[member]
+    wanted, place = np.unique(member, return_inverse=True)
+    return reader.position_yx_px(wanted.astype(np.int64))[place.reshape(member.shape)]
+
+
+def _reach(
+    position: NDArray[np.float64], crop: int, kept: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First pixel (group, 2) that each group's patches reach, and the one after the last.
+
+    Those of groups that are not kept reach nothing: they begin after they end.
+    """
+    first = np.floor(position.min(axis=1) - crop / 2).astype(np.int64)
+    last = np.floor(position.max(axis=1) - crop / 2).astype(np.int64) + crop + 1
+    first[~kept], last[~kept] = NOWHERE, -NOWHERE
+    return first, last
+
+
+def _reaching(first: NDArray[np.int64], last: NDArray[np.int64], region: Box | None) -> NDArray[np.bool_]:
+    """Which chunks have a pixel in the region."""
+    if region is None:
+        return np.ones(len(first), bool)
+    meets = (first < (region.y1, region.x1)) & (last > (region.y0, region.x0))
+    return np.asarray(meets.all(axis=1))
+
+
+def _decompressed(
+    reader: ScanReader, chunk: NDArray[np.int64], pattern: NDArray[np.int64], n_chunks: int
+) -> NDArray[np.int64]:
+    """Patterns in the stored chunks that each chunk of groups reads."""
+    per_stored = reader.stored_chunk_patterns
+    n_stored = -(-reader.n_patterns // per_stored)
+    read_by, stored = np.divmod(np.unique(chunk * n_stored + pattern // per_stored), n_stored)
+    sizes = np.minimum(per_stored, reader.n_patterns - stored * per_stored)
+    return np.bincount(read_by, weights=sizes, minlength=n_chunks).astype(np.int64)
