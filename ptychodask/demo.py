@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xarray as xr
 
 from ptychodask.compare import compare, to_markdown
 from ptychodask.io import ingest
@@ -46,7 +45,8 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: bool | No
     ----------
     folder : path
         What to make: ``simulated.zarr``, ``scan.npz`` (the same as a foreign file), ``scan.zarr`` (ingested from that),
-        ``lesson.zarr``, two model bundles, two results, ``pinn.png``, ``comparison.png`` and ``comparison.md``.
+        ``lesson.zarr``, two model bundles, ``scan.object.zarr`` with the results of both, ``pinn.png``,
+        ``comparison.png`` and ``comparison.md``.
     overwrite : bool
         Make them again where they are there.
     progress : bool, optional
@@ -77,14 +77,17 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: bool | No
     write_ptychopinn_npz(make(folder / "simulated.zarr"), folder / "scan.npz")
     ingest(folder / "scan.npz", store, domain="counts", overwrite=overwrite, progress=progress)
     make(lesson, seed=LESSON_SEED)
-    results = {
-        "PINN": _reconstructed(store, store, PINN, folder, overwrite, progress),
-        "Baseline": _reconstructed(store, lesson, BASELINE, folder, overwrite, progress),
+    models = {
+        "PtychoPINN": train(store, PINN, out=folder / "pinn.model", overwrite=overwrite, progress=progress),
+        "Baseline": train(lesson, BASELINE, out=folder / "baseline.model", overwrite=overwrite, progress=progress),
     }
-    table = to_markdown(compare(results, truth=store, scan=store))
+    both = reconstruct(store, models, out=folder / "scan.object.zarr", overwrite=overwrite, progress=progress)
+    results = {label: both.sel({"method": label}) for label in models}
+    comparison = compare(results, truth=store, scan=store)
+    table = to_markdown(comparison)
     (folder / "comparison.md").write_text(table + "\n")
-    plot(results["PINN"], path=folder / "pinn.png")
-    plot_comparison(results, store, path=folder / "comparison.png")
+    plot(results["PtychoPINN"], path=folder / "pinn.png")
+    plot_comparison(results, store, comparison=comparison, path=folder / "comparison.png")
     logger.info("demo took %.0f s", time.monotonic() - started)
     return _summary(folder, table, time.monotonic() - started)
 
@@ -104,19 +107,12 @@ def write_ptychopinn_npz(scan: Scan, path: Path) -> None:
     )
 
 
-def _reconstructed(
-    store: Path, lesson: Path, spec: TrainingSpec, folder: Path, overwrite: bool, progress: bool | None
-) -> xr.Dataset:
-    model = train(lesson, spec, out=folder / f"{spec.model}.model", overwrite=overwrite, progress=progress)
-    return reconstruct(store, model, out=folder / f"{spec.model}.object.zarr", overwrite=overwrite, progress=progress)
-
-
 def _summary(folder: Path, table: str, seconds: float) -> str:
     return f"""{table}
 
 Done in {seconds:.0f} s. In {folder}/: comparison.png and pinn.png are the pictures, comparison.md is this table.
 
 Try next:
-  ptychodask reconstruct {folder / "scan.zarr"} --out again.zarr --workers 2
+  ptychodask report {folder / "scan.object.zarr"} --scan {folder / "scan.zarr"}
   ptychodask train {folder / "scan.zarr"} --out longer.model --max-minutes 10
   ptychodask ingest your_scan.npz scan.zarr && ptychodask refine-probe scan.zarr && ptychodask train scan.zarr"""

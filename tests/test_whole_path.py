@@ -69,8 +69,8 @@ def test_the_demo_leaves_pictures_results_and_a_table(tmp_path, monkeypatch):
         monkeypatch.setattr(demo, name, spec)
     said = demo.run_demo(tmp_path / "demo")
     made = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert made >= {"scan.npz", "scan.zarr", "pinn.model", "baseline.object.zarr", "comparison.png", "comparison.md"}
-    assert "| PINN | amplitude |" in said
+    assert made >= {"scan.npz", "scan.zarr", "pinn.model", "scan.object.zarr", "comparison.png", "comparison.md"}
+    assert "| PtychoPINN | amplitude |" in said
     assert "| Baseline | phase |" in (tmp_path / "demo" / "comparison.md").read_text()
     with pytest.raises(ValueError, match="not empty"):
         demo.run_demo(tmp_path / "demo")

@@ -55,6 +55,7 @@ def main() -> None:
     tell(
         "restitch",
         groups=n_groups,
+        n_filters_scale=given.n_filters_scale,
         predict_s=predict_s,
         predict_and_keep_s=fill_s,
         restitch_s=restitch_s,
