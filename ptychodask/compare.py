@@ -60,6 +60,9 @@ LEAST_PIXELS = 8
 PIXEL_TOLERANCE = 1e-3
 """By how much pixel sizes may differ, relative to one of them, between results that are compared."""
 
+FURTHEST_PX = 2**31
+"""Pixels from the origin of the scan's frame that a result may lie, at the most."""
+
 Result = xr.Dataset | ForeignResult | str | Path
 
 
@@ -311,9 +314,16 @@ def _checked(label: str, ds: xr.Dataset) -> xr.Dataset:
     for name in ("object", "weight"):
         if name not in ds or ds[name].dims != ("y", "x"):
             raise PtychodaskError(f"{label}: has no {name} (y, x); reconstruct it, or select pixels with isel")
+    for dim in ("y", "x"):
+        at = ds[dim].values
+        if dim not in ds.coords or not at.size or abs(at[0]) > FURTHEST_PX or at[0] % 1 or (np.diff(at) != 1).any():
+            raise PtychodaskError(f"{label}: its pixels along {dim} lie at no consecutive whole numbers, expected such")
     size = ds.attrs.get("pixel_size_m", 1.0)
     if not (isinstance(size, int | float) and 0 < size < np.inf):
         raise PtychodaskError(f"{label}: records {size!r} as pixel_size_m, expected a positive number of metres")
+    shift = ds.attrs.get("shift_yx_px", [0.0, 0.0])
+    if not (isinstance(shift, list) and len(shift) == 2 and all(isinstance(value, int | float) for value in shift)):
+        raise PtychodaskError(f"{label}: records {shift!r} as shift_yx_px, expected two numbers")
     return ds
 
 

@@ -83,10 +83,16 @@ def find_corner(
         corner = corner + step
         if np.abs(step).max() <= 1 / UPSAMPLING:
             break
-    if np.abs(step).max() > LARGEST_LAST_STEP_PX or not agreement >= LEAST_AGREEMENT:
+    same = "check that they are of one sample, pixel size and orientation"
+    if not agreement >= LEAST_AGREEMENT:
         raise PtychodaskError(
             f"registration: at its best place the object correlates with the other by {agreement:.2f}, expected "
-            f"{LEAST_AGREEMENT} or more; check that they are of one sample, pixel size and orientation"
+            f"{LEAST_AGREEMENT} or more; {same}"
+        )
+    if np.abs(step).max() > LARGEST_LAST_STEP_PX:
+        raise PtychodaskError(
+            f"registration: the object's place still changes by {np.abs(step).max():.1f} px after {MOST_STEPS} steps, "
+            f"expected {LARGEST_LAST_STEP_PX} or less; {same}"
         )
     return float(corner[0]), float(corner[1])
 

@@ -210,8 +210,10 @@ def _find_out(
 
 def _residuals(result: xr.Dataset, scan: Scan, progress: bool | None) -> xr.Dataset:
     """What each pattern says of the result, with those flagged that it was made without."""
-    dropped = recorded(result.attrs, "spec", "drop")
-    return residuals(result, scan, drop=dropped if isinstance(dropped, list) else (), progress=progress)
+    dropped = recorded(result.attrs, "spec", "drop") or []
+    if not (isinstance(dropped, list) and all(isinstance(pattern, int) for pattern in dropped)):
+        raise PtychodaskError(f"report: the result records {str(dropped)[:60]} as dropped, expected places of patterns")
+    return residuals(result, scan, drop=dropped, progress=progress)
 
 
 def _of_first_method(result: xr.Dataset) -> xr.Dataset:
@@ -504,7 +506,7 @@ def _summary(found: Findings) -> list[Markup]:
     facts = {
         "Object": size,
         "Pixels seen": f"{seen.mean():.1%}",
-        "Estimates per pixel, median": f"{np.median(ds['count'].values[seen]):.0f}",
+        "Estimates per pixel, median": f"{np.median(ds['count'].values[seen]):.0f}" if "count" in ds else None,
         "Spread of the estimates, median": None if spread is None else f"{spread:.2%} of the amplitude",
         "Model": recorded(attributes, "model", "kind") or recorded(attributes, "spec", "engine"),
         "Patterns": recorded(attributes, "plan", "n_patterns"),

@@ -435,11 +435,24 @@ class PtychoAccessor:
     def compute(self) -> xr.Dataset:
         """The result in memory, each task of a lazy one run once.
 
+        Raises
+        ------
+        PtychodaskError
+            If what is stored cannot be read.
+
         Notes
         -----
         The graph is left as it was built: optimisation would drop the resources that tasks ask for.
         """
-        return self._ds.compute(optimize_graph=False)
+        try:
+            return self._ds.compute(optimize_graph=False)
+        except PtychodaskError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            raise PtychodaskError(
+                f"result: its arrays cannot be read or computed ({error}); if it is stored, it is damaged: "
+                "reconstruct it again"
+            ) from error
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Bring the result into memory and write it to a store that `open_result` opens.

@@ -311,7 +311,13 @@ def test_what_cannot_be_compared_is_refused(truth, tmp_path):
         compare({name: result(truth.object, (0, 0), pixel_size_m=size) for name, size in (("a", 1e-9), ("b", 2e-9))})
     with pytest.raises(PtychodaskError, match="odd: records 'small' as pixel_size_m, expected a positive number"):
         compare({"one": one, "odd": result(truth.object, (0, 0)).assign_attrs(pixel_size_m="small")})
-    with pytest.raises(PtychodaskError, match="alien: registration: at its best place the object correlates with"):
+    with pytest.raises(PtychodaskError, match=r"odd: records \[1\] as shift_yx_px, expected two numbers"):
+        compare({"one": one, "odd": result(truth.object, (0, 0)).assign_attrs(shift_yx_px=[1])})
+    far = one.assign_coords(y=one["y"] + 1e12)
+    for odd in (one.isel(y=slice(None, None, 2)), one.assign_coords(y=one["y"] + 0.5), one.drop_vars("y"), far):
+        with pytest.raises(PtychodaskError, match="odd: its pixels along y lie at no consecutive whole numbers"):
+            compare({"one": one, "odd": odd})
+    with pytest.raises(PtychodaskError, match="alien: registration: .*; check that they are of one sample"):
         compare({"one": one, "alien": ForeignResult(crossing_lines((60, 70), np.random.default_rng(8)))})
     with pytest.raises(
         PtychodaskError, match="all results and the reference have seen 7 x 80 pixels, expected 8 or more"

@@ -205,6 +205,9 @@ def test_patterns_that_a_result_was_made_without_do_not_count(folder, tmp_path):
     ds.attrs["spec"] = {"drop": [3, 7]}
     text = page_of(write_report(ds, tmp_path / "report.html", scan=folder / "scan.zarr", progress=False)).text
     assert "over the 58 patterns that were judged. Those that stand out, by more than 8 deviations above" in text
+    ds.attrs["spec"] = {"drop": ["3"]}
+    with pytest.raises(PtychodaskError, match=r"records \['3'\] as dropped, expected places of patterns"):
+        write_report(ds, tmp_path / "report.html", scan=folder / "scan.zarr", progress=False)
 
 
 def test_a_truth_of_its_own_is_compared_with(ds, tmp_path):

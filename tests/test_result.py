@@ -127,6 +127,15 @@ def test_what_is_no_result_is_refused(tmp_path, result):
         open_result(tmp_path / "other.zarr")
 
 
+def test_a_damaged_array_is_named_when_it_is_read(result, tmp_path):
+    result.ptycho.save(tmp_path / "r.zarr")
+    for file in (tmp_path / "r.zarr" / "object" / "c").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"nonsense")
+    with pytest.raises(PtychodaskError, match=r"arrays cannot be read or computed \(.*it is damaged: reconstruct it"):
+        open_result(tmp_path / "r.zarr").ptycho.compute()
+
+
 def test_unfinished_and_newer_results_are_refused(tmp_path):
     create_result(tmp_path, (40, 40), (0, 0), 32, pixel_size_m=None)
     with pytest.raises(PtychodaskError, match=r"unfinished \(state is 'writing'"):
