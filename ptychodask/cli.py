@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from ptychodask.progress import quiet_stderr
 from ptychodask.scan import PtychodaskError
 
 app = typer.Typer(
@@ -98,22 +98,6 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-@contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Keep TensorFlow's start-up notes, which it writes past Python, off the terminal."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.stderr.flush()
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for what it makes.")] = Path("demo"),
@@ -124,7 +108,7 @@ def demo(
 
     Example: ptychodask demo
     """
-    with _quiet_import():
+    with quiet_stderr():
         from ptychodask.demo import run_demo
     typer.echo(run_demo(out, overwrite=overwrite, progress=_bar(quiet)))
 
@@ -374,7 +358,7 @@ def train(
 
     Example: ptychodask train a.zarr b.zarr --out both.model --epochs 20 --patience 3 --resume
     """
-    with _quiet_import():
+    with quiet_stderr():
         from ptychodask.models import load_model
         from ptychodask.training import train
     options = _given(
@@ -448,7 +432,7 @@ def plan(
 
     Example: ptychodask plan scan.zarr --measure
     """
-    with _quiet_import():
+    with quiet_stderr():
         import ptychodask.models.model  # noqa: F401
         from ptychodask.plan import ReconstructionSpec, plan
     spec = ReconstructionSpec(
@@ -503,7 +487,7 @@ def reconstruct(
     out = store.with_name(f"{store.name.removesuffix('.zarr')}.object.zarr") if out is None else out
     png = out.with_name(f"{out.name.removesuffix('.zarr')}.png") if png is None else png
     _check_one_cluster("reconstruct", workers, scheduler)
-    with _quiet_import():
+    with quiet_stderr():
         import ptychodask.models.model  # noqa: F401
         from ptychodask.plotting import check_figure_path, plot, plot_comparison
         from ptychodask.reconstruction import reconstruct
@@ -543,7 +527,7 @@ def _models(given: list[str] | None) -> str | dict[str, str] | None:
     if not given or (len(given) == 1 and "=" not in given[0]):
         return given[0] if given else None
     found = dict(text.split("=", 1) for text in given if "=" in text)
-    if len(found) < len(given):
+    if len(found) < len(given) or "" in found:
         raise PtychodaskError(
             f"--model {' --model '.join(given)}: several models need a label of their own each; write LABEL=PATH"
         )
@@ -601,7 +585,7 @@ def bench(
     _check_what_is_made(store, model, made)
     if json is not None and not json.parent.is_dir():
         raise PtychodaskError(f"{json}: its folder does not exist; make it first")
-    with _quiet_import():
+    with quiet_stderr():
         import ptychodask.models.model  # noqa: F401
         from ptychodask.bench import BenchSpec, bench, describe
         from ptychodask.plan import ReconstructionSpec
@@ -681,8 +665,8 @@ def compare(
 
 def _check_folders(*paths: Path | None) -> None:
     for path in paths:
-        if path is not None and not path.parent.is_dir():
-            raise PtychodaskError(f"{path}: lies in no folder that exists; name a file in a folder")
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise PtychodaskError(f"{path}: is a folder, or lies in none that exists; name a file in a folder")
 
 
 def _labelled(results: list[str], keys: list[str] | None) -> Iterator[tuple[str | None, Any]]:
@@ -763,7 +747,7 @@ def study(
     Example: ptychodask study docs/study.toml --out study
     """
     _check_one_cluster("study", workers, scheduler)
-    with _quiet_import():
+    with quiet_stderr():
         from ptychodask.study import run_study, to_markdown
     folder = study.with_suffix("") if out is None else out
     with _client(workers, scheduler) as client:

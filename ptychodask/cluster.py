@@ -8,10 +8,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from distributed import Client, LocalCluster, Worker, WorkerPlugin
 
+from ptychodask.progress import quiet_stderr
 from ptychodask.scan import PtychodaskError
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,9 @@ THREADS_PER_WORKER = 2
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
 """Environment variables by which a process learns how many threads its libraries may start."""
+
+WORKER_VARIABLES = {"MALLOC_ARENA_MAX": "2"}
+"""Of worker processes: the C library keeps fewer heaps, which freed memory would be spread over."""
 
 LOOPBACK = "127.0.0.1:0"
 """Address of Dask's own servers: a free port that only this machine reaches, where the default is every interface."""
@@ -101,11 +106,22 @@ def local_client(n_workers: int) -> Iterator[Client]:
             threads_per_worker=THREADS_PER_WORKER,
             host="127.0.0.1",
             **QUIET,
-            env=dict.fromkeys(THREAD_VARIABLES, threads),
+            env=dict.fromkeys(THREAD_VARIABLES, threads) | WORKER_VARIABLES,
         ) as cluster,
         Client(cluster) as client,
     ):
+        client.register_plugin(_QuietStart())
         yield client
+
+
+class _QuietStart(WorkerPlugin):
+    """Loads the network library when a worker starts, its notes kept off the terminal."""
+
+    name = "ptychodask-quiet-start"
+
+    def setup(self, worker: Worker) -> None:
+        with quiet_stderr():
+            import_module("ptychodask.models.model")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Each size runs in fresh processes: a client (this module again), a scheduler and
 what is resident then is the baseline. The network gives constants. Scan and groups are made before, elsewhere.
 
     python -m tests.benchmarks.memory_over_size                          10^4, 10^5, 10^6 patterns
-    python -m tests.benchmarks.memory_over_size --groups-per-chunk 2048  the same chunks whatever the size
+    python -m tests.benchmarks.memory_over_size --groups-per-chunk 512 --tile 256  the same cut whatever the size
     python -m tests.benchmarks.memory_over_size --quick                  10^3, 10^4
 """
 
@@ -31,9 +31,11 @@ SMALL = 1000
 def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--groups-per-chunk", type=int)
+    flags.add_argument("--tile", type=int)
     flags.add_argument("--of", nargs=2, help="store of the small scan, and of the one that is measured")
     given = flags.parse_args()
-    sizes = {} if given.groups_per_chunk is None else {"groups_per_chunk": given.groups_per_chunk}
+    asked = {"groups_per_chunk": given.groups_per_chunk, "tile": given.tile}
+    sizes = {name: value for name, value in asked.items() if value is not None}
     if given.of:
         sys.stdout.write(json.dumps(measure(*map(Path, given.of), sizes)))
         return
@@ -66,7 +68,7 @@ def measure(small: Path, store: Path, sizes: dict[str, int]) -> dict[str, Any]:
         peaks = on_all(client, peak_above_baseline)
     names = ("client_mib", "scheduler_mib", "worker_mib")
     found = {name: (peak.peak_above_baseline or 0) / 2**20 for name, peak in zip(names, peaks.values(), strict=True)}
-    plan = {name: result.attrs["plan"][name] for name in ("groups_per_chunk", "n_chunks", "n_tiles")}
+    plan = {name: result.attrs["plan"][name] for name in ("groups_per_chunk", "tile", "n_chunks", "n_tiles")}
     return found | plan | {"seconds": result.attrs["seconds"]["total"]}
 
 
