@@ -317,7 +317,7 @@ def test_what_cannot_be_compared_is_refused(truth, tmp_path):
     for odd in (one.isel(y=slice(None, None, 2)), one.assign_coords(y=one["y"] + 0.5), one.drop_vars("y"), far):
         with pytest.raises(PtychodaskError, match="odd: its pixels along y lie at no consecutive whole numbers"):
             compare({"one": one, "odd": odd})
-    with pytest.raises(PtychodaskError, match="alien: registration: .*; check that they are of one sample"):
+    with pytest.raises(PtychodaskError, match=r"alien: registration: .*; check that they are of one sample"):
         compare({"one": one, "alien": ForeignResult(crossing_lines((60, 70), np.random.default_rng(8)))})
     with pytest.raises(
         PtychodaskError, match="all results and the reference have seen 7 x 80 pixels, expected 8 or more"
