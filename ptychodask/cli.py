@@ -666,7 +666,7 @@ def compare(
 def _check_folders(*paths: Path | None) -> None:
     for path in paths:
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise PtychodaskError(f"{path}: is a folder, or lies in none that exists; name a file in a folder")
+            raise PtychodaskError(f"{path}: is a folder, or lies in no folder that exists; name another file")
 
 
 def _labelled(results: list[str], keys: list[str] | None) -> Iterator[tuple[str | None, Any]]:

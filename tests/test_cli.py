@@ -360,6 +360,7 @@ def test_what_cannot_be_compared_is_one_line(refused, store, judged):
         ((ours, theirs, "--baseline", "Nobody"), "no result 'Nobody' to be the baseline"),
         ((ours, theirs, "--peak", "high"), "peak is 'high', expected a positive number"),
         ((ours, theirs, "--csv", judged / "none" / "t.csv"), "lies in no folder that exists"),
+        ((ours, theirs, "--csv", judged), "is a folder, or lies in no"),
         ((ours, theirs, "--truth", ours), "expected 'ptychodask-scan'"),
     ):
         assert line in refused("compare", *arguments)
