@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ptychodask.cluster import client_for_run
 from ptychodask.iterative import frame_corners, patterns_without, predicted_amplitude
 from ptychodask.progress import show_progress
-from ptychodask.result import open_result
+from ptychodask.result import open_result, reading_result
 from ptychodask.scan import PtychodaskError, Scan
 from ptychodask.store import open_scan
 
@@ -82,8 +82,8 @@ def residuals(
     Raises
     ------
     PtychodaskError
-        If the result has no object (y, x) of consecutive pixels, no pixel of it is seen, a pattern to drop does not
-        exist, or no pattern can be judged.
+        If the result has no object (y, x) of consecutive pixels, cannot be read, no pixel of it is seen, a pattern to
+        drop does not exist, or no pattern can be judged.
 
     Notes
     -----
@@ -103,7 +103,7 @@ def residuals(
     kept = patterns_without(measured, drop)
     # Tasks need none of what else a scan knows; a truth may be as large as the object.
     sent = replace(measured, truth=None, label=None, probe_initial=None, scan_index=None, source_index=None)
-    with client_for_run(client) as used, used.as_current():
+    with client_for_run(client) as used, used.as_current(), reading_result():
         fill = float(abs(object_).mean(dtype=np.float64))
         if not np.isfinite(fill):
             raise PtychodaskError("residuals: no pixel of the object is seen, so nothing can be predicted from it")

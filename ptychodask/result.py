@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -378,6 +379,20 @@ def _with_methods(ds: xr.Dataset) -> xr.Dataset:
     return ds.assign_coords(method=list(ds.attrs["methods"])) if "method" in ds.dims else ds
 
 
+@contextmanager
+def reading_result() -> Iterator[None]:
+    """Raise what goes wrong while the arrays of a result are read, or computed, as `PtychodaskError`."""
+    try:
+        yield
+    except PtychodaskError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise PtychodaskError(
+            f"result: its arrays cannot be read or computed ({error}); if it is stored, it is damaged: "
+            "reconstruct it again"
+        ) from error
+
+
 def recorded(attributes: Mapping[str, Any], *names: str) -> Any:
     """A value in nested attributes; None where there is none.
 
@@ -444,15 +459,8 @@ class PtychoAccessor:
         -----
         The graph is left as it was built: optimisation would drop the resources that tasks ask for.
         """
-        try:
+        with reading_result():
             return self._ds.compute(optimize_graph=False)
-        except PtychodaskError:
-            raise
-        except (OSError, RuntimeError, ValueError) as error:
-            raise PtychodaskError(
-                f"result: its arrays cannot be read or computed ({error}); if it is stored, it is damaged: "
-                "reconstruct it again"
-            ) from error
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Bring the result into memory and write it to a store that `open_result` opens.

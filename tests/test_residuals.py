@@ -176,6 +176,15 @@ def test_residuals_go_to_disk_as_they_are(scan, truth, tmp_path):
     xr.testing.assert_identical(xr.open_zarr(tmp_path / "residuals.zarr", consolidated=False).load(), found)
 
 
+def test_a_damaged_result_is_told(scan, truth, tmp_path):
+    truth.ptycho.save(tmp_path / "truth.zarr")
+    for file in (tmp_path / "truth.zarr" / "object" / "c").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"nonsense")
+    with pytest.raises(PtychodaskError, match=r"arrays cannot be read or computed \(.*it is damaged"):
+        residuals(tmp_path / "truth.zarr", scan)
+
+
 def test_what_cannot_be_judged_is_refused(scan, truth):
     with pytest.raises(PtychodaskError, match=r"no object \(y, x\)"):
         residuals(truth[["weight"]], scan)
