@@ -100,7 +100,7 @@ def show_progress(label: str, total: int, unit: str, show: bool | None = None) -
 
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Keep what libraries write past Python, as TensorFlow's start-up notes, off the terminal: in all of the process."""
+    """Keep what libraries write past Python, as TensorFlow's start-up notes, off the terminal, for all threads."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     kept = os.dup(2)

@@ -20,6 +20,9 @@ DEVICE_SHARE = 0.5
 WRITERS_WAIT_S = 60
 """How long a run that ends early waits for tiles that are being written."""
 
+IN_FLIGHT_PER_THREAD = 3
+"""Chunks that are out for each thread: one at work, one at hand, and one whose end the client has yet to hear of."""
+
 IN_FLIGHT_AT_LEAST = 4
 """Chunks that are out at a time, however few threads there are yet."""
 
@@ -55,8 +58,8 @@ class Tasks:
     every_tile: bool = False
     """Tiles that no chunk touches have a task too."""
 
-    chunks_kept: bool = False
-    """What a chunk gives is small, its data lie on disk: the client fetches it, so that no worker's loss takes it."""
+    on_disk: bool = False
+    """What tasks give is small, their data lie on disk: the client fetches it, so that no worker's loss takes it."""
 
 
 class Run:
@@ -78,7 +81,8 @@ class Run:
         self._unused = [len(tiles) for tiles in self._tiles_of]
         self._at_chunks: dict[distributed.Future, int] = {}
         self._at_tiles: dict[distributed.Future, int] = {}
-        self._completed = distributed.as_completed(loop=client.loop)
+        # Fetched as they come, side by side: one after the other, the way to the workers would hold the run up.
+        self._completed = distributed.as_completed(loop=client.loop, with_results=tasks.on_disk, raise_errors=False)
 
     @contextmanager
     def guarded(self) -> Iterator[Run]:
@@ -92,23 +96,28 @@ class Run:
                     distributed.wait(list(self._at_tiles), timeout=WRITERS_WAIT_S)
                 self._client.cancel(list(self._at_tiles))
 
-    def to_its_end(self, take: Callable[[int, distributed.Future], None], progress: Progress) -> None:
-        """Run all tasks; `take` gets each tile, by its index, as it is done."""
+    def to_its_end(self, take: Callable[[int, Any], None], progress: Progress) -> None:
+        """Run all tasks; `take` gets each tile, by its index, as it is done: its future, or what it gave."""
         if self._tasks.every_tile:
             for index, missing in enumerate(self._missing):
                 if missing == 0:
                     self._submit_tile(index)
         self._submit_chunks()
         while self._at_chunks or self._at_tiles:
-            future = next(self._completed)
-            if future in self._at_chunks:
-                progress.advance(self._tasks.amounts[self._chunk_done(future)])
-            else:
-                take(self._tile_done(future), future)
+            for future, given in self._next_done():
+                if future in self._at_chunks:
+                    progress.advance(self._tasks.amounts[self._chunk_done(future, given)])
+                else:
+                    take(self._tile_done(future), given)
             self._submit_chunks()
 
+    def _next_done(self) -> list[tuple[distributed.Future, Any]]:
+        """Tasks that are done by now, one at least, and what they gave."""
+        batch = self._completed.next_batch(block=True)
+        return list(batch) if self._tasks.on_disk else [(future, future) for future in batch]
+
     def _submit_chunks(self) -> None:
-        """Keep each thread busy with one task and one more at hand, and no more: what they give would pile up."""
+        """Keep each thread busy, and no more: what tasks give would pile up."""
         self._look_at_workers()
         while len(self._at_chunks) < self._limit and self._next_chunk < len(self._tasks.amounts):
             function, *arguments = self._tasks.chunk(self._next_chunk)
@@ -129,14 +138,14 @@ class Run:
             return
         self._looked = now
         workers = workers_of(self._client)
-        self._limit = max(IN_FLIGHT_AT_LEAST, 2 * sum(worker["nthreads"] for worker in workers))
+        self._limit = max(IN_FLIGHT_AT_LEAST, IN_FLIGHT_PER_THREAD * sum(worker["nthreads"] for worker in workers))
         if self._tasks.on_device:
             self._resources = device_share(worker["resources"] for worker in workers)
 
-    def _chunk_done(self, future: distributed.Future) -> int:
+    def _chunk_done(self, future: distributed.Future, given: Any) -> int:
         index = self._at_chunks.pop(future)
         check_done(future, self._tasks.chunk_name(index), (PtychodaskError,))
-        self._given[index] = future.result() if self._tasks.chunks_kept else future
+        self._given[index] = given
         for tile in self._tiles_of[index]:
             self._missing[tile] -= 1
             if self._missing[tile] == 0:

@@ -52,7 +52,7 @@ def stitching_tasks(
         tile_name=lambda index: f"reassembling the tile {tuple(todo.tiles[index].box)}",
         on_device=True,
         every_tile=every_tile,
-        chunks_kept=folder is not None,
+        on_disk=folder is not None,
     )
 
 
@@ -80,8 +80,8 @@ def stitch(
     seconds = Seconds()
     waiting = _Waiting(todo, folder)
 
-    def taken(index: int, future: distributed.Future) -> None:
-        report = future.result()
+    def taken(index: int, given: Any) -> None:
+        report = given.result() if isinstance(given, distributed.Future) else given
         seconds.add(todo.tiles[index], report)
         take(todo.tiles[index], report)
         waiting.tile_done(todo.tiles[index])

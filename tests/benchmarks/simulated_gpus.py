@@ -1,7 +1,9 @@
 """Share of their time that workers spend at their devices, and what the scheduler takes meanwhile.
 
 Each worker advertises a GPU; its network sleeps, holding the device as a real one does, so that many workers fit on a
-few cores; reading and splatting come on top, a few milliseconds. Every chunk takes one call. Start-up is left out: the
+few cores; reading and splatting come on top, a few milliseconds. Dask's statistical profiler, which looks at each of them a
+hundred times a second, is off: 64 of them would fill two cores that workers have for themselves elsewhere. Every chunk takes
+one call. Start-up is left out: the
 scan is reconstructed once before with a nap of 50 ms.
 
     python -m tests.benchmarks.simulated_gpus            64 workers, 20 waves of one second
@@ -23,6 +25,7 @@ from tests.benchmarks.measuring import CheapModel, cluster, cpu_seconds, noisy_s
 N_PIXELS = 16
 GROUPS_PER_CHUNK = 16
 MEMBERS = 4
+NO_PROFILER = {"DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False"}
 
 
 def main() -> None:
@@ -33,7 +36,7 @@ def main() -> None:
     given = flags.parse_args()
     n_workers, waves = (8, 5) if given.quick else (given.workers, given.waves)
     n_chunks = n_workers * waves
-    with tempfile.TemporaryDirectory() as folder, cluster(n_workers, resources={"GPU": 1}) as (client, scheduler):
+    with tempfile.TemporaryDirectory() as folder, cluster(n_workers, resources={"GPU": 1}, environment=NO_PROFILER) as (client, scheduler):
         store = Path(folder, "scan.zarr")
         noisy_scan(store, n_chunks * GROUPS_PER_CHUNK, N_PIXELS, step_px=4.0)
         group(store, GroupingSpec(members=MEMBERS))
