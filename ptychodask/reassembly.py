@@ -147,7 +147,7 @@ def add_patches(
         canvas.weighted_square,
         canvas.count,
         canvas.corner,
-        np.ascontiguousarray(corner_yx_px + (rows.start, columns.start), np.float64),
+        np.ascontiguousarray(corner_yx_px + np.array([rows.start, columns.start]), np.float64),
         np.ascontiguousarray(patches[:, rows, columns], np.complex64),
         np.ascontiguousarray(window[rows, columns], np.float64),
     )

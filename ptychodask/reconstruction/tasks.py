@@ -164,8 +164,9 @@ def _cached_patches(job: StitchingJob, chunk: Chunk, seconds: dict[str, float]) 
         with stage(seconds, "read"):
             member = reader.member(prediction.groups, start, min(start + CACHED_GROUPS, chunk.stop))
             kept = groups_kept(member, prediction.drop)
-            patches = cache.read(start, start + len(member))[kept]
-            member = member[kept]
+            patches = cache.read(start, start + len(member))
+            if not kept.all():
+                patches, member = patches[kept], member[kept]
             if job.position_yx_px is not None:
                 position = job.position_yx_px[member]
             else:

@@ -36,7 +36,10 @@ def main() -> None:
     given = flags.parse_args()
     n_workers, waves = (8, 5) if given.quick else (given.workers, given.waves)
     n_chunks = n_workers * waves
-    with tempfile.TemporaryDirectory() as folder, cluster(n_workers, resources={"GPU": 1}, environment=NO_PROFILER) as (client, scheduler):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        cluster(n_workers, resources={"GPU": 1}, environment=NO_PROFILER) as (client, scheduler),
+    ):
         store = Path(folder, "scan.zarr")
         noisy_scan(store, n_chunks * GROUPS_PER_CHUNK, N_PIXELS, step_px=4.0)
         group(store, GroupingSpec(members=MEMBERS))
