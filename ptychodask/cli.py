@@ -267,6 +267,7 @@ def group(
     neighbours: Annotated[int | None, typer.Option(help="Nearest positions that members are drawn from.")] = None,
     oversampling: Annotated[int | None, typer.Option(help="Groups that each pattern seeds.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draw.")] = None,
+    halves: Annotated[bool, typer.Option("--halves", help="Groups of even patterns and of odd ones.")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the table; by default the spec's.")] = None,
 ) -> None:
     """Store a table of groups; training and reconstruction make theirs when there is none.
@@ -276,7 +277,9 @@ def group(
     from ptychodask.grouping import GroupingSpec
     from ptychodask.store import group
 
-    spec = GroupingSpec(**_given(members=members, neighbours=neighbours, oversampling=oversampling, seed=seed))
+    spec = GroupingSpec(
+        **_given(members=members, neighbours=neighbours, oversampling=oversampling, seed=seed, halves=halves or None)
+    )
     groups = group(store, spec, name=name)
     typer.echo(f"{store}: {len(groups)} groups of {spec.members} as '{groups.name}'")
 

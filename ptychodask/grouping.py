@@ -33,11 +33,19 @@ class GroupingSpec:
     seed: int = 0
     """Seed of the generator that draws the members."""
 
+    halves: bool = False
+    """The patterns of a group are all even in the store, or all odd, so that two halves of a result share none."""
+
     def __post_init__(self) -> None:
         for name in ("members", "neighbours", "oversampling", "seed"):
             value = getattr(self, name)
             if not isinstance(value, Integral):
                 raise PtychodaskError(f"grouping: {name} is {value!r}, expected a whole number")
+        if self.halves not in (0, 1) or (self.halves and self.members == 1):
+            raise PtychodaskError(
+                f"grouping: halves is {self.halves!r} with members={self.members}, expected True or False, and True with "
+                "members > 1 alone: single patterns are apart already"
+            )
         if self.seed < 0:
             raise PtychodaskError(f"grouping: seed is {self.seed}, expected 0 or more")
         if self.members < 1:
@@ -67,7 +75,8 @@ class GroupingSpec:
         if self.members == 1:
             return "c1"
         name = f"c{self.members}-k{self.neighbours}-s{self.seed}"
-        return name if self.oversampling == 1 else f"{name}-x{self.oversampling}"
+        name = name if self.oversampling == 1 else f"{name}-x{self.oversampling}"
+        return f"{name}-halves" if self.halves else name
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +201,10 @@ def group_positions(
     order = curve_order(position_yx_px)
     if spec.members == 1:
         return order[:, None].astype(np.int32)
+    if spec.halves:
+        # Drawn apart as two experiments are.
+        half = np.arange(len(position_yx_px)) % 2
+        scan_index = half if scan_index is None else 2 * scan_index + half
     nearest = _nearest(position_yx_px, spec, scan_index)
     rng = np.random.default_rng(spec.seed)
     rounds = [_draw_members(nearest, spec.members, rng) for _ in range(spec.oversampling)]

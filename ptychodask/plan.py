@@ -97,7 +97,8 @@ class ReconstructionSpec:
     """Of the network's convolutions: "mixed" computes them in bfloat16."""
 
     split_half: bool = False
-    """Stitch every other pattern apart as well, in the same pass: ``object_half`` and ``weight_half``."""
+    """Stitch every other pattern apart as well, in the same pass: ``object_half`` and ``weight_half``. Groups are then
+    by default drawn from either half alone."""
 
     pyramid: bool = False
     """Add coarser levels to the result that is written (see `open_result`)."""
@@ -460,7 +461,8 @@ def _table_and_network(reader: ScanReader, model: PatchModel, spec: Reconstructi
             f"reconstruct: precision is {spec.precision!r}, the {model.kind} computes in: "
             f"{', '.join(precisions(model))}; leave precision away"
         )
-    table = _table_of(reader.where, spec.groups, model.members)
+    halves = spec.split_half and model.members > 1
+    table = _table_of(reader.where, spec.groups, model.members, halves=halves)
     return table, _Network(model.members, model.n_pixels, model.output)
 
 
@@ -483,7 +485,7 @@ def _named_table(store: str, groups: str | GroupingSpec) -> GroupTable:
     return found
 
 
-def _table_of(store: str, groups: str | GroupingSpec | None, members: int) -> GroupTable:
+def _table_of(store: str, groups: str | GroupingSpec | None, members: int, *, halves: bool) -> GroupTable:
     """The table that is asked for, or the stored one with the model's members, or the default spec's."""
     if groups is not None:
         found = _named_table(store, groups)
@@ -493,9 +495,9 @@ def _table_of(store: str, groups: str | GroupingSpec | None, members: int) -> Gr
                 f"the model takes {members}; pass another groups=, or none"
             )
         return found
-    default = GroupingSpec(members=members, neighbours=max(GroupingSpec.neighbours, members))
+    default = GroupingSpec(members=members, neighbours=max(GroupingSpec.neighbours, members), halves=halves)
     stored = [table for name in stored_group_names(store) if (table := open_groups(store, name))]
-    fitting = [table for table in stored if table.spec.members == members]
+    fitting = [table for table in stored if table.spec.members == members and table.spec.halves == halves]
     if not fitting:
         return _named_table(store, default)
     for table in fitting:

@@ -156,3 +156,16 @@ def test_curve_does_not_depend_on_where_the_scan_lies_or_how_large_it_is(positio
 def test_names_tell_specs_apart():
     specs = [*SPECS, GroupingSpec(members=1), GroupingSpec(members=4, neighbours=7, oversampling=2)]
     assert len({spec.name for spec in specs}) == len(specs)
+
+
+def test_groups_of_halves_share_no_pattern_and_keep_the_seeds(position):
+    spec = GroupingSpec(members=4, neighbours=7, halves=True)
+    member = group_positions(position, spec)
+    assert spec.name == "c4-k7-s0-halves"
+    assert (member % 2 == member[:, :1] % 2).all()
+    np.testing.assert_array_equal(member[:, 0], group_positions(position, GroupingSpec())[:, 0])
+
+
+def test_single_patterns_have_no_halves_to_share():
+    with pytest.raises(PtychodaskError, match="halves is True with members=1"):
+        GroupingSpec(members=1, halves=True)

@@ -50,10 +50,10 @@ def assert_same_bits(one, other, names=SAME):
         np.testing.assert_array_equal(one[name].values, other[name].values)
 
 
-def stitched(store, keep, position=None):
+def stitched(store, keep, position=None, **fields):
     """Object from the patches of the linear model whose pattern `keep` takes, all at once."""
     model, scan = LinearModel(), open_scan(store)
-    todo = plan(store, model)
+    todo = plan(store, model, ReconstructionSpec(**fields))
     member = read_groups(store, todo.groups).member
     own = scan.position_yx_px[member]
     x = np.moveaxis(scan.network_input(member.ravel()).reshape(*member.shape, 16, 16), 1, -1)
@@ -68,12 +68,24 @@ def stitched(store, keep, position=None):
 def test_halves_are_the_patches_of_every_other_pattern(store, client):
     ds = reconstruct(store, LinearModel(), client=client, split_half=True, groups_per_chunk=7, tile=20)
     for half in range(2):
-        object_, weight, _, _ = stitched(store, lambda pattern, half=half: pattern % 2 == half)
+        object_, weight, _, _ = stitched(store, lambda pattern, half=half: pattern % 2 == half, split_half=True)
         np.testing.assert_allclose(ds["object_half"][half], object_, rtol=1e-5)
         np.testing.assert_allclose(ds["weight_half"][half], weight, rtol=1e-6)
-    whole = reconstruct(store, LinearModel(), client=client, groups_per_chunk=7, tile=20)
+    groups = GroupingSpec(halves=True)
+    whole = reconstruct(store, LinearModel(), client=client, groups_per_chunk=7, tile=20, groups=groups)
     np.testing.assert_allclose(ds["object"], whole["object"], rtol=1e-6)
     np.testing.assert_array_equal(ds["count"], whole["count"])
+
+
+def test_halves_share_no_pattern(store, client):
+    model = LinearModel()
+    one = reconstruct(store, model, client=client, split_half=True)["object_half"].values
+    even = reconstruct(store, model, client=client, groups=GroupingSpec(halves=True), drop=range(1, 150, 2))
+    seen = np.isfinite(even["object"].values)
+    y, x = (even[dim].values.astype(int) for dim in ("y", "x"))
+    first = plan(store, model, ReconstructionSpec(split_half=True)).box
+    part = one[0][np.ix_(y - first.y0, x - first.x0)]
+    np.testing.assert_allclose(part[seen], even["object"].values[seen], rtol=1e-5)
 
 
 def test_halves_are_the_same_on_disk_and_lazily(store, client, tmp_path):

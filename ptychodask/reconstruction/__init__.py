@@ -126,8 +126,9 @@ def reconstruct(
     size of the scan.
 
     The halves take every other pattern as they are stored: the patches of even ones and of odd ones (of a patch per
-    group, its seed counts). A network with several members reads all of them for each patch, so its halves are not
-    independent, and their correlation is an upper bound.
+    group, its seed counts). By default their groups are drawn from one half alone (`GroupingSpec.halves`), so that the
+    halves share no pattern; members are then farther apart than in the groups that a network was trained on. With a
+    table of other groups each patch rests on both halves, and their correlation says nothing.
 
     A cache holds the patches as float16, 11 bits of each number.
 
