@@ -546,8 +546,8 @@ def _pictures(found: Findings) -> list[Markup]:
         window_px = min(RESOLUTION_WINDOW_PX, min(found.result.sizes[dim] for dim in ("y", "x")) // 2 * 2)
         caption = (
             "Two objects, each stitched from one half of the patches, and how far they agree at each frequency. What "
-            "both get wrong alike, as a network may, does not show; where the network reads several patterns at once, "
-            "each half has seen patterns of the other, and the resolution is a bound that the object may be far from. "
+            "both get wrong alike, as a network may, does not show; and were the groups not drawn from either half "
+            "alone, as they are by default, the agreement says nothing. "
             f"The map has the resolution of each window of {window_px} pixels."
         )
         shown = resolution(found.result, window_px=window_px)

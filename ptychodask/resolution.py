@@ -74,8 +74,7 @@ def resolution(
     -----
     1/7 for halves: P. Rosenthal, R. Henderson, J. Mol. Biol. 333 (2003) 721; local: G. Cardone, J. Heymann,
     A. Steven, J. Struct. Biol. 184 (2013) 226. A small window has few frequencies in its inner rings, so its figure is
-    coarse. Halves of a network that reads several patterns at once are not independent (see `reconstruct`): the
-    resolution is then a bound from below.
+    coarse, and one without detail has nothing to agree on. What a network adds by itself it adds to both halves.
     """
     check_choice("criterion", criterion, get_args(Criterion), "resolution")
     ds = result if isinstance(result, xr.Dataset) else open_result(result)
