@@ -415,7 +415,8 @@ def _numbers_in(flag: str, path: Path, what: str) -> NDArray[Any]:
     try:
         return np.atleast_1d(np.load(path, allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
-        raise PtychodaskError(f"{flag} {path}: cannot be read ({error}); expected a .npy of {what}") from error
+        told = "it holds Python objects" if "allow_pickle" in str(error) else str(error)
+        raise PtychodaskError(f"{flag} {path}: cannot be read ({told}); expected a .npy of {what}") from error
 
 
 @app.command()

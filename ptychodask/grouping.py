@@ -43,8 +43,8 @@ class GroupingSpec:
                 raise PtychodaskError(f"grouping: {name} is {value!r}, expected a whole number")
         if self.halves not in (0, 1) or (self.halves and self.members == 1):
             raise PtychodaskError(
-                f"grouping: halves is {self.halves!r} with members={self.members}, expected True or False, and True with "
-                "members > 1 alone: single patterns are apart already"
+                f"grouping: halves is {self.halves!r} with members={self.members}, expected True or False, and True "
+                "with members > 1 alone: single patterns are apart already"
             )
         if self.seed < 0:
             raise PtychodaskError(f"grouping: seed is {self.seed}, expected 0 or more")
@@ -221,7 +221,10 @@ def group_positions(
 
 def check_drop(where: str, n_patterns: int, drop: Sequence[int] | NDArray[np.integer[Any]]) -> None:
     """Raise `PtychodaskError` unless patterns to leave out exist, and some are left."""
-    left_out = np.asarray(drop, np.int64)
+    found = np.asarray(drop)
+    if found.size and found.dtype.kind not in "iu":
+        raise PtychodaskError(f"{where}: patterns to leave out have type {found.dtype}, expected whole numbers")
+    left_out = found.astype(np.int64)
     if left_out.size and not 0 <= left_out.min() <= left_out.max() < n_patterns:
         raise PtychodaskError(
             f"{where}: patterns {left_out.min()}..{left_out.max()} are to be left out, expected "

@@ -166,38 +166,45 @@ def _splat(weighted, weight, weighted_square, count, origin, corner, patches, wi
     height, width = weight.shape
     n, n_rows, n_columns = patches.shape
     # One row of the patch, shifted along x: Σ b·w·patch (real, imaginary) and Σ b·w; and the row before it.
-    row, before = np.zeros((3, n_columns + 1)), np.zeros((3, n_columns + 1))
+    real, imag, light = np.zeros(n_columns + 1), np.zeros(n_columns + 1), np.zeros(n_columns + 1)
+    real_before, imag_before, light_before = real.copy(), imag.copy(), light.copy()
     for i in range(n):
         # The fraction is taken in the scan's frame, so that it does not depend on where the canvas lies.
         whole_y, whole_x = np.floor(corner[i, 0]), np.floor(corner[i, 1])
         fy, fx = corner[i, 0] - whole_y, corner[i, 1] - whole_x
+        gy, gx = 1.0 - fy, 1.0 - fx
         top, left = int(whole_y) - origin[0], int(whole_x) - origin[1]
         first, last = max(0, -left), min(n_columns + 1, width - left)
-        before[:] = 0.0
+        real_before[:], imag_before[:], light_before[:] = 0.0, 0.0, 0.0
         for r in range(n_rows + 1):
-            row[:] = 0.0
+            real_left = imag_left = light_left = 0.0
             if r < n_rows:
                 for k in range(n_columns):
-                    w = window[r, k]
-                    real, imag = w * patches[i, r, k].real, w * patches[i, r, k].imag
-                    row[0, k] += (1.0 - fx) * real
-                    row[1, k] += (1.0 - fx) * imag
-                    row[2, k] += (1.0 - fx) * w
-                    row[0, k + 1] = fx * real
-                    row[1, k + 1] = fx * imag
-                    row[2, k + 1] = fx * w
+                    w, element = window[r, k], patches[i, r, k]
+                    real_here, imag_here = w * element.real, w * element.imag
+                    real[k] = gx * real_here + fx * real_left
+                    imag[k] = gx * imag_here + fx * imag_left
+                    light[k] = gx * w + fx * light_left
+                    real_left, imag_left, light_left = real_here, imag_here, w
+            else:
+                real[:], imag[:], light[:] = 0.0, 0.0, 0.0
+            real[n_columns], imag[n_columns], light[n_columns] = fx * real_left, fx * imag_left, fx * light_left
             y = top + r
             if 0 <= y < height:
+                # Without a branch: where no light fell, zeros are added.
                 for k in range(first, last):
-                    total = (1.0 - fy) * row[2, k] + fy * before[2, k]
-                    if total > 0.0:
-                        real = (1.0 - fy) * row[0, k] + fy * before[0, k]
-                        imag = (1.0 - fy) * row[1, k] + fy * before[1, k]
-                        weighted[y, left + k] += complex(real, imag)
-                        weight[y, left + k] += total
-                        weighted_square[y, left + k] += (real * real + imag * imag) / total
-                        count[y, left + k] += 1
-            row, before = before, row
+                    total = gy * light[k] + fy * light_before[k]
+                    real_sum = gy * real[k] + fy * real_before[k]
+                    imag_sum = gy * imag[k] + fy * imag_before[k]
+                    reached = total > 0.0
+                    square = real_sum * real_sum + imag_sum * imag_sum
+                    weighted[y, left + k] += complex(real_sum, imag_sum)
+                    weight[y, left + k] += total
+                    weighted_square[y, left + k] += square / (total if reached else 1.0)
+                    count[y, left + k] += reached
+            real, real_before = real_before, real
+            imag, imag_before = imag_before, imag
+            light, light_before = light_before, light
 
 
 def merge(canvas: Canvas, *others: Canvas) -> Canvas:

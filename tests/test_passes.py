@@ -177,6 +177,8 @@ def test_a_cache_of_something_else_or_with_holes_is_refused(store, client, tmp_p
     cache = tmp_path / "patches.zarr"
     with pytest.raises(PtychodaskError, match="would leave it with holes; fill it with the whole scan first"):
         reconstruct(store, LinearModel(), client=client, cache=cache, drop=[1])
+    with pytest.raises(PtychodaskError, match="is named as the result and as the cache of patches"):
+        reconstruct(store, LinearModel(), client=client, cache=cache, out=cache)
     with pytest.raises(PtychodaskError, match="compute=False cannot fill the cache"):
         reconstruct(store, LinearModel(), compute=False, cache=cache)
     reconstruct(store, LinearModel(), client=client, cache=cache)

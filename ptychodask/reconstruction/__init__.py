@@ -185,6 +185,8 @@ def _check_asked(spec: ReconstructionSpec, out: str | Path | None, *, compute: b
         raise PtychodaskError(
             "reconstruct: several models with polish or cache, which go with one; reconstruct with one model at a time"
         )
+    if spec.cache is not None and out is not None and Path(spec.cache).resolve() == Path(out).resolve():
+        raise PtychodaskError(f"reconstruct: {out} is named as the result and as the cache of patches; name two places")
     if spec.cache is not None and not compute and not Path(spec.cache).exists():
         raise PtychodaskError(f"reconstruct: compute=False cannot fill the cache {spec.cache}; compute first")
 
@@ -318,7 +320,9 @@ def _attributes(
 ) -> dict[str, Any]:
     packages = ("ptychodask", "numpy", "numba", "dask", "distributed", "xarray", "zarr")
     first = next(iter(plans.values()))
-    made_by = {label: {"kind": one.kind, "hash": one.content_hash, "path": one.path} for label, one in networks.items()}
+    made_by = {
+        label: {"kind": one.kind, "hash": one.content_hash, "path": _whole_path(one)} for label, one in networks.items()
+    }
     summaries = {label: one.summary() for label, one in plans.items()}
     return {
         "store": first.store,
@@ -328,6 +332,11 @@ def _attributes(
         "plan": summaries.get("", summaries),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
+
+
+def _whole_path(model: PatchModel) -> str | None:
+    """Where a model lies, from whatever folder it is looked at."""
+    return None if model.path is None else str(Path(model.path).resolve())
 
 
 def _plain(value: Any) -> Any:

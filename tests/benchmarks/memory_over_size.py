@@ -32,31 +32,32 @@ def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--groups-per-chunk", type=int)
     flags.add_argument("--tile", type=int)
+    flags.add_argument("--n-pixels", type=int, default=N_PIXELS)
     flags.add_argument("--of", nargs=2, help="store of the small scan, and of the one that is measured")
     given = flags.parse_args()
     asked = {"groups_per_chunk": given.groups_per_chunk, "tile": given.tile}
     sizes = {name: value for name, value in asked.items() if value is not None}
     if given.of:
-        sys.stdout.write(json.dumps(measure(*map(Path, given.of), sizes)))
+        sys.stdout.write(json.dumps(measure(*map(Path, given.of), given.n_pixels, sizes)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        small = make(Path(folder, "small.zarr"), SMALL)
+        small = make(Path(folder, "small.zarr"), SMALL, given.n_pixels)
         for n_patterns in (10**3, 10**4) if given.quick else (10**4, 10**5, 10**6):
-            store = make(Path(folder, f"{n_patterns}.zarr"), n_patterns)
+            store = make(Path(folder, f"{n_patterns}.zarr"), n_patterns, given.n_pixels)
             again = [sys.executable, "-m", "tests.benchmarks.memory_over_size", *sys.argv[1:]]
             told = subprocess.run([*again, "--of", small, store], check=True, capture_output=True).stdout
             tell("memory_over_size", patterns=n_patterns, **json.loads(told))
 
 
-def make(store: Path, n_patterns: int) -> Path:
-    noisy_scan(store, n_patterns, N_PIXELS)
+def make(store: Path, n_patterns: int, n_pixels: int) -> Path:
+    noisy_scan(store, n_patterns, n_pixels)
     group(store, GroupingSpec(members=MEMBERS))
     return store
 
 
-def measure(small: Path, store: Path, sizes: dict[str, int]) -> dict[str, Any]:
+def measure(small: Path, store: Path, n_pixels: int, sizes: dict[str, int]) -> dict[str, Any]:
     """Peaks in MiB, and how long it took."""
-    model = CheapModel(n_pixels=N_PIXELS, members=MEMBERS)
+    model = CheapModel(n_pixels=n_pixels, members=MEMBERS)
     with cluster(1) as (client, _):
         reconstruct(
             small, model, out=store.with_name("small.object.zarr"), client=client, overwrite=True, progress=False
