@@ -1,9 +1,9 @@
 """Share of their time that workers spend at their devices, and what the scheduler takes meanwhile.
 
 Each worker advertises a GPU; its network sleeps, holding the device as a real one does, so that many workers fit on a
-few cores; reading and splatting come on top, a few milliseconds. Dask's statistical profiler, which looks at each worker
-a hundred times a second, is off: 64 of them would fill the two cores. Every chunk takes one call. Start-up is left out:
-the scan is reconstructed once before with a nap of 50 ms.
+few cores; reading and splatting come on top, a few milliseconds. Dask's statistical profiler, which looks at each
+worker a hundred times a second, is off: 64 of them would fill the two cores. Every chunk takes one call. Start-up is
+left out: the scan is reconstructed once before with a nap of 50 ms.
 
     python -m tests.benchmarks.simulated_gpus            64 workers, 20 waves of one second
     python -m tests.benchmarks.simulated_gpus --quick    8 workers, 5 waves
