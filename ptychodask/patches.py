@@ -10,8 +10,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from ptychodask.folders import Form
 from ptychodask.scan import PtychodaskError
-from ptychodask.store import Form, open_root
+from ptychodask.store import open_root
 
 PATCHES = Form("ptychodask-patches", 1, "cache of patches", "reconstruct")
 

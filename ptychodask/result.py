@@ -17,8 +17,9 @@ from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.errors import ZarrUserWarning
 
 import ptychodask
+from ptychodask.folders import Form, whole_or_nothing
 from ptychodask.scan import PtychodaskError
-from ptychodask.store import Form, open_root, whole_or_nothing
+from ptychodask.store import open_root
 
 FORMAT = "ptychodask-result"
 FORMAT_VERSION = 1

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.folders import check_vacant
 from ptychodask.io.formats import detect_format, open_container, reader_of
 from ptychodask.io.geometry import (
     HC_EV_M,
@@ -51,7 +52,7 @@ from ptychodask.scan import (
     check_positions,
     with_fields,
 )
-from ptychodask.store import check_vacant, write_scan
+from ptychodask.store import SCAN, write_scan
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def ingest(
     """
     source, store = Path(source), Path(store)
     spec = with_fields(IngestSpec(), reader_options)
-    check_vacant(store, overwrite=overwrite)
+    check_vacant(store, overwrite=overwrite, form=SCAN)
     scratch = store.parent if spec.scratch is None else Path(spec.scratch)
     with ExitStack() as stack:
         container = open_container(source, scratch, stack)

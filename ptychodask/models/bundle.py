@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.folders import whole_or_nothing
 from ptychodask.models.description import FORMAT, FORMAT_VERSION, MODEL, read_description, read_history
 from ptychodask.models.model import Model, hash_weights
 from ptychodask.models.networks import build_network
 from ptychodask.models.ptychopinn import ARCHIVE, PtychoPinnModel, holds_ptychopinn, read_ptychopinn
 from ptychodask.models.spec import ModelSpec, Optics
 from ptychodask.scan import PtychodaskError
-from ptychodask.store import whole_or_nothing
 
 
 def save_model(model: Model, path: str | Path, *, overwrite: bool = False) -> Model:

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ptychodask.folders import Form
 from ptychodask.scan import PtychodaskError
-from ptychodask.store import Form
 
 FORMAT = "ptychodask-model"
 FORMAT_VERSION = 1

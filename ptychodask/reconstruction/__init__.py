@@ -19,6 +19,7 @@ import numpy as np
 import xarray as xr
 
 from ptychodask.cluster import client_for_run
+from ptychodask.folders import whole_or_nothing
 from ptychodask.patches import PATCHES, check_patches, create_patches, finish_patches
 from ptychodask.plan import (
     MIB,
@@ -47,7 +48,7 @@ from ptychodask.result import (
     write_pyramid,
 )
 from ptychodask.scan import PtychodaskError, Scan, with_fields
-from ptychodask.store import ScanReader, open_scan, whole_or_nothing
+from ptychodask.store import ScanReader, open_scan
 
 logger = logging.getLogger(__name__)
 

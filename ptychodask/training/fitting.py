@@ -12,13 +12,14 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.folders import check_vacant
 from ptychodask.models import Model, ModelSpec, Optics, save_model
 from ptychodask.models.bundle import MODEL
 from ptychodask.models.networks import build_autoencoder, build_network, encoder_layers, with_penalties
 from ptychodask.models.spec import Kind
 from ptychodask.progress import show_progress
 from ptychodask.scan import PtychodaskError, Scan, with_fields
-from ptychodask.store import check_vacant, open_scan, record_model
+from ptychodask.store import open_scan, record_model
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 from ptychodask.training.course import Course
 from ptychodask.training.data import (
