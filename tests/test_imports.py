@@ -16,6 +16,7 @@ PACKAGE = Path(ptychodask.__file__).parent
 ORDER = [
     ("scan",),
     ("progress",),
+    ("folders",),
     ("grouping",),
     ("store",),
     ("patches",),
