@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from distributed import Client
 
+from ptychodask.cluster import WORKER_VARIABLES
 from ptychodask.scan import Scan
 from ptychodask.simulate import PATHS
 from ptychodask.store import write_scan
@@ -105,7 +106,8 @@ def cluster(
 
 
 def _start(module: list[str], environment: dict[str, str] | None) -> subprocess.Popen[bytes]:
-    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    # A nanny that forks its workers cannot give them what Dask's and our own worker processes have from the start.
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "MALLOC_TRIM_THRESHOLD_": "65536", **WORKER_VARIABLES}
     return subprocess.Popen(
         [sys.executable, "-m", *module], env=os.environ | quiet | (environment or {}), stderr=subprocess.DEVNULL
     )
