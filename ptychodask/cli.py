@@ -415,7 +415,7 @@ def _numbers_in(flag: str, path: Path, what: str) -> NDArray[Any]:
     try:
         return np.atleast_1d(np.load(path, allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
-        told = "it holds Python objects" if "allow_pickle" in str(error) else str(error)
+        told = "it is no array of numbers" if "allow_pickle" in str(error) else str(error)
         raise PtychodaskError(f"{flag} {path}: cannot be read ({told}); expected a .npy of {what}") from error
 
 
@@ -739,7 +739,7 @@ def residuals(
 
 @app.command()
 def study(
-    study: Annotated[Path, typer.Argument(help="TOML file: [matrix] and what its cells share.", show_default=False)],
+    study: Annotated[Path, typer.Argument(help="TOML file: the matrix and what its cells share.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="Folder to make; by default beside the file.")] = None,
     recompute: Annotated[list[str] | None, typer.Option(help="Cell to compute again; * for any characters.")] = None,
     workers: Annotated[int | None, typer.Option(help="Worker processes to start; by default this one.")] = None,
