@@ -160,17 +160,22 @@ def compare(
     if measured is not None:
         comparison["r_factor"] = ("method", list(r_factors(placed, measured).values()))
         comparison.attrs["r_patterns"] = len(patterns_inside(placed, measured))
-    comparison.attrs |= _different_data(placed, measured)
+    comparison.attrs |= _different_data(placed, {"the scan": measured, "the truth": truth})
     if told := other_data(comparison):
         logger.warning("compare: %s", told)
     return comparison if baseline is None else _with_differences(comparison, baseline)
 
 
-def _different_data(results: Mapping[str, xr.Dataset], scan: Scan | None) -> dict[str, dict[str, str]]:
-    """The attribute ``data_hash`` where results were made of different data, or not of the scan; nothing elsewhere."""
+def _different_data(
+    results: Mapping[str, xr.Dataset], beside: Mapping[str, Truth | Scan | str | Path | None]
+) -> dict[str, dict[str, str]]:
+    """The attribute ``data_hash`` where results were made of different data, or not of the scans that they are judged
+    by; nothing elsewhere."""
     hashes = {label: str(ds.attrs["data_hash"]) for label, ds in results.items() if "data_hash" in ds.attrs}
-    if scan is not None:
-        hashes["the scan"] = scan.data_hash
+    for label, given in beside.items():
+        scan = open_scan(given) if isinstance(given, str | Path) else given
+        if isinstance(scan, Scan) and scan.data_hash and hashes and scan.data_hash != hashes.get("the scan"):
+            hashes[label] = scan.data_hash
     return {"data_hash": hashes} if len(set(hashes.values())) > 1 else {}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec
 
 from ptychodask.folders import Form
 from ptychodask.scan import PtychodaskError
@@ -42,7 +43,8 @@ def create_patches(
         shape=(n_groups, *patch_shape, 2),
         chunks=(min(math.gcd(*rows), n_groups), *patch_shape, 2),
         dtype=np.float16,
-        compressors=None,
+        # Noise-like float16 hardly compresses; a checksum tells of damage.
+        compressors=Crc32cCodec(),
         dimension_names=("group", *(("channel",) if len(patch_shape) == 3 else ()), "py", "px", "part"),
     )
 
@@ -61,7 +63,10 @@ def check_patches(path: Path, made_by: dict[str, Any]) -> None:
         if found.get(name) != value
     ]
     if other:
-        raise PtychodaskError(f"{path}: holds patches of something else: {'; '.join(other)}; name another cache=")
+        raise PtychodaskError(
+            f"{path}: holds patches of something else: {'; '.join(other)}; "
+            "name another cache=, or ask as when it was filled"
+        )
 
 
 class StoredPatches:

@@ -46,6 +46,9 @@ HALF_VARIABLES: dict[str, tuple[type, Any, str]] = {
 TileArrays = dict[str, NDArray[Any]]
 """One tile of each data variable, by name."""
 
+STORED_CHUNKS = "stored_chunks"
+"""Attribute of a finished result: how many chunks of each data variable have a file."""
+
 PYRAMID = "pyramid"
 """Group of a result store that holds the coarser levels, named 1, 2, ..."""
 
@@ -225,7 +228,7 @@ def write_tile(path: Path, start_yx: tuple[int, int], arrays: TileArrays) -> Non
 
 def write_pyramid(path: Path) -> None:
     """Add coarser levels of object and weight to a result store that is being written: half the pixels along each side
-    of the level before, until the longer side is shorter than `COARSEST_PIXELS`.
+    of the level before, one at least, until the longer side is shorter than `COARSEST_PIXELS`.
 
     Parameters
     ----------
@@ -239,7 +242,7 @@ def write_pyramid(path: Path) -> None:
     """
     root = zarr.open_group(path, mode="r+", zarr_format=3)
     finer, level = root, 1
-    while max(_array(finer, "object").shape[-2:]) >= COARSEST_PIXELS:
+    while level == 1 or max(_array(finer, "object").shape[-2:]) >= COARSEST_PIXELS:
         finer = _write_level(root.require_group(f"{PYRAMID}/{level}"), finer)
         level += 1
 
@@ -327,7 +330,8 @@ def finish_result(path: Path, attributes: dict[str, Any]) -> None:
         Plain values for JSON.
     """
     root = zarr.open_group(path, mode="r+", zarr_format=3)
-    root.attrs.update({**attributes, "state": "complete"})
+    stored = {name: _array(root, name).nchunks_initialized for name in VARIABLES | HALF_VARIABLES if name in root}
+    root.attrs.update({**attributes, STORED_CHUNKS: stored, "state": "complete"})
     with warnings.catch_warnings():
         # Consolidated metadata are what xarray reads; zarr warns that format 3 has not standardised them.
         warnings.simplefilter("ignore", ZarrUserWarning)
@@ -360,7 +364,19 @@ def open_result(path: str | Path, level: int = 0) -> xr.Dataset:
     ds = xr.open_zarr(where, chunks={}, consolidated=True)
     ds = ds[[name for name in VARIABLES | HALF_VARIABLES if name in ds]]
     del ds.attrs["state"]
+    _check_whole(where, root, ds.attrs.pop(STORED_CHUNKS, {}))
     return _with_methods(ds)
+
+
+def _check_whole(where: Path, root: zarr.Group, stored: Any) -> None:
+    """Raise `PtychodaskError` when a file of a result is gone, which Zarr would read as unseen pixels."""
+    for name, wanted in stored.items() if isinstance(stored, dict) else ():
+        found = _array(root, name).nchunks_initialized
+        if found != wanted:
+            raise PtychodaskError(
+                f"{where}: {name} has {found} of its {wanted} chunks, files of it are missing; reconstruct again with "
+                "overwrite=True (--overwrite)"
+            )
 
 
 def _open_level(where: Path, root: zarr.Group, level: int) -> xr.Dataset:
@@ -370,7 +386,9 @@ def _open_level(where: Path, root: zarr.Group, level: int) -> xr.Dataset:
         has = f"levels 1 to {len(levels)}" if levels else "no pyramid: reconstruct again with pyramid=True (--pyramid)"
         raise PtychodaskError(f"{where}: no level {level}; it has {has}")
     ds = xr.open_zarr(where, group=f"{PYRAMID}/{level}", chunks={}, consolidated=False)
-    ds.attrs = {key: value for key, value in root.attrs.items() if key != "state"} | {"level": level}
+    ds.attrs = {key: value for key, value in root.attrs.items() if key not in ("state", STORED_CHUNKS)} | {
+        "level": level
+    }
     if "pixel_size_m" in ds.attrs:
         ds.attrs["pixel_size_m"] = float(ds.attrs["pixel_size_m"]) * 2**level
     return _with_methods(ds)

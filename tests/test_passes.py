@@ -320,3 +320,16 @@ def test_an_adaptive_cluster_without_workers_starts_some(store, client):
         cluster.adapt(minimum=0, maximum=2, interval="100ms")
         ds = reconstruct(store, LinearModel(), client=adaptive, groups_per_chunk=7)
     assert_same_bits(ds, reconstruct(store, LinearModel(), client=client, groups_per_chunk=7))
+
+
+def test_a_cache_with_a_flipped_bit_is_refused(store, client, tmp_path):
+    cache = tmp_path / "patches.zarr"
+    reconstruct(store, LinearModel(), client=client, cache=cache)
+    file = next(file for file in (cache / "patches" / "c").rglob("*") if file.is_file())
+    damaged = bytearray(file.read_bytes())
+    damaged[1000] ^= 1
+    file.write_bytes(bytes(damaged))
+    with pytest.raises(
+        PtychodaskError, match=r"patches of groups .* cannot be read .*remove the cache and fill it again"
+    ):
+        reconstruct(store, LinearModel(), client=client, cache=cache)

@@ -146,3 +146,14 @@ def test_unfinished_and_newer_results_are_refused(tmp_path):
     (tmp_path / ".late.zarr.writing").mkdir()
     with pytest.raises(PtychodaskError, match="still at work, or was stopped"):
         open_result(tmp_path / "late.zarr")
+
+
+def test_a_result_that_lost_a_file_is_refused(tmp_path):
+    path = tmp_path / "object.zarr"
+    make_dataset(*some_arrays(), CORNER, pixel_size_m=2e-9, attributes={}).ptycho.save(path)
+    assert "stored_chunks" not in open_result(path).attrs
+    next(file for file in (path / "object" / "c").rglob("*") if file.is_file()).unlink()
+    with pytest.raises(
+        PtychodaskError, match=r"object has 0 of its 1 chunks, files of it are missing; reconstruct again"
+    ):
+        open_result(path)
