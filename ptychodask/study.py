@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ptychodask.cluster import active_client, in_process_client
 from ptychodask.compare import compare, find_truth, truth_on_pixels
 from ptychodask.metrics import align_gauge
-from ptychodask.models import load_model
+from ptychodask.models import ModelSpec, load_model
 from ptychodask.models.spec import Kind
 from ptychodask.plan import ReconstructionSpec
 from ptychodask.plotting import WELL_LIT, plot_contact_sheet, plot_study
@@ -299,6 +299,8 @@ def cells_of(spec: StudySpec) -> dict[tuple[Any, ...], Cell]:
         size = 1 if model == "baseline" else gridsize
         train_fields = {**spec.train, "model": model, "members": size**2, "seed": seed}
         _checked("train", TrainingSpec, train_fields)
+        network = {each.name: train_fields[each.name] for each in fields(ModelSpec) if each.name in train_fields}
+        _checked("train", ModelSpec, network | {"kind": model, "n_pixels": given["n_pixels"]})
         cells[dose, spacing, gridsize, model, seed] = Cell(
             name=f"dose{dose:.12g}-{spec.spacing.removesuffix('_px')}{spacing:.12g}-g{size}-{model}-s{seed}",
             simulate={**spec.simulate, "dose": float(dose), "step_px": steps[spacing], "seed": seed},
@@ -431,11 +433,15 @@ def _unfinished(cells: dict[str, Cell], folder: Path, recompute: Sequence[str]) 
     again = {name for name in cells if any(fnmatchcase(name, pattern) for pattern in recompute)}
     for name, cell in cells.items():
         found = _read_json(folder / name / SPEC_FILE)
-        if found is not None and found != _plain(cell) and name not in again:
+        if found is None or found == _plain(cell) or name in again:
+            continue
+        if (folder / name / RECORD_FILE).exists():
             raise PtychodaskError(
                 f"{folder / name}: was computed with {_difference(found, _plain(cell))}; "
                 f"recompute it by name (--recompute '{name}', or '*' for all), or give another --out"
             )
+        # Nothing finished is lost with a cell that was begun with other values.
+        again.add(name)
     for name in again:
         if (folder / name / SPEC_FILE).exists():
             shutil.rmtree(folder / name)

@@ -315,3 +315,8 @@ def test_figures_have_a_line_for_each_network_and_gridsize(fake, tmp_path):
         plot_study(found, "mse")
     with pytest.raises(PtychodaskError, match="no picture"):
         plot_contact_sheet({})
+
+
+def test_a_network_that_cannot_be_is_refused_before_the_first_cell():
+    with pytest.raises(PtychodaskError, match=r"n_filters_scale is 0\.5, expected a whole number"):
+        replace(LOGICAL, train={"n_filters_scale": 0.5})
