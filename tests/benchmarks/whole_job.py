@@ -29,6 +29,7 @@ def main() -> None:
     flags.add_argument("--model", type=Path, help="by default an untrained network of our own is made")
     flags.add_argument("--n-filters-scale", type=int, default=2, help="width of that one")
     flags.add_argument("--n-groups", type=int, default=10_000)
+    flags.add_argument("--precision", default="float32")
     flags.add_argument("--workers", type=int, help="worker processes; by default the command's own")
     given = flags.parse_args()
     n_groups = 300 if given.quick else given.n_groups
@@ -40,14 +41,14 @@ def main() -> None:
             command = [sys.executable, "-c", MAKE_MODEL, store, model, str(given.n_filters_scale)]
             subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
         workers = [] if given.workers is None else ["--workers", str(given.workers)]
+        asked = ["--model", model, "--precision", given.precision, *workers]
         started = time.perf_counter()
-        process = subprocess.Popen(
-            ["ptychodask", "reconstruct", store, "--model", model, "--quiet", *workers], stdout=subprocess.DEVNULL
-        )
+        process = subprocess.Popen(["ptychodask", "reconstruct", store, "--quiet", *asked], stdout=subprocess.DEVNULL)
         _, status, used = os.wait4(process.pid, 0)
         tell(
             "whole_job",
             model=str(given.model or "untrained pinn"),
+            precision=given.precision,
             groups=n_groups,
             exit_status=os.waitstatus_to_exitcode(status),
             seconds=time.perf_counter() - started,
