@@ -30,6 +30,7 @@ Predict = Callable[[NDArray[np.float32], NDArray[np.float32]], Any]
 """X (batch, N, N, C) and offset (batch, C, 2) to patches, one fixed batch."""
 
 Cached = TypeVar("Cached")
+Opened = TypeVar("Opened", Scan, ScanReader)
 
 
 @runtime_checkable
@@ -338,26 +339,18 @@ def _predict_rows(
 
 def open_reader(job: PredictionJob) -> ScanReader:
     """The store of a job, opened once per process; raises `PtychodaskError` if it changed since it was planned."""
-    return _READERS.get((job.data_hash, job.store), lambda: _open_reader(job))
-
-
-def _open_reader(job: PredictionJob) -> ScanReader:
-    reader = ScanReader(job.store)
-    if reader.data_hash != job.data_hash:
-        raise _changed(job)
-    return reader
+    return _READERS.get((job.data_hash, job.store), lambda: _as_planned(job, ScanReader(job.store)))
 
 
 def open_source(job: PredictionJob) -> Scan:
     """The scan of a job, opened once per process; raises `PtychodaskError` if it changed since it was planned."""
-    return _SCANS.get((job.data_hash, job.store), lambda: _open_source(job))
+    return _SCANS.get((job.data_hash, job.store), lambda: _as_planned(job, open_scan(job.store)))
 
 
-def _open_source(job: PredictionJob) -> Scan:
-    scan = open_scan(job.store)
-    if scan.data_hash != job.data_hash:
+def _as_planned(job: PredictionJob, opened: Opened) -> Opened:
+    if opened.data_hash != job.data_hash:
         raise _changed(job)
-    return scan
+    return opened
 
 
 def _changed(job: PredictionJob) -> PtychodaskError:

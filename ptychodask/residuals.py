@@ -14,7 +14,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from ptychodask.cluster import client_for_run
+from ptychodask.cluster import Parcel, client_for_run, parcel_for
 from ptychodask.iterative import frame_corners, patterns_without, predicted_amplitude
 from ptychodask.progress import show_progress
 from ptychodask.result import open_result, reading_result
@@ -126,11 +126,17 @@ def _run(
     client: distributed.Client, scan: Scan, object_: xr.DataArray, fill: float, show: bool | None
 ) -> NDArray[np.float64]:
     """What `judge_patterns` gives for all patterns, in their order."""
-    there = client.scatter(scan, hash=False, broadcast=True)
+    with parcel_for(client, scan) as sent:
+        return _judge_all(client, scan, sent, object_, fill, show)
+
+
+def _judge_all(
+    client: distributed.Client, scan: Scan, sent: Parcel, object_: xr.DataArray, fill: float, show: bool | None
+) -> NDArray[np.float64]:
     tasks = []
     for part in _parts(scan):
         cut, corner = _object_under(object_, scan.position_yx_px[part], scan.n_pixels)
-        tasks.append(dask.delayed(judge_patterns, pure=False)(there, part, cut.data, corner, fill))
+        tasks.append(dask.delayed(_judge_sent, pure=False)(sent, part, cut.data, corner, fill))
     # The graph of a lazy object is left as it was built: optimisation would drop the resources that its tasks ask for.
     futures = client.compute(tasks, optimize_graph=False)
     found: dict[distributed.Future, NDArray[np.float64]] = {}
@@ -162,6 +168,10 @@ def _object_under(
     high = np.clip(corner.max(axis=0) + n_pixels - first, 0, object_.shape).tolist()
     cut = object_.isel(y=slice(low[0], high[0]), x=slice(low[1], high[1]))
     return cut, (first[0] + low[0], first[1] + low[1])
+
+
+def _judge_sent(sent: Parcel, *arguments: Any) -> NDArray[np.float64]:
+    return judge_patterns(sent.open(), *arguments)
 
 
 def judge_patterns(

@@ -90,6 +90,11 @@ def survey(
     Returns
     -------
     Survey
+
+    Raises
+    ------
+    PtychodaskError
+        If the table or the positions cannot be read, or a row names a pattern that the scan does not have.
     """
     used = np.zeros(reader.n_patterns, bool)
     parts: list[list[NDArray[np.int64]]] = []
