@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ptychodask import prediction
+from ptychodask.cluster import in_process_client
+
 # The compiled libraries would otherwise print their own notes between the tests.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
@@ -21,3 +24,17 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared, which a clone of the project does not hold")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def client():
+    """A Dask client whose one worker lives in this process."""
+    with in_process_client() as client:
+        yield client
+
+
+@pytest.fixture
+def empty_caches(monkeypatch):
+    """Nothing that an earlier test left in this process: no open store, no compiled network."""
+    for name in ("_SCANS", "_READERS", "_PREDICTORS"):
+        monkeypatch.setattr(prediction, name, prediction._ProcessCache())

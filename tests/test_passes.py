@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from models_for_tests import LinearModel
 
-from ptychodask import prediction
-from ptychodask.cluster import LOOPBACK, QUIET, in_process_client
+from ptychodask.cluster import LOOPBACK, QUIET
 from ptychodask.grouping import GroupingSpec, groups_kept
 from ptychodask.plan import ReconstructionSpec, plan
 from ptychodask.reassembly import add_patches, empty_canvas, finish, illumination_window
@@ -26,23 +25,14 @@ from ptychodask.store import ScanReader, group, open_scan, read_groups
 SAME = ("object", "weight", "uncertainty", "count")
 
 
+pytestmark = pytest.mark.usefixtures("empty_caches")
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     path = tmp_path_factory.mktemp("passes") / "scan.zarr"
     simulate(path, n_pixels=16, n_patterns=150, step_px=3.0, seed=1)
     return path
-
-
-@pytest.fixture(scope="module")
-def client():
-    with in_process_client() as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def _empty_caches(monkeypatch):
-    monkeypatch.setattr(prediction, "_READERS", prediction._ProcessCache())
-    monkeypatch.setattr(prediction, "_PREDICTORS", prediction._ProcessCache())
 
 
 def assert_same_bits(one, other, names=SAME):

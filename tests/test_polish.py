@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from models_for_tests import LinearModel
 
-from ptychodask import polishing, prediction
-from ptychodask.cluster import in_process_client, local_client
+from ptychodask import polishing
+from ptychodask.cluster import local_client
 from ptychodask.iterative import (
     StepProducts,
     called_for,
@@ -44,23 +44,13 @@ class FlatModel(LinearModel):
         return np.full((len(x), 1, self.n_pixels, self.n_pixels), 0.9, np.complex64)
 
 
+pytestmark = pytest.mark.usefixtures("empty_caches")
+
+
 @pytest.fixture(scope="module")
 def scan(tmp_path_factory):
     path = tmp_path_factory.mktemp("polish") / "scan.zarr"
     return simulate(path, n_pixels=16, n_patterns=N_PATTERNS, dose=1e6, step_px=2.0, path="raster", seed=3)
-
-
-@pytest.fixture(scope="module")
-def client():
-    with in_process_client() as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def _empty_caches(monkeypatch):
-    monkeypatch.setattr(prediction, "_SCANS", prediction._ProcessCache())
-    monkeypatch.setattr(prediction, "_READERS", prediction._ProcessCache())
-    monkeypatch.setattr(prediction, "_PREDICTORS", prediction._ProcessCache())
 
 
 @pytest.fixture(scope="module")

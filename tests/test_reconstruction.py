@@ -16,8 +16,8 @@ import pytest
 import xarray as xr
 from models_for_tests import DyingModel, FailingModel, LinearModel, NotFiniteModel
 
-from ptychodask import prediction, reconstruction
-from ptychodask.cluster import LOOPBACK, in_process_client, local_client
+from ptychodask import reconstruction
+from ptychodask.cluster import LOOPBACK, local_client
 from ptychodask.plan import plan
 from ptychodask.reassembly import add_patches, crop_middle, empty_canvas, finish, illumination_window
 from ptychodask.reconstruction import reconstruct, tasks
@@ -30,24 +30,14 @@ from ptychodask.store import open_scan, read_groups, write_scan
 N_PATTERNS = 150
 
 
+pytestmark = pytest.mark.usefixtures("empty_caches")
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     path = tmp_path_factory.mktemp("reconstruction") / "scan.zarr"
     simulate(path, n_pixels=16, n_patterns=N_PATTERNS, step_px=3.0, seed=1)
     return path
-
-
-@pytest.fixture(scope="module")
-def client():
-    with in_process_client() as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def _empty_caches(monkeypatch):
-    monkeypatch.setattr(prediction, "_SCANS", prediction._ProcessCache())
-    monkeypatch.setattr(prediction, "_READERS", prediction._ProcessCache())
-    monkeypatch.setattr(prediction, "_PREDICTORS", prediction._ProcessCache())
 
 
 @pytest.fixture(scope="module")
