@@ -266,7 +266,14 @@ PIXEL = np.dtype(
 
 
 def save_canvas(canvas: Canvas, path: Path) -> None:
-    """Write a canvas into a file that appears when it is whole; `open_canvas` reads it back, bit by bit the same."""
+    """Write a canvas into a file that appears when it is whole; `open_canvas` reads it back, bit by bit the same.
+
+    Parameters
+    ----------
+    canvas : Canvas
+    path : Path
+        Takes an NPY array (y, x) of `PIXEL`, 36 bytes a pixel; raises `OSError` when the disk refuses.
+    """
     pixels = np.empty(canvas.weight.shape, PIXEL)
     for name in PIXEL.names or ():
         pixels[name] = getattr(canvas, name)
