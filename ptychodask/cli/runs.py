@@ -1,0 +1,219 @@
+"""Commands that turn scans into objects: demo, plan, reconstruct, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ptychodask.cli.flags import (
+    Overwrite,
+    Quiet,
+    Scheduler,
+    Store,
+    Workers,
+    bar,
+    check_one_cluster,
+    client_for,
+    given,
+    numbers_in,
+    whole_numbers,
+)
+from ptychodask.progress import quiet_stderr
+from ptychodask.scan import PtychodaskError
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for what it makes.")] = Path("demo"),
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Simulate a scan, train both networks on it, reconstruct it and compare with the truth.
+
+    Example: ptychodask demo
+    """
+    with quiet_stderr():
+        from ptychodask.demo import run_demo
+    typer.echo(run_demo(out, overwrite=overwrite, progress=bar(quiet)))
+
+
+def plan(
+    store: Store,
+    model: Annotated[Path | None, typer.Option(help="Model bundle; by default the one that the store records.")] = None,
+    groups: Annotated[str | None, typer.Option(help="Name of a stored group table.")] = None,
+    crop: Annotated[int | None, typer.Option(help="Middle pixels of a patch that are used.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Groups in one call of the network.")] = None,
+    groups_per_chunk: Annotated[int | None, typer.Option(help="Groups that one task predicts.")] = None,
+    tile: Annotated[int | None, typer.Option(help="Pixels across a tile of the object.")] = None,
+    roi: Annotated[str | None, typer.Option(help="Part of the object: y0,y1,x0,x1 in pixels.")] = None,
+    memory_bytes: Annotated[int | None, typer.Option(help="Memory that one task may take.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Predict for some seconds to tell the time.")] = False,
+) -> None:
+    """Show what reconstruct would do: chunks, tiles, memory. Computes nothing, unless the time is measured.
+
+    Example: ptychodask plan scan.zarr --measure
+    """
+    with quiet_stderr():
+        import ptychodask.models.model  # noqa: F401
+        from ptychodask.plan import ReconstructionSpec, plan
+    spec = ReconstructionSpec(
+        **given(
+            groups=groups,
+            crop=crop,
+            batch_size=batch_size,
+            groups_per_chunk=groups_per_chunk,
+            tile=tile,
+            roi=None if roi is None else whole_numbers("--roi", roi, 4),
+            memory_bytes=memory_bytes,
+        )
+    )
+    typer.echo(str(plan(store, model, spec, measure=measure)))
+
+
+def reconstruct(
+    store: Store,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Model; by default the one that the store records. Several as LABEL=PATH."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Result to write; by default <store>.object.zarr.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Picture to write; by default beside the result.")] = None,
+    groups: Annotated[str | None, typer.Option(help="Name of a stored group table.")] = None,
+    window: Annotated[str | None, typer.Option(help="illumination, uniform or cosine.")] = None,
+    crop: Annotated[int | None, typer.Option(help="Middle pixels of a patch that are used.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Groups in one call of the network.")] = None,
+    groups_per_chunk: Annotated[int | None, typer.Option(help="Groups that one task predicts.")] = None,
+    tile: Annotated[int | None, typer.Option(help="Pixels across a tile of the object.")] = None,
+    roi: Annotated[str | None, typer.Option(help="Part of the object: y0,y1,x0,x1 in pixels.")] = None,
+    polish: Annotated[int | None, typer.Option(help="Data-consistent sweeps after stitching.")] = None,
+    drop: Annotated[Path | None, typer.Option(help=".npy of pattern indices to leave out.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, or mixed (bfloat16 convolutions).")] = None,
+    split_half: Annotated[bool, typer.Option("--split-half", help="Stitch every other pattern apart as well.")] = False,
+    pyramid: Annotated[bool, typer.Option("--pyramid", help="Add coarser levels to the result.")] = False,
+    cache: Annotated[Path | None, typer.Option(help="Patches to keep, or to stitch again without the network.")] = None,
+    positions: Annotated[Path | None, typer.Option(help=".npy of corrected positions (y, x) for --cache.")] = None,
+    memory_bytes: Annotated[int | None, typer.Option(help="Memory that one task may take.")] = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn a scan into an object, and draw it.
+
+    Example: ptychodask reconstruct scan.zarr
+
+    Example: ptychodask reconstruct scan.zarr --model PtychoPINN=scan.pinn.model --model Baseline=scan.baseline.model
+    """
+    out = store.with_name(f"{store.name.removesuffix('.zarr')}.object.zarr") if out is None else out
+    png = out.with_name(f"{out.name.removesuffix('.zarr')}.png") if png is None else png
+    check_one_cluster("reconstruct", workers, scheduler)
+    with quiet_stderr():
+        import ptychodask.models.model  # noqa: F401
+        from ptychodask.plotting import check_figure_path, plot, plot_comparison
+        from ptychodask.reconstruction import reconstruct
+    options = given(
+        groups=groups,
+        window=window,
+        crop=crop,
+        batch_size=batch_size,
+        groups_per_chunk=groups_per_chunk,
+        tile=tile,
+        roi=None if roi is None else whole_numbers("--roi", roi, 4),
+        polish=polish,
+        drop=None if drop is None else numbers_in("--drop", drop, "pattern indices"),
+        memory_bytes=memory_bytes,
+        precision=precision,
+        split_half=split_half or None,
+        pyramid=pyramid or None,
+        cache=cache,
+        position_yx_px=None if positions is None else numbers_in("--positions", positions, "positions"),
+    )
+    check_figure_path(png)
+    with client_for(workers, scheduler) as client:
+        result = reconstruct(
+            store, _models(model), out=out, client=client, overwrite=overwrite, progress=bar(quiet), **options
+        )
+    if "method" in result.dims:
+        plot_comparison({label: result.sel({"method": label}) for label in result["method"].values}, path=png)
+    else:
+        plot(result, path=png)
+    height, width = result["object"].shape[-2:]
+    rate = result.attrs["patterns_per_s"]
+    typer.echo(f"{out}: {height} x {width} px, {rate:,.0f} patterns/s; picture in {png}")
+
+
+def _models(given: list[str] | None) -> str | dict[str, str] | None:
+    """A model's path, or several by their labels."""
+    if not given or (len(given) == 1 and "=" not in given[0]):
+        return given[0] if given else None
+    found = dict(text.split("=", 1) for text in given if "=" in text)
+    if len(found) < len(given) or "" in found:
+        raise PtychodaskError(
+            f"--model {' --model '.join(given)}: several models need a label of their own each; write LABEL=PATH"
+        )
+    return found
+
+
+def bench(
+    store: Annotated[
+        Path | None, typer.Argument(help="The scan's store; by default one is simulated.", show_default=False)
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Model bundle; by default the recorded one, or one built.")] = None,
+    network: Annotated[str | None, typer.Option(help="What is built: pinn or ptychopinn.")] = None,
+    n_groups: Annotated[int | None, typer.Option(help="Groups of the simulated scan.")] = None,
+    n_pixels: Annotated[int | None, typer.Option(help="Pixels across a pattern of the simulated scan.")] = None,
+    members: Annotated[int | None, typer.Option(help="Patterns in one group of the built network.")] = None,
+    n_filters_scale: Annotated[int | None, typer.Option(help="Width of the built network.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Groups in one call of the network.")] = None,
+    groups_per_chunk: Annotated[int | None, typer.Option(help="Groups that one task predicts.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or mixed.")] = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder that all workers see, for what is made meanwhile.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="File for all figures.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time a reconstruction from disk to disk, stage by stage, against the bare network on the same workers.
+
+    Example: ptychodask bench --n-groups 2000
+
+    Example: ptychodask bench scan.zarr --model pinn.model --scheduler tcp://127.0.0.1:8786 --json bench.json
+    """
+    from json import dumps
+
+    check_one_cluster("bench", workers, scheduler)
+    made = given(
+        n_groups=n_groups, n_pixels=n_pixels, network=network, members=members, n_filters_scale=n_filters_scale
+    )
+    _check_what_is_made(store, model, made)
+    if json is not None and not json.parent.is_dir():
+        raise PtychodaskError(f"{json}: its folder does not exist; make it first")
+    with quiet_stderr():
+        import ptychodask.models.model  # noqa: F401
+        from ptychodask.bench import BenchSpec, bench, describe
+        from ptychodask.plan import ReconstructionSpec
+    spec = BenchSpec(**made)
+    reconstruction = ReconstructionSpec(
+        **given(batch_size=batch_size, groups_per_chunk=groups_per_chunk, precision=precision)
+    )
+    with client_for(workers, scheduler) as client:
+        report = bench(
+            store, model, spec, reconstruction=reconstruction, client=client, folder=folder, progress=bar(quiet)
+        )
+    typer.echo(describe(report))
+    if json is not None:
+        json.write_text(dumps(report, indent=2) + "\n")
+
+
+def _check_what_is_made(store: Path | None, model: Path | None, made: dict[str, Any]) -> None:
+    """Raise `PtychodaskError` for a flag about a scan or a network that is given and not made."""
+    for one, names, what in (
+        (store, ("n_groups", "n_pixels"), "scan that is simulated"),
+        (model, ("network", "members", "n_filters_scale"), "network that is built"),
+    ):
+        wrong = [f"--{name.replace('_', '-')}" for name in names if name in made]
+        if one is not None and wrong:
+            raise PtychodaskError(f"bench: {', '.join(wrong)} describes a {what}, and {one} is given; leave one away")
