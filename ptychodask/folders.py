@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from ptychodask.scan import PtychodaskError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+LOCK = "writing.lock"
+"""File in a folder that is being written; its writer holds it locked, and the lock goes with the process."""
+
+LEDGER = "ledger.jsonl"
+"""File in a folder that is being written that says what of it is finished: such a folder can be gone on with."""
 
 DAMAGED = "damaged"
 """What stands for the form of a folder whose root file cannot be read."""
@@ -36,7 +52,7 @@ class Form:
     """The command that makes one."""
 
 
-def check_vacant(path: Path, *, overwrite: bool, form: Form) -> None:
+def check_vacant(path: Path, *, overwrite: bool, form: Form, resume: bool = False) -> None:
     """Raise `PtychodaskError` unless `path` can be written: its folder is there, and nothing is in the way.
 
     Parameters
@@ -44,10 +60,12 @@ def check_vacant(path: Path, *, overwrite: bool, form: Form) -> None:
     path : Path
         What shall be written.
     overwrite : bool
-        Whether what is there and of the same form, and leftovers of a killed writer, may be replaced; never anything
+        Whether what is there and of the same form, and what a stopped writer left, may be replaced; never anything
         else.
     form : Form
         What it shall be: a scan, a result or a model.
+    resume : bool
+        What a stopped writer left is not in the way.
     """
     if path.exists() and not overwrite:
         raise PtychodaskError(f"{path}: exists already; pass overwrite=True (--overwrite), or another name")
@@ -58,11 +76,70 @@ def check_vacant(path: Path, *, overwrite: bool, form: Form) -> None:
         )
     if not path.parent.is_dir():
         raise PtychodaskError(f"{path}: its folder {path.parent} does not exist; make it first")
-    if building_path(path).exists() and not overwrite:
+    building = building_path(path)
+    if not building.exists():
+        return
+    locked = is_locked(building)
+    if locked:
+        raise _at_work(path)
+    if (building / LEDGER).exists() and not (overwrite or resume):
         raise PtychodaskError(
-            f"{path}: another run is writing it, or was stopped before its end ({building_path(path)} is there); "
+            f"{path}: a run was stopped before its end, and what it finished is kept ({building}); go on with "
+            "resume=True (--resume), or pass overwrite=True (--overwrite) to start again"
+        )
+    if locked is None and not (overwrite or resume):
+        raise PtychodaskError(
+            f"{path}: another run is writing it, or was stopped before its end ({building} is there); "
             "wait for it, or pass overwrite=True (--overwrite) to start again"
         )
+
+
+def _at_work(path: Path) -> PtychodaskError:
+    return PtychodaskError(
+        f"{path}: another run is writing it ({building_path(path)}); wait for its end, or pass another name"
+    )
+
+
+def is_locked(building: Path) -> bool | None:
+    """Whether a process that is at work holds a folder that is being written; None where that cannot be known."""
+    try:
+        with (building / LOCK).open() as file:
+            return not _lock(file)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+
+
+def _lock(file: IO[str]) -> bool:
+    """Lock a file for as long as it is open; False where another one holds it. Raises `OSError` where none can be."""
+    if fcntl is None:
+        raise OSError(errno.ENOTSUP, "files cannot be locked on this system")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def _held(path: Path, *, resume: bool) -> Iterator[Path]:
+    """The folder that `path` is written in, for this process alone: empty, or with what a stopped writer finished."""
+    building = building_path(path)
+    going_on = resume and (building / LEDGER).exists()
+    if not going_on:
+        _remove(building)
+    try:
+        building.mkdir(exist_ok=going_on)
+    except FileExistsError:
+        raise _at_work(path) from None
+    with (building / LOCK).open("a") as file:
+        try:
+            if not _lock(file):
+                raise _at_work(path)
+        except OSError as error:
+            logger.warning("%s: cannot be locked (%s): a second run on it would not be noticed", building, error)
+        yield building
 
 
 def _form(path: Path) -> str | None:
@@ -96,6 +173,8 @@ def _take_place(new: Path, path: Path) -> None:
         if old.exists():
             old.rename(path)
         raise
+    for name in (LEDGER, LOCK):
+        (path / name).unlink(missing_ok=True)
     _remove(old)
 
 
@@ -116,7 +195,7 @@ def _clear_away(building: Path) -> None:
 
 
 @contextmanager
-def whole_or_nothing(path: Path, *, overwrite: bool, form: Form) -> Iterator[Path]:
+def whole_or_nothing(path: Path, *, overwrite: bool, form: Form, resume: bool = False) -> Iterator[Path]:
     """A folder to write into that becomes `path` when the block ends well, and vanishes when it does not.
 
     Parameters
@@ -124,32 +203,39 @@ def whole_or_nothing(path: Path, *, overwrite: bool, form: Form) -> Iterator[Pat
     path : Path
         What shall exist in the end.
     overwrite : bool
-        Replace what is there (only once the new one is whole), and leftovers of a killed writer.
+        Replace what is there (only once the new one is whole), and what a stopped writer left.
     form : Form
         What it shall be; something of another form is never replaced.
+    resume : bool
+        Go on in the folder that a stopped writer left, where it holds a file `LEDGER`.
 
     Yields
     ------
     Path
-        The folder beside `path` to write into.
+        The folder beside `path` to write into. A process that is killed leaves it; so does a block that fails once it
+        holds a file `LEDGER`, which says what of it is finished.
 
     Raises
     ------
     PtychodaskError
-        If `path` exists already, is of another form, another writer is (or was) at work on it, its parent
-        folder is missing, or the disk refuses the writing.
+        If `path` exists already, is of another form, another writer is at work on it, a stopped one left finished
+        work, its parent folder is missing, or the disk refuses the writing.
     """
-    check_vacant(path, overwrite=overwrite, form=form)
-    building = building_path(path)
+    check_vacant(path, overwrite=overwrite, form=form, resume=resume)
     try:
-        _remove(building)
-        building.mkdir()
-        yield building
-        _take_place(building, path)
+        with _held(path, resume=resume) as building:
+            try:
+                yield building
+                _take_place(building, path)
+            finally:
+                if not (building / LEDGER).exists():
+                    _clear_away(building)
     except OSError as error:
+        kept, way_out = "nothing was kept of it", "free space"
+        if (building_path(path) / LEDGER).exists():
+            kept = "what was finished is kept"
+            way_out = "free space and go on with resume=True (--resume)"
         raise PtychodaskError(
-            f"{path}: cannot be written ({error.strerror or error}); nothing was kept of it, and what was there before "
-            "is untouched: free space or name another place"
+            f"{path}: cannot be written ({error.strerror or error}); {kept}, and what was there before is untouched: "
+            f"{way_out}, or name another place"
         ) from error
-    finally:
-        _clear_away(building)

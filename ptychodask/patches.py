@@ -54,9 +54,10 @@ def finish_patches(path: Path) -> None:
     zarr.open_group(path, mode="r+", zarr_format=3).attrs["state"] = "complete"
 
 
-def check_patches(path: Path, made_by: dict[str, Any]) -> None:
-    """Raise `PtychodaskError` unless a finished cache was made by the same data and model."""
-    found = dict(open_root(path, PATCHES).attrs)
+def check_patches(path: Path, made_by: dict[str, Any], *, finished: bool = True) -> None:
+    """Raise `PtychodaskError` unless a cache, whole or being filled, was made by the same data and model."""
+    root = open_root(path, PATCHES) if finished else zarr.open_group(path, mode="r", zarr_format=3)
+    found = dict(root.attrs)
     other = [
         f"{name} is {found.get(name)!r}, expected {value!r}"
         for name, value in made_by.items()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ptychodask.grouping import GroupingSpec, check_drop
 from ptychodask.models.spec import Precision
 from ptychodask.prediction import (
+    Device,
     ModelReference,
     PatchModel,
     PredictionJob,
@@ -50,6 +51,9 @@ TILE_PIXELS = 256
 
 GROUP_CROP = 20
 """Elements of a group's patch that a uniform window keeps by default, as PtychoPINN does."""
+
+OnError = Literal["raise", "skip"]
+"""What becomes of what cannot be used."""
 
 LARGEST = {"batch_size": 2**31, "groups_per_chunk": 2**31, "tile": 2**16}
 """What fields may be at the most: a larger number is a slip of the hand, and a larger tile fits no store."""
@@ -96,6 +100,16 @@ class ReconstructionSpec:
     precision: Precision = "float32"
     """Of the network's convolutions: "mixed" computes them in bfloat16."""
 
+    device: Device = "any"
+    """What the network must be predicted on: "gpu" makes it an error where a worker sees none."""
+
+    on_error: OnError = "raise"
+    """What becomes of patterns that cannot be used and of groups that no worker can predict: "raise" stops with their
+    names, "skip" leaves them out and lists them in the attribute ``skipped``."""
+
+    verify: int = 0
+    """Chunks, drawn at random, that another worker computes again; where both disagree, the run fails."""
+
     split_half: bool = False
     """Stitch every other pattern apart as well, in the same pass: ``object_half`` and ``weight_half``. Groups are then
     by default drawn from either half alone."""
@@ -132,7 +146,12 @@ class ReconstructionSpec:
             raise PtychodaskError(
                 f"reconstruct: polish is {self.polish!r}, expected a whole number of sweeps, 0 or more"
             )
-        check_choice("precision", self.precision, get_args(Precision), "reconstruct")
+        for name, kind in (("precision", Precision), ("device", Device), ("on_error", OnError)):
+            check_choice(name, getattr(self, name), get_args(kind), "reconstruct")
+        if not isinstance(self.verify, Integral) or self.verify < 0:
+            raise PtychodaskError(
+                f"reconstruct: verify is {self.verify!r}, expected a whole number of chunks, 0 or more"
+            )
         if self.polish and self.split_half:
             raise PtychodaskError(
                 f"reconstruct: polish={self.polish} with split_half=True: sweeps join the halves; leave one away"
@@ -218,6 +237,9 @@ class Plan:
     groups: str
     """Name of the group table."""
 
+    groups_hash: str
+    """SHA-256 of that table."""
+
     members: int
     """Patterns in one group, C."""
 
@@ -265,6 +287,7 @@ class Plan:
         """The plan's sizes as plain values."""
         return {
             "groups": self.groups,
+            "groups_hash": self.groups_hash,
             "window": self.window,
             "crop": self.crop,
             "batch_size": self.batch_size,
@@ -274,6 +297,7 @@ class Plan:
             "n_patterns": self.n_patterns,
             "n_chunks": len(self.chunks),
             "n_tiles": len(self.tiles),
+            "box": list(self.box),
             "predict_bytes": self.predict_bytes,
             "reassemble_bytes": self.reassemble_bytes,
             "read_amplification": self.read_amplification,
@@ -363,6 +387,7 @@ def prediction_job(todo: Plan, model: PatchModel, scan: Scan, spec: Reconstructi
         todo.batch_size,
         tuple(spec.drop),
         spec.precision,
+        spec.device,
     )
 
 
@@ -551,6 +576,7 @@ def make_plan(
         store=str(Path(reader.where).resolve()),
         data_hash=reader.data_hash,
         groups=table.name,
+        groups_hash=found.table_hash,
         members=network.members,
         n_pixels=network.n_pixels,
         output=network.output,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -20,6 +21,8 @@ from ptychodask.models.spec import Precision
 from ptychodask.scan import PtychodaskError, Scan
 from ptychodask.store import ScanReader, open_scan
 
+logger = logging.getLogger(__name__)
+
 MODEL_ORDER = ("pinn", "baseline")
 """Kinds of recorded models, the one that is taken first in front."""
 
@@ -28,6 +31,9 @@ CACHE_SIZE = 4
 
 Predict = Callable[[NDArray[np.float32], NDArray[np.float32]], Any]
 """X (batch, N, N, C) and offset (batch, C, 2) to patches, one fixed batch."""
+
+Device = Literal["any", "gpu"]
+"""What a network is predicted on: what there is, or a GPU."""
 
 Cached = TypeVar("Cached")
 Opened = TypeVar("Opened", Scan, ScanReader)
@@ -100,6 +106,20 @@ class ModelReference:
             )
         return model
 
+    def prepare_device(self, *, wanted: bool) -> None:
+        """Take the GPU that was given to this process, for a network that Keras runs.
+
+        Raises
+        ------
+        PtychodaskError
+            If a GPU is `wanted` and there is none.
+        """
+        if self.model is not None and not getattr(self.model, "runs_on_keras", False):
+            return
+        _GPU.get("own", models.use_given_gpu)
+        if wanted:
+            models.check_gpu(self.path or "model")
+
 
 @dataclass(frozen=True, eq=False)
 class PredictionJob:
@@ -125,6 +145,9 @@ class PredictionJob:
     precision: Precision = "float32"
     """Of the network's convolutions."""
 
+    device: Device = "any"
+    """What it must be predicted on."""
+
 
 class PatchBatch(NamedTuple):
     """Patches and where they belong."""
@@ -137,6 +160,32 @@ class PatchBatch(NamedTuple):
 
     pattern: NDArray[np.integer[Any]]
     """The pattern of each patch, of a group's patch its seed (n,)."""
+
+
+class _Patterns(NamedTuple):
+    """Patterns of a chunk that can be used."""
+
+    scan: Scan
+    """What a model is bound to."""
+
+    pattern: NDArray[np.int32]
+    """Their indices in the store, ascending (k,)."""
+
+    position_yx_px: NDArray[np.float64]
+    """float64 (k, 2)."""
+
+    x: NDArray[np.float32]
+    """Network input, float32 (k, N, N)."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Patterns that a run left out, and why."""
+
+    patterns: tuple[int, ...]
+    """Their indices in the store, ascending; of groups that could not be predicted, those of their seeds."""
+
+    reason: str
 
 
 class _ProcessCache(Generic[Cached]):
@@ -160,7 +209,10 @@ class _ProcessCache(Generic[Cached]):
 _SCANS: _ProcessCache[Scan] = _ProcessCache()
 _READERS: _ProcessCache[ScanReader] = _ProcessCache()
 _PREDICTORS: _ProcessCache[Predict] = _ProcessCache()
+_GPU: _ProcessCache[None] = _ProcessCache()
 _DEVICE = threading.Lock()
+_BATCH_SIZES: dict[tuple[str, Precision], int] = {}
+"""Groups in one call of a network, where the device's memory held no more."""
 
 
 def resolve_model(scan: Scan, model: str | Path | PatchModel | None) -> PatchModel:
@@ -237,7 +289,11 @@ def stage(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def predict_groups(
-    jobs: Sequence[PredictionJob], start: int, stop: int, seconds: dict[str, float]
+    jobs: Sequence[PredictionJob],
+    start: int,
+    stop: int,
+    seconds: dict[str, float],
+    skipped: list[Skipped] | None = None,
 ) -> Iterator[tuple[int, PatchBatch]]:
     """Patches of consecutive groups, batch by batch, from one reading of their patterns.
 
@@ -249,6 +305,8 @@ def predict_groups(
         Rows of each job's group table.
     seconds : dict
         Takes the wall time of the stages ``load``, ``read``, ``gather`` and ``predict``.
+    skipped : list of Skipped, optional
+        Takes the patterns that cannot be used, whose groups are left out; without it they are an error.
 
     Yields
     ------
@@ -260,7 +318,8 @@ def predict_groups(
     Raises
     ------
     PtychodaskError
-        If the store changed since it was planned, or a network returns values that are not finite.
+        If the store changed since it was planned, a pattern cannot be read or is not as it must be, or a network
+        returns values that are not finite.
 
     Notes
     -----
@@ -270,14 +329,18 @@ def predict_groups(
         reader = open_reader(jobs[0])
         rows = [_rows_of(reader, job, start, stop) for job in jobs]
         wanted = np.unique(np.concatenate([member.ravel() for _, member in rows]))
-        part = reader.part(wanted)
-        patterns = part.network_input(slice(None))
+        found = _read_patterns(reader, wanted, skipped)
+    if found is None:
+        return
+    if len(found.pattern) < len(wanted):
+        rows = [
+            (row[whole], member[whole]) for row, member in rows for whole in [np.isin(member, found.pattern).all(1)]
+        ]
     for number, (job, (row, member)) in enumerate(zip(jobs, rows, strict=True)):
         with stage(seconds, "load"):
-            predict = _predictor(job, part)
-        places = np.searchsorted(wanted, member)
-        for batch in _predict_rows(job, predict, patterns, part.position_yx_px, places, row, seconds):
-            yield number, batch._replace(pattern=wanted[batch.pattern])
+            _predictor(job, found.scan, job.batch_size)
+        for batch in _predict_rows(job, found, row, member, seconds, skipped):
+            yield number, batch
 
 
 def _rows_of(
@@ -291,9 +354,77 @@ def _rows_of(
     return np.arange(start, stop)[kept], member[kept]
 
 
-def _predictor(job: PredictionJob, part: Scan) -> Predict:
-    key = (job.model.content_hash, job.data_hash, job.batch_size, job.precision)
-    return _PREDICTORS.get(key, lambda: compile_model(job.model.load().bind(part), job.batch_size, job.precision))
+def _read_patterns(reader: ScanReader, wanted: NDArray[np.int32], skipped: list[Skipped] | None) -> _Patterns | None:
+    """The patterns that can be used of those that are wanted; None where there is none."""
+    if skipped is not None:
+        readable = reader.readable(wanted)
+        _leave_out(reader, wanted[~readable], "cannot be read", skipped)
+        wanted = wanted[readable]
+    if len(wanted) == 0:
+        return None
+    scan = reader.part(wanted)
+    with np.errstate(invalid="ignore"):
+        x = scan.network_input(slice(None))
+    # A sum is finite unless a value is not: the root of negative counts is none either.
+    total, lowest = x.sum(axis=(1, 2)), x.min(axis=(1, 2))
+    wrong, dark = ~np.isfinite(total) | (lowest < 0), total == 0
+    _leave_out(reader, wanted[wrong], "have values that are negative or not finite", skipped)
+    _leave_out(reader, wanted[dark], "are dark: no good pixel has any light", skipped)
+    usable = ~(wrong | dark)
+    if usable.all():
+        return _Patterns(scan, wanted, scan.position_yx_px, x)
+    return _Patterns(scan, wanted[usable], scan.position_yx_px[usable], x[usable]) if usable.any() else None
+
+
+def _leave_out(reader: ScanReader, patterns: NDArray[np.int32], reason: str, skipped: list[Skipped] | None) -> None:
+    """Note patterns that are left out; raises `PtychodaskError` where none may be."""
+    if len(patterns) == 0:
+        return
+    if skipped is None:
+        listed = ", ".join(map(str, patterns[:10].tolist())) + (", ..." if len(patterns) > 10 else "")
+        raise PtychodaskError(
+            f"{reader.where}: {len(patterns)} patterns {reason} ({listed}); leave them out with drop= (--drop) or "
+            "on_error='skip' (--on-error skip)"
+        )
+    skipped.append(Skipped(tuple(patterns.tolist()), reason))
+
+
+def _predictor(job: PredictionJob, part: Scan, batch_size: int) -> Predict:
+    key = (job.model.content_hash, job.data_hash, batch_size, job.precision)
+    return _PREDICTORS.get(key, lambda: compile_model(job.model.load().bind(part), batch_size, job.precision))
+
+
+def _predict_batch(
+    job: PredictionJob, part: Scan, x: NDArray[np.float32], offset: NDArray[np.float32]
+) -> NDArray[np.complex64]:
+    """Patches of one batch; in smaller calls where the device's memory does not hold it."""
+    key = job.model.content_hash, job.precision
+    while True:
+        size = min(job.batch_size, _BATCH_SIZES.get(key, job.batch_size))
+        try:
+            if size == job.batch_size:
+                return np.asarray(_predictor(job, part, size)(x, offset))
+            return _in_smaller_calls(_predictor(job, part, size), size, x, offset)
+        except Exception as error:
+            if not models.is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise PtychodaskError(
+                    f"model: the device has not the memory for one group of {x.shape[-1]} patterns of {x.shape[1]} "
+                    "pixels; free it, or predict on another device"
+                ) from error
+            logger.warning("the device is out of memory with %d groups in a batch: going on with %d", size, size // 2)
+            _BATCH_SIZES[key] = size // 2
+
+
+def _in_smaller_calls(
+    predict: Predict, size: int, x: NDArray[np.float32], offset: NDArray[np.float32]
+) -> NDArray[np.complex64]:
+    parts = []
+    for first in range(0, len(x), size):
+        rows = np.minimum(np.arange(first, first + size), len(x) - 1)
+        parts.append(np.asarray(predict(x[rows], offset[rows]))[: len(x) - first])
+    return np.concatenate(parts)
 
 
 def compile_model(model: PatchModel, batch_size: int, precision: Precision) -> Predict:
@@ -308,15 +439,15 @@ def precisions(model: PatchModel) -> tuple[Precision, ...]:
 
 def _predict_rows(
     job: PredictionJob,
-    predict: Predict,
-    patterns: NDArray[np.float32],
-    position_yx_px: NDArray[np.float64],
-    places: NDArray[np.int64],
+    found: _Patterns,
     row: NDArray[np.int64],
+    member: NDArray[np.int32],
     seconds: dict[str, float],
+    skipped: list[Skipped] | None,
 ) -> Iterator[PatchBatch]:
-    """Patches of groups whose members lie at `places` in the patterns; they name patterns by their places."""
-    position = position_yx_px[places]
+    """Patches of the groups in some rows of the table, batch by batch."""
+    places = np.searchsorted(found.pattern, member)
+    position = found.position_yx_px[places]
     centre = position.mean(axis=1)
     offset = (position - centre[:, None]).astype(np.float32)
     for first in range(0, len(places), job.batch_size):
@@ -325,16 +456,21 @@ def _predict_rows(
         n_real = min(job.batch_size, len(places) - first)
         real = batch[:n_real]
         with stage(seconds, "gather"):
-            x = np.ascontiguousarray(np.moveaxis(patterns[places[batch]], 1, -1))
+            x = np.ascontiguousarray(np.moveaxis(found.x[places[batch]], 1, -1))
         with _DEVICE, stage(seconds, "predict"):
-            patches = np.asarray(predict(x, offset[batch]))[:n_real]
-        _check_patches(patches, x.shape, f"groups {row[real[0]]}..{row[real[-1]]} of '{job.groups}'")
+            patches = _predict_batch(job, found.scan, x, offset[batch])[:n_real]
+        finite = _finite_groups(patches, x.shape, f"groups {row[real[0]]}..{row[real[-1]]} of '{job.groups}'", skipped)
+        if not finite.all():
+            seeds = tuple(member[real[~finite], 0].tolist())
+            assert skipped is not None
+            skipped.append(Skipped(seeds, "the network returned values that are not finite"))
+            patches, real = patches[finite], real[finite]
         if patches.ndim == 4:
             yield PatchBatch(
-                patches.reshape(-1, *patches.shape[-2:]), position[real].reshape(-1, 2), places[real].reshape(-1)
+                patches.reshape(-1, *patches.shape[-2:]), position[real].reshape(-1, 2), member[real].reshape(-1)
             )
         else:
-            yield PatchBatch(patches, centre[real], places[real, 0])
+            yield PatchBatch(patches, centre[real], member[real, 0])
 
 
 def open_reader(job: PredictionJob) -> ScanReader:
@@ -359,7 +495,10 @@ def _changed(job: PredictionJob) -> PtychodaskError:
     )
 
 
-def _check_patches(patches: NDArray[Any], input_shape: tuple[int, ...], what: str) -> None:
+def _finite_groups(
+    patches: NDArray[Any], input_shape: tuple[int, ...], what: str, skipped: list[Skipped] | None
+) -> NDArray[np.bool_]:
+    """Which groups have finite patches; raises `PtychodaskError` where one has not and none may be left out."""
     _, n_pixels, _, members = input_shape
     if patches.shape[1:] not in ((members, n_pixels, n_pixels), (n_pixels, n_pixels)):
         raise PtychodaskError(
@@ -369,8 +508,12 @@ def _check_patches(patches: NDArray[Any], input_shape: tuple[int, ...], what: st
     # A sum is finite unless a value is not, or all are huge: it spares looking at each.
     with np.errstate(all="ignore"):
         total = patches.sum()
-    if not np.isfinite(total) and not np.isfinite(patches).all():
+    if np.isfinite(total):
+        return np.ones(len(patches), bool)
+    finite = np.isfinite(patches).reshape(len(patches), -1).all(axis=1)
+    if skipped is None and not finite.all():
         raise PtychodaskError(
             f"model: the network returned values that are not finite for {what}; its weights or its input are damaged: "
-            "train again, or drop these patterns"
+            "train again, drop these patterns, or pass on_error='skip' (--on-error skip)"
         )
+    return finite

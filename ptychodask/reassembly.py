@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -278,15 +279,33 @@ def save_canvas(canvas: Canvas, path: Path) -> None:
     for name in PIXEL.names or ():
         pixels[name] = getattr(canvas, name)
     being_written = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    with being_written.open("wb") as file:
-        np.save(file, pixels, allow_pickle=False)
-    being_written.replace(path)
+    try:
+        with being_written.open("wb") as file:
+            np.save(file, pixels, allow_pickle=False)
+        being_written.replace(path)
+    except OSError:
+        being_written.unlink(missing_ok=True)
+        raise
 
 
 def open_canvas(path: Path, corner: tuple[int, int]) -> Canvas:
     """A canvas that `save_canvas` wrote, with its corner (y, x); its sums stay on disk and cannot be written into."""
     pixels = np.load(path, mmap_mode="r", allow_pickle=False)
     return Canvas(corner, **{name: pixels[name] for name in PIXEL.names or ()})
+
+
+def checksum(canvas: Canvas) -> int:
+    """CRC-32 of a canvas' sums: the same for the same bits.
+
+    Examples
+    --------
+    >>> checksum(empty_canvas((0, 0), (1, 1))) == checksum(empty_canvas((5, 7), (1, 1)))
+    True
+    """
+    found = 0
+    for name in PIXEL.names or ():
+        found = zlib.crc32(np.ascontiguousarray(getattr(canvas, name)).data, found)
+    return found
 
 
 def finish(

@@ -175,7 +175,7 @@ def create_result(
     pixel_size_m : float or None
     layers : Layers
     """
-    root = zarr.create_group(path, zarr_format=3, overwrite=True)
+    root = zarr.create_group(path, zarr_format=3)
     root.attrs.update({**_own_attributes(pixel_size_m, layers), "state": "writing"})
     for name in layers.variables:
         _create_variable(root, name, shape, tile, pixel_size_m, layers)
@@ -217,13 +217,34 @@ def write_tile(path: Path, start_yx: tuple[int, int], arrays: TileArrays) -> Non
         Row and column of the tile's first pixel in the whole arrays: whole multiples of the tile.
     arrays : dict of name to array (..., y, x)
     """
-    root = zarr.open_group(path, mode="r+", zarr_format=3)
+    root = zarr.open_group(path, mode="r+", zarr_format=3, use_consolidated=False)
     height, width = arrays["object"].shape[-2:]
     region = ..., slice(start_yx[0], start_yx[0] + height), slice(start_yx[1], start_yx[1] + width)
     for name, values in arrays.items():
         array = root[name]
         assert isinstance(array, zarr.Array)
         array[region] = values
+
+
+def read_tile(path: Path, start_yx: tuple[int, int], shape: tuple[int, int]) -> TileArrays:
+    """One tile of a result store, as `write_tile` got it.
+
+    Parameters
+    ----------
+    path : Path
+        Store that `create_result` made, finished or not.
+    start_yx : (int, int)
+        Row and column of the tile's first pixel in the whole arrays.
+    shape : (int, int)
+        Pixels (y, x).
+
+    Returns
+    -------
+    dict of name to array (..., y, x)
+    """
+    root = zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False)
+    region = ..., slice(start_yx[0], start_yx[0] + shape[0]), slice(start_yx[1], start_yx[1] + shape[1])
+    return {name: np.asarray(_array(root, name)[region]) for name in VARIABLES | HALF_VARIABLES if name in root}
 
 
 def write_pyramid(path: Path) -> None:

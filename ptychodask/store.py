@@ -111,7 +111,7 @@ class StoredPatterns:
         return found
 
 
-def _rows(array: zarr.Array, wanted: NDArray[np.int64]) -> NDArray[Any]:
+def _rows(array: zarr.Array, wanted: NDArray[np.integer[Any]]) -> NDArray[Any]:
     """Rows of a stored array, by ascending indices: read in slices, several times faster than row by row."""
     ends = [0, *(np.flatnonzero(np.diff(wanted) >= SLICE_GAP * array.chunks[0]) + 1).tolist(), len(wanted)]
     found = np.empty((len(wanted), *array.shape[1:]), array.dtype)
@@ -551,16 +551,27 @@ class ScanReader:
         """Rows `start` to `stop` of a group table, int32 (group, channel)."""
         return self._table(f"groups/{groups}/member", slice(start, stop))
 
-    def position_yx_px(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
+    def position_yx_px(self, index: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
         """Positions (y, x) of some patterns, by ascending indices, float64 (k, 2)."""
         return np.stack([self._table(name, index) for name in ("y_px", "x_px")], axis=1)
 
-    def _table(self, name: str, rows: slice | NDArray[np.int64]) -> NDArray[Any]:
+    def _table(self, name: str, rows: slice | NDArray[np.integer[Any]]) -> NDArray[Any]:
         if name not in self._tables:
             self._tables[name] = _array(self._root, name, self.where)
         return _read_rows(self._tables[name], self.where, rows)
 
-    def part(self, index: NDArray[np.int64]) -> Scan:
+    def readable(self, index: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+        """Which of some patterns can be read, by ascending indices; each stored chunk of them is tried."""
+        stored = index // self.stored_chunk_patterns
+        found = np.ones(len(index), bool)
+        for chunk in np.unique(stored):
+            try:
+                self._diffraction[index[stored == chunk]]
+            except PtychodaskError:
+                found[stored == chunk] = False
+        return found
+
+    def part(self, index: NDArray[np.integer[Any]]) -> Scan:
         """The scan as if it had some of its patterns alone; they and their positions are read into memory.
 
         Parameters
@@ -616,7 +627,7 @@ def _read(root: zarr.Group, name: str, where: str) -> NDArray[Any]:
     return _read_rows(_array(root, name, where), where, ...)
 
 
-def _read_rows(array: zarr.Array, where: str, rows: slice | EllipsisType | NDArray[np.int64]) -> NDArray[Any]:
+def _read_rows(array: zarr.Array, where: str, rows: slice | EllipsisType | NDArray[np.integer[Any]]) -> NDArray[Any]:
     """Rows of an array, by a slice or by ascending indices."""
     try:
         return _rows(array, rows) if isinstance(rows, np.ndarray) else np.asarray(array[rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -41,6 +42,9 @@ class Survey:
 
     n_decompressed: NDArray[np.int64]
     """Patterns in the stored chunks that it reads (chunk,)."""
+
+    table_hash: str
+    """SHA-256 of the table."""
 
     used: NDArray[np.bool_]
     """Whether a pattern (pattern,) is read for a chunk that reaches the region."""
@@ -98,7 +102,9 @@ def survey(
     """
     used = np.zeros(reader.n_patterns, bool)
     parts: list[list[NDArray[np.int64]]] = []
+    digest = hashlib.sha256()
     for member in _blocks(table, size):
+        digest.update(np.ascontiguousarray(member).data)
         kept = groups_kept(member, drop)
         chunk = np.arange(len(member)) // size
         position = _positions(reader, member, position_yx_px)
@@ -118,7 +124,7 @@ def survey(
         )
         used[pattern[_reaching(low, high, region)[pattern_chunk]]] = True
     first, last, *counts = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Survey(size, first, last, counts[0], counts[1], counts[2], used)
+    return Survey(size, first, last, counts[0], counts[1], counts[2], digest.hexdigest(), used)
 
 
 def _blocks(table: GroupTable, size: int) -> Iterator[NDArray[np.int32]]:

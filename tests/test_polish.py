@@ -106,16 +106,24 @@ def test_r_falls_and_is_the_r_of_the_object(scan, client, polished):
     assert polished.attrs["spec"]["polish"] == 4
 
 
-def test_a_failing_sweep_gives_one_line_and_leaves_nothing(scan, client, tmp_path, monkeypatch):
+def test_a_failing_sweep_gives_one_line_and_the_run_goes_on_without_the_network(scan, client, tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("the disk went away\nand this is its long story")
 
     monkeypatch.setattr(polishing, "called_for", fail)
+    fields = FIELDS | {"polish": 2, "out": tmp_path / "object.zarr", "client": client}
     with pytest.raises(PtychodaskError) as caught:
-        reconstruct(scan.store, FlatModel(), client=client, polish=2, out=tmp_path / "object.zarr", **FIELDS)
+        reconstruct(scan.store, FlatModel(), **fields)
     assert str(caught.value).startswith("reconstruct: polishing with the patterns over (")
-    assert str(caught.value).endswith("failed: RuntimeError: the disk went away")
-    assert list(tmp_path.iterdir()) == []
+    assert "failed: RuntimeError: the disk went away; what is finished is kept" in str(caught.value)
+    monkeypatch.undo()
+    monkeypatch.setattr(FlatModel, "patches", fail)
+    resumed = reconstruct(scan.store, FlatModel(), resume=True, **fields)
+    monkeypatch.undo()
+    whole = reconstruct(scan.store, FlatModel(), **FIELDS, polish=2, client=client)
+    for name in ("object", "weight", "uncertainty", "count"):
+        np.testing.assert_array_equal(resumed[name].values, whole[name].values)
+    assert [path.name for path in tmp_path.iterdir()] == ["object.zarr"]
 
 
 def test_only_the_object_changes_and_unseen_pixels_stay_unseen(scan, client, polished):

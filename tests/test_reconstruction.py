@@ -21,7 +21,7 @@ from ptychodask.cluster import LOOPBACK, local_client
 from ptychodask.plan import plan
 from ptychodask.reassembly import add_patches, crop_middle, empty_canvas, finish, illumination_window
 from ptychodask.reconstruction import reconstruct, tasks
-from ptychodask.reconstruction.running import Run
+from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import open_result
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
@@ -228,26 +228,48 @@ def test_a_failing_model_gives_one_line_and_leaves_nothing(store, client, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_nothing(store, client, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_what_was_finished(store, client, tmp_path, monkeypatch):
     def refuse(path, start_yx, arrays):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tasks, "write_tile", refuse)
-    with pytest.raises(PtychodaskError, match=r"cannot be written \(No space left on device\)"):
-        reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr")
-    assert list(tmp_path.iterdir()) == []
+    out = tmp_path / "object.zarr"
+    with pytest.raises(
+        PtychodaskError, match=r"cannot be written \(No space left.*; what was finished is kept.*resume"
+    ):
+        reconstruct(store, LinearModel(), client=client, out=out)
+    assert [path.name for path in tmp_path.iterdir()] == [".object.zarr.writing"]
+    monkeypatch.undo()
+    model = LinearModel()
+    assert_same_bits(
+        reconstruct(store, model, client=client, out=out, resume=True), reconstruct(store, LinearModel(), client=client)
+    )
+    assert model.calls == []
 
 
-def test_an_interrupt_stops_the_run_and_leaves_nothing(store, client, tmp_path, monkeypatch):
-    def interrupt(self, future):
-        raise KeyboardInterrupt
+def test_an_interrupt_stops_the_run_which_then_goes_on(store, client, tmp_path, monkeypatch):
+    fields = {"groups_per_chunk": 5, "tile": 16, "batch_size": 5}
+    seen = []
 
-    monkeypatch.setattr(Run, "_tile_done", interrupt)
+    def interrupted(self, kind, *rest):
+        add(self, kind, *rest)
+        seen.append(kind)
+        if seen.count("tile") == 3:
+            raise KeyboardInterrupt
+
+    add = Ledger.add
+    monkeypatch.setattr(Ledger, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr", groups_per_chunk=1, tile=16)
-    assert list(tmp_path.iterdir()) == []
+        reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr", **fields)
     monkeypatch.undo()
     assert client.submit(sum, [1, 2]).result() == 3
+    with pytest.raises(PtychodaskError, match="was stopped before its end, and what it finished is kept"):
+        reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr", **fields)
+    model = LinearModel()
+    resumed = reconstruct(store, model, client=client, out=tmp_path / "object.zarr", resume=True, **fields)
+    assert len(model.calls) == resumed.attrs["plan"]["n_chunks"] - seen.count("chunk")
+    assert_same_bits(resumed, reconstruct(store, LinearModel(), client=client, **fields))
+    assert [path.name for path in tmp_path.iterdir()] == ["object.zarr"]
 
 
 def test_outputs_are_not_replaced_unasked(store, client, tmp_path):

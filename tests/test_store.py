@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -14,9 +15,19 @@ import xarray
 import zarr
 
 from ptychodask import store as store_module
+from ptychodask.folders import LOCK, whole_or_nothing
 from ptychodask.grouping import GroupingSpec, curve_order
 from ptychodask.scan import PtychodaskError, Scan, Truth
-from ptychodask.store import group, open_scan, read_groups, record_model, replace_probe, stored_group_names, write_scan
+from ptychodask.store import (
+    SCAN,
+    group,
+    open_scan,
+    read_groups,
+    record_model,
+    replace_probe,
+    stored_group_names,
+    write_scan,
+)
 
 
 def scan_parts(n_patterns: int = 40, n_pixels: int = 16, seed: int = 0) -> dict[str, Any]:
@@ -207,9 +218,32 @@ def test_a_killed_writer_is_recognised_and_replaced_on_request(tmp_path):
     (tmp_path / ".a.zarr.writing").mkdir()
     with pytest.raises(PtychodaskError, match="the store is unfinished"):
         open_scan(tmp_path / "a.zarr")
+    (tmp_path / ".a.zarr.writing" / "half").touch()
+    write(tmp_path / "a.zarr")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
+
+
+def test_a_second_writer_is_refused_while_the_first_is_at_work(tmp_path):
+    with whole_or_nothing(tmp_path / "a.zarr", overwrite=False, form=SCAN) as building:
+        (building / "half").touch()
+        for overwrite in (False, True):
+            with pytest.raises(PtychodaskError, match=r"another run is writing it .*wait for its end"):
+                write(tmp_path / "a.zarr", overwrite=overwrite)
+        assert (building / "half").exists()
+    assert {path.name for path in (tmp_path / "a.zarr").iterdir()} == {"half"}
+
+
+def test_where_files_cannot_be_locked_leftovers_are_replaced_on_request_alone(tmp_path, monkeypatch, caplog):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".a.zarr.writing").mkdir()
+    (tmp_path / ".a.zarr.writing" / LOCK).touch()
     with pytest.raises(PtychodaskError, match="another run is writing it, or was stopped"):
         write(tmp_path / "a.zarr")
     write(tmp_path / "a.zarr", overwrite=True)
+    assert "cannot be locked (" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
 
 

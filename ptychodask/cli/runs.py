@@ -94,14 +94,22 @@ def reconstruct(
     cache: Annotated[Path | None, typer.Option(help="Patches to keep, or to stitch again without the network.")] = None,
     positions: Annotated[Path | None, typer.Option(help=".npy of corrected positions (y, x) for --cache.")] = None,
     memory_bytes: Annotated[int | None, typer.Option(help="Memory that one task may take.")] = None,
+    on_error: Annotated[
+        str | None, typer.Option(help="raise, or skip what cannot be used and list it in the result.")
+    ] = None,
+    verify: Annotated[int | None, typer.Option(help="Chunks that a second worker computes again.")] = None,
+    device: Annotated[str | None, typer.Option(help="any, or gpu where nothing else will do.")] = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what a stopped run left.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Turn a scan into an object, and draw it.
 
     Example: ptychodask reconstruct scan.zarr
+
+    Example: ptychodask reconstruct scan.zarr --workers 2 --on-error skip --resume
 
     Example: ptychodask reconstruct scan.zarr --model PtychoPINN=scan.pinn.model --model Baseline=scan.baseline.model
     """
@@ -128,11 +136,21 @@ def reconstruct(
         pyramid=pyramid or None,
         cache=cache,
         position_yx_px=None if positions is None else numbers_in("--positions", positions, "positions"),
+        on_error=on_error,
+        verify=verify,
+        device=device,
     )
     check_figure_path(png)
     with client_for(workers, scheduler) as client:
         result = reconstruct(
-            store, _models(model), out=out, client=client, overwrite=overwrite, progress=bar(quiet), **options
+            store,
+            _models(model),
+            out=out,
+            client=client,
+            overwrite=overwrite,
+            resume=resume,
+            progress=bar(quiet),
+            **options,
         )
     if "method" in result.dims:
         plot_comparison({label: result.sel({"method": label}) for label in result["method"].values}, path=png)
@@ -140,7 +158,9 @@ def reconstruct(
         plot(result, path=png)
     height, width = result["object"].shape[-2:]
     rate = result.attrs["patterns_per_s"]
-    typer.echo(f"{out}: {height} x {width} px, {rate:,.0f} patterns/s; picture in {png}")
+    n_skipped = sum(len(patterns) for patterns in result.attrs["skipped"].values())
+    left_out = f", {n_skipped} patterns left out" if n_skipped else ""
+    typer.echo(f"{out}: {height} x {width} px, {rate:,.0f} patterns/s{left_out}; picture in {png}")
 
 
 def _models(given: list[str] | None) -> str | dict[str, str] | None:

@@ -6,6 +6,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "device": ["check_gpu", "is_out_of_memory", "use_given_gpu"],
         "bundle": ["load_model", "save_model"],
         "model": ["Model"],
         "own": ["CallableModel"],

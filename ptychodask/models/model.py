@@ -50,6 +50,9 @@ class Model:
     output: Literal["member", "group"] = "member"
     """Patches are given for each member, at its position."""
 
+    runs_on_keras: ClassVar[bool] = True
+    """Keras' backend computes it, on the devices that it sees."""
+
     precisions: ClassVar[tuple[Precision, ...]] = get_args(Precision)
     """Precisions that it computes in."""
 

@@ -106,6 +106,9 @@ class PtychoPinnModel:
 
     output: Literal["member", "group"] = "group"
 
+    runs_on_keras: ClassVar[bool] = True
+    """Keras' backend computes it, on the devices that it sees."""
+
     precisions: ClassVar[tuple[Precision, ...]] = get_args(Precision)
     """Precisions that it computes in."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import numpy as np
 import xarray as xr
 
 from ptychodask.cluster import client_for_run
-from ptychodask.folders import whole_or_nothing
+from ptychodask.folders import LEDGER, building_path, whole_or_nothing
 from ptychodask.patches import PATCHES, check_patches, create_patches, finish_patches
 from ptychodask.plan import (
     MIB,
@@ -33,11 +34,13 @@ from ptychodask.plan import (
 )
 from ptychodask.prediction import PatchModel, resolve_model, stage
 from ptychodask.reconstruction.lazy import lazy_result
-from ptychodask.reconstruction.polished import Polishing
+from ptychodask.reconstruction.ledger import Ledger, check_same, differences
+from ptychodask.reconstruction.polished import Polishing, stitch_on_workers, tiles_from_disk
 from ptychodask.reconstruction.running import check_workers
-from ptychodask.reconstruction.stitching import sent_job, start_yx, stitch
+from ptychodask.reconstruction.stitching import Stitching, Told, sent_job, start_yx
 from ptychodask.reconstruction.tasks import MethodJob, StitchingJob, TileReport
 from ptychodask.result import (
+    PYRAMID,
     RESULT,
     Layers,
     TileArrays,
@@ -57,6 +60,9 @@ __all__ = ["reconstruct"]
 SUMS_FOLDER = "sums"
 """Folder inside a result that is being written where sums of chunks wait for their tiles."""
 
+STITCHED_FOLDER = "stitched"
+"""Store inside a result that is being written, of the tiles that are still to be polished."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Work:
@@ -67,7 +73,7 @@ class _Work:
 
     job: StitchingJob
     todo: Plan
-    n_sweeps: int
+    spec: ReconstructionSpec
     attributes: dict[str, Any]
 
 
@@ -79,6 +85,7 @@ def reconstruct(
     out: str | Path | None = None,
     client: distributed.Client | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     compute: bool = True,
     progress: bool | None = None,
     **spec_fields: Any,
@@ -99,7 +106,10 @@ def reconstruct(
     client : distributed.Client, optional
         Where to run; by default the active client, else one in this process.
     overwrite : bool
-        Replace what is at `out`.
+        Replace what is at `out`, and what a stopped run left of it.
+    resume : bool
+        Go on with what a stopped run left of `out`: finished tiles and chunks are not computed again. The result of
+        the same run that is whole already is opened.
     compute : bool
         False gives a lazy Dataset: a region of it predicts only the chunks that meet the tiles it touches.
     progress : bool, optional
@@ -118,13 +128,19 @@ def reconstruct(
     ------
     PtychodaskError
         If a field is unknown, no model fits, the plan is refused (see `plan`), a worker has too little memory, a task
-        fails, or `out` exists.
+        fails, `out` exists, or what is to be gone on with was made by another scan, model, spec or plan.
 
     Notes
     -----
     The same plan gives the same bits for any number of workers: sums are float64 and merged in the order of chunks.
     With `out` the sums of a chunk wait for their tiles in a file beside it, so that no worker's memory depends on the
     size of the scan.
+
+    A run into `out` that ends early, however it ends, keeps what it finished: the tiles, and the sums of chunks, each
+    with its checksum in a ledger. A task that fails is tried once more, on another worker where the first is gone; a
+    chunk that ends its workers is set aside until all others are done, and tried alone before it is given up; a task
+    that is out far longer than any other is given to a second worker as well. With ``on_error="skip"`` what cannot be
+    used is left out as if it were in ``drop``, and the attribute ``skipped`` lists it by the reason.
 
     The halves take every other pattern as they are stored: the patches of even ones and of odd ones (of a patch per
     group, its seed counts). By default their groups are drawn from one half alone (`GroupingSpec.halves`), so that the
@@ -145,7 +161,7 @@ def reconstruct(
     started = time.perf_counter()
     spec = with_fields(spec, spec_fields)
     several = isinstance(model, Mapping)
-    _check_asked(spec, out, compute=compute, several=several)
+    _check_asked(spec, out, compute=compute, several=several, resume=resume)
     reader = ScanReader(store)
     reader.check()
     scan = reader.first()
@@ -153,7 +169,8 @@ def reconstruct(
     networks = {str(label): resolve_model(scan, one) for label, one in models.items()}
     plans = plan_together(reader, networks, spec) if several else {"": plan_for(reader, networks[""], spec)}
     todo = next(iter(plans.values()))
-    with _patch_cache(scan, networks, todo, spec) as patches:
+    unfinished = None if out is None else building_path(Path(out))
+    with _patch_cache(scan, networks, todo, spec, unfinished, overwrite=overwrite, resume=resume) as patches:
         job = StitchingJob(
             tuple(
                 MethodJob(prediction_job(plans[label], network, scan, spec), plans[label].window, plans[label].crop)
@@ -163,16 +180,29 @@ def reconstruct(
             position_yx_px=spec.position_yx_px,
             **patches,
         )
-        work = _Work(scan, job, todo, int(spec.polish), _attributes(networks, plans, spec))
+        work = _Work(scan, job, todo, spec, _attributes(networks, plans, spec))
         if not compute:
             return lazy_result(job, todo, scan.pixel_size_m, work.attributes)
         if out is None:
             return _in_memory(work, client, started, progress)
-        return _on_disk(work, Path(out), client, started, progress, overwrite=overwrite, pyramid=spec.pyramid)
+        return _on_disk(work, Path(out), client, started, progress, overwrite=overwrite, resume=resume)
 
 
-def _check_asked(spec: ReconstructionSpec, out: str | Path | None, *, compute: bool, several: bool) -> None:
+def _check_asked(
+    spec: ReconstructionSpec, out: str | Path | None, *, compute: bool, several: bool, resume: bool
+) -> None:
     """Raise `PtychodaskError` for wishes that exclude each other."""
+    if resume and out is None:
+        raise PtychodaskError("reconstruct: resume=True goes on with a result on disk; pass out= (--out)")
+    if not compute and (spec.on_error == "skip" or spec.verify):
+        raise PtychodaskError(
+            "reconstruct: compute=False cannot list what is skipped or verified; compute, or leave on_error and verify "
+            "away"
+        )
+    if spec.cache is not None and spec.on_error == "skip":
+        raise PtychodaskError(
+            "reconstruct: on_error='skip' would leave a cache of patches with holes; leave cache or on_error away"
+        )
     if out is not None and not compute:
         raise PtychodaskError("reconstruct: compute=False writes nothing; leave out= away, or compute")
     if spec.pyramid and out is None:
@@ -207,7 +237,7 @@ def _in_memory(work: _Work, client: distributed.Client | None, started: float, p
         for name, part in report.arrays.items():
             arrays[name][..., y : y + height, x : x + width] = part
 
-    told = _run(work, client, None, None, place, show=progress)
+    told = _run(work, client, None, place, show=progress)
     return make_dataset(
         **arrays,
         corner=todo.box.corner,
@@ -225,65 +255,185 @@ def _on_disk(
     progress: bool | None,
     *,
     overwrite: bool,
-    pyramid: bool,
+    resume: bool,
 ) -> xr.Dataset:
-    todo = work.todo
-    if path.resolve() == Path(todo.store):
+    if path.resolve() == Path(work.todo.store):
         raise PtychodaskError(f"{path}: is the store of the scan itself; name another place with out=")
-    with whole_or_nothing(path, overwrite=overwrite, form=RESULT) as building:
-        create_result(
-            building,
-            todo.box.shape,
-            todo.box.corner,
-            todo.tile,
-            pixel_size_m=work.scan.pixel_size_m,
-            layers=work.job.layers,
-        )
-        folder = building.resolve() / SUMS_FOLDER
-        folder.mkdir()
-        told = _run(work, client, building.resolve(), folder, lambda tile, report: None, show=progress)
-        folder.rmdir()
-        if pyramid:
+    if resume and path.exists() and not building_path(path).exists():
+        whole = open_result(path)
+        if not overwrite:
+            check_same(_identity(whole.attrs), _identity(work.attributes), str(path))
+        if not differences(_identity(whole.attrs), _identity(work.attributes)):
+            logger.info("%s: is whole already", path)
+            return whole
+    with whole_or_nothing(path, overwrite=overwrite, form=RESULT, resume=resume) as building:
+        whole_path = building.resolve()
+        ledger = Ledger(whole_path, _identity(work.attributes))
+        try:
+            told = _into(work, whole_path, ledger, client, progress)
+        except PtychodaskError as error:
+            if not ledger.exists:
+                raise
+            raise PtychodaskError(
+                f"{error}; what is finished is kept: go on with resume=True (--resume), or start again with "
+                "overwrite=True (--overwrite)"
+            ) from error
+        if work.spec.pyramid:
             with stage(told["seconds"], "pyramid"):
-                write_pyramid(building)
-        finish_result(building, work.attributes | _rates(todo, told, started))
+                write_pyramid(whole_path)
+        finish_result(whole_path, work.attributes | _rates(work.todo, told, started))
     return open_result(path)
+
+
+def _into(
+    work: _Work, building: Path, ledger: Ledger, client: distributed.Client | None, show: bool | None
+) -> dict[str, Any]:
+    """Run into a result store that is being written, or go on with it; gives what `_run` gives."""
+    places = _Places(building, building / STITCHED_FOLDER if work.spec.polish else building, ledger)
+    if ledger.exists:
+        ledger.read()
+        _check_nothing_skipped(ledger, work.spec)
+    else:
+        for path in {building, places.stitched}:
+            create_result(
+                path,
+                work.todo.box.shape,
+                work.todo.box.corner,
+                work.todo.tile,
+                pixel_size_m=work.scan.pixel_size_m,
+                layers=work.job.layers,
+            )
+        places.sums.mkdir()
+    if work.spec.pyramid:
+        shutil.rmtree(building / PYRAMID, ignore_errors=True)
+    told = _run(work, client, places, lambda tile, report: None, show=show)
+    shutil.rmtree(places.sums)
+    if places.stitched != building:
+        shutil.rmtree(places.stitched)
+    return told
+
+
+def _check_nothing_skipped(ledger: Ledger, spec: ReconstructionSpec) -> None:
+    if spec.on_error == "raise" and any(record["skipped"] for record in ledger.chunks.values()):
+        raise PtychodaskError(
+            "reconstruct: the stopped run left patterns out with on_error='skip', which on_error='raise' does not; "
+            "pass on_error='skip' (--on-error skip) to go on with it"
+        )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where a run into a result store puts things."""
+
+    result: Path
+    """Store that is being written."""
+
+    stitched: Path
+    """Store of the tiles as they are stitched: the result, unless they are polished before they come there."""
+
+    ledger: Ledger
+
+    @property
+    def sums(self) -> Path:
+        """Folder of the sums of chunks."""
+        return self.result / SUMS_FOLDER
 
 
 def _run(
     work: _Work,
     client: distributed.Client | None,
-    out: Path | None,
-    folder: Path | None,
+    places: _Places | None,
     take: Callable[[Tile, TileReport], None],
     *,
     show: bool | None,
 ) -> dict[str, Any]:
-    """Stitch and polish; attributes that tell of it: the wall time of each stage, and R of the sweeps."""
-    job, todo = work.job, work.todo
+    """Stitch and polish; attributes that tell of it: wall time of each stage, what was left out, R of the sweeps."""
+    job, todo, spec = work.job, work.todo, work.spec
     n_chunks, n_tiles = len(todo.chunks), len(todo.tiles)
     logger.info("%s: %d groups in %d chunks onto %d tiles", todo.store, todo.n_groups, n_chunks, n_tiles)
+    kept: dict[str, Any] = (
+        {} if places is None else {"out": places.stitched, "folder": places.sums, "ledger": places.ledger}
+    )
     with client_for_run(client) as used, sent_job(used, job) as sent:
         check_workers(used, max(todo.predict_bytes, todo.reassemble_bytes))
-        if work.n_sweeps == 0:
-            return {"seconds": stitch(job, sent, todo, used, out, folder, take, show)}
-        polishing = Polishing(used, job, sent, todo, open_scan(todo.store))
-        seconds = polishing.stitch(show)
-        with stage(seconds, "polish"):
-            r_factors = polishing.sweep(work.n_sweeps, show)
-        polishing.deliver(out, take)
+        stitching = Stitching(
+            used, job, sent, todo, tolerant=spec.on_error == "skip", n_verified=int(spec.verify), **kept
+        )
+        if spec.polish and places is None:
+            stitched = stitch_on_workers(used, stitching, todo, show)
+        else:
+            stitching.run((lambda tile, report: None) if spec.polish else take, show)
+            stitched = [] if places is None else tiles_from_disk(used, places.stitched, todo)
+        told = _told(stitching.told, todo.store)
+        if not spec.polish:
+            return told
+        drop = tuple(sorted({*spec.drop, *(one for patterns in told["skipped"].values() for one in patterns)}))
+        polishing = Polishing(used, job.methods[0].prediction, todo, open_scan(todo.store), stitched, drop)
+        with stage(told["seconds"], "polish"):
+            r_factors = polishing.sweep(int(spec.polish), show)
+        polishing.deliver(None if places is None else places.result, take)
     logger.info(
-        "%s: R %.4f after stitching and %.4f after %d sweeps", todo.store, r_factors[0], r_factors[-1], work.n_sweeps
+        "%s: R %.4f after stitching and %.4f after %d sweeps", todo.store, r_factors[0], r_factors[-1], spec.polish
     )
-    polished = {"sweeps": work.n_sweeps, "n_patterns": polishing.n_patterns, "r_factor": r_factors}
-    return {"seconds": seconds, "polish": polished}
+    polished = {"sweeps": int(spec.polish), "n_patterns": polishing.n_patterns, "r_factor": r_factors}
+    return told | {"polish": polished}
+
+
+def _told(told: Told, store: str) -> dict[str, Any]:
+    """Attributes that tell of a stitching; what was left out is logged too."""
+    skipped = told.skipped()
+    for reason, patterns in skipped.items():
+        logger.warning("%s: left out %d patterns, which %s: %s", store, len(patterns), reason, _some(patterns))
+    verified = {
+        "chunks": sorted(told.verifications),
+        "same_bits": sum(found.same_bits for found in told.verifications.values()),
+        "largest_difference": max((found.largest_difference for found in told.verifications.values()), default=0.0),
+        "elsewhere": sum(len(set(found.workers)) == 2 for found in told.verifications.values()),
+    }
+    return {"seconds": told.seconds(), "skipped": skipped} | ({"verified": verified} if told.verifications else {})
+
+
+def _some(patterns: list[int]) -> str:
+    return ", ".join(map(str, patterns[:20])) + (", ..." if len(patterns) > 20 else "")
+
+
+OF_NO_EFFECT = ("memory_bytes", "on_error", "verify", "device", "pyramid")
+"""Fields of a spec that two runs may differ in and give the same tiles."""
+
+
+def _identity(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What the tiles of a run depend on, from its attributes."""
+    spec = {name: value for name, value in attributes["spec"].items() if name not in OF_NO_EFFECT}
+    return {
+        "data_hash": attributes["data_hash"],
+        "model": _without_paths(attributes["model"]),
+        "spec": spec,
+        "plan": attributes["plan"],
+    }
+
+
+def _without_paths(value: Any) -> Any:
+    """Descriptions of models, less where they lie."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: _without_paths(item) for name, item in value.items() if name != "path"}
 
 
 @contextmanager
 def _patch_cache(
-    scan: Scan, networks: Mapping[str, PatchModel], todo: Plan, spec: ReconstructionSpec
+    scan: Scan,
+    networks: Mapping[str, PatchModel],
+    todo: Plan,
+    spec: ReconstructionSpec,
+    unfinished: Path | None,
+    *,
+    overwrite: bool,
+    resume: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Fields of the job that concern the cache of patches; one that is not there yet becomes whole with the block."""
+    """Fields of the job that concern the cache of patches; one that is not there yet becomes whole with the block.
+
+    When the block fails, a cache that a run into `unfinished` was filling is kept with that.
+    """
     if spec.cache is None:
         yield {}
         return
@@ -292,6 +442,7 @@ def _patch_cache(
         "data_hash": scan.data_hash,
         "model_hash": network.content_hash,
         "groups": todo.groups,
+        "groups_hash": todo.groups_hash,
         "precision": spec.precision,
     }
     if path.exists():
@@ -303,16 +454,32 @@ def _patch_cache(
             f"{path}: no such cache of patches, and roi, drop and position_yx_px would leave it with holes; fill it "
             "with the whole scan first"
         )
-    shape = (todo.n_pixels, todo.n_pixels)
-    with whole_or_nothing(path, overwrite=False, form=PATCHES) as building:
-        create_patches(
-            building,
-            (todo.members, *shape) if todo.output == "member" else shape,
-            todo.n_groups,
-            (todo.groups_per_chunk, todo.batch_size),
-            made_by,
+    if resume and unfinished is not None and (unfinished / LEDGER).exists() > (building_path(path) / LEDGER).exists():
+        raise PtychodaskError(
+            f"{path}: the cache that the stopped run was filling is gone; start again with overwrite=True "
+            "(--overwrite), without resume"
         )
-        yield {"patches": str(building.resolve()), "fill": True}
+    shape = (todo.n_pixels, todo.n_pixels)
+    with whole_or_nothing(path, overwrite=overwrite, form=PATCHES, resume=resume) as building:
+        marker = building / LEDGER
+        if marker.exists():
+            check_patches(building, made_by, finished=False)
+        else:
+            create_patches(
+                building,
+                (todo.members, *shape) if todo.output == "member" else shape,
+                todo.n_groups,
+                (todo.groups_per_chunk, todo.batch_size),
+                made_by,
+            )
+        if unfinished is not None:
+            marker.touch()
+        try:
+            yield {"patches": str(building.resolve()), "fill": True}
+        except BaseException:
+            if unfinished is None or not (unfinished / LEDGER).exists():
+                marker.unlink(missing_ok=True)
+            raise
         finish_patches(building)
 
 

@@ -43,7 +43,9 @@ def lazy_result(job: StitchingJob, todo: Plan, pixel_size_m: float | None, attri
         for i, tile in enumerate(todo.tiles)
     }
     client = active_client()
-    resources = device_share(worker["resources"] for worker in workers_of(client)) if client is not None else None
+    resources = (
+        device_share(worker["resources"] for worker in workers_of(client).values()) if client is not None else None
+    )
     layers: dict[str, Any] = {
         job_key: MaterializedLayer({job_key: DataNode(job_key, job)}),
         predict: MaterializedLayer(chunk_tasks, annotations={"resources": resources} if resources else None),

@@ -13,7 +13,6 @@ import distributed
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.cluster import Parcel
 from ptychodask.iterative import StepProducts
 from ptychodask.plan import Plan, Tile
 from ptychodask.polishing import (
@@ -25,51 +24,76 @@ from ptychodask.polishing import (
     plan_polishing,
     step_tile,
 )
+from ptychodask.prediction import PredictionJob
 from ptychodask.progress import Progress, show_progress
 from ptychodask.reconstruction.running import Run, Tasks, check_done
-from ptychodask.reconstruction.stitching import Seconds, start_yx, stitching_tasks
-from ptychodask.reconstruction.tasks import StitchingJob, TileReport, deliver_polished
-from ptychodask.scan import PtychodaskError, Scan
+from ptychodask.reconstruction.stitching import Stitching, start_yx
+from ptychodask.reconstruction.tasks import TileReport, deliver_polished, stored_tile
+from ptychodask.scan import Scan
+
+
+def stitch_on_workers(
+    client: distributed.Client, stitching: Stitching, todo: Plan, show: bool | None
+) -> list[distributed.Future]:
+    """Stitch a plan; gives a `TileReport` for each tile, which stays with the workers."""
+    done: dict[int, distributed.Future] = {}
+    with (
+        show_progress("reconstruct", todo.n_groups, "groups", show) as progress,
+        Run(client, stitching.tasks(every_tile=True)).guarded() as run,
+    ):
+        run.to_its_end(done.__setitem__, progress, take_check=stitching.verified)
+    stitched = [done[index] for index in range(len(todo.tiles))]
+    times = [client.submit(_without_arrays, future, priority=1, pure=False) for future in stitched]
+    for tile, report in zip(todo.tiles, told_by(client, times), strict=True):
+        stitching.told.add_tile(tile, report)
+    return stitched
+
+
+def tiles_from_disk(client: distributed.Client, out: Path, todo: Plan) -> list[distributed.Future]:
+    """Tiles that lie in a result store: a `TileReport` of each, which stays with the workers."""
+    return [client.submit(stored_tile, out, tile, start_yx(todo, tile), priority=1, pure=False) for tile in todo.tiles]
 
 
 class Polishing:
-    """The client's side of polishing: the tiles of the object, which stay with the workers from sweep to sweep."""
+    """The client's side of polishing: the tiles of the object, which stay with the workers from sweep to sweep.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    job : PredictionJob
+        Names the store.
+    todo : Plan
+    scan : Scan
+    stitched : list of Future
+        `TileReport` of each tile.
+    drop : ints
+        Patterns that are left out.
+    """
 
     def __init__(
-        self, client: distributed.Client, job: StitchingJob, sent: StitchingJob | Parcel, todo: Plan, scan: Scan
+        self,
+        client: distributed.Client,
+        job: PredictionJob,
+        todo: Plan,
+        scan: Scan,
+        stitched: list[distributed.Future],
+        drop: tuple[int, ...],
     ) -> None:
-        self._client, self._stitching, self._sent, self._todo = client, job, sent, todo
-        prediction = job.methods[0].prediction
-        self._boxes, self._parts = plan_polishing(scan, todo, prediction.drop)
+        self._client, self._todo, self._stitched = client, todo, stitched
+        self._boxes, self._parts = plan_polishing(scan, todo, drop)
         # The model stays behind: sweeps need the scan alone.
-        self._job = replace(prediction, model=replace(prediction.model, model=None))
+        self._job = replace(job, model=replace(job.model, model=None))
         self._parts_of = [
             tuple(index for index, part in enumerate(self._parts) if tile in part.tiles)
             for tile in range(len(todo.tiles))
         ]
         self.n_patterns = sum(len(part.index) for part in self._parts)
-        self._stitched: list[distributed.Future] = []
         self._objects: list[distributed.Future] = []
-
-    def stitch(self, show: bool | None) -> dict[str, float]:
-        """Stitch; the tiles stay with the workers. Gives the wall time of each stage."""
-        todo = self._todo
-        done: dict[int, distributed.Future] = {}
-        with (
-            show_progress("reconstruct", todo.n_groups, "groups", show) as progress,
-            Run(self._client, stitching_tasks(self._stitching, self._sent, todo, every_tile=True)).guarded() as run,
-        ):
-            run.to_its_end(done.__setitem__, progress)
-        self._stitched = [done[index] for index in range(len(todo.tiles))]
-        seconds = Seconds()
-        for tile, report in zip(todo.tiles, self._told(self._on_tiles(_times, self._stitched)), strict=True):
-            seconds.add(tile, report)
-        return seconds.in_all()
 
     def sweep(self, n_sweeps: int, show: bool | None) -> list[float]:
         """Sweep over the patterns; R before the first sweep and after each."""
         stitched = self._on_tiles(_object_of, self._stitched)
-        summed = self._told(self._on_tiles(amplitude_sum, stitched))
+        summed = told_by(self._client, self._on_tiles(amplitude_sum, stitched))
         mean = sum(total for total, _ in summed) / sum(count for _, count in summed)
         places = [tile.box for tile in self._todo.tiles]
         hold = partial(hold_tile, self._job, mean=mean)
@@ -81,7 +105,7 @@ class Polishing:
         with show_progress("polish", (n_sweeps + 1) * self.n_patterns, "patterns", show) as progress:
             for sweep in range(n_sweeps + 1):
                 earlier, changes = changes, self._changes(held, objects, before, changes, progress)
-                reports = self._told(self._on_tiles(attrgetter("report"), changes))
+                reports = told_by(self._client, self._on_tiles(attrgetter("report"), changes))
                 misfit = misfit_in_all(reports)
                 r_factors.append(misfit.r_factor)
                 progress.note(f"{sweep} of {n_sweeps} sweeps, R {misfit.r_factor:.4f}")
@@ -154,11 +178,12 @@ class Polishing:
         """One task for each tile, with its place in each column."""
         return [self._client.submit(function, *row, priority=1, pure=False) for row in zip(*columns, strict=True)]
 
-    def _told(self, futures: list[distributed.Future]) -> list[Any]:
-        """What small tasks give."""
-        for future in distributed.as_completed(futures, loop=self._client.loop):
-            check_done(future, "polishing", (PtychodaskError,))
-        return list(self._client.gather(futures))
+
+def told_by(client: distributed.Client, futures: list[distributed.Future]) -> list[Any]:
+    """What small tasks give; raises what one raised."""
+    for future in distributed.as_completed(futures, loop=client.loop):
+        check_done(future, "polishing")
+    return list(client.gather(futures))
 
 
 def _object_of(report: TileReport) -> NDArray[np.complex64]:
@@ -166,5 +191,5 @@ def _object_of(report: TileReport) -> NDArray[np.complex64]:
     return report.arrays["object"]  # type: ignore[no-any-return]
 
 
-def _times(report: TileReport) -> TileReport:
+def _without_arrays(report: TileReport) -> TileReport:
     return replace(report, arrays=None)

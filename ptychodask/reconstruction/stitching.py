@@ -1,59 +1,43 @@
-"""The client's side of stitching: the tasks of a plan, and what they tell."""
+"""The client's side of stitching: the tasks of a plan, what is noted of them, and what they tell."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import distributed
+import numpy as np
 
 from ptychodask.cluster import Parcel, parcel_for
 from ptychodask.plan import Plan, Tile
+from ptychodask.prediction import Skipped
 from ptychodask.progress import show_progress
-from ptychodask.reconstruction.running import Run, Tasks
-from ptychodask.reconstruction.tasks import StitchingJob, TileReport, deliver_tile, predict_chunk
+from ptychodask.reconstruction.ledger import Ledger
+from ptychodask.reconstruction.running import Finished, Run, Tasks
+from ptychodask.reconstruction.tasks import (
+    ChunkReport,
+    ChunkSums,
+    StitchingJob,
+    TileReport,
+    Verification,
+    deliver_tile,
+    predict_chunk,
+    sums_are_whole,
+    sums_files,
+    tile_is_whole,
+    verify_chunk,
+)
+from ptychodask.scan import PtychodaskError
+from ptychodask.store import open_groups
 
+logger = logging.getLogger(__name__)
 
-def stitching_tasks(
-    job: StitchingJob,
-    sent: StitchingJob | Parcel,
-    todo: Plan,
-    out: Path | None = None,
-    folder: Path | None = None,
-    *,
-    every_tile: bool,
-) -> Tasks:
-    """Tasks of a plan: `predict_chunk` and `deliver_tile`.
-
-    Parameters
-    ----------
-    job, sent : StitchingJob, and as tasks carry it
-    todo : Plan
-    out : Path, optional
-        Result store to write tiles into; by default they are sent.
-    folder : Path, optional
-        Where the sums of chunks wait for their tiles; by default in the memory of the workers.
-    every_tile : bool
-        Tiles that no chunk touches are delivered too.
-    """
-
-    def tile_task(index: int, parts: list[Any]) -> tuple[Any, ...]:
-        tile = todo.tiles[index]
-        return deliver_tile, job.layers, tile, parts, out, start_yx(todo, tile)
-
-    return Tasks(
-        chunks_of=[tile.chunks for tile in todo.tiles],
-        amounts=[chunk.stop - chunk.start for chunk in todo.chunks],
-        chunk=lambda index: (predict_chunk, sent, todo.chunks[index], folder),
-        tile=tile_task,
-        chunk_name=lambda index: f"predicting groups {todo.chunks[index].start}..{todo.chunks[index].stop - 1}",
-        tile_name=lambda index: f"reassembling the tile {tuple(todo.tiles[index].box)}",
-        on_device=True,
-        every_tile=every_tile,
-        on_disk=folder is not None,
-    )
+SAME_OBJECT = 1e-5
+"""What a chunk that is computed twice may differ by, relative to the median of its modulus."""
 
 
 @contextmanager
@@ -66,73 +50,261 @@ def sent_job(client: distributed.Client, job: StitchingJob) -> Iterator[Stitchin
         yield sent
 
 
-def stitch(
-    job: StitchingJob,
-    sent: StitchingJob | Parcel,
-    todo: Plan,
-    client: distributed.Client,
-    out: Path | None,
-    folder: Path | None,
-    take: Callable[[Tile, TileReport], None],
-    show: bool | None,
-) -> dict[str, float]:
-    """Run every task of a plan; gives the wall time of each stage, summed over the tasks."""
-    seconds = Seconds()
-    waiting = _Waiting(todo, folder)
+class Stitching:
+    """One run over the chunks and tiles of a plan.
 
-    def taken(index: int, given: Any) -> None:
-        report = given.result() if isinstance(given, distributed.Future) else given
-        seconds.add(todo.tiles[index], report)
-        take(todo.tiles[index], report)
-        waiting.tile_done(todo.tiles[index])
+    Parameters
+    ----------
+    client : distributed.Client
+    job, sent : StitchingJob, and as tasks carry it
+    todo : Plan
+    tolerant : bool
+        What cannot be used is left out.
+    n_verified : int
+        Chunks that a second worker computes again.
+    out : Path, optional
+        Result store to write tiles into; by default they are sent.
+    folder : Path, optional
+        Where the sums of chunks wait for their tiles; by default in the memory of the workers.
+    ledger : Ledger, optional
+        Takes what is finished, and says what was.
+    """
 
-    with (
-        show_progress("reconstruct", todo.n_groups, "groups", show) as progress,
-        Run(client, stitching_tasks(job, sent, todo, out, folder, every_tile=False)).guarded() as run,
-    ):
-        run.to_its_end(taken, progress)
-    return seconds.in_all()
+    def __init__(
+        self,
+        client: distributed.Client,
+        job: StitchingJob,
+        sent: StitchingJob | Parcel,
+        todo: Plan,
+        *,
+        tolerant: bool = False,
+        n_verified: int = 0,
+        out: Path | None = None,
+        folder: Path | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        self._client, self._job, self._sent, self._todo = client, job, sent, todo
+        self._tolerant, self._n_verified = tolerant, n_verified
+        self._out, self._folder, self._ledger = out, folder, ledger
+        self.told = Told()
+        """What chunks and tiles told, also those of earlier runs."""
+
+    def run(self, take: Callable[[Tile, TileReport], None], show: bool | None) -> None:
+        """Run every task that is left; `take` gets each tile as it is done.
+
+        Raises
+        ------
+        PtychodaskError
+            If a task fails, or two workers do not agree on a chunk.
+        """
+        finished = self._finished()
+        waiting = _Waiting(self._todo, self._folder, finished.tiles)
+        tasks = self.tasks(finished, every_tile=False)
+
+        def take_chunk(index: int, given: Any) -> None:
+            if self._ledger is not None:
+                self._ledger.add("chunk", index, asdict(given.report))
+
+        def take_tile(index: int, given: Any) -> None:
+            report = given.result() if isinstance(given, distributed.Future) else given
+            self.told.add_tile(self._todo.tiles[index], report)
+            if self._ledger is not None:
+                self._ledger.add("tile", index, {"seconds": report.seconds, "checksum": report.checksum})
+            take(self._todo.tiles[index], report)
+            waiting.done_with(self._todo.tiles[index].chunks)
+
+        def take_check(index: int, given: Any) -> None:
+            self.verified(index, given)
+            waiting.done_with([index])
+
+        for index in tasks.checked:
+            waiting.needed_again(index)
+        with (
+            show_progress("reconstruct", self._todo.n_groups, "groups", show) as progress,
+            Run(self._client, tasks, finished).guarded() as run,
+        ):
+            run.to_its_end(take_tile, progress, take_chunk=take_chunk, take_check=take_check)
+
+    def tasks(self, finished: Finished = Finished(), *, every_tile: bool) -> Tasks:
+        """Tasks of the plan: `predict_chunk`, `deliver_tile` and `verify_chunk`.
+
+        Parameters
+        ----------
+        finished : Finished
+        every_tile : bool
+            Tiles that no chunk touches are delivered too.
+        """
+        todo, sent, folder = self._todo, self._sent, self._folder
+
+        def tile_task(index: int, parts: list[Any]) -> tuple[Any, ...]:
+            tile = todo.tiles[index]
+            return deliver_tile, self._job.layers, tile, parts, self._out, start_yx(todo, tile)
+
+        def without(index: int, why: str) -> ChunkSums:
+            return ChunkSums((), todo.chunks[index].box.corner, ChunkReport({}, (self._seeds(index, why),)))
+
+        return Tasks(
+            chunks_of=[tile.chunks for tile in todo.tiles],
+            amounts=[chunk.stop - chunk.start for chunk in todo.chunks],
+            chunk=lambda index: (predict_chunk, sent, todo.chunks[index], folder),
+            tile=tile_task,
+            chunk_name=lambda index: f"predicting groups {todo.chunks[index].start}..{todo.chunks[index].stop - 1}",
+            tile_name=lambda index: f"reassembling the tile {tuple(todo.tiles[index].box)}",
+            on_device=True,
+            every_tile=every_tile,
+            on_disk=folder is not None,
+            tolerant_chunk=(lambda index: (predict_chunk, sent, todo.chunks[index], folder, True))
+            if self._tolerant
+            else None,
+            without_chunk=without if self._tolerant else None,
+            checked=self._drawn(finished),
+            check=lambda index, given: (verify_chunk, sent, todo.chunks[index], given),
+        )
+
+    def _drawn(self, finished: Finished) -> frozenset[int]:
+        """Chunks to be computed again: drawn from those that this run computes."""
+        open_tiles = [tile for index, tile in enumerate(self._todo.tiles) if index not in finished.tiles]
+        fresh = sorted({chunk for tile in open_tiles for chunk in tile.chunks} - finished.chunks.keys())
+        rng = np.random.default_rng(int(self._todo.data_hash[:8], 16))
+        return frozenset(rng.choice(fresh, min(self._n_verified, len(fresh)), replace=False).tolist())
+
+    def verified(self, index: int, given: Any) -> None:
+        """Take how a chunk that was computed twice compares; raises `PtychodaskError` where both disagree."""
+        found: Verification = given.result() if isinstance(given, distributed.Future) else given
+        chunk = self._todo.chunks[index]
+        self.told.verifications[index] = found
+        if not found.largest_difference <= SAME_OBJECT:
+            if self._ledger is not None:
+                self._ledger.forget()
+            raise PtychodaskError(
+                f"reconstruct: groups {chunk.start}..{chunk.stop - 1} differ by {found.largest_difference:.3g} of the "
+                f"median |object| between the workers {' and '.join(found.workers)} (expected {SAME_OBJECT:g} at the "
+                "most): one of them computes wrongly, and nothing of the run is kept; run on others"
+            )
+        if not found.same_bits:
+            logger.warning(
+                "groups %d..%d differ by %.3g of the median |object| between two workers: their devices are not of one "
+                "kind",
+                chunk.start,
+                chunk.stop - 1,
+                found.largest_difference,
+            )
+
+    def _finished(self) -> Finished:
+        """What earlier runs finished, each checked against what was noted of it."""
+        if self._ledger is None or not self._ledger.exists:
+            return Finished()
+        assert self._out is not None
+        assert self._folder is not None
+        todo, ledger = self._todo, self._ledger
+        for index, record in ledger.chunks.items():
+            self.told.chunks[index] = _chunk_report(record)
+        tiles, chunks = sorted(ledger.tiles), sorted(ledger.chunks)
+        whole = self._client.gather(
+            [
+                self._client.submit(
+                    tile_is_whole,
+                    self._out,
+                    todo.tiles[index],
+                    start_yx(todo, todo.tiles[index]),
+                    ledger.tiles[index]["checksum"],
+                    pure=False,
+                )
+                for index in tiles
+            ]
+        )
+        done = frozenset(index for index, good in zip(tiles, whole, strict=True) if good)
+        for index in done:
+            self.told.tiles.append(ledger.tiles[index]["seconds"])
+        wanted = {chunk for index in range(len(todo.tiles)) if index not in done for chunk in todo.tiles[index].chunks}
+        chunks = [index for index in chunks if index in wanted]
+        kept = self._client.gather(
+            [
+                self._client.submit(
+                    sums_are_whole, self._folder, todo.chunks[index], self.told.chunks[index].checksums, pure=False
+                )
+                for index in chunks
+            ]
+        )
+        given = {index: self._kept_sums(index) for index, good in zip(chunks, kept, strict=True) if good}
+        logger.info(
+            "%s: going on: %d of %d tiles are done, the sums of %d chunks are kept, %d chunks are left",
+            self._out,
+            len(done),
+            len(todo.tiles),
+            len(given),
+            len(wanted) - len(given),
+        )
+        return Finished(given, done)
+
+    def _seeds(self, index: int, why: str) -> Skipped:
+        """A chunk that is left out as a whole, by the patterns that seed its groups."""
+        chunk, table = self._todo.chunks[index], open_groups(self._todo.store, self._todo.groups)
+        assert table is not None
+        return Skipped(tuple(np.unique(table.rows(chunk.start, chunk.stop)[:, 0]).tolist()), why)
+
+    def _kept_sums(self, index: int) -> ChunkSums:
+        assert self._folder is not None
+        chunk, report = self._todo.chunks[index], self.told.chunks[index]
+        return ChunkSums(sums_files(self._folder, chunk, len(report.checksums)), chunk.box.corner, report)
+
+
+def _chunk_report(record: dict[str, Any]) -> ChunkReport:
+    skipped = tuple(Skipped(tuple(one["patterns"]), one["reason"]) for one in record["skipped"])
+    return ChunkReport(record["seconds"], skipped, tuple(record["checksums"]), record["worker"])
 
 
 class _Waiting:
-    """Files of sums that tiles still wait for; each goes with the last of its tiles."""
+    """Files of sums that tiles still wait for; each goes with the last of its uses."""
 
-    def __init__(self, todo: Plan, folder: Path | None) -> None:
+    def __init__(self, todo: Plan, folder: Path | None, tiles_done: Any) -> None:
         self._todo, self._folder = todo, folder
-        self._tiles_left = [0] * len(todo.chunks)
-        for tile in todo.tiles:
-            for chunk in tile.chunks:
-                self._tiles_left[chunk] += 1
+        self._uses = [0] * len(todo.chunks)
+        for index, tile in enumerate(todo.tiles):
+            for chunk in tile.chunks if index not in tiles_done else ():
+                self._uses[chunk] += 1
 
-    def tile_done(self, tile: Tile) -> None:
+    def needed_again(self, chunk: int) -> None:
+        self._uses[chunk] += 1
+
+    def done_with(self, chunks: Sequence[int]) -> None:
         if self._folder is None:
             return
-        for index in tile.chunks:
-            self._tiles_left[index] -= 1
-            if self._tiles_left[index] == 0:
+        for index in chunks:
+            self._uses[index] -= 1
+            if self._uses[index] == 0:
                 for path in self._folder.glob(f"{self._todo.chunks[index].start}-*.npy"):
                     path.unlink()
 
 
-class Seconds:
-    """Wall time of the stages; a chunk's is told by each of its tiles and counts once."""
+class Told:
+    """What chunks and tiles told of their run."""
 
     def __init__(self) -> None:
-        self._chunks: dict[int, dict[str, float]] = {}
-        self._tiles: list[dict[str, float]] = []
+        self.chunks: dict[int, ChunkReport] = {}
+        self.tiles: list[dict[str, float]] = []
+        self.verifications: dict[int, Verification] = {}
 
-    def add(self, tile: Tile, report: TileReport) -> None:
-        """Take the times of a tile and of its chunks."""
-        self._chunks |= dict(zip(tile.chunks, report.chunk_seconds, strict=True))
-        self._tiles.append(report.seconds)
+    def add_tile(self, tile: Tile, report: TileReport) -> None:
+        """Take what a tile tells, and each of its chunks, which counts once."""
+        self.chunks |= dict(zip(tile.chunks, report.chunks, strict=True))
+        self.tiles.append(report.seconds)
 
-    def in_all(self) -> dict[str, float]:
+    def seconds(self) -> dict[str, float]:
         """Wall time of each stage, summed over the tasks."""
         total: dict[str, float] = {}
-        for part in [*self._chunks.values(), *self._tiles]:
+        for part in [*(report.seconds for report in self.chunks.values()), *self.tiles]:
             for name, value in part.items():
                 total[name] = total.get(name, 0.0) + value
         return total
+
+    def skipped(self) -> dict[str, list[int]]:
+        """Patterns that were left out, ascending, by the reason."""
+        found: dict[str, set[int]] = {}
+        for report in self.chunks.values():
+            for skipped in report.skipped:
+                found.setdefault(skipped.reason, set()).update(skipped.patterns)
+        return {reason: sorted(patterns) for reason, patterns in sorted(found.items())}
 
 
 def start_yx(todo: Plan, tile: Tile) -> tuple[int, int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import distributed
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,12 +17,13 @@ from ptychodask.grouping import groups_kept
 from ptychodask.patches import StoredPatches
 from ptychodask.plan import Chunk, Tile
 from ptychodask.polishing import seen_part
-from ptychodask.prediction import PatchBatch, PredictionJob, open_reader, predict_groups, stage
+from ptychodask.prediction import PatchBatch, PredictionJob, Skipped, open_reader, predict_groups, stage
 from ptychodask.reassembly import (
     Box,
     Canvas,
     Window,
     add_patches,
+    checksum,
     crop_middle,
     empty_canvas,
     finish,
@@ -29,7 +32,7 @@ from ptychodask.reassembly import (
     open_canvas,
     save_canvas,
 )
-from ptychodask.result import VARIABLES, Layers, TileArrays, write_tile
+from ptychodask.result import VARIABLES, Layers, TileArrays, read_tile, write_tile
 
 CACHED_GROUPS = 64
 """Groups whose cached patches are in memory at once."""
@@ -68,21 +71,39 @@ class StitchingJob:
     """Where cached patches are stitched, float64 (pattern, 2), in place of the stored positions."""
 
 
+@dataclass(frozen=True)
+class ChunkReport:
+    """What is told of a chunk beside its sums."""
+
+    seconds: dict[str, float]
+    """Wall time of the stages."""
+
+    skipped: tuple[Skipped, ...] = ()
+    """Patterns that were left out."""
+
+    checksums: tuple[int, ...] = ()
+    """Of its canvases (see `checksum`)."""
+
+    worker: str = ""
+    """Address of the worker that predicted it."""
+
+
 @dataclass(frozen=True, eq=False)
 class ChunkSums:
     """What predicting one chunk gives: sums over its box for each method, or for each of its halves."""
 
     canvases: tuple[Canvas, ...] | tuple[Path, ...]
-    """In memory, or files of them."""
+    """In memory, or files of them; none where the whole chunk was left out."""
 
     corner: tuple[int, int]
     """Coordinates (y, x) of their first pixel."""
 
-    seconds: dict[str, float]
-    """Wall time of the stages."""
+    report: ChunkReport
 
     def canvas(self, number: int) -> Canvas:
         """One of the canvases."""
+        if not self.canvases:
+            return empty_canvas(self.corner, (0, 0))
         found = self.canvases[number]
         return open_canvas(found, self.corner) if isinstance(found, Path) else found
 
@@ -97,11 +118,30 @@ class TileReport:
     seconds: dict[str, float]
     """Wall time of its stages."""
 
-    chunk_seconds: list[dict[str, float]]
-    """Wall time of the stages of each of its chunks."""
+    chunks: list[ChunkReport]
+    """What its chunks told, in their order."""
+
+    checksum: int = 0
+    """Of the arrays (see `tile_checksum`)."""
 
 
-def predict_chunk(job: StitchingJob | Parcel, chunk: Chunk, folder: Path | None = None) -> ChunkSums:
+@dataclass(frozen=True)
+class Verification:
+    """How a chunk that was computed twice compares."""
+
+    same_bits: bool
+
+    largest_difference: float
+    """Of the objects that the sums make, relative to the median of their modulus; infinite where other pixels are
+    seen."""
+
+    workers: tuple[str, str]
+    """Addresses of those that computed it, first and again."""
+
+
+def predict_chunk(
+    job: StitchingJob | Parcel, chunk: Chunk, folder: Path | None = None, tolerant: bool = False
+) -> ChunkSums:
     """Predict one chunk and sum its patches over its own box, batch by batch.
 
     Parameters
@@ -110,18 +150,22 @@ def predict_chunk(job: StitchingJob | Parcel, chunk: Chunk, folder: Path | None 
     chunk : Chunk
     folder : Path, optional
         Where the sums are kept; by default in memory.
+    tolerant : bool
+        Leave out patterns that cannot be used, and groups whose patches are not finite, where they would be an error.
 
     Returns
     -------
     ChunkSums
     """
     job = job.open() if isinstance(job, Parcel) else job
+    prepare_device(job)
     seconds: dict[str, float] = {}
+    skipped: list[Skipped] | None = [] if tolerant else None
     per_method = 2 if job.layers.split_half else 1
     canvases = [empty_canvas(chunk.box.corner, chunk.box.shape) for _ in range(per_method * len(job.methods))]
     probe = open_reader(job.methods[0].prediction).probe
     windows = [make_window(method.window, method.crop, probe) for method in job.methods]
-    for number, batch in _patches_of(job, chunk, seconds):
+    for number, batch in _patches_of(job, chunk, seconds, skipped):
         crop = job.methods[number].crop
         with stage(seconds, "splat"):
             for half in range(per_method):
@@ -132,16 +176,128 @@ def predict_chunk(job: StitchingJob | Parcel, chunk: Chunk, folder: Path | None 
                     batch.position_yx_px[mine] - crop / 2,
                     windows[number],
                 )
+    with stage(seconds, "splat"):
+        checksums = tuple(map(checksum, canvases))
+    report = ChunkReport(seconds, tuple(skipped or ()), checksums, own_address())
     if folder is None:
-        return ChunkSums(tuple(canvases), chunk.box.corner, seconds)
+        return ChunkSums(tuple(canvases), chunk.box.corner, report)
+    paths = sums_files(folder, chunk, len(canvases))
     with stage(seconds, "keep"):
-        paths = tuple(folder / f"{chunk.start}-{number}.npy" for number in range(len(canvases)))
         for canvas, path in zip(canvases, paths, strict=True):
             save_canvas(canvas, path)
-    return ChunkSums(paths, chunk.box.corner, seconds)
+    return ChunkSums(paths, chunk.box.corner, report)
 
 
-def _patches_of(job: StitchingJob, chunk: Chunk, seconds: dict[str, float]) -> Iterator[tuple[int, PatchBatch]]:
+def sums_files(folder: Path, chunk: Chunk, n_canvases: int) -> tuple[Path, ...]:
+    """Files that the sums of a chunk are kept in."""
+    return tuple(folder / f"{chunk.start}-{number}.npy" for number in range(n_canvases))
+
+
+def own_address() -> str:
+    """Address of the Dask worker that runs this task; "here" outside of any."""
+    try:
+        return str(distributed.get_worker().address)
+    except ValueError:
+        return "here"
+
+
+def prepare_device(job: StitchingJob) -> None:
+    """Take the GPU that was given to this process; raises `PtychodaskError` where one is wanted and there is none.
+
+    A worker that advertises ``GPU`` is wanted to have one, and so is each process when the job says so.
+    """
+    try:
+        advertised = "GPU" in distributed.get_worker().state.total_resources
+    except ValueError:
+        advertised = False
+    for method in job.methods:
+        method.prediction.model.prepare_device(wanted=advertised or method.prediction.device == "gpu")
+
+
+def verify_chunk(job: StitchingJob | Parcel, chunk: Chunk, sums: ChunkSums) -> Verification:
+    """Predict a chunk once more and compare its sums with those that were made before.
+
+    Parameters
+    ----------
+    job : StitchingJob, or Parcel of one
+    chunk : Chunk
+    sums : ChunkSums
+
+    Returns
+    -------
+    Verification
+    """
+    again = predict_chunk(job, chunk, tolerant=bool(sums.report.skipped))
+    same = again.report.checksums == sums.report.checksums
+    worst = 0.0 if same else max(_difference(sums.canvas(n), again.canvas(n)) for n in range(len(again.canvases)))
+    return Verification(same, worst, (sums.report.worker, again.report.worker))
+
+
+def _difference(first: Canvas, second: Canvas) -> float:
+    if not np.array_equal(first.count, second.count):
+        return float("inf")
+    objects = [finish(canvas)[0].astype(np.complex128) for canvas in (first, second)]
+    seen = np.asarray(first.count) > 0
+    scale = float(np.median(np.abs(objects[0][seen]))) or 1.0
+    return float(np.abs(objects[0][seen] - objects[1][seen]).max()) / scale
+
+
+def sums_are_whole(folder: Path, chunk: Chunk, checksums: Sequence[int]) -> bool:
+    """Whether the kept sums of a chunk are those that were noted of it.
+
+    Parameters
+    ----------
+    folder : Path
+    chunk : Chunk
+    checksums : sequence of int
+        Of each canvas.
+    """
+    try:
+        found = [checksum(open_canvas(path, chunk.box.corner)) for path in sums_files(folder, chunk, len(checksums))]
+    except (OSError, ValueError, IndexError):
+        return False
+    return found == list(checksums)
+
+
+def tile_is_whole(out: Path, tile: Tile, start_yx: tuple[int, int], expected: int) -> bool:
+    """Whether a tile of a result store is the one whose checksum was noted.
+
+    Parameters
+    ----------
+    out : Path
+    tile : Tile
+    start_yx : (int, int)
+        Row and column of its first pixel in the whole object.
+    expected : int
+    """
+    try:
+        return tile_checksum(read_tile(out, start_yx, tile.box.shape)) == expected
+    except (OSError, RuntimeError, ValueError, KeyError):
+        return False
+
+
+def tile_checksum(arrays: TileArrays) -> int:
+    """CRC-32 of the arrays of a tile, in the order of their names."""
+    found = 0
+    for name in sorted(arrays):
+        found = zlib.crc32(np.ascontiguousarray(arrays[name]).data.cast("B"), found)
+    return found
+
+
+def stored_tile(out: Path, tile: Tile, start_yx: tuple[int, int]) -> TileReport:
+    """A tile that was written before, as `deliver_tile` would send it.
+
+    Parameters
+    ----------
+    out, tile, start_yx
+        See `tile_is_whole`.
+    """
+    return TileReport(read_tile(out, start_yx, tile.box.shape), {}, [])
+
+
+def _patches_of(
+    job: StitchingJob, chunk: Chunk, seconds: dict[str, float], skipped: list[Skipped] | None
+) -> Iterator[tuple[int, PatchBatch]]:
     """Patches of a chunk: predicted, or read from the cache."""
     if job.patches is not None and not job.fill:
         yield from _cached_patches(job, chunk, seconds)
@@ -149,7 +305,7 @@ def _patches_of(job: StitchingJob, chunk: Chunk, seconds: dict[str, float]) -> I
     row = chunk.start
     cache = None if job.patches is None else StoredPatches(Path(job.patches))
     for number, batch in predict_groups(
-        [method.prediction for method in job.methods], chunk.start, chunk.stop, seconds
+        [method.prediction for method in job.methods], chunk.start, chunk.stop, seconds, skipped
     ):
         if cache is not None:
             with stage(seconds, "cache"):
@@ -237,10 +393,11 @@ def deliver_tile(
     seconds: dict[str, float] = {}
     with stage(seconds, "merge"):
         arrays = reassemble_tile(layers, tile, parts)
+        found = tile_checksum(arrays)
     if out is not None:
         with stage(seconds, "write"):
             write_tile(out, start_yx, arrays)
-    return TileReport(arrays if out is None else None, seconds, [part.seconds for part in parts])
+    return TileReport(arrays if out is None else None, seconds, [part.report for part in parts], found)
 
 
 def deliver_polished(

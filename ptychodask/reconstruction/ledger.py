@@ -1,0 +1,142 @@
+"""What of a run is finished: a file beside the data, a line for each chunk and tile, that a later run goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ptychodask.folders import LEDGER
+from ptychodask.scan import PtychodaskError
+
+FORMAT = "ptychodask-ledger"
+FORMAT_VERSION = 1
+
+
+class Ledger:
+    """The finished chunks and tiles of a run, each with what is needed to check it.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder that is being written. The file appears with the first line, so a run that finished nothing leaves none.
+    made_by : dict
+        What the run's data depend on: hashes, spec, plan; plain values for JSON.
+
+    Notes
+    -----
+    Lines are added and reach the disk one by one. Each ends with a checksum, so that one that was cut short is known.
+    """
+
+    def __init__(self, folder: Path, made_by: dict[str, Any]) -> None:
+        self._path = folder / LEDGER
+        self._made_by = json.loads(json.dumps(made_by))
+        self.chunks: dict[int, dict[str, Any]] = {}
+        """Records of finished chunks, by their index."""
+        self.tiles: dict[int, dict[str, Any]] = {}
+        """Records of finished tiles, by their index."""
+
+    @property
+    def exists(self) -> bool:
+        """Whether anything was ever noted."""
+        return self._path.exists()
+
+    def read(self) -> None:
+        """Take what an earlier run of the same kind noted.
+
+        Raises
+        ------
+        PtychodaskError
+            If the file is no ledger, or that of another scan, model, spec or plan, which are named.
+        """
+        header, *records = _whole_lines(self._path)
+        if header.get("format") != FORMAT or header.get("format_version") != FORMAT_VERSION:
+            raise PtychodaskError(
+                f"{self._path}: is no ledger that this ptychodask reads; pass overwrite=True (--overwrite), without "
+                "resume, to start again"
+            )
+        check_same(header.get("made_by"), self._made_by, str(self._path.parent))
+        for record in records:
+            (self.tiles if record["kind"] == "tile" else self.chunks)[int(record["index"])] = record
+
+    def add(self, kind: str, index: int, record: Mapping[str, Any]) -> None:
+        """Note that a chunk or a tile is finished; on disk when this returns."""
+        # A line before, so that what a full disk cut short does not spoil this one.
+        text = "\n" if self.exists else _line({"format": FORMAT, "format_version": 1, "made_by": self._made_by})
+        text += _line({"kind": kind, "index": index, **record})
+        with self._path.open("a") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def forget(self) -> None:
+        """Remove the file: nothing of the run is to be gone on with."""
+        self._path.unlink(missing_ok=True)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    text = json.dumps(record)
+    return f"{text}\t{zlib.crc32(text.encode()):08x}\n"
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a ledger, the header first; lines whose checksum is not theirs are left out."""
+    records = []
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise PtychodaskError(
+            f"{path}: cannot be read ({error.strerror or error}); pass overwrite=True (--overwrite), without resume, "
+            "to start again"
+        ) from error
+    for line in lines:
+        text, _, checksum = line.rpartition("\t")
+        if checksum == f"{zlib.crc32(text.encode(errors='replace')):08x}":
+            records.append(json.loads(text))
+    return records or [{}]
+
+
+def check_same(found: Any, expected: dict[str, Any], where: str) -> None:
+    """Raise `PtychodaskError` unless what made some data is what would make them now; the differences are named.
+
+    Parameters
+    ----------
+    found : dict
+        Nested plain values that were recorded.
+    expected : dict
+    where : str
+        The data, for messages.
+    """
+    differing = differences(found, expected)
+    if differing:
+        told = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
+        raise PtychodaskError(
+            f"{where}: was made by another run: {told}; ask as that run did to go on with it, or pass overwrite=True "
+            "(--overwrite), without resume, to start again"
+        )
+
+
+def differences(found: Any, expected: Any, name: str = "") -> list[str]:
+    """Where nested plain values differ, in words.
+
+    Examples
+    --------
+    >>> differences({"spec": {"tile": 256, "crop": None}}, {"spec": {"tile": 512, "crop": None}})
+    ['spec.tile was 256, is 512']
+    """
+    if isinstance(found, dict) and isinstance(expected, dict):
+        names = sorted(found.keys() | expected.keys())
+        return [
+            told
+            for key in names
+            for told in differences(found.get(key), expected.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if found == expected else [f"{name} was {_brief(found)}, is {_brief(expected)}"]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
