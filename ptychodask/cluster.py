@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import dask
 from distributed import Client, LocalCluster, Worker, WorkerPlugin, core
 
 from ptychodask.progress import quiet_stderr
@@ -34,6 +36,12 @@ WORKER_VARIABLES = {"MALLOC_ARENA_MAX": "2"}
 
 LOOPBACK = "127.0.0.1:0"
 """Address of Dask's own servers: a free port that only this machine reaches, where the default is every interface."""
+
+HUNG_AFTER = "60s"
+"""How long a worker process may be silent until its own results are computed by others, and it is started anew."""
+
+TAKEN_BACK_WITHIN_S = 10.0
+"""How long all workers may take to let go of a parcel."""
 
 ANSWER_WITHIN = "10s"
 """How long a scheduler that is named by its address may take to answer."""
@@ -116,6 +124,7 @@ def local_client(n_workers: int) -> Iterator[Client]:
     threads = str(max(1, (os.cpu_count() or 1) // n_workers))
     with (
         _forgotten_when_closed(),
+        dask.config.set({"distributed.scheduler.worker-ttl": HUNG_AFTER}),
         LocalCluster(
             processes=True,
             n_workers=n_workers,
@@ -226,7 +235,16 @@ def parcel_for(client: Client, content: Any) -> Iterator[Parcel]:
     finally:
         _PARCELS.pop(parcel.key, None)
         if elsewhere and client.status == "running":
-            client.unregister_worker_plugin(parcel.key)
+            # A worker that hangs would never answer.
+            taking_back = threading.Thread(target=_take_back, args=(client, parcel.key), daemon=True)
+            taking_back.start()
+            taking_back.join(TAKEN_BACK_WITHIN_S)
+
+
+def _take_back(client: Client, key: str) -> None:
+    # The scheduler, or a worker, may be gone by now, and the parcel with it.
+    with suppress(OSError, RuntimeError, ValueError):
+        client.unregister_worker_plugin(key)
 
 
 @contextmanager

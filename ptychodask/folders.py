@@ -22,11 +22,14 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-LOCK = "writing.lock"
-"""File in a folder that is being written; its writer holds it locked, and the lock goes with the process."""
+WHOLE = "whole"
+"""What takes its name in the end, inside the folder in which it is written."""
+
+LOCK = "lock"
+"""File beside it; its writer holds it locked, and the lock goes with the process."""
 
 LEDGER = "ledger.jsonl"
-"""File in a folder that is being written that says what of it is finished: such a folder can be gone on with."""
+"""File beside it that says what of it is finished: where it is, the writing can be gone on with."""
 
 DAMAGED = "damaged"
 """What stands for the form of a folder whose root file cannot be read."""
@@ -82,7 +85,7 @@ def check_vacant(path: Path, *, overwrite: bool, form: Form, resume: bool = Fals
     locked = is_locked(building)
     if locked:
         raise _at_work(path)
-    if (building / LEDGER).exists() and not (overwrite or resume):
+    if is_resumable(path) and not (overwrite or resume):
         raise PtychodaskError(
             f"{path}: a run was stopped before its end, and what it finished is kept ({building}); go on with "
             "resume=True (--resume), or pass overwrite=True (--overwrite) to start again"
@@ -98,6 +101,12 @@ def _at_work(path: Path) -> PtychodaskError:
     return PtychodaskError(
         f"{path}: another run is writing it ({building_path(path)}); wait for its end, or pass another name"
     )
+
+
+def is_resumable(path: Path) -> bool:
+    """Whether a stopped writer of `path` left something to go on with."""
+    building = building_path(path)
+    return (building / LEDGER).exists() and (building / WHOLE).exists()
 
 
 def is_locked(building: Path) -> bool | None:
@@ -125,8 +134,11 @@ def _lock(file: IO[str]) -> bool:
 @contextmanager
 def _held(path: Path, *, resume: bool) -> Iterator[Path]:
     """The folder that `path` is written in, for this process alone: empty, or with what a stopped writer finished."""
-    building = building_path(path)
-    going_on = resume and (building / LEDGER).exists()
+    building, old = building_path(path), _replaced_path(path)
+    if old.exists() and not path.exists():
+        # A writer was killed between two renames.
+        old.rename(path)
+    going_on = resume and is_resumable(path)
     if not going_on:
         _remove(building)
     try:
@@ -139,6 +151,7 @@ def _held(path: Path, *, resume: bool) -> Iterator[Path]:
                 raise _at_work(path)
         except OSError as error:
             logger.warning("%s: cannot be locked (%s): a second run on it would not be noticed", building, error)
+        (building / WHOLE).mkdir(exist_ok=True)
         yield building
 
 
@@ -161,9 +174,14 @@ def building_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.writing")
 
 
+def _replaced_path(path: Path) -> Path:
+    """Where what had the name is while the new one takes it."""
+    return path.with_name(f".{path.name}.replaced")
+
+
 def _take_place(new: Path, path: Path) -> None:
     """Give `new` the name `path`; what had it goes, but comes back if the new one cannot take its place."""
-    old = path.with_name(f".{path.name}.replaced")
+    old = _replaced_path(path)
     _remove(old)
     if path.exists():
         path.rename(old)
@@ -173,8 +191,6 @@ def _take_place(new: Path, path: Path) -> None:
         if old.exists():
             old.rename(path)
         raise
-    for name in (LEDGER, LOCK):
-        (path / name).unlink(missing_ok=True)
     _remove(old)
 
 
@@ -207,13 +223,14 @@ def whole_or_nothing(path: Path, *, overwrite: bool, form: Form, resume: bool = 
     form : Form
         What it shall be; something of another form is never replaced.
     resume : bool
-        Go on in the folder that a stopped writer left, where it holds a file `LEDGER`.
+        Go on in the folder that a stopped writer left, where there is a file `LEDGER` beside it.
 
     Yields
     ------
     Path
-        The folder beside `path` to write into. A process that is killed leaves it; so does a block that fails once it
-        holds a file `LEDGER`, which says what of it is finished.
+        The folder to write into. The one that it lies in is the writer's too; it goes in the end. A process that is
+        killed leaves both; so does a block that fails once there is a file `LEDGER` in the latter, which says what is
+        finished.
 
     Raises
     ------
@@ -225,14 +242,14 @@ def whole_or_nothing(path: Path, *, overwrite: bool, form: Form, resume: bool = 
     try:
         with _held(path, resume=resume) as building:
             try:
-                yield building
-                _take_place(building, path)
+                yield building / WHOLE
+                _take_place(building / WHOLE, path)
             finally:
-                if not (building / LEDGER).exists():
+                if not is_resumable(path):
                     _clear_away(building)
     except OSError as error:
         kept, way_out = "nothing was kept of it", "free space"
-        if (building_path(path) / LEDGER).exists():
+        if is_resumable(path):
             kept = "what was finished is kept"
             way_out = "free space and go on with resume=True (--resume)"
         raise PtychodaskError(

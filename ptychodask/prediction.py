@@ -362,7 +362,7 @@ def _read_patterns(reader: ScanReader, wanted: NDArray[np.int32], skipped: list[
         wanted = wanted[readable]
     if len(wanted) == 0:
         return None
-    scan = reader.part(wanted)
+    scan = _part(reader, wanted)
     with np.errstate(invalid="ignore"):
         x = scan.network_input(slice(None))
     # A sum is finite unless a value is not: the root of negative counts is none either.
@@ -374,6 +374,14 @@ def _read_patterns(reader: ScanReader, wanted: NDArray[np.int32], skipped: list[
     if usable.all():
         return _Patterns(scan, wanted, scan.position_yx_px, x)
     return _Patterns(scan, wanted[usable], scan.position_yx_px[usable], x[usable]) if usable.any() else None
+
+
+def _part(reader: ScanReader, wanted: NDArray[np.int32]) -> Scan:
+    """Some patterns; where a chunk between them is damaged, without it."""
+    try:
+        return reader.part(wanted)
+    except PtychodaskError:
+        return reader.part(wanted, gaps=False)
 
 
 def _leave_out(reader: ScanReader, patterns: NDArray[np.int32], reason: str, skipped: list[Skipped] | None) -> None:

@@ -247,6 +247,26 @@ def read_tile(path: Path, start_yx: tuple[int, int], shape: tuple[int, int]) -> 
     return {name: np.asarray(_array(root, name)[region]) for name in VARIABLES | HALF_VARIABLES if name in root}
 
 
+def remove_tile(path: Path, start_yx: tuple[int, int], tile: int) -> None:
+    """Remove the files of a tile that is damaged, so that it can be written again.
+
+    Parameters
+    ----------
+    path : Path
+        Store that `create_result` made.
+    start_yx : (int, int)
+        Row and column of the tile's first pixel in the whole arrays.
+    tile : int
+        Pixels across a tile.
+    """
+    root = zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False)
+    for name in VARIABLES | HALF_VARIABLES:
+        if name in root:
+            array = _array(root, name)
+            place = (*[0] * (array.ndim - 2), start_yx[0] // tile, start_yx[1] // tile)
+            (path / name / array.metadata.encode_chunk_key(place)).unlink(missing_ok=True)
+
+
 def write_pyramid(path: Path) -> None:
     """Add coarser levels of object and weight to a result store that is being written: half the pixels along each side
     of the level before, one at least, until the longer side is shorter than `COARSEST_PIXELS`.

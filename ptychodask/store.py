@@ -85,14 +85,18 @@ class StoredPatterns:
         return int(self._array.chunks[0])
 
     def __getitem__(self, index: Any, /) -> NDArray[Any]:
+        return self.read(index)
+
+    def read(self, index: Any, gap: int = SLICE_GAP) -> NDArray[Any]:
+        """Patterns by slice or indices; a slice that is read spans less than `gap` chunks without a wanted one."""
         try:
             if isinstance(index, slice):
                 return self._whole(np.asarray(self._array[index]))
             index = np.asarray(index, dtype=np.int64)
             if (np.diff(index) > 0).all():
-                return self._whole(_rows(self._array, index))
+                return self._whole(_rows(self._array, index, gap))
             wanted, inverse = np.unique(index, return_inverse=True)
-            return self._whole(_rows(self._array, wanted))[inverse.reshape(-1)]
+            return self._whole(_rows(self._array, wanted, gap))[inverse.reshape(-1)]
         except (OSError, RuntimeError, ValueError) as error:
             raise PtychodaskError(
                 f"{self._where}: {self._array.name or 'array'} cannot be read for patterns {_brief(index)} ({error}); "
@@ -111,9 +115,9 @@ class StoredPatterns:
         return found
 
 
-def _rows(array: zarr.Array, wanted: NDArray[np.integer[Any]]) -> NDArray[Any]:
+def _rows(array: zarr.Array, wanted: NDArray[np.integer[Any]], gap: int = SLICE_GAP) -> NDArray[Any]:
     """Rows of a stored array, by ascending indices: read in slices, several times faster than row by row."""
-    ends = [0, *(np.flatnonzero(np.diff(wanted) >= SLICE_GAP * array.chunks[0]) + 1).tolist(), len(wanted)]
+    ends = [0, *(np.flatnonzero(np.diff(wanted) >= gap * array.chunks[0]) + 1).tolist(), len(wanted)]
     found = np.empty((len(wanted), *array.shape[1:]), array.dtype)
     for start, stop in pairwise(ends):
         if start == stop:
@@ -571,16 +575,18 @@ class ScanReader:
                 found[stored == chunk] = False
         return found
 
-    def part(self, index: NDArray[np.integer[Any]]) -> Scan:
+    def part(self, index: NDArray[np.integer[Any]], *, gaps: bool = True) -> Scan:
         """The scan as if it had some of its patterns alone; they and their positions are read into memory.
 
         Parameters
         ----------
         index : int64 array (k,)
             Which patterns, ascending.
+        gaps : bool
+            Stored chunks between them may be read as well, which is faster; False where some cannot be read.
         """
         return Scan(
-            diffraction=self._diffraction[index],
+            diffraction=self._diffraction.read(index, SLICE_GAP if gaps else 1),
             position_yx_px=self.position_yx_px(index),
             probe=self.probe,
             domain=self._attributes["domain"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -38,3 +39,18 @@ def empty_caches(monkeypatch):
     """Nothing that an earlier test left in this process: no open store, no compiled network."""
     for name in ("_SCANS", "_READERS", "_PREDICTORS"):
         monkeypatch.setattr(prediction, name, prediction._ProcessCache())
+
+
+@pytest.fixture
+def told():
+    """Messages of the package's log; Dask's clusters of this process mute the handlers that pytest sets up."""
+    messages = []
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            messages.append(record.getMessage())
+
+    listener = Listener()
+    logging.getLogger("ptychodask").addHandler(listener)
+    yield messages
+    logging.getLogger("ptychodask").removeHandler(listener)

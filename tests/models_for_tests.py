@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -81,3 +82,77 @@ class DyingModel(LinearModel):
         except FileExistsError:
             return super().patches(x, offset_yx_px)
         os._exit(1)
+
+
+@dataclass(eq=False)
+class SlowModel(LinearModel):
+    """A network that takes its time, and notes each call in a file that all processes see."""
+
+    content_hash: str = "slow"
+    seconds: float = 0.05
+    """Of each call."""
+
+    noted_in: str | None = None
+    """File with a line for each call."""
+
+    def patches(self, x, offset_yx_px):
+        time.sleep(self.seconds)
+        if self.noted_in is not None:
+            # One write of a few bytes at the end of a file is whole, whoever else writes there.
+            with Path(self.noted_in).open("a") as file:
+                file.write(f"{os.getpid()}\n")
+        return super().patches(x, offset_yx_px)
+
+
+@dataclass(eq=False)
+class DeadlyModel(LinearModel):
+    """A network that takes its process down whenever it meets one pattern."""
+
+    content_hash: str = "deadly"
+    marker: float = 0.0
+    """Sum of the network's input over that pattern."""
+
+    def patches(self, x, offset_yx_px):
+        if np.isclose(x.sum(axis=(1, 2)), self.marker, rtol=1e-6).any():
+            os._exit(1)
+        return super().patches(x, offset_yx_px)
+
+
+@dataclass(eq=False)
+class MoodyModel(LinearModel):
+    """A network whose answer depends on the process that it runs in."""
+
+    content_hash: str = "moody"
+    by: float = 1e-2
+    """Relative difference between two processes."""
+
+    def patches(self, x, offset_yx_px):
+        return super().patches(x, offset_yx_px) * np.float32(1 + self.by * (os.getpid() % 97) / 97)
+
+
+@dataclass(eq=False)
+class PatchyModel(LinearModel):
+    """A network that diverges for groups whose seed is one pattern."""
+
+    content_hash: str = "patchy"
+    marker: float = 0.0
+    """Sum of the network's input over that pattern."""
+
+    def patches(self, x, offset_yx_px):
+        bad = np.isclose(x[..., 0].sum(axis=(1, 2)), self.marker, rtol=1e-6)
+        patches = super().patches(x, offset_yx_px)
+        patches[bad] = np.nan
+        return patches
+
+
+@dataclass(eq=False)
+class CrampedModel(LinearModel):
+    """A network whose device holds a few groups at a time."""
+
+    content_hash: str = "cramped"
+    holds: int = 3
+
+    def patches(self, x, offset_yx_px):
+        if len(x) > self.holds:
+            raise MemoryError("RESOURCE_EXHAUSTED: OOM when allocating tensor")
+        return super().patches(x, offset_yx_px)

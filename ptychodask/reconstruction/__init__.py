@@ -20,7 +20,7 @@ import numpy as np
 import xarray as xr
 
 from ptychodask.cluster import client_for_run
-from ptychodask.folders import LEDGER, building_path, whole_or_nothing
+from ptychodask.folders import LEDGER, is_resumable, whole_or_nothing
 from ptychodask.patches import PATCHES, check_patches, create_patches, finish_patches
 from ptychodask.plan import (
     MIB,
@@ -58,10 +58,10 @@ logger = logging.getLogger(__name__)
 __all__ = ["reconstruct"]
 
 SUMS_FOLDER = "sums"
-"""Folder inside a result that is being written where sums of chunks wait for their tiles."""
+"""Folder beside a result that is being written where sums of chunks wait for their tiles."""
 
 STITCHED_FOLDER = "stitched"
-"""Store inside a result that is being written, of the tiles that are still to be polished."""
+"""Store beside a result that is being written, of the tiles that are still to be polished."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,8 +169,8 @@ def reconstruct(
     networks = {str(label): resolve_model(scan, one) for label, one in models.items()}
     plans = plan_together(reader, networks, spec) if several else {"": plan_for(reader, networks[""], spec)}
     todo = next(iter(plans.values()))
-    unfinished = None if out is None else building_path(Path(out))
-    with _patch_cache(scan, networks, todo, spec, unfinished, overwrite=overwrite, resume=resume) as patches:
+    result = None if out is None else Path(out)
+    with _patch_cache(scan, networks, todo, spec, result, overwrite=overwrite, resume=resume) as patches:
         job = StitchingJob(
             tuple(
                 MethodJob(prediction_job(plans[label], network, scan, spec), plans[label].window, plans[label].crop)
@@ -259,7 +259,7 @@ def _on_disk(
 ) -> xr.Dataset:
     if path.resolve() == Path(work.todo.store):
         raise PtychodaskError(f"{path}: is the store of the scan itself; name another place with out=")
-    if resume and path.exists() and not building_path(path).exists():
+    if resume and path.exists() and not is_resumable(path):
         whole = open_result(path)
         if not overwrite:
             check_same(_identity(whole.attrs), _identity(work.attributes), str(path))
@@ -267,10 +267,10 @@ def _on_disk(
             logger.info("%s: is whole already", path)
             return whole
     with whole_or_nothing(path, overwrite=overwrite, form=RESULT, resume=resume) as building:
-        whole_path = building.resolve()
-        ledger = Ledger(whole_path, _identity(work.attributes))
+        result = building.resolve()
+        ledger = Ledger(result.parent, _identity(work.attributes))
         try:
-            told = _into(work, whole_path, ledger, client, progress)
+            told = _into(work, result, ledger, client, progress)
         except PtychodaskError as error:
             if not ledger.exists:
                 raise
@@ -280,21 +280,21 @@ def _on_disk(
             ) from error
         if work.spec.pyramid:
             with stage(told["seconds"], "pyramid"):
-                write_pyramid(whole_path)
-        finish_result(whole_path, work.attributes | _rates(work.todo, told, started))
+                write_pyramid(result)
+        finish_result(result, work.attributes | _rates(work.todo, told, started))
     return open_result(path)
 
 
 def _into(
-    work: _Work, building: Path, ledger: Ledger, client: distributed.Client | None, show: bool | None
+    work: _Work, result: Path, ledger: Ledger, client: distributed.Client | None, show: bool | None
 ) -> dict[str, Any]:
     """Run into a result store that is being written, or go on with it; gives what `_run` gives."""
-    places = _Places(building, building / STITCHED_FOLDER if work.spec.polish else building, ledger)
+    places = _Places(result, result.parent / STITCHED_FOLDER if work.spec.polish else result, ledger)
     if ledger.exists:
         ledger.read()
         _check_nothing_skipped(ledger, work.spec)
     else:
-        for path in {building, places.stitched}:
+        for path in {result, places.stitched}:
             create_result(
                 path,
                 work.todo.box.shape,
@@ -305,12 +305,8 @@ def _into(
             )
         places.sums.mkdir()
     if work.spec.pyramid:
-        shutil.rmtree(building / PYRAMID, ignore_errors=True)
-    told = _run(work, client, places, lambda tile, report: None, show=show)
-    shutil.rmtree(places.sums)
-    if places.stitched != building:
-        shutil.rmtree(places.stitched)
-    return told
+        shutil.rmtree(result / PYRAMID, ignore_errors=True)
+    return _run(work, client, places, lambda tile, report: None, show=show)
 
 
 def _check_nothing_skipped(ledger: Ledger, spec: ReconstructionSpec) -> None:
@@ -336,7 +332,7 @@ class _Places:
     @property
     def sums(self) -> Path:
         """Folder of the sums of chunks."""
-        return self.result / SUMS_FOLDER
+        return self.result.parent / SUMS_FOLDER
 
 
 def _run(
@@ -425,14 +421,14 @@ def _patch_cache(
     networks: Mapping[str, PatchModel],
     todo: Plan,
     spec: ReconstructionSpec,
-    unfinished: Path | None,
+    result: Path | None,
     *,
     overwrite: bool,
     resume: bool,
 ) -> Iterator[dict[str, Any]]:
     """Fields of the job that concern the cache of patches; one that is not there yet becomes whole with the block.
 
-    When the block fails, a cache that a run into `unfinished` was filling is kept with that.
+    When the block fails, a cache that a run into `result` was filling is kept as long as what that finished.
     """
     if spec.cache is None:
         yield {}
@@ -454,14 +450,14 @@ def _patch_cache(
             f"{path}: no such cache of patches, and roi, drop and position_yx_px would leave it with holes; fill it "
             "with the whole scan first"
         )
-    if resume and unfinished is not None and (unfinished / LEDGER).exists() > (building_path(path) / LEDGER).exists():
+    if resume and result is not None and is_resumable(result) and not is_resumable(path):
         raise PtychodaskError(
             f"{path}: the cache that the stopped run was filling is gone; start again with overwrite=True "
             "(--overwrite), without resume"
         )
     shape = (todo.n_pixels, todo.n_pixels)
     with whole_or_nothing(path, overwrite=overwrite, form=PATCHES, resume=resume) as building:
-        marker = building / LEDGER
+        marker = building.parent / LEDGER
         if marker.exists():
             check_patches(building, made_by, finished=False)
         else:
@@ -472,12 +468,12 @@ def _patch_cache(
                 (todo.groups_per_chunk, todo.batch_size),
                 made_by,
             )
-        if unfinished is not None:
+        if result is not None:
             marker.touch()
         try:
             yield {"patches": str(building.resolve()), "fill": True}
         except BaseException:
-            if unfinished is None or not (unfinished / LEDGER).exists():
+            if result is None or not is_resumable(result):
                 marker.unlink(missing_ok=True)
             raise
         finish_patches(building)

@@ -82,7 +82,7 @@ class Polishing:
         self._client, self._todo, self._stitched = client, todo, stitched
         self._boxes, self._parts = plan_polishing(scan, todo, drop)
         # The model stays behind: sweeps need the scan alone.
-        self._job = replace(job, model=replace(job.model, model=None))
+        self._job = replace(job, drop=drop, model=replace(job.model, model=None))
         self._parts_of = [
             tuple(index for index, part in enumerate(self._parts) if tile in part.tiles)
             for tile in range(len(todo.tiles))

@@ -208,7 +208,7 @@ class Run:
                 out = self._out.pop(future, None)
                 outcome = _PENDING if out is None else self._outcome(future, out, given)
                 if out is not None and outcome is not _PENDING:
-                    self._done(out, outcome, progress)
+                    self._done(future, out, outcome, progress)
                     takers[out.item.kind](out.item.number, outcome)
             self._submit_chunks()
         if self._lost:
@@ -280,9 +280,13 @@ class Run:
         if not late or self._longest == 0:
             return
         at_work = self._client.processing()
+        # A worker that hangs does not hand over what it has done, either.
+        done_by = self._client.who_has([future for future, _ in late])
         for future, out in late:
-            others = [worker for worker in workers if future.key not in at_work.get(worker, ())]
-            if 0 < len(others) < len(workers):
+            has_it = {worker for worker in workers if future.key in at_work.get(worker, ())}
+            has_it.update(done_by.get(future.key, ()))
+            others = [worker for worker in workers if worker not in has_it]
+            if has_it and others:
                 logger.warning("%s takes longer than others: a second worker gets it", self._name_of(out.item))
                 self._submit(out.item, out.task, others)
 
@@ -358,27 +362,31 @@ class Run:
         self._tolerant.add(item)
         return self._tasks.tolerant_chunk(item.number)
 
-    def _done(self, out: _Out, given: Any, progress: Progress) -> None:
+    def _done(self, future: distributed.Future, out: _Out, given: Any, progress: Progress) -> None:
         item = out.item
         others = [future for future in self._attempts.pop(item, []) if future in self._out]
         for future in others:
             del self._out[future]
         self._client.cancel(others)
         self._longest = max(self._longest, time.monotonic() - out.since)
-        if item.kind == "chunk":
-            progress.advance(self._tasks.amounts[item.number])
-            self._give(item.number, given)
-
-    def _give(self, index: int, given: Any) -> None:
+        if item.kind != "chunk":
+            return
+        index = item.number
+        progress.advance(self._tasks.amounts[index])
         self._given[index] = given
         if index in self._tasks.checked and self._tasks.check is not None:
             self._unused[index] += 1
-            self._submit(_Item("check", index), self._tasks.check(index, given))
+            self._submit(_Item("check", index), self._tasks.check(index, given), self._others_than(future))
             self._used(index)
         for tile in self._tiles_of[index]:
             self._missing[tile] -= 1
             if self._missing[tile] == 0:
                 self._submit_tile(tile)
+
+    def _others_than(self, future: distributed.Future) -> list[str] | None:
+        """Workers that did not make what a task gave; None where there are none."""
+        made_by = self._client.who_has([future]).get(future.key, ())
+        return [worker for worker in workers_of(self._client) if worker not in made_by] or None
 
     def _name_of(self, item: _Item) -> str:
         if item.kind == "tile":

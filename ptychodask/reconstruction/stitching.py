@@ -31,6 +31,7 @@ from ptychodask.reconstruction.tasks import (
     tile_is_whole,
     verify_chunk,
 )
+from ptychodask.result import remove_tile
 from ptychodask.scan import PtychodaskError
 from ptychodask.store import open_groups
 
@@ -214,6 +215,8 @@ class Stitching:
             ]
         )
         done = frozenset(index for index, good in zip(tiles, whole, strict=True) if good)
+        for index in set(tiles) - done:
+            remove_tile(self._out, start_yx(todo, todo.tiles[index]), todo.tile)
         for index in done:
             self.told.tiles.append(ledger.tiles[index]["seconds"])
         wanted = {chunk for index in range(len(todo.tiles)) if index not in done for chunk in todo.tiles[index].chunks}
