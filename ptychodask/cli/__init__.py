@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -24,6 +28,9 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C stopped."""
+
+TERMINATED = 143
+"""Exit code of a command that SIGTERM stopped."""
 COMMANDS = (
     demo,
     ingest,
@@ -45,13 +52,31 @@ for command in COMMANDS:
     app.command()(command)
 
 
+@contextmanager
+def stopping_on_sigterm() -> Iterator[None]:
+    """Leave a block by `SystemExit` when SIGTERM comes, so that it cleans up and keeps what is finished.
+
+    Batch systems send it before a job's time is over.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main() -> None:
     """Run the command line; bad input ends in one line on standard error and exit code 2."""
     try:
-        app()
+        with stopping_on_sigterm():
+            app()
     except SystemExit as ended:
-        if ended.code == INTERRUPTED:
-            typer.echo("ptychodask: stopped", err=True)
+        if ended.code in (INTERRUPTED, TERMINATED):
+            typer.echo("ptychodask: stopped; reconstruct and train go on with --resume", err=True)
         raise
     except MemoryError as error:
         typer.echo(f"ptychodask: not enough memory ({error}); ask for less, or crop", err=True)

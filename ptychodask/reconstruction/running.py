@@ -183,11 +183,18 @@ class Run:
             yield self
         finally:
             writing = [future for future, out in self._out.items() if out.item.kind == "tile"]
-            self._client.cancel([future for future in self._out if future not in writing])
-            if writing:
-                with suppress(TimeoutError), self._client.as_current():
-                    distributed.wait(writing, timeout=WRITERS_WAIT_S)
-                self._client.cancel(writing)
+            # Without a scheduler there is nobody to call off, and its workers end by themselves.
+            with suppress(TimeoutError, OSError, distributed.CancelledError):
+                self._call_off([future for future in self._out if future not in writing])
+                if writing and self._client.status == "running":
+                    with self._client.as_current():
+                        distributed.wait(writing, timeout=WRITERS_WAIT_S)
+            self._call_off(writing)
+
+    def _call_off(self, futures: list[distributed.Future]) -> None:
+        if futures and self._client.status == "running":
+            with suppress(OSError):
+                self._client.cancel(futures)
 
     def to_its_end(
         self,
