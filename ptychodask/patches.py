@@ -13,7 +13,10 @@ from zarr.codecs import Crc32cCodec
 
 from ptychodask.folders import Form
 from ptychodask.scan import PtychodaskError
-from ptychodask.store import open_root
+from ptychodask.store import naming_damage, open_root
+
+FILL_AGAIN = "remove the cache and fill it again"
+"""The way out where a cache is damaged."""
 
 PATCHES = Form("ptychodask-patches", 1, "cache of patches", "reconstruct")
 
@@ -81,8 +84,9 @@ class StoredPatches:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        array = zarr.open_group(path, mode="r+", zarr_format=3)["patches"]
-        assert isinstance(array, zarr.Array)
+        with naming_damage(path, "cannot be opened", FILL_AGAIN):
+            array = zarr.open_group(path, mode="r+", zarr_format=3)["patches"]
+            assert isinstance(array, zarr.Array)
         self._array = array
 
     def write(self, start: int, patches: NDArray[np.complex64]) -> int:
@@ -108,13 +112,10 @@ class StoredPatches:
 
     def read(self, start: int, stop: int) -> NDArray[np.complex64]:
         """Patches of the groups in rows `start` to `stop`, complex64 (group, C, N, N) or (group, N, N)."""
-        try:
+        with naming_damage(self._path, f"patches of groups {start}..{stop - 1} cannot be read", FILL_AGAIN):
             halves = np.asarray(self._array[start:stop])
-        except (OSError, RuntimeError, ValueError) as error:
-            raise PtychodaskError(
-                f"{self._path}: patches of groups {start}..{stop - 1} cannot be read ({error}); remove the cache and "
-                "fill it again"
-            ) from error
+            # What is no longer the float16 pairs that were written does not fit.
+            assert halves.dtype == np.float16 and halves.ndim in (4, 5) and halves.shape[-1] == 2  # noqa: PT018
         # Zarr reads a missing file as zeros, which no network gives all along the middle of a patch.
         middle = halves[..., halves.shape[-3] // 2, :, :]
         if not middle.any(axis=tuple(range(1, middle.ndim))).all():

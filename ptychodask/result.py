@@ -19,7 +19,7 @@ from zarr.errors import ZarrUserWarning
 import ptychodask
 from ptychodask.folders import Form, whole_or_nothing
 from ptychodask.scan import PtychodaskError
-from ptychodask.store import open_root
+from ptychodask.store import naming_damage, open_root
 
 FORMAT = "ptychodask-result"
 FORMAT_VERSION = 1
@@ -400,13 +400,14 @@ def open_result(path: str | Path, level: int = 0) -> xr.Dataset:
     """
     where = Path(path)
     root = open_root(where, RESULT)
-    if level:
-        return _open_level(where, root, level)
-    ds = xr.open_zarr(where, chunks={}, consolidated=True)
-    ds = ds[[name for name in VARIABLES | HALF_VARIABLES if name in ds]]
-    del ds.attrs["state"]
-    _check_whole(where, root, ds.attrs.pop(STORED_CHUNKS, {}))
-    return _with_methods(ds)
+    with naming_damage(where, "cannot be opened", "it is damaged: reconstruct it again"):
+        if level:
+            return _open_level(where, root, level)
+        ds = xr.open_zarr(where, chunks={}, consolidated=True)
+        ds = ds[[name for name in VARIABLES | HALF_VARIABLES if name in ds]]
+        del ds.attrs["state"]
+        _check_whole(where, root, ds.attrs.pop(STORED_CHUNKS, {}))
+        return _with_methods(ds)
 
 
 def _check_whole(where: Path, root: zarr.Group, stored: Any) -> None:
@@ -442,15 +443,10 @@ def _with_methods(ds: xr.Dataset) -> xr.Dataset:
 @contextmanager
 def reading_result() -> Iterator[None]:
     """Raise what goes wrong while the arrays of a result are read, or computed, as `PtychodaskError`."""
-    try:
+    with naming_damage(
+        "result", "its arrays cannot be read or computed", "if it is stored, it is damaged: reconstruct it again"
+    ):
         yield
-    except PtychodaskError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:
-        raise PtychodaskError(
-            f"result: its arrays cannot be read or computed ({error}); if it is stored, it is damaged: "
-            "reconstruct it again"
-        ) from error
 
 
 def recorded(attributes: Mapping[str, Any], *names: str) -> Any:

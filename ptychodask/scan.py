@@ -211,6 +211,17 @@ def _as_index(index: Any) -> Any:
     return index if isinstance(index, slice) else np.asarray(index, dtype=np.int64)
 
 
+def in_brief(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing.
+
+    Examples
+    --------
+    >>> in_brief(ValueError("no chunk\\nand its long story")), in_brief(KeyError())
+    ('no chunk', 'KeyError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def check_choice(name: str, value: object, choices: tuple[object, ...], where: str) -> None:
     """Raise `PtychodaskError` unless `value` is one of `choices`."""
     if value not in choices:

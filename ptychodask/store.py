@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
@@ -34,6 +35,7 @@ from ptychodask.scan import (
     calibrate_probe,
     check_pattern_shape,
     check_positions,
+    in_brief,
     input_normalization,
 )
 
@@ -64,6 +66,44 @@ CURVE_GAIN = 0.9
 """Patterns are sorted along the curve when that cuts the chunks read to this share or less."""
 
 
+DAMAGE: tuple[type[Exception], ...] = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+)
+"""What Zarr and its codecs raise where metadata or chunks are not as they were written: they take them on trust."""
+
+
+@contextmanager
+def naming_damage(where: str | Path, what: str, way_out: str) -> Iterator[None]:
+    """Raise what damaged files make Zarr raise in a block as a `PtychodaskError` of one line.
+
+    Parameters
+    ----------
+    where : path
+        The store.
+    what : str
+        What cannot be done with what of it.
+    way_out : str
+    """
+    try:
+        yield
+    except PtychodaskError:
+        raise
+    except DAMAGE as error:
+        raise PtychodaskError(f"{where}: {what} ({in_brief(error)}); {way_out}") from error
+
+
+INGEST_AGAIN = "the store is damaged: ingest the source again"
+"""The way out where a scan's store is damaged."""
+
+
 class StoredPatterns:
     """Patterns on disk, read by slice or by an integer array in any order, repeats included."""
 
@@ -89,7 +129,8 @@ class StoredPatterns:
 
     def read(self, index: Any, gap: int = SLICE_GAP) -> NDArray[Any]:
         """Patterns by slice or indices; a slice that is read spans less than `gap` chunks without a wanted one."""
-        try:
+        what = f"{(self._array.name or 'array').lstrip('/')} cannot be read for patterns {_brief(index)}"
+        with naming_damage(self._where, what, INGEST_AGAIN):
             if isinstance(index, slice):
                 return self._whole(np.asarray(self._array[index]))
             index = np.asarray(index, dtype=np.int64)
@@ -97,11 +138,6 @@ class StoredPatterns:
                 return self._whole(_rows(self._array, index, gap))
             wanted, inverse = np.unique(index, return_inverse=True)
             return self._whole(_rows(self._array, wanted, gap))[inverse.reshape(-1)]
-        except (OSError, RuntimeError, ValueError) as error:
-            raise PtychodaskError(
-                f"{self._where}: {self._array.name or 'array'} cannot be read for patterns {_brief(index)} ({error}); "
-                "the store is damaged: ingest the source again"
-            ) from error
 
     def _whole(self, found: NDArray[Any]) -> NDArray[Any]:
         """What was read, once it is sure that a pattern of zeros was measured: Zarr reads a missing file as zeros."""
@@ -618,14 +654,10 @@ def _check_attributes(attributes: dict[str, Any], where: str) -> None:
 
 
 def _array(root: zarr.Group, name: str, where: str) -> zarr.Array:
-    try:
+    with naming_damage(where, f"array '{name}' cannot be opened", INGEST_AGAIN):
         array = root.get(name)
-    except (OSError, ValueError) as error:
-        raise PtychodaskError(
-            f"{where}: array '{name}' cannot be opened ({error}); the store is damaged: ingest the source again"
-        ) from error
     if not isinstance(array, zarr.Array):
-        raise PtychodaskError(f"{where}: array '{name}' is missing; the store is damaged: ingest the source again")
+        raise PtychodaskError(f"{where}: array '{name}' is missing; {INGEST_AGAIN}")
     return array
 
 
@@ -635,13 +667,8 @@ def _read(root: zarr.Group, name: str, where: str) -> NDArray[Any]:
 
 def _read_rows(array: zarr.Array, where: str, rows: slice | EllipsisType | NDArray[np.integer[Any]]) -> NDArray[Any]:
     """Rows of an array, by a slice or by ascending indices."""
-    try:
+    with naming_damage(where, f"array '{array.name.lstrip('/')}' cannot be read", INGEST_AGAIN):
         return _rows(array, rows) if isinstance(rows, np.ndarray) else np.asarray(array[rows])
-    except (OSError, RuntimeError, ValueError) as error:
-        raise PtychodaskError(
-            f"{where}: array '{array.name.lstrip('/')}' cannot be read ({error}); the store is damaged: ingest the "
-            "source again"
-        ) from error
 
 
 def open_root(path: Path, form: Form, mode: str = "r") -> zarr.Group:
@@ -663,11 +690,9 @@ def open_root(path: Path, form: Form, mode: str = "r") -> zarr.Group:
         raise PtychodaskError(f"{path}: no such {form.noun}; {make}")
     if not path.is_dir():
         raise PtychodaskError(f"{path}: is a file, expected a {form.noun} (a folder); {make}")
-    try:
+    with naming_damage(path, "is not a Zarr format 3 store", make):
         root = zarr.open_group(path, mode=mode, zarr_format=3)  # type: ignore[arg-type]
         attributes = dict(root.attrs)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PtychodaskError(f"{path}: is not a Zarr format 3 store ({error}); {make}") from error
     if attributes.get("format") != form.name:
         raise PtychodaskError(
             f"{path}: is a Zarr store of another kind (format is {attributes.get('format')!r}, "

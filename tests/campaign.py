@@ -116,9 +116,11 @@ class Cluster:
             return json.loads(told.stdout or "{}")
         # Dask's handshake asserts that no other message comes with it, which some does at times.
         for _ in range(3):
-            with suppress(OSError, ValueError, AssertionError, TimeoutError):
-                with Client(self.address, timeout="5s", set_as_default=False) as client:
-                    return client.run(os.getpid)
+            with (
+                suppress(OSError, ValueError, AssertionError, TimeoutError),
+                Client(self.address, timeout="5s", set_as_default=False) as client,
+            ):
+                return client.run(os.getpid)
         return {}
 
     def mend(self) -> None:

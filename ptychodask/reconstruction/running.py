@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import distributed
 
 from ptychodask.progress import Progress
-from ptychodask.scan import PtychodaskError
+from ptychodask.scan import PtychodaskError, in_brief
 
 logger = logging.getLogger(__name__)
 
@@ -343,14 +343,15 @@ class Run:
         if task is None:
             check_done(future, self._name_of(item))
         assert task is not None
-        logger.warning("%s failed and is tried again: %s", self._name_of(item), _first_line(error))
+        assert error is not None
+        logger.warning("%s failed and is tried again: %s", self._name_of(item), in_brief(error))
         self._submit(item, task)
         return _PENDING
 
     def _after_deaths(self, item: _Item, error: Exception) -> Any:
         """Set a chunk aside whose workers died; when it was alone, it is given up."""
         if item not in self._alone:
-            logger.warning("%s is set aside until all others are done: %s", self._name_of(item), _first_line(error))
+            logger.warning("%s is set aside until all others are done: %s", self._name_of(item), in_brief(error))
             self._set_aside.append(item)
             return _PENDING
         if self._tasks.without_chunk is not None:
@@ -405,10 +406,6 @@ def _is_refusal(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in DISK_REFUSES
 
 
-def _first_line(error: BaseException | None) -> str:
-    return (str(error).splitlines() or [""])[0]
-
-
 def workers_of(client: distributed.Client) -> dict[str, dict[str, Any]]:
     """What the scheduler knows of each worker, by its address."""
     return dict(client.scheduler_info(n_workers=-1)["workers"])
@@ -443,4 +440,4 @@ def check_done(future: distributed.Future, what: str) -> None:
     error = future.exception()
     if isinstance(error, PtychodaskError) or _is_refusal(error):
         raise error
-    raise PtychodaskError(f"reconstruct: {what} failed: {type(error).__name__}: {_first_line(error)}") from error
+    raise PtychodaskError(f"reconstruct: {what} failed: {type(error).__name__}: {in_brief(error)}") from error

@@ -33,6 +33,7 @@ from ptychodask.reassembly import (
     save_canvas,
 )
 from ptychodask.result import VARIABLES, Layers, TileArrays, read_tile, write_tile
+from ptychodask.store import DAMAGE
 
 CACHED_GROUPS = 64
 """Groups whose cached patches are in memory at once."""
@@ -272,7 +273,7 @@ def tile_is_whole(out: Path, tile: Tile, start_yx: tuple[int, int], expected: in
     """
     try:
         return tile_checksum(read_tile(out, start_yx, tile.box.shape)) == expected
-    except (OSError, RuntimeError, ValueError, KeyError):
+    except DAMAGE:
         return False
 
 
