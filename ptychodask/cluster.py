@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Client, LocalCluster, Worker, WorkerPlugin, core
+from distributed import Client, LocalCluster, Security, Worker, WorkerPlugin, core
 
 from ptychodask.progress import quiet_stderr
-from ptychodask.scan import PtychodaskError
+from ptychodask.scan import PtychodaskError, in_brief
 
 logger = logging.getLogger(__name__)
 
@@ -101,13 +102,16 @@ def in_process_client() -> Iterator[Client]:
 
 
 @contextmanager
-def local_client(n_workers: int) -> Iterator[Client]:
+def local_client(n_workers: int, *, security: Security | None = None) -> Iterator[Client]:
     """A client with worker processes on this machine, the processor's cores divided among them, closed in the end.
 
     Parameters
     ----------
     n_workers : int
-        Worker processes.
+        Worker processes. They and their scheduler listen on the loopback interface alone.
+    security : distributed.Security, optional
+        Encrypts and authenticates all that they say to each other; ``Security.temporary()`` makes credentials that
+        live in this process and its workers. Without it, any process on this machine can connect.
 
     Yields
     ------
@@ -130,6 +134,7 @@ def local_client(n_workers: int) -> Iterator[Client]:
             n_workers=n_workers,
             threads_per_worker=THREADS_PER_WORKER,
             host="127.0.0.1",
+            security=security,
             **QUIET,
             env=dict.fromkeys(THREAD_VARIABLES, threads) | WORKER_VARIABLES,
         ) as cluster,
@@ -150,13 +155,15 @@ class _QuietStart(WorkerPlugin):
 
 
 @contextmanager
-def connected_client(address: str) -> Iterator[Client]:
+def connected_client(address: str, *, security: Security | None = None) -> Iterator[Client]:
     """A client of a scheduler that is running already, closed in the end.
 
     Parameters
     ----------
     address : str
-        Such as ``tcp://127.0.0.1:8786``.
+        Such as ``tcp://127.0.0.1:8786``, or ``tls://...`` with `security`.
+    security : distributed.Security, optional
+        Credentials that the scheduler knows (see `credentials_in`).
 
     Yields
     ------
@@ -168,18 +175,64 @@ def connected_client(address: str) -> Iterator[Client]:
     PtychodaskError
         If no scheduler answers there.
     """
+    options = {"set_as_default": False, "timeout": ANSWER_WITHIN, "security": security}
     try:
         try:
-            client = Client(address, set_as_default=False, timeout=ANSWER_WITHIN)
+            client = Client(address, **options)
         except AssertionError:
             # Dask's handshake asserts that no other message comes with it, which one does at times (2026.8).
-            client = Client(address, set_as_default=False, timeout=ANSWER_WITHIN)
-    except (OSError, ValueError) as error:
+            client = Client(address, **options)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise PtychodaskError(
-            f"{address}: no Dask scheduler answers ({error}); give the address that dask scheduler prints"
+            f"{address}: no Dask scheduler answers ({in_brief(error)}); give the address that dask scheduler prints, "
+            "and where that begins with tls:// the folder of its credentials (--tls-folder)"
         ) from error
     with client:
         yield client
+
+
+def temporary_credentials() -> Security:
+    """Credentials of one cluster, made anew and kept in memory.
+
+    Raises
+    ------
+    PtychodaskError
+        If the package that makes them is not installed.
+    """
+    try:
+        return Security.temporary()
+    except ImportError as error:
+        raise PtychodaskError("tls: needs the package cryptography; pip install 'ptychodask[tls]'") from error
+
+
+CREDENTIALS = {"tls_ca_file": "ca.pem", "tls_client_cert": "cert.pem", "tls_client_key": "key.pem"}
+"""Files of a folder of credentials, by what Dask calls them."""
+
+
+def credentials_in(folder: Path) -> Security:
+    """Credentials for a scheduler that speaks TLS.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds ``ca.pem``, the authority that both sides trust, ``cert.pem`` and ``key.pem``.
+
+    Returns
+    -------
+    distributed.Security
+
+    Raises
+    ------
+    PtychodaskError
+        If a file is missing.
+    """
+    for name in CREDENTIALS.values():
+        if not (folder / name).is_file():
+            raise PtychodaskError(
+                f"{folder}: holds no {name}; expected {', '.join(CREDENTIALS.values())}: the authority that scheduler "
+                "and client trust, and a certificate of its with the key"
+            )
+    return Security(require_encryption=True, **{name: str(folder / file) for name, file in CREDENTIALS.items()})
 
 
 @dataclass(frozen=True)

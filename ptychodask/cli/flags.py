@@ -17,6 +17,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")]
 Workers = Annotated[int | None, typer.Option(help="Worker processes to start; by default this one.")]
 Scheduler = Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")]
+Tls = Annotated[bool, typer.Option("--tls", help="Encrypt and authenticate what --workers say to each other.")]
+TlsFolder = Annotated[
+    Path | None, typer.Option(help="Folder with ca.pem, cert.pem and key.pem for a --scheduler that speaks TLS.")
+]
 
 
 def bar(quiet: bool) -> bool | None:
@@ -58,13 +62,21 @@ def check_one_cluster(command: str, workers: int | None, scheduler: str | None) 
         raise PtychodaskError(f"{command}: --workers starts a cluster and --scheduler names one; pass one of them")
 
 
-def client_for(workers: int | None, scheduler: str | None) -> AbstractContextManager[Any]:
+def client_for(
+    workers: int | None, scheduler: str | None, tls: bool = False, tls_folder: Path | None = None
+) -> AbstractContextManager[Any]:
     """A client of new worker processes or of a running scheduler; None where neither is asked for."""
-    from ptychodask.cluster import connected_client, local_client
+    from ptychodask.cluster import connected_client, credentials_in, local_client, temporary_credentials
 
+    if tls and workers is None:
+        raise PtychodaskError("--tls: goes with --workers; a running --scheduler is reached with --tls-folder")
+    if tls_folder is not None and scheduler is None:
+        raise PtychodaskError(f"--tls-folder {tls_folder}: goes with --scheduler; new --workers take --tls")
     if workers is not None:
-        return local_client(workers)
-    return nullcontext() if scheduler is None else connected_client(scheduler)
+        return local_client(workers, security=temporary_credentials() if tls else None)
+    if scheduler is None:
+        return nullcontext()
+    return connected_client(scheduler, security=None if tls_folder is None else credentials_in(tls_folder))
 
 
 def check_folders(*paths: Path | None) -> None:

@@ -13,6 +13,8 @@ from ptychodask.cli.flags import (
     Quiet,
     Scheduler,
     Store,
+    Tls,
+    TlsFolder,
     Workers,
     bar,
     check_folders,
@@ -86,6 +88,8 @@ def residuals(
     png: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
+    tls: Tls = False,
+    tls_folder: TlsFolder = None,
     quiet: Quiet = False,
 ) -> None:
     """Judge each measured pattern by the one that a result makes, and name those that stand out.
@@ -100,7 +104,7 @@ def residuals(
         check_figure_path(png)
     check_folders(save_outliers, csv)
     options = given(drop=None if drop is None else numbers_in("--drop", drop, "pattern indices"))
-    with client_for(workers, scheduler) as client:
+    with client_for(workers, scheduler, tls, tls_folder) as client:
         found = residuals(result, store, client=client, progress=bar(quiet), **options)
     far = outliers(found, **given(n_mad=n_mad))
     told = "".join(f", {title} {found.attrs[name]:.4g}" for name, title in RESIDUALS.items() if name in found.attrs)
@@ -119,6 +123,8 @@ def study(
     recompute: Annotated[list[str] | None, typer.Option(help="Cell to compute again; * for any characters.")] = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
+    tls: Tls = False,
+    tls_folder: TlsFolder = None,
     quiet: Quiet = False,
 ) -> None:
     """Simulate, train, reconstruct and compare over dose, overlap, gridsize and network. Goes on where it was stopped.
@@ -129,7 +135,7 @@ def study(
     with quiet_stderr():
         from ptychodask.study import run_study, to_markdown
     folder = study.with_suffix("") if out is None else out
-    with client_for(workers, scheduler) as client:
+    with client_for(workers, scheduler, tls, tls_folder) as client:
         found = run_study(study, folder, recompute=recompute or (), client=client, progress=bar(quiet))
     typer.echo(f"{to_markdown(found)}\n{folder}: table.md, metrics.csv and figures")
 

@@ -12,6 +12,8 @@ from ptychodask.cli.flags import (
     Quiet,
     Scheduler,
     Store,
+    Tls,
+    TlsFolder,
     Workers,
     bar,
     check_one_cluster,
@@ -101,6 +103,8 @@ def reconstruct(
     device: Annotated[str | None, typer.Option(help="any, or gpu where nothing else will do.")] = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
+    tls: Tls = False,
+    tls_folder: TlsFolder = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a stopped run left.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -141,7 +145,7 @@ def reconstruct(
         device=device,
     )
     check_figure_path(png)
-    with client_for(workers, scheduler) as client:
+    with client_for(workers, scheduler, tls, tls_folder) as client:
         result = reconstruct(
             store,
             _models(model),
@@ -190,6 +194,8 @@ def bench(
     precision: Annotated[str | None, typer.Option(help="float32 or mixed.")] = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
+    tls: Tls = False,
+    tls_folder: TlsFolder = None,
     folder: Annotated[
         Path | None, typer.Option(help="Folder that all workers see, for what is made meanwhile.")
     ] = None,
@@ -219,7 +225,7 @@ def bench(
     reconstruction = ReconstructionSpec(
         **given(batch_size=batch_size, groups_per_chunk=groups_per_chunk, precision=precision)
     )
-    with client_for(workers, scheduler) as client:
+    with client_for(workers, scheduler, tls, tls_folder) as client:
         report = bench(
             store, model, spec, reconstruction=reconstruction, client=client, folder=folder, progress=bar(quiet)
         )
