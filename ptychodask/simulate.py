@@ -581,7 +581,7 @@ def _make_object(source: str | Path | NDArray[Any], shape: tuple[int, int], rng:
 def _read_image(path: Path) -> NDArray[Any]:
     try:
         if path.suffix == ".npy":
-            return np.asarray(np.load(path, allow_pickle=False))
+            return read_npy(path)
         with Image.open(path) as image:
             return np.asarray(image.convert("F"))
     except (OSError, ValueError, EOFError, UnidentifiedImageError, Image.DecompressionBombError) as error:

@@ -50,7 +50,7 @@ def test_the_object_is_the_same_and_strangers_are_refused(store, client, tmp_pat
             pass
         with pytest.raises(PtychodaskError, match=told), connected_client(address, security=temporary_credentials()):
             pass
-        with pytest.raises(OSError, match="."), Client(address.replace("tls", "tcp"), timeout="2s"):
+        with pytest.raises(OSError, match=r"."), Client(address.replace("tls", "tcp"), timeout="2s"):
             pass
     for name in ("object", "weight", "uncertainty", "count"):
         np.testing.assert_array_equal(found[name].values, plain[name].values)

@@ -50,11 +50,12 @@ def whole_numbers(flag: str, text: str, count: int) -> tuple[int, ...]:
 
 
 def numbers_in(flag: str, path: Path, what: str) -> NDArray[Any]:
+    from ptychodask.io.npy_stream import read_npy
+
     try:
-        return np.atleast_1d(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        told = "it is no array of numbers" if "allow_pickle" in str(error) else str(error)
-        raise PtychodaskError(f"{flag} {path}: cannot be read ({told}); expected a .npy of {what}") from error
+        return np.atleast_1d(read_npy(path))
+    except PtychodaskError as error:
+        raise PtychodaskError(f"{flag} {error}; expected a .npy of {what}") from error
 
 
 def check_one_cluster(command: str, workers: int | None, scheduler: str | None) -> None:

@@ -145,6 +145,19 @@ def read_npy(path: str | Path) -> NDArray[Any]:
         return readopen_values(file, read_header(file, path.stat().st_size, str(path)), str(path))
 
 
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a small NPZ file, whole, by their names.
+
+    Raises
+    ------
+    PtychodaskError
+        If it cannot be read, or an array claims more than the file holds; pickled objects are never loaded.
+    """
+    with reading(str(path)), ExitStack() as stack:
+        npz = NpzFile(stack.enter_context(path.open("rb")), str(path), path.parent, stack)
+        return {name: npz.array(name) for name in npz.keys()}  # noqa: SIM118 a container is no dict
+
+
 class NpzFile:
     """The arrays of an NPZ file: see `Container`.
 

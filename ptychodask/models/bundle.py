@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.folders import whole_or_nothing
+from ptychodask.io.npy_stream import read_npz
 from ptychodask.models.description import FORMAT, FORMAT_VERSION, MODEL, read_description, read_history
 from ptychodask.models.model import Model, hash_weights
 from ptychodask.models.networks import build_network
@@ -136,10 +136,9 @@ def _load_bundle(path: Path) -> Model:
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise PtychodaskError(f"{path}: cannot be read ({error}); train again") from error
+        return read_npz(path)
+    except PtychodaskError as error:
+        raise PtychodaskError(f"{error}; or train again") from error
 
 
 def _read_optics(path: Path, spec: ModelSpec) -> Optics:
