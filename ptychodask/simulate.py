@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from scipy.ndimage import gaussian_filter
 
 from ptychodask.grouping import curve_order, mean_spacing_px
+from ptychodask.io.npy_stream import read_npy
 from ptychodask.io.probe import disc_probe, zone_plate_probe
 from ptychodask.scan import PtychodaskError, Scan, Truth, check_choice, check_pattern_shape
 from ptychodask.store import open_scan, write_scan
