@@ -70,6 +70,10 @@ def check_vacant(path: Path, *, overwrite: bool, form: Form, resume: bool = Fals
     resume : bool
         What a stopped writer left is not in the way.
     """
+    old = _replaced_path(path)
+    if old.exists() and not path.exists() and is_locked(building_path(path)) is False:
+        # A writer was killed between two renames.
+        old.rename(path)
     if path.exists() and not overwrite:
         raise PtychodaskError(f"{path}: exists already; pass overwrite=True (--overwrite), or another name")
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or _form(path) in (form.name, DAMAGED))):
@@ -134,10 +138,7 @@ def _lock(file: IO[str]) -> bool:
 @contextmanager
 def _held(path: Path, *, resume: bool) -> Iterator[Path]:
     """The folder that `path` is written in, for this process alone: empty, or with what a stopped writer finished."""
-    building, old = building_path(path), _replaced_path(path)
-    if old.exists() and not path.exists():
-        # A writer was killed between two renames.
-        old.rename(path)
+    building = building_path(path)
     going_on = resume and is_resumable(path)
     if not going_on:
         _remove(building)

@@ -30,6 +30,9 @@ from models_for_tests import (
 from ptychodask import prediction
 from ptychodask.cluster import QUIET
 from ptychodask.folders import LEDGER, WHOLE, building_path
+from ptychodask.io import ingest
+from ptychodask.models import ModelSpec, Optics, untrained_model
+from ptychodask.models import device as device_module
 from ptychodask.plan import plan
 from ptychodask.reconstruction import reconstruct, running, stitching
 from ptychodask.reconstruction.ledger import Ledger
@@ -391,3 +394,81 @@ def wait_for(condition, seconds=60):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+INGESTING = """
+import sys
+from ptychodask.io import ingest
+ingest(sys.argv[1], sys.argv[2], progress=False)
+"""
+
+
+def test_an_ingest_that_is_killed_starts_again_cleanly(tmp_path):
+    rng = np.random.default_rng(0)
+    n_patterns = 20000
+    np.savez(
+        tmp_path / "source.npz",
+        diff3d=rng.random((n_patterns, 32, 32), np.float32),
+        xcoords=rng.random(n_patterns) * 500,
+        ycoords=rng.random(n_patterns) * 500,
+        probeGuess=np.ones((32, 32), np.complex64),
+    )
+    store = tmp_path / "scan.zarr"
+    command = [sys.executable, "-c", INGESTING, str(tmp_path / "source.npz"), str(store)]
+    with subprocess.Popen(command) as victim:
+        wait_for(lambda: (building_path(store) / WHOLE / "diffraction" / "c").exists())
+        victim.kill()
+    assert not store.exists()
+    with pytest.raises(PtychodaskError, match="the store is unfinished"):
+        open_scan(store)
+    assert ingest(tmp_path / "source.npz", store, progress=False).n_patterns == n_patterns
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scan.zarr", "source.npz"]
+
+
+def test_a_writer_that_is_killed_between_two_renames_loses_nothing(store, client, tmp_path, whole):
+    out = tmp_path / "object.zarr"
+    reconstruct(store, LinearModel(), out=out, client=client, **FIELDS)
+    out.rename(tmp_path / ".object.zarr.replaced")
+    with pytest.raises(PtychodaskError, match="exists already"):
+        reconstruct(store, LinearModel(), out=out, client=client, **FIELDS)
+    assert_same_bits(open_result(out), whole)
+
+
+def untrained(store):
+    return untrained_model(ModelSpec(n_pixels=16, levels=1), Optics.of(open_scan(store)))
+
+
+def test_a_gpu_that_is_asked_for_and_missing_is_one_error(store, client):
+    with pytest.raises(PtychodaskError, match=r"a GPU is asked for, and \w+ sees none in this process; check CUDA_VIS"):
+        reconstruct(store, untrained(store), client=client, device="gpu", **FIELDS)
+    with pytest.raises(PtychodaskError, match="device is 'tpu', expected one of: any, gpu"):
+        reconstruct(store, untrained(store), device="tpu")
+
+
+def test_a_worker_that_advertises_a_gpu_has_one(store):
+    with (
+        LocalCluster(n_workers=1, processes=False, resources={"GPU": 1}, **QUIET) as cluster,
+        Client(cluster, set_as_default=False) as client,
+        pytest.raises(PtychodaskError, match="a GPU is asked for"),
+    ):
+        reconstruct(store, untrained(store), client=client, **FIELDS)
+
+
+def test_a_process_keeps_to_the_first_gpu_that_it_sees(monkeypatch):
+    chosen = []
+
+    class Config:
+        class experimental:  # noqa: N801 as TensorFlow spells it
+            set_memory_growth = staticmethod(lambda gpu, on: chosen.append((gpu, on)))
+
+        set_visible_devices = staticmethod(lambda gpu, kind: chosen.append((gpu, kind)))
+
+    class TensorFlow:
+        config = Config
+
+    monkeypatch.setattr(device_module, "visible_gpus", lambda: ["second of the node, given to this process", "another"])
+    monkeypatch.setattr(device_module, "import_module", lambda name: TensorFlow)
+    monkeypatch.setattr(device_module.keras.backend, "backend", lambda: "tensorflow")
+    device_module.use_given_gpu()
+    given = "second of the node, given to this process"
+    assert chosen == [(given, "GPU"), (given, True)]

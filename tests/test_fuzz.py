@@ -1,0 +1,57 @@
+"""Some hundred inputs of the fuzz campaign, and what it found; `python -m tests.fuzz` feeds as many as one likes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ptychodask.models import ModelSpec, Optics, load_model, untrained_model
+from ptychodask.models.bundle import save_model
+from ptychodask.result import create_result, finish_result, open_result
+from ptychodask.scan import PtychodaskError
+from ptychodask.simulate import simulate
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.timeout(600)
+def test_damaged_files_are_read_or_refused_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "tests.fuzz", "--inputs", "300", "--seed", "3", "--keep", str(tmp_path / "finds")]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stdout[-4000:] + told.stderr[-2000:]
+    assert "| all |" in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"node_type":"array"', '"node_kind":"array"'),
+        ('"shape":', '"shape":"wide","shape too":'),
+        ('"name":"blosc","configuration"', '"name":"blosc","settings"'),
+        ('"complex64"', '"\\ud800"'),
+        ('"data_type"', '"data type"'),
+        ('"codecs":[', '"codecs":7,"codecs too":['),
+    ],
+)
+def test_a_result_whose_metadata_make_no_sense_is_refused(tmp_path, before, after):
+    create_result(tmp_path, (40, 40), (0, 0), 32, pixel_size_m=None)
+    finish_result(tmp_path, {})
+    root = (tmp_path / "zarr.json").read_text()
+    compact = "".join(line.strip() for line in root.splitlines()).replace('": ', '":')
+    assert before in compact
+    (tmp_path / "zarr.json").write_text(compact.replace(before, after, 1))
+    with pytest.raises(PtychodaskError) as caught:
+        open_result(tmp_path).ptycho.compute()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_archive_whose_header_does_not_end_is_refused(tmp_path):
+    scan = simulate(tmp_path / "scan.zarr", n_pixels=16, n_patterns=20, step_px=3.0, progress=False)
+    save_model(untrained_model(ModelSpec(n_pixels=16, levels=1), Optics.of(scan)), tmp_path / "net.model")
+    weights = tmp_path / "net.model" / "weights.npz"
+    weights.write_bytes(weights.read_bytes().replace(b"'shape': (", b"'shape':  ", 1))
+    with pytest.raises(PtychodaskError, match=r"weights\.npz.*cannot be read .*or train again"):
+        load_model(tmp_path / "net.model")
