@@ -209,8 +209,8 @@ def test_an_npz_that_claims_what_it_does_not_hold_is_refused(tmp_path):
 
 @pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize("claimed", ["diffraction", "y", "all"])
-def test_an_hdf5_that_claims_what_it_does_not_hold_is_refused(tmp_path, claimed):
-    many = 10**12
+@pytest.mark.parametrize("many", [10**9, 10**12])
+def test_an_hdf5_that_claims_what_it_does_not_hold_is_refused(tmp_path, claimed, many):
     with h5py.File(tmp_path / "source.h5", "w") as file:
         n_patterns = many if claimed in ("diffraction", "all") else 9
         file.create_dataset("d", (n_patterns, 16, 16), "u2", chunks=(1, 16, 16), compression="gzip")
@@ -218,7 +218,7 @@ def test_an_hdf5_that_claims_what_it_does_not_hold_is_refused(tmp_path, claimed)
             file.create_dataset(name, (many if claimed in ("y", "all") else 9,), "f8", chunks=True)
     assert (tmp_path / "source.h5").stat().st_size < 10**4
     keys = {"diffraction": "d", "y": "y", "x": "x"}
-    with pytest.raises(PtychodaskError, match=r"1000000000000|of the .* that it claims"):
+    with pytest.raises(PtychodaskError, match=rf"{many}|of the .* that it claims"):
         ingest(tmp_path / "source.h5", tmp_path / "scan.zarr", keys=keys, domain="counts", units="px")
     assert not (tmp_path / "scan.zarr").exists()
 

@@ -21,6 +21,13 @@ with suppress(ImportError):
     import hdf5plugin  # noqa: F401
 
 
+SMALL_BYTES = 2**26
+"""Arrays up to this size are read whatever is stored of them: HDF5 leaves out what was never written."""
+
+COMPRESSED_AT_MOST = 2**16
+"""Times that a dataset is larger than what is stored of it, at the most: a frame without light packs well."""
+
+
 class Hdf5File:
     """The datasets of an HDF5 file, by their paths: see `Container`.
 
@@ -64,6 +71,7 @@ class Hdf5File:
         where = f"{self.where}[{key}]"
         if self.dtype(key).hasobject:
             raise PtychodaskError(f"{where}: holds text or references, expected numbers")
+        check_claim(self._dataset(key), where)
         with reading(where):
             return np.asarray(self._dataset(key)[()]).astype(self.dtype(key), copy=False)
 
@@ -72,6 +80,7 @@ class Hdf5File:
         if dataset.dtype.kind not in "buifc":
             raise PtychodaskError(f"{self.where}[{key}]: values have type {dataset.dtype}, expected numbers")
         where = f"{self.where}[{key}]"
+        check_claim(dataset, where)
         return _DatasetFrames(dataset, pattern_axes(self.shape(key), where, last=pattern_last), where, pattern_last)
 
     def _dataset(self, key: str) -> h5py.Dataset:
@@ -82,6 +91,19 @@ class Hdf5File:
         if not isinstance(dataset, h5py.Dataset):
             raise missing_key(self, key)
         return dataset
+
+
+def check_claim(dataset: h5py.Dataset, where: str) -> None:
+    """Raise `PtychodaskError` where a dataset is larger than what is stored of it can become."""
+    with reading(where):
+        if dataset.is_virtual or dataset.external:
+            return
+        claimed, stored = (dataset.size or 0) * dataset.dtype.itemsize, dataset.id.get_storage_size()
+    if claimed > SMALL_BYTES and claimed > COMPRESSED_AT_MOST * stored:
+        raise PtychodaskError(
+            f"{where}: has shape {dataset.shape}, and the file holds {stored} of the {claimed} bytes that it claims; it "
+            "was never written, or is truncated: copy it again"
+        )
 
 
 class _DatasetFrames:
