@@ -101,8 +101,8 @@ def check_claim(dataset: h5py.Dataset, where: str) -> None:
         claimed, stored = (dataset.size or 0) * dataset.dtype.itemsize, dataset.id.get_storage_size()
     if claimed > SMALL_BYTES and claimed > COMPRESSED_AT_MOST * stored:
         raise PtychodaskError(
-            f"{where}: has shape {dataset.shape}, and the file holds {stored} of the {claimed} bytes that it claims; it "
-            "was never written, or is truncated: copy it again"
+            f"{where}: has shape {dataset.shape}, and the file holds {stored} of the {claimed} bytes that it claims; "
+            "it was never written, or is truncated: copy it again"
         )
 
 
