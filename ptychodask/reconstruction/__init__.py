@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import platform
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import fields
 from importlib.metadata import version
 from numbers import Integral
 from pathlib import Path
@@ -19,9 +16,6 @@ import distributed
 import numpy as np
 import xarray as xr
 
-from ptychodask.cluster import client_for_run
-from ptychodask.folders import LEDGER, is_resumable, whole_or_nothing
-from ptychodask.patches import PATCHES, check_patches, create_patches, finish_patches
 from ptychodask.plan import (
     MIB,
     RESULT_PIXEL_BYTES,
@@ -32,49 +26,22 @@ from ptychodask.plan import (
     plan_together,
     prediction_job,
 )
-from ptychodask.prediction import PatchModel, resolve_model, stage
+from ptychodask.prediction import PatchModel, resolve_model
+from ptychodask.reconstruction.caching import patch_cache
 from ptychodask.reconstruction.lazy import lazy_result
-from ptychodask.reconstruction.ledger import Ledger, check_same, differences
-from ptychodask.reconstruction.polished import Polishing, stitch_on_workers, tiles_from_disk
-from ptychodask.reconstruction.running import check_workers
-from ptychodask.reconstruction.stitching import Stitching, Told, sent_job, start_yx
+from ptychodask.reconstruction.stitching import start_yx
 from ptychodask.reconstruction.tasks import MethodJob, StitchingJob, TileReport
+from ptychodask.reconstruction.work import Work, rates, run_work
+from ptychodask.reconstruction.written import write_result
 from ptychodask.result import (
-    PYRAMID,
-    RESULT,
     Layers,
     TileArrays,
-    create_result,
-    finish_result,
     make_dataset,
-    open_result,
-    write_pyramid,
 )
-from ptychodask.scan import PtychodaskError, Scan, with_fields
-from ptychodask.store import ScanReader, open_scan
-
-logger = logging.getLogger(__name__)
+from ptychodask.scan import PtychodaskError, with_fields
+from ptychodask.store import ScanReader
 
 __all__ = ["reconstruct"]
-
-SUMS_FOLDER = "sums"
-"""Folder beside a result that is being written where sums of chunks wait for their tiles."""
-
-STITCHED_FOLDER = "stitched"
-"""Store beside a result that is being written, of the tiles that are still to be polished."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Work:
-    """A reconstruction that is ready to run."""
-
-    scan: Scan
-    """Its first pattern alone, with all that the store records."""
-
-    job: StitchingJob
-    todo: Plan
-    spec: ReconstructionSpec
-    attributes: dict[str, Any]
 
 
 def reconstruct(
@@ -170,7 +137,7 @@ def reconstruct(
     plans = plan_together(reader, networks, spec) if several else {"": plan_for(reader, networks[""], spec)}
     todo = next(iter(plans.values()))
     result = None if out is None else Path(out)
-    with _patch_cache(scan, networks, todo, spec, result, overwrite=overwrite, resume=resume) as patches:
+    with patch_cache(scan, networks, todo, spec, result, overwrite=overwrite, resume=resume) as patches:
         job = StitchingJob(
             tuple(
                 MethodJob(prediction_job(plans[label], network, scan, spec), plans[label].window, plans[label].crop)
@@ -180,12 +147,12 @@ def reconstruct(
             position_yx_px=spec.position_yx_px,
             **patches,
         )
-        work = _Work(scan, job, todo, spec, _attributes(networks, plans, spec))
+        work = Work(scan, job, todo, spec, _attributes(networks, plans, spec))
         if not compute:
             return lazy_result(job, todo, scan.pixel_size_m, work.attributes)
         if out is None:
             return _in_memory(work, client, started, progress)
-        return _on_disk(work, Path(out), client, started, progress, overwrite=overwrite, resume=resume)
+        return write_result(work, Path(out), client, started, progress, overwrite=overwrite, resume=resume)
 
 
 def _check_asked(
@@ -222,7 +189,7 @@ def _check_asked(
         raise PtychodaskError(f"reconstruct: compute=False cannot fill the cache {spec.cache}; compute first")
 
 
-def _in_memory(work: _Work, client: distributed.Client | None, started: float, progress: bool | None) -> xr.Dataset:
+def _in_memory(work: Work, client: distributed.Client | None, started: float, progress: bool | None) -> xr.Dataset:
     todo = work.todo
     _check_in_memory(work)
     arrays: TileArrays = {
@@ -237,246 +204,14 @@ def _in_memory(work: _Work, client: distributed.Client | None, started: float, p
         for name, part in report.arrays.items():
             arrays[name][..., y : y + height, x : x + width] = part
 
-    told = _run(work, client, None, place, show=progress)
+    told = run_work(work, client, None, place, show=progress)
     return make_dataset(
         **arrays,
         corner=todo.box.corner,
         pixel_size_m=work.scan.pixel_size_m,
-        attributes=work.attributes | _rates(todo, told, started),
+        attributes=work.attributes | rates(todo, told, started),
         layers=work.job.layers,
     )
-
-
-def _on_disk(
-    work: _Work,
-    path: Path,
-    client: distributed.Client | None,
-    started: float,
-    progress: bool | None,
-    *,
-    overwrite: bool,
-    resume: bool,
-) -> xr.Dataset:
-    if path.resolve() == Path(work.todo.store):
-        raise PtychodaskError(f"{path}: is the store of the scan itself; name another place with out=")
-    if resume and path.exists() and not is_resumable(path):
-        whole = open_result(path)
-        if not overwrite:
-            check_same(_identity(whole.attrs), _identity(work.attributes), str(path))
-        if not differences(_identity(whole.attrs), _identity(work.attributes)):
-            logger.info("%s: is whole already", path)
-            return whole
-    with whole_or_nothing(path, overwrite=overwrite, form=RESULT, resume=resume) as building:
-        result = building.resolve()
-        ledger = Ledger(result.parent, _identity(work.attributes))
-        try:
-            told = _into(work, result, ledger, client, progress)
-        except PtychodaskError as error:
-            if not ledger.exists:
-                raise
-            raise PtychodaskError(
-                f"{error}; what is finished is kept: go on with resume=True (--resume), or start again with "
-                "overwrite=True (--overwrite)"
-            ) from error
-        if work.spec.pyramid:
-            with stage(told["seconds"], "pyramid"):
-                write_pyramid(result)
-        finish_result(result, work.attributes | _rates(work.todo, told, started))
-    return open_result(path)
-
-
-def _into(
-    work: _Work, result: Path, ledger: Ledger, client: distributed.Client | None, show: bool | None
-) -> dict[str, Any]:
-    """Run into a result store that is being written, or go on with it; gives what `_run` gives."""
-    places = _Places(result, result.parent / STITCHED_FOLDER if work.spec.polish else result, ledger)
-    if ledger.exists:
-        ledger.read()
-        _check_nothing_skipped(ledger, work.spec)
-    else:
-        for path in {result, places.stitched}:
-            create_result(
-                path,
-                work.todo.box.shape,
-                work.todo.box.corner,
-                work.todo.tile,
-                pixel_size_m=work.scan.pixel_size_m,
-                layers=work.job.layers,
-            )
-        places.sums.mkdir()
-    if work.spec.pyramid:
-        shutil.rmtree(result / PYRAMID, ignore_errors=True)
-    return _run(work, client, places, lambda tile, report: None, show=show)
-
-
-def _check_nothing_skipped(ledger: Ledger, spec: ReconstructionSpec) -> None:
-    if spec.on_error == "raise" and any(record["skipped"] for record in ledger.chunks.values()):
-        raise PtychodaskError(
-            "reconstruct: the stopped run left patterns out with on_error='skip', which on_error='raise' does not; "
-            "pass on_error='skip' (--on-error skip) to go on with it"
-        )
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where a run into a result store puts things."""
-
-    result: Path
-    """Store that is being written."""
-
-    stitched: Path
-    """Store of the tiles as they are stitched: the result, unless they are polished before they come there."""
-
-    ledger: Ledger
-
-    @property
-    def sums(self) -> Path:
-        """Folder of the sums of chunks."""
-        return self.result.parent / SUMS_FOLDER
-
-
-def _run(
-    work: _Work,
-    client: distributed.Client | None,
-    places: _Places | None,
-    take: Callable[[Tile, TileReport], None],
-    *,
-    show: bool | None,
-) -> dict[str, Any]:
-    """Stitch and polish; attributes that tell of it: wall time of each stage, what was left out, R of the sweeps."""
-    job, todo, spec = work.job, work.todo, work.spec
-    n_chunks, n_tiles = len(todo.chunks), len(todo.tiles)
-    logger.info("%s: %d groups in %d chunks onto %d tiles", todo.store, todo.n_groups, n_chunks, n_tiles)
-    kept: dict[str, Any] = (
-        {} if places is None else {"out": places.stitched, "folder": places.sums, "ledger": places.ledger}
-    )
-    with client_for_run(client) as used, sent_job(used, job) as sent:
-        check_workers(used, max(todo.predict_bytes, todo.reassemble_bytes))
-        stitching = Stitching(
-            used, job, sent, todo, tolerant=spec.on_error == "skip", n_verified=int(spec.verify), **kept
-        )
-        if spec.polish and places is None:
-            stitched = stitch_on_workers(used, stitching, todo, show)
-        else:
-            stitching.run((lambda tile, report: None) if spec.polish else take, show)
-            stitched = [] if places is None else tiles_from_disk(used, places.stitched, todo)
-        told = _told(stitching.told, todo.store)
-        if not spec.polish:
-            return told
-        drop = tuple(sorted({*spec.drop, *(one for patterns in told["skipped"].values() for one in patterns)}))
-        polishing = Polishing(used, job.methods[0].prediction, todo, open_scan(todo.store), stitched, drop)
-        with stage(told["seconds"], "polish"):
-            r_factors = polishing.sweep(int(spec.polish), show)
-        polishing.deliver(None if places is None else places.result, take)
-    logger.info(
-        "%s: R %.4f after stitching and %.4f after %d sweeps", todo.store, r_factors[0], r_factors[-1], spec.polish
-    )
-    polished = {"sweeps": int(spec.polish), "n_patterns": polishing.n_patterns, "r_factor": r_factors}
-    return told | {"polish": polished}
-
-
-def _told(told: Told, store: str) -> dict[str, Any]:
-    """Attributes that tell of a stitching; what was left out is logged too."""
-    skipped = told.skipped()
-    for reason, patterns in skipped.items():
-        logger.warning("%s: left out %d patterns, which %s: %s", store, len(patterns), reason, _some(patterns))
-    verified = {
-        "chunks": sorted(told.verifications),
-        "same_bits": sum(found.same_bits for found in told.verifications.values()),
-        "largest_difference": max((found.largest_difference for found in told.verifications.values()), default=0.0),
-        "elsewhere": sum(len(set(found.workers)) == 2 for found in told.verifications.values()),
-    }
-    return {"seconds": told.seconds(), "skipped": skipped} | ({"verified": verified} if told.verifications else {})
-
-
-def _some(patterns: list[int]) -> str:
-    return ", ".join(map(str, patterns[:20])) + (", ..." if len(patterns) > 20 else "")
-
-
-OF_NO_EFFECT = ("memory_bytes", "on_error", "verify", "device", "pyramid")
-"""Fields of a spec that two runs may differ in and give the same tiles."""
-
-
-def _identity(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What the tiles of a run depend on, from its attributes."""
-    spec = {name: value for name, value in attributes["spec"].items() if name not in OF_NO_EFFECT}
-    return {
-        "data_hash": attributes["data_hash"],
-        "model": _without_paths(attributes["model"]),
-        "spec": spec,
-        "plan": attributes["plan"],
-    }
-
-
-def _without_paths(value: Any) -> Any:
-    """Descriptions of models, less where they lie."""
-    if not isinstance(value, Mapping):
-        return value
-    return {name: _without_paths(item) for name, item in value.items() if name != "path"}
-
-
-@contextmanager
-def _patch_cache(
-    scan: Scan,
-    networks: Mapping[str, PatchModel],
-    todo: Plan,
-    spec: ReconstructionSpec,
-    result: Path | None,
-    *,
-    overwrite: bool,
-    resume: bool,
-) -> Iterator[dict[str, Any]]:
-    """Fields of the job that concern the cache of patches; one that is not there yet becomes whole with the block.
-
-    When the block fails, a cache that a run into `result` was filling is kept as long as what that finished.
-    """
-    if spec.cache is None:
-        yield {}
-        return
-    path, (network,) = Path(spec.cache), networks.values()
-    made_by = {
-        "data_hash": scan.data_hash,
-        "model_hash": network.content_hash,
-        "groups": todo.groups,
-        "groups_hash": todo.groups_hash,
-        "precision": spec.precision,
-    }
-    if path.exists():
-        check_patches(path, made_by)
-        yield {"patches": str(path.resolve())}
-        return
-    if spec.roi is not None or len(spec.drop) or spec.position_yx_px is not None:
-        raise PtychodaskError(
-            f"{path}: no such cache of patches, and roi, drop and position_yx_px would leave it with holes; fill it "
-            "with the whole scan first"
-        )
-    if resume and result is not None and is_resumable(result) and not is_resumable(path):
-        raise PtychodaskError(
-            f"{path}: the cache that the stopped run was filling is gone; start again with overwrite=True "
-            "(--overwrite), without resume"
-        )
-    shape = (todo.n_pixels, todo.n_pixels)
-    with whole_or_nothing(path, overwrite=overwrite, form=PATCHES, resume=resume) as building:
-        marker = building.parent / LEDGER
-        if marker.exists():
-            check_patches(building, made_by, finished=False)
-        else:
-            create_patches(
-                building,
-                (todo.members, *shape) if todo.output == "member" else shape,
-                todo.n_groups,
-                (todo.groups_per_chunk, todo.batch_size),
-                made_by,
-            )
-        if result is not None:
-            marker.touch()
-        try:
-            yield {"patches": str(building.resolve()), "fill": True}
-        except BaseException:
-            if result is None or not is_resumable(result):
-                marker.unlink(missing_ok=True)
-            raise
-        finish_patches(building)
 
 
 def _attributes(
@@ -516,16 +251,7 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
-def _rates(todo: Plan, told: dict[str, Any], started: float) -> dict[str, Any]:
-    total = time.perf_counter() - started
-    return told | {
-        "seconds": {"total": total, **told["seconds"]},
-        "groups_per_s": todo.n_groups / total,
-        "patterns_per_s": todo.n_patterns / total,
-    }
-
-
-def _check_in_memory(work: _Work) -> None:
+def _check_in_memory(work: Work) -> None:
     todo, layers = work.todo, work.job.layers
     per_pixel = RESULT_PIXEL_BYTES * max(1, len(layers.methods)) * (2 if layers.split_half else 1)
     n_bytes = todo.box.n_pixels * per_pixel

@@ -1,0 +1,96 @@
+"""The cache of patches of a run: read, or filled while it is at work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ptychodask.folders import LEDGER, is_resumable, whole_or_nothing
+from ptychodask.patches import PATCHES, check_patches, create_patches, finish_patches
+from ptychodask.plan import Plan, ReconstructionSpec
+from ptychodask.prediction import PatchModel
+from ptychodask.scan import PtychodaskError, Scan
+
+
+@contextmanager
+def patch_cache(
+    scan: Scan,
+    networks: Mapping[str, PatchModel],
+    todo: Plan,
+    spec: ReconstructionSpec,
+    result: Path | None,
+    *,
+    overwrite: bool,
+    resume: bool,
+) -> Iterator[dict[str, Any]]:
+    """The cache of patches of a run; one that is not there yet becomes whole with the block.
+
+    Parameters
+    ----------
+    scan, networks, todo, spec
+        Of the run; one network.
+    result : Path or None
+        What the run writes. When the block fails, a cache that was being filled is kept as long as what is finished
+        of that.
+    overwrite, resume : bool
+        Of what a stopped run left.
+
+    Yields
+    ------
+    dict
+        Fields of `StitchingJob` that concern the cache.
+
+    Raises
+    ------
+    PtychodaskError
+        If the cache is of something else, or would be left with holes.
+    """
+    if spec.cache is None:
+        yield {}
+        return
+    path, (network,) = Path(spec.cache), networks.values()
+    made_by = {
+        "data_hash": scan.data_hash,
+        "model_hash": network.content_hash,
+        "groups": todo.groups,
+        "groups_hash": todo.groups_hash,
+        "precision": spec.precision,
+    }
+    if path.exists():
+        check_patches(path, made_by)
+        yield {"patches": str(path.resolve())}
+        return
+    if spec.roi is not None or len(spec.drop) or spec.position_yx_px is not None:
+        raise PtychodaskError(
+            f"{path}: no such cache of patches, and roi, drop and position_yx_px would leave it with holes; fill it "
+            "with the whole scan first"
+        )
+    if resume and result is not None and is_resumable(result) and not is_resumable(path):
+        raise PtychodaskError(
+            f"{path}: the cache that the stopped run was filling is gone; start again with overwrite=True "
+            "(--overwrite), without resume"
+        )
+    shape = (todo.n_pixels, todo.n_pixels)
+    with whole_or_nothing(path, overwrite=overwrite, form=PATCHES, resume=resume) as building:
+        marker = building.parent / LEDGER
+        if marker.exists():
+            check_patches(building, made_by, finished=False)
+        else:
+            create_patches(
+                building,
+                (todo.members, *shape) if todo.output == "member" else shape,
+                todo.n_groups,
+                (todo.groups_per_chunk, todo.batch_size),
+                made_by,
+            )
+        if result is not None:
+            marker.touch()
+        try:
+            yield {"patches": str(building.resolve()), "fill": True}
+        except BaseException:
+            if result is None or not is_resumable(result):
+                marker.unlink(missing_ok=True)
+            raise
+        finish_patches(building)

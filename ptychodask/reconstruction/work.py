@@ -1,0 +1,163 @@
+"""A reconstruction that is ready to run, and its run: stitching, then polishing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import distributed
+
+from ptychodask.cluster import client_for_run
+from ptychodask.plan import Plan, ReconstructionSpec, Tile
+from ptychodask.prediction import stage
+from ptychodask.reconstruction.ledger import Ledger
+from ptychodask.reconstruction.polished import Polishing, stitch_on_workers, tiles_from_disk
+from ptychodask.reconstruction.running import check_workers
+from ptychodask.reconstruction.stitching import Stitching, Told, sent_job
+from ptychodask.reconstruction.tasks import StitchingJob, TileReport
+from ptychodask.scan import Scan
+from ptychodask.store import open_scan
+
+logger = logging.getLogger(__name__)
+
+SUMS_FOLDER = "sums"
+"""Folder beside a result that is being written where sums of chunks wait for their tiles."""
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A reconstruction that is ready to run."""
+
+    scan: Scan
+    """Its first pattern alone, with all that the store records."""
+
+    job: StitchingJob
+    """What its tasks know."""
+
+    todo: Plan
+    spec: ReconstructionSpec
+
+    attributes: dict[str, Any]
+    """Of the result: what makes it."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run into a result store puts things."""
+
+    result: Path
+    """Store that is being written."""
+
+    stitched: Path
+    """Store of the tiles as they are stitched: the result, unless they are polished before they come there."""
+
+    ledger: Ledger
+
+    @property
+    def sums(self) -> Path:
+        """Folder of the sums of chunks."""
+        return self.result.parent / SUMS_FOLDER
+
+
+def run_work(
+    work: Work,
+    client: distributed.Client | None,
+    places: Places | None,
+    take: Callable[[Tile, TileReport], None],
+    *,
+    show: bool | None,
+) -> dict[str, Any]:
+    """Stitch and polish.
+
+    Parameters
+    ----------
+    work : Work
+    client : distributed.Client, optional
+        See `client_for_run`.
+    places : Places, optional
+        Where the result is written; without it tiles are sent.
+    take : callable
+        Gets each tile of the result, with what it gave.
+    show : bool, optional
+        See `show_progress`.
+
+    Returns
+    -------
+    dict
+        Attributes that tell of it: wall time of each stage, what was left out and verified, R of the sweeps.
+    """
+    job, todo, spec = work.job, work.todo, work.spec
+    n_chunks, n_tiles = len(todo.chunks), len(todo.tiles)
+    logger.info("%s: %d groups in %d chunks onto %d tiles", todo.store, todo.n_groups, n_chunks, n_tiles)
+    kept: dict[str, Any] = (
+        {} if places is None else {"out": places.stitched, "folder": places.sums, "ledger": places.ledger}
+    )
+    with client_for_run(client) as used, sent_job(used, job) as sent:
+        check_workers(used, max(todo.predict_bytes, todo.reassemble_bytes))
+        stitching = Stitching(
+            used, job, sent, todo, tolerant=spec.on_error == "skip", n_verified=int(spec.verify), **kept
+        )
+        if not spec.polish:
+            stitching.run(take, show)
+            return _told(stitching.told, todo.store)
+        if places is None:
+            stitched = stitch_on_workers(used, stitching, todo, show)
+        else:
+            stitching.run(lambda tile, report: None, show)
+            stitched = tiles_from_disk(used, places.stitched, todo)
+        told = _told(stitching.told, todo.store)
+        return told | _polish(work, used, stitched, told, None if places is None else places.result, take, show)
+
+
+def _polish(
+    work: Work,
+    client: distributed.Client,
+    stitched: list[distributed.Future],
+    told: dict[str, Any],
+    out: Path | None,
+    take: Callable[[Tile, TileReport], None],
+    show: bool | None,
+) -> dict[str, Any]:
+    """Sweep over the patterns that stitching used, and deliver the tiles; R of the sweeps."""
+    todo, spec = work.todo, work.spec
+    drop = tuple(sorted({*spec.drop, *(one for patterns in told["skipped"].values() for one in patterns)}))
+    polishing = Polishing(client, work.job.methods[0].prediction, todo, open_scan(todo.store), stitched, drop)
+    with stage(told["seconds"], "polish"):
+        r_factors = polishing.sweep(int(spec.polish), show)
+    polishing.deliver(out, take)
+    logger.info(
+        "%s: R %.4f after stitching and %.4f after %d sweeps", todo.store, r_factors[0], r_factors[-1], spec.polish
+    )
+    return {"polish": {"sweeps": int(spec.polish), "n_patterns": polishing.n_patterns, "r_factor": r_factors}}
+
+
+def _told(told: Told, store: str) -> dict[str, Any]:
+    """Attributes that tell of a stitching; what was left out is logged too."""
+    skipped = told.skipped()
+    for reason, patterns in skipped.items():
+        logger.warning("%s: left out %d patterns, which %s: %s", store, len(patterns), reason, _some(patterns))
+    verified = {
+        "chunks": sorted(told.verifications),
+        "same_bits": sum(found.same_bits for found in told.verifications.values()),
+        "largest_difference": max((found.largest_difference for found in told.verifications.values()), default=0.0),
+        "elsewhere": sum(len(set(found.workers)) == 2 for found in told.verifications.values()),
+    }
+    return {"seconds": told.seconds(), "skipped": skipped} | ({"verified": verified} if told.verifications else {})
+
+
+def _some(patterns: list[int]) -> str:
+    return ", ".join(map(str, patterns[:20])) + (", ..." if len(patterns) > 20 else "")
+
+
+def rates(todo: Plan, told: dict[str, Any], started: float) -> dict[str, Any]:
+    """What a run told, with its wall time in all since `started` (`time.perf_counter`) and the speed that follows."""
+    total = time.perf_counter() - started
+    return told | {
+        "seconds": {"total": total, **told["seconds"]},
+        "groups_per_s": todo.n_groups / total,
+        "patterns_per_s": todo.n_patterns / total,
+    }

@@ -1,0 +1,127 @@
+"""A reconstruction into a result on disk, which goes on with what a stopped run left."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import distributed
+import xarray as xr
+
+from ptychodask.folders import is_resumable, whole_or_nothing
+from ptychodask.plan import ReconstructionSpec
+from ptychodask.prediction import stage
+from ptychodask.reconstruction.ledger import Ledger, check_same, differences
+from ptychodask.reconstruction.work import Places, Work, rates, run_work
+from ptychodask.result import PYRAMID, RESULT, create_result, finish_result, open_result, write_pyramid
+from ptychodask.scan import PtychodaskError
+
+logger = logging.getLogger(__name__)
+
+STITCHED_FOLDER = "stitched"
+"""Store beside a result that is being written, of the tiles that are still to be polished."""
+
+OF_NO_EFFECT = ("memory_bytes", "on_error", "verify", "device", "pyramid")
+"""Fields of a spec that two runs may differ in and give the same tiles."""
+
+
+def write_result(
+    work: Work,
+    path: Path,
+    client: distributed.Client | None,
+    started: float,
+    progress: bool | None,
+    *,
+    overwrite: bool,
+    resume: bool,
+) -> xr.Dataset:
+    """Reconstruct into a result store, tile by tile; gives it, opened.
+
+    Parameters
+    ----------
+    work : Work
+    path : Path
+    client, progress, overwrite, resume
+        As for `reconstruct`.
+    started : float
+        `time.perf_counter` at the beginning of it.
+    """
+    if path.resolve() == Path(work.todo.store):
+        raise PtychodaskError(f"{path}: is the store of the scan itself; name another place with out=")
+    if resume and path.exists() and not is_resumable(path):
+        whole = open_result(path)
+        if not overwrite:
+            check_same(_identity(whole.attrs), _identity(work.attributes), str(path))
+        if not differences(_identity(whole.attrs), _identity(work.attributes)):
+            logger.info("%s: is whole already", path)
+            return whole
+    with whole_or_nothing(path, overwrite=overwrite, form=RESULT, resume=resume) as building:
+        result = building.resolve()
+        ledger = Ledger(result.parent, _identity(work.attributes))
+        try:
+            told = _into(work, result, ledger, client, progress)
+        except PtychodaskError as error:
+            if not ledger.exists:
+                raise
+            raise PtychodaskError(
+                f"{error}; what is finished is kept: go on with resume=True (--resume), or start again with "
+                "overwrite=True (--overwrite)"
+            ) from error
+        if work.spec.pyramid:
+            with stage(told["seconds"], "pyramid"):
+                write_pyramid(result)
+        finish_result(result, work.attributes | rates(work.todo, told, started))
+    return open_result(path)
+
+
+def _into(
+    work: Work, result: Path, ledger: Ledger, client: distributed.Client | None, show: bool | None
+) -> dict[str, Any]:
+    """Run into a result store that is being written, or go on with it; gives what `_run` gives."""
+    places = Places(result, result.parent / STITCHED_FOLDER if work.spec.polish else result, ledger)
+    if ledger.exists:
+        ledger.read()
+        _check_nothing_skipped(ledger, work.spec)
+    else:
+        for path in {result, places.stitched}:
+            create_result(
+                path,
+                work.todo.box.shape,
+                work.todo.box.corner,
+                work.todo.tile,
+                pixel_size_m=work.scan.pixel_size_m,
+                layers=work.job.layers,
+            )
+        places.sums.mkdir()
+    if work.spec.pyramid:
+        shutil.rmtree(result / PYRAMID, ignore_errors=True)
+    return run_work(work, client, places, lambda tile, report: None, show=show)
+
+
+def _check_nothing_skipped(ledger: Ledger, spec: ReconstructionSpec) -> None:
+    if spec.on_error == "raise" and any(record["skipped"] for record in ledger.chunks.values()):
+        raise PtychodaskError(
+            "reconstruct: the stopped run left patterns out with on_error='skip', which on_error='raise' does not; "
+            "pass on_error='skip' (--on-error skip) to go on with it"
+        )
+
+
+def _identity(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What the tiles of a run depend on, from its attributes."""
+    spec = {name: value for name, value in attributes["spec"].items() if name not in OF_NO_EFFECT}
+    return {
+        "data_hash": attributes["data_hash"],
+        "model": _without_paths(attributes["model"]),
+        "spec": spec,
+        "plan": attributes["plan"],
+    }
+
+
+def _without_paths(value: Any) -> Any:
+    """Descriptions of models, less where they lie."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: _without_paths(item) for name, item in value.items() if name != "path"}
