@@ -168,7 +168,7 @@ class Run:
         self._set_aside: deque[_Item] = deque()
         self._alone: set[_Item] = set()
         self._lost: list[int] = []
-        self._limit = 0
+        self._limit = IN_FLIGHT_AT_LEAST
         self._resources: dict[str, float] | None = None
         self._looked = -LOOK_AGAIN_S
         self._last_seen = time.monotonic()
@@ -209,6 +209,7 @@ class Run:
         So do `take_chunk` and `take_check` with chunks and their checks.
         """
         takers = {"chunk": take_chunk, "tile": take, "check": take_check}
+        tiles_left = {tile for tile in self._open_tiles if self._tasks.every_tile or self._tasks.chunks_of[tile]}
         self._start(progress)
         while self._out:
             for future, given in self._next_done():
@@ -216,6 +217,7 @@ class Run:
                 outcome = _PENDING if out is None else self._outcome(future, out, given)
                 if out is not None and outcome is not _PENDING:
                     self._done(future, out, outcome, progress)
+                    tiles_left.discard(out.item.number if out.item.kind == "tile" else -1)
                     takers[out.item.kind](out.item.number, outcome)
             self._submit_chunks()
         if self._lost:
@@ -224,6 +226,7 @@ class Run:
                 f"reconstruct: {names} ended every worker that took it, alone too; all else is done: give workers more "
                 "memory, or leave these groups out with on_error='skip' (--on-error skip)"
             )
+        assert not tiles_left, "every tile has a task until it is done"
 
     def _start(self, progress: Progress) -> None:
         waiting = set(self._queue)

@@ -80,7 +80,7 @@ def write_result(
 def _into(
     work: Work, result: Path, ledger: Ledger, client: distributed.Client | None, show: bool | None
 ) -> dict[str, Any]:
-    """Run into a result store that is being written, or go on with it; gives what `_run` gives."""
+    """Run into a result store that is being written, or go on with it; gives what `run_work` gives."""
     places = Places(result, result.parent / STITCHED_FOLDER if work.spec.polish else result, ledger)
     if ledger.exists:
         ledger.read()
