@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -303,19 +304,44 @@ def test_two_runs_do_not_write_one_result(store, client, tmp_path):
     assert open_result(out).attrs["model"]["hash"] == "second"
 
 
-def test_a_read_only_target_leaves_the_earlier_result(store, client, tmp_path, whole, monkeypatch):
-    out = tmp_path / "object.zarr"
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of four megabytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a file system: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_read_only_target_leaves_the_earlier_result(store, client, small_disk, whole):
+    out = small_disk / "object.zarr"
     reconstruct(store, LinearModel(), out=out, client=client, **FIELDS)
-
-    def refuse(self, *rest, **named):
-        raise OSError(30, "Read-only file system")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "mkdir", refuse)
-        with pytest.raises(PtychodaskError, match=r"cannot be written \(Read-only file system\); nothing was kept"):
-            reconstruct(store, LinearModel(), out=out, client=client, overwrite=True, **FIELDS)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(PtychodaskError, match=r"cannot be written \(Read-only file system\); nothing was kept"):
+        reconstruct(store, LinearModel(), out=out, client=client, overwrite=True, **FIELDS)
     assert_same_bits(open_result(out), whole)
-    assert [path.name for path in tmp_path.iterdir()] == ["object.zarr"]
+    assert [path.name for path in small_disk.iterdir()] == ["object.zarr"]
+
+
+def test_a_full_disk_leaves_the_earlier_result_and_what_was_finished(store, client, small_disk, whole):
+    out = small_disk / "object.zarr"
+    reconstruct(store, LinearModel(content_hash="earlier"), out=out, client=client, **FIELDS)
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "ballast").write_bytes(bytes(free - 400_000))
+    with pytest.raises(
+        PtychodaskError, match=r"cannot be written \(No space left on device\); what was finished is kept"
+    ):
+        reconstruct(store, LinearModel(), out=out, client=client, overwrite=True, **FIELDS)
+    assert open_result(out).attrs["model"]["hash"] == "earlier"
+    (small_disk / "ballast").unlink()
+    resumed = reconstruct(store, LinearModel(), out=out, client=client, overwrite=True, resume=True, **FIELDS)
+    assert resumed.attrs["model"]["hash"] == "linear"
+    assert_same_bits(resumed, whole)
 
 
 def test_a_chunk_that_ends_every_worker_is_set_aside(store, tmp_path):
