@@ -56,6 +56,9 @@ DOCUMENTED = (
 
 NAMESPACES = ("sched", "w1", "w2")
 
+HOSTS = f"pty{os.getpid()}"
+"""How the names of this campaign's hosts begin: others may be at work beside it."""
+
 
 class BrokenRunError(Exception):
     """A run did not end as it must."""
@@ -105,7 +108,7 @@ class Cluster:
 
     def inside(self, host: str) -> list[str]:
         """How a command begins that runs on one of the hosts."""
-        return ["ip", "netns", "exec", f"ptycampaign-{host}"] if self.hosts else []
+        return ["ip", "netns", "exec", f"{HOSTS}-{host}"] if self.hosts else []
 
     def pids(self) -> dict[str, int]:
         """Process of each worker, by its address; none while the scheduler is away."""
@@ -301,7 +304,7 @@ def fill_the_disk(scene: Scene) -> None:
 def cut_a_link(scene: Scene) -> None:
     """A worker's host is away, until the run ended."""
     host = str(scene.rng.choice(NAMESPACES[1:]))
-    link = ["ip", "-n", "ptycampaign-sw", "link", "set", f"p-{host}"]
+    link = ["ip", "-n", f"{HOSTS}-sw", "link", "set", f"p-{host}"]
     subprocess.run([*link, "down"], check=True)
     scene.afterwards += [lambda: subprocess.run([*link, "up"], check=True), scene.cluster.mend]
 
@@ -367,11 +370,11 @@ def small_disk(folder: Path) -> Iterator[Path]:
 @contextmanager
 def namespaces() -> Iterator[None]:
     """Three hosts, joined by a bridge in a fourth."""
-    names = [f"ptycampaign-{name}" for name in ("sw", *NAMESPACES)]
+    names = [f"{HOSTS}-{name}" for name in ("sw", *NAMESPACES)]
     commands = [f"ip netns add {names[0]}", f"ip -n {names[0]} link add br0 type bridge"]
     commands += [f"ip -n {names[0]} link set br0 up"]
     for number, host in enumerate(NAMESPACES, 1):
-        name = f"ptycampaign-{host}"
+        name = f"{HOSTS}-{host}"
         commands += [
             f"ip netns add {name}",
             f"ip link add eth0 netns {name} type veth peer name p-{host} netns {names[0]}",
