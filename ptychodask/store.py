@@ -490,7 +490,8 @@ def open_scan(store: str | Path) -> Scan:
     truth = None
     if "truth" in root:
         corner: Any = root["truth"].attrs.get("corner_yx_px", [0.0, 0.0])
-        truth = Truth(_read(root, "truth", where), (float(corner[0]), float(corner[1])))
+        with naming_damage(where, f"the corner of 'truth' is {corner!r}", INGEST_AGAIN):
+            truth = Truth(_read(root, "truth", where), (float(corner[0]), float(corner[1])))
     y_px, x_px = _read(root, "y_px", where), _read(root, "x_px", where)
     if y_px.shape != x_px.shape:
         raise PtychodaskError(

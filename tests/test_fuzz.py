@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from ptychodask.models.bundle import save_model
 from ptychodask.result import create_result, finish_result, open_result
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
+from ptychodask.store import open_scan
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +47,34 @@ def test_a_result_whose_metadata_make_no_sense_is_refused(tmp_path, before, afte
     (tmp_path / "zarr.json").write_text(compact.replace(before, after, 1))
     with pytest.raises(PtychodaskError) as caught:
         open_result(tmp_path).ptycho.compute()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("corner", [None, 7, 0.5, [1.0], ["x", 2.0]])
+def test_a_truth_whose_corner_makes_no_sense_is_refused(tmp_path, corner):
+    scan = tmp_path / "scan.zarr"
+    simulate(scan, n_pixels=16, n_patterns=20, step_px=3.0, progress=False)
+    for path, place in (
+        (scan / "truth" / "zarr.json", ()),
+        (scan / "zarr.json", ("consolidated_metadata", "metadata", "truth")),
+    ):
+        document = json.loads(path.read_text())
+        held = document
+        for name in place:
+            held = held[name]
+        held["attributes"]["corner_yx_px"] = corner
+        path.write_text(json.dumps(document))
+    with pytest.raises(PtychodaskError, match=r"the corner of 'truth' is .*; the store is damaged"):
+        open_scan(scan)
+
+
+def test_a_bundle_whose_version_is_several_lines_is_refused_in_one(tmp_path):
+    scan = simulate(tmp_path / "scan.zarr", n_pixels=16, n_patterns=20, step_px=3.0, progress=False)
+    save_model(untrained_model(ModelSpec(n_pixels=16, levels=1), Optics.of(scan)), tmp_path / "net.model")
+    description = json.loads((tmp_path / "net.model" / "model.json").read_text()) | {"format_version": "\n\n"}
+    (tmp_path / "net.model" / "model.json").write_text(json.dumps(description))
+    with pytest.raises(PtychodaskError) as caught:
+        load_model(tmp_path / "net.model")
     assert "\n" not in str(caught.value)
 
 

@@ -35,7 +35,7 @@ def read_description(path: Path) -> dict[str, Any]:
     version = description.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise PtychodaskError(
-            f"{path}: has format version {version}, this ptychodask reads up to {FORMAT_VERSION}; upgrade ptychodask"
+            f"{path}: has format version {version!r}, this ptychodask reads up to {FORMAT_VERSION}; upgrade ptychodask"
         )
     return description
 
