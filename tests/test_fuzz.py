@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import pytest
 
+from ptychodask.io import hdf5_stream, ingest
 from ptychodask.models import ModelSpec, Optics, load_model, untrained_model
 from ptychodask.models.bundle import save_model
 from ptychodask.result import create_result, finish_result, open_result
@@ -76,6 +78,38 @@ def test_a_bundle_whose_version_is_several_lines_is_refused_in_one(tmp_path):
     with pytest.raises(PtychodaskError) as caught:
         load_model(tmp_path / "net.model")
     assert "\n" not in str(caught.value)
+
+
+STUCK = """
+import sys
+from pathlib import Path
+import numpy as np
+from tests import fuzz
+folder = Path(sys.argv[1])
+fuzz.make_hdf5(folder)
+fuzz.mutate(folder, np.random.default_rng([11, 13682]))
+print(fuzz.outcome_of(fuzz.read_mapped, folder))
+"""
+
+
+def test_a_file_that_the_hdf5_library_gets_stuck_on_is_given_up(tmp_path):
+    """Which bytes do it depends on the library's version; the file is refused, or read, in either case."""
+    told = subprocess.run(
+        [sys.executable, "-c", STUCK, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert told.stdout.splitlines()[-1] in ("('refused', '')", "('read', '')")
+
+
+@pytest.mark.parametrize(
+    ("code", "told"), [("import time; time.sleep(60)", "gets stuck on it"), ("import os; os.abort()", "crashes on it")]
+)
+def test_what_the_hdf5_library_does_to_a_process_stays_there(tmp_path, monkeypatch, code, told):
+    monkeypatch.setattr(hdf5_stream, "LOOK", code)
+    monkeypatch.setattr(hdf5_stream, "STUCK_S", 0.5)
+    path = tmp_path / "source.h5"
+    h5py.File(path, "w").close()
+    with pytest.raises(PtychodaskError, match=rf"source\.h5: the HDF5 library {told}"):
+        ingest(path, tmp_path / "scan.zarr", keys={"diffraction": "d", "position": "p"}, domain="counts", units="px")
 
 
 def test_an_archive_whose_header_does_not_end_is_refused(tmp_path):

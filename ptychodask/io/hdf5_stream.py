@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import select
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -19,6 +23,57 @@ from ptychodask.scan import PtychodaskError
 with suppress(ImportError):
     # Registers the compression filters of detectors where it is installed.
     import hdf5plugin  # noqa: F401
+
+
+STUCK_S = 8.0
+"""How long the HDF5 library may take for one object of a file."""
+
+LOOK = """
+import sys
+print(flush=True)
+import h5py
+
+def look(name, item):
+    print(flush=True)
+    if isinstance(item, h5py.Dataset):
+        item.shape, item.dtype, item.chunks
+    dict(item.attrs)
+
+try:
+    print(flush=True)
+    with h5py.File(sys.argv[1], "r") as file:
+        look("", file)
+        file.visititems(look)
+except Exception:
+    pass  # who reads the file will say what is wrong with it
+"""
+"""What a process of its own does with a file, a line for each object."""
+
+
+def look_from_afar(path: Path, where: str) -> None:
+    """Walk through the objects of an HDF5 file in a process of its own.
+
+    Raises
+    ------
+    PtychodaskError
+        If the HDF5 library gets stuck on the file or crashes, which damaged ones make it do: no Python code could stop
+        that in this process.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", LOOK, str(path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as child:
+        assert child.stdout is not None
+        while True:
+            ready, _, _ = select.select([child.stdout], [], [], STUCK_S)
+            if not ready:
+                child.kill()
+                raise PtychodaskError(f"{where}: the HDF5 library gets stuck on it; the file is damaged: copy it again")
+            if not os.read(child.stdout.fileno(), 2**16):
+                break
+    if child.returncode < 0:
+        raise PtychodaskError(
+            f"{where}: the HDF5 library crashes on it (signal {-child.returncode}); the file is damaged: copy it again"
+        )
 
 
 SMALL_BYTES = 2**26
@@ -45,6 +100,8 @@ class Hdf5File:
 
     def __init__(self, file: IO[bytes], where: str, scratch: Path, stack: ExitStack) -> None:
         self.where = where
+        if isinstance(file.name, str):
+            look_from_afar(Path(file.name), where)
         with reading(where):
             # By its name where it has one, so that links to files beside it are followed.
             self._file = stack.enter_context(h5py.File(file.name if isinstance(file.name, str) else file, "r"))
