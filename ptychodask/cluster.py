@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+from dask.utils import key_split
 from distributed import Client, LocalCluster, Security, Worker, WorkerPlugin, core
 
 from ptychodask.progress import quiet_stderr
@@ -37,6 +39,9 @@ WORKER_VARIABLES = {"MALLOC_ARENA_MAX": "2"}
 
 LOOPBACK = "127.0.0.1:0"
 """Address of Dask's own servers: a free port that only this machine reaches, where the default is every interface."""
+
+SCRATCH = "dask-scratch-space"
+"""Part of the names of folders that workers make and remove."""
 
 HUNG_AFTER = "60s"
 """How long a worker process may be silent until its own results are computed by others, and it is started anew."""
@@ -66,9 +71,10 @@ def active_client() -> Client | None:
 
 @contextmanager
 def _forgotten_when_closed() -> Iterator[None]:
-    """Let go of the schedulers and workers of a block, whose methods Dask keeps in a cache of the whole process.
+    """Let go of the schedulers and workers of a block, which stay in caches of the whole process.
 
-    Seen in distributed 2026.8; each cluster of this process would leave a quarter of a megabyte behind.
+    Seen in distributed 2026.8: it keeps their methods (a quarter of a megabyte for each cluster of this process) and
+    the names of their tasks, and Python keeps what it knows of the workers' scratch folders, which were on its path.
     """
     try:
         yield
@@ -76,6 +82,10 @@ def _forgotten_when_closed() -> Iterator[None]:
         cached = getattr(core, "_expects_comm", None)
         if cached is not None and hasattr(cached, "cache_clear"):
             cached.cache_clear()
+        key_split.cache_clear()
+        for place in [place for place in sys.path_importer_cache if SCRATCH in place]:
+            if not Path(place).exists():
+                sys.path_importer_cache.pop(place, None)
 
 
 @contextmanager
