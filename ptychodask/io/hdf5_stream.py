@@ -25,7 +25,7 @@ with suppress(ImportError):
     import hdf5plugin  # noqa: F401
 
 
-STUCK_S = 8.0
+STUCK_S = 5.0
 """How long the HDF5 library may take for one object of a file."""
 
 LOOK = """
