@@ -62,6 +62,9 @@ SLICE_GAP = 4
 TABLE_ROWS = 2**15
 """Rows in a chunk of positions, flux and group tables."""
 
+TABLE_CHUNKS = 10**4
+"""Chunks of an array that is read whole, at the most: tables of 10⁷ patterns have some hundred."""
+
 CURVE_GAIN = 0.9
 """Patterns are sorted along the curve when that cuts the chunks read to this share or less."""
 
@@ -493,10 +496,6 @@ def open_scan(store: str | Path) -> Scan:
         with naming_damage(where, f"the corner of 'truth' is {corner!r}", INGEST_AGAIN):
             truth = Truth(_read(root, "truth", where), (float(corner[0]), float(corner[1])))
     y_px, x_px = _read(root, "y_px", where), _read(root, "x_px", where)
-    if y_px.shape != x_px.shape:
-        raise PtychodaskError(
-            f"{where}: y_px has shape {y_px.shape} and x_px {x_px.shape}; the store is damaged: ingest the source again"
-        )
     scan = Scan(
         diffraction=StoredPatterns(_array(root, "diffraction", where), where),
         position_yx_px=np.stack([y_px, x_px], axis=1),
@@ -663,7 +662,16 @@ def _array(root: zarr.Group, name: str, where: str) -> zarr.Array:
 
 
 def _read(root: zarr.Group, name: str, where: str) -> NDArray[Any]:
-    return _read_rows(_array(root, name, where), where, ...)
+    """An array, whole; one that claims more than it can hold is refused, for missing chunks are read as zeros."""
+    array = _array(root, name, where)
+    of_patterns = (array.metadata.dimension_names or ("",))[0] == "pattern"  # type: ignore[union-attr]
+    n_patterns = _array(root, "diffraction", where).shape[0]
+    if array.nchunks > TABLE_CHUNKS or (of_patterns and array.shape[0] != n_patterns):
+        raise PtychodaskError(
+            f"{where}: array '{name}' has shape {array.shape} in {array.nchunks} chunks, for {n_patterns} patterns; "
+            f"{INGEST_AGAIN}"
+        )
+    return _read_rows(array, where, ...)
 
 
 def _read_rows(array: zarr.Array, where: str, rows: slice | EllipsisType | NDArray[np.integer[Any]]) -> NDArray[Any]:
@@ -768,7 +776,8 @@ class GroupTable:
     def __init__(self, store: Path, name: str, spec: GroupingSpec, member: zarr.Array, n_patterns: int) -> None:
         self.name, self.spec = name, spec
         self._store, self._member, self._n_patterns = store, member, n_patterns
-        if member.ndim != 2 or member.shape[1] != spec.members:
+        most = spec.oversampling * n_patterns
+        if member.ndim != 2 or member.shape[1] != spec.members or member.shape[0] > most:
             raise self._unfit()
 
     def __len__(self) -> int:

@@ -398,7 +398,7 @@ def test_an_empty_folder_and_a_damaged_store_are_overwritten(tmp_path):
 def test_patterns_whose_file_is_gone_are_not_read_as_zeros(tmp_path, index):
     scan = write(tmp_path / "a.zarr")
     shutil.rmtree(tmp_path / "a.zarr" / "diffraction" / "c")
-    with pytest.raises(PtychodaskError, match=r"/diffraction cannot be read.*1 of its 1 files are missing"):
+    with pytest.raises(PtychodaskError, match=r"diffraction cannot be read.*1 of its 1 files are missing"):
         scan.amplitude(index)
 
 
@@ -439,7 +439,7 @@ def test_positions_of_two_lengths_are_refused(tmp_path):
     root = zarr.open_group(tmp_path / "a.zarr", mode="r+", use_consolidated=False)
     root["y_px"].resize((10,))
     store_module._consolidate(tmp_path / "a.zarr")
-    with pytest.raises(PtychodaskError, match=r"y_px has shape \(10,\) and x_px \(40,\)"):
+    with pytest.raises(PtychodaskError, match=r"array 'y_px' has shape \(10,\) .* for 40 patterns"):
         open_scan(tmp_path / "a.zarr")
 
 
