@@ -16,7 +16,7 @@ import dask
 import numpy as np
 import pytest
 import zarr
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, get_worker
 from models_for_tests import (
     CrampedModel,
     DeadlyModel,
@@ -29,7 +29,7 @@ from models_for_tests import (
 )
 
 from ptychodask import prediction
-from ptychodask.cluster import QUIET
+from ptychodask.cluster import QUIET, in_process_client, local_client
 from ptychodask.folders import LEDGER, WHOLE, building_path
 from ptychodask.io import ingest
 from ptychodask.models import ModelSpec, Optics, untrained_model
@@ -498,3 +498,16 @@ def test_a_process_keeps_to_the_first_gpu_that_it_sees(monkeypatch):
     device_module.use_given_gpu()
     given = "second of the node, given to this process"
     assert chosen == [(given, "GPU"), (given, True)]
+
+
+def profiled():
+    return "profile" in get_worker().periodic_callbacks
+
+
+def test_no_cluster_of_ours_looks_at_all_threads_all_the_time():
+    with in_process_client() as client:
+        assert not client.submit(profiled).result()
+    with local_client(1) as client:
+        assert not client.submit(profiled, pure=False).result()
+        os.kill(next(iter(client.run(os.getpid).values())), signal.SIGKILL)
+        assert not client.submit(profiled, pure=False).result(timeout=60)

@@ -347,7 +347,7 @@ class Run:
             check_done(future, self._name_of(item))
         assert task is not None
         assert error is not None
-        logger.warning("%s failed and is tried again: %s", self._name_of(item), in_brief(error))
+        logger.info("%s failed and is tried again: %s", self._name_of(item), in_brief(error))
         self._submit(item, task)
         return _PENDING
 
