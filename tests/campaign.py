@@ -159,6 +159,9 @@ def environment() -> dict[str, str]:
         "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "11s",
         "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "5s",
         "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "6",
+        # As in the clusters that ptychodask starts: the client fetches five results at a time, and where all five lie
+        # with a worker that hangs, the run waits until the scheduler gives that one up.
+        "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "60s",
     }
 
 
