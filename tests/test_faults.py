@@ -187,7 +187,7 @@ def test_a_worker_that_computes_otherwise_is_found(store, tmp_path):
 def bare_workers(n_workers):
     """Worker processes that load no network library, and so start anew in a second or two."""
     with (
-        dask.config.set({"distributed.scheduler.allowed-failures": 1, "distributed.scheduler.worker-ttl": "20s"}),
+        dask.config.set({"distributed.scheduler.allowed-failures": 1, "distributed.scheduler.worker-ttl": "60s"}),
         LocalCluster(
             n_workers=n_workers, threads_per_worker=2, host="127.0.0.1", memory_limit=None, **QUIET
         ) as cluster,
