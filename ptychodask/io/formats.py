@@ -101,6 +101,12 @@ def detect_format(container: Container, spec: IngestSpec) -> str:
     )
 
 
+def options_of(name: str) -> tuple[str, ...]:
+    """Those of `FORMAT_OPTIONS` that a format leaves open."""
+    options: tuple[str, ...] = importlib.import_module(READERS[name]).OPTIONS
+    return options
+
+
 def reader_of(name: str, spec: IngestSpec, where: str) -> Callable[[Container, IngestSpec], SourceScan]:
     """The reader of a format, after a check that each given option means something to it.
 

@@ -164,6 +164,8 @@ def check_claim(dataset: h5py.Dataset, where: str) -> None:
 
 
 class _DatasetFrames:
+    seekable = True
+
     def __init__(self, dataset: h5py.Dataset, shape: tuple[int, ...], where: str, pattern_last: bool) -> None:
         self._dataset, self._shape, self._where, self._pattern_last = dataset, shape, where, pattern_last
         leading = dataset.shape.index(frame_axes(dataset.shape)[0])

@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from ptychodask.io.source import (
     IngestSpec,
     SourceScan,
     as_mask,
+    as_matrix,
     as_probe,
     listed_keys,
 )
@@ -171,25 +172,15 @@ def _prepare(
     found: SourceScan, spec: IngestSpec, where: str, scratch: Path, stack: ExitStack, progress: bool | None
 ) -> dict[str, Any]:
     """Keyword arguments of `write_scan` from what a reader found."""
-    _check_lengths(found, where)
-    kept = kept_frames(found.frames.shape[0], spec.drop_frames, where)
-    check_positions(found.position_yx[kept], len(kept), where)
-    frame_mask = _frame_mask(found, spec, where)
-    grid = _grid(found, spec, frame_mask, where)
-    mask = grid.mask(frame_mask)
-    if mask is not None and not mask.any():
-        raise PtychodaskError(f"{where}: the mask leaves no good pixel; it is True where a pixel is good")
-    object_pixel_m = _object_pixel_m(spec, grid, where)
-    position_yx_px = _position_yx_px(found, grid, object_pixel_m, where)[kept]
-    truth = _truth(found, grid, position_yx_px, where)
-    _check_label(found, grid, where)
+    placed = place(found, spec, where)
+    kept, grid, mask = placed.kept, placed.grid, placed.mask
     dtype = stored_dtype(found.frames.dtype, found.domain, grid.bin)
     prepare = _Preparation(grid, found.domain, dtype, mask, where)
     diffraction = _at_random(found.frames, kept, prepare, scratch, stack, progress, where)
     probe, calibration = _probe(found, spec, grid, diffraction, mask, where)
     return {
         "diffraction": diffraction,
-        "position_yx_px": position_yx_px,
+        "position_yx_px": placed.position_yx_px,
         "probe": probe,
         "domain": found.domain,
         "calibration": calibration,
@@ -198,12 +189,71 @@ def _prepare(
         "flux": None if found.flux is None else found.flux[kept],
         "scan_index": None if found.scan_index is None else found.scan_index[kept],
         "source_index": kept,
-        "truth": truth,
+        "truth": placed.truth,
         "label": None if found.label is None else _labels(found.label, kept, scratch, stack, progress, where),
-        "pixel_size_m": object_pixel_m,
+        "pixel_size_m": placed.pixel_size_m,
         "energy_ev": spec.energy_ev,
         "distance_m": spec.distance_m,
     }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Placed:
+    """What is known of a scan before its patterns are read."""
+
+    kept: NDArray[np.int64]
+    """Rows of the file that stay (pattern,)."""
+
+    grid: FrameGrid
+    """How frames become patterns."""
+
+    mask: NDArray[np.bool_] | None
+    """True where a pixel of a pattern is good (N, N)."""
+
+    position_yx_px: NDArray[np.float64]
+    """Positions of the kept patterns (pattern, 2)."""
+
+    pixel_size_m: float | None
+    """Object pixel, metres."""
+
+    truth: Truth | None
+    """The known object, where it fits."""
+
+
+def place(found: SourceScan, spec: IngestSpec, where: str) -> Placed:
+    """Bring what a reader found onto the scan's grid; no pattern is read, but for ``centre="auto"``.
+
+    Raises
+    ------
+    PtychodaskError
+        If arrays do not fit each other or the spec, or something that is needed is not known.
+    """
+    _check_lengths(found, where)
+    kept = kept_frames(found.frames.shape[0], spec.drop_frames, where)
+    check_positions(found.position_yx[kept], len(kept), where)
+    frame_mask = _frame_mask(found, spec, where)
+    grid = _grid(found, spec, frame_mask, where)
+    mask = grid.mask(frame_mask)
+    if mask is not None and not mask.any():
+        raise PtychodaskError(f"{where}: the mask leaves no good pixel; it is True where a pixel is good")
+    pixel_m = _object_pixel_m(spec, grid, where)
+    found = _turned(found, spec, where)
+    position_yx_px = _position_yx_px(found, grid, pixel_m, where)[kept]
+    truth = _truth(found, grid, position_yx_px, where)
+    _check_label(found, grid, where)
+    return Placed(kept=kept, grid=grid, mask=mask, position_yx_px=position_yx_px, pixel_size_m=pixel_m, truth=truth)
+
+
+def _turned(found: SourceScan, spec: IngestSpec, where: str) -> SourceScan:
+    """What a reader found, its positions turned by the affine matrix."""
+    if spec.affine is None:
+        return found
+    if found.object is not None:
+        raise PtychodaskError(
+            f"{where}: affine turns positions away from the object that the file holds; leave affine= out, or name the "
+            "file's arrays with keys=, without 'object'"
+        )
+    return replace(found, position_yx=found.position_yx @ as_matrix(spec.affine).T)
 
 
 def _check_lengths(found: SourceScan, where: str) -> None:

@@ -26,7 +26,7 @@ from ptychodask.scan import PtychodaskError
 
 OPTIONS = FORMAT_OPTIONS
 
-_UNIT_NAMES: dict[str, Unit] = {
+UNIT_NAMES: dict[str, Unit] = {
     "px": "px",
     "pixel": "px",
     "pixels": "px",
@@ -110,8 +110,8 @@ def _unit(container: Container, keys: dict[str, str], spec: IngestSpec) -> Unit:
         return spec.units
     key = keys.get("position") or keys["y"]
     noted = container.unit(key)
-    if noted is not None and noted.strip().lower() in _UNIT_NAMES:
-        return _UNIT_NAMES[noted.strip().lower()]
+    if noted is not None and noted.strip().lower() in UNIT_NAMES:
+        return UNIT_NAMES[noted.strip().lower()]
     raise PtychodaskError(
         f"{container.where}: the unit of the positions '{key}' is {noted or 'not noted'}, "
         f"expected one of: {', '.join(get_args(Unit))}; pass units= (--units)"

@@ -264,7 +264,7 @@ class NpzFile:
 class _StreamedFrames:
     """Frames of a compressed member: in order only."""
 
-    random_access = False
+    random_access = seekable = False
 
     def __init__(self, npz: NpzFile, key: str, shape: tuple[int, ...], header: NpyHeader) -> None:
         self._npz, self._key, self._shape, self._header = npz, key, shape, header

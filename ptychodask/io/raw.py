@@ -39,7 +39,7 @@ class RawFrames:
         The file's name, for messages.
     """
 
-    random_access = True
+    random_access = seekable = True
 
     def __init__(
         self,

@@ -27,6 +27,9 @@ MAPPED_KEYS = ("diffraction", "y", "x", "position", "probe", "mask", "object", "
 PROBE_MODELS = ("file", "disc", "zone_plate", "estimate")
 """Where an initial probe comes from, beside a path."""
 
+MOST_SHEARED = 1e6
+"""Condition number of an affine matrix from which on it is taken for singular."""
+
 MOST_PIXELS = 2**14
 """Pixels across a pattern, at the most: wider than any detector."""
 
@@ -67,6 +70,10 @@ class IngestSpec:
 
     swap_xy: bool = False
     """Positions: the two axes change places."""
+
+    affine: tuple[float, float, float, float] | None = None
+    """Positions: (y, x) becomes (a·y + b·x, c·y + d·x) with (a, b, c, d), after `swap_xy` and the flips and before
+    units are changed: a stage that is turned, scaled or sheared against the detector. For every format."""
 
     n_pixels: int | None = None
     """Pixels across a stored pattern, N; crops or pads about the beam's centre. The file's own divided by `bin`."""
@@ -159,6 +166,8 @@ class IngestSpec:
             raise PtychodaskError(
                 f"ingest: probe is a {type(self.probe).__name__}, expected the name of a model, or the path of a file"
             )
+        if self.affine is not None:
+            as_matrix(self.affine)
         self._check_keys()
         self._check_probe_options()
 
@@ -197,6 +206,31 @@ def _is_pair(centre: Any) -> bool:
     )
 
 
+def as_matrix(affine: Sequence[float]) -> NDArray[np.float64]:
+    """The matrix (2, 2) that turns positions (y, x), from its rows one after the other.
+
+    Raises
+    ------
+    PtychodaskError
+        If they are not four finite numbers, or positions would fall on one line.
+
+    Examples
+    --------
+    >>> as_matrix((0, 1, -1, 0)) @ np.array([3.0, 4.0])
+    array([ 4., -3.])
+    """
+    values = np.asarray(affine)
+    if values.shape != (4,) or values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+        raise PtychodaskError(f"ingest: affine is {affine!r}, expected four numbers (a, b, c, d)")
+    matrix = values.astype(np.float64).reshape(2, 2)
+    if np.linalg.cond(matrix) > MOST_SHEARED:
+        raise PtychodaskError(
+            f"ingest: affine is {tuple(values.tolist())}, which is singular or nearly so: positions would fall on "
+            "one line; pass a matrix that can be inverted"
+        )
+    return matrix
+
+
 class Frames(Protocol):
     """Frames of a file (pattern, h, w): readable in order always, at random where `random_access` is True."""
 
@@ -209,11 +243,15 @@ class Frames(Protocol):
     @property
     def random_access(self) -> bool: ...
 
+    @property
+    def seekable(self) -> bool:
+        """Whether a few frames from anywhere can be had without reading what lies before them."""
+
     def blocks(self) -> Iterator[NDArray[Any]]:
         """All frames in order, a block of about `BLOCK_BYTES` at a time."""
 
     def __getitem__(self, index: NDArray[np.int64], /) -> NDArray[Any]:
-        """Frames at an integer array of rows; only with random access."""
+        """Frames at an integer array of rows; only where seekable."""
 
 
 class Container(Protocol):
