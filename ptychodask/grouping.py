@@ -165,6 +165,31 @@ def mean_spacing_px(position_yx_px: NDArray[np.float64]) -> float:
         ) from error
 
 
+def median_step_px(position_yx_px: NDArray[np.float64]) -> float | None:
+    """Median distance from a position to the nearest other one, in the unit of the positions.
+
+    Parameters
+    ----------
+    position_yx_px : float64 array (n, 2)
+        Positions that repeat count once.
+
+    Returns
+    -------
+    float or None
+        None where there are not two different positions.
+
+    Examples
+    --------
+    >>> median_step_px(np.array([[0.0, 0.0], [0.0, 2.0], [0.0, 2.0], [5.0, 0.0]]))
+    2.0
+    """
+    different = np.unique(position_yx_px, axis=0)
+    if len(different) < 2:
+        return None
+    distance, _ = KDTree(different).query(different, k=2, workers=-1)
+    return float(np.median(distance[:, 1]))
+
+
 def group_positions(
     position_yx_px: NDArray[np.float64],
     spec: GroupingSpec,

@@ -169,7 +169,7 @@ def _refined(
 ) -> ProbeRefinement:
     """Refine the initial probe on the `used` patterns and score it on the others."""
     initial = scan.probe if scan.probe_initial is None else scan.probe_initial
-    starts = _defocus_starts(initial) if search_defocus else ()
+    starts = defocus_starts(initial) if search_defocus else ()
     n_visits = n_sweeps + (2 + len(starts)) * SCORING_SWEEPS
     with show_progress("refine probe", n_visits * len(used), "patterns", progress) as bar:
         measured = measure(scan, used)
@@ -204,12 +204,8 @@ def _split(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Patterns to refine on and patterns to score on, each in the order of the store."""
     mine = patterns_without(scan, exclude)
-    if scan.scan_index is not None:
-        experiments, sizes = np.unique(scan.scan_index[mine], return_counts=True)
-        mine = mine[scan.scan_index[mine] == experiments[sizes.argmax()]]
-    position = scan.position_yx_px[mine]
-    from_middle = np.hypot(*(position - position.mean(axis=0)).T)
-    kept = mine[np.argsort(from_middle, kind="stable")[: int(np.ceil(fraction * len(mine)))]]
+    mine = mine[around_middle(scan.position_yx_px[mine], None if scan.scan_index is None else scan.scan_index[mine])]
+    kept = mine[: int(np.ceil(fraction * len(mine)))]
     n_scored = max(1, round(held_out * len(kept)))
     if len(kept) - n_scored < PROBE_BATCH:
         raise PtychodaskError(
@@ -218,6 +214,35 @@ def _split(
         )
     shuffled = np.random.default_rng(seed).permutation(kept)
     return np.sort(shuffled[n_scored:]), np.sort(shuffled[:n_scored])
+
+
+def around_middle(
+    position_yx_px: NDArray[np.float64], scan_index: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """The patterns of the experiment that has most, those nearest to its middle first.
+
+    Parameters
+    ----------
+    position_yx_px : float64 array (pattern, 2)
+    scan_index : int64 array (pattern,), optional
+        Experiment of each pattern; one by default.
+
+    Returns
+    -------
+    int64 array (k,)
+        Indices of its patterns, by their distance from the mean of its positions.
+
+    Examples
+    --------
+    >>> around_middle(np.array([[0.0, 0.0], [0.0, 1.0], [0.0, 5.0], [0.0, 9.0]]), np.array([0, 0, 0, 1])).tolist()
+    [1, 0, 2]
+    """
+    mine = np.arange(len(position_yx_px))
+    if scan_index is not None:
+        experiments, sizes = np.unique(scan_index, return_counts=True)
+        mine = np.flatnonzero(scan_index == experiments[sizes.argmax()])
+    position = position_yx_px[mine]
+    return mine[np.argsort(np.hypot(*(position - position.mean(axis=0)).T), kind="stable")]
 
 
 def patterns_without(scan: Scan, exclude: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
@@ -548,7 +573,7 @@ def _far_radius(n_pixels: int) -> NDArray[np.float64]:
     return np.hypot(axis[:, None], axis)
 
 
-def _defocus_starts(probe: NDArray[np.complex64]) -> tuple[float, ...]:
+def defocus_starts(probe: NDArray[np.complex64]) -> tuple[float, ...]:
     """Defocus, none and either way, that spreads a focused probe to the radii of `DEFOCUS_RADII`, radians."""
     n_pixels = probe.shape[-1]
     light = _intensity(scipy.fft.fft2(probe)).sum(axis=0, dtype=np.float64)

@@ -405,3 +405,25 @@ def illuminated_radius_px(probe: NDArray[np.complexfloating[Any, Any]]) -> float
     """
     lit = np.argwhere(illumination(probe) > 0)
     return float(np.hypot(*(lit - probe.shape[-1] // 2).T).max())
+
+
+def probe_diameter_px(probe: NDArray[np.complexfloating[Any, Any]]) -> float:
+    """Diameter of a probe: that of the uniform disc which is lit as evenly.
+
+    Parameters
+    ----------
+    probe : complex array (mode, N, N)
+
+    Returns
+    -------
+    float
+        2 sqrt(A / π), pixels, with the area A = (Σ|P|²)² / Σ|P|⁴; the number of pixels of a uniform disc.
+
+    Examples
+    --------
+    >>> y, x = np.indices((64, 64)) - 32
+    >>> round(probe_diameter_px((np.hypot(y, x) < 10)[None]), 1)
+    19.7
+    """
+    light = (np.abs(probe) ** 2).sum(axis=0, dtype=np.float64)
+    return float(2 * np.sqrt(light.sum() ** 2 / (light**2).sum() / np.pi))

@@ -32,7 +32,7 @@ from ptychodask.plotting import WELL_LIT, plot_contact_sheet, plot_study
 from ptychodask.progress import Progress, show_progress
 from ptychodask.reconstruction import reconstruct
 from ptychodask.result import open_result
-from ptychodask.scan import PtychodaskError, check_choice, with_fields
+from ptychodask.scan import PtychodaskError, check_choice, probe_diameter_px, with_fields
 from ptychodask.simulate import make_positions, scaled_probe, simulate
 from ptychodask.training import TrainingSpec, train
 
@@ -246,28 +246,6 @@ def _told(kinds: type | tuple[type, ...]) -> str:
         (int, float, str): "a number or text",
     }
     return names[kinds]
-
-
-def probe_diameter_px(probe: NDArray[np.complexfloating[Any, Any]]) -> float:
-    """Diameter of a probe: that of the uniform disc which is lit as evenly.
-
-    Parameters
-    ----------
-    probe : complex array (mode, N, N)
-
-    Returns
-    -------
-    float
-        2 sqrt(A / π), pixels, with the area A = (Σ|P|²)² / Σ|P|⁴; the number of pixels of a uniform disc.
-
-    Examples
-    --------
-    >>> y, x = np.indices((64, 64)) - 32
-    >>> round(probe_diameter_px((np.hypot(y, x) < 10)[None]), 1)
-    19.7
-    """
-    light = (np.abs(probe) ** 2).sum(axis=0, dtype=np.float64)
-    return float(2 * np.sqrt(light.sum() ** 2 / (light**2).sum() / np.pi))
 
 
 def cells_of(spec: StudySpec) -> dict[tuple[Any, ...], Cell]:

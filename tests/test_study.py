@@ -19,9 +19,9 @@ from ptychodask import study as module
 from ptychodask.cluster import in_process_client
 from ptychodask.compare import compare
 from ptychodask.plotting import plot_contact_sheet, plot_study
-from ptychodask.scan import PtychodaskError
+from ptychodask.scan import PtychodaskError, probe_diameter_px
 from ptychodask.simulate import scaled_probe, simulate
-from ptychodask.study import StudySpec, cells_of, probe_diameter_px, read_study, run_study, steps_px, to_markdown
+from ptychodask.study import StudySpec, cells_of, read_study, run_study, steps_px, to_markdown
 
 TINY = StudySpec(
     dose=(1e4, 1e6),
