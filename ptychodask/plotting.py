@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import hsv_to_rgb, to_rgb
+from matplotlib.colors import LogNorm, hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -46,6 +46,12 @@ WORST_NAMED = 10
 
 WIDEST_LINEAR = 10.0
 """Highest residual over the median from which a figure has a logarithmic scale: a dark frame's R may be a hundred."""
+
+PATTERN_DECADES = 1e6
+"""Brightest pixel of patterns over the darkest that a figure tells apart."""
+
+MOST_POSITIONS = 20_000
+"""Positions that a figure draws; of more it draws every second, third, ..."""
 
 FINEST_PX = 2.0
 """Period, pixels, that no resolution can be below."""
@@ -695,6 +701,69 @@ def _draw_over_dose(axes: Axes, values: xr.DataArray) -> None:
             label = str(model) if alike else f"{model}, gridsize {gridsize}"
             (line,) = axes.plot(one["dose"], one.mean("seed"), "o-", label=label)
             axes.fill_between(one["dose"], one.min("seed"), one.max("seed"), color=line.get_color(), alpha=0.2)
+
+
+def plot_patterns(
+    mean: NDArray[np.floating[Any]],
+    patterns: Mapping[str, NDArray[np.floating[Any]]],
+    position_yx: NDArray[np.floating[Any]] | None = None,
+    *,
+    unit: str = "px",
+    path: str | Path | None = None,
+) -> Figure:
+    """Figure of what was measured: the mean pattern, some patterns, and where they were taken.
+
+    Parameters
+    ----------
+    mean : float array (h, w)
+        Counts of the mean pattern.
+    patterns : dict of label to float array (h, w)
+        Counts of some patterns.
+    position_yx : float array (pattern, 2), optional
+        Positions (y, x); those that are not finite are left out.
+    unit : str
+        Of the positions.
+    path : path, optional
+        Where to write it too.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Patterns in one logarithmic scale that ends at the brightest pixel of all; positions joined in the order of the
+        file, +y down.
+
+    Raises
+    ------
+    PtychodaskError
+        If no pattern has light, or the figure cannot be written.
+    """
+    shown = {"mean": mean, **patterns}
+    highest = max(float(np.nanmax(image)) for image in shown.values())
+    if not highest > 0:
+        raise PtychodaskError("plot_patterns: no pattern has light, so there is nothing to show")
+    lowest = max(highest / PATTERN_DECADES, float(np.min(mean, where=mean > 0, initial=highest)))
+    scale = LogNorm(lowest, highest) if lowest < highest else LogNorm(highest / 10, highest)
+    n_panels = len(shown) + (position_yx is not None)
+    figure = _empty_figure(3.2 * -(-n_panels // 2), 6.2)
+    panels = figure.subplots(2, -(-n_panels // 2), squeeze=False).ravel()
+    for axes, (label, image) in zip(panels, shown.items(), strict=False):
+        picture = axes.imshow(np.maximum(image, lowest), cmap="viridis", norm=scale, origin="upper")
+        axes.set(title=drawn_label(label), xlabel="qx (pixel)", ylabel="qy (pixel)")
+    figure.colorbar(picture, ax=list(panels[: len(shown)]), shrink=0.6, label="counts")
+    if position_yx is not None:
+        _draw_positions(panels[len(shown)], position_yx, unit)
+    for axes in panels[n_panels:]:
+        axes.set_axis_off()
+    return _written(figure, path)
+
+
+def _draw_positions(axes: Axes, position_yx: NDArray[np.floating[Any]], unit: str) -> None:
+    finite = position_yx[np.isfinite(position_yx).all(axis=1)]
+    few = finite[:: -(-max(1, len(finite)) // MOST_POSITIONS)]
+    axes.plot(few[:, 1], few[:, 0], "-", color="lightgrey", linewidth=0.5)
+    axes.plot(few[:, 1], few[:, 0], ".", markersize=2)
+    axes.set(title=f"{len(position_yx)} positions", xlabel=f"x ({unit})", ylabel=f"y ({unit})", aspect="equal")
+    axes.invert_yaxis()
 
 
 def plot_contact_sheet(
