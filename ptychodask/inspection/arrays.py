@@ -1,0 +1,219 @@
+"""Which array of a foreign file is what: by its shape, its type, and its name where several fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ptychodask.io.geometry import HC_EV_M
+from ptychodask.io.source import Container, frame_axes
+from ptychodask.scan import PtychodaskError
+
+YX_WORDS = (("y", "x"), ("slow", "fast"), ("row", "col"), ("vertical", "horizontal"))
+"""Words by which the names of two arrays of positions differ, (y, x)."""
+
+_POSITION = re.compile(r"pos|coord|scan|transl|point|stage|motor", re.IGNORECASE)
+_PROBE = re.compile(r"probe|prb|illum", re.IGNORECASE)
+_OBJECT = re.compile(r"obj", re.IGNORECASE)
+_PATTERNS = re.compile(r"diff|dp|data|pattern|frame|recip|intens|image|det", re.IGNORECASE)
+_SECOND_BEST = re.compile(r"start|nominal|true|offset|relative|err|std", re.IGNORECASE)
+
+_METRES = {"m": 1.0, "metre": 1.0, "meter": 1.0, "cm": 1e-2, "mm": 1e-3, "um": 1e-6, "µm": 1e-6, "μm": 1e-6, "nm": 1e-9}
+_METRES |= {"micron": 1e-6, "microns": 1e-6, "a": 1e-10, "å": 1e-10, "angstrom": 1e-10}
+_ELECTRONVOLTS = {"ev": 1.0, "kev": 1e3, "j": 1 / 1.602176634e-19, "joule": 1 / 1.602176634e-19}
+
+_OPTICS = (
+    # option, its name in files, units, range that a plain number without unit must lie in, the unit it then has
+    ("energy_ev", re.compile(r"energy", re.IGNORECASE), _ELECTRONVOLTS),
+    ("wavelength_m", re.compile(r"wavelength|lambda", re.IGNORECASE), _METRES),
+    ("distance_m", re.compile(r"distance|^z(_m)?$", re.IGNORECASE), _METRES),
+    ("detector_pixel_m", re.compile(r"(x|det\w*|ccd)_pixel(_size|_m|_um)?|pixel_size_x", re.IGNORECASE), _METRES),
+)
+
+_GUESSED_UNITS = {
+    "energy_ev": ((1e-18, 1e-12, "J"), (1.0, 200.0, "keV"), (200.0, 1e6, "eV")),
+    "wavelength_m": ((1e-12, 1e-7, "m"), (1e-3, 50.0, "nm")),
+    "distance_m": ((1e-3, 50.0, "m"), (50.0, 5e4, "mm")),
+    "detector_pixel_m": ((1e-7, 1e-3, "m"), (1.0, 500.0, "um")),
+}
+"""Lowest and highest value of an option without a unit, and the unit that it then likely has."""
+
+
+@dataclass(frozen=True)
+class ArrayNote:
+    """One array of a file."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    """Type of its values, or why it is left out."""
+
+    unit: str | None = None
+    """What the file notes."""
+
+    role: str | None = None
+    """What it is taken for: a name of `IngestSpec.keys`, or one of its fields."""
+
+    @property
+    def kind(self) -> str:
+        """Kind of the type as NumPy has it, or "" where the array is left out."""
+        try:
+            return np.dtype(self.dtype).kind
+        except (TypeError, ValueError, SyntaxError):
+            return ""
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all values; 0 where the array is left out."""
+        return int(np.prod(self.shape, dtype=object)) * np.dtype(self.dtype).itemsize if self.kind else 0
+
+    @property
+    def name(self) -> str:
+        """The last part of the key."""
+        return self.key.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class Optic:
+    """A number of the instrument, as a file has it."""
+
+    option: str
+    """Field of `IngestSpec`."""
+
+    key: str
+    value: float
+    """In the unit of the option."""
+
+    unit: str
+    """Unit of the file."""
+
+    is_guess: bool
+    """Whether that unit is guessed from the size of the number."""
+
+
+def note_arrays(container: Container) -> list[ArrayNote]:
+    """All arrays of a file; those that cannot be read as numbers say why in place of a type."""
+    return [_note(container, key) for key in container.keys()]  # noqa: SIM118 a container is no dict
+
+
+def _note(container: Container, key: str) -> ArrayNote:
+    try:
+        dtype = container.dtype(key)
+        told = "pickled objects or text, never loaded" if dtype.hasobject else str(dtype)
+        return ArrayNote(key, container.shape(key), told, container.unit(key))
+    except PtychodaskError as error:
+        return ArrayNote(key, (), f"unreadable: {error}")
+
+
+def find_patterns(notes: Sequence[ArrayNote]) -> ArrayNote | None:
+    """The array that holds the patterns: of three axes of real numbers, the likeliest name, the largest."""
+    fitting = [note for note in notes if note.kind in set("buif") and len(_axes(note)) == 3 and min(_axes(note)) > 1]
+    return max(fitting, key=lambda note: (bool(_PATTERNS.search(note.name)), note.n_bytes), default=None)
+
+
+def _axes(note: ArrayNote) -> tuple[int, ...]:
+    return frame_axes(note.shape)
+
+
+def find_keys(notes: Sequence[ArrayNote], patterns: ArrayNote) -> dict[str, str]:
+    """Names of `IngestSpec.keys` and the arrays of a file that fit them.
+
+    Examples
+    --------
+    >>> notes = [ArrayNote("dp", (9, 8, 8), "uint16"), ArrayNote("pos/y", (9,), "float64"),
+    ...          ArrayNote("pos/x", (9,), "float64"), ArrayNote("P", (1, 8, 8), "complex64")]
+    >>> find_keys(notes, notes[0])
+    {'diffraction': 'dp', 'y': 'pos/y', 'x': 'pos/x', 'probe': 'P'}
+    """
+    axes = _axes(patterns)
+    keys = {"diffraction": patterns.key}
+    n_patterns, frame = axes[0], axes[1:]
+    found = _find_positions(notes, n_patterns)
+    if not found and (found := _find_positions(notes, axes[2])):
+        n_patterns, frame = axes[2], axes[:2]
+    keys |= found
+    keys |= _named("probe", [n for n in notes if n.kind == "c" and n.shape[-2:] == frame], _PROBE)
+    masks = [n for n in notes if n.kind in set("biu") and n.shape == frame and "mask" in n.name.lower()]
+    keys |= {"mask": masks[0].key} if len(masks) == 1 else {}
+    indices = [n for n in notes if n.name == "scan_index" and n.shape == (n_patterns,) and n.kind in set("iu")]
+    return keys | ({"scan_index": indices[0].key} if indices else {})
+
+
+def _find_positions(notes: Sequence[ArrayNote], n_patterns: int) -> dict[str, str]:
+    """Keys of the positions of so many patterns, the likeliest names first; none where none fit."""
+    numbers = [note for note in notes if note.kind in set("iuf")]
+    columns = {n.key: n for n in numbers if max(n.shape, default=0) == n_patterns and np.prod(n.shape) == n_patterns}
+    choices: list[tuple[tuple[bool, bool, int], dict[str, str]]] = [
+        (_likelihood(y), {"y": y, "x": x}) for y, x in _pairs(columns) if _differ(columns[y], columns[x])
+    ]
+    choices += [
+        (_likelihood(note.key), {"position": note.key})
+        for note in numbers
+        if note.shape in ((n_patterns, 2), (1, n_patterns, 2))
+    ]
+    return max(choices, key=lambda choice: choice[0])[1] if choices else {}
+
+
+def _differ(one: ArrayNote, other: ArrayNote) -> bool:
+    return one.key != other.key and one.kind == other.kind
+
+
+def _likelihood(key: str) -> tuple[bool, bool, int]:
+    return not _SECOND_BEST.search(key), bool(_POSITION.search(key)), -len(key)
+
+
+def _pairs(keys: Sequence[str] | dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Pairs of keys that differ by one of `YX_WORDS`, (y, x)."""
+    for key in keys:
+        for y_word, x_word in YX_WORDS:
+            for found in re.finditer(y_word, key, re.IGNORECASE):
+                word = x_word.upper() if found.group().isupper() else x_word
+                other = key[: found.start()] + word + key[found.end() :]
+                if other in keys:
+                    yield key, other
+
+
+def _named(role: str, fitting: list[ArrayNote], name: re.Pattern[str]) -> dict[str, str]:
+    """The array of a role: the only one that fits, or the first of a fitting name."""
+    named = [note for note in fitting if name.search(note.key)]
+    chosen = named or (fitting if len(fitting) == 1 and not _OBJECT.search(fitting[0].key) else [])
+    return {role: chosen[0].key} if chosen else {}
+
+
+def find_optics(container: Container, notes: Sequence[ArrayNote]) -> list[Optic]:
+    """Energy, wavelength, distance and detector pixel of a file, in the units of `IngestSpec`."""
+    found: dict[str, Optic] = {}
+    for note in notes:
+        if note.kind not in set("iuf") or int(np.prod(note.shape)) != 1:
+            continue
+        for option, name, units in _OPTICS:
+            if option not in found and name.search(note.name):
+                value = float(container.array(note.key).reshape(-1)[0])
+                unit, is_guess = _unit_of(option, note, value, units)
+                if unit is not None and np.isfinite(value) and value > 0:
+                    found[option] = Optic(option, note.key, value * units[unit.lower()], unit, is_guess)
+    if "energy_ev" in found and "wavelength_m" in found:
+        del found["wavelength_m"]
+    return list(found.values())
+
+
+def _unit_of(option: str, note: ArrayNote, value: float, units: dict[str, float]) -> tuple[str | None, bool]:
+    """The unit that a file notes, a name ends in, or the size of the number suggests; and whether it is a guess."""
+    ending = note.name.rsplit("_", 1)[-1]
+    for noted in (note.unit, ending):
+        if noted is not None and noted.strip().lower() in units:
+            return noted.strip(), False
+    for low, high, unit in _GUESSED_UNITS[option]:
+        if low <= value < high:
+            return unit, True
+    return None, True
+
+
+def wavelength_of(options: dict[str, Any]) -> float | None:
+    """Wavelength, metres, where options say it or the energy."""
+    energy_ev = options.get("energy_ev")
+    return HC_EV_M / energy_ev if energy_ev else options.get("wavelength_m")

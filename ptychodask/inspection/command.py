@@ -1,0 +1,248 @@
+"""The `ingest` that a file or a finding calls for, as a command to paste and as the YAML that `ingest` reads."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from ptychodask.io.formats import open_container, options_of
+from ptychodask.io.raw import runs
+from ptychodask.scan import Domain, Scan
+
+DIGITS = 9
+"""Significant digits of numbers in a command."""
+
+
+@dataclass(frozen=True)
+class PositionTurn:
+    """A matrix that turns positions (y, x).
+
+    Examples
+    --------
+    >>> PositionTurn.of(np.array([[0, 1], [-1, 0]])).name
+    '--swap-xy --flip-x'
+    >>> PositionTurn.by(30, mirrored=True).name
+    '--flip-x, then turned by 30 degrees'
+    """
+
+    rows: tuple[float, float, float, float]
+    """Its rows one after the other, as `IngestSpec.affine` has them."""
+
+    @classmethod
+    def of(cls, matrix: NDArray[Any]) -> PositionTurn:
+        """From a matrix (2, 2)."""
+        # Adding 0 makes 0 of -0.
+        a, b, c, d = (float(value) for value in np.round(np.asarray(matrix, np.float64), DIGITS).ravel() + 0.0)
+        return cls((a, b, c, d))
+
+    @classmethod
+    def by(cls, angle_deg: float, *, mirrored: bool = False) -> PositionTurn:
+        """A turn from +x toward +y (clockwise on a screen, where y points down), of x mirrored before if asked."""
+        sine, cosine = np.sin(np.deg2rad(angle_deg)), np.cos(np.deg2rad(angle_deg))
+        return cls.of(np.array([[cosine, sine], [-sine, cosine]]) @ np.diag([1.0, -1.0 if mirrored else 1.0]))
+
+    @property
+    def matrix(self) -> NDArray[np.float64]:
+        """The matrix (2, 2)."""
+        return np.reshape(self.rows, (2, 2))
+
+    @property
+    def is_mirrored(self) -> bool:
+        """Whether it turns a hand into the other hand."""
+        return bool(np.linalg.det(self.matrix) < 0)
+
+    @property
+    def angle_deg(self) -> float:
+        """Angle as in `by`, 0 to 360 degrees."""
+        sign = -1.0 if self.is_mirrored else 1.0
+        return float(np.rad2deg(np.arctan2(sign * self.rows[1], self.rows[0])) % 360)
+
+    @property
+    def flags(self) -> dict[str, bool] | None:
+        """The options `swap_xy`, `flip_y` and `flip_x` that do the same; None where they cannot."""
+        size = np.abs(self.matrix)
+        for swap, axes in ((False, np.eye(2)), (True, np.eye(2)[::-1])):
+            if np.array_equal(size, axes):
+                signs = self.matrix.sum(axis=1)
+                given = {"swap_xy": swap, "flip_y": signs[0] < 0, "flip_x": signs[1] < 0}
+                return {name: True for name, is_set in given.items() if is_set}
+        return None
+
+    @property
+    def effort(self) -> int:
+        """How many flags it takes; more than any number of them where it takes a matrix."""
+        return 4 if self.flags is None else len(self.flags)
+
+    @property
+    def name(self) -> str:
+        """As flags of `ingest`, or in words."""
+        if self.flags is not None:
+            return " ".join(f"--{name.replace('_', '-')}" for name in self.flags) or "as they are"
+        mirrored = "--flip-x, then " if self.is_mirrored else ""
+        return f"{mirrored}turned by {self.angle_deg:g} degrees"
+
+    def inverts(self, other: PositionTurn) -> bool:
+        """Whether it is the other, and then half a turn."""
+        return bool(np.allclose(self.matrix, -other.matrix, atol=1e-6))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a scan comes from: a file, its reader and what the reader was told."""
+
+    source: Path
+    reader: str
+    options: Mapping[str, Any]
+    """Fields of `IngestSpec` that differ from their defaults."""
+
+    domain: Domain
+    """Unit of the patterns."""
+
+    @classmethod
+    def of(cls, scan: Scan) -> Origin | None:
+        """What a store says of its source; None for a simulated one."""
+        noted = scan.attributes.get("provenance")
+        if not isinstance(noted, dict) or not {"source", "reader", "options"} <= set(noted):
+            return None
+        return cls(Path(noted["source"]), noted["reader"], noted["options"], scan.domain)
+
+    def turned(self, turn: PositionTurn) -> Origin:
+        """The same with its positions turned further."""
+        options = dict(self.options)
+        before = np.diag([-1.0 if options.pop(name, False) else 1.0 for name in ("flip_y", "flip_x")])
+        before = before @ (np.eye(2)[::-1] if options.pop("swap_xy", False) else np.eye(2))
+        total = PositionTurn.of(turn.matrix @ np.reshape(options.pop("affine", (1, 0, 0, 1)), (2, 2)) @ before)
+        if total.flags == {}:
+            return Origin(self.source, self.reader, options, self.domain)
+        named = self._mapped(options)
+        if total.flags is not None and "flip_y" in options_of(named.reader):
+            return Origin(self.source, named.reader, {**named.options, **total.flags}, self.domain)
+        return Origin(self.source, named.reader, {**named.options, "affine": total.rows}, self.domain)
+
+    def _mapped(self, options: dict[str, Any]) -> Origin:
+        """By keys, without the object of a format that has one: positions that are turned leave it behind."""
+        if self.reader != "ptychopinn" or not self.source.is_file():
+            return Origin(self.source, self.reader, options, self.domain)
+        with ExitStack() as stack:
+            found = open_container(self.source, self.source.parent, stack).keys()
+        if "objectGuess" not in found:
+            return Origin(self.source, self.reader, options, self.domain)
+        patterns = "diff3d" if "diff3d" in found else "diffraction"
+        keys = {
+            "diffraction": patterns,
+            "y": "ycoords",
+            "x": "xcoords",
+            "probe": "probeGuess",
+            "scan_index": "scan_index",
+        }
+        keys = {name: key for name, key in keys.items() if key in found}
+        scale = {"calibration": "as_given"} if "probe" in keys else {}
+        return Origin(
+            self.source,
+            "mapping",
+            {"keys": keys, "domain": self.domain, "units": "px", **scale, **options},
+            self.domain,
+        )
+
+    def command(self, store: str | None = None) -> str:
+        """The `ingest` that makes a store of it, quoted for a shell."""
+        return ingest_command(self.source, store or store_name(self.source), self.options)
+
+
+def turned_command(origin: Origin | None, turn: PositionTurn) -> str | None:
+    """The `ingest` that turns positions further; None where nothing was ingested, or nothing is to be turned."""
+    if origin is None or turn.flags == {}:
+        return None
+    return origin.turned(turn).command()
+
+
+def store_name(source: Path) -> str:
+    """Name of the store to make of a file, in the folder where the command is run.
+
+    Examples
+    --------
+    >>> store_name(Path("/data/siemens-star.npz.bz2"))
+    'siemens-star.zarr'
+    """
+    return source.name.removesuffix(".bz2").rsplit(".", 1)[0] + ".zarr"
+
+
+def ingest_command(source: Path, store: str, options: Mapping[str, Any]) -> str:
+    """An `ingest` with fields of `IngestSpec` as its flags, quoted for a shell.
+
+    Examples
+    --------
+    >>> options = {"keys": {"diffraction": "my dp"}, "flip_y": True, "affine": (0, 1, -1, 0)}
+    >>> ingest_command(Path("raw.h5"), "raw.zarr", options)
+    "ptychodask ingest raw.h5 raw.zarr --key 'diffraction=my dp' --flip-y --affine=0,1,-1,0"
+    """
+    return shlex.join(["ptychodask", "ingest", str(source), store, *_flags(options)])
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "keys":
+            flags += [part for pair in value.items() for part in ("--key", "=".join(pair))]
+        elif value is True:
+            flags.append(flag)
+        elif name == "affine":
+            # Behind an equals sign, for it may begin with a minus.
+            flags.append(f"{flag}={_listed(value)}")
+        else:
+            flags += [flag, value if isinstance(value, str) else _listed(value)]
+    return flags
+
+
+def _listed(value: Any) -> str:
+    if isinstance(value, slice):
+        return f"{'' if value.start is None else value.start}:{'' if value.stop is None else value.stop}"
+    if isinstance(value, float | np.floating):
+        return f"{value:.{DIGITS}g}"
+    return ",".join(map(_listed, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+
+
+def as_rows(index: NDArray[np.int64]) -> str:
+    """Ascending rows as `drop_frames` reads them.
+
+    Examples
+    --------
+    >>> as_rows(np.array([3, 7, 8, 9]))
+    '3,7:10'
+    """
+    stretches = [(int(index[start]), int(index[stop - 1]) + 1) for start, stop in runs(index)]
+    return ",".join(str(low) if high == low + 1 else f"{low}:{high}" for low, high in stretches)
+
+
+def as_yaml(options: Mapping[str, Any]) -> str:
+    """Fields of `IngestSpec` as YAML.
+
+    Examples
+    --------
+    >>> print(as_yaml({"keys": {"diffraction": "dp"}, "centre": (3.0, 4.0)}), end="")
+    keys:
+      diffraction: dp
+    centre:
+    - 3.0
+    - 4.0
+    """
+    return yaml.safe_dump(
+        {name: list(value) if isinstance(value, tuple) else _plain(value) for name, value in options.items()},
+        sort_keys=False,
+        allow_unicode=True,
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value if value is None or isinstance(value, bool | int | float | str | list) else str(value)

@@ -1,0 +1,126 @@
+"""`inspect` of a store: what it holds, and what can be done with it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ptychodask.grouping import median_step_px
+from ptychodask.inspection.arrays import ArrayNote
+from ptychodask.inspection.evidence import SAMPLE_FRAMES, Sample, bad_pixels, beam_of, mean_pattern, spread_rows
+from ptychodask.inspection.findings import Finding, Inspection, Preview
+from ptychodask.scan import Scan, probe_diameter_px
+from ptychodask.store import open_groups, open_scan, stored_group_names
+
+
+def inspect_store(path: Path) -> Inspection:
+    """What a store holds: patterns and dose, positions and overlap, probe, truth, groups and models.
+
+    Parameters
+    ----------
+    path : Path
+
+    Returns
+    -------
+    Inspection
+        Its command is the next thing to run.
+
+    Raises
+    ------
+    PtychodaskError
+        If there is no such store, or it is damaged.
+    """
+    scan = open_scan(path)
+    rows = spread_rows(scan.n_patterns, SAMPLE_FRAMES)
+    # Amplitude, so that bad pixels are 0.
+    sample = Sample(scan.amplitude(rows), rows, scan.n_patterns, scan.n_patterns)
+    mean = mean_pattern(sample, "amplitude")
+    shown = np.unique(np.linspace(0, len(rows) - 1, 4).astype(int))
+    return Inspection(
+        where=str(path),
+        what=f"a store of {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}",
+        arrays=list(_arrays(scan)),
+        findings=[*_on_data(scan, sample), *_on_positions(scan), *_on_probe(scan), *_on_work(scan, path)],
+        command=_next(scan, path),
+        preview=Preview(
+            mean=mean,
+            patterns={int(rows[k]): np.square(sample.frames[k], dtype=np.float64) for k in shown},
+            position_yx=scan.position_yx_px,
+            unit="px",
+        ),
+    )
+
+
+def _arrays(scan: Scan) -> Iterator[ArrayNote]:
+    yield ArrayNote("diffraction", tuple(scan.diffraction.shape), str(scan.diffraction.dtype), scan.domain)
+    yield ArrayNote("y_px, x_px", (scan.n_patterns,), "float64", "px")
+    for name in ("probe", "mask", "flux", "label"):
+        values = getattr(scan, name)
+        if values is not None:
+            yield ArrayNote(name, tuple(values.shape), str(values.dtype))
+    if scan.truth is not None:
+        yield ArrayNote("truth", scan.truth.object.shape, str(scan.truth.object.dtype))
+
+
+def _on_data(scan: Scan, sample: Sample) -> Iterator[Finding]:
+    noted = scan.attributes
+    mean = mean_pattern(sample, "amplitude")
+    hot, dead = bad_pixels(sample, mean, scan.mask)
+    yield Finding("values", f"{scan.domain}; mean counts of a pattern {float(noted['mean_counts']):.4g}", "noted")
+    yield Finding("beam", f"{sample.told} looked at: {beam_of(mean)[1]}", "measured")
+    masked = 0 if scan.mask is None else int((~scan.mask).sum())
+    yield Finding("pixels", f"{masked} masked; of the others {hot.sum()} hot, {dead.sum()} dead", "measured")
+    provenance = noted.get("provenance", {})
+    if "source" in provenance:
+        told = f"{provenance['source']}" + (f", read as {provenance['reader']!r}" if "reader" in provenance else "")
+        options = ", ".join(f"{name}={value}" for name, value in provenance.get("options", {}).items())
+        yield Finding("source", told + (f" with {options}" if options else ""), "noted")
+
+
+def _on_positions(scan: Scan) -> Iterator[Finding]:
+    (y0, x0), (y1, x1) = scan.position_yx_px.min(axis=0), scan.position_yx_px.max(axis=0)
+    repeated = scan.n_patterns - len(np.unique(scan.position_yx_px, axis=0))
+    size = "" if scan.pixel_size_m is None else f"; a pixel is {scan.pixel_size_m:.4g} m"
+    told = f"y {y0:.1f} to {y1:.1f}, x {x0:.1f} to {x1:.1f} px; {repeated} repeat another{size}"
+    yield Finding("positions", told, "noted")
+    step, diameter = median_step_px(scan.position_yx_px), probe_diameter_px(scan.probe)
+    if step:
+        told = f"the median step is {step:.3g} px, the probe {diameter:.3g} px wide"
+        share = step / diameter
+        apart = "neighbours do not overlap" if share >= 1 else f"{100 * (1 - share):.0f} %"
+        yield Finding("overlap", f"{told}: {apart}", "measured")
+    if scan.scan_index is not None and len(np.unique(scan.scan_index)) > 1:
+        yield Finding("experiments", f"{len(np.unique(scan.scan_index))} in one store", "noted")
+
+
+def _on_probe(scan: Scan) -> Iterator[Finding]:
+    light = float((np.abs(scan.probe) ** 2).sum(dtype=np.float64))
+    modes = f"{len(scan.probe)} mode" + "s" * (len(scan.probe) > 1)
+    yield Finding("probe", f"{modes}, {scan.calibration}: its total is {light:.4g} counts", "noted")
+    refined = scan.attributes.get("probe_refinement")
+    if isinstance(refined, dict) and {"r_before", "r_after"} <= set(refined):
+        told = f"refined: R {refined['r_before']:.4f} to {refined['r_after']:.4f} on patterns it had not seen"
+        yield Finding("probe", told, "noted")
+    if scan.truth is not None:
+        yield Finding("truth", "the object is known, so that results can be judged by it", "noted")
+
+
+def _on_work(scan: Scan, path: Path) -> Iterator[Finding]:
+    tables = [table for name in stored_group_names(path) if (table := open_groups(path, name)) is not None]
+    told = ", ".join(f"'{table.name}' ({len(table)} of {table.spec.members})" for table in tables)
+    yield Finding("groups", told or "none stored; they are made when they are needed", "noted")
+    models = [model for model in scan.attributes.get("models", []) if isinstance(model, dict)]
+    told = ", ".join(f"{model.get('kind')} {model.get('path')}" for model in models)
+    yield Finding("models", told or "none trained on it", "noted")
+
+
+def _next(scan: Scan, path: Path) -> str:
+    """What to run next: the probe first, then a network, then the picture."""
+    if scan.attributes.get("models"):
+        return shlex.join(["ptychodask", "reconstruct", str(path)])
+    simulated = scan.truth is not None
+    step = "train" if simulated or "probe_refinement" in scan.attributes else "refine-probe"
+    return shlex.join(["ptychodask", step, str(path)])
