@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from ptychodask import prediction
+from ptychodask import cli, prediction
 from ptychodask.cluster import in_process_client
 
 # The compiled libraries would otherwise print their own notes between the tests.
@@ -32,6 +33,20 @@ def client():
     """A Dask client whose one worker lives in this process."""
     with in_process_client() as client:
         yield client
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run the command line in this process: (exit code, standard output, standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ptychodask", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        return ended.value.code or 0, out, err
+
+    return call
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ N = 16
 
 COMMANDS = [
     "demo",
+    "inspect",
     "ingest",
     "simulate",
     "group",
@@ -48,20 +49,6 @@ def untrained(path, store, **fields):
     optics = Optics.of(open_scan(store))
     spec = ModelSpec(**{"n_pixels": optics.probe.shape[-1], "members": 4, "levels": 2} | fields)
     return save_model(Model(spec, build_network(spec, optics).get_weights(), optics), path)
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Run the command line in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ptychodask", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        return ended.value.code or 0, out, err
-
-    return call
 
 
 @pytest.fixture

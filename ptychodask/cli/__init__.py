@@ -15,7 +15,7 @@ import typer
 from ptychodask.cli.judging import compare, report, residuals, study
 from ptychodask.cli.networks import train
 from ptychodask.cli.runs import bench, demo, plan, reconstruct
-from ptychodask.cli.scans import group, ingest, refine_probe, simulate
+from ptychodask.cli.scans import group, ingest, inspect, refine_probe, simulate
 from ptychodask.scan import PtychodaskError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ TERMINATED = 143
 """Exit code of a command that SIGTERM stopped."""
 COMMANDS = (
     demo,
+    inspect,
     ingest,
     simulate,
     group,

@@ -22,6 +22,70 @@ TlsFolder = Annotated[
     Path | None, typer.Option(help="Folder with ca.pem, cert.pem and key.pem for a --scheduler that speaks TLS.")
 ]
 
+Format = Annotated[str | None, typer.Option(help="ptychopinn, tike or mapping; by default what the keys say.")]
+Key = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=KEY: the file's key of diffraction, y, x, position, probe, mask, object, label, flux."),
+]
+PatternDomain = Annotated[str | None, typer.Option("--domain", help="counts or amplitude.")]
+FrameAxes = Annotated[str | None, typer.Option("--axes", help="pattern,qy,qx or qy,qx,pattern.")]
+Beam = Annotated[str | None, typer.Option("--dc", help="Where the direct beam is: centre or corner.")]
+Units = Annotated[str | None, typer.Option(help="Of the positions: px, um or m.")]
+FlipY = Annotated[bool, typer.Option("--flip-y", help="y becomes -y.")]
+FlipX = Annotated[bool, typer.Option("--flip-x", help="x becomes -x.")]
+SwapXY = Annotated[bool, typer.Option("--swap-xy", help="y and x change places.")]
+Affine = Annotated[
+    str | None, typer.Option(help="a,b,c,d: after the flips, (y, x) becomes (a y + b x, c y + d x). For every format.")
+]
+NPixels = Annotated[int | None, typer.Option(help="Pixels across a stored pattern: crops or pads.")]
+Bin = Annotated[int | None, typer.Option(help="Detector pixels, along each axis, summed into one.")]
+Centre = Annotated[str | None, typer.Option(help="The beam's centre: dc, auto, or y,x in pixels.")]
+EnergyEv = Annotated[float | None, typer.Option(help="Photon energy.")]
+WavelengthM = Annotated[float | None, typer.Option(help="Wavelength, in place of the energy.")]
+DistanceM = Annotated[float | None, typer.Option(help="Sample to detector.")]
+DetectorPixelM = Annotated[float | None, typer.Option(help="Size of a detector pixel.")]
+PixelSizeM = Annotated[float | None, typer.Option(help="Size of an object pixel, as stored.")]
+MaskFile = Annotated[Path | None, typer.Option("--mask", help=".npy, True where a detector pixel is good.")]
+DropFrames = Annotated[str | None, typer.Option(help='Rows of the file to leave out: "3,10:20".')]
+Scratch = Annotated[Path | None, typer.Option(help="Folder for unpacked data; beside the store by default.")]
+
+
+def reading_options(
+    *,
+    key: list[str] | None,
+    centre: str | None,
+    affine: str | None,
+    flip_y: bool,
+    flip_x: bool,
+    swap_xy: bool,
+    **plain: Any,
+) -> dict[str, Any]:
+    """Fields of `IngestSpec` from the flags that were given; those of `plain` are fields already."""
+    return given(
+        keys=pairs(key),
+        centre=None if centre is None else centre_yx(centre),
+        affine=None if affine is None else numbers("--affine", affine, 4),
+        # A format that fixes its axes refuses these flags, so only those that were set are handed on.
+        **{name: True for name, is_set in (("flip_y", flip_y), ("flip_x", flip_x), ("swap_xy", swap_xy)) if is_set},
+        **plain,
+    )
+
+
+def pairs(keys: list[str] | None) -> dict[str, str] | None:
+    if not keys:
+        return None
+    for text in keys:
+        if "=" not in text:
+            raise PtychodaskError(f"--key {text}: expected NAME=KEY, for example --key diffraction=entry/data")
+    return dict(text.split("=", 1) for text in keys)
+
+
+def centre_yx(text: str) -> str | tuple[float, float]:
+    if text in ("dc", "auto"):
+        return text
+    y, x = numbers("--centre", text, 2)
+    return y, x
+
 
 def bar(quiet: bool) -> bool | None:
     return False if quiet else None

@@ -1,4 +1,4 @@
-"""Commands that make and improve a scan's store: ingest, simulate, group, refine-probe."""
+"""Commands that look at scans, and make and improve their stores: inspect, ingest, simulate, group, refine-probe."""
 
 from __future__ import annotations
 
@@ -7,35 +7,145 @@ from typing import Annotated
 
 import typer
 
-from ptychodask.cli.flags import Overwrite, Quiet, Store, bar, given, numbers
+from ptychodask.cli.flags import (
+    Affine,
+    Beam,
+    Bin,
+    Centre,
+    DetectorPixelM,
+    DistanceM,
+    DropFrames,
+    EnergyEv,
+    FlipX,
+    FlipY,
+    Format,
+    FrameAxes,
+    Key,
+    MaskFile,
+    NPixels,
+    Overwrite,
+    PatternDomain,
+    PixelSizeM,
+    Quiet,
+    Scratch,
+    Store,
+    SwapXY,
+    Units,
+    WavelengthM,
+    bar,
+    check_folders,
+    given,
+    reading_options,
+)
 from ptychodask.scan import PtychodaskError
+
+
+def inspect(
+    source: Annotated[Path, typer.Argument(help="NPZ (or .npz.bz2) or HDF5 file, or a store.", show_default=False)],
+    check_axes: Annotated[
+        bool, typer.Option("--check-axes", help="Try the positions swapped and flipped, by how patterns agree.")
+    ] = False,
+    rotation: Annotated[bool, typer.Option("--rotation", help="With --check-axes: turned by any angle too.")] = False,
+    png: Annotated[Path | None, typer.Option(help="Picture of patterns and positions to write.")] = None,
+    yaml: Annotated[Path | None, typer.Option(help="File to write the options of ingest to.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    format: Format = None,
+    key: Key = None,
+    domain: PatternDomain = None,
+    axes: FrameAxes = None,
+    dc: Beam = None,
+    units: Units = None,
+    flip_y: FlipY = False,
+    flip_x: FlipX = False,
+    swap_xy: SwapXY = False,
+    affine: Affine = None,
+    n_pixels: NPixels = None,
+    bin: Bin = None,
+    centre: Centre = None,
+    energy_ev: EnergyEv = None,
+    wavelength_m: WavelengthM = None,
+    distance_m: DistanceM = None,
+    detector_pixel_m: DetectorPixelM = None,
+    pixel_size_m: PixelSizeM = None,
+    mask: MaskFile = None,
+    drop_frames: DropFrames = None,
+    scratch: Scratch = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a file or a store holds, and which command to run next; nothing is changed.
+
+    Example: ptychodask inspect raw.h5 --png raw.png --yaml raw.yaml
+
+    Example: ptychodask inspect scan.zarr --check-axes
+
+    What is known of a file is passed with the flags of ingest: it is checked, and becomes part of the command.
+    """
+    from json import dumps
+
+    from ptychodask.inspection import check_axes as judge_axes
+    from ptychodask.inspection import inspect_file, plot_preview
+    from ptychodask.plotting import check_figure_path
+
+    if rotation and not check_axes:
+        raise PtychodaskError("--rotation: goes with --check-axes")
+    if png is not None:
+        check_figure_path(png)
+    check_folders(yaml)
+    options = reading_options(
+        key=key,
+        domain=domain,
+        axes=axes,
+        dc=dc,
+        units=units,
+        flip_y=flip_y,
+        flip_x=flip_x,
+        swap_xy=swap_xy,
+        affine=affine,
+        n_pixels=n_pixels,
+        bin=bin,
+        centre=centre,
+        energy_ev=energy_ev,
+        wavelength_m=wavelength_m,
+        distance_m=distance_m,
+        detector_pixel_m=detector_pixel_m,
+        pixel_size_m=pixel_size_m,
+        mask=mask,
+        drop_frames=drop_frames,
+        scratch=scratch,
+    )
+    found = inspect_file(source, format=format, **options)
+    if yaml is not None:
+        yaml.write_text(found.as_yaml())
+    if png is not None and found.preview is not None:
+        plot_preview(found.preview, png)
+    if not check_axes:
+        typer.echo(dumps(found.as_json(), indent=2) if json else str(found))
+        return
+    verdict = judge_axes(source, rotation=rotation, progress=bar(quiet), format=format, **found.options)
+    typer.echo(dumps(verdict.as_json(), indent=2) if json else str(verdict))
 
 
 def ingest(
     source: Annotated[Path, typer.Argument(help="NPZ (or .npz.bz2) or HDF5 file.", show_default=False)],
     store: Store,
-    format: Annotated[
-        str | None, typer.Option(help="ptychopinn, tike or mapping; by default what the keys say.")
-    ] = None,
-    key: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=KEY: the file's key of diffraction, y, x, position, probe, mask, object, label, flux."),
-    ] = None,
-    domain: Annotated[str | None, typer.Option(help="counts or amplitude.")] = None,
-    axes: Annotated[str | None, typer.Option(help="pattern,qy,qx or qy,qx,pattern.")] = None,
-    dc: Annotated[str | None, typer.Option(help="Where the direct beam is: centre or corner.")] = None,
-    units: Annotated[str | None, typer.Option(help="Of the positions: px, um or m.")] = None,
-    flip_y: Annotated[bool, typer.Option("--flip-y", help="y becomes -y.")] = False,
-    flip_x: Annotated[bool, typer.Option("--flip-x", help="x becomes -x.")] = False,
-    swap_xy: Annotated[bool, typer.Option("--swap-xy", help="y and x change places.")] = False,
-    n_pixels: Annotated[int | None, typer.Option(help="Pixels across a stored pattern: crops or pads.")] = None,
-    bin: Annotated[int | None, typer.Option(help="Detector pixels, along each axis, summed into one.")] = None,
-    centre: Annotated[str | None, typer.Option(help="The beam's centre: dc, auto, or y,x in pixels.")] = None,
-    energy_ev: Annotated[float | None, typer.Option(help="Photon energy.")] = None,
-    wavelength_m: Annotated[float | None, typer.Option(help="Wavelength, in place of the energy.")] = None,
-    distance_m: Annotated[float | None, typer.Option(help="Sample to detector.")] = None,
-    detector_pixel_m: Annotated[float | None, typer.Option(help="Size of a detector pixel.")] = None,
-    pixel_size_m: Annotated[float | None, typer.Option(help="Size of an object pixel, as stored.")] = None,
+    format: Format = None,
+    key: Key = None,
+    domain: PatternDomain = None,
+    axes: FrameAxes = None,
+    dc: Beam = None,
+    units: Units = None,
+    flip_y: FlipY = False,
+    flip_x: FlipX = False,
+    swap_xy: SwapXY = False,
+    affine: Affine = None,
+    n_pixels: NPixels = None,
+    bin: Bin = None,
+    centre: Centre = None,
+    energy_ev: EnergyEv = None,
+    wavelength_m: WavelengthM = None,
+    distance_m: DistanceM = None,
+    detector_pixel_m: DetectorPixelM = None,
+    pixel_size_m: PixelSizeM = None,
     probe: Annotated[str | None, typer.Option(help="file, disc, zone_plate, estimate, or a .npy or .npz.")] = None,
     probe_diameter_px: Annotated[float | None, typer.Option(help="Of the disc, or of the zone plate's pupil.")] = None,
     probe_stop_px: Annotated[float | None, typer.Option(help="Diameter of the zone plate's stop.")] = None,
@@ -43,9 +153,9 @@ def ingest(
     probe_defocus_m: Annotated[float | None, typer.Option(help="Distance from the focus, metres.")] = None,
     calibration: Annotated[str | None, typer.Option(help="as_given, incident or mean_counts.")] = None,
     incident_counts: Annotated[float | None, typer.Option(help="Photons per pattern on the sample.")] = None,
-    mask: Annotated[Path | None, typer.Option(help=".npy, True where a detector pixel is good.")] = None,
-    drop_frames: Annotated[str | None, typer.Option(help='Rows of the file to leave out: "3,10:20".')] = None,
-    scratch: Annotated[Path | None, typer.Option(help="Folder for unpacked data; beside the store by default.")] = None,
+    mask: MaskFile = None,
+    drop_frames: DropFrames = None,
+    scratch: Scratch = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -57,15 +167,19 @@ def ingest(
     """
     from ptychodask.io import ingest
 
-    options = given(
-        keys=pairs(key),
+    options = reading_options(
+        key=key,
         domain=domain,
         axes=axes,
         dc=dc,
         units=units,
+        flip_y=flip_y,
+        flip_x=flip_x,
+        swap_xy=swap_xy,
+        affine=affine,
         n_pixels=n_pixels,
         bin=bin,
-        centre=None if centre is None else centre_yx(centre),
+        centre=centre,
         energy_ev=energy_ev,
         wavelength_m=wavelength_m,
         distance_m=distance_m,
@@ -81,8 +195,6 @@ def ingest(
         mask=mask,
         drop_frames=drop_frames,
         scratch=scratch,
-        # A format that fixes its axes refuses these flags, so only those that were set are handed on.
-        **{name: True for name, set_ in (("flip_y", flip_y), ("flip_x", flip_x), ("swap_xy", swap_xy)) if set_},
     )
     scan = ingest(source, store, format=format, overwrite=overwrite, progress=bar(quiet), **options)
     typer.echo(f"{store}: {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}, {scan.domain}")
@@ -165,19 +277,3 @@ def refine_probe(
     found = refine_probe(store, search_defocus=search_defocus, progress=bar(quiet), **options)
     kept = "stored" if found.stored else "not better, so the stored probe stays"
     typer.echo(f"{store}: R {found.r_before:.4f} -> {found.r_after:.4f} on {found.n_held_out} unseen patterns; {kept}")
-
-
-def pairs(keys: list[str] | None) -> dict[str, str] | None:
-    if not keys:
-        return None
-    for text in keys:
-        if "=" not in text:
-            raise PtychodaskError(f"--key {text}: expected NAME=KEY, for example --key diffraction=entry/data")
-    return dict(text.split("=", 1) for text in keys)
-
-
-def centre_yx(text: str) -> str | tuple[float, float]:
-    if text in ("dc", "auto"):
-        return text
-    y, x = numbers("--centre", text, 2)
-    return y, x
