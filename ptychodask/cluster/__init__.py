@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import socket
 import sys
 import threading
 import uuid
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,10 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP
 WORKER_VARIABLES = {"MALLOC_ARENA_MAX": "2"}
 """Of worker processes: the C library keeps fewer heaps, which freed memory would be spread over."""
 
-LOOPBACK = "127.0.0.1:0"
+LOOPBACK_HOST = "127.0.0.1"
+"""What clusters listen on unless they are told otherwise: only this machine reaches it."""
+
+LOOPBACK = f"{LOOPBACK_HOST}:0"
 """Address of Dask's own servers: a free port that only this machine reaches, where the default is every interface."""
 
 SCRATCH = "dask-scratch-space"
@@ -124,16 +130,21 @@ def in_process_client() -> Iterator[Client]:
 
 
 @contextmanager
-def local_client(n_workers: int, *, security: Security | None = None) -> Iterator[Client]:
+def local_client(
+    n_workers: int, *, security: Security | None = None, host: str = LOOPBACK_HOST
+) -> Iterator[Client]:
     """A client with worker processes on this machine, the processor's cores divided among them, closed in the end.
 
     Parameters
     ----------
     n_workers : int
-        Worker processes. They and their scheduler listen on the loopback interface alone.
+        Worker processes.
     security : distributed.Security, optional
         Encrypts and authenticates all that they say to each other; ``Security.temporary()`` makes credentials that
-        live in this process and its workers. Without it, any process on this machine can connect.
+        live in this process and its workers. Without it, whoever reaches `host` can connect.
+    host : str
+        Address or name of this machine that scheduler and workers listen on; by default the loopback interface alone.
+        Dashboards stay there in any case.
 
     Yields
     ------
@@ -143,10 +154,11 @@ def local_client(n_workers: int, *, security: Security | None = None) -> Iterato
     Raises
     ------
     PtychodaskError
-        If `n_workers` is not positive.
+        If `n_workers` is not positive, or `host` is not of this machine.
     """
     if n_workers < 1:
         raise PtychodaskError(f"local_client: n_workers is {n_workers}, expected 1 or more")
+    check_host(host, security)
     threads = str(max(1, (os.cpu_count() or 1) // n_workers))
     with (
         _forgotten_when_closed(),
@@ -154,7 +166,8 @@ def local_client(n_workers: int, *, security: Security | None = None) -> Iterato
             processes=True,
             n_workers=n_workers,
             threads_per_worker=THREADS_PER_WORKER,
-            host="127.0.0.1",
+            host=host,
+            worker_dashboard_address=LOOPBACK,
             security=security,
             env=dict.fromkeys(THREAD_VARIABLES, threads) | WORKER_VARIABLES,
         ) as cluster,
@@ -174,6 +187,30 @@ class _QuietStart(WorkerPlugin):
             import_module("ptychodask.models.model")
 
 
+def check_host(host: str, security: Security | None) -> None:
+    """Raise `PtychodaskError` unless this machine can listen on `host`; warn where strangers could connect.
+
+    Parameters
+    ----------
+    host : str
+        Address or name.
+    security : distributed.Security or None
+        What protects it there.
+    """
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = found[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise PtychodaskError(
+            f"host {host!r}: this machine cannot listen there ({in_brief(error)}); give one of its own addresses, or "
+            f"{LOOPBACK_HOST}"
+        ) from error
+    if security is None and not ip_address(address[0]).is_loopback:
+        logger.warning("whoever reaches %s can run code in this cluster: encrypt it (--tls, security=)", host)
+
+
 @contextmanager
 def connected_client(address: str, *, security: Security | None = None) -> Iterator[Client]:
     """A client of a scheduler that is running already, closed in the end.
@@ -181,7 +218,8 @@ def connected_client(address: str, *, security: Security | None = None) -> Itera
     Parameters
     ----------
     address : str
-        Such as ``tcp://127.0.0.1:8786``, or ``tls://...`` with `security`.
+        Such as ``tcp://127.0.0.1:8786``, or ``tls://...`` with `security`; or the file that ``dask scheduler
+        --scheduler-file`` wrote.
     security : distributed.Security, optional
         Credentials that the scheduler knows (see `credentials_in`).
 
@@ -193,8 +231,9 @@ def connected_client(address: str, *, security: Security | None = None) -> Itera
     Raises
     ------
     PtychodaskError
-        If no scheduler answers there.
+        If no scheduler answers there, or the file is no such file.
     """
+    address = _address_in(Path(address)) if Path(address).is_file() else address
     options = {"set_as_default": False, "timeout": ANSWER_WITHIN, "security": security}
     try:
         try:
@@ -211,6 +250,17 @@ def connected_client(address: str, *, security: Security | None = None) -> Itera
         yield client
 
 
+def _address_in(file: Path) -> str:
+    """The address that a scheduler wrote into a file."""
+    try:
+        return str(json.loads(file.read_text())["address"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PtychodaskError(
+            f"{file}: holds no address of a Dask scheduler ({in_brief(error)}); expected what dask scheduler "
+            "--scheduler-file writes"
+        ) from error
+
+
 def temporary_credentials() -> Security:
     """Credentials of one cluster, made anew and kept in memory.
 
@@ -225,16 +275,51 @@ def temporary_credentials() -> Security:
         raise PtychodaskError("tls: needs the package cryptography; pip install 'ptychodask[tls]'") from error
 
 
-CREDENTIALS = {"tls_ca_file": "ca.pem", "tls_client_cert": "cert.pem", "tls_client_key": "key.pem"}
-"""Files of a folder of credentials, by what Dask calls them."""
+AUTHORITY, CERTIFICATE, KEY = "ca.pem", "cert.pem", "key.pem"
+"""Files of a folder of credentials: the authority that all sides trust, a certificate of its, and the key."""
+
+ROLES = ("scheduler", "worker", "client")
 
 
-def credentials_in(folder: Path) -> Security:
-    """Credentials for a scheduler that speaks TLS.
+def write_credentials(folder: str | Path) -> Security:
+    """Make credentials of one cluster, in a folder that only its owner can open.
 
     Parameters
     ----------
-    folder : Path
+    folder : path
+        The folder to make, with mode 0700; its files have mode 0600.
+
+    Returns
+    -------
+    distributed.Security
+        As `credentials_in` gives it.
+
+    Raises
+    ------
+    PtychodaskError
+        If the folder exists already, cannot be made, or the package that makes credentials is not installed.
+    """
+    folder = Path(folder)
+    made = temporary_credentials().get_tls_config_for_role("client")
+    try:
+        folder.mkdir(mode=0o700)
+        for name, content in ((AUTHORITY, made["ca_file"]), (CERTIFICATE, made["cert"]), (KEY, made["key"])):
+            with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(content)
+    except OSError as error:
+        raise PtychodaskError(
+            f"{folder}: credentials cannot be written ({error.strerror}); expected a folder that is new, where this "
+            "user may write"
+        ) from error
+    return credentials_in(folder)
+
+
+def credentials_in(folder: str | Path) -> Security:
+    """Credentials for a cluster that speaks TLS, for each side of it.
+
+    Parameters
+    ----------
+    folder : path
         Holds ``ca.pem``, the authority that both sides trust, ``cert.pem`` and ``key.pem``.
 
     Returns
@@ -246,13 +331,17 @@ def credentials_in(folder: Path) -> Security:
     PtychodaskError
         If a file is missing.
     """
-    for name in CREDENTIALS.values():
+    folder = Path(folder)
+    for name in (AUTHORITY, CERTIFICATE, KEY):
         if not (folder / name).is_file():
             raise PtychodaskError(
-                f"{folder}: holds no {name}; expected {', '.join(CREDENTIALS.values())}: the authority that scheduler "
+                f"{folder}: holds no {name}; expected {AUTHORITY}, {CERTIFICATE}, {KEY}: the authority that scheduler "
                 "and client trust, and a certificate of its with the key"
             )
-    return Security(require_encryption=True, **{name: str(folder / file) for name, file in CREDENTIALS.items()})
+    pairs = {
+        f"tls_{role}_{what}": str(folder / name) for role in ROLES for what, name in (("cert", CERTIFICATE), ("key", KEY))
+    }
+    return Security(require_encryption=True, tls_ca_file=str(folder / AUTHORITY), **pairs)
 
 
 @dataclass(frozen=True)
