@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from ptychodask.cli.jobs import submit
 from ptychodask.cli.judging import compare, report, residuals, study
 from ptychodask.cli.networks import train
 from ptychodask.cli.runs import bench, demo, plan, reconstruct
@@ -41,6 +42,7 @@ COMMANDS = (
     train,
     plan,
     reconstruct,
+    submit,
     compare,
     residuals,
     study,

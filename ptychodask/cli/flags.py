@@ -16,7 +16,8 @@ Store = Annotated[Path, typer.Argument(help="The scan's store, a folder ending i
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, once the new one is whole.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")]
 Workers = Annotated[int | None, typer.Option(help="Worker processes to start; by default this one.")]
-Scheduler = Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")]
+Host = Annotated[str | None, typer.Option(help="What --workers listen on; by default the loopback interface alone.")]
+Scheduler = Annotated[str | None, typer.Option(help="Address of a running Dask scheduler, or its --scheduler-file.")]
 Tls = Annotated[bool, typer.Option("--tls", help="Encrypt and authenticate what --workers say to each other.")]
 TlsFolder = Annotated[
     Path | None, typer.Option(help="Folder with ca.pem, cert.pem and key.pem for a --scheduler that speaks TLS.")
@@ -128,7 +129,11 @@ def check_one_cluster(command: str, workers: int | None, scheduler: str | None) 
 
 
 def client_for(
-    workers: int | None, scheduler: str | None, tls: bool = False, tls_folder: Path | None = None
+    workers: int | None,
+    scheduler: str | None,
+    tls: bool = False,
+    tls_folder: Path | None = None,
+    host: str | None = None,
 ) -> AbstractContextManager[Any]:
     """A client of new worker processes or of a running scheduler; None where neither is asked for."""
     from ptychodask.cluster import connected_client, credentials_in, local_client, temporary_credentials
@@ -137,8 +142,10 @@ def client_for(
         raise PtychodaskError("--tls: goes with --workers; a running --scheduler is reached with --tls-folder")
     if tls_folder is not None and scheduler is None:
         raise PtychodaskError(f"--tls-folder {tls_folder}: goes with --scheduler; new --workers take --tls")
+    if host is not None and workers is None:
+        raise PtychodaskError(f"--host {host}: goes with --workers, which listen there")
     if workers is not None:
-        return local_client(workers, security=temporary_credentials() if tls else None)
+        return local_client(workers, security=temporary_credentials() if tls else None, **given(host=host))
     if scheduler is None:
         return nullcontext()
     return connected_client(scheduler, security=None if tls_folder is None else credentials_in(tls_folder))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ptychodask.cli.flags import (
+    Host,
     Overwrite,
     Quiet,
     Scheduler,
@@ -105,6 +106,7 @@ def reconstruct(
     scheduler: Scheduler = None,
     tls: Tls = False,
     tls_folder: TlsFolder = None,
+    host: Host = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a stopped run left.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -145,7 +147,7 @@ def reconstruct(
         device=device,
     )
     check_figure_path(png)
-    with client_for(workers, scheduler, tls, tls_folder) as client:
+    with client_for(workers, scheduler, tls, tls_folder, host) as client:
         result = reconstruct(
             store,
             _models(model),
@@ -196,6 +198,7 @@ def bench(
     scheduler: Scheduler = None,
     tls: Tls = False,
     tls_folder: TlsFolder = None,
+    host: Host = None,
     folder: Annotated[
         Path | None, typer.Option(help="Folder that all workers see, for what is made meanwhile.")
     ] = None,
@@ -225,7 +228,7 @@ def bench(
     reconstruction = ReconstructionSpec(
         **given(batch_size=batch_size, groups_per_chunk=groups_per_chunk, precision=precision)
     )
-    with client_for(workers, scheduler, tls, tls_folder) as client:
+    with client_for(workers, scheduler, tls, tls_folder, host) as client:
         report = bench(
             store, model, spec, reconstruction=reconstruction, client=client, folder=folder, progress=bar(quiet)
         )

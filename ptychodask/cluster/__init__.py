@@ -130,9 +130,7 @@ def in_process_client() -> Iterator[Client]:
 
 
 @contextmanager
-def local_client(
-    n_workers: int, *, security: Security | None = None, host: str = LOOPBACK_HOST
-) -> Iterator[Client]:
+def local_client(n_workers: int, *, security: Security | None = None, host: str = LOOPBACK_HOST) -> Iterator[Client]:
     """A client with worker processes on this machine, the processor's cores divided among them, closed in the end.
 
     Parameters
@@ -339,7 +337,9 @@ def credentials_in(folder: str | Path) -> Security:
                 "and client trust, and a certificate of its with the key"
             )
     pairs = {
-        f"tls_{role}_{what}": str(folder / name) for role in ROLES for what, name in (("cert", CERTIFICATE), ("key", KEY))
+        f"tls_{role}_{what}": str(folder / name)
+        for role in ROLES
+        for what, name in (("cert", CERTIFICATE), ("key", KEY))
     }
     return Security(require_encryption=True, tls_ca_file=str(folder / AUTHORITY), **pairs)
 
