@@ -30,6 +30,9 @@ OWN_OPTIONS = ("--scheduler", "--workers", "--tls", "--tls-folder", "--host")
 BESIDE_WORKERS_MIB = 2048
 """Memory that scheduler and client take, which run beside the workers of the first node."""
 
+PATIENCE_S = 20
+"""How long workers may take to end when all is done."""
+
 WORKERS_WITHIN_S = 300
 """How long a worker waits for the scheduler before it gives up."""
 
@@ -42,7 +45,7 @@ class SubmittedJob:
     """What the batch system calls it."""
 
     log: Path
-    """File that all its output goes to."""
+    """File that the run's output goes to; that of scheduler and workers is in one ending in ``.workers.log`` beside."""
 
     script: Path
     """The script that it runs, as it was submitted."""
@@ -154,11 +157,11 @@ def batch_script(store: str | Path, spec: JobSpec = JobSpec(), options: Sequence
             *parts.directives,
             *_prologue(spec),
             "set -u",
-            "umask 077",
             "",
             f"python={shlex.quote(spec.python)}",
             f"store={shlex.quote(str(path))}",
-            f"folder={shlex.quote(str(folder))}/.{shlex.quote(spec.name)}-{parts.number}",
+            f"folder={shlex.quote(str(folder / f'.{spec.name}'))}-{parts.number}",
+            f"others={shlex.quote(str(folder / spec.name))}-{parts.number}.workers.log",
             *(f"export {name}={value}" for name, value in _variables(spec).items()),
             "",
             _BEGINNING,
@@ -167,7 +170,7 @@ def batch_script(store: str | Path, spec: JobSpec = JobSpec(), options: Sequence
             parts.workers,
             "",
             parts.resume,
-            _RUN.replace("@OPTIONS@", " ".join(["", *map(shlex.quote, options)])),
+            _RUN.replace("@OPTIONS@", shlex.join(options)).replace("@PATIENCE@", str(PATIENCE_S)),
             parts.end,
             "",
         ]
@@ -204,7 +207,8 @@ def _prologue(spec: JobSpec) -> list[str]:
 
 def _variables(spec: JobSpec) -> dict[str, str]:
     """Environment of the workers."""
-    return dict.fromkeys(THREAD_VARIABLES, str(spec.cpus)) | WORKER_VARIABLES
+    quiet = {"DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "warning", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    return dict.fromkeys(THREAD_VARIABLES, str(spec.cpus)) | WORKER_VARIABLES | quiet
 
 
 _BEGINNING = f"""\
@@ -220,7 +224,7 @@ set -- --protocol tls --scheduler-file "$folder/scheduler.json" --no-dashboard -
   --tls-ca-file "$folder/{AUTHORITY}" --tls-cert "$folder/{CERTIFICATE}" --tls-key "$folder/{KEY}\""""
 
 _SCHEDULER = """
-"$python" -m distributed.cli.dask_scheduler --port 0 "$@" &
+"$python" -m distributed.cli.dask_scheduler --port 0 "$@" >>"$others" 2>&1 &
 scheduler=$!
 while [ ! -s "$folder/scheduler.json" ]; do
   kill -0 "$scheduler" 2>/dev/null || exit 2
@@ -229,7 +233,7 @@ done"""
 
 _RUN = """\
 "$python" -m ptychodask.cli reconstruct "$store" --scheduler "$folder/scheduler.json" --tls-folder "$folder" \\
- @OPTIONS@ ${resume:+"$resume"} &
+  @OPTIONS@ ${resume:+"$resume"} &
 run=$!
 [ -z "$stopped" ] || kill -TERM "$run"
 wait "$run"
@@ -239,9 +243,12 @@ while kill -0 "$run" 2>/dev/null; do
   wait "$run"
   code=$?
 done
-# shellcheck disable=SC2086
-kill $workers "$scheduler" 2>/dev/null
-wait
+# Workers end with their scheduler, and what hangs is ended a little later.
+kill "$scheduler"
+(sleep @PATIENCE@ && kill $workers) 2>/dev/null &
+impatient=$!
+wait $workers
+kill "$impatient" 2>/dev/null
 rm -rf "$folder"
 """
 
@@ -288,8 +295,8 @@ def _slurm_parts(spec: JobSpec, folder: Path) -> _Parts:
         number='"$SLURM_JOB_ID"',
         hosts=f'if [ "$SLURM_JOB_NUM_NODES" -eq 1 ]; then\n  set -- "$@" --host {LOOPBACK_HOST}{elsewhere}\nfi',
         workers=(
-            f"srun --ntasks={spec.n_workers} --cpus-per-task={spec.cpus}{gpu} --kill-on-bad-exit=0 \\\n"
-            f"  {_worker_command(spec)} &\nworkers=$!"
+            f"srun --ntasks={spec.n_workers} --cpus-per-task={spec.cpus}{gpu} --kill-on-bad-exit=0 --wait=0 \\\n"
+            f'  {_worker_command(spec)} >>"$others" 2>&1 &\nworkers=$!'
         ),
         resume='resume=\n[ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || resume=--resume',
         end=_SLURM_END if spec.requeue else _LAST_WORDS,
@@ -336,7 +343,7 @@ def _pbs_parts(spec: JobSpec, folder: Path) -> _Parts:
         hosts=f'set -- "$@" --host {LOOPBACK_HOST}',
         workers=(f"devices=${{CUDA_VISIBLE_DEVICES:-{','.join(map(str, range(n)))}}}\n" if spec.gpus else "")
         + f'workers=\nnumber=0\nwhile [ "$number" -lt {n} ]; do\n  number=$((number + 1))\n'
-        f'  {one}{_worker_command(spec)} &\n  workers="$workers $!"\ndone',
+        f'  {one}{_worker_command(spec)} >>"$others" 2>&1 &\n  workers="$workers $!"\ndone',
         resume="# A job that PBS ran again goes on with what is there.\nresume=--resume",
         end=_LAST_WORDS,
     )
