@@ -245,9 +245,12 @@ while kill -0 "$run" 2>/dev/null; do
 done
 # Workers end with their scheduler, and what hangs is ended a little later.
 kill "$scheduler"
-(sleep @PATIENCE@ && kill $workers) 2>/dev/null &
+(
+  sleep @PATIENCE@
+  for worker in $workers; do kill "$worker"; done
+) >/dev/null 2>&1 &
 impatient=$!
-wait $workers
+for worker in $workers; do wait "$worker"; done
 kill "$impatient" 2>/dev/null
 rm -rf "$folder"
 """

@@ -1,0 +1,236 @@
+"""Clusters: where they listen, who gets in, and what workers are asked before a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from distributed import Client
+from models_for_tests import LinearModel
+
+from ptychodask import cluster
+from ptychodask.cluster import connected_client, credentials_in, local_client, temporary_credentials, write_credentials
+from ptychodask.cluster import preflight as asking
+from ptychodask.cluster.preflight import preflight, preflight_jobs
+from ptychodask.cluster.started import gpu_client, slurm_client
+from ptychodask.models import ModelSpec, Optics, untrained_model
+from ptychodask.models.bundle import save_model
+from ptychodask.prediction import ModelReference, PredictionJob
+from ptychodask.reconstruction import reconstruct
+from ptychodask.scan import PtychodaskError
+from ptychodask.simulate import simulate
+from ptychodask.store import open_scan
+
+IMPORTED_FROM = [str(Path(cluster.__file__).parents[2]), str(Path(__file__).parent)]
+
+pytestmark = pytest.mark.usefixtures("empty_caches")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cluster") / "scan.zarr"
+    simulate(path, n_pixels=16, n_patterns=60, step_px=3.0, seed=1, progress=False)
+    return path
+
+
+@pytest.fixture
+def job(store):
+    """What a run with `LinearModel` tells its tasks."""
+    data_hash = open_scan(store).data_hash
+    return PredictionJob(str(store), data_hash, "c4", ModelReference.to(LinearModel()), batch_size=8)
+
+
+@contextmanager
+def started_by_hand(folder, *, credentials=None, flags=(), first_on_path=None):
+    """A scheduler and a worker as users start them, each a process: a client, and the worker's process."""
+    file = folder / "scheduler.json"
+    shared = ["--scheduler-file", file, "--host", "127.0.0.1", "--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
+    if credentials is not None:
+        shared += ["--protocol", "tls", "--tls-ca-file", credentials / "ca.pem"]
+        shared += ["--tls-cert", credentials / "cert.pem", "--tls-key", credentials / "key.pem"]
+    own = {
+        "scheduler": ["--port", "0"],
+        "worker": ["--no-nanny", "--nthreads", "1", "--name", "w1", "--death-timeout", "60", *flags],
+    }
+    with ExitStack() as started:
+        running = {}
+        for role, options in own.items():
+            first = [str(first_on_path)] if first_on_path is not None and role == "worker" else []
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(first + IMPORTED_FROM)}
+            log = started.enter_context((folder / f"{role}.log").open("wb"))
+            command = [sys.executable, "-m", f"distributed.cli.dask_{role}", *map(str, [*options, *shared])]
+            running[role] = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
+            started.callback(ended, running[role])
+        security = None if credentials is None else credentials_in(credentials)
+        client = started.enter_context(Client(scheduler_file=str(file), security=security, timeout="60s"))
+        client.wait_for_workers(1, timeout=60)
+        yield client, running["worker"]
+
+
+def ended(process):
+    """End a process, stopped or not."""
+    process.kill()
+    process.wait()
+
+
+def test_workers_that_are_fit_are_passed(store, tmp_path):
+    with started_by_hand(tmp_path) as (client, _):
+        preflight(client, store, LinearModel())
+        reconstruct(store, LinearModel(), client=client, progress=False)
+
+
+def test_workers_in_this_process_are_not_asked(job, client):
+    preflight_jobs(client, [replace(job, store="/nowhere.zarr")])
+
+
+def test_a_worker_without_the_package_is_named(job, tmp_path):
+    (tmp_path / "ptychodask").mkdir()
+    (tmp_path / "ptychodask" / "__init__.py").write_text("raise ImportError('installed by halves')")
+    with started_by_hand(tmp_path, first_on_path=tmp_path) as (client, _):
+        told = r"worker w1 on 127\.0\.0\.1 cannot answer \(.*\); start it with the same Python 3\.\d+ and ptychodask \d"
+        with pytest.raises(PtychodaskError, match=told):
+            preflight_jobs(client, [job])
+
+
+def test_a_worker_with_other_versions_is_named(job, tmp_path):
+    for name in ("numpy", "keras"):
+        folder = tmp_path / f"{name}-0.0.1.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1\n")
+    with started_by_hand(tmp_path, first_on_path=tmp_path) as (client, _):
+        # A network that is no Keras network does not mind Keras.
+        told = rf"worker w1 .* has numpy 0\.0\.1 \(here {np.__version__}\); install the same there"
+        with pytest.raises(PtychodaskError, match=told):
+            preflight_jobs(client, [job])
+
+
+def test_a_worker_that_does_not_see_the_same_is_named(store, job, tmp_path):
+    scan = open_scan(store)
+    model = untrained_model(ModelSpec(n_pixels=16, levels=1), Optics.of(scan))
+    model = save_model(model, tmp_path / "net.model")
+    with started_by_hand(tmp_path, flags=["--resources", "GPU=1"]) as (client, _):
+        with pytest.raises(PtychodaskError, match=r"worker w1 on .*/nowhere\.zarr: no such store.*all nodes see"):
+            preflight_jobs(client, [replace(job, store="/nowhere.zarr")])
+        with pytest.raises(PtychodaskError, match=r"scan\.zarr has the data hash .* there, and 123 here"):
+            preflight_jobs(client, [replace(job, data_hash="123")])
+        with pytest.raises(
+            PtychodaskError, match=r"worker w1 on .*the model's hash is .*, expected 123.*all nodes see"
+        ):
+            preflight_jobs(client, [replace(job, model=ModelReference("123", str(tmp_path / "net.model"), None))])
+        # It advertises a GPU that TensorFlow does not find.
+        with pytest.raises(PtychodaskError, match=r"worker w1 on .*a GPU is asked for, and .* sees none"):
+            preflight(client, store, model)
+
+
+def test_a_worker_that_says_nothing_is_told_of(job, tmp_path, monkeypatch, told):
+    monkeypatch.setattr(asking, "ANSWERS_WITHIN_S", 0.5)
+    with started_by_hand(tmp_path) as (client, worker):
+        worker.send_signal(signal.SIGSTOP)
+        preflight_jobs(client, [job])
+    assert any("worker w1 on 127.0.0.1 has not answered" in line for line in told)
+
+
+def test_a_cluster_without_workers_is_waited_for(job, tmp_path, monkeypatch, told):
+    monkeypatch.setattr(asking, "FIRST_WORKER_WITHIN_S", 0.2)
+    with started_by_hand(tmp_path) as (client, worker):
+        ended(worker)
+        client.retire_workers(names=["w1"])
+        preflight_jobs(client, [job])
+    assert any("no worker has come" in line for line in told)
+
+
+def test_credentials_are_for_their_owner_alone(tmp_path):
+    folder = tmp_path / "tls"
+    write_credentials(folder)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [folder, *folder.iterdir()]}
+    assert modes == {"tls": 0o700, "ca.pem": 0o600, "cert.pem": 0o600, "key.pem": 0o600}
+    with pytest.raises(PtychodaskError, match=r"tls: credentials cannot be written .*File exists.*folder that is new"):
+        write_credentials(folder)
+
+
+def test_a_cluster_with_written_credentials_refuses_strangers(store, tmp_path, client, monkeypatch):
+    fields = {"groups_per_chunk": 10, "tile": 24, "progress": False}
+    plain = reconstruct(store, LinearModel(), client=client, **fields)
+    write_credentials(tmp_path / "tls")
+    monkeypatch.setattr(cluster, "ANSWER_WITHIN", "2s")
+    file = tmp_path / "scheduler.json"
+    with started_by_hand(tmp_path, credentials=tmp_path / "tls"):
+        with connected_client(str(file), security=credentials_in(tmp_path / "tls")) as known:
+            assert known.scheduler.address.startswith("tls://127.0.0.1:")
+            found = reconstruct(store, LinearModel(), client=known, **fields)
+        for security in (None, temporary_credentials()):
+            with (
+                pytest.raises(PtychodaskError, match="no Dask scheduler answers"),
+                connected_client(str(file), security=security),
+            ):
+                pass
+    for name in ("object", "weight", "uncertainty", "count"):
+        np.testing.assert_array_equal(found[name].values, plain[name].values)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"address'])
+def test_a_file_that_holds_no_address_is_named(tmp_path, content):
+    (tmp_path / "s.json").write_text(content)
+    told = r"s\.json: holds no address of a Dask scheduler"
+    with pytest.raises(PtychodaskError, match=told), connected_client(str(tmp_path / "s.json")):
+        pass
+
+
+def listening():
+    """(address, port) where this process and its children accept connections."""
+    process = psutil.Process()
+    return {
+        tuple(connection.laddr)
+        for one in [process, *process.children(recursive=True)]
+        for connection in one.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+def test_all_servers_of_a_cluster_are_on_the_loopback_interface():
+    before = listening()
+    with local_client(1):
+        opened = listening() - before
+    # Scheduler, nanny and worker, and the dashboards of some of them.
+    assert len(opened) >= 3
+    assert {address for address, _ in opened} == {"127.0.0.1"}
+
+
+def test_a_cluster_listens_where_it_is_told_and_its_dashboards_do_not(told):
+    with local_client(1, host="0.0.0.0") as client:
+        outside = {port for address, port in listening() if address == "0.0.0.0"}
+        (worker, about), *_ = client.scheduler_info()["workers"].items()
+        spoken_over = (client.scheduler.address, worker, about["nanny"])
+        assert outside == {int(address.rpartition(":")[2]) for address in spoken_over}
+    assert told == ["whoever reaches 0.0.0.0 can run code in this cluster: encrypt it (--tls, security=)"]
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "no such host", "x" * 70])
+def test_a_host_that_is_not_this_machine_is_refused(host):
+    with pytest.raises(PtychodaskError, match="this machine cannot listen there"), local_client(1, host=host):
+        pass
+
+
+def test_missing_packages_and_commands_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dask_cuda", None)
+    with pytest.raises(PtychodaskError, match="gpu_client: needs dask-cuda; pip install dask-cuda, or start a worker"):
+        gpu_client()
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
+    with pytest.raises(PtychodaskError, match=r"slurm_client: needs dask-jobqueue; pip install 'ptychodask\[hpc\]'"):
+        slurm_client(workers=1)
+
+
+def test_slurm_client_refuses_what_makes_no_sense():
+    with pytest.raises(PtychodaskError, match="at_most is 2, expected 3 or more"):
+        slurm_client(workers=3, at_most=2)
+    with pytest.raises(PtychodaskError, match="system is 'pbs', expected 'slurm'"):
+        slurm_client(system="pbs")
