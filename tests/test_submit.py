@@ -226,7 +226,7 @@ def test_what_does_not_fit_into_a_script_is_refused(store, tmp_path):
         batch_script(store, folder=str(tmp_path / "nowhere"))
     with pytest.raises(PtychodaskError, match="no such store"):
         batch_script(tmp_path / "no.zarr")
-    with pytest.raises(PtychodaskError, match="gpu"):
+    with pytest.raises(PtychodaskError, match="no field gpu"):
         batch_script(store, gpu=1)
 
 
