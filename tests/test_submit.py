@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_cli import refused, run  # noqa: F401
@@ -177,6 +178,14 @@ def test_scripts_are_clean_posix_shell(store, fields):
     script = batch_script(store, JobSpec(**fields), ["--out", "it's & # ;"])
     done = subprocess.run(["shellcheck", "-s", "sh", "-"], input=script, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_example_in_deploy_is_what_the_command_prints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    simulate(tmp_path / "scan.zarr", n_pixels=16, n_patterns=20, step_px=3.0, progress=False)
+    spec = JobSpec(gpus=8, nodes=2, time="01:00", partition="gpu", python="/opt/ptychodask/bin/python")
+    printed = batch_script("scan.zarr", spec, ["--polish", "2"]).replace(str(tmp_path), "/data")
+    assert (Path(__file__).parents[1] / "deploy" / "cluster.sbatch").read_text() == printed
 
 
 @pytest.mark.parametrize(
