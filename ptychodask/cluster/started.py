@@ -18,6 +18,7 @@ from ptychodask.cluster import (
     HUNG_AFTER,
     LOOPBACK,
     LOOPBACK_HOST,
+    NO_PROFILER,
     THREAD_VARIABLES,
     THREADS_PER_WORKER,
     WORKER_VARIABLES,
@@ -135,7 +136,7 @@ def _job_options(spec: JobSpec, folder: Path) -> dict[str, Any]:
     extra += ["--resources", "GPU=1"] if spec.gpus else []
     if spec.seconds > 4 * LEAVES_BEFORE_S:
         extra += ["--lifetime", f"{spec.seconds - LEAVES_BEFORE_S}s", "--lifetime-stagger", "30s"]
-    variables = dict.fromkeys(THREAD_VARIABLES, str(spec.cpus)) | WORKER_VARIABLES
+    variables = dict.fromkeys(THREAD_VARIABLES, str(spec.cpus)) | WORKER_VARIABLES | NO_PROFILER
     mib = spec.memory_bytes // MIB
     return {
         "job_name": shlex.quote(spec.name),

@@ -16,6 +16,7 @@ from ptychodask.cluster import (
     KEY,
     LOOPBACK,
     LOOPBACK_HOST,
+    NO_PROFILER,
     THREAD_VARIABLES,
     THREADS_PER_WORKER,
     WORKER_VARIABLES,
@@ -208,7 +209,7 @@ def _prologue(spec: JobSpec) -> list[str]:
 def _variables(spec: JobSpec) -> dict[str, str]:
     """Environment of the workers."""
     quiet = {"DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "warning", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    return dict.fromkeys(THREAD_VARIABLES, str(spec.cpus)) | WORKER_VARIABLES | quiet
+    return dict.fromkeys(THREAD_VARIABLES, str(spec.cpus)) | WORKER_VARIABLES | NO_PROFILER | quiet
 
 
 _BEGINNING = f"""\
