@@ -31,6 +31,7 @@ COMMANDS = [
     "train",
     "plan",
     "reconstruct",
+    "submit",
     "bench",
     "compare",
     "report",

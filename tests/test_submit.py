@@ -23,7 +23,7 @@ HARMFUL = """it's "$(touch canary)" `touch canary` & # ;"""
 
 STAND_IN = """#!{python}
 # Takes the place of the interpreter of a job: notes what it is called with, and does the least that the script needs.
-import json, os, pathlib, signal, sys
+import json, os, pathlib, signal, sys, time
 with open({notes!r}, "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
 what = sys.argv[2]
@@ -31,12 +31,22 @@ if "write_credentials" in what:
     os.mkdir(sys.argv[3])
 elif what.endswith("dask_scheduler"):
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    pathlib.Path(sys.argv[sys.argv.index("--scheduler-file") + 1]).write_text("here")
+    file = pathlib.Path(sys.argv[sys.argv.index("--scheduler-file") + 1])
+    file.write_text("here")
     signal.sigwait([signal.SIGTERM])
+    file.unlink()
+elif what.endswith("dask_worker"):
+    with open({notes!r}, "a") as file:
+        file.write(json.dumps(["device", os.environ["CUDA_VISIBLE_DEVICES"]]) + "\\n")
+    # Workers end with their scheduler, unless they are lost.
+    file = pathlib.Path(sys.argv[sys.argv.index("--scheduler-file") + 1])
+    while file.exists() and not {lost}:
+        time.sleep(0.01)
 elif what == "ptychodask.cli":
-    if {signalled}:
+    if {signalled} or {lost}:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        os.kill(os.getppid(), signal.SIGTERM)
+        if {signalled}:
+            os.kill(os.getppid(), signal.SIGTERM)
         signal.sigwait([signal.SIGTERM])
     sys.exit({code})
 """
@@ -65,12 +75,10 @@ def ran(tmp_path, monkeypatch):
     """Run a script of `batch_script` with stand-ins: its exit code and what they were called with."""
     monkeypatch.chdir(tmp_path)
 
-    def call(store, options=(), *, code=0, signalled=False, restarts=0, **fields):
+    def call(store, options=(), *, code=0, signalled=False, lost=False, restarts=0, **fields):
         notes = tmp_path / "notes"
-        python = executable(
-            tmp_path / "python 3",
-            STAND_IN.format(python=sys.executable, notes=str(notes), code=code, signalled=signalled),
-        )
+        does = {"code": code, "signalled": signalled, "lost": lost}
+        python = executable(tmp_path / "python 3", STAND_IN.format(python=sys.executable, notes=str(notes), **does))
         executable(tmp_path / "srun", SRUN)
         executable(
             tmp_path / "scontrol", f'#!/bin/sh\nprintf \'["scontrol", "%s"]\\n\' "$*" >>{shlex.quote(str(notes))}\n'
@@ -85,7 +93,8 @@ def ran(tmp_path, monkeypatch):
             "CUDA_VISIBLE_DEVICES": "4,2",
         }
         done = subprocess.run(["sh"], input=script, env=environment, text=True, capture_output=True, check=False)
-        assert done.returncode == code, done.stderr
+        assert done.returncode == (2 if lost else code), done.stderr
+        assert ("all workers ended before the run did" in done.stderr) == lost
         assert not list(tmp_path.glob("canary")), "a value was run"
         assert not (tmp_path / ".ptychodask-7").exists(), "the credentials were left"
         return [json.loads(line) for line in notes.read_text().splitlines()]
@@ -126,6 +135,11 @@ def test_a_job_whose_run_fails_does_not_go_back(ran, store):
     assert ["scontrol", "requeue 7"] not in ran(store, code=2, workers=1)
 
 
+@pytest.mark.parametrize("fields", [{"workers": 2}, {"system": "pbs", "gpus": 2}])
+def test_a_job_that_loses_all_its_workers_ends_and_does_not_go_back(ran, store, fields):
+    assert ["scontrol", "requeue 7"] not in ran(store, code=143, lost=True, **fields)
+
+
 def test_a_job_that_starts_again_goes_on(ran, store):
     notes = ran(store, ["--polish", "2"], restarts=1, workers=1)
     assert called(notes, "ptychodask.cli")[0][-3:] == ["--polish", "2", "--resume"]
@@ -134,6 +148,7 @@ def test_a_job_that_starts_again_goes_on(ran, store):
 def test_the_script_for_pbs_starts_each_worker_on_a_gpu(ran, store):
     notes = ran(store, system="pbs", gpus=2)
     assert len(called(notes, "dask_worker")) == 2
+    assert {note[1] for note in notes if note[0] == "device"} == {"4", "2"}
     assert called(notes, "ptychodask.cli")[0][-1] == "--resume"
 
 
@@ -216,7 +231,8 @@ def test_other_times_are_refused(text):
         ({"partition": " "}, "expected printable text of one line"),
         ({"lines": ("ok", "a\rb")}, "lines is 'a\\\\rb', expected printable text of one line"),
         ({"system": "lsf"}, "system is 'lsf', expected one of: slurm, pbs"),
-        ({"system": "pbs", "gpus": 2, "nodes": 2}, "nodes is 2, expected 1: the script for PBS stays on one node"),
+        ({"system": "pbs", "gpus": 2, "nodes": 2}, "nodes is 2, which the script for PBS does not use"),
+        ({"system": "pbs", "qos": "high"}, "qos is 'high', which the script for PBS does not use"),
     ],
 )
 def test_wishes_that_make_no_job_are_refused(fields, told):

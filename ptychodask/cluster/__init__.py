@@ -46,9 +46,6 @@ LOOPBACK_HOST = "127.0.0.1"
 LOOPBACK = f"{LOOPBACK_HOST}:0"
 """Address of Dask's own servers: a free port that only this machine reaches, where the default is every interface."""
 
-NO_PROFILER = {"DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False"}
-"""Environment of workers of batch jobs, see `_started`."""
-
 SCRATCH = "dask-scratch-space"
 """Part of the names of folders that workers make and remove."""
 

@@ -115,8 +115,12 @@ class JobSpec:
             raise PtychodaskError(
                 f"job: nodes is {self.nodes} for {self.n_workers} workers, expected a worker on each node or more"
             )
-        if self.system == "pbs" and (self.nodes or 1) > 1:
-            raise PtychodaskError(f"job: nodes is {self.nodes}, expected 1: the script for PBS stays on one node")
+        for name in ("qos", "constraint", "interface", "nodes"):
+            if self.system == "pbs" and getattr(self, name) not in (None, 1):
+                raise PtychodaskError(
+                    f"job: {name} is {getattr(self, name)!r}, which the script for PBS does not use: it stays on one "
+                    "node; leave it away, or add PBS's own words with directives (--directive)"
+                )
         if self.seconds < 3 * SIGNAL_BEFORE_S:
             raise PtychodaskError(
                 f"job: time is {self.time!r}, {self.seconds} s, expected 3 minutes or more: a run is told to stop "

@@ -18,15 +18,12 @@ from ptychodask.cluster import (
     HUNG_AFTER,
     LOOPBACK,
     LOOPBACK_HOST,
-    NO_PROFILER,
-    THREAD_VARIABLES,
     THREADS_PER_WORKER,
-    WORKER_VARIABLES,
     check_host,
     write_credentials,
 )
 from ptychodask.cluster.job import MIB, JobSpec, job_folder
-from ptychodask.cluster.submission import sbatch
+from ptychodask.cluster.submission import prologue, sbatch
 from ptychodask.scan import PtychodaskError, in_brief, with_fields
 
 NANNY_MIB = 256
@@ -136,7 +133,6 @@ def _job_options(spec: JobSpec, folder: Path) -> dict[str, Any]:
     extra += ["--resources", "GPU=1"] if spec.gpus else []
     if spec.seconds > 4 * LEAVES_BEFORE_S:
         extra += ["--lifetime", f"{spec.seconds - LEAVES_BEFORE_S}s", "--lifetime-stagger", "30s"]
-    variables = dict.fromkeys(THREAD_VARIABLES, str(spec.cpus)) | WORKER_VARIABLES | NO_PROFILER
     mib = spec.memory_bytes // MIB
     return {
         "job_name": shlex.quote(spec.name),
@@ -157,11 +153,7 @@ def _job_options(spec: JobSpec, folder: Path) -> dict[str, Any]:
             *(f"--{name}={shlex.quote(value)}" for name, value in named.items() if value is not None),
             *spec.directives,
         ],
-        "job_script_prologue": [
-            *(f"module load {shlex.quote(module)}" for module in spec.modules),
-            *(f"export {name}={value}" for name, value in variables.items()),
-            *spec.lines,
-        ],
+        "job_script_prologue": prologue(spec),
         "worker_extra_args": extra,
     }
 

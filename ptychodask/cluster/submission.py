@@ -16,7 +16,6 @@ from ptychodask.cluster import (
     KEY,
     LOOPBACK,
     LOOPBACK_HOST,
-    NO_PROFILER,
     THREAD_VARIABLES,
     THREADS_PER_WORKER,
     WORKER_VARIABLES,
@@ -27,6 +26,14 @@ from ptychodask.store import ScanReader
 
 OWN_OPTIONS = ("--scheduler", "--workers", "--tls", "--tls-folder", "--host")
 """Options of `reconstruct` that the script sets itself."""
+
+JOB_VARIABLES = {
+    # Why the profiler is off: see `ptychodask.cluster._started`.
+    "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
+    "DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "warning",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+"""Environment of workers that run in batch jobs, beside that of all workers."""
 
 BESIDE_WORKERS_MIB = 2048
 """Memory that scheduler and client take, which run beside the workers of the first node."""
@@ -156,14 +163,13 @@ def batch_script(store: str | Path, spec: JobSpec = JobSpec(), options: Sequence
             "#!/bin/sh",
             f"# Scheduler, workers ({spec.n_workers}) and client in one job: ptychodask submit {version('ptychodask')}",
             *parts.directives,
-            *_prologue(spec),
+            *prologue(spec),
             "set -u",
             "",
             f"python={shlex.quote(spec.python)}",
             f"store={shlex.quote(str(path))}",
             f"folder={shlex.quote(str(folder / f'.{spec.name}'))}-{parts.number}",
             f"others={shlex.quote(str(folder / spec.name))}-{parts.number}.workers.log",
-            *(f"export {name}={value}" for name, value in _variables(spec).items()),
             "",
             _BEGINNING,
             parts.hosts,
@@ -171,7 +177,9 @@ def batch_script(store: str | Path, spec: JobSpec = JobSpec(), options: Sequence
             parts.workers,
             "",
             parts.resume,
-            _RUN.replace("@OPTIONS@", shlex.join(options)).replace("@PATIENCE@", str(PATIENCE_S)),
+            _RUN.replace("@OPTIONS@", " ".join([*map(shlex.quote, options), '${resume:+"$resume"}'])).replace(
+                "@PATIENCE@", str(PATIENCE_S)
+            ),
             parts.end,
             "",
         ]
@@ -191,7 +199,7 @@ class _Parts:
     """Sets the options that say where scheduler and workers listen."""
 
     workers: str
-    """Starts the workers, and sets `workers` to what ends them."""
+    """Starts the workers, see `_watched`."""
 
     resume: str
     """Sets `resume` to the option that goes on with an earlier run."""
@@ -200,16 +208,17 @@ class _Parts:
     """What becomes of a job whose run was stopped; ends the script."""
 
 
-def _prologue(spec: JobSpec) -> list[str]:
+def prologue(spec: JobSpec) -> list[str]:
+    """Shell lines that prepare a job: its modules, its own lines, and the environment of its workers."""
     # Plain shells know modules through the profile alone.
     known = ["# shellcheck source=/dev/null", "command -v module >/dev/null || . /etc/profile"] if spec.modules else []
-    return [*known, *(f"module load {shlex.quote(module)}" for module in spec.modules), *spec.lines]
-
-
-def _variables(spec: JobSpec) -> dict[str, str]:
-    """Environment of the workers."""
-    quiet = {"DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "warning", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    return dict.fromkeys(THREAD_VARIABLES, str(spec.cpus)) | WORKER_VARIABLES | NO_PROFILER | quiet
+    variables = dict.fromkeys(THREAD_VARIABLES, str(spec.cpus)) | WORKER_VARIABLES | JOB_VARIABLES
+    return [
+        *known,
+        *(f"module load {shlex.quote(module)}" for module in spec.modules),
+        *(f"export {name}={value}" for name, value in variables.items()),
+        *spec.lines,
+    ]
 
 
 _BEGINNING = f"""\
@@ -220,7 +229,9 @@ rm -rf "$folder"
 trap 'rm -rf "$folder"' EXIT
 run=
 stopped=
+lost=
 trap 'stopped=yes; [ -z "$run" ] || kill -TERM "$run"' TERM
+trap 'lost=yes; [ -z "$run" ] || kill -TERM "$run"' USR1
 set -- --protocol tls --scheduler-file "$folder/scheduler.json" --no-dashboard --dashboard-address {LOOPBACK} \\
   --tls-ca-file "$folder/{AUTHORITY}" --tls-cert "$folder/{CERTIFICATE}" --tls-key "$folder/{KEY}\""""
 
@@ -234,9 +245,9 @@ done"""
 
 _RUN = """\
 "$python" -m ptychodask.cli reconstruct "$store" --scheduler "$folder/scheduler.json" --tls-folder "$folder" \\
-  @OPTIONS@ ${resume:+"$resume"} &
+  @OPTIONS@ &
 run=$!
-[ -z "$stopped" ] || kill -TERM "$run"
+[ -z "$stopped$lost" ] || kill -TERM "$run"
 wait "$run"
 code=$?
 # A signal ends the waiting, and not the run.
@@ -244,17 +255,25 @@ while kill -0 "$run" 2>/dev/null; do
   wait "$run"
   code=$?
 done
-# Workers end with their scheduler, and what hangs is ended a little later.
+trap '' USR1
+# Workers end with their scheduler; what hangs ends with the job.
 kill "$scheduler"
-(
-  sleep @PATIENCE@
-  for worker in $workers; do kill "$worker"; done
-) >/dev/null 2>&1 &
-impatient=$!
-for worker in $workers; do wait "$worker"; done
-kill "$impatient" 2>/dev/null
+patience=@PATIENCE@
+while [ ! -e "$folder/over" ] && [ "$patience" -gt 0 ]; do
+  sleep 1
+  patience=$((patience - 1))
+done
 rm -rf "$folder"
+if [ -n "$lost" ] && [ "$code" -ne 0 ]; then
+  echo "all workers ended before the run did: see $others" >&2
+  exit 2
+fi
 """
+
+
+def _watched(workers: str) -> str:
+    """Shell that runs workers in the background, and tells the script when all have ended."""
+    return f'(\n{workers}\n  : >"$folder/over"\n  kill -USR1 "$$"\n) >>"$others" 2>&1 &'
 
 
 def _worker_command(spec: JobSpec) -> str:
@@ -263,7 +282,7 @@ def _worker_command(spec: JobSpec) -> str:
     return (
         f'"$python" -m distributed.cli.dask_worker --nthreads {THREADS_PER_WORKER} '
         f"--memory-limit {spec.memory_bytes}{resources} \\\n"
-        f'  --local-directory {scratch} --death-timeout {WORKERS_WITHIN_S} "$@"'
+        f'      --local-directory {scratch} --death-timeout {WORKERS_WITHIN_S} "$@"'
     )
 
 
@@ -298,9 +317,9 @@ def _slurm_parts(spec: JobSpec, folder: Path) -> _Parts:
         directives=[f"#SBATCH {directive}" for directive in directives],
         number='"$SLURM_JOB_ID"',
         hosts=f'if [ "$SLURM_JOB_NUM_NODES" -eq 1 ]; then\n  set -- "$@" --host {LOOPBACK_HOST}{elsewhere}\nfi',
-        workers=(
-            f"srun --ntasks={spec.n_workers} --cpus-per-task={spec.cpus}{gpu} --kill-on-bad-exit=0 --wait=0 \\\n"
-            f'  {_worker_command(spec)} >>"$others" 2>&1 &\nworkers=$!'
+        workers=_watched(
+            f"  srun --ntasks={spec.n_workers} --cpus-per-task={spec.cpus}{gpu} --kill-on-bad-exit=0 --wait=0 \\\n"
+            f"    {_worker_command(spec)}"
         ),
         resume='resume=\n[ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || resume=--resume',
         end=_SLURM_END if spec.requeue else _LAST_WORDS,
@@ -340,14 +359,14 @@ def _pbs_parts(spec: JobSpec, folder: Path) -> _Parts:
     }
     options = [f"-{name} {shlex.quote(value)}" for name, value in named.items() if value is not None]
     options += [f"-l walltime={spec.clock_time}", *spec.directives]
-    one = 'CUDA_VISIBLE_DEVICES=$(echo "$devices" | cut -d, -f "$number") \\\n  ' if spec.gpus else ""
+    devices = f"devices=${{CUDA_VISIBLE_DEVICES:-{','.join(map(str, range(n)))}}}\n" if spec.gpus else ""
+    own = 'CUDA_VISIBLE_DEVICES=$(echo "$devices" | cut -d, -f "$number") \\\n      ' if spec.gpus else ""
+    loop = f'  number=0\n  while [ "$number" -lt {n} ]; do\n    number=$((number + 1))\n'
     return _Parts(
         directives=[f"#PBS {option}" for option in options] + [f"cd {shlex.quote(str(Path.cwd()))} || exit 2"],
         number='"$PBS_JOBID"',
         hosts=f'set -- "$@" --host {LOOPBACK_HOST}',
-        workers=(f"devices=${{CUDA_VISIBLE_DEVICES:-{','.join(map(str, range(n)))}}}\n" if spec.gpus else "")
-        + f'workers=\nnumber=0\nwhile [ "$number" -lt {n} ]; do\n  number=$((number + 1))\n'
-        f'  {one}{_worker_command(spec)} >>"$others" 2>&1 &\n  workers="$workers $!"\ndone',
+        workers=devices + _watched(f"{loop}    {own}{_worker_command(spec)} &\n  done\n  wait"),
         resume="# A job that PBS ran again goes on with what is there.\nresume=--resume",
         end=_LAST_WORDS,
     )
