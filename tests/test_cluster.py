@@ -220,13 +220,39 @@ def test_a_host_that_is_not_this_machine_is_refused(host):
         pass
 
 
-def test_missing_packages_and_commands_are_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "dask_cuda", None)
-    with pytest.raises(PtychodaskError, match="gpu_client: needs dask-cuda; pip install dask-cuda, or start a worker"):
-        gpu_client()
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
     with pytest.raises(PtychodaskError, match=r"slurm_client: needs dask-jobqueue; pip install 'ptychodask\[hpc\]'"):
         slurm_client(workers=1)
+
+
+def test_each_gpu_has_a_worker_that_sees_it_alone(store, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-5f2a")
+    security, before = temporary_credentials(), listening()
+    with gpu_client(security=security) as client:
+        workers = client.scheduler_info()["workers"]
+        assert [worker["resources"] for worker in workers.values()] == [{"GPU": 1.0}] * 2
+        assert set(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values()) == {"3", "GPU-5f2a"}
+        assert all(address.startswith("tls://127.0.0.1:") for address in [client.scheduler.address, *workers])
+        assert {address for address, _ in listening() - before} == {"127.0.0.1"}
+        reconstruct(store, LinearModel(), progress=False)
+    assert listening() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [("", "devices are none"), ("1,1", "devices are 1, 1, expected .* each once")]
+)
+def test_a_machine_without_gpus_is_told_of(monkeypatch, given, told):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    with pytest.raises(PtychodaskError, match=told):
+        gpu_client()
+
+
+def test_without_nvidia_smi_there_is_no_gpu(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PtychodaskError, match="devices are none, expected one or more"):
+        gpu_client()
 
 
 def test_slurm_client_refuses_what_makes_no_sense():

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
+import subprocess
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Client, Security
+from distributed import Client, Nanny, Scheduler, Security, SpecCluster
+from distributed.system import MEMORY_LIMIT
 
 from ptychodask.cluster import (
     HUNG_AFTER,
@@ -23,8 +27,8 @@ from ptychodask.cluster import (
     write_credentials,
 )
 from ptychodask.cluster.job import MIB, JobSpec, job_folder
-from ptychodask.cluster.submission import prologue, sbatch
-from ptychodask.scan import PtychodaskError, in_brief, with_fields
+from ptychodask.cluster.submission import prologue, sbatch, worker_variables
+from ptychodask.scan import PtychodaskError, with_fields
 
 NANNY_MIB = 256
 """Memory of a worker's job beside the worker itself."""
@@ -158,37 +162,70 @@ def _job_options(spec: JobSpec, folder: Path) -> dict[str, Any]:
     }
 
 
-def gpu_client(*, host: str = LOOPBACK_HOST, security: Security | None = None) -> Client:
-    """A client with a worker for each GPU of this machine, through dask-cuda.
+def gpu_client(
+    devices: Sequence[int | str] | None = None, *, host: str = LOOPBACK_HOST, security: Security | None = None
+) -> Client:
+    """A client with a worker process for each GPU of this machine.
 
     Parameters
     ----------
+    devices : sequence of int or str, optional
+        Numbers or UUIDs of GPUs; by default those of ``CUDA_VISIBLE_DEVICES``, else all that ``nvidia-smi`` lists.
     host : str
-        Address or name of this machine that scheduler and workers listen on.
+        Address or name of this machine that scheduler and workers listen on; dashboards there are none.
     security : distributed.Security, optional
         See `local_client`.
 
     Returns
     -------
     distributed.Client
-        The active one. Each worker sees its own GPU in front of the others, and advertises ``GPU: 1``. Closing the
-        client ends them; it is a context manager.
+        The active one. Each worker sees its own GPU alone and advertises ``GPU: 1``. Closing the client ends them; it
+        is a context manager.
 
     Raises
     ------
     PtychodaskError
-        If dask-cuda is not installed, or finds no GPU.
+        If there is no GPU, one is named twice, or this machine does not listen on `host`.
+
+    Notes
+    -----
+    Not through dask-cuda, whose releases are bound to one version of Dask each.
     """
-    check_host(host, security)
-    try:
-        dask_cuda = import_module("dask_cuda")
-    except ImportError as error:
+    named = _visible_devices() if devices is None else [str(device) for device in devices]
+    if not named or len(set(named)) < len(named):
         raise PtychodaskError(
-            "gpu_client: needs dask-cuda; pip install dask-cuda, or start a worker on each GPU yourself: "
-            "CUDA_VISIBLE_DEVICES=0 dask worker ADDRESS --resources GPU=1"
-        ) from error
-    options = {"threads_per_worker": THREADS_PER_WORKER, "resources": {"GPU": 1}, "dashboard_address": LOOPBACK}
+            f"gpu_client: devices are {', '.join(named) or 'none'}, expected one or more, each once; without "
+            "a GPU take local_client"
+        )
+    check_host(host, security)
+    shared = {"host": host, "protocol": "tcp" if security is None else "tls", "security": security}
+    shared |= {"dashboard_address": LOOPBACK}
+    worker = shared | {
+        "nthreads": THREADS_PER_WORKER,
+        "resources": {"GPU": 1},
+        "memory_limit": MEMORY_LIMIT // len(named),
+        "silence_logs": logging.CRITICAL,
+    }
+    environment = worker_variables(max(1, (os.cpu_count() or 1) // len(named)))
+    workers = {
+        device: {"cls": Nanny, "options": worker | {"env": environment | {"CUDA_VISIBLE_DEVICES": device}}}
+        for device in named
+    }
+    scheduler = {"cls": Scheduler, "options": shared | {"dashboard": False}}
+    with dask.config.set({"distributed.scheduler.worker-ttl": HUNG_AFTER}):
+        cluster = SpecCluster(workers, scheduler, security=security, silence_logs=logging.CRITICAL)
+    return _OwningClient(cluster, security=security)
+
+
+def _visible_devices() -> list[str]:
+    """GPUs that this process may use."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [device.strip() for device in given.split(",") if device.strip()]
     try:
-        return _OwningClient(dask_cuda.LocalCUDACluster(host=host, security=security, **options), security=security)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise PtychodaskError(f"gpu_client: dask-cuda starts no worker: {in_brief(error)}") from error
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return done.stdout.split()

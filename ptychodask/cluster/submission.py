@@ -33,7 +33,7 @@ JOB_VARIABLES = {
     "DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "warning",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-"""Environment of workers that run in batch jobs, beside that of all workers."""
+"""Environment of workers that outlive the call which starts them, beside that of all workers."""
 
 BESIDE_WORKERS_MIB = 2048
 """Memory that scheduler and client take, which run beside the workers of the first node."""
@@ -208,15 +208,19 @@ class _Parts:
     """What becomes of a job whose run was stopped; ends the script."""
 
 
+def worker_variables(n_threads: int) -> dict[str, str]:
+    """Environment of a worker whose libraries may start some threads."""
+    return dict.fromkeys(THREAD_VARIABLES, str(n_threads)) | WORKER_VARIABLES | JOB_VARIABLES
+
+
 def prologue(spec: JobSpec) -> list[str]:
     """Shell lines that prepare a job: its modules, its own lines, and the environment of its workers."""
     # Plain shells know modules through the profile alone.
     known = ["# shellcheck source=/dev/null", "command -v module >/dev/null || . /etc/profile"] if spec.modules else []
-    variables = dict.fromkeys(THREAD_VARIABLES, str(spec.cpus)) | WORKER_VARIABLES | JOB_VARIABLES
     return [
         *known,
         *(f"module load {shlex.quote(module)}" for module in spec.modules),
-        *(f"export {name}={value}" for name, value in variables.items()),
+        *(f"export {name}={value}" for name, value in worker_variables(spec.cpus).items()),
         *spec.lines,
     ]
 
