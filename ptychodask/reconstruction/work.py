@@ -12,6 +12,7 @@ from typing import Any
 import distributed
 
 from ptychodask.cluster import client_for_run
+from ptychodask.cluster.preflight import preflight_jobs
 from ptychodask.plan import Plan, ReconstructionSpec, Tile
 from ptychodask.prediction import stage
 from ptychodask.reconstruction.ledger import Ledger
@@ -97,6 +98,7 @@ def run_work(
         {} if places is None else {"out": places.stitched, "folder": places.sums, "ledger": places.ledger}
     )
     with client_for_run(client) as used, sent_job(used, job) as sent:
+        preflight_jobs(used, [method.prediction for method in job.methods])
         check_workers(used, max(todo.predict_bytes, todo.reassemble_bytes))
         stitching = Stitching(
             used, job, sent, todo, tolerant=spec.on_error == "skip", n_verified=int(spec.verify), **kept
