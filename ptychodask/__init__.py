@@ -31,6 +31,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "plotting": ["plot", "plot_comparison", "plot_complex", "plot_residuals", "plot_split_half"],
         "report": ["write_report"],
         "inspection": ["check_axes", "inspect_file"],
+        "export": ["export"],
     },
 )
 

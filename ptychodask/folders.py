@@ -1,10 +1,11 @@
-"""Folders that appear whole or not at all, of a form that they record: scans, results, models, caches of patches."""
+"""What appears whole or not at all: folders of a form that they record (scans, results, models, caches), and files."""
 
 from __future__ import annotations
 
 import errno
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -76,9 +77,11 @@ def check_vacant(path: Path, *, overwrite: bool, form: Form, resume: bool = Fals
         old.rename(path)
     if path.exists() and not overwrite:
         raise PtychodaskError(f"{path}: exists already; pass overwrite=True (--overwrite), or another name")
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or _form(path) in (form.name, DAMAGED))):
+    if path.exists() and not (
+        path.is_dir() and (not any(path.iterdir()) or recorded_form(path) in (form.name, DAMAGED))
+    ):
         raise PtychodaskError(
-            f"{path}: is {_form(path) or 'something of another kind'}, and overwrite=True (--overwrite) replaces a "
+            f"{path}: is {recorded_form(path) or 'something of another kind'}, and overwrite=True (--overwrite) replaces a "
             f"{form.name} alone; pass another name, or remove it first"
         )
     if not path.parent.is_dir():
@@ -156,7 +159,7 @@ def _held(path: Path, *, resume: bool) -> Iterator[Path]:
         yield building
 
 
-def _form(path: Path) -> str | None:
+def recorded_form(path: Path) -> str | None:
     """The format that a folder records of itself in the root of a Zarr store or a model bundle; None without such."""
     for name, parents in (("zarr.json", ("attributes",)), ("model.json", ())):
         if (path / name).is_file():
@@ -256,4 +259,45 @@ def whole_or_nothing(path: Path, *, overwrite: bool, form: Form, resume: bool = 
         raise PtychodaskError(
             f"{path}: cannot be written ({error.strerror or error}); {kept}, and what was there before is untouched: "
             f"{way_out}, or name another place"
+        ) from error
+
+
+@contextmanager
+def whole_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A path to write a file to, which takes the name `path` when the block ends well and vanishes when it does not.
+
+    Parameters
+    ----------
+    path : Path
+        The file that shall exist in the end.
+    overwrite : bool
+        Replace a file that is there (only once the new one is whole); never a folder.
+
+    Yields
+    ------
+    Path
+        Beside `path`, with its suffix; of this process alone, so that two writers do not meet before the end.
+
+    Raises
+    ------
+    PtychodaskError
+        If a file is there already, `path` is a folder or lies in none, or the disk refuses the writing.
+    """
+    if path.is_dir():
+        raise PtychodaskError(f"{path}: is a folder, expected the name of a file; name a file in it")
+    if path.exists() and not overwrite:
+        raise PtychodaskError(f"{path}: exists already; pass overwrite=True (--overwrite), or another name")
+    if not path.parent.is_dir():
+        raise PtychodaskError(f"{path}: its folder {path.parent} does not exist; make it first")
+    building = path.with_name(f".{path.stem}.{os.getpid()}.writing{path.suffix}")
+    try:
+        try:
+            yield building
+            building.replace(path)
+        finally:
+            building.unlink(missing_ok=True)
+    except OSError as error:
+        raise PtychodaskError(
+            f"{path}: cannot be written ({error.strerror or error}); nothing was kept of it, and what was there before is "
+            "untouched: free space, or name another place"
         ) from error

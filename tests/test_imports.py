@@ -35,6 +35,8 @@ ORDER = [
     ("reconstruction",),
     ("registration", "metrics", "compare", "residuals", "resolution"),
     ("plotting", "report"),
+    # What comes in from other programs is read in io; what goes out to them is written here, below results and figures.
+    ("export",),
     ("inspection", "bench", "demo", "study"),
     ("cli",),
 ]
@@ -42,8 +44,10 @@ LAYER = {name: layer for layer, names in enumerate(ORDER) for name in names}
 
 OWNERS = {
     "scipy.spatial": {"grouping"},
-    "zarr": {"store", "patches", "result"},
-    "h5py": {"io", "models"},
+    "zarr": {"store", "patches", "result", "export"},
+    "h5py": {"io", "models", "export"},
+    "h5netcdf": {"export"},
+    "tifffile": {"export"},
     "keras": {"models", "training"},
     "tensorflow": {"models", "training"},
     "xarray": {
@@ -58,6 +62,7 @@ OWNERS = {
         "report",
         "demo",
         "study",
+        "export",
     },
     "numba": {"reassembly"},
     "dask": {"reconstruction", "cluster", "result", "residuals"},

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from ptychodask.cli.jobs import submit
+from ptychodask.cli.formats import export
 from ptychodask.cli.judging import compare, report, residuals, study
 from ptychodask.cli.networks import train
 from ptychodask.cli.runs import bench, demo, plan, reconstruct
@@ -47,6 +48,7 @@ COMMANDS = (
     residuals,
     study,
     report,
+    export,
     bench,
 )
 """In the order that `--help` lists them."""

@@ -1,0 +1,229 @@
+"""Results and scans in the formats of other programs: one writer a file behind a table, what they need checked once.
+
+What comes in is read in `io`; what goes out is written here, further down, where results and figures are known.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from ptychodask.export.content import Content, Picture, check_object
+from ptychodask.folders import Form, recorded_form, whole_file, whole_or_nothing
+from ptychodask.progress import Progress, show_progress
+from ptychodask.result import RESULT, open_result, reading_result, recorded
+from ptychodask.scan import PtychodaskError, Scan, check_choice
+from ptychodask.store import SCAN, open_scan
+
+logger = logging.getLogger(__name__)
+
+OPTICS = ("pixel_size_m", "energy_ev", "distance_m")
+"""Quantities that a scan may know, and that are asked for where a format needs one that it does not."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format: what writes it, what of, and what its files are called."""
+
+    module: str
+    """Module with `write(content, path, bar)`."""
+
+    suffixes: tuple[str, ...]
+    """Endings that its programs know a file by."""
+
+    of_result: tuple[str, ...] | None = ()
+    """What is needed beside a result, of `OPTICS` and "scan"; None where no result is written."""
+
+    of_scan: tuple[str, ...] | None = None
+    """What is needed beside a scan; None where no scan is written."""
+
+    folder: str | None = None
+    """Name of the `Form` in the module, where the format is a folder."""
+
+
+FORMATS = {
+    "ptychodus": Format(
+        "ptychodask.export.ptychodus", (".h5", ".hdf5", ".npz"), of_result=("scan", *OPTICS), of_scan=OPTICS
+    ),
+    "cxi": Format("ptychodask.export.cxi", (".cxi",), of_result=("scan", "pixel_size_m"), of_scan=("pixel_size_m",)),
+    "ptychopinn": Format("ptychodask.export.ptychopinn", (".npz",), of_result=("scan",), of_scan=()),
+    "netcdf": Format("ptychodask.export.netcdf", (".nc",)),
+    "tiff": Format("ptychodask.export.tiff", (".tif", ".tiff")),
+    "ome-zarr": Format("ptychodask.export.ome_zarr", (".zarr",), folder="FORM"),
+    "png": Format("ptychodask.export.png", (".png",)),
+}
+"""Name of a format -> what it is."""
+
+
+def export(
+    source: str | Path | xr.Dataset | Scan,
+    out: str | Path,
+    *,
+    format: str,
+    scan: str | Path | Scan | None = None,
+    method: str | None = None,
+    pixel_size_m: float | None = None,
+    energy_ev: float | None = None,
+    distance_m: float | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Path:
+    """Write a result or a scan as another program reads it.
+
+    Parameters
+    ----------
+    source : path, Dataset or Scan
+        A result (stored, in memory or lazy) or a scan (its store). A scan gives its patterns, a result its object.
+    out : path
+        File to write; a folder for ``ome-zarr``.
+    format : str
+        ``ptychodus``: a product of Ptychodus (HDF5, or NPZ by the ending), or the patterns of a scan as it stores them;
+        ``cxi``: object, probe and positions, or a scan with its patterns, in SI units; ``ptychopinn``: PtychoPINN's
+        NPZ, patterns included; ``netcdf``: all arrays of a result, complex ones as two; ``tiff``: amplitude and phase,
+        for ImageJ; ``ome-zarr``: these as a pyramid, for napari; ``png``: the figure of `plot`.
+    scan : path or Scan, optional
+        What a result was made from, for formats with positions and probe; by default the store that it records.
+    method : str, optional
+        Which method of a result that has several.
+    pixel_size_m, energy_ev, distance_m : float, optional
+        What a format needs and the scan does not know.
+    overwrite : bool
+        Replace what is there, once the new one is whole.
+    progress : bool, optional
+        See `show_progress`.
+
+    Returns
+    -------
+    Path
+        `out`.
+
+    Raises
+    ------
+    PtychodaskError
+        If the format does not take such a source or lacks something, the scan is not the result's, a given quantity
+        contradicts the recorded one, or the writing fails; nothing is left of it then.
+
+    Notes
+    -----
+    Objects are written by blocks of rows and patterns by blocks, so neither is ever whole in memory. Unseen pixels stay
+    NaN in netcdf, tiff and ome-zarr; they are 0 in ptychodus, cxi and ptychopinn, whose programs compute with them.
+    """
+    check_choice("format", format, tuple(FORMATS), "export")
+    path = Path(out)
+    chosen = FORMATS[format]
+    if path.suffix.lower() not in chosen.suffixes:
+        raise PtychodaskError(f"{path}: a file of format {format} ends in {' or '.join(chosen.suffixes)}; rename it")
+    optics = {"pixel_size_m": pixel_size_m, "energy_ev": energy_ev, "distance_m": distance_m}
+    opened = _opened(source)
+    if isinstance(opened, Scan):
+        if scan is not None or method is not None:
+            raise PtychodaskError(
+                "export: scan= and method= go with a result, and the source is a scan; leave them out"
+            )
+        content, needs = _of_scan(opened, path, optics), chosen.of_scan
+    else:
+        ds = check_object(opened, method)
+        found = _scan_of(ds, scan, needed=chosen.of_result is not None and "scan" in chosen.of_result)
+        content, needs = _of_result(ds, found, path, optics), chosen.of_result
+    _check_enough(content, needs, format)
+    write, target = _writer(chosen, path, format, overwrite)
+    total, unit = (content.object.shape[0], "rows") if content.picture else (content.measured.n_patterns, "patterns")
+    with target as building, show_progress("export", total, unit, progress) as bar, reading_result():
+        write(content, building, bar)
+    logger.info("%s: wrote %s", path, format)
+    return path
+
+
+def _opened(source: str | Path | xr.Dataset | Scan) -> xr.Dataset | Scan:
+    if isinstance(source, xr.Dataset | Scan):
+        return source
+    path = Path(source)
+    form = recorded_form(path) if path.is_dir() else None
+    if form == SCAN.name:
+        return open_scan(path)
+    if path.exists() and form is None:
+        raise PtychodaskError(f"{path}: is neither a scan nor a result of ptychodask; pass the folder of one")
+    return open_result(path)
+
+
+def _scan_of(ds: xr.Dataset, scan: str | Path | Scan | None, *, needed: bool) -> Scan | None:
+    """The scan that a result was made from: the given one, or the recorded one where a format needs it."""
+    if scan is None:
+        store = recorded(ds.attrs, "store")
+        if not needed or not isinstance(store, str) or not Path(store).is_dir():
+            return None
+        scan = store
+    opened = scan if isinstance(scan, Scan) else open_scan(scan)
+    made_from = recorded(ds.attrs, "data_hash")
+    if made_from is not None and opened.data_hash and made_from != opened.data_hash:
+        raise PtychodaskError(
+            f"export: the result was made from data {str(made_from)[:12]}, {opened.store or 'the scan'} holds "
+            f"{opened.data_hash[:12]}: other patterns, positions or another probe; pass the scan that it was made from"
+        )
+    if recorded(ds.attrs, "spec", "position_yx_px") is not None:
+        logger.warning("the result was made with corrected positions, which it does not hold: those of the scan go out")
+    return opened
+
+
+def _of_scan(scan: Scan, path: Path, optics: dict[str, float | None]) -> Content:
+    known = {name: _one_of(name, given, getattr(scan, name)) for name, given in optics.items()}
+    return Content(name=Path(scan.store or path).stem, scan=scan, **known)
+
+
+def _of_result(ds: xr.Dataset, scan: Scan | None, path: Path, optics: dict[str, float | None]) -> Content:
+    of_scan = {name: None if scan is None else getattr(scan, name) for name in OPTICS}
+    of_scan["pixel_size_m"] = of_scan["pixel_size_m"] or recorded(ds.attrs, "pixel_size_m")
+    known = {name: _one_of(name, given, of_scan[name]) for name, given in optics.items()}
+    name = path.name.split(".")[0] if scan is None or scan.store is None else Path(scan.store).stem
+    return Content(name=name, picture=Picture(ds), scan=scan, **known)
+
+
+def _one_of(name: str, given: float | None, found: float | None) -> float | None:
+    """A quantity, from where it is known; positive."""
+    flag = f"--{name.replace('_', '-')}"
+    if given is None:
+        return found
+    if not given > 0 or given == float("inf"):
+        raise PtychodaskError(f"export: {name} is {given}, expected a positive number ({flag})")
+    if found is not None and abs(given - found) > 1e-9 * found:
+        raise PtychodaskError(f"export: {name}={given} was passed ({flag}), and {found} is recorded; leave it out")
+    return given
+
+
+def _check_enough(content: Content, needs: tuple[str, ...] | None, format: str) -> None:
+    """Raise `PtychodaskError` unless a format takes such a source, and all that it needs is there."""
+    if needs is None:
+        takes = ", ".join(name for name, each in FORMATS.items() if each.of_scan is not None)
+        raise PtychodaskError(
+            f"export: format {format} is one for results, and the source is a scan, which goes to: {takes}"
+        )
+    missing = [name for name in needs if getattr(content, name) is None]
+    if missing:
+        flags = ", ".join(f"{name}= (--{name.replace('_', '-')})" for name in missing)
+        raise PtychodaskError(
+            f"export: format {format} needs {', '.join(missing)}, which is not recorded; pass {flags}"
+        )
+
+
+Writer = Callable[[Content, Path, Progress], None]
+
+
+def _writer(chosen: Format, path: Path, format: str, overwrite: bool) -> tuple[Writer, AbstractContextManager[Path]]:
+    """What writes a format, and the place that it writes to until all is there."""
+    try:
+        module: Any = importlib.import_module(chosen.module)
+    except ModuleNotFoundError as error:
+        raise PtychodaskError(
+            f"export: format {format} needs the package {error.name}; install ptychodask with its extra 'export'"
+        ) from error
+    if chosen.folder is None:
+        return module.write, whole_file(path, overwrite=overwrite)
+    form: Form = getattr(module, chosen.folder)
+    return module.write, whole_or_nothing(path, overwrite=overwrite, form=form)

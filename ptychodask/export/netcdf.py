@@ -1,0 +1,70 @@
+"""NetCDF-4: all arrays of a result, for xarray and whatever else reads NetCDF."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import h5netcdf
+import numpy as np
+
+from ptychodask.export.content import Content
+from ptychodask.progress import Progress
+
+PARTS = {"_real": "real", "_imag": "imag"}
+"""NetCDF has no complex numbers: endings of the two variables of a complex one, and which part each holds."""
+
+
+def write(content: Content, path: Path, bar: Progress) -> None:
+    """Write every data variable (y, x) of a result; unseen pixels stay NaN.
+
+    Notes
+    -----
+    A complex variable becomes two, ``object_real`` and ``object_imag``; ``object_real + 1j * object_imag`` is the
+    object. Attributes that are no numbers or texts are JSON.
+    """
+    ds = content.object.ds
+    names = [str(name) for name in ds.data_vars if ds[name].dims == ("y", "x")]
+    with h5netcdf.File(path, "w") as file:
+        file.dimensions = dict(zip(("y", "x"), content.object.shape, strict=True))
+        file.attrs.update(_plain(ds.attrs))
+        for name, coordinate in ds.coords.items():
+            if coordinate.ndim == 1:
+                made = file.create_variable(str(name), coordinate.dims, coordinate.dtype, data=coordinate.values)
+                made.attrs.update(_plain(coordinate.attrs))
+        variables = {name: _variables(file, name, ds[name].dtype, ds[name].attrs) for name in names}
+        for rows, arrays in content.object.rows(bar, names):
+            for name, parts in variables.items():
+                for part, variable in parts.items():
+                    variable[rows] = getattr(arrays[name], part)
+
+
+def _variables(file: h5netcdf.File, name: str, dtype: np.dtype[Any], attributes: dict[str, Any]) -> dict[str, Any]:
+    """Variables of the file by the part of a data variable that each holds: real and imaginary, or all as real."""
+    endings = PARTS if dtype.kind == "c" else {"": "real"}
+    kind = np.empty(0, dtype).real.dtype
+    chunks = tuple(min(256, size.size) for size in (file.dimensions["y"], file.dimensions["x"]))
+    found = {}
+    for ending, part in endings.items():
+        variable = file.create_variable(
+            f"{name}{ending}", ("y", "x"), kind, chunks=chunks, compression="gzip", compression_opts=1, shuffle=True
+        )
+        variable.attrs.update(_plain(attributes))
+        found[part] = variable
+    return found
+
+
+def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Attributes as NetCDF holds them.
+
+    Examples
+    --------
+    >>> _plain({"units": "m", "plan": {"tile": 256}, "resumed": False})
+    {'units': 'm', 'plan': '{"tile": 256}', 'resumed': 'false'}
+    """
+    plain = (str, int, float)
+    return {
+        str(name): value if isinstance(value, plain) and not isinstance(value, bool) else json.dumps(value)
+        for name, value in attributes.items()
+    }

@@ -1,0 +1,114 @@
+"""OME-Zarr 0.5: amplitude and phase as a pyramid of images in a Zarr store (format 3), for napari and its like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, BloscShuffle
+
+from ptychodask.export.content import Content
+from ptychodask.folders import Form
+from ptychodask.progress import Progress
+from ptychodask.result import COARSEST_PIXELS, halve
+
+FORM = Form("ptychodask-ome-zarr", 1, "OME-Zarr image", "export")
+
+OME_VERSION = "0.5"
+
+CHANNELS = ("amplitude", "phase")
+
+CHUNK_PIXELS = 512
+"""Pixels across a chunk of a level: a file each, which viewers fetch one by one."""
+
+SHOWN_PERCENTILES = (1.0, 99.0)
+"""Percentiles of the seen pixels of the coarsest level at the ends of the colour scale that viewers begin with."""
+
+
+def write(content: Content, path: Path, bar: Progress) -> None:
+    """Write the amplitude and the phase (radians) of an object at full size and at 1/2, 1/4, ... of it; NaN where
+    unseen.
+
+    Notes
+    -----
+    A coarser pixel is the mean of the complex 2 x 2 below it, weighted by their weights (`halve`), and lies in their
+    middle: the translation of level k is (2^k − 1)/2 pixels further. The coarsest level is shorter than
+    `COARSEST_PIXELS` along both sides. A block of rows is halved down to it in memory, so no level is read again.
+    """
+    scales = n_levels(content.object.shape)
+    root = zarr.create_group(path, zarr_format=3)
+    levels = [_create_level(root, level, content.object.shape) for level in range(scales)]
+    names = [name for name in ("object", "weight") if name in content.object.ds]
+    for rows, arrays in content.object.rows(bar, names, multiple=2 ** (scales - 1)):
+        object_ = arrays["object"]
+        weight = arrays.get("weight", np.isfinite(object_).astype(np.float32))
+        start = rows.start
+        for level, array in enumerate(levels):
+            if level:
+                object_, weight = halve(object_, weight)
+                start //= 2
+            array[:, start : start + len(object_)] = np.stack([np.abs(object_), np.angle(object_)])
+    root.attrs.update(
+        {"format": FORM.name, "format_version": FORM.version, "ome": _metadata(content, scales, np.asarray(levels[-1]))}
+    )
+
+
+def n_levels(shape: tuple[int, int]) -> int:
+    """Levels of a pyramid, the full one included.
+
+    Examples
+    --------
+    >>> n_levels((8192, 100)), n_levels((300, 511)), n_levels((512, 512))
+    (6, 1, 2)
+    """
+    side, levels = max(shape), 1
+    while side >= COARSEST_PIXELS:
+        side, levels = -(-side // 2), levels + 1
+    return levels
+
+
+def _create_level(root: zarr.Group, level: int, shape: tuple[int, int]) -> zarr.Array:
+    plane = tuple(-(-side // 2**level) for side in shape)
+    return root.create_array(
+        str(level),
+        shape=(len(CHANNELS), *plane),
+        dtype=np.float32,
+        chunks=(1, *(min(CHUNK_PIXELS, side) for side in plane)),
+        fill_value=np.nan,
+        compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.bitshuffle),
+        dimension_names=("c", "y", "x"),
+    )
+
+
+def _metadata(content: Content, scales: int, coarsest: NDArray[np.float32]) -> dict[str, Any]:
+    """The group's ``ome`` attribute (ngff.openmicroscopy.org/0.5)."""
+    known = content.pixel_size_m is not None
+    size = content.known("pixel_size_m") * 1e9 if known else 1.0
+    unit = {"unit": "nanometer"} if known else {}
+    axes = [{"name": "c", "type": "channel"}, *({"name": axis, "type": "space"} | unit for axis in "yx")]
+    datasets = []
+    for level in range(scales):
+        corner = [(start + (2**level - 1) / 2) * size for start in content.object.corner_yx_px]
+        datasets.append(
+            {
+                "path": str(level),
+                "coordinateTransformations": [
+                    {"type": "scale", "scale": [1.0, 2**level * size, 2**level * size]},
+                    {"type": "translation", "translation": [0.0, *corner]},
+                ],
+            }
+        )
+    multiscale = {"name": content.name, "axes": axes, "datasets": datasets, "type": "weighted mean"}
+    channels = [_shown(name, values) for name, values in zip(CHANNELS, coarsest, strict=True)]
+    return {"version": OME_VERSION, "multiscales": [multiscale], "omero": {"channels": channels}}
+
+
+def _shown(name: str, values: NDArray[np.float32]) -> dict[str, Any]:
+    """How a viewer shows a channel at first."""
+    seen = values[np.isfinite(values)]
+    low, high = np.percentile(seen, SHOWN_PERCENTILES) if seen.size else (0.0, 1.0)
+    window = {"min": low, "max": high, "start": low, "end": high}
+    return {"label": name, "color": "FFFFFF", "active": True, "window": {k: float(v) for k, v in window.items()}}
