@@ -81,8 +81,8 @@ def check_vacant(path: Path, *, overwrite: bool, form: Form, resume: bool = Fals
         path.is_dir() and (not any(path.iterdir()) or recorded_form(path) in (form.name, DAMAGED))
     ):
         raise PtychodaskError(
-            f"{path}: is {recorded_form(path) or 'something of another kind'}, and overwrite=True (--overwrite) replaces a "
-            f"{form.name} alone; pass another name, or remove it first"
+            f"{path}: is {recorded_form(path) or 'something of another kind'}, and overwrite=True (--overwrite) "
+            f"replaces a {form.name} alone; pass another name, or remove it first"
         )
     if not path.parent.is_dir():
         raise PtychodaskError(f"{path}: its folder {path.parent} does not exist; make it first")
@@ -298,6 +298,6 @@ def whole_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
             building.unlink(missing_ok=True)
     except OSError as error:
         raise PtychodaskError(
-            f"{path}: cannot be written ({error.strerror or error}); nothing was kept of it, and what was there before is "
-            "untouched: free space, or name another place"
+            f"{path}: cannot be written ({error.strerror or error}); nothing was kept of it, and what was there before "
+            "is untouched: free space, or name another place"
         ) from error

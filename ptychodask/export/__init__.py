@@ -18,7 +18,7 @@ import xarray as xr
 from ptychodask.export.content import Content, Picture, check_object
 from ptychodask.folders import Form, recorded_form, whole_file, whole_or_nothing
 from ptychodask.progress import Progress, show_progress
-from ptychodask.result import RESULT, open_result, reading_result, recorded
+from ptychodask.result import open_result, recorded
 from ptychodask.scan import PtychodaskError, Scan, check_choice
 from ptychodask.store import SCAN, open_scan
 
@@ -131,11 +131,11 @@ def export(
     else:
         ds = check_object(opened, method)
         found = _scan_of(ds, scan, needed=chosen.of_result is not None and "scan" in chosen.of_result)
-        content, needs = _of_result(ds, found, path, optics), chosen.of_result
+        content, needs = _of_result(ds, found, path, optics, chosen), chosen.of_result
     _check_enough(content, needs, format)
     write, target = _writer(chosen, path, format, overwrite)
     total, unit = (content.object.shape[0], "rows") if content.picture else (content.measured.n_patterns, "patterns")
-    with target as building, show_progress("export", total, unit, progress) as bar, reading_result():
+    with target as building, show_progress("export", total, unit, progress) as bar:
         write(content, building, bar)
     logger.info("%s: wrote %s", path, format)
     return path
@@ -173,16 +173,22 @@ def _scan_of(ds: xr.Dataset, scan: str | Path | Scan | None, *, needed: bool) ->
 
 
 def _of_scan(scan: Scan, path: Path, optics: dict[str, float | None]) -> Content:
-    known = {name: _one_of(name, given, getattr(scan, name)) for name, given in optics.items()}
+    known: dict[str, Any] = {name: _one_of(name, given, getattr(scan, name)) for name, given in optics.items()}
     return Content(name=Path(scan.store or path).stem, scan=scan, **known)
 
 
-def _of_result(ds: xr.Dataset, scan: Scan | None, path: Path, optics: dict[str, float | None]) -> Content:
+def _of_result(
+    ds: xr.Dataset, scan: Scan | None, path: Path, optics: dict[str, float | None], chosen: Format
+) -> Content:
     of_scan = {name: None if scan is None else getattr(scan, name) for name in OPTICS}
     of_scan["pixel_size_m"] = of_scan["pixel_size_m"] or recorded(ds.attrs, "pixel_size_m")
-    known = {name: _one_of(name, given, of_scan[name]) for name, given in optics.items()}
+    known: dict[str, Any] = {name: _one_of(name, given, of_scan[name]) for name, given in optics.items()}
     name = path.name.split(".")[0] if scan is None or scan.store is None else Path(scan.store).stem
-    return Content(name=name, picture=Picture(ds), scan=scan, **known)
+    picture = Picture(ds)
+    if scan is not None and "scan" in (chosen.of_result or ()):
+        # Programs that hold object and positions together cut patches out, and fail where one reaches beyond it.
+        picture = picture.covering(scan)
+    return Content(name=name, picture=picture, scan=scan, **known)
 
 
 def _one_of(name: str, given: float | None, found: float | None) -> float | None:

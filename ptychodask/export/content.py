@@ -1,9 +1,10 @@
-"""What the writers of other programs' formats get: an object read by rows, the scan it was made from, and their optics."""
+"""What the writers of formats get: an object that is read by rows, the scan it was made from, and their optics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from ptychodask.io.geometry import HC_EV_M
 from ptychodask.progress import Progress
+from ptychodask.result import VARIABLES
 from ptychodask.scan import PtychodaskError, Scan
 from ptychodask.store import StoredPatterns
 
@@ -27,30 +29,45 @@ UNSEEN = 0
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """One method's object, as a result holds it: in memory, on disk or not yet computed."""
+    """One method's object, as a result holds it (in memory, on disk or not yet computed), with a margin around it."""
 
     ds: xr.Dataset
     """Data variables of a result (y, x), ``object`` among them; consecutive pixels."""
 
+    margin: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+    """Unseen pixels before and after it along y, and along x."""
+
     @property
     def shape(self) -> tuple[int, int]:
-        """Pixels (y, x)."""
-        return self.ds.sizes["y"], self.ds.sizes["x"]
+        """Pixels (y, x), the margin included."""
+        return self.ds.sizes["y"] + sum(self.margin[0]), self.ds.sizes["x"] + sum(self.margin[1])
 
     @property
     def corner_yx_px(self) -> tuple[float, float]:
         """Coordinates (y, x) of pixel [0, 0] in the scan's frame."""
-        return float(self.ds["y"][0]), float(self.ds["x"][0])
+        return float(self.ds["y"][0]) - self.margin[0][0], float(self.ds["x"][0]) - self.margin[1][0]
 
     @property
     def middle_yx_px(self) -> tuple[float, float]:
         """Where a program that counts from the middle of the array has its origin: corner plus half the size.
 
-        A patch of N pixels at position p begins at p − N/2 here, and at p − middle + (size − N)/2 there: the same
-        pixel.
+        A patch of N pixels at position p begins at pixel p − N/2 − corner, which is p − middle + (size − N)/2.
         """
         (y, x), (height, width) = self.corner_yx_px, self.shape
         return y + height / 2, x + width / 2
+
+    def covering(self, scan: Scan) -> Picture:
+        """The picture with the margin that it takes for every patch of a scan to lie inside.
+
+        A patch that lies between pixels meets N + 1 of them. The object may be smaller: of a region of interest, or cut
+        where its patches have no light.
+        """
+        first = np.floor(scan.position_yx_px.min(axis=0) - scan.n_pixels / 2)
+        last = np.floor(scan.position_yx_px.max(axis=0) - scan.n_pixels / 2) + scan.n_pixels
+        before = np.maximum(np.array(self.corner_yx_px) - first, 0).astype(int)
+        after = np.maximum(last - (np.array(self.corner_yx_px) + self.shape - 1), 0).astype(int)
+        (top, left), (bottom, right) = before.tolist(), after.tolist()
+        return Picture(self.ds, ((top, bottom), (left, right)))
 
     def rows(
         self, bar: Progress, names: Sequence[str] = ("object",), multiple: int = 1
@@ -64,22 +81,33 @@ class Picture:
         names : sequence of str
             Data variables that are read.
         multiple : int
-            Each block begins at, and but for the last has, a multiple of so many rows.
+            Where there is no margin, each block begins at a multiple of so many rows.
 
         Yields
         ------
         rows : slice
         arrays : dict of name to array (rows, x)
-            As stored: unseen pixels are NaN in what is float or complex.
+            As stored: unseen pixels, the margin among them, are NaN in what is float or complex.
         """
+        (top, _), (left, _) = self.margin
+        (height, width), (inner, inner_width) = self.shape, (self.ds.sizes["y"], self.ds.sizes["x"])
         chunks = self.ds["object"].chunks
         step = -(-(chunks[0][0] if chunks else ROWS) // multiple) * multiple
+        bottom = top + inner
+        starts = [*range(0, top, step), *range(top, bottom, step), *range(bottom, height, step)]
         wanted = self.ds[list(names)]
-        for start in range(0, self.shape[0], step):
-            rows = slice(start, min(start + step, self.shape[0]))
-            block = wanted.isel(y=rows).ptycho.compute()
-            yield rows, {name: block[name].values for name in names}
-            bar.advance(rows.stop - rows.start)
+        for start, stop in pairwise([*starts, height]):
+            read = wanted.isel(y=slice(start - top, stop - top)) if top <= start < bottom else None
+            block = None if read is None else read.ptycho.compute()
+            arrays = {}
+            for name in names:
+                arrays[name] = np.full(
+                    (stop - start, width), VARIABLES[name][1] if name in VARIABLES else 0, self.ds[name].dtype
+                )
+                if block is not None:
+                    arrays[name][:, left : left + inner_width] = block[name].values
+            yield slice(start, stop), arrays
+            bar.advance(stop - start)
 
     def seen_rows(self, bar: Progress) -> Iterator[tuple[slice, NDArray[np.complex64], NDArray[np.bool_]]]:
         """Rows of the object with `UNSEEN` in place of NaN, and where a pixel was seen."""

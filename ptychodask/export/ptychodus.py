@@ -55,7 +55,7 @@ def _metadata(content: Content) -> dict[str, Any]:
 
 
 def _arrays(content: Content) -> dict[str, Any]:
-    """All arrays of a product but the object; the probe with its axis of orthogonal (OPR) modes, of which it has one."""
+    """All arrays of a product but the object; the probe has an axis of OPR modes in front, of length one."""
     x_m, y_m = content.position_xy_m
     return {
         "probe_position_indexes": content.frame,
@@ -103,7 +103,6 @@ def _write_patterns(content: Content, path: Path, bar: Progress) -> None:
     scan = content.measured
     shape = (scan.n_patterns, scan.n_pixels, scan.n_pixels)
     with h5py.File(path, "w") as file:
-        # Ptychodus pairs patterns with positions by ascending indexes.
         file["indexes"] = content.frame
         bad = np.zeros(shape[1:], bool) if scan.mask is None else ~scan.mask
         file["bad_pixels"] = bad
