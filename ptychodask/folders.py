@@ -167,7 +167,7 @@ def recorded_form(path: Path) -> str | None:
                 found = json.loads((path / name).read_text())
                 for parent in parents:
                     found = found[parent]
-                return str(found["format"])
+                return str(found["format"]) if "format" in found else None
             except (OSError, ValueError, KeyError, TypeError):
                 return DAMAGED
     return None
