@@ -26,6 +26,9 @@ LIMIT_PERCENTILES = (1.0, 99.0)
 LARGEST_PIXELS = 2048
 """Pixels along one side of a picture; larger objects are shown by every second, third, ... pixel."""
 
+DOTS_PER_INCH = 120
+"""Of a figure that is written."""
+
 UNSEEN_COLOUR = "lightsteelblue"
 """Colour of pixels that no patch reached."""
 
@@ -643,7 +646,7 @@ def _written(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
         check_figure_path(path)
         try:
-            figure.savefig(path, dpi=120)
+            figure.savefig(path, dpi=DOTS_PER_INCH)
         except (OSError, ValueError) as error:
             raise PtychodaskError(f"{path}: the figure cannot be written ({error}); name a .png in a folder") from error
     return figure

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -497,6 +499,34 @@ def test_nothing_is_replaced_unasked_and_nothing_half_written(result, tmp_path, 
     monkeypatch.undo()
     export((2 * result).assign_attrs(result.attrs), target, format=format, overwrite=True, **OPTICS)
     assert contents(target) != before
+
+
+LIMITED = """
+import resource, sys
+from ptychodask.export import export
+from ptychodask.scan import PtychodaskError
+from ptychodask.result import open_result
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for format, name in (("ptychodus", "a.h5"), ("cxi", "a.cxi"), ("netcdf", "a.nc"), ("tiff", "a.tif"), ("ome-zarr", "a.zarr")):
+    try:
+        export(sys.argv[1], name, format=format, pixel_size_m=1e-9, energy_ev=1e4, distance_m=1.0, progress=False)
+    except PtychodaskError as error:
+        print(error)
+"""
+
+
+def test_a_disk_that_refuses_ends_every_format_in_one_line(scan, tmp_path):
+    """In a process of its own, whose files may not grow: HDF5 would crash it when it ends."""
+    pytest.importorskip("resource")
+    result_of(scan, shape=(700, 300), corner=(-300, -100)).ptycho.save(tmp_path / "r.zarr")
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "r.zarr")]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    lines = ended.stdout.splitlines()
+    names = ["a.h5", "a.cxi", "a.nc", "a.tif", "a.zarr"]
+    assert [line.split(":")[0] for line in lines] == names
+    assert all("cannot be written (File too large); nothing was kept of it" in line for line in lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["r.zarr"]
 
 
 def contents(path):

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 
 from ptychodask.export.content import Content, counts, counts_dtype, pattern_rows
+from ptychodask.export.hdf5_disk import Hdf5Disk
 from ptychodask.io.geometry import HC_EV_M
 from ptychodask.progress import Progress
 
@@ -40,7 +41,7 @@ def write(content: Content, path: Path, bar: Progress) -> None:
     stored or as the squares of amplitudes; the detector's mask is 0 where a pixel is good. Unseen pixels of the object
     are 0, and marked in its mask. Energy is in joules.
     """
-    with h5py.File(path, "w") as file:
+    with Hdf5Disk(path) as disk, h5py.File(disk, "w") as file:
         file["cxi_version"] = CXI_VERSION
         file[f"{ENTRY}/title"] = content.name
         file[f"{ENTRY}/sample_1/name"] = content.name
@@ -48,9 +49,9 @@ def write(content: Content, path: Path, bar: Progress) -> None:
         _put_instrument(file, content)
         _put_probe(file, content)
         if content.picture is None:
-            _put_patterns(file, content, bar)
+            _put_patterns(file, content, disk, bar)
         else:
-            _put_object(file, content, bar)
+            _put_object(file, content, disk, bar)
 
 
 def _put_positions(file: h5py.File, content: Content) -> None:
@@ -83,7 +84,7 @@ def _put_probe(file: h5py.File, content: Content) -> None:
     file[f"{SOURCE}/illumination"] = h5py.SoftLink(f"/{ENTRY}/image_1/data")
 
 
-def _put_object(file: h5py.File, content: Content, bar: Progress) -> None:
+def _put_object(file: h5py.File, content: Content, disk: Hdf5Disk, bar: Progress) -> None:
     shape, middle_xy_m = content.object.shape, content.middle_xy_m
     group = _image(file, "image_2", shape, middle_xy_m, content)
     data = group.create_dataset("data", shape, np.complex64)
@@ -92,6 +93,7 @@ def _put_object(file: h5py.File, content: Content, bar: Progress) -> None:
     for rows, values, seen in content.object.seen_rows(bar):
         data[rows] = values
         mask[rows] = np.where(seen, 0, INVALID)
+        disk.check()
     place = dict(zip(("center_x", "center_y"), middle_xy_m, strict=True))
     place |= dict.fromkeys(("pixel_width", "pixel_height"), content.known("pixel_size_m"))
     for name, value in place.items():
@@ -112,7 +114,7 @@ def _image(
     return group
 
 
-def _put_patterns(file: h5py.File, content: Content, bar: Progress) -> None:
+def _put_patterns(file: h5py.File, content: Content, disk: Hdf5Disk, bar: Progress) -> None:
     scan = content.measured
     shape = (scan.n_patterns, scan.n_pixels, scan.n_pixels)
     data = file.create_dataset(
@@ -121,3 +123,4 @@ def _put_patterns(file: h5py.File, content: Content, bar: Progress) -> None:
     file[f"{ENTRY}/data_1/data"] = h5py.SoftLink(f"/{DETECTOR}/data")
     for rows in pattern_rows(scan, bar):
         data[rows] = counts(scan, rows)
+        disk.check()

@@ -10,6 +10,7 @@ import h5netcdf
 import numpy as np
 
 from ptychodask.export.content import Content
+from ptychodask.export.hdf5_disk import Hdf5Disk
 from ptychodask.progress import Progress
 
 PARTS = {"_real": "real", "_imag": "imag"}
@@ -26,7 +27,7 @@ def write(content: Content, path: Path, bar: Progress) -> None:
     """
     ds = content.object.ds
     names = [str(name) for name in ds.data_vars if ds[name].dims == ("y", "x")]
-    with h5netcdf.File(path, "w") as file:
+    with Hdf5Disk(path) as disk, h5netcdf.File(disk, "w") as file:
         file.dimensions = dict(zip(("y", "x"), content.object.shape, strict=True))
         file.attrs.update(_plain(ds.attrs))
         for name, coordinate in ds.coords.items():
@@ -38,6 +39,7 @@ def write(content: Content, path: Path, bar: Progress) -> None:
             for name, parts in variables.items():
                 for part, variable in parts.items():
                     variable[rows] = getattr(arrays[name], part)
+            disk.check()
 
 
 def _variables(file: h5netcdf.File, name: str, dtype: np.dtype[Any], attributes: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,8 @@ def write(content: Content, path: Path, bar: Progress) -> None:
     root = zarr.create_group(path, zarr_format=3)
     levels = [_create_level(root, level, content.object.shape) for level in range(scales)]
     names = [name for name in ("object", "weight") if name in content.object.ds]
-    for rows, arrays in content.object.rows(bar, names, multiple=2 ** (scales - 1)):
+    # Both are powers of two: no chunk of the finest level is written twice.
+    for rows, arrays in content.object.rows(bar, names, multiple=max(CHUNK_PIXELS, 2 ** (scales - 1))):
         object_ = arrays["object"]
         weight = arrays.get("weight", np.isfinite(object_).astype(np.float32))
         start = rows.start
@@ -50,10 +51,20 @@ def write(content: Content, path: Path, bar: Progress) -> None:
             if level:
                 object_, weight = halve(object_, weight)
                 start //= 2
-            array[:, start : start + len(object_)] = np.stack([np.abs(object_), np.angle(object_)])
+            _put_rows(array, start, object_)
     root.attrs.update(
         {"format": FORM.name, "format_version": FORM.version, "ome": _metadata(content, scales, np.asarray(levels[-1]))}
     )
+
+
+def _put_rows(array: zarr.Array, start: int, object_: NDArray[np.complex64]) -> None:
+    """Write rows of a level chunk by chunk: of several at once, those that a full disk stops would be left running."""
+    width = array.chunks[-1]
+    for channel, values in enumerate((np.abs(object_), np.angle(object_))):
+        for x in range(0, array.shape[-1], width):
+            for y in range(0, len(object_), CHUNK_PIXELS):
+                part = values[y : y + CHUNK_PIXELS, x : x + width]
+                array[channel, start + y : start + y + part.shape[0], x : x + part.shape[1]] = part
 
 
 def n_levels(shape: tuple[int, int]) -> int:

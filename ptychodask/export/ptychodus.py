@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 
 from ptychodask.export.content import Content, counts, counts_dtype, pattern_rows
+from ptychodask.export.hdf5_disk import Hdf5Disk
 from ptychodask.export.npz_stream import NpzWriter
 from ptychodask.progress import Progress
 
@@ -77,7 +78,7 @@ def _centre(content: Content) -> dict[str, float]:
 
 
 def _write_hdf5(content: Content, path: Path, bar: Progress) -> None:
-    with h5py.File(path, "w") as file:
+    with Hdf5Disk(path) as disk, h5py.File(disk, "w") as file:
         file.attrs.update(_metadata(content))
         for name, values in _arrays(content).items():
             file[name] = values
@@ -86,6 +87,7 @@ def _write_hdf5(content: Content, path: Path, bar: Progress) -> None:
         object_.attrs.update(_centre(content) | _pixel(content))
         for rows, values, _ in content.object.seen_rows(bar):
             object_[0, rows] = values
+            disk.check()
 
 
 def _write_npz(content: Content, path: Path, bar: Progress) -> None:
@@ -102,7 +104,7 @@ def _write_patterns(content: Content, path: Path, bar: Progress) -> None:
     """Patterns as counts, with the row of each in its source, which pairs it with a position of a product."""
     scan = content.measured
     shape = (scan.n_patterns, scan.n_pixels, scan.n_pixels)
-    with h5py.File(path, "w") as file:
+    with Hdf5Disk(path) as disk, h5py.File(disk, "w") as file:
         file["indexes"] = content.frame
         bad = np.zeros(shape[1:], bool) if scan.mask is None else ~scan.mask
         file["bad_pixels"] = bad
@@ -111,3 +113,4 @@ def _write_patterns(content: Content, path: Path, bar: Progress) -> None:
             patterns.attrs[name] = content.detector_pixel_m
         for rows in pattern_rows(scan, bar):
             patterns[rows] = counts(scan, rows)
+            disk.check()
