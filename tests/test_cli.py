@@ -35,6 +35,7 @@ COMMANDS = [
     "bench",
     "compare",
     "report",
+    "export",
 ]
 
 
@@ -374,3 +375,41 @@ def test_what_does_not_fit_into_memory_is_one_line(refused, store, monkeypatch):
 
     monkeypatch.setattr("ptychodask.store.group", too_large)
     assert "not enough memory (Unable to allocate 931 GiB)" in refused("group", store)
+
+
+@pytest.fixture
+def result(store, tmp_path):
+    """A stored result that records its scan."""
+    ones, scan = np.ones((40, 50)), open_scan(store)
+    attributes = {"store": str(store), "data_hash": scan.data_hash}
+    make_dataset(ones, ones, ones, ones, (-20, -25), pixel_size_m=None, attributes=attributes).ptycho.save(
+        tmp_path / "object.zarr"
+    )
+    return tmp_path / "object.zarr"
+
+
+def test_results_and_scans_are_exported(run, store, result, tmp_path):
+    optics = "--pixel-size-m", 1e-9, "--energy-ev", 9000, "--distance-m", 2
+    for source, format, name in (
+        (result, "ptychodus", "a.h5"),
+        (store, "cxi", "a.cxi"),
+        (result, "ptychopinn", "a.npz"),
+    ):
+        code, out, err = run("export", source, "--format", format, "--out", tmp_path / name, *optics, "-q")
+        assert (code, out) == (0, f"{tmp_path / name}: {format}\n"), err
+        assert (tmp_path / name).stat().st_size > 1000
+    assert "exists already" in run("export", store, "--format", "cxi", "--out", tmp_path / "a.cxi", *optics)[2]
+    assert run("export", store, "--format", "cxi", "--out", tmp_path / "a.cxi", *optics, "--overwrite", "-q")[0] == 0
+
+
+def test_what_cannot_be_exported_is_said_in_one_line(refused, store, result, tmp_path):
+    for source, format, name, expected in (
+        (result, "jpeg", "a.jpg", "format is 'jpeg', expected one of: ptychodus, cxi,"),
+        (result, "tiff", "a.png", "a file of format tiff ends in .tif or .tiff"),
+        (store, "tiff", "a.tif", "format tiff is one for results"),
+        (result, "cxi", "a.cxi", "needs pixel_size_m, which is not recorded; pass pixel_size_m= (--pixel-size-m)"),
+        (tmp_path / "no.zarr", "cxi", "a.cxi", "no such result"),
+        (result, "png", "none/a.png", "does not exist; make it first"),
+    ):
+        assert expected in refused("export", source, "--format", format, "--out", tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"object.zarr"}

@@ -37,6 +37,7 @@ ORDER = [
     ("plotting", "report"),
     # What comes in from other programs is read in io; what goes out to them is written here, below results and figures.
     ("export",),
+    ("ptychodus",),
     ("inspection", "bench", "demo", "study"),
     ("cli",),
 ]
@@ -63,6 +64,7 @@ OWNERS = {
         "demo",
         "study",
         "export",
+        "ptychodus",
     },
     "numba": {"reassembly"},
     "dask": {"reconstruction", "cluster", "result", "residuals"},
