@@ -241,6 +241,16 @@ def test_patterns_for_ptychodus_are_counts_with_their_rows(tmp_path):
         )
 
 
+def test_patterns_for_ptychodus_are_the_same_as_npz(scan, tmp_path):
+    for name in ("a.h5", "a.npz"):
+        export(scan, tmp_path / name, format="ptychodus", **OPTICS)
+    with h5py.File(tmp_path / "a.h5") as hdf5, np.load(tmp_path / "a.npz", allow_pickle=False) as npz:
+        assert set(hdf5) == set(npz) == {"indexes", "patterns", "bad_pixels"}
+        for name in npz:
+            np.testing.assert_array_equal(npz[name], hdf5[name])
+            assert npz[name].dtype == hdf5[name].dtype
+
+
 def test_a_cxi_file_of_a_result_has_its_layout_in_si_units(scan, result, tmp_path):
     export(result, tmp_path / "a.cxi", format="cxi", **OPTICS)
     with h5py.File(tmp_path / "a.cxi") as file:
@@ -559,10 +569,13 @@ def test_a_folder_of_another_kind_is_never_replaced(result, tmp_path):
 def test_what_is_no_whole_result_is_refused(scan, result, tmp_path):
     (tmp_path / "file.zarr").write_text("no store")
     zarr.create_group(tmp_path / "other.zarr")
+    (tmp_path / "a.model").mkdir()
+    (tmp_path / "a.model" / "model.json").write_text('{"format": "ptychodask-model"}')
     for source, message in (
         (result.isel(x=slice(None, None, 2)), "pixels along x are not consecutive"),
         (result.drop_vars("object"), r"has no object \(y, x\)"),
         (tmp_path / "file.zarr", "file.zarr: is neither a scan nor a result of ptychodask"),
+        (tmp_path / "a.model", r"a.model: is a ptychodask-model; pass the folder of a scan or of a result"),
         (tmp_path / "other.zarr", "other.zarr: "),
     ):
         with pytest.raises(PtychodaskError, match=message):

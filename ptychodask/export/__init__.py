@@ -16,9 +16,9 @@ from typing import Any
 import xarray as xr
 
 from ptychodask.export.content import Content, Picture, check_object
-from ptychodask.folders import Form, recorded_form, whole_file, whole_or_nothing
+from ptychodask.folders import DAMAGED, Form, recorded_form, whole_file, whole_or_nothing
 from ptychodask.progress import Progress, show_progress
-from ptychodask.result import open_result, recorded
+from ptychodask.result import RESULT, open_result, recorded
 from ptychodask.scan import PtychodaskError, Scan, check_choice
 from ptychodask.store import SCAN, open_scan
 
@@ -148,8 +148,9 @@ def _opened(source: str | Path | xr.Dataset | Scan) -> xr.Dataset | Scan:
     form = recorded_form(path) if path.is_dir() else None
     if form == SCAN.name:
         return open_scan(path)
-    if path.exists() and form is None:
-        raise PtychodaskError(f"{path}: is neither a scan nor a result of ptychodask; pass the folder of one")
+    if path.exists() and form not in (RESULT.name, DAMAGED):
+        found = f"a {form}" if form else "neither a scan nor a result of ptychodask"
+        raise PtychodaskError(f"{path}: is {found}; pass the folder of a scan or of a result")
     return open_result(path)
 
 

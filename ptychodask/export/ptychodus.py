@@ -1,4 +1,4 @@
-"""Ptychodus' own files: a product (object, probe, positions) as HDF5 or NPZ, and a scan's patterns as HDF5.
+"""Ptychodus' own files, HDF5 or NPZ: a product (object, probe, positions), and the patterns of a scan.
 
 Names and shapes are those of AdvancedPhotonSource/ptychodus, ``h5_product_file.py``, ``npz_product_file.py`` and
 ``api/io.py``. Two attributes were renamed with its version 1.6 or so (``probe_energy_eV`` is ``photon_energy_eV`` now,
@@ -103,14 +103,21 @@ def _write_npz(content: Content, path: Path, bar: Progress) -> None:
 def _write_patterns(content: Content, path: Path, bar: Progress) -> None:
     """Patterns as counts, with the row of each in its source, which pairs it with a position of a product."""
     scan = content.measured
-    shape = (scan.n_patterns, scan.n_pixels, scan.n_pixels)
+    shape, dtype = (scan.n_patterns, scan.n_pixels, scan.n_pixels), counts_dtype(scan)
+    beside = {"indexes": content.frame, "bad_pixels": np.zeros(shape[1:], bool) if scan.mask is None else ~scan.mask}
+    blocks = ((rows, counts(scan, rows)) for rows in pattern_rows(scan, bar))
+    if path.suffix == ".npz":
+        with NpzWriter(path) as npz:
+            for name, values in beside.items():
+                npz.put(name, values)
+            npz.put_blocks("patterns", shape, dtype, (block for _, block in blocks))
+        return
     with Hdf5Disk(path) as disk, h5py.File(disk, "w") as file:
-        file["indexes"] = content.frame
-        bad = np.zeros(shape[1:], bool) if scan.mask is None else ~scan.mask
-        file["bad_pixels"] = bad
-        patterns = file.create_dataset("patterns", shape, counts_dtype(scan), chunks=(1, *shape[1:]), compression="lzf")
-        for name in ("detector_pixel_width_m", "detector_pixel_height_m"):
-            patterns.attrs[name] = content.detector_pixel_m
-        for rows in pattern_rows(scan, bar):
-            patterns[rows] = counts(scan, rows)
+        for name, values in beside.items():
+            file[name] = values
+        patterns = file.create_dataset("patterns", shape, dtype, chunks=(1, *shape[1:]), compression="lzf")
+        for side in ("width", "height"):
+            patterns.attrs[f"detector_pixel_{side}_m"] = content.detector_pixel_m
+        for rows, block in blocks:
+            patterns[rows] = block
             disk.check()
