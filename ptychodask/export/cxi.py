@@ -90,10 +90,9 @@ def _put_object(file: h5py.File, content: Content, disk: Hdf5Disk, bar: Progress
     data = group.create_dataset("data", shape, np.complex64)
     data.attrs["axes"] = "y:x"
     mask = group.create_dataset("mask", shape, np.uint32, chunks=True, compression="lzf")
-    for rows, values, seen in content.object.seen_rows(bar):
+    for rows, values, seen in disk.between(content.object.seen_rows(bar)):
         data[rows] = values
         mask[rows] = np.where(seen, 0, INVALID)
-        disk.check()
     place = dict(zip(("center_x", "center_y"), middle_xy_m, strict=True))
     place |= dict.fromkeys(("pixel_width", "pixel_height"), content.known("pixel_size_m"))
     for name, value in place.items():
@@ -121,6 +120,5 @@ def _put_patterns(file: h5py.File, content: Content, disk: Hdf5Disk, bar: Progre
         f"{DETECTOR}/data", shape, counts_dtype(scan), chunks=(1, *shape[1:]), compression="gzip", shuffle=True
     )
     file[f"{ENTRY}/data_1/data"] = h5py.SoftLink(f"/{DETECTOR}/data")
-    for rows in pattern_rows(scan, bar):
-        data[rows] = counts(scan, rows)
-        disk.check()
+    for rows, block in disk.between((rows, counts(scan, rows)) for rows in pattern_rows(scan, bar)):
+        data[rows] = block

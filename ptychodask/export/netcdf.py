@@ -35,11 +35,10 @@ def write(content: Content, path: Path, bar: Progress) -> None:
                 made = file.create_variable(str(name), coordinate.dims, coordinate.dtype, data=coordinate.values)
                 made.attrs.update(_plain(coordinate.attrs))
         variables = {name: _variables(file, name, ds[name].dtype, ds[name].attrs) for name in names}
-        for rows, arrays in content.object.rows(bar, names):
+        for rows, arrays in disk.between(content.object.rows(bar, names)):
             for name, parts in variables.items():
                 for part, variable in parts.items():
                     variable[rows] = getattr(arrays[name], part)
-            disk.check()
 
 
 def _variables(file: h5netcdf.File, name: str, dtype: np.dtype[Any], attributes: dict[str, Any]) -> dict[str, Any]:

@@ -85,9 +85,8 @@ def _write_hdf5(content: Content, path: Path, bar: Progress) -> None:
         file["probe"].attrs.update(_pixel(content))
         object_ = file.create_dataset("object", (1, *content.object.shape), np.complex64)
         object_.attrs.update(_centre(content) | _pixel(content))
-        for rows, values, _ in content.object.seen_rows(bar):
+        for rows, values, _ in disk.between(content.object.seen_rows(bar)):
             object_[0, rows] = values
-            disk.check()
 
 
 def _write_npz(content: Content, path: Path, bar: Progress) -> None:
@@ -118,6 +117,5 @@ def _write_patterns(content: Content, path: Path, bar: Progress) -> None:
         patterns = file.create_dataset("patterns", shape, dtype, chunks=(1, *shape[1:]), compression="lzf")
         for side in ("width", "height"):
             patterns.attrs[f"detector_pixel_{side}_m"] = content.detector_pixel_m
-        for rows, block in blocks:
+        for rows, block in disk.between(blocks):
             patterns[rows] = block
-            disk.check()
