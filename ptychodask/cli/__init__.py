@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from ptychodask.cli.jobs import submit
 from ptychodask.cli.formats import export
+from ptychodask.cli.jobs import submit
 from ptychodask.cli.judging import compare, report, residuals, study
 from ptychodask.cli.networks import train
 from ptychodask.cli.runs import bench, demo, plan, reconstruct
