@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import ConvexHull, KDTree, QhullError
 
+from ptychodask.display import card
 from ptychodask.scan import PtychodaskError
 
 CURVE_BITS = 16
@@ -94,6 +95,13 @@ class Groups:
 
     def __len__(self) -> int:
         return len(self.member)
+
+    def __repr__(self) -> str:
+        return f"Groups({self.name}: {len(self):,} groups of {self.spec.members})"
+
+    def _repr_html_(self) -> str:
+        recorded = {name: f"{value:,}" for name, value in self.attributes().items()}
+        return card(f"Groups {self.name}", {"groups": f"{len(self):,}"} | recorded)
 
     def attributes(self) -> dict[str, int]:
         """The spec as plain numbers, as it is recorded beside the table."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.display import card
 from ptychodask.grouping import GroupingSpec, check_drop
 from ptychodask.models.spec import Precision
 from ptychodask.prediction import (
@@ -303,7 +304,20 @@ class Plan:
             "read_amplification": self.read_amplification,
         }
 
+    def __repr__(self) -> str:
+        height, width = self.box.shape
+        return (
+            f"Plan({self.store}: {self.n_groups:,} groups in {len(self.chunks):,} chunks, "
+            f"{len(self.tiles):,} tiles over {height:,} x {width:,} px)"
+        )
+
     def __str__(self) -> str:
+        return "\n".join(f"{name:<11} {value}" for name, value in self._in_words().items())
+
+    def _repr_html_(self) -> str:
+        return card("Plan of a reconstruction", self._in_words())
+
+    def _in_words(self) -> dict[str, str]:
         most = max(len(tile.chunks) for tile in self.tiles)
         (height, width), budget = self.box.shape, f"of {self.memory_bytes / MIB:,.0f} MiB"
         rows = {
@@ -323,7 +337,7 @@ class Plan:
             rows["time"] = (
                 f"about {self.n_groups / self.groups_per_s:,.0f} s in one process, at {self.groups_per_s:,.0f} groups/s"
             )
-        return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
+        return rows
 
 
 class _Network(NamedTuple):

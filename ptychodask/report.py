@@ -20,6 +20,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from ptychodask.compare import compare, find_truth, other_data, place, results_by_label
+from ptychodask.display import Markup, tag
 from ptychodask.models.description import read_description, read_history
 from ptychodask.plotting import (
     plot,
@@ -447,23 +448,6 @@ def number(value: Any) -> str:
 
 
 # The page: every text passes through `tag`, which escapes what is not markup already.
-
-
-class Markup(str):
-    """Text that is HTML already."""
-
-
-def tag(name: str, *content: str, **attributes: str) -> Markup:
-    """An HTML element; content that is no `Markup`, and all attributes, are escaped.
-
-    Examples
-    --------
-    >>> tag("p", "a < b ", tag("b", "&"), class_="note")
-    '<p class="note">a &lt; b <b>&amp;</b></p>'
-    """
-    inner = "".join(part if isinstance(part, Markup) else html.escape(part) for part in content)
-    given = "".join(f' {key.rstrip("_")}="{html.escape(value)}"' for key, value in attributes.items())
-    return Markup(f"<{name}{given}>{inner}</{name}>")
 
 
 def _page(found: Findings) -> str:

@@ -17,6 +17,7 @@ from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.errors import ZarrUserWarning
 
 import ptychodask
+from ptychodask.display import Markup, card, image
 from ptychodask.folders import Form, whole_or_nothing
 from ptychodask.scan import PtychodaskError
 from ptychodask.store import naming_damage, open_root
@@ -54,6 +55,10 @@ PYRAMID = "pyramid"
 
 COARSEST_PIXELS = 512
 """Pixels along the longer side that the coarsest level of a pyramid stays below."""
+
+
+PREVIEW_PX = 1024
+"""Pixels along either side that a preview reads or computes, at the most."""
 
 
 @dataclass(frozen=True)
@@ -497,6 +502,35 @@ class PtychoAccessor:
         # Figures lie further down; the package finds them when they are asked for.
         return ptychodask.plot(self._ds, path=path)
 
+    def preview(self) -> Preview:
+        """Small pictures of amplitude and phase, for the end of a notebook cell.
+
+        Returns
+        -------
+        Preview
+            The middle of the object, `PREVIEW_PX` pixels along either side at the most: only that is read, or computed
+            where the result is lazy. A row of pictures for each method.
+
+        Raises
+        ------
+        PtychodaskError
+            If this is no result, or what is stored of it cannot be read.
+
+        Examples
+        --------
+        >>> ones = np.ones((2, 3))
+        >>> make_dataset(ones, ones, ones, ones, (0, 0), pixel_size_m=None, attributes={}).ptycho.preview()
+        Preview(all 2 x 3 px)
+        """
+        if "object" not in self._ds or self._ds["object"].dims[-2:] != ("y", "x"):
+            raise PtychodaskError(
+                f"preview: expected object (y, x), found {', '.join(map(str, self._ds))}; select no row"
+            )
+        height, width = self._ds["object"].shape[-2:]
+        middle = {dim: _middle(self._ds.sizes[dim]) for dim in ("y", "x")}
+        shown = self._ds[["object"]].isel(middle).ptycho.compute()["object"]
+        return Preview(shown, (height, width))
+
     @property
     def standard_error(self) -> xr.DataArray:
         """Uncertainty over the square root of the count (y, x): that of the mean, were the estimates independent."""
@@ -545,6 +579,43 @@ class PtychoAccessor:
             create_result(building, arrays["object"].shape, corner, CHUNK_PIXELS, pixel_size_m=pixel_size_m)
             write_tile(building, (0, 0), arrays)
             finish_result(building, ds.attrs)
+
+
+def _middle(size: int) -> slice:
+    start = max(0, (size - PREVIEW_PX) // 2)
+    return slice(start, start + PREVIEW_PX)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Preview:
+    """The middle of a result as a notebook shows it."""
+
+    object: xr.DataArray
+    """complex64 (y, x) or (method, y, x), in memory."""
+
+    shape: tuple[int, int]
+    """Pixels (y, x) of the whole result."""
+
+    def __repr__(self) -> str:
+        return f"Preview({self._size()})"
+
+    def _repr_html_(self) -> str:
+        planes = self.object if "method" in self.object.dims else self.object.expand_dims("method")
+        labels = [f"{label}: " for label in planes["method"].values] if "method" in planes.coords else [""]
+        pictures = [
+            picture for label, plane in zip(labels, planes.values, strict=True) for picture in _seen(plane, label)
+        ]
+        return card("Object", {"shown": self._size()}, pictures)
+
+    def _size(self) -> str:
+        shown, whole = ("{:,} x {:,} px".format(*shape) for shape in (self.object.shape[-2:], self.shape))
+        return f"all {whole}" if shown == whole else f"the middle {shown} of {whole}"
+
+
+def _seen(plane: NDArray[np.complex64], label: str) -> list[Markup]:
+    """Amplitude and phase; the mean phase is turned to zero, which keeps the wrap far from most of them."""
+    turned = plane * np.exp(-1j * np.angle(np.nansum(plane)))
+    return [image(np.abs(turned), f"{label}amplitude"), image(np.angle(turned), f"{label}phase")]
 
 
 def _check_savable(ds: xr.Dataset) -> None:

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.display import card, dots, image
+
 Domain = Literal["counts", "amplitude"]
 """Unit of stored patterns: photon counts, or amplitude (square root of counts)."""
 
@@ -17,6 +19,8 @@ Calibration = Literal["as_given", "incident", "mean_counts"]
 ILLUMINATION_FLOOR = 1e-3
 """Relative intensity of the probe below which a pixel counts as dark."""
 
+PATTERNS_SHOWN = 8
+"""Patterns that are read, at the most, to show a scan in a notebook."""
 
 LARGEST_EXTENT_PX = 1e7
 """Distance of positions, pixels, beyond which they are taken for a mistake: such an object fills 10^15 bytes."""
@@ -156,6 +160,39 @@ class Scan:
             value = getattr(self, name)
             if value is not None and value.shape[0] != n_patterns:
                 raise PtychodaskError(f"{where}: {name} has {value.shape[0]} entries for {n_patterns} patterns")
+
+    def __repr__(self) -> str:
+        return f"Scan({self.store or 'in memory'}: {self.n_patterns:,} patterns of {self._size}, {self.domain})"
+
+    def _repr_html_(self) -> str:
+        extent_px = np.ptp(self.position_yx_px, axis=0)
+        facts = {
+            "patterns": f"{self.n_patterns:,} of {self._size}, {self.domain}",
+            "positions": f"{extent_px[0]:,.0f} x {extent_px[1]:,.0f} px (y, x)",
+            "probe": f"{len(self.probe)} mode{'s' * (len(self.probe) > 1)}, {self.calibration}",
+            "bad pixels": None if self.mask is None else f"{np.count_nonzero(~self.mask):,}",
+            "object pixel": None if self.pixel_size_m is None else f"{self.pixel_size_m * 1e9:.4g} nm",
+            "energy": None if self.energy_ev is None else f"{self.energy_ev:,.6g} eV",
+            "distance": None if self.distance_m is None else f"{self.distance_m:.4g} m",
+            "truth": None if self.truth is None else "known, {} x {} px".format(*self.truth.object.shape),
+            "labels": None if self.label is None else "one for each pattern",
+            "data hash": self.data_hash[:12] or None,
+        }
+        pictures = [
+            dots(self.position_yx_px, "positions"),
+            image(np.sqrt((np.abs(self.probe) ** 2).sum(axis=0)), "amplitude of the probe"),
+        ]
+        shown = np.unique(np.linspace(0, self.n_patterns - 1, PATTERNS_SHOWN).astype(np.int64))
+        try:
+            mean = self.amplitude(shown).mean(axis=0)
+            pictures.append(image(mean, f"mean amplitude of {len(shown)} patterns"))
+        except PtychodaskError as error:
+            facts["patterns"] = in_brief(error)
+        return card(f"Scan {self.store or 'in memory'}", facts, pictures)
+
+    @property
+    def _size(self) -> str:
+        return f"{self.n_pixels} x {self.n_pixels}"
 
     @property
     def n_patterns(self) -> int:

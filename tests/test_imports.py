@@ -14,6 +14,7 @@ import ptychodask
 PACKAGE = Path(ptychodask.__file__).parent
 
 ORDER = [
+    ("display",),
     ("scan",),
     ("progress",),
     ("folders",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.display import card, curves
 from ptychodask.models.networks import build_network
 from ptychodask.models.spec import ModelSpec, Optics, Precision
 from ptychodask.scan import PtychodaskError, Scan
@@ -20,6 +21,9 @@ CompiledCall = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.c
 """X (batch, N, N, C) and offsets (batch, C, 2) of one fixed batch size to patches (batch, ..., N, N)."""
 
 PREDICT_BATCH = 32
+
+LOSSES = {"held_out_loss": "held out", "loss": "trained on"}
+"""Losses of an entry of a training's history, and what they are called in a picture."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +63,24 @@ class Model:
     def __post_init__(self) -> None:
         if not self.content_hash:
             object.__setattr__(self, "content_hash", hash_weights(self.spec, self.weights))
+
+    def __repr__(self) -> str:
+        return one_line(self, self.weights)
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "members": f"{self.members}, a patch for each",
+            "patterns": f"{self.n_pixels} x {self.n_pixels}",
+            "weights": f"{sum(array.size for array in self.weights):,}",
+            "data-consistent steps": f"{self.spec.projections_before} before the U-Net of {self.spec.levels} levels, "
+            f"{self.spec.projections_after} after it",
+            "epochs": f"{len(self.history)} in {self.history[-1]['seconds']:,.0f} s" if self.history else None,
+            "bundle": self.path,
+            "content hash": self.content_hash[:12],
+        }
+        epochs = [entry for entry in self.history if LOSSES.keys() <= entry.keys()]
+        losses = {words: [entry[name] for entry in epochs] for name, words in LOSSES.items()}
+        return card(f"Model {self.kind}", facts, [curves(losses, "loss by epoch")] if epochs else [])
 
     @property
     def kind(self) -> str:
@@ -155,6 +177,10 @@ class Predictor(Protocol):
         """Pixels across a pattern, N."""
 
     @property
+    def kind(self) -> str:
+        """A word for it."""
+
+    @property
     def output(self) -> Literal["member", "group"]:
         """A patch for each member, or one for the group."""
 
@@ -164,6 +190,16 @@ class Predictor(Protocol):
 
     def compile(self, batch_size: int) -> CompiledCall:
         """One call of a fixed batch size."""
+
+
+def one_line(model: Predictor, weights: Iterable[NDArray[np.float32]]) -> str:
+    """What a model is, in one line."""
+    n_weights = sum(array.size for array in weights)
+    where = f"{model.path}: " if model.path else ""
+    return (
+        f"{type(model).__name__}({where}{model.kind}, N = {model.n_pixels}, C = {model.members}, "
+        f"a patch per {model.output}, {n_weights:,} weights)"
+    )
 
 
 def check_n_pixels(model: Predictor, scan: Scan) -> None:

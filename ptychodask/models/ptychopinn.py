@@ -26,7 +26,7 @@ import numpy as np
 from keras import layers, ops
 from numpy.typing import NDArray
 
-from ptychodask.models.model import CompiledCall, check_n_pixels, compiled_call, predict_in_batches
+from ptychodask.models.model import CompiledCall, check_n_pixels, compiled_call, one_line, predict_in_batches
 from ptychodask.models.networks import convolution_dtype
 from ptychodask.models.physics import ComplexPair, Tensor
 from ptychodask.models.spec import Precision
@@ -111,6 +111,9 @@ class PtychoPinnModel:
 
     precisions: ClassVar[tuple[Precision, ...]] = get_args(Precision)
     """Precisions that it computes in."""
+
+    def __repr__(self) -> str:
+        return one_line(self, (array for arrays in self.weights.values() for array in arrays))
 
     def bind(self, scan: Scan) -> PtychoPinnModel:
         """The model for a scan, whose normalised input is PtychoPINN's own; raises `PtychodaskError` for another N."""
