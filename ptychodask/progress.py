@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
+
+from ptychodask.display import Markup, tag
+
+NOTEBOOK_REFRESH_S = 0.2
+"""Time between two pictures of a bar in a notebook, at the least."""
 
 
 class Progress(Protocol):
@@ -33,6 +40,74 @@ class _Silent:
         pass
 
 
+class NotebookBar:
+    """A bar that a notebook shows: an HTML element that is replaced as the work goes on.
+
+    Parameters
+    ----------
+    label, unit : str
+    total : int
+        As `show_progress` takes them.
+    show : callable
+        Takes the bar as HTML, in place of what it took before.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, show: Callable[[Markup], None]) -> None:
+        self._label, self._total, self._unit, self._show = label, total, unit, show
+        self._done, self._note = 0, ""
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+        self._shown = self._started - NOTEBOOK_REFRESH_S
+
+    def advance(self, amount: int = 1) -> None:
+        with self._changing():
+            self._done += amount
+
+    def expect(self, total: int) -> None:
+        with self._changing():
+            self._total = total
+
+    def note(self, text: str) -> None:
+        with self._changing():
+            self._note = text
+
+    def finish(self) -> None:
+        """Show how it ended, however little time has passed."""
+        with self._lock:
+            self._show(self.markup())
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        with self._lock:
+            yield
+            now = time.monotonic()
+            if now - self._shown >= NOTEBOOK_REFRESH_S:
+                self._shown = now
+                self._show(self.markup())
+
+    def markup(self) -> Markup:
+        """The bar, how far it is, its rate, the time that remains or was taken, and the note."""
+        took = time.monotonic() - self._started
+        rate = self._done / took if took else 0.0
+        left = f"{(self._total - self._done) / rate:,.0f} s left" if 0 < self._done < self._total else f"{took:,.0f} s"
+        told = f"{self._done:,}/{self._total:,} {self._unit}, {rate:,.0f} {self._unit}/s, {left} {self._note}"
+        bar = tag("progress", value=str(self._done), max=str(max(self._total, 1)), style="width: 16em")
+        style = "display: flex; flex-wrap: wrap; gap: 0.8em; align-items: center"
+        return tag("div", tag("span", self._label), bar, tag("span", told), style=style)
+
+
+@contextmanager
+def _notebook_bar(label: str, total: int, unit: str) -> Iterator[Progress]:
+    from IPython.display import HTML, display
+
+    handle = display(HTML(""), display_id=True)
+    bar = NotebookBar(label, total, unit, lambda markup: handle.update(HTML(markup)))
+    try:
+        yield bar
+    finally:
+        bar.finish()
+
+
 @contextmanager
 def show_progress(label: str, total: int, unit: str, show: bool | None = None) -> Iterator[Progress]:
     """Show how far a stage has come, with its rate and the time that remains.
@@ -46,7 +121,7 @@ def show_progress(label: str, total: int, unit: str, show: bool | None = None) -
     unit : str
         Name of one unit, plural ("patterns", "groups").
     show : bool, optional
-        True shows the bar, False does not; None shows it in a terminal and in Jupyter only.
+        True shows the bar, False does not; None shows it in a terminal and in notebooks only.
 
     Yields
     ------
@@ -64,6 +139,11 @@ def show_progress(label: str, total: int, unit: str, show: bool | None = None) -
         show = console.is_jupyter or (console.is_terminal and sys.stderr.isatty())
     if not show:
         yield _Silent()
+        return
+    if console.is_jupyter:
+        # rich's own bar there stays at its last but one state.
+        with _notebook_bar(label, total, unit) as progress:
+            yield progress
         return
     from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
