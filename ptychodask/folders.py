@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ptychodask.scan import PtychodaskError
 
@@ -164,13 +164,27 @@ def recorded_form(path: Path) -> str | None:
     for name, parents in (("zarr.json", ("attributes",)), ("model.json", ())):
         if (path / name).is_file():
             try:
-                found = json.loads((path / name).read_text())
+                found = read_json(path / name)
                 for parent in parents:
                     found = found[parent]
                 return str(found["format"]) if "format" in found else None
             except (OSError, ValueError, KeyError, TypeError):
                 return DAMAGED
     return None
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; raises `OSError`, or `ValueError` where it is no JSON that can be read."""
+    return from_json(path.read_text())
+
+
+def from_json(text: str) -> Any:
+    """What a JSON text says; raises `ValueError` where it is none, or has more brackets inside each other than Python
+    follows."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its brackets are nested too deeply") from error
 
 
 def building_path(path: Path) -> Path:

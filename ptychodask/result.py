@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import floordiv
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import ptychodask
 from ptychodask.display import Markup, card, image
 from ptychodask.folders import Form, whole_or_nothing
 from ptychodask.scan import PtychodaskError
-from ptychodask.store import naming_damage, open_root
+from ptychodask.store import check_array, naming_damage, open_root
 
 FORMAT = "ptychodask-result"
 FORMAT_VERSION = 1
@@ -55,6 +56,12 @@ PYRAMID = "pyramid"
 
 COARSEST_PIXELS = 512
 """Pixels along the longer side that the coarsest level of a pyramid stays below."""
+
+MOST_TILES = 10**5
+"""Chunks along one axis of a result, at the most: xarray lists them all."""
+
+AGAIN = "it is damaged: reconstruct it again"
+"""The way out where a result is damaged."""
 
 
 PREVIEW_PX = 1024
@@ -363,6 +370,7 @@ def halve(
 def _array(group: zarr.Group, name: str) -> zarr.Array:
     array = group[name]
     assert isinstance(array, zarr.Array)
+    check_array(array, group.store_path.store.root, AGAIN)  # type: ignore[attr-defined]
     return array
 
 
@@ -405,14 +413,25 @@ def open_result(path: str | Path, level: int = 0) -> xr.Dataset:
     """
     where = Path(path)
     root = open_root(where, RESULT)
-    with naming_damage(where, "cannot be opened", "it is damaged: reconstruct it again"):
+    with naming_damage(where, "cannot be opened", AGAIN):
+        _check_arrays(root, where)
         if level:
             return _open_level(where, root, level)
-        ds = xr.open_zarr(where, chunks={}, consolidated=True)
+        ds = xr.open_zarr(where, chunks={}, consolidated=True, zarr_format=3)
         ds = ds[[name for name in VARIABLES | HALF_VARIABLES if name in ds]]
         del ds.attrs["state"]
         _check_whole(where, root, ds.attrs.pop(STORED_CHUNKS, {}))
         return _with_methods(ds)
+
+
+def _check_arrays(group: zarr.Group, where: Path) -> None:
+    """Raise `PtychodaskError` unless xarray can open the arrays of a group without harm."""
+    for name, array in group.arrays():
+        check_array(array, where, AGAIN)
+        if max(map(floordiv, array.shape, array.chunks), default=0) > MOST_TILES:
+            raise PtychodaskError(
+                f"{where}: array '{name}' has shape {array.shape} in chunks of {array.chunks}; {AGAIN}"
+            )
 
 
 def _check_whole(where: Path, root: zarr.Group, stored: Any) -> None:
@@ -432,7 +451,9 @@ def _open_level(where: Path, root: zarr.Group, level: int) -> xr.Dataset:
     if str(level) not in levels:
         has = f"levels 1 to {len(levels)}" if levels else "no pyramid: reconstruct again with pyramid=True (--pyramid)"
         raise PtychodaskError(f"{where}: no level {level}; it has {has}")
-    ds = xr.open_zarr(where, group=f"{PYRAMID}/{level}", chunks={}, consolidated=False)
+    # xarray reads the level's own metadata, not the consolidated ones.
+    _check_arrays(zarr.open_group(where / PYRAMID / str(level), mode="r", zarr_format=3, use_consolidated=False), where)
+    ds = xr.open_zarr(where, group=f"{PYRAMID}/{level}", chunks={}, consolidated=False, zarr_format=3)
     ds.attrs = {key: value for key, value in root.attrs.items() if key not in ("state", STORED_CHUNKS)} | {
         "level": level
     }

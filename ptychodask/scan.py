@@ -27,7 +27,24 @@ LARGEST_EXTENT_PX = 1e7
 
 
 class PtychodaskError(ValueError):
-    """Input that ptychodask refuses; the message names the thing, what was found and the way out."""
+    """Input that ptychodask refuses; the message names the thing, what was found and the way out, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(in_one_line(message))
+
+
+def in_one_line(text: str) -> str:
+    """A text without line ends, and without what a terminal would act on: names from files may hold anything.
+
+    Examples
+    --------
+    >>> in_one_line("key 'a\x1b[2J'\nis missing")
+    "key 'a\\x1b[2J' is missing"
+    """
+    return "".join(
+        each if each.isprintable() else " " if each.isspace() else each.encode("unicode_escape").decode()
+        for each in text
+    )
 
 
 class Frozen(Protocol):

@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
+from operator import floordiv
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -67,6 +68,18 @@ TABLE_CHUNKS = 10**4
 
 CURVE_GAIN = 0.9
 """Patterns are sorted along the curve when that cuts the chunks read to this share or less."""
+
+CODECS = {"blosc", "bytes", "crc32c", "gzip", "sharding_indexed", "transpose", "zstd"}
+"""Codecs that are run: those that make numbers of bytes, and nothing else."""
+
+SMALL_BYTES = 2**26
+"""Arrays up to this size are taken at their word: Zarr does not store chunks that hold the fill value alone."""
+
+PACKED_AT_MOST = 2**16
+"""Times that an array is larger than its files, at the most."""
+
+MOST_CHUNKS = 10**7
+"""Chunks along one axis of an array, at the most."""
 
 
 DAMAGE: tuple[type[Exception], ...] = (
@@ -658,7 +671,60 @@ def _array(root: zarr.Group, name: str, where: str) -> zarr.Array:
         array = root.get(name)
     if not isinstance(array, zarr.Array):
         raise PtychodaskError(f"{where}: array '{name}' is missing; {INGEST_AGAIN}")
+    check_array(array, where, INGEST_AGAIN)
     return array
+
+
+def check_array(array: zarr.Array, where: str | Path, way_out: str) -> None:
+    """Raise `PtychodaskError` unless an array can be read without harm, whoever wrote it.
+
+    Parameters
+    ----------
+    array : zarr.Array
+    where : path
+        Its store, for messages.
+    way_out : str
+
+    Notes
+    -----
+    A group of format 3 may list arrays of format 2, whose codecs unpickle what they read: those of `CODECS` alone are
+    run. What an array claims is compared with its files, for Zarr reads a missing one as so many fill values.
+    """
+    what = f"{where}: array '{array.path}'"
+    metadata = array.metadata
+    if metadata.zarr_format != 3:
+        raise PtychodaskError(f"{what} is of Zarr format {metadata.zarr_format}, expected 3; {way_out}")
+    if foreign := sorted(_codec_names([codec.to_dict() for codec in metadata.codecs]) - CODECS):
+        raise PtychodaskError(
+            f"{what} is written by {', '.join(foreign)}, expected some of: {', '.join(sorted(CODECS))}; {way_out}"
+        )
+    if array.dtype.kind not in "buifc":
+        raise PtychodaskError(f"{what} has type {array.dtype}, expected numbers; {way_out}")
+    sides = array.chunks + (array.shards or ())
+    if min(sides, default=1) < 1 or max(map(floordiv, array.shape, array.chunks), default=0) > MOST_CHUNKS:
+        raise PtychodaskError(f"{what} has shape {array.shape} in chunks of {array.chunks}; {way_out}")
+    # The rows of a table are compared with the patterns: zeros of all experiments alike have no file.
+    of_patterns = array.ndim == 1 and metadata.dimension_names == ("pattern",)
+    claimed = prod(array.chunks if of_patterns else map(max, array.shape, array.chunks)) * array.dtype.itemsize
+    if claimed > SMALL_BYTES and not _is_stored(array, claimed // PACKED_AT_MOST):
+        raise PtychodaskError(
+            f"{what} has shape {array.shape} in chunks of {array.chunks}, more than its files can hold; {way_out}"
+        )
+
+
+def _codec_names(described: Any) -> set[str]:
+    """Names of codecs, and of those inside them, in their description by plain values."""
+    if isinstance(described, list | tuple):
+        return set().union(*map(_codec_names, described))
+    inner = described.get("configuration", {})
+    return {str(described["name"])} | _codec_names([*inner.get("codecs", ()), *inner.get("index_codecs", ())])
+
+
+def _is_stored(array: zarr.Array, n_bytes: int) -> bool:
+    """Whether the files of an array have so many bytes, in all; no more of them are looked at than that takes."""
+    folder = Path(array.store_path.store.root) / array.path  # type: ignore[attr-defined]
+    sizes = (path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return any(total >= n_bytes for total in accumulate(sizes))
 
 
 def _read(root: zarr.Group, name: str, where: str) -> NDArray[Any]:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ptychodask.cluster import active_client, in_process_client
 from ptychodask.compare import compare, find_truth, truth_on_pixels
+from ptychodask.folders import read_json
 from ptychodask.metrics import align_gauge
 from ptychodask.models import ModelSpec, load_model
 from ptychodask.models.spec import Kind
@@ -191,8 +192,12 @@ def read_study(path: str | Path) -> StudySpec:
     try:
         with path.open("rb") as file:
             given = tomllib.load(file)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PtychodaskError(f"{path}: is no TOML ({error}); mend that line") from error
+    except OSError as error:
+        raise PtychodaskError(
+            f"{path}: cannot be read ({error.strerror or error}); pass a study's TOML file"
+        ) from error
     tables = ("matrix", "simulate", "train", "reconstruct", "compare")
     for name, table in given.items():
         if name not in tables or not isinstance(table, dict):
@@ -545,7 +550,7 @@ def _write_json(path: Path, values: Any) -> None:
 def _read_json(path: Path) -> Any:
     """What a file holds, None where there is none."""
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -46,12 +46,14 @@ from ptychodask.result import open_result
 from ptychodask.scan import PtychodaskError
 from ptychodask.store import ScanReader, open_scan, read_groups, stored_group_names
 from ptychodask.study import read_study
+from ptychodask.training.checkpoint import Checkpoint, Snapshot
 
 N = 16
 N_PATTERNS = 12
+DEPTH = 5000
 HANG_S = 10.0
 GROWTH_BYTES = 10**9
-EXTREMES = (0, -1, 1, 2**31 - 1, 2**31, 2**63 - 1, -(2**63), 10**12, 10**30, 1e308, float("nan"), float("inf"), 0.5)
+EXTREMES = (0, -1, 1, 2, 2**31 - 1, 2**31, 2**63 - 1, -(2**63), 10**12, 10**30, 1e308, float("nan"), float("inf"), 0.5)
 ODD = (
     "",
     "x" * 5000,
@@ -64,6 +66,10 @@ ODD = (
     [],
     {},
     [[[[[[[[]]]]]]]],
+    "@deep@",
+    {"id": "pickle"},
+    {"name": "numcodecs.pickle", "configuration": {}},
+    [{"id": "vlen-utf8"}, {"id": "pickle"}],
     "float128",
     "|O",
 )
@@ -122,6 +128,27 @@ def make_hdf5(folder: Path) -> None:
         file.create_dataset("entry/data", data=counts, chunks=(1, N, N), compression="gzip")
         file["entry/y"], file["entry/x"] = found["ycoords"] * 1e-8, found["xcoords"] * 1e-8
         file["entry/y"].attrs["units"] = "m"
+
+
+def make_filtered_hdf5(folder: Path) -> None:
+    """As `make_hdf5`, through the filters of the HDF5 library that have a history."""
+    found = arrays()
+    counts = np.rint(found["diff3d"] ** 2).astype(np.uint16)
+    with h5py.File(folder / "source.h5", "w") as file:
+        file.create_dataset("entry/data", data=counts, chunks=(4, N, N), scaleoffset=0)
+        for axis in "yx":
+            values = found[f"{axis}coords"]
+            file.create_dataset(
+                f"entry/{axis}", data=values * 1e-8, chunks=(5,), compression="lzf", shuffle=True, fletcher32=True
+            )
+        file["entry/y"].attrs["units"] = "m"
+
+
+def make_packed_hdf5(folder: Path) -> None:
+    make_hdf5(folder)
+    path = folder / "source.h5"
+    (folder / "source.h5.bz2").write_bytes(bz2.compress(path.read_bytes()))
+    path.unlink()
 
 
 def make_cxi(folder: Path) -> None:
@@ -185,11 +212,21 @@ def make_ledger(folder: Path) -> None:
     ledger.add("tile", 0, {"seconds": {}, "checksum": 3})
 
 
+def make_checkpoint(folder: Path) -> None:
+    weights = [np.ones((3, 4), np.float32), np.zeros(2, np.float32)]
+    state = {"epoch": 1, "log": [{"epoch": 1, "loss": 0.5}]}
+    Checkpoint(folder / "net.model", TRAINED).write(Snapshot(state, weights, weights, weights))
+    # Its folder begins with a dot.
+    (folder / ".net.model.training").rename(folder / "training")
+
+
 def make_study(folder: Path) -> None:
     shutil.copy(Path(__file__).parents[1] / "docs" / "study.toml", folder / "study.toml")
 
 
 MODEL = LinearModel(members=2, n_pixels=N)
+
+TRAINED = {"spec": {"epochs": 3, "batch_size": 4}, "data": {"hash": "0" * 64}}
 
 
 def ingest(folder: Path, **options: Any) -> None:
@@ -236,6 +273,11 @@ def read_cache(folder: Path) -> None:
     StoredPatches(folder / "patches.zarr").read(0, N_PATTERNS)
 
 
+def read_checkpoint(folder: Path) -> None:
+    (folder / "training").rename(folder / ".net.model.training")
+    Checkpoint(folder / "net.model", TRAINED).begin(resume=True, overwrite=False)
+
+
 def read_ledger(folder: Path) -> None:
     Ledger(folder, {"spec": {"tile": 16}, "plan": {"n_chunks": 3}}).read()
 
@@ -244,7 +286,9 @@ KINDS: dict[str, Kind] = {
     "npz": Kind(make_npz, ingest, 16),
     "npz, compressed": Kind(make_compressed_npz, ingest, 8),
     "tike npz.bz2": Kind(make_tike, ingest, 6),
-    "hdf5": Kind(make_hdf5, read_mapped, 14),
+    "hdf5": Kind(make_hdf5, read_mapped, 12),
+    "hdf5, filters": Kind(make_filtered_hdf5, read_mapped, 7),
+    "hdf5.bz2": Kind(make_packed_hdf5, read_mapped, 2),
     "cxi": Kind(make_cxi, read_cxi, 8),
     "product": Kind(make_product, lambda folder: read_foreign_result(folder / "result.h5"), 6),
     "scan store": Kind(make_scan, read_scan, 16),
@@ -252,6 +296,7 @@ KINDS: dict[str, Kind] = {
     "patch cache": Kind(make_cache, read_cache, 4),
     "bundle": Kind(make_bundle, lambda folder: load_model(folder / "net.model"), 3),
     "ptychopinn archive": Kind(make_ptychopinn, lambda folder: load_model(folder / "wts.h5.zip"), 3),
+    "checkpoint": Kind(make_checkpoint, read_checkpoint, 3),
     "ledger": Kind(make_ledger, read_ledger, 3),
     "study": Kind(make_study, lambda folder: read_study(folder / "study.toml"), 3),
 }
@@ -259,6 +304,7 @@ KINDS: dict[str, Kind] = {
 
 def kind_of(number: int) -> str:
     """Kinds take turns by their shares."""
+    # 37 divides no sum of shares near a hundred, so that each stretch of numbers has all kinds.
     turn = number * 37 % sum(kind.share for kind in KINDS.values())
     for name, kind in KINDS.items():
         if turn < kind.share:
@@ -285,6 +331,8 @@ def mutate(folder: Path, rng: np.random.Generator) -> None:
             mutate_zip(path, rng)
         elif path.suffix in (".h5", ".cxi") and roll < 0.4:
             mutate_hdf5(path, rng)
+        elif path.suffix == ".bz2" and roll < 0.8:
+            mutate_packed(path, rng)
         elif len(files) > 1 and roll > 0.95:
             path.unlink()
         else:
@@ -348,7 +396,11 @@ def mutate_json(path: Path, rng: np.random.Generator) -> None:
         else:
             wild = [*EXTREMES, *ODD]
             holder[key] = wild[rng.integers(len(wild))]
-    path.write_text(json.dumps(document))
+    text = json.dumps(document).replace('"@deep@"', "[" * DEPTH + "]" * DEPTH)
+    if isinstance(document, dict) and document and rng.random() < 0.1:
+        # The first key again, as another value: readers may take the one or the other.
+        text = "{" + json.dumps(next(iter(document))) + ": 7, " + text[1:]
+    path.write_text(text)
 
 
 def mutate_zip(path: Path, rng: np.random.Generator) -> None:
@@ -375,6 +427,24 @@ def mutate_zip(path: Path, rng: np.random.Generator) -> None:
     with zipfile.ZipFile(path, "w", int(rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))) as archive:
         for each, content in members.items():
             archive.writestr(each, content)
+
+
+def mutate_packed(path: Path, rng: np.random.Generator) -> None:
+    """Damage what a bzip2 file holds, its checksum right."""
+    inner = path.with_suffix("")
+    try:
+        inner.write_bytes(bz2.decompress(path.read_bytes()))
+    except (OSError, ValueError):
+        path.write_bytes(mutated(path.read_bytes(), rng))
+        return
+    if rng.random() < 0.5:
+        inner.write_bytes(mutated(inner.read_bytes(), rng))
+    elif inner.suffix == ".npz":
+        mutate_zip(inner, rng)
+    else:
+        mutate_hdf5(inner, rng)
+    path.write_bytes(bz2.compress(inner.read_bytes()))
+    inner.unlink()
 
 
 def npy_bytes(rng: np.random.Generator) -> bytes:
@@ -422,15 +492,18 @@ class Child:
 
     def run(self) -> dict[int, dict[str, str]]:
         """What became of the inputs, up to one that ended the process."""
-        command = [
-            sys.executable,
-            "-m",
-            "tests.fuzz",
-            "--child",
-            json.dumps([self.seed, self.numbers]),
-            "--keep",
-            self.keep,
-        ]
+        with tempfile.TemporaryDirectory(prefix="ptyfuzz-", ignore_cleanup_errors=True) as text:
+            found = self._watch(Path(text))
+            for number, one in found.items():
+                kept = self.keep / f"{self.seed}-{number}"
+                if one["outcome"].isupper() and not kept.exists():
+                    # The process was ended at this input, which is still where it was read.
+                    shutil.copytree(Path(text) / "work" / "input", kept)
+        return found
+
+    def _watch(self, root: Path) -> dict[int, dict[str, str]]:
+        told = json.dumps([self.seed, self.numbers, str(root)])
+        command = [sys.executable, "-m", "tests.fuzz", "--child", told, "--keep", self.keep]
         found: dict[int, dict[str, str]] = {}
         at = -1
         with subprocess.Popen(
@@ -476,42 +549,42 @@ class Child:
 
 
 def rss(pid: int) -> int:
-    """Memory of a process, bytes."""
+    """Memory of a process and of those that it started, bytes."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        own = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        started = [text.read_text() for text in Path(f"/proc/{pid}/task").glob("*/children")]
     except (OSError, IndexError):
         return 0
+    return own + sum(rss(int(each)) for each in " ".join(started).split())
 
 
-def child(seed: int, numbers: list[int], keep: Path) -> None:
-    """Read inputs, one after the other, and say what became of each."""
-    with tempfile.TemporaryDirectory(prefix="ptyfuzz-") as text:
-        root = Path(text)
-        for name, kind in KINDS.items():
-            if any(kind_of(number) == name for number in numbers):
-                (root / "seeds" / name).mkdir(parents=True)
-                kind.make(root / "seeds" / name)
-        work = root / "work"
-        for number in numbers:
-            work.mkdir()
-            rng = np.random.default_rng([seed, number])
-            name = kind_of(number)
-            shutil.copytree(root / "seeds" / name, work / "input")
-            mutate(work / "input", rng)
-            print(json.dumps({"at": number}), flush=True)
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            outcome, detail = outcome_of(KINDS[name].read, work / "input")
-            grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-            if grown > GROWTH_BYTES:
-                outcome, detail = "MEMORY", f"{grown / 1e6:.0f} MB"
-            if {path.name for path in root.iterdir()} != {"seeds", "work"} or len(list(work.iterdir())) != 1:
-                outcome, detail = "OUTSIDE", str(list(root.iterdir()))
-            if outcome.isupper():
-                shutil.rmtree(work / "input" / "target", ignore_errors=True)
-                keep.mkdir(exist_ok=True)
-                shutil.copytree(work / "input", keep / f"{seed}-{number}", dirs_exist_ok=True)
-            print(json.dumps({"number": number, "outcome": outcome, "detail": detail}), flush=True)
-            shutil.rmtree(work)
+def child(seed: int, numbers: list[int], root: Path, keep: Path) -> None:
+    """Read inputs in an empty folder, one after the other, and say what became of each."""
+    for name, kind in KINDS.items():
+        if any(kind_of(number) == name for number in numbers):
+            (root / "seeds" / name).mkdir(parents=True)
+            kind.make(root / "seeds" / name)
+    work = root / "work"
+    for number in numbers:
+        work.mkdir()
+        rng = np.random.default_rng([seed, number])
+        name = kind_of(number)
+        shutil.copytree(root / "seeds" / name, work / "input")
+        mutate(work / "input", rng)
+        print(json.dumps({"at": number}), flush=True)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        outcome, detail = outcome_of(KINDS[name].read, work / "input")
+        grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        if grown > GROWTH_BYTES:
+            outcome, detail = "MEMORY", f"{grown / 1e6:.0f} MB"
+        strays = [*root.iterdir(), *work.iterdir(), *Path(tempfile.gettempdir()).glob("evil*")]
+        if {path.name for path in strays} != {"seeds", "work", "input"}:
+            outcome, detail = "OUTSIDE", ", ".join(map(str, strays))
+        if outcome.isupper():
+            shutil.rmtree(work / "input" / "target", ignore_errors=True)
+            shutil.copytree(work / "input", keep / f"{seed}-{number}", dirs_exist_ok=True)
+        print(json.dumps({"number": number, "outcome": outcome, "detail": detail}), flush=True)
+        shutil.rmtree(work)
 
 
 def outcome_of(read: Callable[[Path], Any], folder: Path) -> tuple[str, str]:
@@ -525,16 +598,20 @@ def outcome_of(read: Callable[[Path], Any], folder: Path) -> tuple[str, str]:
     return "read", ""
 
 
-def fuzz(n_inputs: int, seed: int, keep: Path, *, progress: bool = False) -> dict[int, dict[str, str]]:
-    """What became of some inputs, by their numbers."""
+def fuzz(
+    n_inputs: int, seed: int, keep: Path, *, minutes: float = float("inf"), progress: bool = False
+) -> dict[int, dict[str, str]]:
+    """What became of some inputs, by their numbers; after so many minutes no more are begun."""
     found: dict[int, dict[str, str]] = {}
     left = list(range(n_inputs))
-    while left:
+    end = time.monotonic() + 60 * minutes
+    while left and time.monotonic() < end:
         found |= Child(seed, left[:500], keep).run()
         left = [number for number in left if number not in found]
         if progress:
             finds = sum(one["outcome"].isupper() for one in found.values())
-            print(f"{len(found)} inputs, {finds} finds", flush=True)
+            kinds = sorted({one["outcome"] for one in found.values() if one["outcome"].isupper()})
+            print(f"{len(found)} inputs, {finds} finds {' '.join(kinds)}", flush=True)
     return found
 
 
@@ -543,13 +620,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=20000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no more inputs after that")
     parser.add_argument("--keep", type=Path, default=Path("fuzz-finds"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child is not None:
-        child(*json.loads(asked.child), asked.keep)
+        seed, numbers, root = json.loads(asked.child)
+        child(seed, numbers, Path(root), asked.keep)
         return
-    found = fuzz(asked.inputs, asked.seed, asked.keep, progress=True)
+    found = fuzz(asked.inputs, asked.seed, asked.keep, minutes=asked.minutes, progress=True)
     counts = Counter((kind_of(number), one["outcome"]) for number, one in found.items())
     outcomes = sorted({outcome for _, outcome in counts})
     print("| kind | " + " | ".join(outcomes) + " |\n" + "|---" * (len(outcomes) + 1) + "|")

@@ -101,7 +101,11 @@ def test_a_file_that_the_hdf5_library_gets_stuck_on_is_given_up(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "told"), [("import time; time.sleep(60)", "gets stuck on it"), ("import os; os.abort()", "crashes on it")]
+    ("code", "told"),
+    [
+        ("import time; print(flush=True); time.sleep(60)", "gets stuck on it"),
+        ("import os; os.abort()", "crashes on it"),
+    ],
 )
 def test_what_the_hdf5_library_does_to_a_process_stays_there(tmp_path, monkeypatch, code, told):
     monkeypatch.setattr(hdf5_stream, "LOOK", code)

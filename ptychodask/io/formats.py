@@ -27,6 +27,12 @@ CONTAINERS = {
 }
 """First bytes of a file -> module and class that opens it."""
 
+UNPACKED_AT_MOST = 1000
+"""Times that a file is larger than its bzip2, at the most: patterns almost without light come close."""
+
+SMALL_BYTES = 2**26
+"""Files up to this size are unpacked whatever packed them so well."""
+
 MATLAB_HEADER_BYTES = 512
 """A MATLAB 7.3 file is HDF5 behind a header of this length."""
 
@@ -72,10 +78,16 @@ def open_container(path: Path, scratch: Path, stack: ExitStack) -> Container:
 
 def _unbzipped(path: Path, scratch: Path, stack: ExitStack) -> IO[bytes]:
     file = stack.enter_context(scratch_file(scratch, 0, f"{path}: unpacking bzip2"))
+    n_bytes = path.stat().st_size
     with reading(str(path)), bz2.open(path) as packed:
         while piece := packed.read(BLOCK_BYTES):
             with writing_scratch(scratch):
                 file.write(piece)
+            if file.tell() > max(SMALL_BYTES, UNPACKED_AT_MOST * n_bytes):
+                raise PtychodaskError(
+                    f"{path}: {n_bytes} bytes unpack to more than {UNPACKED_AT_MOST} times as many; it does not hold "
+                    "what is measured: unpack it yourself if you trust it"
+                )
     with writing_scratch(scratch):
         file.seek(0)
     return file

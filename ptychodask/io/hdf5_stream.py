@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import select
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from math import prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,7 +19,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.io.npy_stream import reading
+from ptychodask.io.npy_stream import check_whole, reading
 from ptychodask.io.raw import block_ranges, runs
 from ptychodask.io.source import Frames, frame_axes, missing_key, pattern_axes
 from ptychodask.scan import PtychodaskError
@@ -28,10 +32,13 @@ with suppress(ImportError):
 STUCK_S = 5.0
 """How long the HDF5 library may take for one object of a file."""
 
+START_S = 120.0
+"""How long a process may take to start, on a busy machine or from a slow disk."""
+
 LOOK = """
 import sys
-print(flush=True)
 import h5py
+print(flush=True)
 
 def look(name, item):
     print(flush=True)
@@ -39,19 +46,33 @@ def look(name, item):
         item.shape, item.dtype, item.chunks
     dict(item.attrs)
 
+def follow(name, link):
+    if isinstance(link, h5py.ExternalLink):
+        try:
+            look(name, file[name])
+        except (KeyError, OSError):
+            pass  # it leads nowhere
+
 try:
-    print(flush=True)
-    with h5py.File(sys.argv[1], "r") as file:
+    with h5py.File(sys.argv[1] if len(sys.argv) > 1 else sys.stdin.buffer, "r") as file:
         look("", file)
         file.visititems(look)
+        file.visititems_links(follow)
 except Exception:
     pass  # who reads the file will say what is wrong with it
 """
 """What a process of its own does with a file, a line for each object."""
 
 
-def look_from_afar(path: Path, where: str) -> None:
-    """Walk through the objects of an HDF5 file in a process of its own.
+def look_from_afar(file: IO[bytes], where: str) -> None:
+    """Walk through the objects of an HDF5 file, and those that its links lead to, in a process of its own.
+
+    Parameters
+    ----------
+    file : binary file
+        On disk, with a name or without one; it may be anywhere after that.
+    where : str
+        Its name, for messages.
 
     Raises
     ------
@@ -59,25 +80,43 @@ def look_from_afar(path: Path, where: str) -> None:
         If the HDF5 library gets stuck on the file or crashes, which damaged ones make it do: no Python code could stop
         that in this process.
     """
+    # Links to files beside it are followed from its name.
+    named = [file.name] if isinstance(file.name, str) else []
+    file.seek(0)
     with subprocess.Popen(
-        [sys.executable, "-P", "-c", LOOK, str(path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-P", "-c", LOOK, *named], stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as child:
         assert child.stdout is not None
+        patience_s = START_S
         while True:
-            ready, _, _ = select.select([child.stdout], [], [], STUCK_S)
+            ready, _, _ = select.select([child.stdout], [], [], patience_s)
             if not ready:
                 child.kill()
                 raise PtychodaskError(f"{where}: the HDF5 library gets stuck on it; the file is damaged: copy it again")
             if not os.read(child.stdout.fileno(), 2**16):
                 break
+            patience_s = STUCK_S
+    # The process moved the place in the file that both share; from its end on, Python asks for it again.
+    file.seek(0, os.SEEK_END)
     if child.returncode < 0:
         raise PtychodaskError(
             f"{where}: the HDF5 library crashes on it (signal {-child.returncode}); the file is damaged: copy it again"
         )
 
 
+def look_into(content: bytes, where: str) -> None:
+    """As `look_from_afar`, for a file in memory."""
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        look_from_afar(file, where)
+
+
 SMALL_BYTES = 2**26
 """Arrays up to this size are read whatever is stored of them: HDF5 leaves out what was never written."""
+
+LARGEST_CHUNK = 2**29
+"""Bytes of the largest chunk of frames that is read: one frame of it needs all of it in memory."""
 
 COMPRESSED_AT_MOST = 2**16
 """Times that a dataset is larger than what is stored of it, at the most: a frame without light packs well."""
@@ -100,8 +139,7 @@ class Hdf5File:
 
     def __init__(self, file: IO[bytes], where: str, scratch: Path, stack: ExitStack) -> None:
         self.where = where
-        if isinstance(file.name, str):
-            look_from_afar(Path(file.name), where)
+        look_from_afar(file, where)
         with reading(where):
             # By its name where it has one, so that links to files beside it are followed.
             self._file = stack.enter_context(h5py.File(file.name if isinstance(file.name, str) else file, "r"))
@@ -128,7 +166,8 @@ class Hdf5File:
         where = f"{self.where}[{key}]"
         if self.dtype(key).hasobject:
             raise PtychodaskError(f"{where}: holds text or references, expected numbers")
-        check_claim(self._dataset(key), where)
+        dataset = self._dataset(key)
+        check_whole((dataset.size or 0) * dataset.dtype.itemsize, check_claim(dataset, where), where)
         with reading(where):
             return np.asarray(self._dataset(key)[()]).astype(self.dtype(key), copy=False)
 
@@ -138,6 +177,11 @@ class Hdf5File:
             raise PtychodaskError(f"{self.where}[{key}]: values have type {dataset.dtype}, expected numbers")
         where = f"{self.where}[{key}]"
         check_claim(dataset, where)
+        if dataset.chunks is not None and (chunk := prod(dataset.chunks) * dataset.dtype.itemsize) > LARGEST_CHUNK:
+            raise PtychodaskError(
+                f"{where}: is stored in chunks of {dataset.chunks}, {chunk} bytes each; "
+                f"expected at most {LARGEST_CHUNK}: store it in smaller ones (h5repack -l CHUNK=...)"
+            )
         return _DatasetFrames(dataset, pattern_axes(self.shape(key), where, last=pattern_last), where, pattern_last)
 
     def _dataset(self, key: str) -> h5py.Dataset:
@@ -150,17 +194,40 @@ class Hdf5File:
         return dataset
 
 
-def check_claim(dataset: h5py.Dataset, where: str) -> None:
-    """Raise `PtychodaskError` where a dataset is larger than what is stored of it can become."""
+def check_claim(dataset: h5py.Dataset, where: str) -> int:
+    """Bytes that are stored of a dataset.
+
+    Raises
+    ------
+    PtychodaskError
+        Where it is larger than they can become, or names files whose bytes, of whatever kind, shall be its values.
+    """
     with reading(where):
-        if dataset.is_virtual or dataset.external:
-            return
-        claimed, stored = (dataset.size or 0) * dataset.dtype.itemsize, dataset.id.get_storage_size()
+        if dataset.external:
+            raise PtychodaskError(
+                f"{where}: takes its values from the bytes of {dataset.external[0][0]!r}, which may be any file; "
+                "copy them into it (h5repack -f NONE)"
+            )
+        claimed = (dataset.size or 0) * dataset.dtype.itemsize
+        stored = _bytes_of_sources(dataset) if dataset.is_virtual else dataset.id.get_storage_size()
     if claimed > SMALL_BYTES and claimed > COMPRESSED_AT_MOST * stored:
         raise PtychodaskError(
             f"{where}: has shape {dataset.shape}, and the file holds {stored} of the {claimed} bytes that it claims; "
             "it was never written, or is truncated: copy it again"
         )
+    return stored
+
+
+def _bytes_of_sources(dataset: h5py.Dataset) -> int:
+    """Length of the files that a virtual dataset is made of, together."""
+    beside = Path(os.fsdecode(dataset.file.filename)).parent
+    names = {source.file_name for source in dataset.virtual_sources()}
+    # A name with %b in it stands for as many files as there are; one that is not found as it is, is looked for beside.
+    patterns = {re.sub("%[0-9]*b", "*", glob.escape(name)) for name in names if name != "."}
+    places = {str(beside / place) for pattern in patterns for place in (pattern, Path(pattern).name)}
+    found = {path for place in places for path in glob.iglob(place) if os.path.isfile(path)}
+    own = dataset.file.id.get_filesize() if "." in names else 0
+    return own + sum(os.path.getsize(path) for path in found)
 
 
 class _DatasetFrames:

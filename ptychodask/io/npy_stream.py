@@ -32,6 +32,13 @@ from ptychodask.scan import PtychodaskError
 DEFLATE_LIMIT = 1032
 """A deflated byte stands for this many bytes at most (zlib's technical notes)."""
 
+WHOLE_BYTES = 2**27
+"""Arrays up to this size are read whole, however small the file makes them."""
+
+WHOLE_PACKED_AT_MOST = 100
+"""Times that a larger array that is read whole exceeds its bytes in the file, at the most: measured numbers hardly
+pack."""
+
 _DAMAGE = (
     OSError,
     EOFError,
@@ -119,6 +126,24 @@ def read_header(stream: IO[bytes], n_bytes: int, where: str) -> NpyHeader:
     return header
 
 
+def check_whole(n_bytes: int, stored_bytes: int, where: str) -> None:
+    """Raise `PtychodaskError` where so much would be read into memory from so little of a file that it is a bomb."""
+    if n_bytes > WHOLE_BYTES and n_bytes > WHOLE_PACKED_AT_MOST * stored_bytes:
+        raise PtychodaskError(
+            f"{where}: {n_bytes} bytes would be read from {stored_bytes} compressed ones; it does not hold what is "
+            "measured: make it again, or save it without compression"
+        )
+
+
+def check_member(member: zipfile.ZipInfo, file_bytes: int, where: str) -> None:
+    """Raise `PtychodaskError` where a member of an archive claims more than a file of a length can hold."""
+    if member.compress_size > file_bytes or member.file_size > DEFLATE_LIMIT * member.compress_size + 1024:
+        raise PtychodaskError(
+            f"{where}: {member.file_size} bytes cannot come from {member.compress_size} compressed ones "
+            f"in a file of {file_bytes}; the file is truncated or damaged: copy it again"
+        )
+
+
 def readopen_values(stream: IO[bytes], header: NpyHeader, where: str) -> NDArray[Any]:
     """All values behind a header, in native byte order; pickled objects are refused."""
     if header.dtype.hasobject:
@@ -155,7 +180,9 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     """
     with reading(str(path)), ExitStack() as stack:
         npz = NpzFile(stack.enter_context(path.open("rb")), str(path), path.parent, stack)
-        return {name: npz.array(name) for name in npz.keys()}  # noqa: SIM118 a container is no dict
+        names = npz.keys()
+        check_whole(sum(prod(npz.shape(name)) * npz.dtype(name).itemsize for name in names), npz.n_bytes, str(path))
+        return {name: npz.array(name) for name in names}
 
 
 class NpzFile:
@@ -185,6 +212,11 @@ class NpzFile:
         self._archive = archive
         self._headers: dict[str, NpyHeader] = {}
 
+    @property
+    def n_bytes(self) -> int:
+        """Length of the file."""
+        return self._file_bytes
+
     def keys(self) -> list[str]:
         return list(self._members)
 
@@ -199,6 +231,7 @@ class NpzFile:
 
     def array(self, key: str) -> NDArray[Any]:
         header, where = self._header(key), f"{self.where}[{key}]"
+        check_whole(header.n_bytes, self._members[key].compress_size, where)
         with self.open_values(key) as stream:
             return readopen_values(stream, header, where)
 
@@ -221,14 +254,7 @@ class NpzFile:
         require_keys(self, [key])
         if key not in self._headers:
             member, where = self._members[key], f"{self.where}[{key}]"
-            if (
-                member.compress_size > self._file_bytes
-                or member.file_size > DEFLATE_LIMIT * member.compress_size + 1024
-            ):
-                raise PtychodaskError(
-                    f"{where}: {member.file_size} bytes cannot come from {member.compress_size} compressed ones "
-                    f"in a file of {self._file_bytes}; the file is truncated or damaged: copy it again"
-                )
+            check_member(member, self._file_bytes, where)
             with reading(where), self._archive.open(member) as stream:
                 self._headers[key] = read_header(stream, member.file_size, where)
         return self._headers[key]

@@ -15,7 +15,7 @@ from ptychodask.folders import whole_or_nothing
 from ptychodask.io.npy_stream import read_npz
 from ptychodask.models.description import FORMAT, FORMAT_VERSION, MODEL, read_description, read_history
 from ptychodask.models.model import Model, hash_weights
-from ptychodask.models.networks import build_network
+from ptychodask.models.networks import bottom_weights, build_network
 from ptychodask.models.ptychopinn import ARCHIVE, PtychoPinnModel, holds_ptychopinn, read_ptychopinn
 from ptychodask.models.spec import ModelSpec, Optics
 from ptychodask.scan import PtychodaskError
@@ -114,6 +114,8 @@ def _load_bundle(path: Path) -> Model:
         ) from error
     stored = _read_arrays(path / "weights.npz")
     weights = [stored[name] for name in sorted(stored)]
+    if bottom_weights(spec) > sum(weight.size for weight in weights):
+        raise PtychodaskError(f"{path}: holds fewer weights than its spec asks for; train again")
     optics = _read_optics(path / "optics.npz", spec)
     expected = [tuple(weight.shape) for weight in build_network(spec, optics).weights]
     found = [weight.shape for weight in weights]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
-from ptychodask.folders import Form
+from ptychodask.folders import Form, read_json
 from ptychodask.scan import PtychodaskError
 
 FORMAT = "ptychodask-model"
@@ -25,7 +24,7 @@ def read_description(path: Path) -> dict[str, Any]:
         If it cannot be read, or is foreign or newer.
     """
     try:
-        description = json.loads((path / "model.json").read_text())
+        description = read_json(path / "model.json")
     except (OSError, ValueError) as error:
         raise PtychodaskError(f"{path}: model.json cannot be read ({error}); train again") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
@@ -53,5 +52,5 @@ def read_history(path: Path) -> list[dict[str, float]]:
     try:
         with path.open(newline="") as file:
             return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, csv.Error) as error:
         raise PtychodaskError(f"{path}: cannot be read ({error}); train again") from error

@@ -298,6 +298,11 @@ def encoder_layers(network: keras.Model) -> list[layers.Layer]:
     return [layer for layer in network.layers if layer.weights and layer.name.startswith(("down", "bottom"))]
 
 
+def bottom_weights(spec: ModelSpec) -> int:
+    """Numbers in the widest convolution of the U-Net of a spec, which are about a third of all that it has."""
+    return 9 * (BASE_FILTERS * spec.n_filters_scale * 2**spec.levels) ** 2
+
+
 def build_network(spec: ModelSpec, optics: Optics | Sequence[Optics], precision: Precision = "float32") -> keras.Model:
     """The network of a spec: (X, offsets) to patches (group, C, N, N, 2) at the members' positions.
 

@@ -26,10 +26,12 @@ import numpy as np
 from keras import layers, ops
 from numpy.typing import NDArray
 
+from ptychodask.io.hdf5_stream import look_into
+from ptychodask.io.npy_stream import check_member, check_whole
 from ptychodask.models.model import CompiledCall, check_n_pixels, compiled_call, one_line, predict_in_batches
 from ptychodask.models.networks import convolution_dtype
 from ptychodask.models.physics import ComplexPair, Tensor
-from ptychodask.models.spec import Precision
+from ptychodask.models.spec import BOUNDS, Precision
 from ptychodask.scan import PtychodaskError, Scan
 
 ARCHIVE = "wts.h5.zip"
@@ -178,8 +180,11 @@ def read_ptychopinn(path: str | Path) -> PtychoPinnModel:
 def _read_model(source: Path) -> PtychoPinnModel:
     parts = _read_folder(source) if source.is_dir() else _read_archive(source)
     with zipfile.ZipFile(io.BytesIO(parts["model.keras"])) as archive:
-        config = json.loads(_member(archive, "config.json", source))
-        weights_file = _member(archive, "model.weights.h5", source)
+        n_bytes = len(parts["model.keras"])
+        config = json.loads(_member(archive, "config.json", n_bytes, source))
+        weights_file = _member(archive, "model.weights.h5", n_bytes, source)
+    for name, content in (("model.weights.h5", weights_file), ("model.h5", parts["model.h5"])):
+        look_into(content, f"{source}[{name}]")
     entries = _layers(config, source)
     n_pixels, members = _input_shape(entries, source)
     weights = _read_weights(weights_file, entries, source)
@@ -206,7 +211,10 @@ def _read_archive(source: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(source) as archive:
         inside = [name for name in archive.namelist() if name.startswith(f"{MODEL_FOLDER}/")]
         _check_format({name.removeprefix(f"{MODEL_FOLDER}/").split("/")[0] for name in inside}, source)
-        return {name: _member(archive, f"{MODEL_FOLDER}/{name}", source) for name in ("model.keras", "model.h5")}
+        n_bytes = source.stat().st_size
+        return {
+            name: _member(archive, f"{MODEL_FOLDER}/{name}", n_bytes, source) for name in ("model.keras", "model.h5")
+        }
 
 
 def _read_folder(source: Path) -> dict[str, bytes]:
@@ -229,9 +237,12 @@ def _check_format(names: set[str], source: Path) -> None:
     )
 
 
-def _member(archive: zipfile.ZipFile, name: str, source: Path) -> bytes:
-    """One member, in memory: nothing is unpacked to disk, so no name in an archive leads anywhere."""
-    _check_size(archive.getinfo(name).file_size, name, source)
+def _member(archive: zipfile.ZipFile, name: str, n_bytes: int, source: Path) -> bytes:
+    """One member of an archive of so many bytes, in memory: nothing goes to disk, so no name in it leads anywhere."""
+    member = archive.getinfo(name)
+    check_member(member, n_bytes, f"{source}[{name}]")
+    check_whole(member.file_size, member.compress_size, f"{source}[{name}]")
+    _check_size(member.file_size, name, source)
     return archive.read(name)
 
 
@@ -292,10 +303,12 @@ def _input_shape(entries: list[PtychoPinnLayer], source: Path) -> tuple[int, int
         shapes != [[None, n_pixels, n_pixels, members], [None, 1, 2, members]]
         or n_pixels % 4
         or n_pixels > LARGEST_PATTERN
+        or members > BOUNDS["members"][1]
     ):
         raise PtychodaskError(
             f"{source}: its network takes {shapes}, expected patterns (group, N, N, C) and offsets (group, 1, 2, C), "
-            f"N divisible by 4 and at most {LARGEST_PATTERN}; pass the model that PtychoPINN saved for inference"
+            f"N divisible by 4 and at most {LARGEST_PATTERN}, C at most {BOUNDS['members'][1]}; pass the model that "
+            "PtychoPINN saved for inference"
         )
     return n_pixels, members
 
@@ -385,11 +398,23 @@ def build_ptychopinn(model: PtychoPinnModel, precision: Precision = "float32") -
     for entry in model.layers:
         inputs = [next(given)] if entry.kind == "InputLayer" else [values[name] for name in entry.inputs]
         arguments = {"dtype": dtype} if entry.kind in OF_PRECISION else {}
+        if entry.name in model.weights:
+            _check_channels(entry, model.weights[entry.name][0].shape[-2], inputs[0].shape[-1])
         values[entry.name] = BUILDERS[entry.kind](entry, *inputs, **arguments)
     network = keras.Model([x, offset], values[model.layers[-1].name], name="ptychopinn")
     for name, arrays in model.weights.items():
         network.get_layer(name).set_weights(arrays)
     return network
+
+
+def _check_channels(entry: PtychoPinnLayer, stored: int, given: int) -> None:
+    """Raise `PtychodaskError` unless a convolution's weights are for the channels that it is given: Keras would take
+    memory for as many as it is given."""
+    if stored * entry.config["groups"] != given:
+        raise PtychodaskError(
+            f"model: layer '{entry.name}' is given {given} channels, expected {entry.config['groups']} groups of "
+            f"{stored} as its weights are; copy the archive again"
+        )
 
 
 class GroupReassembly(layers.Layer):

@@ -71,8 +71,9 @@ class ModelSpec:
             raise PtychodaskError(
                 f"model: n_pixels is {self.n_pixels}, not divisible by 2**levels = {2**self.levels}; pass fewer levels"
             )
-        if not (np.isfinite(self.object_amplitude) and self.object_amplitude > 0):
-            raise PtychodaskError(f"model: object_amplitude is {self.object_amplitude}, expected a positive number")
+        amplitude = self.object_amplitude
+        if not (isinstance(amplitude, int | float | np.number) and np.isfinite(amplitude) and amplitude > 0):
+            raise PtychodaskError(f"model: object_amplitude is {amplitude!r}, expected a positive number")
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ptychodask.folders import LEDGER
+from ptychodask.folders import LEDGER, from_json
 from ptychodask.scan import PtychodaskError
 
 FORMAT = "ptychodask-ledger"
@@ -95,7 +95,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         text, _, checksum = line.rpartition("\t")
         if checksum == f"{zlib.crc32(text.encode(errors='replace')):08x}":
-            records.append(json.loads(text))
+            records.append(from_json(text))
     return records or [{}]
 
 

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.folders import from_json, read_json
+from ptychodask.io.npy_stream import read_npz
 from ptychodask.scan import PtychodaskError
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class Checkpoint:
         if not path.is_file():
             return
         try:
-            found = json.loads(path.read_text())
+            found = read_json(path)
             differences = _differences(found, self._identity)
         except (OSError, ValueError, AttributeError) as error:
             raise self._damaged(path, error) from error
@@ -139,14 +140,14 @@ class Checkpoint:
         if not path.is_file():
             return None
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-            state = json.loads(str(arrays.pop("state")))
+            arrays = read_npz(path)
+            state = from_json(str(arrays.pop("state")))
             kinds = {kind: [arrays[n] for n in sorted(arrays) if n.startswith(kind)] for kind in ARRAY_KINDS}
             snapshot = Snapshot(state, **kinds)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            n_epochs = len(state["log"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(path, error) from error
-        logger.info("%s: goes on after epoch %d", self.folder, len(state["log"]))
+        logger.info("%s: goes on after epoch %d", self.folder, n_epochs)
         return snapshot
 
     def _damaged(self, path: Path, error: Exception) -> PtychodaskError:
