@@ -13,7 +13,7 @@ from zarr.codecs import Crc32cCodec
 
 from ptychodask.folders import Form
 from ptychodask.scan import PtychodaskError
-from ptychodask.store import check_array, naming_damage, open_root
+from ptychodask.store import check_codecs, naming_damage, open_root
 
 FILL_AGAIN = "remove the cache and fill it again"
 """The way out where a cache is damaged."""
@@ -87,7 +87,7 @@ class StoredPatches:
         with naming_damage(path, "cannot be opened", FILL_AGAIN):
             array = zarr.open_group(path, mode="r+", zarr_format=3)["patches"]
             assert isinstance(array, zarr.Array)
-            check_array(array, path, FILL_AGAIN)
+            check_codecs(array, path, FILL_AGAIN)
         self._array = array
 
     def write(self, start: int, patches: NDArray[np.complex64]) -> int:

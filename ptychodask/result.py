@@ -21,7 +21,7 @@ import ptychodask
 from ptychodask.display import Markup, card, image
 from ptychodask.folders import Form, whole_or_nothing
 from ptychodask.scan import PtychodaskError
-from ptychodask.store import check_array, naming_damage, open_root
+from ptychodask.store import check_codecs, check_stored, naming_damage, open_root
 
 FORMAT = "ptychodask-result"
 FORMAT_VERSION = 1
@@ -370,7 +370,7 @@ def halve(
 def _array(group: zarr.Group, name: str) -> zarr.Array:
     array = group[name]
     assert isinstance(array, zarr.Array)
-    check_array(array, group.store_path.store.root, AGAIN)  # type: ignore[attr-defined]
+    check_codecs(array, group.store_path.store.root, AGAIN)  # type: ignore[attr-defined]
     return array
 
 
@@ -426,12 +426,18 @@ def open_result(path: str | Path, level: int = 0) -> xr.Dataset:
 
 def _check_arrays(group: zarr.Group, where: Path) -> None:
     """Raise `PtychodaskError` unless xarray can open the arrays of a group without harm."""
-    for name, array in group.arrays():
-        check_array(array, where, AGAIN)
+    arrays = dict(group.arrays())
+    for name, array in arrays.items():
+        check_codecs(array, where, AGAIN)
+        if array.ndim == 1:
+            # Coordinates are read at once.
+            check_stored([array], array.nbytes, where, AGAIN)
         if max(map(floordiv, array.shape, array.chunks), default=0) > MOST_TILES:
             raise PtychodaskError(
                 f"{where}: array '{name}' has shape {array.shape} in chunks of {array.chunks}; {AGAIN}"
             )
+    # All together, for pixels that no pattern reached have no file, and counts pack well.
+    check_stored(list(arrays.values()), sum(array.nbytes for array in arrays.values()), where, AGAIN)
 
 
 def _check_whole(where: Path, root: zarr.Group, stored: Any) -> None:

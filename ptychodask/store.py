@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -669,14 +669,18 @@ def _check_attributes(attributes: dict[str, Any], where: str) -> None:
 def _array(root: zarr.Group, name: str, where: str) -> zarr.Array:
     with naming_damage(where, f"array '{name}' cannot be opened", INGEST_AGAIN):
         array = root.get(name)
-    if not isinstance(array, zarr.Array):
-        raise PtychodaskError(f"{where}: array '{name}' is missing; {INGEST_AGAIN}")
-    check_array(array, where, INGEST_AGAIN)
+        if not isinstance(array, zarr.Array):
+            raise PtychodaskError(f"{where}: array '{name}' is missing; {INGEST_AGAIN}")
+        check_codecs(array, where, INGEST_AGAIN)
+        # The rows of a table are compared with the patterns: zeros of all experiments alike have no file.
+        of_patterns = array.ndim == 1 and array.metadata.dimension_names == ("pattern",)  # type: ignore[union-attr]
+        sides = array.chunks if of_patterns else map(max, array.shape, array.chunks)
+        check_stored([array], prod(sides) * array.dtype.itemsize, where, INGEST_AGAIN)
     return array
 
 
-def check_array(array: zarr.Array, where: str | Path, way_out: str) -> None:
-    """Raise `PtychodaskError` unless an array can be read without harm, whoever wrote it.
+def check_codecs(array: zarr.Array, where: str | Path, way_out: str) -> None:
+    """Raise `PtychodaskError` unless an array holds numbers and nothing else, whoever wrote it.
 
     Parameters
     ----------
@@ -687,8 +691,7 @@ def check_array(array: zarr.Array, where: str | Path, way_out: str) -> None:
 
     Notes
     -----
-    A group of format 3 may list arrays of format 2, whose codecs unpickle what they read: those of `CODECS` alone are
-    run. What an array claims is compared with its files, for Zarr reads a missing one as so many fill values.
+    A group of format 3 may list arrays of format 2, whose codecs unpickle what they read. None but `CODECS` are run.
     """
     what = f"{where}: array '{array.path}'"
     metadata = array.metadata
@@ -703,13 +706,29 @@ def check_array(array: zarr.Array, where: str | Path, way_out: str) -> None:
     sides = array.chunks + (array.shards or ())
     if min(sides, default=1) < 1 or max(map(floordiv, array.shape, array.chunks), default=0) > MOST_CHUNKS:
         raise PtychodaskError(f"{what} has shape {array.shape} in chunks of {array.chunks}; {way_out}")
-    # The rows of a table are compared with the patterns: zeros of all experiments alike have no file.
-    of_patterns = array.ndim == 1 and metadata.dimension_names == ("pattern",)
-    claimed = prod(array.chunks if of_patterns else map(max, array.shape, array.chunks)) * array.dtype.itemsize
-    if claimed > SMALL_BYTES and not _is_stored(array, claimed // PACKED_AT_MOST):
-        raise PtychodaskError(
-            f"{what} has shape {array.shape} in chunks of {array.chunks}, more than its files can hold; {way_out}"
-        )
+
+
+def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, where: str | Path, way_out: str) -> None:
+    """Raise `PtychodaskError` where the files of some arrays, together, cannot hold what the arrays claim.
+
+    Parameters
+    ----------
+    arrays : sequence of zarr.Array
+        Written and finished: Zarr reads a missing file as so many fill values.
+    claimed_bytes : int
+        What would be read of them.
+    where : path
+        Their store, for messages.
+    way_out : str
+    """
+    if claimed_bytes <= SMALL_BYTES:
+        return
+    folders = [Path(array.store_path.store.root) / array.path for array in arrays]  # type: ignore[attr-defined]
+    sizes = (path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    # No more files are looked at than it takes.
+    if all(total < claimed_bytes // PACKED_AT_MOST for total in accumulate(sizes)):
+        told = ", ".join(f"'{array.path}' of shape {array.shape} in chunks of {array.chunks}" for array in arrays)
+        raise PtychodaskError(f"{where}: array {told} is more than its files can hold; {way_out}")
 
 
 def _codec_names(described: Any) -> set[str]:
@@ -718,13 +737,6 @@ def _codec_names(described: Any) -> set[str]:
         return set().union(*map(_codec_names, described))
     inner = described.get("configuration", {})
     return {str(described["name"])} | _codec_names([*inner.get("codecs", ()), *inner.get("index_codecs", ())])
-
-
-def _is_stored(array: zarr.Array, n_bytes: int) -> bool:
-    """Whether the files of an array have so many bytes, in all; no more of them are looked at than that takes."""
-    folder = Path(array.store_path.store.root) / array.path  # type: ignore[attr-defined]
-    sizes = (path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return any(total >= n_bytes for total in accumulate(sizes))
 
 
 def _read(root: zarr.Group, name: str, where: str) -> NDArray[Any]:

@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -331,6 +332,8 @@ def mutate(folder: Path, rng: np.random.Generator) -> None:
             mutate_zip(path, rng)
         elif path.suffix in (".h5", ".cxi") and roll < 0.4:
             mutate_hdf5(path, rng)
+        elif path.suffix == ".jsonl" and roll < 0.6:
+            mutate_ledger(path, rng)
         elif path.suffix == ".bz2" and roll < 0.8:
             mutate_packed(path, rng)
         elif len(files) > 1 and roll > 0.95:
@@ -401,6 +404,21 @@ def mutate_json(path: Path, rng: np.random.Generator) -> None:
         # The first key again, as another value: readers may take the one or the other.
         text = "{" + json.dumps(next(iter(document))) + ": 7, " + text[1:]
     path.write_text(text)
+
+
+def mutate_ledger(path: Path, rng: np.random.Generator) -> None:
+    """Change what a line of a ledger says, its checksum right."""
+    lines = [line for line in path.read_text(errors="replace").splitlines() if "\t" in line]
+    if not lines:
+        return
+    number = int(rng.integers(len(lines)))
+    record = path.with_suffix(".json")
+    record.write_text(lines[number].rpartition("\t")[0], errors="replace")
+    mutate_json(record, rng)
+    text = record.read_bytes().decode(errors="replace")
+    lines[number] = f"{text}\t{zlib.crc32(text.encode(errors='replace')):08x}"
+    path.write_text("\n".join(lines) + "\n", errors="replace")
+    record.unlink()
 
 
 def mutate_zip(path: Path, rng: np.random.Generator) -> None:

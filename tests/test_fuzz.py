@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 
+from ptychodask.folders import LEDGER
 from ptychodask.io import hdf5_stream, ingest
 from ptychodask.models import ModelSpec, Optics, load_model, untrained_model
 from ptychodask.models.bundle import save_model
+from ptychodask.models.description import read_history
+from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import create_result, finish_result, open_result
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
+from ptychodask.training.checkpoint import Checkpoint, Snapshot
 
 ROOT = Path(__file__).parents[1]
 
@@ -114,6 +121,51 @@ def test_what_the_hdf5_library_does_to_a_process_stays_there(tmp_path, monkeypat
     h5py.File(path, "w").close()
     with pytest.raises(PtychodaskError, match=rf"source\.h5: the HDF5 library {told}"):
         ingest(path, tmp_path / "scan.zarr", keys={"diffraction": "d", "position": "p"}, domain="counts", units="px")
+
+
+@pytest.mark.parametrize("amplitude", [[], [1.0], None, "1", float("nan")])
+def test_a_bundle_whose_amplitude_is_no_number_is_refused(tmp_path, amplitude):
+    with pytest.raises(PtychodaskError, match=r"object_amplitude is .*, expected a positive number"):
+        ModelSpec(object_amplitude=amplitude)
+
+
+@pytest.mark.parametrize("name", ["probe", "y_px", "truth"])
+def test_an_array_in_chunks_of_nothing_is_refused(tmp_path, name):
+    scan = tmp_path / "scan.zarr"
+    simulate(scan, n_pixels=16, n_patterns=20, step_px=3.0, progress=False)
+    root = json.loads((scan / "zarr.json").read_text())
+    grid = root["consolidated_metadata"]["metadata"][name]["chunk_grid"]["configuration"]
+    grid["chunk_shape"] = [0] * len(grid["chunk_shape"])
+    (scan / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(PtychodaskError, match=rf"'{name}'.*in chunks of \(0"):
+        open_scan(scan)
+
+
+def test_a_history_of_one_endless_number_is_refused(tmp_path):
+    (tmp_path / "history.csv").write_text("epoch,loss\n1," + "9" * 200_000 + "\n")
+    with pytest.raises(PtychodaskError, match=r"field larger than field limit"):
+        read_history(tmp_path / "history.csv")
+
+
+def test_a_checkpoint_that_claims_what_it_does_not_hold_is_refused(tmp_path):
+    checkpoint = Checkpoint(tmp_path / "net.model", {})
+    checkpoint.write(Snapshot({"log": [{"epoch": 1}]}, [np.ones(3)], [np.ones(3)], [np.ones(3)]))
+    path = checkpoint.folder / "state.npz"
+    path.write_bytes(path.read_bytes().replace(b"'shape': (3,), }", b"'shape':(9**9,)}", 1))
+    with pytest.raises(PtychodaskError, match=r"state\.npz.*cannot be read .*start again"):
+        checkpoint.begin(resume=True, overwrite=False)
+
+
+@pytest.mark.parametrize("line", ["7", "[]", '{"kind": "tile"}', '{"kind": "tile", "index": "x"}', "{"])
+def test_a_ledger_of_strange_lines_is_refused_or_read_without_them(tmp_path, line):
+    ledger = Ledger(tmp_path, {})
+    ledger.add("tile", 0, {})
+    path = tmp_path / LEDGER
+    path.write_text(path.read_text() + f"{line}\t{zlib.crc32(line.encode()):08x}\n")
+    again = Ledger(tmp_path, {})
+    with suppress(PtychodaskError):
+        again.read()
+    assert list(again.tiles) == [0]
 
 
 def test_an_archive_whose_header_does_not_end_is_refused(tmp_path):

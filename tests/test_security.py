@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import bz2
 import io
 import json
 import marshal
@@ -11,23 +12,31 @@ import pickle
 import resource
 import shutil
 import zipfile
+import zlib
+from contextlib import suppress
 
 import h5py
+import numcodecs.pickles
 import numpy as np
 import pytest
+import zarr
 from models_for_tests import LinearModel
-from test_ptychopinn_bundle import layer, members_of, small_network
+from test_ptychopinn_bundle import convolution, layer, members_of, small_network, small_weights
 
-from ptychodask import cli
-from ptychodask.io import ingest, read_foreign_result
+from ptychodask import cli, store
+from ptychodask.folders import LEDGER
+from ptychodask.io import hdf5_stream, ingest, npy_stream, read_foreign_result
 from ptychodask.models import ModelSpec, Optics, load_model, untrained_model
 from ptychodask.models.bundle import save_model
-from ptychodask.patches import StoredPatches
+from ptychodask.patches import StoredPatches, create_patches
 from ptychodask.reconstruction import reconstruct
+from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import open_result
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
+from ptychodask.study import read_study
+from ptychodask.training.checkpoint import Checkpoint
 
 GIB = 2**30
 
@@ -173,23 +182,338 @@ def edit(path, change):
     path.write_text(json.dumps(document))
 
 
-@pytest.mark.parametrize("codec", ["numcodecs.pickle", "pickle", "vlen-bytes", "numcodecs.json2"])
-def test_a_pickle_codec_in_a_store_is_not_run(tmp_path, canary, codec):
-    scan = tmp_path / "scan.zarr"
+def edit_array(path, name, change):
+    """Change what a store says of an array, at the array and at the root."""
+    edit(path / name / "zarr.json", change)
+
+    def change_root(root):
+        listed = root.get("consolidated_metadata", {}).get("metadata", {})
+        if name in listed:
+            change(listed[name])
+
+    edit(path / "zarr.json", change_root)
+
+
+@pytest.fixture
+def stores(tmp_path):
+    """A scan, a result with a pyramid and a cache of patches."""
+    scan, out, cache = (tmp_path / name for name in ("scan.zarr", "object.zarr", "patches.zarr"))
     simulate(scan, n_pixels=16, n_patterns=20, step_px=3.0, progress=False)
-    for name in ("y_px", "diffraction"):
-        shutil.copytree(scan, tmp_path / f"{name}.zarr")
-        array = tmp_path / f"{name}.zarr" / name
+    reconstruct(scan, LinearModel(), out=out, cache=cache, pyramid=True, progress=False)
+    return {"scan": scan, "result": out, "cache": cache}
 
-        def put(document):
-            document["codecs"] = [{"name": codec, "configuration": {"protocol": 4}}]
 
-        edit(array / "zarr.json", put)
-        edit(tmp_path / f"{name}.zarr" / "zarr.json", lambda document: document["attributes"])
-        for chunk in (path for path in (array / "c").rglob("*") if path.is_file()):
-            chunk.write_bytes(pickle.dumps(Evil(canary)))
-        with pytest.raises(PtychodaskError):
-            open_scan(tmp_path / f"{name}.zarr").diffraction[slice(None)]
+def read_all(kind, path):
+    if kind == "scan":
+        open_scan(path).diffraction[slice(None)]
+    elif kind == "result":
+        open_result(path).ptycho.compute()
+    else:
+        StoredPatches(path).read(0, 20)
+
+
+EVERY_ARRAY = [
+    *[("scan", name) for name in ("diffraction", "y_px", "probe", "scan_index", "truth")],
+    *[("result", name) for name in ("object", "weight", "count", "y")],
+    ("cache", "patches"),
+]
+
+
+@pytest.mark.parametrize("codec", ["numcodecs.pickle", "pickle", "vlen-bytes", "numcodecs.json2"])
+@pytest.mark.parametrize(("kind", "name"), EVERY_ARRAY)
+def test_a_codec_that_makes_objects_is_not_run(stores, canary, kind, name, codec):
+    edit_array(stores[kind], name, lambda document: document.update(codecs=[{"name": codec, "configuration": {}}]))
+    for chunk in (path for path in (stores[kind] / name / "c").rglob("*") if path.is_file()):
+        chunk.write_bytes(pickle.dumps(Evil(canary)))
+    with pytest.raises(PtychodaskError):
+        read_all(kind, stores[kind])
+
+
+def as_format_2(path, name, canary):
+    """Let the root of a store say that an array is of Zarr format 2 and pickled, and pickle it."""
+    shape = json.loads((path / name / "zarr.json").read_text())["shape"]
+    array = {"zarr_format": 2, "shape": shape, "chunks": shape, "order": "C", "dimension_separator": "."}
+    array |= {"dtype": "|O", "fill_value": "", "attributes": {}, "compressor": None}
+    array["filters"] = [{"id": "vlen-utf8"}, {"id": "pickle"}]
+    (path / name / ".zarray").write_text(json.dumps(array))
+    listed = {"kind": "inline", "must_understand": False, "metadata": {}}
+    edit(
+        path / "zarr.json",
+        lambda root: root.setdefault("consolidated_metadata", listed)["metadata"].update({name: array}),
+    )
+    (path / name / ".".join("0" * len(shape))).write_bytes(pickle.dumps(Evil(canary)))
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY_ARRAY)
+def test_an_array_of_zarr_format_2_whose_filter_unpickles_is_not_read(
+    stores, canary, kind, name, monkeypatch, tmp_path
+):
+    # Later numcodecs ask before they unpickle; earlier ones, which Zarr takes as well, do not.
+    monkeypatch.setattr(numcodecs.pickles, "ALLOW_UNSAFE_PICKLE_DECODE", True, raising=False)
+    proof = tmp_path / "unpickled"
+    as_format_2(stores[kind], name, proof)
+    with suppress(Exception):
+        zarr.open_group(stores[kind], mode="r", zarr_format=3)[name][...]
+    assert proof.exists(), "Zarr itself unpickles it"
+    as_format_2(stores[kind], name, canary)
+    with pytest.raises(PtychodaskError, match=r"is of Zarr format 2, expected 3"):
+        read_all(kind, stores[kind])
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize(("kind", "name"), EVERY_ARRAY)
+@pytest.mark.parametrize("side", [2 * 10**4, 10**6])
+def test_an_array_in_one_chunk_that_is_not_there_is_refused(stores, kind, name, side):
+    def claim(document):
+        shape = [max(side**2, 1)] if len(document["shape"]) == 1 else [*document["shape"][:-2], side, side]
+        document["shape"] = document["chunk_grid"]["configuration"]["chunk_shape"] = shape
+        document["codecs"] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+
+    edit_array(stores[kind], name, claim)
+    shutil.rmtree(stores[kind] / name / "c", ignore_errors=True)
+    with pytest.raises(PtychodaskError):
+        read_all(kind, stores[kind])
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("chunk", [0, 1])
+def test_a_result_in_countless_chunks_is_refused(stores, chunk):
+    def claim(document):
+        document["shape"] = [10**8, 10**8]
+        document["chunk_grid"]["configuration"]["chunk_shape"] = [chunk, chunk]
+        document["codecs"] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+
+    edit_array(stores["result"], "weight", claim)
+    with pytest.raises(PtychodaskError, match=r"in chunks of"):
+        read_all("result", stores["result"])
+
+
+def test_a_cache_that_is_being_filled_has_no_files_yet(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SMALL_BYTES", 0)
+    create_patches(tmp_path, (4, 16, 16), 20, (10, 10), {})
+    patches = np.ones((20 * 4, 16, 16), np.complex64)
+    assert StoredPatches(tmp_path).write(0, patches) == 20
+    np.testing.assert_array_equal(StoredPatches(tmp_path).read(0, 20).reshape(patches.shape), patches)
+
+
+def test_what_is_written_by_this_package_holds_what_it_claims(tmp_path, monkeypatch):
+    """Compared with its files even where it is small."""
+    monkeypatch.setattr(store, "SMALL_BYTES", 0)
+    scan, out = tmp_path / "scan.zarr", tmp_path / "object.zarr"
+    simulate(scan, n_pixels=16, n_patterns=20, step_px=3.0, progress=False)
+    assert open_scan(scan).n_patterns == 20
+    reconstruct(scan, LinearModel(), out=out, pyramid=True, progress=False)
+    assert open_result(out, level=1).ptycho.compute().sizes["y"] > 0
+
+
+def test_tables_of_zeros_need_no_files(tmp_path):
+    """What Zarr does not store, since it is the fill value, is no claim: `scan_index` of one experiment."""
+    scan = simulate(tmp_path / "scan.zarr", n_pixels=16, n_patterns=20, step_px=3.0, progress=False)
+    assert not (tmp_path / "scan.zarr" / "scan_index" / "c").exists()
+    assert open_scan(tmp_path / "scan.zarr").scan_index.tolist() == [0] * scan.n_patterns
+
+
+DEEP = "[" * 10**5 + "]" * 10**5
+
+
+@pytest.mark.parametrize("what", ["scan", "model", "study", "checkpoint", "ledger"])
+def test_brackets_without_end_are_refused(tmp_path, what):
+    path = tmp_path / {"scan": "zarr.json", "model": "model.json", "study": "study.toml"}.get(what, "made")
+    if what == "checkpoint":
+        checkpoint = Checkpoint(path, {})
+        checkpoint.folder.mkdir()
+        (checkpoint.folder / "training.json").write_text(DEEP)
+    elif what == "ledger":
+        path.mkdir()
+        (path / LEDGER).write_text(f"{DEEP}\t{zlib.crc32(DEEP.encode()):08x}\n")
+    else:
+        path.write_text(f"x = {DEEP}" if what == "study" else DEEP)
+    readers = {
+        "scan": lambda: open_scan(tmp_path),
+        "model": lambda: load_model(tmp_path),
+        "study": lambda: read_study(path),
+        "checkpoint": lambda: checkpoint.begin(resume=True, overwrite=False),
+        "ledger": lambda: Ledger(path, {}).read(),
+    }
+    with pytest.raises(PtychodaskError, match=r"nested too deeply|recursion|no ledger"):
+        readers[what]()
+
+
+def test_a_name_that_a_terminal_would_obey_is_shown_as_text(tmp_path):
+    np.savez(tmp_path / "source.npz", **{"\x1b[2Jgone\nmore": np.ones(3)})
+    with pytest.raises(PtychodaskError, match=r"keys found: \\x1b\[2Jgone more") as caught:
+        ingest(tmp_path / "source.npz", tmp_path / "scan.zarr")
+    assert str(caught.value).isprintable()
+
+
+def zeros_npz(path, n_bytes, **arrays):
+    """An NPZ whose array `zeros` has so many bytes, and takes a thousandth of them."""
+    np.savez(path, **arrays)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("zeros.npy", npy_header((n_bytes // 8,), "<f8") + bytes(n_bytes))
+    return path
+
+
+def test_an_array_that_is_a_bomb_is_not_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(npy_stream, "WHOLE_BYTES", 2**20)
+    arrays = scan_arrays()
+    arrays["zeros"] = arrays.pop("xcoords")
+    del arrays["zeros"]
+    path = zeros_npz(tmp_path / "source.npz", 2**22, **arrays)
+    keys = {"diffraction": "diff3d", "y": "zeros", "x": "ycoords"}
+    with pytest.raises(PtychodaskError, match=r"source\.npz\[zeros\]: 4194304 bytes would be read from \d{4}"):
+        ingest(path, tmp_path / "scan.zarr", keys=keys, domain="counts", units="px")
+    with pytest.raises(PtychodaskError, match=r"source\.npz: \d+ bytes would be read from"):
+        npy_stream.read_npz(path)
+
+
+def test_a_bzip2_bomb_is_not_unpacked(tmp_path):
+    piece = bz2.compress(bytes(2**24))
+    (tmp_path / "source.npz.bz2").write_bytes(5 * piece)
+    with pytest.raises(PtychodaskError, match=r"unpack to more than 1000 times as many"):
+        ingest(tmp_path / "source.npz.bz2", tmp_path / "scan.zarr")
+    assert [path.name for path in tmp_path.iterdir()] == ["source.npz.bz2"]
+
+
+def test_a_bomb_in_a_ptychopinn_archive_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(npy_stream, "WHOLE_BYTES", 2**20)
+    with zipfile.ZipFile(tmp_path / "wts.h5.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("diffraction_to_obj/model.h5", b"")
+        file.writestr("diffraction_to_obj/model.keras", bytes(2**22))
+    with pytest.raises(PtychodaskError, match=r"model\.keras\]: 4194304 bytes would be read from"):
+        load_model(tmp_path / "wts.h5.zip")
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_network_larger_than_its_weights_is_not_built(tmp_path):
+    scan = simulate(tmp_path / "scan.zarr", n_pixels=16, n_patterns=20, step_px=3.0, progress=False)
+    save_model(untrained_model(ModelSpec(n_pixels=16, levels=1), Optics.of(scan)), tmp_path / "net.model")
+    edit(tmp_path / "net.model" / "model.json", lambda found: found["spec"].update(n_filters_scale=64, levels=4))
+    with pytest.raises(PtychodaskError, match=r"holds fewer weights than its spec asks for"):
+        load_model(tmp_path / "net.model")
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_keras_network_larger_than_its_weights_is_not_built(tmp_path):
+    many = archive(tmp_path / "many.zip", members_of(small_network(members=10**9)))
+    with pytest.raises(PtychodaskError, match=r"C at most 64"):
+        load_model(many)
+    wide = 10**5
+    layers = small_network()
+    layers[2:3] = [convolution("wide", "intensity_scaler", wide), convolution("amplitude", "wide", wide)]
+    kernel, bias = np.zeros((1, 1, 1, wide), np.float32), np.zeros(wide, np.float32)
+    weights = [[np.zeros((1, 1, 4, wide), np.float32), bias], [kernel, bias], *small_weights()[1:]]
+    with pytest.raises(PtychodaskError, match=r"'amplitude' is given 100000 channels, expected 1 groups of 1"):
+        load_model(archive(tmp_path / "wide.zip", members_of(layers, weights)))
+
+
+def mapped(path, tmp_path):
+    keys = {"diffraction": "d", "y": "y", "x": "x"}
+    return ingest(path, tmp_path / "scan.zarr", keys=keys, domain="counts", units="px")
+
+
+def hdf5_with(path, **datasets):
+    """An HDF5 file with nine patterns, but for what is put by functions of (file, name)."""
+    rng = np.random.default_rng(0)
+    plain = {"d": rng.poisson(20, (9, 16, 16)).astype("u2"), "y": 30 * rng.random(9), "x": 30 * rng.random(9)}
+    with h5py.File(path, "w") as file:
+        for name, values in plain.items():
+            datasets.get(name, lambda file, name, values=values: file.create_dataset(name, data=values))(file, name)
+    return path
+
+
+def test_bytes_of_other_files_do_not_become_patterns(tmp_path):
+    (tmp_path / "secret").write_bytes(b"password" * 500)
+
+    def take(file, name):
+        file.create_dataset(name, (9, 16, 16), "u1", external=[(str(tmp_path / "secret"), 0, 9 * 256)])
+
+    with pytest.raises(PtychodaskError, match=r"takes its values from the bytes of '.*secret', which may be any file"):
+        mapped(hdf5_with(tmp_path / "source.h5", d=take), tmp_path)
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("source", ["absent.h5", "/absent.h5", ".", None])
+def test_a_virtual_dataset_that_claims_what_no_file_holds_is_refused(tmp_path, source):
+    def claim(file, name):
+        shape = (10**10, *(() if name in "yx" else (16, 16)))
+        layout = h5py.VirtualLayout(shape, "f8")
+        if source is not None:
+            layout[:9] = h5py.VirtualSource(source, "nothing", (9, *shape[1:]))
+        file.create_virtual_dataset(name, layout, fillvalue=1)
+
+    with pytest.raises(PtychodaskError, match=r"of the \d+ bytes that it claims"):
+        mapped(hdf5_with(tmp_path / "source.h5", d=claim, y=claim, x=claim), tmp_path)
+
+
+def gather(file, name):
+    """A virtual dataset of three files, each named."""
+    layout = h5py.VirtualLayout((9, 16, 16), "u2")
+    for number in range(3):
+        layout[3 * number : 3 * number + 3] = h5py.VirtualSource(f"part_{number}.h5", "d", (3, 16, 16))
+    file.create_virtual_dataset(name, layout)
+
+
+def gather_by_number(file, name):
+    """A virtual dataset of as many files as there are."""
+    endless = h5py.h5s.UNLIMITED
+    whole = h5py.h5s.create_simple((9, 16, 16), (endless, 16, 16))
+    blocks = h5py.h5s.create_simple((9, 16, 16), (endless, 16, 16))
+    blocks.select_hyperslab((0, 0, 0), (endless, 1, 1), (3, 1, 1), (3, 16, 16))
+    made_of = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    made_of.set_virtual(blocks, b"part_%b.h5", b"d", h5py.h5s.create_simple((3, 16, 16)))
+    h5py.h5d.create(file.id, name.encode(), h5py.h5t.STD_U16LE, whole, made_of)
+
+
+@pytest.mark.parametrize("make", [gather, gather_by_number])
+def test_a_virtual_dataset_of_files_that_are_there_is_read(tmp_path, monkeypatch, make):
+    # Then what the files hold is compared with what is claimed even for so few patterns.
+    monkeypatch.setattr(hdf5_stream, "SMALL_BYTES", 0)
+    whole = np.random.default_rng(1).poisson(20, (9, 16, 16)).astype("u2")
+    for number in range(3):
+        with h5py.File(tmp_path / f"part_{number}.h5", "w") as part:
+            part["d"] = whole[3 * number : 3 * number + 3]
+    scan = mapped(hdf5_with(tmp_path / "source.h5", d=make), tmp_path)
+    np.testing.assert_array_equal(scan.diffraction[np.argsort(scan.source_index)], whole)
+
+
+def test_a_chunk_that_is_too_large_for_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(hdf5_stream, "LARGEST_CHUNK", 2**10)
+    whole = np.ones((9, 16, 16), "u2")
+    path = hdf5_with(
+        tmp_path / "source.h5", d=lambda file, name: file.create_dataset(name, data=whole, chunks=(9, 16, 16))
+    )
+    with pytest.raises(PtychodaskError, match=r"in chunks of \(9, 16, 16\), 4608 bytes each, expected at most 1024"):
+        mapped(path, tmp_path)
+
+
+def test_a_link_to_what_never_answers_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(hdf5_stream, "STUCK_S", 1.0)
+    os.mkfifo(tmp_path / "pipe")
+
+    def link(file, name):
+        file[name] = h5py.ExternalLink(str(tmp_path / "pipe"), "y")
+
+    with pytest.raises(PtychodaskError, match=r"the HDF5 library gets stuck on it"):
+        mapped(hdf5_with(tmp_path / "source.h5", y=link), tmp_path)
+
+
+def test_hdf5_inside_of_other_files_is_looked_at_from_afar_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(hdf5_stream, "LOOK", "import os; os.abort()")
+    packed = tmp_path / "source.h5.bz2"
+    packed.write_bytes(bz2.compress(hdf5_with(tmp_path / "source.h5").read_bytes()))
+    with pytest.raises(PtychodaskError, match=r"source\.h5\.bz2: the HDF5 library crashes on it \(signal 6\)"):
+        mapped(packed, tmp_path)
+    with pytest.raises(PtychodaskError, match=r"model\.weights\.h5\]: the HDF5 library crashes on it"):
+        load_model(archive(tmp_path / "wts.h5.zip", members_of()))
+
+
+def test_a_bzipped_hdf5_is_read_as_it_is_without_bzip2(tmp_path):
+    """The process that looks at it first shares its place in the file."""
+    plain = mapped(hdf5_with(tmp_path / "source.h5"), tmp_path)
+    (tmp_path / "source.h5.bz2").write_bytes(bz2.compress((tmp_path / "source.h5").read_bytes()))
+    (tmp_path / "packed").mkdir()
+    assert mapped(tmp_path / "source.h5.bz2", tmp_path / "packed").data_hash == plain.data_hash
 
 
 def npy_header(shape, descr="<f4"):
@@ -255,6 +579,5 @@ def test_a_result_and_a_cache_that_claim_what_they_do_not_hold_are_refused(tmp_p
     (out / "zarr.json").write_text(json.dumps(root))
     with pytest.raises(PtychodaskError):
         open_result(out).ptycho.compute()
-    assert StoredPatches(cache).read(0, 20).shape[0] == 20
-    with pytest.raises(PtychodaskError):
-        StoredPatches(cache).read(0, 10**9)
+    with pytest.raises(PtychodaskError, match=r"array 'patches' has shape \(1000000000, "):
+        StoredPatches(cache)

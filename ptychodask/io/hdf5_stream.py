@@ -179,8 +179,8 @@ class Hdf5File:
         check_claim(dataset, where)
         if dataset.chunks is not None and (chunk := prod(dataset.chunks) * dataset.dtype.itemsize) > LARGEST_CHUNK:
             raise PtychodaskError(
-                f"{where}: is stored in chunks of {dataset.chunks}, {chunk} bytes each; "
-                f"expected at most {LARGEST_CHUNK}: store it in smaller ones (h5repack -l CHUNK=...)"
+                f"{where}: is stored in chunks of {dataset.chunks}, {chunk} bytes each, expected at most "
+                f"{LARGEST_CHUNK}; store it in smaller ones (h5repack -l CHUNK=...)"
             )
         return _DatasetFrames(dataset, pattern_axes(self.shape(key), where, last=pattern_last), where, pattern_last)
 
@@ -206,7 +206,7 @@ def check_claim(dataset: h5py.Dataset, where: str) -> int:
         if dataset.external:
             raise PtychodaskError(
                 f"{where}: takes its values from the bytes of {dataset.external[0][0]!r}, which may be any file; "
-                "copy them into it (h5repack -f NONE)"
+                "store them in the file itself"
             )
         claimed = (dataset.size or 0) * dataset.dtype.itemsize
         stored = _bytes_of_sources(dataset) if dataset.is_virtual else dataset.id.get_storage_size()
@@ -220,12 +220,12 @@ def check_claim(dataset: h5py.Dataset, where: str) -> int:
 
 def _bytes_of_sources(dataset: h5py.Dataset) -> int:
     """Length of the files that a virtual dataset is made of, together."""
-    beside = Path(os.fsdecode(dataset.file.filename)).parent
+    beside = Path(glob.escape(os.path.dirname(os.fsdecode(dataset.file.filename))))
     names = {source.file_name for source in dataset.virtual_sources()}
-    # A name with %b in it stands for as many files as there are; one that is not found as it is, is looked for beside.
+    # HDF5 looks for a name as it is and beside the file; one with %b in it stands for as many files as there are.
     patterns = {re.sub("%[0-9]*b", "*", glob.escape(name)) for name in names if name != "."}
-    places = {str(beside / place) for pattern in patterns for place in (pattern, Path(pattern).name)}
-    found = {path for place in places for path in glob.iglob(place) if os.path.isfile(path)}
+    places = {str(place) for text in patterns for place in (text, beside / text, beside / Path(text).name)}
+    found = {os.path.realpath(path) for place in places for path in glob.iglob(place) if os.path.isfile(path)}
     own = dataset.file.id.get_filesize() if "." in names else 0
     return own + sum(os.path.getsize(path) for path in found)
 

@@ -6,6 +6,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,19 @@ class Ledger:
         """
         header, *records = _whole_lines(self._path)
         if header.get("format") != FORMAT or header.get("format_version") != FORMAT_VERSION:
-            raise PtychodaskError(
-                f"{self._path}: is no ledger that this ptychodask reads; pass overwrite=True (--overwrite), without "
-                "resume, to start again"
-            )
+            raise self._foreign()
         check_same(header.get("made_by"), self._made_by, str(self._path.parent))
-        for record in records:
-            (self.tiles if record["kind"] == "tile" else self.chunks)[int(record["index"])] = record
+        try:
+            for record in records:
+                (self.tiles if record["kind"] == "tile" else self.chunks)[int(record["index"])] = record
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise self._foreign() from error
+
+    def _foreign(self) -> PtychodaskError:
+        return PtychodaskError(
+            f"{self._path}: is no ledger that this ptychodask reads; pass overwrite=True (--overwrite), without "
+            "resume, to start again"
+        )
 
     def add(self, kind: str, index: int, record: Mapping[str, Any]) -> None:
         """Note that a chunk or a tile is finished; on disk when this returns."""
@@ -83,7 +90,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a ledger, the header first; lines whose checksum is not theirs are left out."""
+    """Records of a ledger, the header first; lines that are none, or whose checksum is not theirs, are left out."""
     records = []
     try:
         lines = path.read_text(errors="replace").splitlines()
@@ -95,8 +102,9 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         text, _, checksum = line.rpartition("\t")
         if checksum == f"{zlib.crc32(text.encode(errors='replace')):08x}":
-            records.append(from_json(text))
-    return records or [{}]
+            with suppress(ValueError):
+                records.append(from_json(text))
+    return [record for record in records if isinstance(record, dict)] or [{}]
 
 
 def check_same(found: Any, expected: dict[str, Any], where: str) -> None:
