@@ -34,7 +34,7 @@ class PtychodaskError(ValueError):
 
 
 def in_one_line(text: str) -> str:
-    """A text without line ends, and without what a terminal would act on: names from files may hold anything.
+    r"""A text without line ends, and without what a terminal would act on: names from files may hold anything.
 
     Examples
     --------

@@ -50,6 +50,21 @@ def run(monkeypatch, capfd):
 
 
 @pytest.fixture
+def refused(run):
+    """Run a command that must be refused; gives its one line."""
+
+    def call(*arguments):
+        code, _, err = run(*arguments)
+        assert code == 2, err
+        assert "Traceback" not in err
+        lines = err.strip().splitlines()
+        assert len(lines) == 1, err
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture
 def empty_caches(monkeypatch):
     """Nothing that an earlier test left in this process: no open store, no compiled network."""
     for name in ("_SCANS", "_READERS", "_PREDICTORS"):

@@ -53,21 +53,6 @@ def untrained(path, store, **fields):
     return save_model(Model(spec, build_network(spec, optics).get_weights(), optics), path)
 
 
-@pytest.fixture
-def refused(run):
-    """Run a command that must be refused; gives its one line."""
-
-    def call(*arguments):
-        code, _, err = run(*arguments)
-        assert code == 2, err
-        assert "Traceback" not in err
-        lines = err.strip().splitlines()
-        assert len(lines) == 1, err
-        return lines[0]
-
-    return call
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_with_an_example(command):
     result = CliRunner().invoke(cli.app, [command, "--help"])

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import refused, run  # noqa: F401
 
 from ptychodask.cluster.job import JobSpec, wall_time_s
 from ptychodask.cluster.submission import batch_script, submit
@@ -267,7 +266,7 @@ def test_a_script_for_pbs_is_not_submitted(store):
         submit(store, system="pbs")
 
 
-def test_the_command_prints_the_script(run, store, monkeypatch, tmp_path):  # noqa: F811
+def test_the_command_prints_the_script(run, store, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     code, out, _ = run("submit", store, "--gpus", 2, "--time", "00:20", "--dry-run", "--", "--polish", 2)
     assert code == 0
@@ -283,11 +282,11 @@ def test_the_command_prints_the_script(run, store, monkeypatch, tmp_path):  # no
         (["--dry-run", "--", "--scheduler", "tcp://a:1"], "the job sets this itself"),
     ],
 )
-def test_bad_wishes_end_in_one_line(refused, store, arguments, told):  # noqa: F811
+def test_bad_wishes_end_in_one_line(refused, store, arguments, told):
     assert told in refused("submit", store, *arguments)
 
 
-def test_options_that_reconstruct_does_not_take_never_wait_in_a_queue(run, store):  # noqa: F811
+def test_options_that_reconstruct_does_not_take_never_wait_in_a_queue(run, store):
     for options in (["--polish", "often"], ["--nonsense"]):
         code, _, err = run("submit", store, "--dry-run", "--", *options)
         assert code == 2
