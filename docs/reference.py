@@ -80,7 +80,9 @@ def _flags(name: str, told: Any) -> str:
     if isinstance(told, typer.models.ArgumentInfo):
         return f"`{name.upper()}`"
     # Beside an annotation the first flag stands where a default would.
-    declared = [flag for flag in (told.default, *(told.param_decls or ())) if isinstance(flag, str)]
+    declared = [
+        flag for text in (told.default, *(told.param_decls or ())) if isinstance(text, str) for flag in text.split("/")
+    ]
     return ", ".join(f"`{flag}`" for flag in declared or [f"--{name.replace('_', '-')}"])
 
 

@@ -281,7 +281,9 @@ def save_canvas(canvas: Canvas, path: Path) -> None:
     being_written = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         with being_written.open("wb") as file:
-            np.save(file, pixels, allow_pickle=False)
+            # As np.save does it, but for the bytes: where a disk is full, it does not say so.
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(pixels))
+            file.write(np.ascontiguousarray(pixels).data)
         being_written.replace(path)
     except OSError:
         being_written.unlink(missing_ok=True)

@@ -168,12 +168,11 @@ def test_a_scan_shows_itself_by_a_few_patterns():
 def test_a_scan_whose_patterns_are_damaged_says_so_and_shows_the_rest():
     class Damaged(CountedPatterns):
         def __getitem__(self, index):
-            raise PtychodaskError("scan.zarr: diffraction is damaged\nand its long story")
+            raise PtychodaskError("scan.zarr: diffraction is damaged")
 
     scan = make_scan(diffraction=Damaged(np.ones((40, N, N), np.uint16)))
     shown = Shown(scan._repr_html_())
     assert "scan.zarr: diffraction is damaged" in shown.text
-    assert "long story" not in shown.text
     assert len(shown.pictures()) == 1
 
 

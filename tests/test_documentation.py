@@ -36,7 +36,8 @@ def sections(reference):
 def options_of(command):
     """Flags that `--help` lists."""
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"}).output
-    return set(re.findall(r"^\W*(--[a-z][a-z-]*)", shown, flags=re.MULTILINE)) - {"--help"}
+    found = re.findall(r"^\W*(--[a-z][a-z-]*)(?: +(--no-[a-z-]*))?", shown, flags=re.MULTILINE)
+    return {flag for flags in found for flag in flags if flag} - {"--help"}
 
 
 def test_every_command_has_a_section_and_there_is_no_other(sections):

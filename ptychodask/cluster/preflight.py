@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import socket
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -31,8 +32,8 @@ KERAS_ONLY = ("keras",)
 ANSWERS_WITHIN_S = 60.0
 """How long all workers may take together; the first to open a network loads its library."""
 
-FIRST_WORKER_WITHIN_S = 60.0
-"""How long a cluster without workers is waited for."""
+ASKED_AGAIN_S = 2.0
+"""How often the scheduler is asked which workers are still there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,8 @@ def preflight(
 
     Notes
     -----
-    A worker that does not answer within a minute is named in a warning, and not an error: it may be busy.
+    A worker that does not answer within a minute, or ends, is named in a warning and not an error: it may be busy, and
+    others may take its place.
 
     Examples
     --------
@@ -110,6 +112,8 @@ def preflight_jobs(client: distributed.Client, jobs: Sequence[PredictionJob]) ->
 
 def _ask_all(client: distributed.Client, question: _Question) -> None:
     workers = _workers(client)
+    if not workers:
+        logger.info("no worker is there yet: none is checked")
     if all(address.startswith(IN_PROCESS) for address in workers):
         return
     name = uuid.uuid4().hex[:12]
@@ -128,8 +132,7 @@ def _ask_all(client: distributed.Client, question: _Question) -> None:
         for address, worker in workers.items()
     }
     try:
-        with suppress(TimeoutError):
-            distributed.wait(list(futures.values()), timeout=ANSWERS_WITHIN_S)
+        _wait(client, futures)
         own = _versions()
         for address, future in futures.items():
             _check(f"worker {workers[address]['name']} on {_host(address)}", future, own, question)
@@ -137,13 +140,19 @@ def _ask_all(client: distributed.Client, question: _Question) -> None:
         client.cancel(list(futures.values()))
 
 
+def _wait(client: distributed.Client, futures: Mapping[str, distributed.Future]) -> None:
+    """Wait until every worker that is still there has answered, or time is up."""
+    waited_until = time.monotonic() + ANSWERS_WITHIN_S
+    waiting = dict(futures)
+    while waiting and time.monotonic() < waited_until:
+        with client.as_current(), suppress(TimeoutError):
+            distributed.wait(list(waiting.values()), timeout=ASKED_AGAIN_S)
+        there = _workers(client)
+        waiting = {address: one for address, one in waiting.items() if one.status == "pending" and address in there}
+
+
 def _workers(client: distributed.Client) -> dict[str, dict[str, Any]]:
-    """What the scheduler knows of each worker, by its address; waits for a first one."""
-    if not client.scheduler_info(n_workers=-1)["workers"]:
-        try:
-            client.wait_for_workers(1, timeout=FIRST_WORKER_WITHIN_S)
-        except TimeoutError:
-            logger.warning("no worker has come within %.0f s: none is checked", FIRST_WORKER_WITHIN_S)
+    """What the scheduler knows of each worker, by its address; none where workers come only once there are tasks."""
     return dict(client.scheduler_info(n_workers=-1)["workers"])
 
 
@@ -153,15 +162,15 @@ def _host(address: str) -> str:
 
 def _check(who: str, future: distributed.Future, own: Mapping[str, str | None], question: _Question) -> None:
     """Raise `PtychodaskError` unless a worker's answer is as it must be."""
-    if future.status in ("error", "lost", "cancelled"):
-        error = future.exception() if future.status == "error" else None
-        said = "it ended" if error is None else f"{type(error).__name__}: {in_brief(error)}"
+    if future.status == "error":
+        error = future.exception()
+        said = f"{type(error).__name__}: {in_brief(error)}"
         raise PtychodaskError(
             f"{who} cannot answer ({said}); start it with the same Python {own['python']} and ptychodask "
             f"{own['ptychodask']} as here"
         )
     if future.status != "finished":
-        logger.warning("%s has not answered within %.0f s: it is not checked", who, ANSWERS_WITHIN_S)
+        logger.warning("%s ended or has not answered within %.0f s: it is not checked", who, ANSWERS_WITHIN_S)
         return
     answer: _Answer = future.result()
     who = f"{who} ({answer.host})"
