@@ -80,7 +80,10 @@ def told():
         def emit(self, record):
             messages.append(record.getMessage())
 
-    listener = Listener()
-    logging.getLogger("ptychodask").addHandler(listener)
+    listener, of_package = Listener(), logging.getLogger("ptychodask")
+    level = of_package.level
+    of_package.addHandler(listener)
+    of_package.setLevel(logging.INFO)
     yield messages
-    logging.getLogger("ptychodask").removeHandler(listener)
+    of_package.setLevel(level)
+    of_package.removeHandler(listener)
