@@ -198,6 +198,25 @@ def median_step_px(position_yx_px: NDArray[np.float64]) -> float | None:
     return float(np.median(distance[:, 1]))
 
 
+def nearest_neighbour(position_yx_px: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Distance and index of the nearest other position of each, float64 and int64 (n,); 0 where one repeats.
+
+    Parameters
+    ----------
+    position_yx_px : float64 array (n, 2)
+        Two or more.
+
+    Examples
+    --------
+    >>> nearest_neighbour(np.array([[0.0, 0.0], [0.0, 2.0], [5.0, 2.0]]))[1]
+    array([1, 0, 1])
+    """
+    distance, index = KDTree(position_yx_px).query(position_yx_px, k=2, workers=-1)
+    # Of two at the same place, either may be the first.
+    itself_first = index[:, 0] == np.arange(len(index))
+    return distance[:, 1], np.where(itself_first, index[:, 1], index[:, 0])
+
+
 def group_positions(
     position_yx_px: NDArray[np.float64],
     spec: GroupingSpec,

@@ -23,7 +23,10 @@ TlsFolder = Annotated[
     Path | None, typer.Option(help="Folder with ca.pem, cert.pem and key.pem for a --scheduler that speaks TLS.")
 ]
 
-Format = Annotated[str | None, typer.Option(help="ptychopinn, tike or mapping; by default what the keys say.")]
+Format = Annotated[
+    str | None,
+    typer.Option(help="ptychopinn, tike, ptychodus, nexus, cxi, hxn or mapping; by default what the keys say."),
+]
 Key = Annotated[
     list[str] | None,
     typer.Option(help="NAME=KEY: the file's key of diffraction, y, x, position, probe, mask, object, label, flux."),
@@ -46,6 +49,15 @@ WavelengthM = Annotated[float | None, typer.Option(help="Wavelength, in place of
 DistanceM = Annotated[float | None, typer.Option(help="Sample to detector.")]
 DetectorPixelM = Annotated[float | None, typer.Option(help="Size of a detector pixel.")]
 PixelSizeM = Annotated[float | None, typer.Option(help="Size of an object pixel, as stored.")]
+Recipe = Annotated[
+    Path | None, typer.Option("--recipe", help="YAML file of these options, as inspect --yaml writes it.")
+]
+PatternsFile = Annotated[
+    Path | None, typer.Option("--diffraction", help="File with the patterns, where the format keeps them apart.")
+]
+FarField = Annotated[
+    bool, typer.Option("--far-field", help="Take patterns for far-field ones though they look like near-field shadows.")
+]
 MaskFile = Annotated[Path | None, typer.Option("--mask", help=".npy, True where a detector pixel is good.")]
 DropFrames = Annotated[str | None, typer.Option(help='Rows of the file to leave out: "3,10:20".')]
 Scratch = Annotated[Path | None, typer.Option(help="Folder for unpacked data; beside the store by default.")]
@@ -59,6 +71,7 @@ def reading_options(
     flip_y: bool,
     flip_x: bool,
     swap_xy: bool,
+    far_field: bool,
     **plain: Any,
 ) -> dict[str, Any]:
     """Fields of `IngestSpec` from the flags that were given; those of `plain` are fields already."""
@@ -67,7 +80,7 @@ def reading_options(
         centre=None if centre is None else centre_yx(centre),
         affine=None if affine is None else numbers("--affine", affine, 4),
         # A format that fixes its axes refuses these flags, so only those that were set are handed on.
-        **{name: True for name, is_set in (("flip_y", flip_y), ("flip_x", flip_x), ("swap_xy", swap_xy)) if is_set},
+        **given(flip_y=flip_y or None, flip_x=flip_x or None, swap_xy=swap_xy or None, far_field=far_field or None),
         **plain,
     )
 

@@ -16,6 +16,7 @@ from ptychodask.cli.flags import (
     DistanceM,
     DropFrames,
     EnergyEv,
+    FarField,
     FlipX,
     FlipY,
     Format,
@@ -25,8 +26,10 @@ from ptychodask.cli.flags import (
     NPixels,
     Overwrite,
     PatternDomain,
+    PatternsFile,
     PixelSizeM,
     Quiet,
+    Recipe,
     Scratch,
     Store,
     SwapXY,
@@ -50,6 +53,8 @@ def inspect(
     yaml: Annotated[Path | None, typer.Option(help="File to write the options of ingest to.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     format: Format = None,
+    recipe: Recipe = None,
+    diffraction: PatternsFile = None,
     key: Key = None,
     domain: PatternDomain = None,
     axes: FrameAxes = None,
@@ -69,6 +74,7 @@ def inspect(
     pixel_size_m: PixelSizeM = None,
     mask: MaskFile = None,
     drop_frames: DropFrames = None,
+    far_field: FarField = False,
     scratch: Scratch = None,
     quiet: Quiet = False,
 ) -> None:
@@ -109,11 +115,13 @@ def inspect(
         distance_m=distance_m,
         detector_pixel_m=detector_pixel_m,
         pixel_size_m=pixel_size_m,
+        diffraction=diffraction,
+        far_field=far_field,
         mask=mask,
         drop_frames=drop_frames,
         scratch=scratch,
     )
-    found = inspect_file(source, format=format, **options)
+    found = inspect_file(source, format=format, recipe=recipe, **options)
     if yaml is not None:
         yaml.write_text(found.as_yaml())
     if png is not None and found.preview is not None:
@@ -129,6 +137,8 @@ def ingest(
     source: Annotated[Path, typer.Argument(help="NPZ (or .npz.bz2) or HDF5 file.", show_default=False)],
     store: Store,
     format: Format = None,
+    recipe: Recipe = None,
+    diffraction: PatternsFile = None,
     key: Key = None,
     domain: PatternDomain = None,
     axes: FrameAxes = None,
@@ -155,6 +165,7 @@ def ingest(
     incident_counts: Annotated[float | None, typer.Option(help="Photons per pattern on the sample.")] = None,
     mask: MaskFile = None,
     drop_frames: DropFrames = None,
+    far_field: FarField = False,
     scratch: Scratch = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -192,11 +203,13 @@ def ingest(
         probe_defocus_m=probe_defocus_m,
         calibration=calibration,
         incident_counts=incident_counts,
+        diffraction=diffraction,
+        far_field=far_field,
         mask=mask,
         drop_frames=drop_frames,
         scratch=scratch,
     )
-    scan = ingest(source, store, format=format, overwrite=overwrite, progress=bar(quiet), **options)
+    scan = ingest(source, store, format=format, recipe=recipe, overwrite=overwrite, progress=bar(quiet), **options)
     typer.echo(f"{store}: {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}, {scan.domain}")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ptychodask.io.geometry import HC_EV_M
+from ptychodask.io.quantities import ELECTRONVOLTS, METRES
 from ptychodask.io.source import Container, frame_axes
 from ptychodask.scan import PtychodaskError
 
@@ -22,16 +23,12 @@ _OBJECT = re.compile(r"obj", re.IGNORECASE)
 _PATTERNS = re.compile(r"diff|dp|data|pattern|frame|recip|intens|image|det", re.IGNORECASE)
 _SECOND_BEST = re.compile(r"start|nominal|true|offset|relative|err|std", re.IGNORECASE)
 
-_METRES = {"m": 1.0, "metre": 1.0, "meter": 1.0, "cm": 1e-2, "mm": 1e-3, "um": 1e-6, "µm": 1e-6, "μm": 1e-6, "nm": 1e-9}
-_METRES |= {"micron": 1e-6, "microns": 1e-6, "a": 1e-10, "å": 1e-10, "angstrom": 1e-10}
-_ELECTRONVOLTS = {"ev": 1.0, "kev": 1e3, "j": 1 / 1.602176634e-19, "joule": 1 / 1.602176634e-19}
-
 _OPTICS = (
     # option, its name in files, units, range that a plain number without unit must lie in, the unit it then has
-    ("energy_ev", re.compile(r"energy", re.IGNORECASE), _ELECTRONVOLTS),
-    ("wavelength_m", re.compile(r"wavelength|lambda", re.IGNORECASE), _METRES),
-    ("distance_m", re.compile(r"distance|^z(_m)?$", re.IGNORECASE), _METRES),
-    ("detector_pixel_m", re.compile(r"(x|det\w*|ccd)_pixel(_size|_m|_um)?|pixel_size_x", re.IGNORECASE), _METRES),
+    ("energy_ev", re.compile(r"energy", re.IGNORECASE), ELECTRONVOLTS),
+    ("wavelength_m", re.compile(r"wavelength|lambda", re.IGNORECASE), METRES),
+    ("distance_m", re.compile(r"distance|^z(_m)?$", re.IGNORECASE), METRES),
+    ("detector_pixel_m", re.compile(r"(x|det\w*|ccd)_pixel(_size|_m|_um)?|pixel_size_x", re.IGNORECASE), METRES),
 )
 
 _GUESSED_UNITS = {
@@ -201,7 +198,7 @@ def find_optics(container: Container, notes: Sequence[ArrayNote]) -> list[Optic]
     return list(found.values())
 
 
-def _unit_of(option: str, note: ArrayNote, value: float, units: dict[str, float]) -> tuple[str | None, bool]:
+def _unit_of(option: str, note: ArrayNote, value: float, units: Mapping[str, float]) -> tuple[str | None, bool]:
     """The unit that a file notes, a name ends in, or the size of the number suggests; and whether it is a guess."""
     ending = note.name.rsplit("_", 1)[-1]
     for noted in (note.unit, ending):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from ptychodask.io.formats import open_container, options_of
@@ -221,28 +220,3 @@ def as_rows(index: NDArray[np.int64]) -> str:
     """
     stretches = [(int(index[start]), int(index[stop - 1]) + 1) for start, stop in runs(index)]
     return ",".join(str(low) if high == low + 1 else f"{low}:{high}" for low, high in stretches)
-
-
-def as_yaml(options: Mapping[str, Any]) -> str:
-    """Fields of `IngestSpec` as YAML.
-
-    Examples
-    --------
-    >>> print(as_yaml({"keys": {"diffraction": "dp"}, "centre": (3.0, 4.0)}), end="")
-    keys:
-      diffraction: dp
-    centre:
-    - 3.0
-    - 4.0
-    """
-    return yaml.safe_dump(
-        {name: list(value) if isinstance(value, tuple) else _plain(value) for name, value in options.items()},
-        sort_keys=False,
-        allow_unicode=True,
-    )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    return value if value is None or isinstance(value, bool | int | float | str | list) else str(value)

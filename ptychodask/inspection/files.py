@@ -31,10 +31,12 @@ from ptychodask.inspection.evidence import (
 from ptychodask.inspection.findings import Finding, Inspection, Preview
 from ptychodask.inspection.stores import inspect_store
 from ptychodask.io import IngestSpec
-from ptychodask.io.formats import detect_format, open_container, options_of, reader_of
-from ptychodask.io.ingestion import Placed, place
+from ptychodask.io.formats import detect_format, open_container, options_of, read_source
+from ptychodask.io.ingestion import Placed, place, prepared
 from ptychodask.io.mapping import UNIT_NAMES
-from ptychodask.io.source import MOST_PIXELS, Container, SourceScan, frame_axes
+from ptychodask.io.near_field import near_field
+from ptychodask.io.recipe import with_recipe
+from ptychodask.io.source import MOST_PIXELS, Container, Frames, SourceScan, frame_axes
 from ptychodask.scan import Domain, PtychodaskError, probe_diameter_px, with_fields
 
 USUAL_STEP = 0.3
@@ -52,14 +54,16 @@ PREVIEW_PATTERNS = 4
 _AMPLITUDE = re.compile(r"amp|sqrt", re.IGNORECASE)
 
 
-def inspect_file(path: str | Path, *, format: str | None = None, **reader_options: Any) -> Inspection:
+def inspect_file(
+    path: str | Path, *, format: str | None = None, recipe: str | Path | None = None, **reader_options: Any
+) -> Inspection:
     """Look at a file of another program, or at a store, and say what it holds and what to run next.
 
     Parameters
     ----------
     path : path
         A file that `ingest` takes, or a store.
-    format, **reader_options
+    format, recipe, **reader_options
         As for `ingest`, for what is known of a file: it is checked, and becomes part of the command.
 
     Returns
@@ -81,21 +85,24 @@ def inspect_file(path: str | Path, *, format: str | None = None, **reader_option
     """
     path = Path(path)
     if path.is_dir():
-        if format is not None or reader_options:
-            named = ", ".join(["format"] * (format is not None) + sorted(reader_options))
+        if format is not None or recipe is not None or reader_options:
+            said = {"format": format, "recipe": recipe, **reader_options}
+            named = ", ".join(sorted(name for name, value in said.items() if value is not None))
             raise PtychodaskError(f"{path}: is a store, which has no {named} to choose; leave it out")
         return inspect_store(path)
-    spec = with_fields(IngestSpec(), reader_options)
+    spec = with_fields(IngestSpec(), with_recipe(recipe, reader_options))
     with tempfile.TemporaryDirectory(prefix="ptychodask-") as folder, ExitStack() as stack:
         container = open_container(path, Path(folder) if spec.scratch is None else Path(spec.scratch), stack)
-        return _Look(path, container, format, spec).inspection()
+        return _Look(path, container, format, spec, Path(folder), stack).inspection()
 
 
 class _Look:
     """One look at a file: what is found is added step by step."""
 
-    def __init__(self, path: Path, container: Container, format: str | None, spec: IngestSpec) -> None:
-        self.path, self.container = path, container
+    def __init__(
+        self, path: Path, container: Container, format: str | None, spec: IngestSpec, scratch: Path, stack: ExitStack
+    ) -> None:
+        self.path, self.container, self.scratch, self.stack = path, container, scratch, stack
         self.options = spec.given()
         self.findings: list[Finding] = []
         self.refused: list[str] = []
@@ -119,12 +126,18 @@ class _Look:
         if guessed:
             self._propose(patterns, keys)
         self._mark(keys)
-        sample = None if patterns is None else self._sample(patterns, keys)
         found = placed = None
-        if sample is not None and self.format == "mapping" and {"y", "position"} & set(keys):
-            self._propose_units(keys, sample)
-        if not self.refused:
-            found, placed = self._dry_run()
+        if "domain" in options_of(str(self.format)):
+            sample = None if patterns is None else self._sample(patterns, keys)
+            if sample is not None and self.format == "mapping" and {"y", "position"} & set(keys):
+                self._propose_units(keys, sample)
+            found = None if self.refused else self._read()
+        else:
+            # Such a format leaves nothing open of its patterns, and its reader alone knows where they are.
+            found = self._read()
+            sample = None if found is None else self._taken(found.frames)
+        if found is not None and not self.refused:
+            placed = self._placed(found)
         if sample is not None:
             self._look_at_patterns(sample, found)
         if found is not None and sample is not None:
@@ -188,15 +201,26 @@ class _Look:
         positions = next((n for n in self.arrays if n.key == (keys.get("y") or keys.get("position"))), None)
         n_positions = None if positions is None else max(positions.shape)
         last = self._pattern_axis_is_last(axes, n_positions)
-        if max(axes[:2] if last else axes[1:]) > MOST_PIXELS:
-            self.refused.append(f"'{patterns.key}' has shape {patterns.shape}, which is wider than any detector")
-            return None
         try:
-            sample = take_sample(self.container.frames(patterns.key, pattern_last=last))
+            frames = self.container.frames(patterns.key, pattern_last=last)
         except PtychodaskError as error:
             self.refused.append(str(error))
             return None
-        self._settle_domain(patterns, sample)
+        sample = self._taken(frames)
+        if sample is not None:
+            self._settle_domain(patterns, sample)
+        return sample
+
+    def _taken(self, frames: Frames) -> Sample | None:
+        """Some frames; settles their size."""
+        if max(frames.shape[1:]) > MOST_PIXELS:
+            self.refused.append(f"patterns have shape {tuple(frames.shape)}, which is wider than any detector")
+            return None
+        try:
+            sample = take_sample(frames)
+        except PtychodaskError as error:
+            self.refused.append(str(error))
+            return None
         height, width = sample.frames.shape[1:]
         if "n_pixels" not in self.options and "bin" not in self.options and (height != width or height % 4):
             self.options["n_pixels"] = min(height, width) // 4 * 4
@@ -269,22 +293,43 @@ class _Look:
         )
         self._say("pixel size", f"{told}. REPLACE it by yours, or pass energy, distance and detector pixel", "open")
 
-    def _dry_run(self) -> tuple[SourceScan | None, Placed | None]:
+    def _read(self) -> SourceScan | None:
         """What the reader makes of the options; a refusal is noted."""
-        where = self.container.where
-        found = None
         try:
             spec = with_fields(IngestSpec(), self.options)
-            found = reader_of(str(self.format), spec, where)(self.container, spec)
-            lost = np.flatnonzero(~np.isfinite(found.position_yx).all(axis=1))
-            if 0 < len(lost) < len(found.position_yx) and "drop_frames" not in self.options:
-                self.options["drop_frames"] = as_rows(lost)
-                self._say("positions", f"{len(lost)} of them are not finite: their patterns are left out", "measured")
-                spec = with_fields(IngestSpec(), self.options)
-            return found, place(found, spec, where)
+            source = read_source(self.path, self.container, str(self.format), spec, self.scratch, self.stack)
         except PtychodaskError as error:
             self.refused.append(str(error))
-            return found, None
+            return None
+        if source.companion is not None:
+            self._say("files", f"the other one of the two is {source.companion}", "defined")
+        return source.scan
+
+    def _placed(self, found: SourceScan) -> Placed | None:
+        """Where the patterns lie; a refusal is noted."""
+        lost = np.flatnonzero(~np.isfinite(found.position_yx).all(axis=1))
+        if found.rows is not None:
+            told = f"{len(found.rows)} of {len(found.position_yx)} patterns have one; the others are left out"
+            self._say("positions", told, "defined")
+        elif 0 < len(lost) < len(found.position_yx) and "drop_frames" not in self.options:
+            self.options["drop_frames"] = as_rows(lost)
+            self._say("positions", f"{len(lost)} of them are not finite: their patterns are left out", "measured")
+        try:
+            placed = place(found, with_fields(IngestSpec(), self.options), self.container.where)
+            self._look_at_shadows(found, placed)
+        except PtychodaskError as error:
+            self.refused.append(str(error))
+            return None
+        return placed
+
+    def _look_at_shadows(self, found: SourceScan, placed: Placed) -> None:
+        """Refuse patterns of the near field, where a few can be read from all over the file."""
+        if not found.frames.seekable or placed.spec.far_field:
+            return
+        patterns = prepared(found, placed, self.container.where)
+        reason = near_field(patterns, placed.position_yx_px, placed.grid.n_pixels, found.domain)
+        if reason is not None:
+            self.refused.append(f"{reason}; --far-field takes it as it is")
 
     def _look_at_patterns(self, sample: Sample, found: SourceScan | None) -> None:
         frames, domain = sample.frames, self._domain(found)

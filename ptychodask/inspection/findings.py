@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.inspection.arrays import ArrayNote
-from ptychodask.inspection.command import as_yaml
 from ptychodask.inspection.evidence import Certainty
+from ptychodask.io.recipe import as_yaml
 from ptychodask.plotting import plot_patterns
 
 WIDTH = 110

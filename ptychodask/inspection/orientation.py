@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ptychodask.inspection.command import Origin, PositionTurn, turned_command
 from ptychodask.io import IngestSpec, ingest
-from ptychodask.io.formats import detect_format, open_container, reader_of
+from ptychodask.io.formats import detect_format, open_container, read_source
 from ptychodask.io.ingestion import place
 from ptychodask.iterative import (
     Measured,
@@ -393,7 +393,7 @@ def _middle_rows(source: Path, format: str | None, spec: IngestSpec, scratch: Pa
     with ExitStack() as stack:
         container = open_container(source, scratch if spec.scratch is None else Path(spec.scratch), stack)
         name = format or detect_format(container, spec)
-        found = reader_of(name, spec, container.where)(container, spec)
+        found = read_source(source, container, name, spec, scratch, stack).scan
         placed = place(found, spec, container.where)
         scan_index = None if found.scan_index is None else found.scan_index[placed.kept]
         near = nearest_to_middle(placed.position_yx_px, scan_index, str(source))

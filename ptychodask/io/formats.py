@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import bz2
 import importlib
-from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -17,9 +17,14 @@ from ptychodask.scan import PtychodaskError, check_choice
 READERS = {
     "ptychopinn": "ptychodask.io.ptychopinn",
     "tike": "ptychodask.io.tike",
+    "ptychodus": "ptychodask.io.ptychodus",
+    "nexus": "ptychodask.io.nexus",
+    "cxi": "ptychodask.io.cxi",
+    "hxn": "ptychodask.io.hxn",
     "mapping": "ptychodask.io.mapping",
 }
-"""Format -> module with `read(container, spec)`, `recognises(keys)` and `OPTIONS`; tried in this order."""
+"""Format -> module with `read(container, spec)`, `recognises(keys)` and `OPTIONS`; tried in this order. A format of two
+files has `companion(path, keys, spec)` and `read_pair(container, other, spec)` in place of `read`."""
 
 CONTAINERS = {
     b"PK\x03\x04": ("ptychodask.io.npy_stream", "NpzFile"),
@@ -119,20 +124,53 @@ def options_of(name: str) -> tuple[str, ...]:
     return options
 
 
-def reader_of(name: str, spec: IngestSpec, where: str) -> Callable[[Container, IngestSpec], SourceScan]:
-    """The reader of a format, after a check that each given option means something to it.
+@dataclass(frozen=True)
+class Source:
+    """A foreign file, open."""
+
+    container: Container
+    format: str
+    scan: SourceScan
+    """What the reader found."""
+
+    companion: Path | None
+    """The second file of a format of two."""
+
+
+def read_source(
+    path: Path, container: Container, name: str, spec: IngestSpec, scratch: Path, stack: ExitStack
+) -> Source:
+    """What the reader of a format finds in a file, after a check that each given option means something to it.
+
+    Parameters
+    ----------
+    path : Path
+        Of the file.
+    container : Container
+        The file, open.
+    name : str
+        Of the format.
+    spec : IngestSpec
+    scratch : Path
+        Folder for what has to be unpacked or turned, of a second file.
+    stack : ExitStack
+        Closes that.
 
     Raises
     ------
     PtychodaskError
-        If there is no such format, or an option has no meaning for it.
+        If there is no such format, an option has no meaning for it, or the file is not as it must be.
     """
-    check_choice("format", name, tuple(READERS), where)
+    check_choice("format", name, tuple(READERS), container.where)
     module = importlib.import_module(READERS[name])
     for option in sorted(set(spec.given()) & (set(FORMAT_OPTIONS) - set(module.OPTIONS))):
         raise PtychodaskError(
-            f"{where}: {option} has no meaning for format {name!r}, which fixes it; leave it out, "
+            f"{container.where}: {option} has no meaning for format {name!r}, which fixes it; leave it out, "
             "or map the file's keys with keys="
         )
-    read: Callable[[Container, IngestSpec], SourceScan] = module.read
-    return read
+    if not hasattr(module, "companion"):
+        return Source(container, name, module.read(container, spec), None)
+    companion: Path = module.companion(path, container.keys(), spec)
+    return Source(
+        container, name, module.read_pair(container, open_container(companion, scratch, stack), spec), companion
+    )

@@ -145,11 +145,20 @@ class Hdf5File:
             self._file = stack.enter_context(h5py.File(file.name if isinstance(file.name, str) else file, "r"))
 
     def keys(self) -> list[str]:
-        found: list[str | bytes] = []
+        """Names of the datasets, those that links lead to in other files among them."""
+        links: list[str] = []
         with reading(self.where):
-            self._file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
-        # h5py gives a name that is no UTF-8 as bytes.
-        return [name if isinstance(name, str) else name.decode(errors="replace") for name in found]
+            found = _datasets_in(self._file)
+            self._file.visititems_links(
+                lambda name, link: links.append(name) if isinstance(link, h5py.ExternalLink) else None
+            )
+            for name in links:
+                item = self._item(name)
+                if isinstance(item, h5py.Group):
+                    found += [f"{name}/{below}" for below in _datasets_in(item)]
+                elif item is not None:
+                    found.append(name)
+        return found
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._dataset(key).shape or ())
@@ -157,41 +166,116 @@ class Hdf5File:
     def dtype(self, key: str) -> np.dtype[Any]:
         return np.dtype(self._dataset(key).dtype).newbyteorder("=")
 
+    def has(self, key: str) -> bool:
+        with reading(f"{self.where}[{key}]"):
+            return isinstance(self._item(key), h5py.Dataset) or self._lost(key) is not None
+
     def unit(self, key: str) -> str | None:
         with reading(f"{self.where}[{key}]"):
             noted = self._dataset(key).attrs.get("units")
             return noted.decode() if isinstance(noted, bytes) else None if noted is None else str(noted)
+
+    def numbers(self, key: str) -> dict[str, float]:
+        with reading(f"{self.where}[{key}]"):
+            noted = {name: np.asarray(value) for name, value in self._dataset(key).attrs.items()}
+        return {
+            name: float(value.item()) for name, value in noted.items() if value.size == 1 and value.dtype.kind in "iuf"
+        }
 
     def array(self, key: str) -> NDArray[Any]:
         where = f"{self.where}[{key}]"
         if self.dtype(key).hasobject:
             raise PtychodaskError(f"{where}: holds text or references, expected numbers")
         dataset = self._dataset(key)
+        _check_readable(dataset, where)
         check_whole((dataset.size or 0) * dataset.dtype.itemsize, check_claim(dataset, where), where)
         with reading(where):
             return np.asarray(self._dataset(key)[()]).astype(self.dtype(key), copy=False)
 
-    def frames(self, key: str, *, pattern_last: bool = False) -> Frames:
+    def frames(self, key: str, *, pattern_last: bool = False, raster: bool = False) -> Frames:
         dataset = self._dataset(key)
         if dataset.dtype.kind not in "buifc":
             raise PtychodaskError(f"{self.where}[{key}]: values have type {dataset.dtype}, expected numbers")
         where = f"{self.where}[{key}]"
         check_claim(dataset, where)
+        _check_readable(dataset, where)
         if dataset.chunks is not None and (chunk := prod(dataset.chunks) * dataset.dtype.itemsize) > LARGEST_CHUNK:
             raise PtychodaskError(
                 f"{where}: is stored in chunks of {dataset.chunks}, {chunk} bytes each, expected at most "
                 f"{LARGEST_CHUNK}; store it in smaller ones (h5repack -l CHUNK=...)"
             )
+        if raster and len(frame_axes(self.shape(key))) == 4:
+            return _RasterFrames(dataset, where)
         return _DatasetFrames(dataset, pattern_axes(self.shape(key), where, last=pattern_last), where, pattern_last)
 
     def _dataset(self, key: str) -> h5py.Dataset:
+        lost = None
         with reading(f"{self.where}[{key}]"):
-            dataset = self._file.get(key)
+            dataset = self._item(key)
             if isinstance(dataset, h5py.Dataset):
                 _ = dataset.shape, dataset.dtype, dataset.chunks  # what is damaged shows here
+            else:
+                lost = self._lost(key)
+        if lost is not None:
+            raise PtychodaskError(
+                f"{self.where}[{key}]: leads to {lost}, which is not there; put it where the link looks for it"
+            )
         if not isinstance(dataset, h5py.Dataset):
             raise missing_key(self, key)
         return dataset
+
+    def _item(self, key: str) -> h5py.Group | h5py.Dataset | None:
+        """What a name leads to; None where it leads nowhere."""
+        try:
+            return self._file.get(key)
+        except (KeyError, OSError):
+            return None
+
+    def _lost(self, key: str) -> str | None:
+        """What a link on the way to a name leads to, where that is not there."""
+        parts = key.strip("/").split("/")
+        for n_parts in range(1, len(parts) + 1):
+            path = "/".join(parts[:n_parts])
+            link = self._file.get(path, getlink=True)
+            if self._item(path) is None:
+                if isinstance(link, h5py.ExternalLink):
+                    return f"'{link.path}' in the file {link.filename!r}"
+                return f"'{link.path}'" if isinstance(link, h5py.SoftLink) else None
+        return None
+
+
+def _datasets_in(group: h5py.Group) -> list[str]:
+    """Names of the datasets in a group and below it."""
+    found: list[str | bytes] = []
+    group.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+    # h5py gives a name that is no UTF-8 as bytes.
+    return [name if isinstance(name, str) else name.decode(errors="replace") for name in found]
+
+
+FILTERS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle (bslz4)", 32013: "zfp", 32015: "zstd", 32026: "blosc2"}
+"""Compression filters that detectors use, by the numbers that The HDF Group registered them under."""
+
+
+def _check_readable(dataset: h5py.Dataset, where: str) -> None:
+    """Raise `PtychodaskError` where a filter is not there, or a file that a virtual dataset is made of.
+
+    HDF5 itself gives the fill value for what a missing file holds.
+    """
+    with reading(where):
+        made_by = dataset.id.get_create_plist()
+        filters = [made_by.get_filter(n) for n in range(made_by.get_nfilters())]
+        lost = [name for name, files in _source_files(dataset).items() if not files] if dataset.is_virtual else []
+    for number, _, _, name in filters:
+        if not h5py.h5z.filter_avail(number):
+            called = FILTERS.get(number) or name.decode(errors="replace") or "of unknown name"
+            raise PtychodaskError(
+                f"{where}: is compressed by the HDF5 filter {called}, number {number}, which is not installed; install "
+                "ptychodask with its extra 'detectors' (the package hdf5plugin)"
+            )
+    if lost:
+        raise PtychodaskError(
+            f"{where}: is made of {len(lost)} files that are not there, {lost[0]!r} among them; put them beside it"
+        )
 
 
 def check_claim(dataset: h5py.Dataset, where: str) -> int:
@@ -218,16 +302,23 @@ def check_claim(dataset: h5py.Dataset, where: str) -> int:
     return stored
 
 
+def _source_files(dataset: h5py.Dataset) -> dict[str, set[str]]:
+    """Names of the other files that a virtual dataset is made of -> paths of those that are there."""
+    beside = Path(glob.escape(os.path.dirname(os.fsdecode(dataset.file.filename))))
+    found = {}
+    for name in {source.file_name for source in dataset.virtual_sources()} - {"."}:
+        # HDF5 looks for a name as it is and beside the file; one with %b in it stands for as many files as there are.
+        text = re.sub("%[0-9]*b", "*", glob.escape(name))
+        places = {str(place) for place in (text, beside / text, beside / Path(text).name)}
+        found[name] = {os.path.realpath(path) for place in places for path in glob.iglob(place) if os.path.isfile(path)}
+    return found
+
+
 def _bytes_of_sources(dataset: h5py.Dataset) -> int:
     """Length of the files that a virtual dataset is made of, together."""
-    beside = Path(glob.escape(os.path.dirname(os.fsdecode(dataset.file.filename))))
-    names = {source.file_name for source in dataset.virtual_sources()}
-    # HDF5 looks for a name as it is and beside the file; one with %b in it stands for as many files as there are.
-    patterns = {re.sub("%[0-9]*b", "*", glob.escape(name)) for name in names if name != "."}
-    places = {str(place) for text in patterns for place in (text, beside / text, beside / Path(text).name)}
-    found = {os.path.realpath(path) for place in places for path in glob.iglob(place) if os.path.isfile(path)}
-    own = dataset.file.id.get_filesize() if "." in names else 0
-    return own + sum(os.path.getsize(path) for path in found)
+    of_own = any(source.file_name == "." for source in dataset.virtual_sources())
+    own = dataset.file.id.get_filesize() if of_own else 0
+    return own + sum(os.path.getsize(path) for path in set[str]().union(*_source_files(dataset).values()))
 
 
 class _DatasetFrames:
@@ -266,3 +357,28 @@ class _DatasetFrames:
         if self._pattern_last:
             return np.ascontiguousarray(frames.reshape(*self._shape[1:], -1).transpose(2, 0, 1))
         return frames.reshape(-1, *self._shape[1:])
+
+
+class _RasterFrames(_DatasetFrames):
+    """A dataset (row, column, h, w) as frames (pattern, h, w), row after row."""
+
+    def __init__(self, dataset: h5py.Dataset, where: str) -> None:
+        self._dataset, self._where = dataset, where
+        n_rows, self._n_columns, height, width = frame_axes(dataset.shape)
+        self._shape = (n_rows * self._n_columns, height, width)
+        self._axis = dataset.shape.index(n_rows)
+        chunks = (1,) * dataset.ndim if dataset.chunks is None else dataset.chunks
+        rows, columns = (int(n) for n in chunks[self._axis : self._axis + 2])
+        self._chunk_frames = rows * self._n_columns if rows > 1 else columns
+        self.random_access = rows == columns == 1
+
+    def _read(self, start: int, stop: int) -> NDArray[Any]:
+        frames = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        before = (slice(None),) * self._axis
+        for row in range(start // self._n_columns, -(-stop // self._n_columns)):
+            first = row * self._n_columns
+            columns = slice(max(start - first, 0), min(stop - first, self._n_columns))
+            with reading(self._where):
+                part = self._dataset[(*before, row, columns)]
+            frames[first + columns.start - start : first + columns.stop - start] = part.reshape(-1, *self.shape[1:])
+        return frames

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.folders import check_vacant
-from ptychodask.io.formats import detect_format, open_container, reader_of
+from ptychodask.io.formats import Source, detect_format, open_container, read_source
 from ptychodask.io.geometry import (
     HC_EV_M,
     FrameGrid,
@@ -28,9 +29,11 @@ from ptychodask.io.geometry import (
     rim_phase,
     stored_dtype,
 )
+from ptychodask.io.near_field import check_far_field
 from ptychodask.io.npy_stream import NpzFile, read_npy, reading
 from ptychodask.io.probe import disc_probe, estimate_probe, zone_plate_probe
 from ptychodask.io.raw import RawFrames, block_ranges, scratch_file, spill
+from ptychodask.io.recipe import with_recipe
 from ptychodask.io.source import (
     BLOCK_BYTES,
     PROBE_MODELS,
@@ -66,6 +69,7 @@ def ingest(
     store: str | Path,
     *,
     format: str | None = None,
+    recipe: str | Path | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
     **reader_options: Any,
@@ -78,8 +82,10 @@ def ingest(
         An NPZ (also .npz.bz2) or HDF5 file.
     store : path
         The store to make; it appears when it is whole.
-    format : {"ptychopinn", "tike", "mapping"}, optional
+    format : {"ptychopinn", "tike", "ptychodus", "nexus", "cxi", "hxn", "mapping"}, optional
         By default what the file's keys say; "mapping" when `keys` is given.
+    recipe : path, optional
+        A YAML file of options, as `inspect` writes it; what is passed here goes before it.
     overwrite : bool
         Replace an existing store.
     progress : bool, optional
@@ -103,15 +109,15 @@ def ingest(
     with patterns along its last axis) is first unpacked into a scratch file, cropped already where it is compressed.
     """
     source, store = Path(source), Path(store)
-    spec = with_fields(IngestSpec(), reader_options)
+    spec = with_fields(IngestSpec(), with_recipe(recipe, reader_options))
     check_vacant(store, overwrite=overwrite, form=SCAN)
     scratch = store.parent if spec.scratch is None else Path(spec.scratch)
     with ExitStack() as stack:
         container = open_container(source, scratch, stack)
         name = detect_format(container, spec) if format is None else format
-        found = reader_of(name, spec, container.where)(container, spec)
-        scan_parts = _prepare(found, spec, container.where, scratch, stack, progress)
-        provenance = _provenance(source, name, spec)
+        read = read_source(source, container, name, spec, scratch, stack)
+        scan_parts = _prepare(read, spec, scratch, stack, progress)
+        provenance = _provenance(source, read, spec)
         return write_scan(store, provenance=provenance, overwrite=overwrite, progress=progress, **scan_parts)
 
 
@@ -149,6 +155,12 @@ class _Prepared:
         return self.prepare(self.frames[self.kept[index]])
 
 
+def prepared(found: SourceScan, placed: Placed, where: str) -> _Prepared:
+    """The kept frames of a file as patterns, which are read by index where the file can be."""
+    dtype = stored_dtype(found.frames.dtype, found.domain, placed.grid.bin)
+    return _Prepared(found.frames, placed.kept, _Preparation(placed.grid, found.domain, dtype, placed.mask, where))
+
+
 @dataclass(frozen=True)
 class _Labels:
     """Kept labels of a file with random access, as complex64."""
@@ -169,14 +181,15 @@ class _Labels:
 
 
 def _prepare(
-    found: SourceScan, spec: IngestSpec, where: str, scratch: Path, stack: ExitStack, progress: bool | None
+    source: Source, spec: IngestSpec, scratch: Path, stack: ExitStack, progress: bool | None
 ) -> dict[str, Any]:
     """Keyword arguments of `write_scan` from what a reader found."""
+    found, where = source.scan, source.container.where
     placed = place(found, spec, where)
-    kept, grid, mask = placed.kept, placed.grid, placed.mask
-    dtype = stored_dtype(found.frames.dtype, found.domain, grid.bin)
-    prepare = _Preparation(grid, found.domain, dtype, mask, where)
-    diffraction = _at_random(found.frames, kept, prepare, scratch, stack, progress, where)
+    kept, grid, mask, spec = placed.kept, placed.grid, placed.mask, placed.spec
+    diffraction = _at_random(prepared(found, placed, where), scratch, stack, progress)
+    if not spec.far_field:
+        check_far_field(diffraction, placed.position_yx_px, grid.n_pixels, found.domain, where)
     probe, calibration = _probe(found, spec, grid, diffraction, mask, where)
     return {
         "diffraction": diffraction,
@@ -192,7 +205,7 @@ def _prepare(
         "truth": placed.truth,
         "label": None if found.label is None else _labels(found.label, kept, scratch, stack, progress, where),
         "pixel_size_m": placed.pixel_size_m,
-        "energy_ev": spec.energy_ev,
+        "energy_ev": HC_EV_M / spec.wavelength_m if spec.wavelength_m else spec.energy_ev,
         "distance_m": spec.distance_m,
     }
 
@@ -219,6 +232,9 @@ class Placed:
     truth: Truth | None
     """The known object, where it fits."""
 
+    spec: IngestSpec
+    """What was asked for, and what the file says of the optics."""
+
 
 def place(found: SourceScan, spec: IngestSpec, where: str) -> Placed:
     """Bring what a reader found onto the scan's grid; no pattern is read, but for ``centre="auto"``.
@@ -229,19 +245,50 @@ def place(found: SourceScan, spec: IngestSpec, where: str) -> Placed:
         If arrays do not fit each other or the spec, or something that is needed is not known.
     """
     _check_lengths(found, where)
-    kept = kept_frames(found.frames.shape[0], spec.drop_frames, where)
+    spec = _with_optics(found, spec)
+    kept = _with_position(found, kept_frames(found.frames.shape[0], spec.drop_frames, where), where)
     check_positions(found.position_yx[kept], len(kept), where)
     frame_mask = _frame_mask(found, spec, where)
     grid = _grid(found, spec, frame_mask, where)
     mask = grid.mask(frame_mask)
     if mask is not None and not mask.any():
         raise PtychodaskError(f"{where}: the mask leaves no good pixel; it is True where a pixel is good")
-    pixel_m = _object_pixel_m(spec, grid, where)
+    pixel_m = _object_pixel_m(found, spec, grid, where)
     found = _turned(found, spec, where)
     position_yx_px = _position_yx_px(found, grid, pixel_m, where)[kept]
     truth = _truth(found, grid, position_yx_px, where)
     _check_label(found, grid, where)
-    return Placed(kept=kept, grid=grid, mask=mask, position_yx_px=position_yx_px, pixel_size_m=pixel_m, truth=truth)
+    return Placed(
+        kept=kept,
+        grid=grid,
+        mask=mask,
+        position_yx_px=position_yx_px,
+        pixel_size_m=pixel_m,
+        truth=truth,
+        spec=spec,
+    )
+
+
+def _with_optics(found: SourceScan, spec: IngestSpec) -> IngestSpec:
+    """The spec, and what the file says of the optics where the user says nothing."""
+    given = spec.given()
+    says_wavelength = {"energy_ev", "wavelength_m"} & set(given)
+    optics: dict[str, Any] = {
+        name: value
+        for name, value in found.optics.items()
+        if name not in given and not (says_wavelength and name in ("energy_ev", "wavelength_m"))
+    }
+    return replace(spec, **optics)
+
+
+def _with_position(found: SourceScan, kept: NDArray[np.int64], where: str) -> NDArray[np.int64]:
+    """Kept frames that have a position."""
+    if found.rows is None:
+        return kept
+    kept = np.intersect1d(kept, found.rows)
+    if not len(kept):
+        raise PtychodaskError(f"{where}: drop_frames leaves none of the {len(found.rows)} frames that have a position")
+    return kept
 
 
 def _turned(found: SourceScan, spec: IngestSpec, where: str) -> SourceScan:
@@ -360,8 +407,8 @@ def _found_centre(found: SourceScan, mask: NDArray[np.bool_] | None, where: str)
     return centre_of_mass(np.fft.fftshift(mean) if found.dc == "corner" else mean, where)
 
 
-def _object_pixel_m(spec: IngestSpec, grid: FrameGrid, where: str) -> float | None:
-    """Object pixel as the user says, or λz/(extent of the detector); None where neither is known."""
+def _object_pixel_m(found: SourceScan, spec: IngestSpec, grid: FrameGrid, where: str) -> float | None:
+    """Object pixel as the user says, or the file, or λz/(extent of the detector); None where none of them is known."""
     wavelength_m = _wavelength_m(spec)
     computed = None
     if wavelength_m and spec.distance_m and spec.detector_pixel_m:
@@ -371,7 +418,8 @@ def _object_pixel_m(spec: IngestSpec, grid: FrameGrid, where: str) -> float | No
             f"{where}: pixel_size_m is {spec.pixel_size_m:.4g} but wavelength, distance and detector pixel make it "
             f"{computed:.4g}; leave pixel_size_m out, or correct the optics"
         )
-    return spec.pixel_size_m or computed
+    of_file = found.pixel_size_m / grid.position_scale_yx[0] if found.pixel_size_m else None
+    return spec.pixel_size_m or of_file or computed
 
 
 def _wavelength_m(spec: IngestSpec) -> float | None:
@@ -422,23 +470,14 @@ def _check_label(found: SourceScan, grid: FrameGrid, where: str) -> None:
         )
 
 
-def _at_random(
-    frames: Frames,
-    kept: NDArray[np.int64],
-    prepare: _Preparation,
-    scratch: Path,
-    stack: ExitStack,
-    progress: bool | None,
-    where: str,
-) -> PatternSource:
+def _at_random(patterns: _Prepared, scratch: Path, stack: ExitStack, progress: bool | None) -> PatternSource:
     """Prepared patterns that can be read in any order: through scratch where the file itself cannot."""
-    if frames.random_access:
-        return _Prepared(frames, kept, prepare)
-    n_pixels = prepare.grid.n_pixels
-    n_bytes = len(kept) * n_pixels * n_pixels * prepare.dtype.itemsize
+    if patterns.frames.random_access:
+        return patterns
+    where, n_bytes = patterns.prepare.where, prod(patterns.shape) * patterns.dtype.itemsize
     file = stack.enter_context(scratch_file(scratch, n_bytes, f"{where}: unpacking"))
-    spill(frames, kept, prepare, file, folder=scratch, progress=progress)
-    return RawFrames(file, 0, (len(kept), n_pixels, n_pixels), prepare.dtype, where=where)
+    spill(patterns.frames, patterns.kept, patterns.prepare, file, folder=scratch, progress=progress)
+    return RawFrames(file, 0, patterns.shape, patterns.dtype, where=where)
 
 
 def _labels(
@@ -543,12 +582,14 @@ def _probe_file(path: str) -> NDArray[np.complex64]:
         return as_probe(npz.array(named[0]), path)
 
 
-def _provenance(source: Path, name: str, spec: IngestSpec) -> dict[str, Any]:
+def _provenance(source: Path, read: Source, spec: IngestSpec) -> dict[str, Any]:
     packages = ("ptychodask", "numpy", "zarr")
+    second = read.companion
     return {
         "source": str(source.resolve()),
         "sha256": _sha256(source),
-        "reader": name,
+        **({} if second is None else {"second_source": str(second.resolve()), "second_sha256": _sha256(second)}),
+        "reader": read.format,
         "options": {key: _plain(value) for key, value in spec.given().items()},
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -21,10 +21,11 @@ from ptychodask.io.source import (
     frame_axes,
     listed_keys,
     pattern_axis_is_last,
+    turned,
 )
 from ptychodask.scan import PtychodaskError
 
-OPTIONS = FORMAT_OPTIONS
+OPTIONS = tuple(option for option in FORMAT_OPTIONS if option != "diffraction")
 
 UNIT_NAMES: dict[str, Unit] = {
     "px": "px",
@@ -137,9 +138,7 @@ def _positions(container: Container, keys: dict[str, str], spec: IngestSpec) -> 
         position = np.stack([y, x], axis=1)
     if position.dtype.kind not in "iuf":
         raise PtychodaskError(f"{container.where}: positions have type {position.dtype}, expected numbers")
-    position = position[:, ::-1] if spec.swap_xy else position
-    sign = np.array([-1.0 if spec.flip_y else 1.0, -1.0 if spec.flip_x else 1.0])
-    return position.astype(np.float64) * sign
+    return turned(position.astype(np.float64), spec)
 
 
 def _as_object(values: NDArray[Any], where: str) -> NDArray[np.complex64]:

@@ -226,8 +226,14 @@ class NpzFile:
     def dtype(self, key: str) -> np.dtype[Any]:
         return self._header(key).dtype.newbyteorder("=")
 
+    def has(self, key: str) -> bool:
+        return key in self._members
+
     def unit(self, key: str) -> str | None:
         return None
+
+    def numbers(self, key: str) -> dict[str, float]:
+        return {}
 
     def array(self, key: str) -> NDArray[Any]:
         header, where = self._header(key), f"{self.where}[{key}]"
@@ -235,7 +241,7 @@ class NpzFile:
         with self.open_values(key) as stream:
             return readopen_values(stream, header, where)
 
-    def frames(self, key: str, *, pattern_last: bool = False) -> Frames:
+    def frames(self, key: str, *, pattern_last: bool = False, raster: bool = False) -> Frames:
         header, where = self._header(key), f"{self.where}[{key}]"
         if header.dtype.kind not in "buifc":
             raise PtychodaskError(f"{where}: values have type {header.dtype}, expected numbers")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -39,7 +39,7 @@ BLOCK_BYTES = 4 * 2**20
 SLAB_BYTES = 32 * 2**20
 """Bytes of an array with patterns along its last axis that are turned at a time: the more, the longer the writes."""
 
-FORMAT_OPTIONS = ("keys", "domain", "axes", "dc", "units", "flip_y", "flip_x", "swap_xy")
+FORMAT_OPTIONS = ("keys", "domain", "axes", "dc", "units", "flip_y", "flip_x", "swap_xy", "diffraction")
 """Options that say what a file leaves open; a format that fixes one refuses it."""
 
 
@@ -121,6 +121,12 @@ class IngestSpec:
 
     incident_counts: float | None = None
     """Photons per pattern that meet the sample, for calibration "incident"."""
+
+    diffraction: str | Path | None = None
+    """The file with the patterns, for formats that keep them apart from the positions."""
+
+    far_field: bool = False
+    """Take the patterns for far-field ones even where they look like shadows in the near field."""
 
     mask: str | Path | None = None
     """A .npy of the file's frame, True (or not 0) where a detector pixel is good."""
@@ -270,14 +276,21 @@ class Container(Protocol):
     def dtype(self, key: str) -> np.dtype[Any]:
         """Type of an array's values, in native byte order."""
 
+    def has(self, key: str) -> bool:
+        """Whether there is such an array, also behind a link."""
+
     def unit(self, key: str) -> str | None:
         """The unit that the file notes beside an array."""
+
+    def numbers(self, key: str) -> dict[str, float]:
+        """Single numbers that the file notes beside an array."""
 
     def array(self, key: str) -> NDArray[Any]:
         """A small array, whole."""
 
-    def frames(self, key: str, *, pattern_last: bool = False) -> Frames:
-        """An array (pattern, h, w), or (h, w, pattern) turned, after axes of length 1 in front or behind are cut."""
+    def frames(self, key: str, *, pattern_last: bool = False, raster: bool = False) -> Frames:
+        """An array (pattern, h, w), or (h, w, pattern) turned, after axes of length 1 in front or behind are cut; of a
+        raster also (row, column, h, w), row after row."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -319,6 +332,27 @@ class SourceScan:
 
     scan_index: NDArray[np.int64] | None = None
     """Experiment of each pattern (pattern,)."""
+
+    rows: NDArray[np.int64] | None = None
+    """Frames that have a position, ascending; all by default. Positions of the others are NaN."""
+
+    optics: Mapping[str, float] = field(default_factory=dict)
+    """What the file says of `energy_ev`, `wavelength_m`, `distance_m` and `detector_pixel_m`."""
+
+    pixel_size_m: float | None = None
+    """Size of an object pixel on the file's own grid, metres, where the file says it."""
+
+
+def turned(position_yx: NDArray[np.float64], spec: IngestSpec) -> NDArray[np.float64]:
+    """Positions (pattern, 2) after `swap_xy` and the flips.
+
+    Examples
+    --------
+    >>> turned(np.array([[1.0, 2.0]]), IngestSpec(swap_xy=True, flip_y=True))
+    array([[-2.,  1.]])
+    """
+    position_yx = position_yx[:, ::-1] if spec.swap_xy else position_yx
+    return position_yx * np.array([-1.0 if spec.flip_y else 1.0, -1.0 if spec.flip_x else 1.0])
 
 
 def require_keys(container: Container, keys: Sequence[str]) -> None:

@@ -1,0 +1,156 @@
+"""CXI files (Coherent X-ray Imaging Data Bank, version 1.6): SI units, energy in joules, mask 0 where good."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.io.quantities import DETECTOR_PIXEL, DISTANCE, ENERGY, WAVELENGTH, Optic, metres_of, optic
+from ptychodask.io.source import Container, IngestSpec, SourceScan, as_probe, missing_key, turned
+from ptychodask.scan import PtychodaskError
+
+logger = logging.getLogger(__name__)
+
+OPTIONS = ("units", "dc", "flip_y", "flip_x", "swap_xy")
+
+ENTRY = "entry_1"
+DETECTOR = f"{ENTRY}/instrument_1/detector_1"
+SOURCE = f"{ENTRY}/instrument_1/source_1"
+
+DATA = (f"{ENTRY}/data_1/data", f"{DETECTOR}/data")
+TRANSLATION = (f"{ENTRY}/data_1/translation", f"{ENTRY}/sample_1/geometry_1/translation", f"{DETECTOR}/translation")
+ILLUMINATION = (
+    f"{SOURCE}/illumination",
+    f"{ENTRY}/image_1/data",
+    f"{SOURCE}/data_illumination",
+    f"{SOURCE}/probe",
+    f"{DETECTOR}/data_illumination",
+    f"{DETECTOR}/probe",
+)
+OPTICS: tuple[tuple[Optic, tuple[str, ...], str], ...] = (
+    (ENERGY, (f"{SOURCE}/energy",), "J"),
+    (WAVELENGTH, (f"{SOURCE}/wavelength",), "m"),
+    (DISTANCE, (f"{DETECTOR}/distance",), "m"),
+    (DETECTOR_PIXEL, (f"{DETECTOR}/x_pixel_size",), "m"),
+)
+"""What a file may hold, where, and the unit that the format defines."""
+
+WIDEST_M = 0.1
+"""Extent of positions that cannot be metres: no stage scans a tenth of one."""
+
+SQUARENESS = 1e-3
+"""By how much the sides of a pixel may differ, relative to one of them."""
+
+
+def recognises(keys: Sequence[str]) -> bool:
+    """Whether a file with these keys is of this format."""
+    return any(key in keys for key in DATA) and any(key in keys for key in TRANSLATION)
+
+
+def read(container: Container, spec: IngestSpec) -> SourceScan:
+    """Read patterns (counts), positions, mask, probe and optics.
+
+    Notes
+    -----
+    The translation of the sample is (x, y, z) in the laboratory's axes, and its negative is where the probe is on the
+    sample. Rows and columns of a frame run along the columns of ``basis_vectors``, (slow, fast); where there are none,
+    along -y and -x, as the standard detector has them, so that x goes along columns and y along rows as they are.
+    """
+    data = _first(container, DATA)
+    key = _first(container, TRANSLATION)
+    translation_xyz = _translation(container, key)
+    unit_m = metres_of(container, key, spec.units, defined="m")
+    position_yx_m = _on_detector_axes(container, translation_xyz) * unit_m
+    extent_m = float(np.ptp(position_yx_m[np.isfinite(position_yx_m).all(axis=1)], axis=0).max(initial=0.0))
+    if extent_m > WIDEST_M:
+        raise PtychodaskError(
+            f"{container.where}[{key}]: positions extend over {extent_m:.4g} m, so metres are not their unit; "
+            "pass units= (--units)"
+        )
+    return SourceScan(
+        frames=container.frames(data),
+        position_yx=turned(position_yx_m, spec),
+        unit="m",
+        domain="counts",
+        dc=spec.dc or "centre",
+        calibration="mean_counts",
+        probe=illumination(container, ILLUMINATION),
+        mask=good_pixels(container, f"{DETECTOR}/mask"),
+        optics=read_optics(container, spec, OPTICS),
+    )
+
+
+def _first(container: Container, keys: Sequence[str]) -> str:
+    for key in keys:
+        if container.has(key):
+            return key
+    raise missing_key(container, keys[0])
+
+
+def _translation(container: Container, key: str) -> NDArray[np.float64]:
+    values = container.array(key)
+    if values.ndim != 2 or values.shape[1] not in (2, 3) or values.dtype.kind not in "iuf":
+        raise PtychodaskError(
+            f"{container.where}[{key}]: has shape {values.shape} and type {values.dtype}, "
+            "expected (pattern, 3) in the order (x, y, z); turn it in the file"
+        )
+    xyz = np.zeros((len(values), 3))
+    xyz[:, : values.shape[1]] = values
+    return xyz
+
+
+def _on_detector_axes(container: Container, translation_xyz: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Where the probe is on the sample, along rows and columns of the detector (pattern, 2), (y, x)."""
+    key = f"{DETECTOR}/basis_vectors"
+    if not container.has(key):
+        return translation_xyz[:, 1::-1].copy()
+    basis = container.array(key)
+    if basis.shape != (3, 2) or basis.dtype.kind not in "iuf" or not (np.linalg.norm(basis, axis=0) > 0).all():
+        raise PtychodaskError(
+            f"{container.where}[{key}]: has shape {basis.shape}, expected (3, 2), vectors along slow and fast axis; "
+            "mend it, or map the file's arrays with keys="
+        )
+    along = basis / np.linalg.norm(basis, axis=0)
+    # Adding 0 makes 0 of -0.
+    return -translation_xyz @ along + 0.0
+
+
+def read_optics(
+    container: Container, spec: IngestSpec, optics: Sequence[tuple[Optic, Sequence[str], str | None]]
+) -> dict[str, float]:
+    """Numbers of the instrument that the user does not say; an energy makes a wavelength needless."""
+    found: dict[str, float] = {}
+    for what, keys, defined in optics:
+        if getattr(spec, what.option) is not None or (what is WAVELENGTH and ("energy_ev" in found or spec.energy_ev)):
+            continue
+        value = optic(container, keys, what, defined=defined)
+        if value is not None:
+            found[what.option] = value
+    return found
+
+
+def illumination(container: Container, keys: Sequence[str]) -> NDArray[np.complex64] | None:
+    """The probe of a file, where it holds a complex one."""
+    for key in keys:
+        if container.has(key) and container.dtype(key).kind == "c":
+            return as_probe(container.array(key), f"{container.where}[{key}]")
+    return None
+
+
+def good_pixels(container: Container, key: str) -> NDArray[np.bool_] | None:
+    """A mask of CXI or NeXus: True where all bits of a pixel are 0."""
+    if not container.has(key):
+        return None
+    values = container.array(key)
+    if values.ndim == 3 and len(values) == 1:
+        values = values[0]
+    if values.ndim != 2 or values.dtype.kind not in "biu":
+        logger.warning(
+            "%s[%s]: left out a mask of shape %s and type %s", container.where, key, values.shape, values.dtype
+        )
+        return None
+    good: NDArray[np.bool_] = values == 0
+    return good

@@ -1,0 +1,117 @@
+"""NeXus files of the definition NXcxi_ptycho: like CXI, but numbers say their unit, and rasters have four axes.
+
+Names and meanings: nexusformat/definitions, ``NXcxi_ptycho.nxdl.xml``. ``source_1/energy`` is the energy of the machine
+there; the photons' is that of the beam.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.io.cxi import good_pixels, illumination, read_optics
+from ptychodask.io.quantities import DETECTOR_PIXEL, DISTANCE, ENERGY, Optic, metres_of
+from ptychodask.io.source import Container, IngestSpec, SourceScan, as_vector, frame_axes, missing_key, turned
+from ptychodask.scan import PtychodaskError
+
+OPTIONS = ("units", "dc", "flip_y", "flip_x", "swap_xy")
+
+BEAM_ENERGY = ("energy", "incident_beam_energy", "incident_energy")
+
+_BEAM = re.compile(rf"^([^/]+)/.*beam_1/({'|'.join(BEAM_ENERGY)}|extent)$")
+
+
+def recognises(keys: Sequence[str]) -> bool:
+    """Whether a file with these keys is of this format: the beam's group tells it from CXI."""
+    return _entry(keys) is not None
+
+
+def _entry(keys: Sequence[str]) -> str | None:
+    found = next((match for key in keys if (match := _BEAM.match(key))), None)
+    if found is None:
+        return None
+    entry = found.group(1)
+    named = any(key in keys for key in (f"{entry}/data_1/data", f"{entry}/instrument_1/detector_1/data"))
+    return entry if named else None
+
+
+def read(container: Container, spec: IngestSpec) -> SourceScan:
+    """Read patterns (counts), positions, mask, probe and optics.
+
+    Notes
+    -----
+    Frames are (pattern, h, w), or (npts_x, npts_y, h, w) of a raster, row after row. Positions are ``translation``
+    (pattern, 3), or else ``sample_1/transformations`` x and y, each as long as the patterns, or npts_x and npts_y of
+    them. x goes along columns and y along rows as they are; what else holds is said by the flips, which
+    `inspect --check-axes` finds.
+    """
+    entry = _entry(container.keys())
+    if entry is None:
+        raise PtychodaskError(
+            f"{container.where}: has no group beam_1 with an energy, by which NXcxi_ptycho is known; "
+            "map the file's arrays with keys="
+        )
+    detector, sample = f"{entry}/instrument_1/detector_1", f"{entry}/sample_1"
+    data = next((key for key in (f"{entry}/data_1/data", f"{detector}/data") if container.has(key)), None)
+    if data is None:
+        raise missing_key(container, f"{entry}/data_1/data")
+    frames = container.frames(data, raster=True)
+    raster = frame_axes(container.shape(data))[:-2]
+    translations = [f"{group}/translation" for group in (f"{entry}/data_1", detector, f"{sample}/geometry_1")]
+    position_yx_m = _positions(container, spec, translations, f"{sample}/transformations", raster)
+    beams = [f"{group}/beam_1" for group in (f"{entry}/instrument_1", sample, entry)]
+    optics: tuple[tuple[Optic, list[str], None], ...] = (
+        (ENERGY, [f"{beam}/{name}" for beam in beams for name in BEAM_ENERGY], None),
+        (DISTANCE, [f"{detector}/distance"], None),
+        (DETECTOR_PIXEL, [f"{detector}/x_pixel_size"], None),
+    )
+    return SourceScan(
+        frames=frames,
+        position_yx=turned(position_yx_m, spec),
+        unit="m",
+        domain="counts",
+        dc=spec.dc or "centre",
+        calibration="mean_counts",
+        probe=illumination(container, [f"{entry}/instrument_1/source_1/illumination", f"{entry}/image_1/data"]),
+        mask=good_pixels(
+            container, f"{detector}/pixel_mask" if container.has(f"{detector}/pixel_mask") else f"{detector}/mask"
+        ),
+        optics=read_optics(container, spec, optics),
+    )
+
+
+def _positions(
+    container: Container, spec: IngestSpec, translations: Sequence[str], transformations: str, raster: tuple[int, ...]
+) -> NDArray[np.float64]:
+    """Positions (pattern, 2), (y, x), metres."""
+    key = next((key for key in translations if container.has(key)), None)
+    if key is not None:
+        values = container.array(key)
+        flat = values.reshape(-1, values.shape[-1]) if values.ndim else values
+        if flat.ndim != 2 or flat.shape[1] not in (2, 3) or flat.dtype.kind not in "iuf":
+            raise PtychodaskError(
+                f"{container.where}[{key}]: has shape {values.shape} and type {values.dtype}, "
+                "expected (pattern, 3) in the order (x, y, z); turn it in the file"
+            )
+        return flat[:, 1::-1].astype(np.float64) * metres_of(container, key, spec.units, defined=None)
+    y, x = (_axis(container, f"{transformations}/{name}", spec, translations[0]) for name in ("y", "x"))
+    if len(raster) == 2 and (len(x), len(y)) == raster:
+        x, y = (grid.ravel() for grid in np.meshgrid(x, y, indexing="ij"))
+    if len(y) != len(x):
+        raise PtychodaskError(
+            f"{container.where}[{transformations}]: {len(y)} positions y and {len(x)} x for patterns {raster}, "
+            "expected as many of each as patterns, or npts_x and npts_y of them"
+        )
+    return np.stack([y, x], axis=1)
+
+
+def _axis(container: Container, key: str, spec: IngestSpec, wanted: str) -> NDArray[np.float64]:
+    if not container.has(key):
+        raise missing_key(container, wanted)
+    values = container.array(key)
+    return as_vector(values.reshape(-1, 1), f"{container.where}[{key}]") * metres_of(
+        container, key, spec.units, defined=None
+    )
