@@ -177,7 +177,8 @@ class Hdf5File:
 
     def numbers(self, key: str) -> dict[str, float]:
         with reading(f"{self.where}[{key}]"):
-            noted = {name: np.asarray(value) for name, value in self._dataset(key).attrs.items()}
+            holder = self._dataset(key) if key else self._file
+            noted = {name: np.asarray(value) for name, value in holder.attrs.items()}
         return {
             name: float(value.item()) for name, value in noted.items() if value.size == 1 and value.dtype.kind in "iuf"
         }

@@ -34,8 +34,7 @@ def _entry(keys: Sequence[str]) -> str | None:
     if found is None:
         return None
     entry = found.group(1)
-    named = any(key in keys for key in (f"{entry}/data_1/data", f"{entry}/instrument_1/detector_1/data"))
-    return entry if named else None
+    return entry if any(key.startswith(f"{entry}/instrument_1/detector_1/") for key in keys) else None
 
 
 def read(container: Container, spec: IngestSpec) -> SourceScan:

@@ -283,7 +283,7 @@ class Container(Protocol):
         """The unit that the file notes beside an array."""
 
     def numbers(self, key: str) -> dict[str, float]:
-        """Single numbers that the file notes beside an array."""
+        """Single numbers that the file notes beside an array, or of itself for ""."""
 
     def array(self, key: str) -> NDArray[Any]:
         """A small array, whole."""
