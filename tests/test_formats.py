@@ -106,7 +106,7 @@ def test_inspect_proposes_an_ingest_that_works(tmp_path, of, kind):
 def test_a_pair_is_found_from_either_of_its_files(tmp_path, of):
     para = write_pair(tmp_path, of)
     of_para = ingested(para, tmp_path).data_hash
-    assert ingested(tmp_path / "scan1_dp.hdf5", tmp_path).data_hash == of_para
+    assert ingested(tmp_path / "scan1_dp.hdf5", tmp_path, format="ptychodus").data_hash == of_para
 
 
 def test_both_files_of_a_pair_are_recorded(tmp_path, of):

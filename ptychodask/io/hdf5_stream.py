@@ -146,13 +146,14 @@ class Hdf5File:
 
     def keys(self) -> list[str]:
         """Names of the datasets, those that links lead to in other files among them."""
-        links: list[str] = []
+        links: list[bytes] = []
         with reading(self.where):
             found = _datasets_in(self._file)
-            self._file.visititems_links(
-                lambda name, link: links.append(name) if isinstance(link, h5py.ExternalLink) else None
+            # The lower level of h5py, for the other one decodes the names of files, which may be damaged.
+            self._file.id.links.visit(
+                lambda name, link: links.append(name) if link.type == h5py.h5l.TYPE_EXTERNAL else None, info=True
             )
-            for name in links:
+            for name in (link.decode(errors="replace") for link in links):
                 item = self._item(name)
                 if isinstance(item, h5py.Group):
                     found += [f"{name}/{below}" for below in _datasets_in(item)]
@@ -188,8 +189,8 @@ class Hdf5File:
         if self.dtype(key).hasobject:
             raise PtychodaskError(f"{where}: holds text or references, expected numbers")
         dataset = self._dataset(key)
-        _check_readable(dataset, where)
         check_whole((dataset.size or 0) * dataset.dtype.itemsize, check_claim(dataset, where), where)
+        _check_readable(dataset, where)
         with reading(where):
             return np.asarray(self._dataset(key)[()]).astype(self.dtype(key), copy=False)
 
@@ -229,7 +230,7 @@ class Hdf5File:
         """What a name leads to; None where it leads nowhere."""
         try:
             return self._file.get(key)
-        except (KeyError, OSError):
+        except (KeyError, OSError, UnicodeError):
             return None
 
     def _lost(self, key: str) -> str | None:

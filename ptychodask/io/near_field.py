@@ -30,7 +30,7 @@ CERTAIN = 10.0
 LEAST_AGREEMENT = 0.1
 """By how much their correlation must be larger."""
 
-TOO_WIDE = 2.0
+TOO_WIDE = 3.0
 """Width of what a pattern shows over the width that a far-field pattern can hold, N object pixels, that is refused."""
 
 
@@ -73,20 +73,27 @@ def shadow_of(patterns: Readable, position_yx_px: NDArray[np.float64], domain: D
     seeds, neighbours = _pairs(position_yx_px)
     if len(seeds) < FEWEST_PAIRS:
         return None
-    read, places = np.unique(np.concatenate([seeds, neighbours]), return_inverse=True)
-    amplitude = np.nan_to_num(np.asarray(patterns[read], np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    amplitude = np.sqrt(np.maximum(amplitude, 0)) if domain == "counts" else np.abs(amplitude)
-    mean = np.sqrt(np.square(amplitude).mean(axis=0))
-    lit = mean**2 > LIT * np.partition((mean**2).ravel(), -max(10, mean.size // 100))[-max(10, mean.size // 100)]
+    read = np.unique(np.concatenate([seeds, neighbours]))
+    mean = np.sqrt(sum(np.square(_amplitude(patterns, row, domain)) for row in read) / len(read))
+    brightest = np.partition((mean**2).ravel(), -max(10, mean.size // 100))[-max(10, mean.size // 100)]
+    lit = mean**2 > LIT * brightest
     diameter_px = 2 * np.sqrt(lit.sum() / np.pi)
-    if not mean[lit].all() or diameter_px < 4 * LEAST_SHIFT_PX:
+    if diameter_px < 4 * LEAST_SHIFT_PX:
         return None
-    spectra = np.fft.fft2(_contrast(amplitude, mean, lit))
-    one, other = places[: len(seeds)], places[len(seeds) :]
-    correlation = np.fft.ifft2(spectra[one] * spectra[other].conj()).real
     moved_px = position_yx_px[seeds] - position_yx_px[neighbours]
-    slope = _slope(correlation, moved_px, diameter_px)
+    ways = _Ways.of(moved_px, diameter_px, mean.shape[0])
+    for pair, rows in enumerate(zip(seeds, neighbours, strict=True)):
+        # One pair at a time, so that memory holds a few patterns of any size.
+        one, other = (np.fft.fft2(_contrast(_amplitude(patterns, row, domain), mean, lit)) for row in rows)
+        ways.look(pair, np.fft.ifft2(one * other.conj()).real)
+    slope = ways.slope()
     return None if slope is None else Shadow(slope, diameter_px / slope)
+
+
+def _amplitude(patterns: Readable, row: int, domain: Domain) -> NDArray[np.float64]:
+    """One pattern as amplitudes (n, n); what is negative or not finite counts as 0."""
+    values = np.nan_to_num(np.asarray(patterns[np.array([row])], np.float64)[0], nan=0.0, posinf=0.0, neginf=0.0)
+    return np.sqrt(np.maximum(values, 0)) if domain == "counts" else np.abs(values)
 
 
 def _pairs(position_yx_px: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -100,33 +107,53 @@ def _pairs(position_yx_px: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDAr
 
 
 def _contrast(amplitude: NDArray[np.float64], mean: NDArray[np.float64], lit: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Patterns over their mean where that is lit, of mean 0 and norm 1."""
+    """A pattern over the mean where that is lit, of mean 0 and norm 1."""
     ratio = np.where(lit, amplitude / np.where(lit, mean, 1), 0)
-    ratio = np.where(lit, ratio - ratio[:, lit].mean(axis=1)[:, None, None], 0)
-    norm = np.sqrt(np.square(ratio).sum(axis=(1, 2), keepdims=True))
-    contrast: NDArray[np.float64] = ratio / np.where(norm > 0, norm, 1)
+    ratio = np.where(lit, ratio - ratio[lit].mean(), 0)
+    contrast: NDArray[np.float64] = ratio / max(float(np.linalg.norm(ratio)), 1e-300)
     return contrast
 
 
-def _slope(correlation: NDArray[np.float64], moved_px: NDArray[np.float64], diameter_px: float) -> float | None:
-    """The slope at which patterns agree best, of all eight orientations; None where none is certain."""
-    n_pixels, pairs = correlation.shape[-1], np.arange(len(moved_px))
-    step_px = float(np.median(np.hypot(*moved_px.T)))
-    best, best_slope = CERTAIN, None
-    for swapped, sign_y, sign_x in product((False, True), (1, -1), (1, -1)):
-        way = (moved_px[:, ::-1] if swapped else moved_px) * (sign_y, sign_x) / step_px
-        for shift_px in np.arange(LEAST_SHIFT_PX, diameter_px / 2, 0.5):
-            shift = np.rint(way * shift_px).astype(int)
-            near = np.abs(shift).max(axis=1) < n_pixels // 2
-            if near.sum() < FEWEST_PAIRS:
-                continue
-            y, x = shift[near].T
-            along, against = correlation[pairs[near], y, x], correlation[pairs[near], -y, -x]
-            more = along - against
-            error = more.std() / np.sqrt(len(more))
-            if more.mean() > LEAST_AGREEMENT and more.mean() > best * error:
-                best, best_slope = float(more.mean() / error), float(shift_px / step_px)
-    return best_slope
+@dataclass(frozen=True, eq=False)
+class _Ways:
+    """All ways that a shadow may move: eight orientations, and how far over the median step."""
+
+    shift: NDArray[np.int64]
+    """Of each pair's shadow in each way (way, pair, 2), pixels."""
+
+    slopes: NDArray[np.float64]
+    """Slope of each way."""
+
+    more: NDArray[np.float64]
+    """By how much the correlation there exceeds that on the other side of zero (way, pair); NaN outside the pattern."""
+
+    @classmethod
+    def of(cls, moved_px: NDArray[np.float64], diameter_px: float, n_pixels: int) -> _Ways:
+        step_px = float(np.median(np.hypot(*moved_px.T)))
+        shifts_px = np.arange(LEAST_SHIFT_PX, diameter_px / 2, max(0.5, diameter_px / 200))
+        turns = product((False, True), (1, -1), (1, -1))
+        turned = [(moved_px[:, ::-1] if swapped else moved_px) * (y, x) / step_px for swapped, y, x in turns]
+        shift = np.rint(np.concatenate([shifts_px[:, None, None] * one for one in turned])).astype(np.int64)
+        outside = np.abs(shift).max(axis=2) >= n_pixels // 2
+        return cls(shift, np.tile(shifts_px / step_px, len(turned)), np.where(outside, np.nan, 0.0))
+
+    def look(self, pair: int, correlation: NDArray[np.float64]) -> None:
+        """Take the correlation (n, n) of a pair."""
+        inside = np.flatnonzero(np.isfinite(self.more[:, pair]))
+        y, x = self.shift[inside, pair].T
+        self.more[inside, pair] = correlation[y, x] - correlation[-y, -x]
+
+    def slope(self) -> float | None:
+        """That of the way in which pairs agree best; None where none is certain."""
+        enough = np.isfinite(self.more).sum(axis=1) >= FEWEST_PAIRS
+        more, slopes = self.more[enough], self.slopes[enough]
+        if not len(more):
+            return None
+        mean = np.nanmean(more, axis=1)
+        certainty = mean / np.maximum(np.nanstd(more, axis=1) / np.sqrt(np.isfinite(more).sum(axis=1)), 1e-12)
+        certainty[mean <= LEAST_AGREEMENT] = 0
+        best = int(certainty.argmax())
+        return float(slopes[best]) if certainty[best] > CERTAIN else None
 
 
 def near_field(patterns: Readable, position_yx_px: NDArray[np.float64], n_pixels: int, domain: Domain) -> str | None:

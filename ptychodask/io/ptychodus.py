@@ -49,13 +49,8 @@ SQUARENESS = 1e-3
 
 
 def recognises(keys: Sequence[str]) -> bool:
-    """Whether a file with these keys is of this format: the positions, or the patterns alone."""
-    return all(key in keys for key in (X, Y)) or (_patterns_key(keys) is not None and not _is_foreign(keys))
-
-
-def _is_foreign(keys: Sequence[str]) -> bool:
-    """Whether there is more than the patterns of this format: then they may be anything, and are mapped."""
-    return not set(keys) <= {DP, PATTERNS, PATTERN_INDEX, BAD_PIXELS}
+    """Whether a file with these keys is of this format: of its positions, or of its patterns with their indexes."""
+    return all(key in keys for key in (X, Y)) or all(key in keys for key in (PATTERNS, PATTERN_INDEX))
 
 
 def _patterns_key(keys: Sequence[str]) -> str | None:
