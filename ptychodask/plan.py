@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ptychodask.display import card
 from ptychodask.grouping import GroupingSpec, check_drop
+from ptychodask.locations import locate
 from ptychodask.models.spec import Precision
 from ptychodask.prediction import (
     Device,
@@ -587,7 +588,7 @@ def make_plan(
     of_plan = np.array([chunk.start // found.size for chunk in chunks])
     n_patterns = int(np.count_nonzero(found.used))
     return Plan(
-        store=str(Path(reader.where).resolve()),
+        store=str(locate(reader.where).resolve()),
         data_hash=reader.data_hash,
         groups=table.name,
         groups_hash=found.table_hash,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ptychodask import models
 from ptychodask.grouping import groups_kept
+from ptychodask.locations import ObjectPath, locate
 from ptychodask.models.spec import Precision
 from ptychodask.scan import PtychodaskError, Scan
 from ptychodask.store import ScanReader, open_scan
@@ -251,7 +252,9 @@ def _recorded_model(scan: Scan) -> PatchModel:
         raise PtychodaskError(
             f"{scan.store}: no model is recorded for it; run 'ptychodask train {scan.store}', or pass model= (--model)"
         )
-    path = Path(str(scan.store)).resolve().parent / record["path"]
+    place = locate(str(scan.store)).resolve()
+    # Beside a store in a bucket the path is whole.
+    path = Path(record["path"]) if isinstance(place, ObjectPath) else place.parent / record["path"]
     if not path.exists():
         raise PtychodaskError(
             f"{scan.store}: its latest {record['kind']} is recorded at {path}, where nothing is; "

@@ -19,7 +19,8 @@ from zarr.errors import ZarrUserWarning
 
 import ptychodask
 from ptychodask.display import Markup, card, image
-from ptychodask.folders import Form, whole_or_nothing
+from ptychodask.folders import Form, whole
+from ptychodask.locations import Location, ObjectPath, locate, zarr_store
 from ptychodask.scan import PtychodaskError
 from ptychodask.store import check_codecs, check_stored, naming_damage, open_root
 
@@ -166,7 +167,7 @@ def _coordinates(shape: tuple[int, ...], corner: tuple[int, int], pixel_size_m: 
 
 
 def create_result(
-    path: Path,
+    path: Location,
     shape: tuple[int, int],
     corner: tuple[int, int],
     tile: int,
@@ -178,8 +179,8 @@ def create_result(
 
     Parameters
     ----------
-    path : Path
-        Folder that exists and is empty (see `whole_or_nothing`).
+    path : Path or ObjectPath
+        Where nothing is but an empty folder (see `whole`).
     shape, corner : (int, int)
         Pixels (y, x) of the whole object, and the coordinates of its first one.
     tile : int
@@ -187,7 +188,7 @@ def create_result(
     pixel_size_m : float or None
     layers : Layers
     """
-    root = zarr.create_group(path, zarr_format=3)
+    root = zarr.create_group(zarr_store(path), zarr_format=3)
     root.attrs.update({**_own_attributes(pixel_size_m, layers), "state": "writing"})
     for name in layers.variables:
         _create_variable(root, name, shape, tile, pixel_size_m, layers)
@@ -218,7 +219,7 @@ def _create_variable(
     return array
 
 
-def write_tile(path: Path, start_yx: tuple[int, int], arrays: TileArrays) -> None:
+def write_tile(path: Location, start_yx: tuple[int, int], arrays: TileArrays) -> None:
     """Write one tile of a result store.
 
     Parameters
@@ -229,7 +230,7 @@ def write_tile(path: Path, start_yx: tuple[int, int], arrays: TileArrays) -> Non
         Row and column of the tile's first pixel in the whole arrays: whole multiples of the tile.
     arrays : dict of name to array (..., y, x)
     """
-    root = zarr.open_group(path, mode="r+", zarr_format=3, use_consolidated=False)
+    root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3, use_consolidated=False)
     height, width = arrays["object"].shape[-2:]
     region = ..., slice(start_yx[0], start_yx[0] + height), slice(start_yx[1], start_yx[1] + width)
     for name, values in arrays.items():
@@ -279,7 +280,7 @@ def remove_tile(path: Path, start_yx: tuple[int, int], tile: int) -> None:
             (path / name / array.metadata.encode_chunk_key(place)).unlink(missing_ok=True)
 
 
-def write_pyramid(path: Path) -> None:
+def write_pyramid(path: Location) -> None:
     """Add coarser levels of object and weight to a result store that is being written: half the pixels along each side
     of the level before, one at least, until the longer side is shorter than `COARSEST_PIXELS`.
 
@@ -293,7 +294,7 @@ def write_pyramid(path: Path) -> None:
     A pixel of level k is the mean of 2 x 2 of level k - 1, weighted by their weights; its weight is their mean. It lies
     in the middle of them, so its coordinate is theirs plus half a pixel. One tile is in memory at a time.
     """
-    root = zarr.open_group(path, mode="r+", zarr_format=3)
+    root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3)
     finer, level = root, 1
     while level == 1 or max(_array(finer, "object").shape[-2:]) >= COARSEST_PIXELS:
         finer = _write_level(root.require_group(f"{PYRAMID}/{level}"), finer)
@@ -370,11 +371,11 @@ def halve(
 def _array(group: zarr.Group, name: str) -> zarr.Array:
     array = group[name]
     assert isinstance(array, zarr.Array)
-    check_codecs(array, group.store_path.store.root, AGAIN)  # type: ignore[attr-defined]
+    check_codecs(array, str(group.store_path), AGAIN)
     return array
 
 
-def finish_result(path: Path, attributes: dict[str, Any]) -> None:
+def finish_result(path: Location, attributes: dict[str, Any]) -> None:
     """Record what made a result and mark its store as complete.
 
     Parameters
@@ -383,16 +384,16 @@ def finish_result(path: Path, attributes: dict[str, Any]) -> None:
     attributes : dict
         Plain values for JSON.
     """
-    root = zarr.open_group(path, mode="r+", zarr_format=3)
+    root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3)
     stored = {name: _array(root, name).nchunks_initialized for name in VARIABLES | HALF_VARIABLES if name in root}
     root.attrs.update({**attributes, STORED_CHUNKS: stored, "state": "complete"})
     with warnings.catch_warnings():
         # Consolidated metadata are what xarray reads; zarr warns that format 3 has not standardised them.
         warnings.simplefilter("ignore", ZarrUserWarning)
-        zarr.consolidate_metadata(path, zarr_format=3)
+        zarr.consolidate_metadata(zarr_store(path), zarr_format=3)
 
 
-def open_result(path: str | Path, level: int = 0) -> xr.Dataset:
+def open_result(path: str | Path | ObjectPath, level: int = 0) -> xr.Dataset:
     """Open a stored result; its arrays stay on disk.
 
     Parameters
@@ -411,20 +412,20 @@ def open_result(path: str | Path, level: int = 0) -> xr.Dataset:
     PtychodaskError
         If there is no result, it is unfinished, foreign or of a newer format, or has no such level.
     """
-    where = Path(path)
+    where = locate(path)
     root = open_root(where, RESULT)
     with naming_damage(where, "cannot be opened", AGAIN):
         _check_arrays(root, where)
         if level:
             return _open_level(where, root, level)
-        ds = xr.open_zarr(where, chunks={}, consolidated=True, zarr_format=3)
+        ds = xr.open_zarr(zarr_store(where, read_only=True), chunks={}, consolidated=True, zarr_format=3)
         ds = ds[[name for name in VARIABLES | HALF_VARIABLES if name in ds]]
         del ds.attrs["state"]
         _check_whole(where, root, ds.attrs.pop(STORED_CHUNKS, {}))
         return _with_methods(ds)
 
 
-def _check_arrays(group: zarr.Group, where: Path) -> None:
+def _check_arrays(group: zarr.Group, where: Location) -> None:
     """Raise `PtychodaskError` unless xarray can open the arrays of a group without harm."""
     arrays = dict(group.arrays())
     for name, array in arrays.items():
@@ -440,7 +441,7 @@ def _check_arrays(group: zarr.Group, where: Path) -> None:
     check_stored(list(arrays.values()), sum(array.nbytes for array in arrays.values()), where, AGAIN)
 
 
-def _check_whole(where: Path, root: zarr.Group, stored: Any) -> None:
+def _check_whole(where: Location, root: zarr.Group, stored: Any) -> None:
     """Raise `PtychodaskError` when a file of a result is gone, which Zarr would read as unseen pixels."""
     for name, wanted in stored.items() if isinstance(stored, dict) else ():
         found = _array(root, name).nchunks_initialized
@@ -451,15 +452,18 @@ def _check_whole(where: Path, root: zarr.Group, stored: Any) -> None:
             )
 
 
-def _open_level(where: Path, root: zarr.Group, level: int) -> xr.Dataset:
+def _open_level(where: Location, root: zarr.Group, level: int) -> xr.Dataset:
     pyramid = root.get(PYRAMID)
     levels = sorted(pyramid.group_keys()) if isinstance(pyramid, zarr.Group) else []
     if str(level) not in levels:
         has = f"levels 1 to {len(levels)}" if levels else "no pyramid: reconstruct again with pyramid=True (--pyramid)"
         raise PtychodaskError(f"{where}: no level {level}; it has {has}")
     # xarray reads the level's own metadata, not the consolidated ones.
-    _check_arrays(zarr.open_group(where / PYRAMID / str(level), mode="r", zarr_format=3, use_consolidated=False), where)
-    ds = xr.open_zarr(where, group=f"{PYRAMID}/{level}", chunks={}, consolidated=False, zarr_format=3)
+    store = zarr_store(where, read_only=True)
+    _check_arrays(
+        zarr.open_group(store, path=f"{PYRAMID}/{level}", mode="r", zarr_format=3, use_consolidated=False), where
+    )
+    ds = xr.open_zarr(store, group=f"{PYRAMID}/{level}", chunks={}, consolidated=False, zarr_format=3)
     ds.attrs = {key: value for key, value in root.attrs.items() if key not in ("state", STORED_CHUNKS)} | {
         "level": level
     }
@@ -601,7 +605,7 @@ class PtychoAccessor:
         ds = self.compute()
         corner = (int(ds["y"][0]), int(ds["x"][0]))
         arrays = {name: ds[name].values for name in VARIABLES}
-        with whole_or_nothing(Path(path), overwrite=overwrite, form=RESULT) as building:
+        with whole(locate(path), overwrite=overwrite, form=RESULT) as building:
             pixel_size_m = ds.attrs.get("pixel_size_m")
             create_result(building, arrays["object"].shape, corner, CHUNK_PIXELS, pixel_size_m=pixel_size_m)
             write_tile(building, (0, 0), arrays)

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.errors import ZarrUserWarning
 
-from ptychodask.folders import Form, building_path, whole_or_nothing
+from ptychodask.folders import Form, building_path, whole
 from ptychodask.grouping import GroupingSpec, Groups, curve_order, group_positions
+from ptychodask.locations import Location, ObjectPath, locate, refusals, stored_sizes, zarr_store
 from ptychodask.progress import Progress, show_progress
 from ptychodask.scan import (
     Calibration,
@@ -97,7 +98,7 @@ DAMAGE: tuple[type[Exception], ...] = (
 
 
 @contextmanager
-def naming_damage(where: str | Path, what: str, way_out: str) -> Iterator[None]:
+def naming_damage(where: str | Location, what: str, way_out: str) -> Iterator[None]:
     """Raise what damaged files make Zarr raise in a block as a `PtychodaskError` of one line.
 
     Parameters
@@ -112,7 +113,7 @@ def naming_damage(where: str | Path, what: str, way_out: str) -> Iterator[None]:
         yield
     except PtychodaskError:
         raise
-    except DAMAGE as error:
+    except (*DAMAGE, *refusals()) as error:
         raise PtychodaskError(f"{where}: {what} ({in_brief(error)}); {way_out}") from error
 
 
@@ -227,7 +228,7 @@ def _chunks_read(curve: NDArray[np.int64], place: NDArray[np.int64], patterns_pe
 
 
 def write_scan(
-    store: str | Path,
+    store: str | Path | ObjectPath,
     *,
     diffraction: PatternSource,
     position_yx_px: NDArray[np.float64],
@@ -295,7 +296,7 @@ def write_scan(
     Patterns are sorted along a space-filling curve where that cuts the bytes a chunk of groups reads
     (`storage_order`).
     """
-    path = Path(store)
+    path = locate(store)
     where = str(path)
     check_pattern_shape(diffraction.shape, where)
     n_patterns, n_pixels = diffraction.shape[:2]
@@ -306,8 +307,8 @@ def write_scan(
     source_rows = np.arange(n_patterns) if source_index is None else np.asarray(source_index, np.int64)
     relative_flux = None if flux is None else _relative_flux(flux, where)
     optics = {"pixel_size_m": pixel_size_m, "energy_ev": energy_ev, "distance_m": distance_m}
-    with whole_or_nothing(path, overwrite=overwrite, form=SCAN) as building:
-        root = zarr.create_group(building, zarr_format=3)
+    with whole(path, overwrite=overwrite, form=SCAN) as building:
+        root = zarr.create_group(zarr_store(building), zarr_format=3)
         root.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "state": "writing"})
         with show_progress("ingest", n_patterns, "patterns", progress) as bar:
             total_counts, diffraction_hash = _write_patterns(
@@ -449,11 +450,11 @@ def _put(root: zarr.Group, name: str, values: NDArray[Any], dims: tuple[str, ...
     array.attrs.update(attributes)
 
 
-def _consolidate(path: Path) -> None:
+def _consolidate(path: Location) -> None:
     with warnings.catch_warnings():
         # Consolidated metadata are what xarray reads; zarr warns that format 3 has not standardised them.
         warnings.simplefilter("ignore", ZarrUserWarning)
-        zarr.consolidate_metadata(path, zarr_format=3)
+        zarr.consolidate_metadata(zarr_store(path), zarr_format=3)
 
 
 def data_hash(
@@ -481,7 +482,7 @@ def _hash_differs(where: str) -> PtychodaskError:
     )
 
 
-def open_scan(store: str | Path) -> Scan:
+def open_scan(store: str | Path | ObjectPath) -> Scan:
     """Open a store: patterns and labels stay on disk.
 
     Parameters
@@ -498,7 +499,7 @@ def open_scan(store: str | Path) -> Scan:
     PtychodaskError
         If there is no such store, it is unfinished, of a newer format, or lacks an array.
     """
-    path = Path(store)
+    path = locate(store)
     root = open_root(path, SCAN)
     attributes: dict[str, Any] = dict(root.attrs)
     where = str(path)
@@ -548,10 +549,10 @@ class ScanReader:
         As `open_scan`, but positions, mask and probe are not compared with the data hash.
     """
 
-    def __init__(self, store: str | Path) -> None:
-        self.where = str(store)
+    def __init__(self, store: str | Path | ObjectPath) -> None:
+        self.where = str(locate(store))
         """Path of the store."""
-        self._root = open_root(Path(store), SCAN)
+        self._root = open_root(locate(store), SCAN)
         self._attributes: dict[str, Any] = dict(self._root.attrs)
         _check_attributes(self._attributes, self.where)
         self._diffraction = StoredPatterns(_array(self._root, "diffraction", self.where), self.where)
@@ -679,7 +680,7 @@ def _array(root: zarr.Group, name: str, where: str) -> zarr.Array:
     return array
 
 
-def check_codecs(array: zarr.Array, where: str | Path, way_out: str) -> None:
+def check_codecs(array: zarr.Array, where: str | Location, way_out: str) -> None:
     """Raise `PtychodaskError` unless an array holds numbers and nothing else, whoever wrote it.
 
     Parameters
@@ -708,7 +709,7 @@ def check_codecs(array: zarr.Array, where: str | Path, way_out: str) -> None:
         raise PtychodaskError(f"{what} has shape {array.shape} in chunks of {array.chunks}; {way_out}")
 
 
-def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, where: str | Path, way_out: str) -> None:
+def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, where: str | Location, way_out: str) -> None:
     """Raise `PtychodaskError` where the files of some arrays, together, cannot hold what the arrays claim.
 
     Parameters
@@ -723,8 +724,7 @@ def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, where: str | 
     """
     if claimed_bytes <= SMALL_BYTES:
         return
-    folders = [Path(array.store_path.store.root) / array.path for array in arrays]  # type: ignore[attr-defined]
-    sizes = (path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    sizes = (size for array in arrays for size in stored_sizes(array))
     # No more files are looked at than it takes.
     if all(total < claimed_bytes // PACKED_AT_MOST for total in accumulate(sizes)):
         told = ", ".join(f"'{array.path}' of shape {array.shape} in chunks of {array.chunks}" for array in arrays)
@@ -758,7 +758,7 @@ def _read_rows(array: zarr.Array, where: str, rows: slice | EllipsisType | NDArr
         return _rows(array, rows) if isinstance(rows, np.ndarray) else np.asarray(array[rows])
 
 
-def open_root(path: Path, form: Form, mode: str = "r") -> zarr.Group:
+def open_root(path: Location, form: Form, mode: str = "r") -> zarr.Group:
     """Root group of a finished Zarr store of a form.
 
     Raises
@@ -769,7 +769,7 @@ def open_root(path: Path, form: Form, mode: str = "r") -> zarr.Group:
     make = f"make one with 'ptychodask {form.maker}'"
     again = f"{form.maker} again with overwrite=True (--overwrite)"
     if not path.exists():
-        if building_path(path).exists():
+        if isinstance(path, Path) and building_path(path).exists():
             raise PtychodaskError(
                 f"{path}: the {form.noun} is unfinished: its writer is still at work, or was stopped "
                 f"({building_path(path)}); wait for it, or {again}"
@@ -778,7 +778,7 @@ def open_root(path: Path, form: Form, mode: str = "r") -> zarr.Group:
     if not path.is_dir():
         raise PtychodaskError(f"{path}: is a file, expected a {form.noun} (a folder); {make}")
     with naming_damage(path, "is not a Zarr format 3 store", make):
-        root = zarr.open_group(path, mode=mode, zarr_format=3)  # type: ignore[arg-type]
+        root = zarr.open_group(zarr_store(path, read_only=mode == "r"), mode=mode, zarr_format=3)  # type: ignore[arg-type]
         attributes = dict(root.attrs)
     if attributes.get("format") != form.name:
         raise PtychodaskError(
@@ -798,7 +798,7 @@ def open_root(path: Path, form: Form, mode: str = "r") -> zarr.Group:
     return root
 
 
-def group(store: str | Path, spec: GroupingSpec = GroupingSpec(), *, name: str | None = None) -> Groups:
+def group(store: str | Path | ObjectPath, spec: GroupingSpec = GroupingSpec(), *, name: str | None = None) -> Groups:
     """Group table of a store: the stored one where the same spec made it, else computed and stored.
 
     Parameters
@@ -817,7 +817,7 @@ def group(store: str | Path, spec: GroupingSpec = GroupingSpec(), *, name: str |
     PtychodaskError
         If the name is taken by another spec, or the scan has too few patterns.
     """
-    path = Path(store)
+    path = locate(store)
     name = spec.name if name is None else name
     stored = read_groups(path, name)
     if stored is not None:
@@ -830,7 +830,7 @@ def group(store: str | Path, spec: GroupingSpec = GroupingSpec(), *, name: str |
     member = group_positions(scan.position_yx_px, spec, scan.scan_index)
     groups = Groups(member, spec, name)
     # A run that was killed may have left a table that the consolidated metadata do not know.
-    root = zarr.open_group(path, mode="r+", zarr_format=3, use_consolidated=False)
+    root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3, use_consolidated=False)
     table = root.require_group("groups").create_group(name, overwrite=True)
     _put(table, "member", member, ("group", "channel"))
     table.attrs.update({"spec": groups.attributes(), "state": "complete"})
@@ -851,7 +851,7 @@ class GroupTable:
     n_patterns : int
     """
 
-    def __init__(self, store: Path, name: str, spec: GroupingSpec, member: zarr.Array, n_patterns: int) -> None:
+    def __init__(self, store: Location, name: str, spec: GroupingSpec, member: zarr.Array, n_patterns: int) -> None:
         self.name, self.spec = name, spec
         self._store, self._member, self._n_patterns = store, member, n_patterns
         most = spec.oversampling * n_patterns
@@ -874,10 +874,10 @@ class GroupTable:
         return PtychodaskError(f"{self._store}: group table '{self.name}' does not fit the scan; pass another name=")
 
 
-def open_groups(store: str | Path, name: str) -> GroupTable | None:
+def open_groups(store: str | Path | ObjectPath, name: str) -> GroupTable | None:
     """A stored group table, its rows on disk, or None when there is none of that name; raises `PtychodaskError` for one
     that is no name or a table that does not fit the scan."""
-    path = Path(store)
+    path = locate(store)
     if not name or "/" in name or name.startswith("."):
         raise PtychodaskError(f"{path}: {name!r} is no name for a group table; use letters, digits, '-' and '_'")
     root = open_root(path, SCAN)
@@ -894,20 +894,20 @@ def open_groups(store: str | Path, name: str) -> GroupTable | None:
     return GroupTable(path, name, spec, _array(table, "member", str(path)), n_patterns)
 
 
-def read_groups(store: str | Path, name: str) -> Groups | None:
+def read_groups(store: str | Path | ObjectPath, name: str) -> Groups | None:
     """A stored group table in memory; None, and refusals, as `open_groups`."""
     table = open_groups(store, name)
     return None if table is None else Groups(table.rows(0, len(table)), table.spec, name)
 
 
-def stored_group_names(store: str | Path) -> list[str]:
+def stored_group_names(store: str | Path | ObjectPath) -> list[str]:
     """Names of the group tables in a store, sorted."""
-    root = open_root(Path(store), SCAN)
+    root = open_root(locate(store), SCAN)
     tables = root.get("groups")
     return sorted(tables.group_keys()) if isinstance(tables, zarr.Group) else []
 
 
-def replace_probe(store: str | Path, probe: NDArray[np.complex64], record: dict[str, Any]) -> Scan:
+def replace_probe(store: str | Path | ObjectPath, probe: NDArray[np.complex64], record: dict[str, Any]) -> Scan:
     """Put a refined probe into a store; `probe_initial` and the patterns stay as they are.
 
     Parameters
@@ -928,7 +928,7 @@ def replace_probe(store: str | Path, probe: NDArray[np.complex64], record: dict[
     PtychodaskError
         If the shape differs or a value is not finite.
     """
-    path = Path(store)
+    path = locate(store)
     scan = open_scan(path)
     if probe.shape != scan.probe.shape or not np.isfinite(probe).all():
         raise PtychodaskError(
@@ -943,7 +943,7 @@ def replace_probe(store: str | Path, probe: NDArray[np.complex64], record: dict[
     return open_scan(path)
 
 
-def record_model(store: str | Path, *, kind: str, path: str | Path, content_hash: str) -> None:
+def record_model(store: str | Path | ObjectPath, *, kind: str, path: str | Path, content_hash: str) -> None:
     """Note in a store that a model was trained on it, as its latest of that kind.
 
     Parameters
@@ -956,9 +956,10 @@ def record_model(store: str | Path, *, kind: str, path: str | Path, content_hash
     content_hash : str
         Hash of the bundle's content.
     """
-    root = open_root(Path(store), SCAN, "r+")
-    recorded = os.path.relpath(Path(path).resolve(), Path(store).resolve().parent)
+    place, bundle = locate(store), Path(path).resolve()
+    root = open_root(place, SCAN, "r+")
+    recorded = str(bundle) if isinstance(place, ObjectPath) else os.path.relpath(bundle, place.resolve().parent)
     models = list(root.attrs.get("models", []))  # type: ignore[arg-type]
     models.append({"kind": kind, "path": recorded, "hash": content_hash, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
     root.attrs["models"] = models
-    _consolidate(Path(store))
+    _consolidate(place)

@@ -17,6 +17,7 @@ ORDER = [
     ("display",),
     ("scan",),
     ("progress",),
+    ("locations",),
     ("folders",),
     ("grouping",),
     ("store",),
@@ -46,7 +47,7 @@ LAYER = {name: layer for layer, names in enumerate(ORDER) for name in names}
 
 OWNERS = {
     "scipy.spatial": {"grouping"},
-    "zarr": {"store", "patches", "result", "export"},
+    "zarr": {"locations", "store", "patches", "result", "export"},
     "h5py": {"io", "models", "export"},
     "h5netcdf": {"export"},
     "tifffile": {"export"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -45,6 +46,7 @@ from ptychodask.io.source import (
     as_probe,
     listed_keys,
 )
+from ptychodask.locations import Location, ObjectPath, locate
 from ptychodask.scan import (
     Calibration,
     Domain,
@@ -66,7 +68,7 @@ LOST_LIGHT_NOTED = 0.01
 
 def ingest(
     source: str | Path,
-    store: str | Path,
+    store: str | Path | ObjectPath,
     *,
     format: str | None = None,
     recipe: str | Path | None = None,
@@ -108,17 +110,26 @@ def ingest(
     Memory holds a few blocks of frames, however large the file. A file that cannot be read at random (compressed, or
     with patterns along its last axis) is first unpacked into a scratch file, cropped already where it is compressed.
     """
-    source, store = Path(source), Path(store)
+    source, store = Path(source), locate(store)
     spec = with_fields(IngestSpec(), with_recipe(recipe, reader_options))
     check_vacant(store, overwrite=overwrite, form=SCAN)
-    scratch = store.parent if spec.scratch is None else Path(spec.scratch)
     with ExitStack() as stack:
+        scratch = _scratch(spec, store, stack)
         container = open_container(source, scratch, stack)
         name = detect_format(container, spec) if format is None else format
         read = read_source(source, container, name, spec, scratch, stack)
         scan_parts = _prepare(read, spec, scratch, stack, progress)
         provenance = _provenance(source, read, spec)
         return write_scan(store, provenance=provenance, overwrite=overwrite, progress=progress, **scan_parts)
+
+
+def _scratch(spec: IngestSpec, store: Location, stack: ExitStack) -> Path:
+    """Folder for what has to be unpacked: beside the store, where that is on a disk."""
+    if spec.scratch is not None:
+        return Path(spec.scratch)
+    if isinstance(store, ObjectPath):
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ptychodask-")))
+    return store.parent
 
 
 @dataclass(frozen=True)

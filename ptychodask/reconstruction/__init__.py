@@ -16,6 +16,7 @@ import distributed
 import numpy as np
 import xarray as xr
 
+from ptychodask.locations import ObjectPath, locate
 from ptychodask.plan import (
     MIB,
     RESULT_PIXEL_BYTES,
@@ -45,11 +46,11 @@ __all__ = ["reconstruct"]
 
 
 def reconstruct(
-    store: str | Path,
+    store: str | Path | ObjectPath,
     model: str | Path | PatchModel | Mapping[str, str | Path | PatchModel] | None = None,
     spec: ReconstructionSpec = ReconstructionSpec(),
     *,
-    out: str | Path | None = None,
+    out: str | Path | ObjectPath | None = None,
     client: distributed.Client | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -62,14 +63,14 @@ def reconstruct(
     Parameters
     ----------
     store : path
-        A store that `ingest` or `simulate` wrote.
+        A store that `ingest` or `simulate` wrote, on a disk or in a bucket (``s3://bucket/scan.zarr``).
     model : path or model, or dict of label to such, optional
         By default the latest `pinn` that the store records, else the latest `baseline`. Several models predict from
         one reading of the patterns, and the result has a dimension ``method``.
     spec : ReconstructionSpec
         How; its group table is by default the stored one with the model's members, else made by the default spec.
     out : path, optional
-        Store to write the result into, tile by tile; by default it stays in memory.
+        Store to write the result into, tile by tile, on a disk or in a bucket; by default it stays in memory.
     client : distributed.Client, optional
         Where to run; by default the active client, else one in this process.
     overwrite : bool
@@ -100,8 +101,9 @@ def reconstruct(
     Notes
     -----
     The same plan gives the same bits for any number of workers: sums are float64 and merged in the order of chunks.
-    With `out` the sums of a chunk wait for their tiles in a file beside it, so that no worker's memory depends on the
-    size of the scan.
+    With `out` on a disk the sums of a chunk wait for their tiles in a file beside it, so that no worker's memory
+    depends on the size of the scan. With `out` in a bucket, or none, they wait in the memory of the workers, and
+    nothing is kept of a run that is stopped.
 
     A run into `out` that ends early, however it ends, keeps what it finished: the tiles, and the sums of chunks, each
     with its checksum in a ledger. A task that fails is tried once more, on another worker where the first is gone; a
@@ -136,7 +138,7 @@ def reconstruct(
     networks = {str(label): resolve_model(scan, one) for label, one in models.items()}
     plans = plan_together(reader, networks, spec) if several else {"": plan_for(reader, networks[""], spec)}
     todo = next(iter(plans.values()))
-    result = None if out is None else Path(out)
+    result = None if out is None else locate(out)
     with patch_cache(scan, networks, todo, spec, result, overwrite=overwrite, resume=resume) as patches:
         job = StitchingJob(
             tuple(
@@ -150,13 +152,13 @@ def reconstruct(
         work = Work(scan, job, todo, spec, _attributes(networks, plans, spec))
         if not compute:
             return lazy_result(job, todo, scan.pixel_size_m, work.attributes)
-        if out is None:
+        if result is None:
             return _in_memory(work, client, started, progress)
-        return write_result(work, Path(out), client, started, progress, overwrite=overwrite, resume=resume)
+        return write_result(work, result, client, started, progress, overwrite=overwrite, resume=resume)
 
 
 def _check_asked(
-    spec: ReconstructionSpec, out: str | Path | None, *, compute: bool, several: bool, resume: bool
+    spec: ReconstructionSpec, out: str | Path | ObjectPath | None, *, compute: bool, several: bool, resume: bool
 ) -> None:
     """Raise `PtychodaskError` for wishes that exclude each other."""
     if resume and out is None:
@@ -183,7 +185,11 @@ def _check_asked(
         raise PtychodaskError(
             "reconstruct: several models with polish or cache, which go with one; reconstruct with one model at a time"
         )
-    if spec.cache is not None and out is not None and Path(spec.cache).resolve() == Path(out).resolve():
+    if spec.cache is not None and isinstance(locate(spec.cache), ObjectPath):
+        raise PtychodaskError(
+            f"reconstruct: a cache of patches lies on a disk, not in a bucket ({spec.cache}); name a path"
+        )
+    if spec.cache is not None and out is not None and Path(spec.cache).resolve() == locate(out).resolve():
         raise PtychodaskError(f"reconstruct: {out} is named as the result and as the cache of patches; name two places")
     if spec.cache is not None and not compute and not Path(spec.cache).exists():
         raise PtychodaskError(f"reconstruct: compute=False cannot fill the cache {spec.cache}; compute first")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptychodask.folders import LEDGER, is_resumable, whole_or_nothing
+from ptychodask.locations import Location
 from ptychodask.patches import PATCHES, check_patches, create_patches, finish_patches
 from ptychodask.plan import Plan, ReconstructionSpec
 from ptychodask.prediction import PatchModel
@@ -20,7 +21,7 @@ def patch_cache(
     networks: Mapping[str, PatchModel],
     todo: Plan,
     spec: ReconstructionSpec,
-    result: Path | None,
+    result: Location | None,
     *,
     overwrite: bool,
     resume: bool,

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.iterative import StepProducts
+from ptychodask.locations import Location
 from ptychodask.plan import Plan, Tile
 from ptychodask.polishing import (
     amplitude_sum,
@@ -153,7 +154,7 @@ class Polishing:
             run.to_its_end(done.__setitem__, progress)
         return [done[index] for index in range(len(boxes))]
 
-    def deliver(self, out: Path | None, take: Callable[[Tile, TileReport], None]) -> None:
+    def deliver(self, out: Location | None, take: Callable[[Tile, TileReport], None]) -> None:
         """Write the tiles, or hand them to `take`."""
         todo = self._todo
 

@@ -13,6 +13,7 @@ import distributed
 import numpy as np
 
 from ptychodask.cluster import Parcel, parcel_for
+from ptychodask.locations import Location
 from ptychodask.plan import Plan, Tile
 from ptychodask.prediction import Skipped
 from ptychodask.progress import show_progress
@@ -80,7 +81,7 @@ class Stitching:
         *,
         tolerant: bool = False,
         n_verified: int = 0,
-        out: Path | None = None,
+        out: Location | None = None,
         folder: Path | None = None,
         ledger: Ledger | None = None,
     ) -> None:
@@ -195,7 +196,7 @@ class Stitching:
         """What earlier runs finished, each checked against what was noted of it."""
         if self._ledger is None or not self._ledger.exists:
             return Finished()
-        assert self._out is not None
+        assert isinstance(self._out, Path)
         assert self._folder is not None
         todo, ledger = self._todo, self._ledger
         for index, record in ledger.chunks.items():

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ptychodask.cluster import Parcel
 from ptychodask.grouping import groups_kept
+from ptychodask.locations import Location
 from ptychodask.patches import StoredPatches
 from ptychodask.plan import Chunk, Tile
 from ptychodask.polishing import seen_part
@@ -373,7 +374,7 @@ def _finished(canvas: Canvas) -> TileArrays:
 
 
 def deliver_tile(
-    layers: Layers, tile: Tile, parts: Sequence[ChunkSums], out: Path | None, start_yx: tuple[int, int]
+    layers: Layers, tile: Tile, parts: Sequence[ChunkSums], out: Location | None, start_yx: tuple[int, int]
 ) -> TileReport:
     """Reassemble one tile and write it, or send it to the client.
 
@@ -406,7 +407,7 @@ def deliver_polished(
     box: Box,
     stitched: TileReport,
     polished: NDArray[np.complex64],
-    out: Path | None,
+    out: Location | None,
     start_yx: tuple[int, int],
 ) -> TileReport:
     """Put the polished object into a stitched tile, unseen pixels left NaN, and write it or send it to the client.

@@ -13,6 +13,7 @@ import distributed
 
 from ptychodask.cluster import client_for_run
 from ptychodask.cluster.preflight import preflight_jobs
+from ptychodask.locations import Location
 from ptychodask.plan import Plan, ReconstructionSpec, Tile
 from ptychodask.prediction import stage
 from ptychodask.reconstruction.ledger import Ledger
@@ -24,9 +25,6 @@ from ptychodask.scan import Scan
 from ptychodask.store import open_scan
 
 logger = logging.getLogger(__name__)
-
-SUMS_FOLDER = "sums"
-"""Folder beside a result that is being written where sums of chunks wait for their tiles."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,21 +45,27 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where a run into a result store puts things."""
-
-    result: Path
-    """Store that is being written."""
+class Kept:
+    """Where an unfinished run lies on a disk."""
 
     stitched: Path
     """Store of the tiles as they are stitched: the result, unless they are polished before they come there."""
 
+    sums: Path
+    """Folder of the sums of chunks."""
+
     ledger: Ledger
 
-    @property
-    def sums(self) -> Path:
-        """Folder of the sums of chunks."""
-        return self.result.parent / SUMS_FOLDER
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run into a result store puts things."""
+
+    result: Location
+    """Store that is being written."""
+
+    kept: Kept | None
+    """What of the run is kept on a disk, so that it can be gone on with."""
 
 
 def run_work(
@@ -94,9 +98,12 @@ def run_work(
     job, todo, spec = work.job, work.todo, work.spec
     n_chunks, n_tiles = len(todo.chunks), len(todo.tiles)
     logger.info("%s: %d groups in %d chunks onto %d tiles", todo.store, todo.n_groups, n_chunks, n_tiles)
-    kept: dict[str, Any] = (
-        {} if places is None else {"out": places.stitched, "folder": places.sums, "ledger": places.ledger}
-    )
+    keeps = None if places is None else places.kept
+    kept: dict[str, Any] = {}
+    if keeps is not None:
+        kept = {"out": keeps.stitched, "folder": keeps.sums, "ledger": keeps.ledger}
+    elif places is not None and not spec.polish:
+        kept = {"out": places.result}
     with client_for_run(client) as used, sent_job(used, job) as sent:
         preflight_jobs(used, [method.prediction for method in job.methods])
         check_workers(used, max(todo.predict_bytes, todo.reassemble_bytes))
@@ -106,11 +113,11 @@ def run_work(
         if not spec.polish:
             stitching.run(take, show)
             return _told(stitching.told, todo.store)
-        if places is None:
+        if keeps is None:
             stitched = stitch_on_workers(used, stitching, todo, show)
         else:
             stitching.run(lambda tile, report: None, show)
-            stitched = tiles_from_disk(used, places.stitched, todo)
+            stitched = tiles_from_disk(used, keeps.stitched, todo)
         told = _told(stitching.told, todo.store)
         return told | _polish(work, used, stitched, told, None if places is None else places.result, take, show)
 
@@ -120,7 +127,7 @@ def _polish(
     client: distributed.Client,
     stitched: list[distributed.Future],
     told: dict[str, Any],
-    out: Path | None,
+    out: Location | None,
     take: Callable[[Tile, TileReport], None],
     show: bool | None,
 ) -> dict[str, Any]:

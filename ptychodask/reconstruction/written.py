@@ -11,15 +11,19 @@ from typing import Any
 import distributed
 import xarray as xr
 
-from ptychodask.folders import is_resumable, whole_or_nothing
+from ptychodask.folders import is_resumable, whole_or_nothing, written_in_place
+from ptychodask.locations import Location, ObjectPath
 from ptychodask.plan import ReconstructionSpec
 from ptychodask.prediction import stage
 from ptychodask.reconstruction.ledger import Ledger, check_same, differences
-from ptychodask.reconstruction.work import Places, Work, rates, run_work
+from ptychodask.reconstruction.work import Kept, Places, Work, rates, run_work
 from ptychodask.result import PYRAMID, RESULT, create_result, finish_result, open_result, write_pyramid
 from ptychodask.scan import PtychodaskError
 
 logger = logging.getLogger(__name__)
+
+SUMS_FOLDER = "sums"
+"""Folder beside a result that is being written where sums of chunks wait for their tiles."""
 
 STITCHED_FOLDER = "stitched"
 """Store beside a result that is being written, of the tiles that are still to be polished."""
@@ -30,7 +34,7 @@ OF_NO_EFFECT = ("memory_bytes", "on_error", "verify", "device", "pyramid")
 
 def write_result(
     work: Work,
-    path: Path,
+    path: Location,
     client: distributed.Client | None,
     started: float,
     progress: bool | None,
@@ -43,14 +47,21 @@ def write_result(
     Parameters
     ----------
     work : Work
-    path : Path
+    path : Path or ObjectPath
     client, progress, overwrite, resume
         As for `reconstruct`.
     started : float
         `time.perf_counter` at the beginning of it.
     """
-    if path.resolve() == Path(work.todo.store):
+    if str(path.resolve()) == work.todo.store:
         raise PtychodaskError(f"{path}: is the store of the scan itself; name another place with out=")
+    if isinstance(path, ObjectPath):
+        if resume:
+            raise PtychodaskError(
+                f"{path}: is in a bucket, where nothing is kept of a run that is stopped; leave resume= (--resume) "
+                "out, or write to a disk"
+            )
+        return _write_into_bucket(work, path, client, started, progress, overwrite=overwrite)
     if resume and path.exists() and not is_resumable(path):
         whole = open_result(path)
         if not overwrite:
@@ -70,35 +81,62 @@ def write_result(
                 f"{error}; what is finished is kept: go on with resume=True (--resume), or start again with "
                 "overwrite=True (--overwrite)"
             ) from error
-        if work.spec.pyramid:
-            with stage(told["seconds"], "pyramid"):
-                write_pyramid(result)
-        finish_result(result, work.attributes | rates(work.todo, told, started))
+        _finish(work, result, told, started)
     return open_result(path)
+
+
+def _write_into_bucket(
+    work: Work,
+    path: ObjectPath,
+    client: distributed.Client | None,
+    started: float,
+    progress: bool | None,
+    *,
+    overwrite: bool,
+) -> xr.Dataset:
+    """As `write_result`, but the sums of chunks wait for their tiles in the memory of the workers."""
+    with written_in_place(path, overwrite=overwrite, form=RESULT) as result:
+        _create(work, result)
+        told = run_work(work, client, Places(result, None), lambda tile, report: None, show=progress)
+        _finish(work, result, told, started)
+    return open_result(path)
+
+
+def _create(work: Work, path: Location) -> None:
+    todo = work.todo
+    create_result(
+        path,
+        todo.box.shape,
+        todo.box.corner,
+        todo.tile,
+        pixel_size_m=work.scan.pixel_size_m,
+        layers=work.job.layers,
+    )
+
+
+def _finish(work: Work, path: Location, told: dict[str, Any], started: float) -> None:
+    if work.spec.pyramid:
+        with stage(told["seconds"], "pyramid"):
+            write_pyramid(path)
+    finish_result(path, work.attributes | rates(work.todo, told, started))
 
 
 def _into(
     work: Work, result: Path, ledger: Ledger, client: distributed.Client | None, show: bool | None
 ) -> dict[str, Any]:
     """Run into a result store that is being written, or go on with it; gives what `run_work` gives."""
-    places = Places(result, result.parent / STITCHED_FOLDER if work.spec.polish else result, ledger)
+    stitched = result.parent / STITCHED_FOLDER if work.spec.polish else result
+    kept = Kept(stitched, result.parent / SUMS_FOLDER, ledger)
     if ledger.exists:
         ledger.read()
         _check_nothing_skipped(ledger, work.spec)
     else:
-        for path in {result, places.stitched}:
-            create_result(
-                path,
-                work.todo.box.shape,
-                work.todo.box.corner,
-                work.todo.tile,
-                pixel_size_m=work.scan.pixel_size_m,
-                layers=work.job.layers,
-            )
-        places.sums.mkdir()
+        for path in {result, stitched}:
+            _create(work, path)
+        kept.sums.mkdir()
     if work.spec.pyramid:
         shutil.rmtree(result / PYRAMID, ignore_errors=True)
-    return run_work(work, client, places, lambda tile, report: None, show=show)
+    return run_work(work, client, Places(result, kept), lambda tile, report: None, show=show)
 
 
 def _check_nothing_skipped(ledger: Ledger, spec: ReconstructionSpec) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.folders import check_vacant
+from ptychodask.locations import ObjectPath, locate
 from ptychodask.models import Model, ModelSpec, Optics, save_model
 from ptychodask.models.bundle import MODEL
 from ptychodask.models.networks import build_autoencoder, build_network, encoder_layers, with_penalties
@@ -297,7 +298,9 @@ def default_model_path(store: str | Path, kind: Kind) -> Path:
     >>> default_model_path("data/scan.zarr", "pinn").as_posix()
     'data/scan.pinn.model'
     """
-    path = Path(store)
+    path = locate(store)
+    if isinstance(path, ObjectPath):
+        raise PtychodaskError(f"{path}: a model is written to a disk, and its scan lies in a bucket; pass out= (--out)")
     return path.with_name(f"{path.name.removesuffix('.zarr')}.{kind}.model")
 
 
