@@ -178,9 +178,9 @@ def stored_sizes(array: zarr.Array) -> Iterator[int]:
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What requests to object storage raise in this process; nothing where none was made."""
+    """What requests to object storage raise in this process, errors of a system among them."""
     found = sys.modules.get("obstore.exceptions")
-    return () if found is None else (found.BaseError,)
+    return (OSError,) if found is None else (OSError, found.BaseError)
 
 
 @contextmanager
@@ -188,7 +188,7 @@ def naming_refusals(place: ObjectPath) -> Iterator[None]:
     """Raise what object storage refuses in a block as a `PtychodaskError` of one line."""
     try:
         yield
-    except (OSError, *refusals()) as error:
+    except refusals() as error:
         told = str(error)
         if "NoSuchBucket" in told:
             raise PtychodaskError(f"{place}: there is no bucket {place.bucket!r}; make it, or name another") from error

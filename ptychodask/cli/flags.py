@@ -12,7 +12,23 @@ from numpy.typing import NDArray
 
 from ptychodask.scan import PtychodaskError
 
-Store = Annotated[Path, typer.Argument(help="The scan's store, a folder ending in .zarr.", show_default=False)]
+
+def place(text: str) -> Any:
+    """A path, or a place in a bucket; what knows of buckets loads when one is named."""
+    from ptychodask.locations import locate
+
+    return locate(text)
+
+
+Store = Annotated[
+    Path,
+    typer.Argument(
+        help="The scan's store, a folder ending in .zarr, or s3://bucket/name.zarr.",
+        parser=place,
+        metavar="<path>",
+        show_default=False,
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, once the new one is whole.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")]
 Workers = Annotated[int | None, typer.Option(help="Worker processes to start; by default this one.")]

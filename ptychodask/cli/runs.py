@@ -21,6 +21,7 @@ from ptychodask.cli.flags import (
     client_for,
     given,
     numbers_in,
+    place,
     whole_numbers,
 )
 from ptychodask.progress import quiet_stderr
@@ -80,7 +81,9 @@ def reconstruct(
         list[str] | None,
         typer.Option(help="Model; by default the one that the store records. Several as LABEL=PATH."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Result to write; by default <store>.object.zarr.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Result to write; by default <store>.object.zarr.", parser=place)
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Picture to write; by default beside the result.")] = None,
     groups: Annotated[str | None, typer.Option(help="Name of a stored group table.")] = None,
     window: Annotated[str | None, typer.Option(help="illumination, uniform or cosine.")] = None,
@@ -120,7 +123,12 @@ def reconstruct(
     Example: ptychodask reconstruct scan.zarr --model PtychoPINN=scan.pinn.model --model Baseline=scan.baseline.model
     """
     out = store.with_name(f"{store.name.removesuffix('.zarr')}.object.zarr") if out is None else out
-    png = out.with_name(f"{out.name.removesuffix('.zarr')}.png") if png is None else png
+    # Beside a result that is on a disk, else in the working directory.
+    png = (
+        (out.parent if isinstance(out, Path) else Path()) / f"{out.name.removesuffix('.zarr')}.png"
+        if png is None
+        else png
+    )
     check_one_cluster("reconstruct", workers, scheduler)
     with quiet_stderr():
         import ptychodask.models.model  # noqa: F401
