@@ -25,7 +25,7 @@ Store = Annotated[
     typer.Argument(
         help="The scan's store, a folder ending in .zarr, or s3://bucket/name.zarr.",
         parser=place,
-        metavar="<path>",
+        metavar="STORE",
         show_default=False,
     ),
 ]

@@ -82,7 +82,7 @@ def reconstruct(
         typer.Option(help="Model; by default the one that the store records. Several as LABEL=PATH."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Result to write; by default <store>.object.zarr.", parser=place)
+        Path | None, typer.Option(help="Result to write; by default <store>.object.zarr.", parser=place, metavar="PATH")
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Picture to write; by default beside the result.")] = None,
     groups: Annotated[str | None, typer.Option(help="Name of a stored group table.")] = None,
