@@ -86,11 +86,7 @@ def image(values: NDArray[np.floating[Any]], caption: str) -> Markup:
         From black to white over `GREY_PERCENTILES` of the finite pixels, +y down.
     """
     step = max(1, -(-max(values.shape) // THUMBNAIL_PX))
-    shown = values[::step, ::step]
-    seen = np.isfinite(shown)
-    low, high = np.percentile(shown[seen], GREY_PERCENTILES) if seen.any() else (0.0, 1.0)
-    grey = np.clip((np.where(seen, shown, low) - low) / ((high - low) or 1.0), 0, 1) * 255
-    data = base64.b64encode(png(np.stack([grey, seen * 255], axis=-1).astype(np.uint8))).decode()
+    data = base64.b64encode(grey_png(values[::step, ::step])).decode()
     style = f"width: {SHOWN_PX}px; max-width: none; image-rendering: pixelated; margin: 0"
     return _figure(
         Markup(f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}" style="{style}">'), caption
@@ -174,6 +170,25 @@ def _svg(content: Markup, width: float, height: float) -> Markup:
 def _figure(picture: Markup, caption: str) -> Markup:
     note = tag("figcaption", caption, style=f"font-size: smaller; max-width: {SHOWN_PX}px")
     return tag("figure", picture, note, style="margin: 0")
+
+
+def grey_png(values: NDArray[np.floating[Any]]) -> bytes:
+    """A PNG file of an array in grey.
+
+    Parameters
+    ----------
+    values : float array (y, x)
+        What is not finite is see-through.
+
+    Returns
+    -------
+    bytes
+        From black to white over `GREY_PERCENTILES` of the finite pixels, +y down.
+    """
+    seen = np.isfinite(values)
+    low, high = np.percentile(values[seen], GREY_PERCENTILES) if seen.any() else (0.0, 1.0)
+    grey = np.clip((np.where(seen, values, low) - low) / ((high - low) or 1.0), 0, 1) * 255
+    return png(np.stack([grey, seen * 255], axis=-1).astype(np.uint8))
 
 
 def png(grey_alpha: NDArray[np.uint8]) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
@@ -56,6 +56,12 @@ GROUP_CROP = 20
 
 OnError = Literal["raise", "skip"]
 """What becomes of what cannot be used."""
+
+Live = bool | str | Path | Callable[[Any], Any] | None
+"""Where a picture is shown while a run is at work: True in a notebook, a path of a PNG, or what takes a Dataset."""
+
+SHOWN_ALONE = ("live",)
+"""Fields of a `ReconstructionSpec` that say what is seen of a run: nothing that is stored depends on them."""
 
 LARGEST = {"batch_size": 2**31, "groups_per_chunk": 2**31, "tile": 2**16}
 """What fields may be at the most: a larger number is a slip of the hand, and a larger tile fits no store."""
@@ -128,7 +134,16 @@ class ReconstructionSpec:
     memory_bytes: int = 1024 * MIB
     """Memory that one task may take beside the network itself; automatic sizes keep to it."""
 
+    live: Live = field(default=None, compare=False)
+    """A coarse picture that fills in while tiles finish: True shows it in a notebook, a path is that of a PNG which is
+    replaced, and a function gets it as a Dataset, at most twice a second."""
+
     def __post_init__(self) -> None:
+        if not (self.live is None or isinstance(self.live, bool | str | Path) or callable(self.live)):
+            raise PtychodaskError(
+                f"reconstruct: live is {self.live!r}, expected True, the path of a PNG, or a function that takes the "
+                "picture as a Dataset"
+            )
         for name in ("crop", "batch_size", "groups_per_chunk", "tile", "memory_bytes"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, Integral) or value < 1):

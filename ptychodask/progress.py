@@ -96,6 +96,13 @@ class NotebookBar:
         return tag("div", tag("span", self._label), bar, tag("span", told), style=style)
 
 
+def in_notebook() -> bool:
+    """Whether this process serves a notebook that shows pictures and HTML."""
+    from rich.console import Console
+
+    return Console(stderr=True).is_jupyter
+
+
 @contextmanager
 def _notebook_bar(label: str, total: int, unit: str) -> Iterator[Progress]:
     from IPython.display import HTML, display

@@ -105,6 +105,7 @@ def reconstruct(
     ] = None,
     verify: Annotated[int | None, typer.Option(help="Chunks that a second worker computes again.")] = None,
     device: Annotated[str | None, typer.Option(help="any, or gpu where nothing else will do.")] = None,
+    live: Annotated[Path | None, typer.Option(help="PNG that is replaced while tiles finish.")] = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
     tls: Tls = False,
@@ -153,6 +154,7 @@ def reconstruct(
         on_error=on_error,
         verify=verify,
         device=device,
+        live=live,
     )
     check_figure_path(png)
     with client_for(workers, scheduler, tls, tls_folder, host) as client:

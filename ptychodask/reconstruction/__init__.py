@@ -20,6 +20,7 @@ from ptychodask.locations import ObjectPath, locate
 from ptychodask.plan import (
     MIB,
     RESULT_PIXEL_BYTES,
+    SHOWN_ALONE,
     Plan,
     ReconstructionSpec,
     Tile,
@@ -30,6 +31,7 @@ from ptychodask.plan import (
 from ptychodask.prediction import PatchModel, resolve_model
 from ptychodask.reconstruction.caching import patch_cache
 from ptychodask.reconstruction.lazy import lazy_result
+from ptychodask.reconstruction.live import screen_for
 from ptychodask.reconstruction.stitching import start_yx
 from ptychodask.reconstruction.tasks import MethodJob, StitchingJob, TileReport
 from ptychodask.reconstruction.work import Work, rates, run_work
@@ -116,6 +118,10 @@ def reconstruct(
     halves share no pattern; members are then farther apart than in the groups that a network was trained on. With a
     table of other groups each patch rests on both halves, and their correlation says nothing.
 
+    A live picture is made of what finished tiles hand over with their reports: means over cells of some pixels, never
+    more than 512 cells across. It is shown at most twice a second, by the thread that waits for the run. What its
+    function raises ends in a warning, and the run goes on.
+
     A cache holds the patches as float16, 11 bits of each number.
 
     Polishing fits the stitched object to the amplitudes of the patterns, with the store's probe: it lowers
@@ -176,6 +182,9 @@ def _check_asked(
         raise PtychodaskError("reconstruct: compute=False writes nothing; leave out= away, or compute")
     if spec.pyramid and out is None:
         raise PtychodaskError("reconstruct: pyramid=True is for a result on disk; pass out= (--out)")
+    screen_for(spec.live)
+    if spec.live not in (None, False) and not compute:
+        raise PtychodaskError("reconstruct: compute=False has nothing to show live; compute, or leave live away")
     if spec.polish and not compute:
         raise PtychodaskError(
             f"reconstruct: compute=False with polish={spec.polish}: each sweep needs the whole object; compute, "
@@ -233,7 +242,7 @@ def _attributes(
         "store": first.store,
         "data_hash": first.data_hash,
         "model": made_by.get("", made_by),
-        "spec": {each.name: _plain(getattr(spec, each.name)) for each in fields(spec)},
+        "spec": {each.name: _plain(getattr(spec, each.name)) for each in fields(spec) if each.name not in SHOWN_ALONE},
         "plan": summaries.get("", summaries),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }

@@ -27,6 +27,7 @@ from ptychodask.polishing import (
 )
 from ptychodask.prediction import PredictionJob
 from ptychodask.progress import Progress, show_progress
+from ptychodask.reconstruction.live import LivePicture
 from ptychodask.reconstruction.running import Run, Tasks, check_done
 from ptychodask.reconstruction.stitching import Stitching, start_yx
 from ptychodask.reconstruction.tasks import TileReport, deliver_polished, stored_tile
@@ -38,16 +39,28 @@ def stitch_on_workers(
 ) -> list[distributed.Future]:
     """Stitch a plan; gives a `TileReport` for each tile, which stays with the workers."""
     done: dict[int, distributed.Future] = {}
+    told: dict[int, distributed.Future] = {}
+
+    def take(index: int, future: distributed.Future) -> None:
+        done[index] = future
+        told[index] = client.submit(_without_arrays, future, priority=1, pure=False)
+        if stitching.live is not None:
+            for one in [one for one in told if one not in shown and told[one].status == "finished"]:
+                shown.add(one)
+                stitching.live.add(told[one].result().coarse)
+
+    shown: set[int] = set()
     with (
         show_progress("reconstruct", todo.n_groups, "groups", show) as progress,
         Run(client, stitching.tasks(every_tile=True)).guarded() as run,
     ):
-        run.to_its_end(done.__setitem__, progress, take_check=stitching.verified)
-    stitched = [done[index] for index in range(len(todo.tiles))]
-    times = [client.submit(_without_arrays, future, priority=1, pure=False) for future in stitched]
-    for tile, report in zip(todo.tiles, told_by(client, times), strict=True):
-        stitching.told.add_tile(tile, report)
-    return stitched
+        run.to_its_end(take, progress, take_check=stitching.verified)
+    reports = told_by(client, [told[index] for index in range(len(todo.tiles))])
+    for index, report in enumerate(reports):
+        stitching.told.add_tile(todo.tiles[index], report)
+        if stitching.live is not None and index not in shown:
+            stitching.live.add(report.coarse)
+    return [done[index] for index in range(len(todo.tiles))]
 
 
 def tiles_from_disk(client: distributed.Client, out: Path, todo: Plan) -> list[distributed.Future]:
@@ -154,14 +167,23 @@ class Polishing:
             run.to_its_end(done.__setitem__, progress)
         return [done[index] for index in range(len(boxes))]
 
-    def deliver(self, out: Location | None, take: Callable[[Tile, TileReport], None]) -> None:
-        """Write the tiles, or hand them to `take`."""
+    def deliver(
+        self, out: Location | None, take: Callable[[Tile, TileReport], None], live: LivePicture | None = None
+    ) -> None:
+        """Write the tiles, or hand them to `take`; the live picture gets each."""
         todo = self._todo
+        coarse_step = 0 if live is None else live.step
 
         def tile_task(index: int, _: list[distributed.Future]) -> tuple[Any, ...]:
             tile = todo.tiles[index]
             box, stitched, polished = self._boxes[index], self._stitched[index], self._objects[index]
-            return deliver_polished, tile, box, stitched, polished, out, start_yx(todo, tile)
+            return deliver_polished, tile, box, stitched, polished, out, start_yx(todo, tile), coarse_step
+
+        def take_tile(index: int, future: distributed.Future) -> None:
+            report = future.result()
+            if live is not None:
+                live.add(report.coarse)
+            take(todo.tiles[index], report)
 
         tasks = Tasks(
             chunks_of=[()] * len(todo.tiles),
@@ -173,7 +195,7 @@ class Polishing:
             every_tile=True,
         )
         with show_progress("deliver", 0, "tiles", False) as progress, Run(self._client, tasks).guarded() as run:
-            run.to_its_end(lambda index, future: take(todo.tiles[index], future.result()), progress)
+            run.to_its_end(take_tile, progress)
 
     def _on_tiles(self, function: Callable[..., Any], *columns: Sequence[Any]) -> list[distributed.Future]:
         """One task for each tile, with its place in each column."""

@@ -18,6 +18,7 @@ from ptychodask.plan import Plan, Tile
 from ptychodask.prediction import Skipped
 from ptychodask.progress import show_progress
 from ptychodask.reconstruction.ledger import Ledger
+from ptychodask.reconstruction.live import LivePicture
 from ptychodask.reconstruction.running import Finished, Run, Tasks
 from ptychodask.reconstruction.tasks import (
     ChunkReport,
@@ -25,6 +26,7 @@ from ptychodask.reconstruction.tasks import (
     StitchingJob,
     TileReport,
     Verification,
+    coarse_stored_tile,
     deliver_tile,
     predict_chunk,
     sums_are_whole,
@@ -70,6 +72,8 @@ class Stitching:
         Where the sums of chunks wait for their tiles; by default in the memory of the workers.
     ledger : Ledger, optional
         Takes what is finished, and says what was.
+    live : LivePicture, optional
+        Gets each tile, reduced.
     """
 
     def __init__(
@@ -84,10 +88,13 @@ class Stitching:
         out: Location | None = None,
         folder: Path | None = None,
         ledger: Ledger | None = None,
+        live: LivePicture | None = None,
     ) -> None:
         self._client, self._job, self._sent, self._todo = client, job, sent, todo
         self._tolerant, self._n_verified = tolerant, n_verified
         self._out, self._folder, self._ledger = out, folder, ledger
+        self.live = live
+        """The picture that is shown meanwhile."""
         self.told = Told()
         """What chunks and tiles told, also those of earlier runs."""
 
@@ -112,6 +119,8 @@ class Stitching:
             self.told.add_tile(self._todo.tiles[index], report)
             if self._ledger is not None:
                 self._ledger.add("tile", index, {"seconds": report.seconds, "checksum": report.checksum})
+            if self.live is not None:
+                self.live.add(report.coarse)
             take(self._todo.tiles[index], report)
             waiting.done_with(self._todo.tiles[index].chunks)
 
@@ -137,10 +146,11 @@ class Stitching:
             Tiles that no chunk touches are delivered too.
         """
         todo, sent, folder = self._todo, self._sent, self._folder
+        coarse_step = 0 if self.live is None else self.live.step
 
         def tile_task(index: int, parts: list[Any]) -> tuple[Any, ...]:
             tile = todo.tiles[index]
-            return deliver_tile, self._job.layers, tile, parts, self._out, start_yx(todo, tile)
+            return deliver_tile, self._job.layers, tile, parts, self._out, start_yx(todo, tile), coarse_step
 
         def without(index: int, why: str) -> ChunkSums:
             return ChunkSums((), todo.chunks[index].box.corner, ChunkReport({}, (self._seeds(index, why),)))
@@ -220,6 +230,7 @@ class Stitching:
             remove_tile(self._out, start_yx(todo, todo.tiles[index]), todo.tile)
         for index in done:
             self.told.tiles.append(ledger.tiles[index]["seconds"])
+        self._show_stored(sorted(done))
         wanted = {chunk for index in range(len(todo.tiles)) if index not in done for chunk in todo.tiles[index].chunks}
         chunks = [index for index in chunks if index in wanted]
         kept = self._client.gather(
@@ -240,6 +251,17 @@ class Stitching:
             len(wanted) - len(given),
         )
         return Finished(given, done)
+
+    def _show_stored(self, tiles: Sequence[int]) -> None:
+        """Put tiles that an earlier run wrote into the live picture."""
+        if self.live is None:
+            return
+        places = [(self._todo.tiles[index], start_yx(self._todo, self._todo.tiles[index])) for index in tiles]
+        parts = [
+            self._client.submit(coarse_stored_tile, self._out, *place, self.live.step, pure=False) for place in places
+        ]
+        for part in self._client.gather(parts):
+            self.live.add(part)
 
     def _seeds(self, index: int, why: str) -> Skipped:
         """A chunk that is left out as a whole, by the patterns that seed its groups."""

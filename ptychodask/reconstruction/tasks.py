@@ -33,6 +33,7 @@ from ptychodask.reassembly import (
     open_canvas,
     save_canvas,
 )
+from ptychodask.reconstruction.live import CoarsePart, coarse_part
 from ptychodask.result import VARIABLES, Layers, TileArrays, read_tile, write_tile
 from ptychodask.store import DAMAGE
 
@@ -125,6 +126,9 @@ class TileReport:
 
     checksum: int = 0
     """Of the arrays (see `tile_checksum`)."""
+
+    coarse: CoarsePart | None = None
+    """The object for a live picture, where one is shown."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +290,17 @@ def tile_checksum(arrays: TileArrays) -> int:
     return found
 
 
+def coarse_stored_tile(out: Path, tile: Tile, start_yx: tuple[int, int], coarse_step: int) -> CoarsePart:
+    """A tile that was written before, for the live picture.
+
+    Parameters
+    ----------
+    out, tile, start_yx, coarse_step
+        See `deliver_tile`.
+    """
+    return coarse_part(read_tile(out, start_yx, tile.box.shape)["object"], start_yx, coarse_step)
+
+
 def stored_tile(out: Path, tile: Tile, start_yx: tuple[int, int]) -> TileReport:
     """A tile that was written before, as `deliver_tile` would send it.
 
@@ -374,7 +389,12 @@ def _finished(canvas: Canvas) -> TileArrays:
 
 
 def deliver_tile(
-    layers: Layers, tile: Tile, parts: Sequence[ChunkSums], out: Location | None, start_yx: tuple[int, int]
+    layers: Layers,
+    tile: Tile,
+    parts: Sequence[ChunkSums],
+    out: Location | None,
+    start_yx: tuple[int, int],
+    coarse_step: int = 0,
 ) -> TileReport:
     """Reassemble one tile and write it, or send it to the client.
 
@@ -387,6 +407,8 @@ def deliver_tile(
         Result store to write into; None sends the tile.
     start_yx : (int, int)
         Row and column of the tile's first pixel in the whole object.
+    coarse_step : int
+        Pixels across a cell of the live picture; 0 where there is none.
 
     Returns
     -------
@@ -399,7 +421,8 @@ def deliver_tile(
     if out is not None:
         with stage(seconds, "write"):
             write_tile(out, start_yx, arrays)
-    return TileReport(arrays if out is None else None, seconds, [part.report for part in parts], found)
+    coarse = coarse_part(arrays["object"], start_yx, coarse_step) if coarse_step else None
+    return TileReport(arrays if out is None else None, seconds, [part.report for part in parts], found, coarse)
 
 
 def deliver_polished(
@@ -409,12 +432,13 @@ def deliver_polished(
     polished: NDArray[np.complex64],
     out: Location | None,
     start_yx: tuple[int, int],
+    coarse_step: int = 0,
 ) -> TileReport:
     """Put the polished object into a stitched tile, unseen pixels left NaN, and write it or send it to the client.
 
     Parameters
     ----------
-    tile, out, start_yx
+    tile, out, start_yx, coarse_step
         See `deliver_tile`.
     box : Box
         What `polished` holds.
@@ -429,4 +453,5 @@ def deliver_polished(
     arrays: dict[str, Any] = stitched.arrays | {"object": seen_part(tile.box, box, stitched.arrays["object"], polished)}
     if out is not None:
         write_tile(out, start_yx, arrays)
-    return replace(stitched, arrays=arrays if out is None else None)
+    coarse = coarse_part(arrays["object"], start_yx, coarse_step) if coarse_step else None
+    return replace(stitched, arrays=arrays if out is None else None, coarse=coarse)

@@ -17,6 +17,7 @@ from ptychodask.locations import Location
 from ptychodask.plan import Plan, ReconstructionSpec, Tile
 from ptychodask.prediction import stage
 from ptychodask.reconstruction.ledger import Ledger
+from ptychodask.reconstruction.live import LivePicture, screen_for
 from ptychodask.reconstruction.polished import Polishing, stitch_on_workers, tiles_from_disk
 from ptychodask.reconstruction.running import check_workers
 from ptychodask.reconstruction.stitching import Stitching, Told, sent_job
@@ -104,14 +105,18 @@ def run_work(
         kept = {"out": keeps.stitched, "folder": keeps.sums, "ledger": keeps.ledger}
     elif places is not None and not spec.polish:
         kept = {"out": places.result}
+    screen = screen_for(spec.live)
+    live = None if screen is None else LivePicture(screen, todo, job.layers, work.scan.pixel_size_m)
     with client_for_run(client) as used, sent_job(used, job) as sent:
         preflight_jobs(used, [method.prediction for method in job.methods])
         check_workers(used, max(todo.predict_bytes, todo.reassemble_bytes))
         stitching = Stitching(
-            used, job, sent, todo, tolerant=spec.on_error == "skip", n_verified=int(spec.verify), **kept
+            used, job, sent, todo, tolerant=spec.on_error == "skip", n_verified=int(spec.verify), live=live, **kept
         )
         if not spec.polish:
             stitching.run(take, show)
+            if live is not None:
+                live.finish()
             return _told(stitching.told, todo.store)
         if keeps is None:
             stitched = stitch_on_workers(used, stitching, todo, show)
@@ -119,7 +124,7 @@ def run_work(
             stitching.run(lambda tile, report: None, show)
             stitched = tiles_from_disk(used, keeps.stitched, todo)
         told = _told(stitching.told, todo.store)
-        return told | _polish(work, used, stitched, told, None if places is None else places.result, take, show)
+        return told | _polish(work, used, stitched, told, None if places is None else places.result, take, show, live)
 
 
 def _polish(
@@ -130,6 +135,7 @@ def _polish(
     out: Location | None,
     take: Callable[[Tile, TileReport], None],
     show: bool | None,
+    live: LivePicture | None,
 ) -> dict[str, Any]:
     """Sweep over the patterns that stitching used, and deliver the tiles; R of the sweeps."""
     todo, spec = work.todo, work.spec
@@ -137,7 +143,9 @@ def _polish(
     polishing = Polishing(client, work.job.methods[0].prediction, todo, open_scan(todo.store), stitched, drop)
     with stage(told["seconds"], "polish"):
         r_factors = polishing.sweep(int(spec.polish), show)
-    polishing.deliver(out, take)
+    polishing.deliver(out, take, live)
+    if live is not None:
+        live.finish()
     logger.info(
         "%s: R %.4f after stitching and %.4f after %d sweeps", todo.store, r_factors[0], r_factors[-1], spec.polish
     )

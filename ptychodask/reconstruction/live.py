@@ -1,0 +1,246 @@
+"""A coarse picture of the object that fills in while tiles finish: what workers hand over, and where it is shown."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from ptychodask.display import grey_png
+from ptychodask.folders import whole_file
+from ptychodask.plan import Live, Plan
+from ptychodask.progress import in_notebook
+from ptychodask.result import Layers
+from ptychodask.scan import PtychodaskError, in_brief
+
+logger = logging.getLogger(__name__)
+
+ACROSS_PX = 512
+"""Pixels across the picture, at the most."""
+
+REFRESH_S = 0.5
+"""Time between two pictures, at the least; the last one alone may come sooner."""
+
+FRAME_PX = 512
+"""Screen pixels across a picture in a notebook."""
+
+
+@dataclass(frozen=True, eq=False)
+class CoarsePart:
+    """Part of the object, reduced: means over cells of `step` x `step` pixels."""
+
+    start_yx: tuple[int, int]
+    """Row and column of its first cell in the whole picture."""
+
+    object: NDArray[np.complex64]
+    """Mean over the pixels of a cell that patches reached (..., y, x); NaN where none did."""
+
+    amplitude: NDArray[np.float32]
+    """Mean of their moduli (..., y, x)."""
+
+
+def coarse_part(object: NDArray[np.complex64], start_yx: tuple[int, int], step: int) -> CoarsePart:
+    """Reduce a part of the object to the cells of a grid that begins at the object's first pixel.
+
+    Parameters
+    ----------
+    object : complex64 array (..., y, x)
+        NaN where no patch reached.
+    start_yx : (int, int)
+        Row and column of its first pixel in the whole object.
+    step : int
+        Pixels across a cell.
+
+    Returns
+    -------
+    CoarsePart
+        Cells at its rim that it holds in part are means over that part.
+
+    Examples
+    --------
+    >>> coarse_part(np.array([[1, 3j], [np.nan, np.nan]], np.complex64), (0, 2), 2).amplitude.tolist()
+    [[2.0]]
+    """
+    cells = [(start + np.arange(size)) // step for start, size in zip(start_yx, object.shape[-2:], strict=True)]
+    rows, columns = (np.flatnonzero(np.diff(cell, prepend=-1)) for cell in cells)
+
+    def summed(values: NDArray[Any]) -> NDArray[Any]:
+        return np.asarray(np.add.reduceat(np.add.reduceat(values, rows, axis=-2), columns, axis=-1))
+
+    seen = np.isfinite(object)
+    n_seen = summed(seen.astype(np.int64))
+    filled = np.where(seen, object, 0)
+    with np.errstate(invalid="ignore"):
+        # 0/0 is the NaN of a cell that nothing reached.
+        means = summed(filled) / n_seen, summed(np.abs(filled)) / n_seen
+    start = int(cells[0][0]), int(cells[1][0])
+    return CoarsePart(start, means[0].astype(np.complex64), means[1].astype(np.float32))
+
+
+def cell_size(shape: tuple[int, int]) -> int:
+    """Pixels across a cell, so that the picture of an object stays within `ACROSS_PX`: a power of two, as tiles are.
+
+    Examples
+    --------
+    >>> cell_size((512, 40)), cell_size((513, 40)), cell_size((40, 5000))
+    (1, 2, 16)
+    """
+    step = 1
+    while -(-max(shape) // step) > ACROSS_PX:
+        step *= 2
+    return step
+
+
+class Screen:
+    """Where pictures are shown, at most one each `REFRESH_S`.
+
+    Parameters
+    ----------
+    live : True, path of a PNG, or callable that takes a Dataset
+        True is the notebook that this process serves.
+
+    Raises
+    ------
+    PtychodaskError
+        If there is no notebook, or the path cannot be that of a PNG.
+
+    Notes
+    -----
+    What goes wrong while a picture is shown is logged as a warning, and no other is shown: no run is lost for its
+    picture.
+    """
+
+    def __init__(self, live: Live) -> None:
+        self._show: Callable[[xr.Dataset], Any] | None = _way_to_show(live)
+        self._shown = -REFRESH_S
+
+    def show(self, picture: Callable[[], xr.Dataset], *, last: bool = False) -> bool:
+        """Show what `picture` gives; False where one was shown a moment ago and this is not the last."""
+        if self._show is None:
+            return True
+        if not last and time.monotonic() - self._shown < REFRESH_S:
+            return False
+        try:
+            self._show(picture())
+        except Exception as error:  # noqa: BLE001  (whatever the user's function raises, the run is worth more)
+            logger.warning(
+                "live: a picture could not be shown (%s: %s); the run goes on without",
+                type(error).__name__,
+                in_brief(error),
+            )
+            self._show = None
+        self._shown = time.monotonic()
+        return True
+
+
+class LivePicture:
+    """The picture of one object, part by part.
+
+    Parameters
+    ----------
+    screen : Screen
+    todo : Plan
+    layers : Layers
+    pixel_size_m : float or None
+    """
+
+    def __init__(self, screen: Screen, todo: Plan, layers: Layers, pixel_size_m: float | None) -> None:
+        self.step = cell_size(todo.box.shape)
+        """Pixels across a cell."""
+        self._screen, self._todo, self._layers, self._pixel_size_m = screen, todo, layers, pixel_size_m
+        cells = tuple(-(-side // self.step) for side in todo.box.shape)
+        shape = layers.shape("object", (cells[0], cells[1]))
+        self._object = np.full(shape, np.nan, np.complex64)
+        self._amplitude = np.full(shape, np.nan, np.float32)
+        self._n_parts, self._is_new = 0, False
+
+    def add(self, part: CoarsePart | None) -> None:
+        """Put a part where it belongs, in place of what was there, and show the picture."""
+        if part is None:
+            return
+        y, x = part.start_yx
+        height, width = part.amplitude.shape[-2:]
+        place = (..., slice(y, y + height), slice(x, x + width))
+        # A cell may lie in two tiles, where their size is not automatic: the one that saw nothing leaves it alone.
+        seen = np.isfinite(part.amplitude)
+        self._object[place] = np.where(seen, part.object, self._object[place])
+        self._amplitude[place] = np.where(seen, part.amplitude, self._amplitude[place])
+        self._n_parts, self._is_new = self._n_parts + 1, True
+        self._show()
+
+    def finish(self) -> None:
+        """Show the picture as it is in the end."""
+        self._show(last=True)
+
+    def _show(self, *, last: bool = False) -> None:
+        if self._is_new:
+            self._is_new = not self._screen.show(self._dataset, last=last)
+
+    def _dataset(self) -> xr.Dataset:
+        dims = self._layers.dims("object")
+        coordinates: dict[str, Any] = {"method": list(self._layers.methods)} if self._layers.methods else {}
+        for dim, first, size in zip(("y", "x"), self._todo.box.corner, self._amplitude.shape[-2:], strict=True):
+            pixels = first + (self.step - 1) / 2 + self.step * np.arange(size, dtype=np.float64)
+            coordinates[dim] = (dim, pixels, {"units": "px"})
+            if self._pixel_size_m is not None:
+                coordinates[f"{dim}_m"] = (dim, pixels * self._pixel_size_m, {"units": "m"})
+        arrays = {"object": (dims, self._object.copy()), "amplitude": (dims, self._amplitude.copy())}
+        # Polishing delivers each tile a second time.
+        told = {"n_tiles": len(self._todo.tiles), "tiles_done": min(self._n_parts, len(self._todo.tiles))}
+        return xr.Dataset(arrays, coordinates, {"store": self._todo.store, "step_px": self.step, **told})
+
+
+def screen_for(live: Live) -> Screen | None:
+    """The screen that a spec asks for, if it asks for one; raises `PtychodaskError` as `Screen`."""
+    return None if live is None or live is False else Screen(live)
+
+
+def _way_to_show(live: Live) -> Callable[[xr.Dataset], Any]:
+    if callable(live):
+        return live
+    if live is True:
+        if not in_notebook():
+            raise PtychodaskError(
+                "reconstruct: live=True shows a picture in notebooks, and this is none; pass the path of a PNG, or a "
+                "function that takes the picture as a Dataset"
+            )
+        return _InNotebook()
+    path = Path(str(live))
+    if path.suffix.lower() != ".png" or path.is_dir() or not path.parent.is_dir():
+        raise PtychodaskError(f"{path}: live= is the name of a .png in a folder that exists; name another file")
+    return lambda picture: _write(path, picture)
+
+
+def _write(path: Path, picture: xr.Dataset) -> None:
+    with whole_file(path, overwrite=True) as building:
+        building.write_bytes(as_png(picture))
+
+
+def as_png(picture: xr.Dataset) -> bytes:
+    """A PNG file of the amplitude of a picture, methods side by side."""
+    amplitude = picture["amplitude"].values
+    return grey_png(amplitude if amplitude.ndim == 2 else np.concatenate(list(amplitude), axis=1))
+
+
+class _InNotebook:
+    """One output of a notebook's cell, whose picture is replaced."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def __call__(self, picture: xr.Dataset) -> None:
+        from IPython.display import Image, display
+
+        height, width = picture["amplitude"].shape[-2:]
+        shown = Image(as_png(picture), format="png", width=round(FRAME_PX * width / max(height, width)))
+        if self._handle is None:
+            self._handle = display(shown, display_id=True)
+        else:
+            self._handle.update(shown)
