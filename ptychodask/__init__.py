@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "scan": ["PtychodaskError", "Scan"],
         "grouping": ["GroupingSpec", "Groups"],
         "store": ["group", "open_scan"],
+        "growing": ["finish_scan"],
         "io": ["IngestSpec", "ingest"],
         "simulate": ["simulate"],
         "models": ["CallableModel", "Model", "ModelSpec", "load_model"],

@@ -179,6 +179,38 @@ def _held(path: Path, *, resume: bool) -> Iterator[Path]:
         yield building
 
 
+@contextmanager
+def holding(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Hold a folder that is there already for this process alone; the hold goes with the process.
+
+    Parameters
+    ----------
+    folder : Path
+    wait : bool
+        Wait until another one lets go of it.
+
+    Raises
+    ------
+    BlockingIOError
+        If another one holds it, and this one does not wait.
+    """
+    if fcntl is None:
+        logger.warning("%s: cannot be locked on this system: a second writer would not be noticed", folder)
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            logger.warning("%s: cannot be locked (%s): a second writer would not be noticed", folder, error)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def recorded_form(path: Location) -> str | None:
     """The format that a folder records of itself in the root of a Zarr store or a model bundle; None without such."""
     for name, parents in (("zarr.json", ("attributes",)), ("model.json", ())):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.errors import ZarrUserWarning
 
-from ptychodask.folders import Form, building_path, whole
+from ptychodask.folders import Form, building_path, holding, read_json, whole, whole_file
 from ptychodask.grouping import GroupingSpec, Groups, curve_order, group_positions
 from ptychodask.locations import Location, ObjectPath, locate, refusals, stored_sizes, zarr_store
 from ptychodask.progress import Progress, show_progress
@@ -246,6 +247,7 @@ def write_scan(
     energy_ev: float | None = None,
     distance_m: float | None = None,
     provenance: dict[str, Any] | None = None,
+    growing: bool = False,
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> Scan:
@@ -276,6 +278,8 @@ def write_scan(
     pixel_size_m, energy_ev, distance_m : float, optional
     provenance : dict, optional
         Where the data come from; plain values for JSON.
+    growing : bool
+        These are the patterns of a first segment, and `append_segment` adds others.
     overwrite : bool
         Replace an existing store.
     progress : bool, optional
@@ -305,35 +309,41 @@ def write_scan(
     position = np.ascontiguousarray(position_yx_px[order], dtype=np.float64)
     scan_rows = np.zeros(n_patterns, np.int64) if scan_index is None else np.asarray(scan_index, np.int64)
     source_rows = np.arange(n_patterns) if source_index is None else np.asarray(source_index, np.int64)
-    relative_flux = None if flux is None else _relative_flux(flux, where)
+    relative_flux = None if flux is None else relative_to_mean(flux, where)
     optics = {"pixel_size_m": pixel_size_m, "energy_ev": energy_ev, "distance_m": distance_m}
     with whole(path, overwrite=overwrite, form=SCAN) as building:
         root = zarr.create_group(zarr_store(building), zarr_format=3)
         root.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "state": "writing"})
         with show_progress("ingest", n_patterns, "patterns", progress) as bar:
             total_counts, diffraction_hash = _write_patterns(
-                root, diffraction, order, source_rows, domain, mask, bar, where
+                root, diffraction, order, source_rows, domain, mask, bar, where, growing=growing
             )
         if label is not None:
-            _write_labels(root, label, order, where)
+            _write_labels(root, label, order, where, growing=growing)
         mean_counts = total_counts / n_patterns
         normalization = input_normalization(mean_counts, n_pixels, where)
         calibrated = calibrate_probe(
             probe, calibration, mean_counts=mean_counts, incident_counts=incident_counts, where=where
         )
-        _put(root, "y_px", position[:, 0], ("pattern",), units="px")
-        _put(root, "x_px", position[:, 1], ("pattern",), units="px")
-        _put(root, "scan_index", scan_rows[order], ("pattern",))
-        _put(root, "source_index", source_rows[order], ("pattern",))
+        _put(root, "y_px", position[:, 0], ("pattern",), growing, units="px")
+        _put(root, "x_px", position[:, 1], ("pattern",), growing, units="px")
+        _put(root, "scan_index", scan_rows[order], ("pattern",), growing)
+        _put(root, "source_index", source_rows[order], ("pattern",), growing)
         _put(root, "probe", calibrated, ("mode", "py", "px"))
         _put(root, "probe_initial", calibrated, ("mode", "py", "px"))
         if mask is not None:
             _put(root, "mask", np.asarray(mask, bool), ("qy", "qx"))
         if relative_flux is not None:
-            _put(root, "flux", relative_flux[order], ("pattern",))
+            _put(root, "flux", relative_flux[order], ("pattern",), growing)
         if truth is not None:
             corner = [float(value) for value in truth.corner_yx_px]
             _put(root, "truth", truth.object.astype(np.complex64), ("y", "x"), corner_yx_px=corner)
+        whole_hash = data_hash(diffraction_hash, position, mask, calibrated)
+        segment: dict[str, Any] = {
+            "n_patterns": n_patterns,
+            "diffraction_hash": diffraction_hash,
+            "data_hash": whole_hash,
+        }
         root.attrs.update(
             {
                 "domain": domain,
@@ -341,13 +351,15 @@ def write_scan(
                 "calibration": calibration,
                 "mean_counts": mean_counts,
                 "diffraction_hash": diffraction_hash,
-                "data_hash": data_hash(diffraction_hash, position, mask, calibrated),
+                "data_hash": whole_hash,
                 "sorted_along_curve": bool((order != np.arange(n_patterns)).any()),
                 "provenance": provenance or {},
                 **{name: float(value) for name, value in optics.items() if value is not None},
+                **({"segments": [segment]} if growing else {}),
+                **({} if flux is None else {"mean_flux": float(np.mean(flux))}),
             }
         )
-        root.attrs["state"] = "complete"
+        root.attrs["state"] = "growing" if growing else "complete"
         _consolidate(building)
     logger.info("%s: wrote %d patterns of %d x %d", where, n_patterns, n_pixels, n_pixels)
     return open_scan(path)
@@ -362,32 +374,76 @@ def _write_patterns(
     mask: NDArray[np.bool_] | None,
     bar: Progress,
     where: str,
+    *,
+    growing: bool,
 ) -> tuple[float, str]:
     """Store the patterns in `order`; gives their total counts (good pixels alone) and their hash."""
-    array = _create_patterns(root, "diffraction", source, ("pattern", "qy", "qx"))
+    array = _create_patterns(root, "diffraction", source, ("pattern", "qy", "qx"), growing=growing)
+    return fill_patterns(array, 0, source, order, source_rows, domain, mask, bar, where)
+
+
+def fill_patterns(
+    array: zarr.Array,
+    first: int,
+    source: PatternSource,
+    order: NDArray[np.int64],
+    source_rows: NDArray[np.int64],
+    domain: Domain,
+    mask: NDArray[np.bool_] | None,
+    bar: Progress,
+    where: str,
+) -> tuple[float, str]:
+    """Write patterns into rows from `first` on, in `order`; gives their total counts and their hash.
+
+    Parameters
+    ----------
+    array : zarr.Array
+        Of patterns, long enough.
+    first : int
+    source, source_rows, domain, mask
+        As `write_scan` takes them.
+    order : int64 array
+    bar : Progress
+    where : str
+        For messages.
+
+    Raises
+    ------
+    PtychodaskError
+        If patterns are negative or not finite.
+    """
     digest = hashlib.sha256()
     total_counts = 0.0
-    for start, block in _blocks(source, order, _shard_patterns(array)):
+    for start, block in _blocks(source, order, _shard_patterns(array), first):
         total_counts += _checked_counts(block, domain, mask, source_rows[order[start : start + len(block)]], where)
         digest.update(np.ascontiguousarray(block).data)
-        array[start : start + len(block)] = block
+        array[first + start : first + start + len(block)] = block
         bar.advance(len(block))
     return total_counts, digest.hexdigest()
 
 
-def _write_labels(root: zarr.Group, label: PatternSource, order: NDArray[np.int64], where: str) -> None:
-    array = _create_patterns(root, "label", label, ("pattern", "py", "px"))
-    for start, block in _blocks(label, order, _shard_patterns(array)):
+def _write_labels(
+    root: zarr.Group, label: PatternSource, order: NDArray[np.int64], where: str, *, growing: bool
+) -> None:
+    fill_labels(
+        _create_patterns(root, "label", label, ("pattern", "py", "px"), growing=growing), 0, label, order, where
+    )
+
+
+def fill_labels(array: zarr.Array, first: int, label: PatternSource, order: NDArray[np.int64], where: str) -> None:
+    """Write labels into rows from `first` on; see `fill_patterns`."""
+    for start, block in _blocks(label, order, _shard_patterns(array), first):
         if not np.isfinite(block).all():
             raise PtychodaskError(f"{where}: labels have values that are not finite; mend them or leave the labels out")
-        array[start : start + len(block)] = block
+        array[first + start : first + start + len(block)] = block
 
 
-def _relative_flux(flux: NDArray[Any], where: str) -> NDArray[np.float32]:
+def relative_to_mean(flux: NDArray[Any], where: str, mean: float | None = None) -> NDArray[np.float32]:
+    """Flux divided by its mean, or by that of a first segment; raises `PtychodaskError` where one is not positive."""
     flux = np.asarray(flux, np.float64)
     if not np.isfinite(flux).all() or (flux <= 0).any():
         raise PtychodaskError(f"{where}: flux has values that are not positive; leave those frames out")
-    return (flux / flux.mean()).astype(np.float32)
+    return (flux / (flux.mean() if mean is None else mean)).astype(np.float32)
 
 
 def _shard_patterns(array: zarr.Array) -> int:
@@ -395,9 +451,12 @@ def _shard_patterns(array: zarr.Array) -> int:
     return int((array.shards or array.chunks)[0])
 
 
-def _create_patterns(root: zarr.Group, name: str, source: PatternSource, dims: tuple[str, str, str]) -> zarr.Array:
+def _create_patterns(
+    root: zarr.Group, name: str, source: PatternSource, dims: tuple[str, str, str], *, growing: bool
+) -> zarr.Array:
     n_patterns, n_pixels = source.shape[:2]
-    per_chunk = min(chunk_patterns(n_pixels, source.dtype.itemsize), n_patterns)
+    per_chunk = chunk_patterns(n_pixels, source.dtype.itemsize)
+    per_chunk = per_chunk if growing else min(per_chunk, n_patterns)
     chunks_needed = -(-n_patterns // per_chunk)
     chunks_allowed = max(1, SHARD_BYTES // (per_chunk * n_pixels * n_pixels * source.dtype.itemsize))
     return root.create_array(
@@ -405,7 +464,8 @@ def _create_patterns(root: zarr.Group, name: str, source: PatternSource, dims: t
         shape=(n_patterns, n_pixels, n_pixels),
         dtype=source.dtype,
         chunks=(per_chunk, n_pixels, n_pixels),
-        shards=(per_chunk * min(SHARD_CHUNKS, chunks_needed, chunks_allowed), n_pixels, n_pixels),
+        # A file that others read while it is replaced must be read in one piece, and shards are not.
+        shards=None if growing else (per_chunk * min(SHARD_CHUNKS, chunks_needed, chunks_allowed), n_pixels, n_pixels),
         compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.bitshuffle),
         dimension_names=dims,
         # Patterns without light have a file too, so that one that is missing tells of damage.
@@ -413,9 +473,15 @@ def _create_patterns(root: zarr.Group, name: str, source: PatternSource, dims: t
     )
 
 
-def _blocks(source: PatternSource, order: NDArray[np.int64], block_patterns: int) -> Iterator[tuple[int, NDArray[Any]]]:
-    for start in range(0, len(order), block_patterns):
-        yield start, np.asarray(source[order[start : start + block_patterns]])
+def _blocks(
+    source: PatternSource, order: NDArray[np.int64], block_patterns: int, first: int
+) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Patterns in `order`, and the place in it of the first of each block; row `first` and blocks meet in the array."""
+    start = 0
+    while start < len(order):
+        stop = start + block_patterns - (first + start) % block_patterns
+        yield start, np.asarray(source[order[start:stop]])
+        start = stop
 
 
 def _checked_counts(
@@ -441,9 +507,13 @@ def _checked_counts(
     return float(totals.sum())
 
 
-def _put(root: zarr.Group, name: str, values: NDArray[Any], dims: tuple[str, ...], **attributes: Any) -> None:
+def _put(
+    root: zarr.Group, name: str, values: NDArray[Any], dims: tuple[str, ...], growing: bool = False, **attributes: Any
+) -> None:
     # Tables of patterns and groups are read in parts; all else is read whole.
-    rows = min(len(values), TABLE_ROWS) if dims[0] in ("pattern", "group") else len(values)
+    rows = len(values)
+    if dims[0] in ("pattern", "group"):
+        rows = TABLE_ROWS if growing else min(rows, TABLE_ROWS)
     array = root.create_array(
         name, data=np.ascontiguousarray(values), chunks=(rows, *values.shape[1:]), dimension_names=dims
     )
@@ -455,6 +525,61 @@ def _consolidate(path: Location) -> None:
         # Consolidated metadata are what xarray reads; zarr warns that format 3 has not standardised them.
         warnings.simplefilter("ignore", ZarrUserWarning)
         zarr.consolidate_metadata(zarr_store(path), zarr_format=3)
+
+
+@contextmanager
+def changing_root(path: Path) -> Iterator[dict[str, Any]]:
+    """The root's metadata of a growing store, by this process alone; one write at the end puts them in their place.
+
+    Parameters
+    ----------
+    path : Path
+
+    Yields
+    ------
+    dict
+        What ``zarr.json`` holds, to be changed. Readers see the whole change or none of it: they take shapes of arrays
+        from here (the consolidated metadata), and arrays may be longer on disk.
+    """
+    with holding(path, wait=True):
+        root = read_json(path / "zarr.json")
+        yield root
+        with whole_file(path / "zarr.json", overwrite=True) as building:
+            building.write_text(json.dumps(root, indent=2))
+
+
+def take_node(root: dict[str, Any], path: Path, name: str) -> None:
+    """Put an array or a group, as it is on disk, among the metadata of `changing_root`."""
+    node = read_json(path / name / "zarr.json")
+    if node["node_type"] == "group":
+        node["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": {}}
+    root["consolidated_metadata"]["metadata"][name] = node
+
+
+def segment_sizes(attributes: Mapping[str, Any], n_patterns: int) -> tuple[int, ...]:
+    """Patterns in each segment of a scan: one segment, unless it was appended to.
+
+    Parameters
+    ----------
+    attributes : dict
+        Of the store's root.
+    n_patterns : int
+
+    Raises
+    ------
+    PtychodaskError
+        If the attribute does not fit the patterns.
+    """
+    found = attributes.get("segments")
+    if found is None:
+        return (n_patterns,)
+    try:
+        sizes = tuple(int(one["n_patterns"]) for one in found)
+    except (TypeError, KeyError, ValueError) as error:
+        raise PtychodaskError(f"attribute 'segments' is {found!r}; {INGEST_AGAIN}") from error
+    if min(sizes, default=0) < 1 or sum(sizes) != n_patterns:
+        raise PtychodaskError(f"segments of {sizes} patterns in a scan of {n_patterns}; {INGEST_AGAIN}")
+    return sizes
 
 
 def data_hash(
@@ -565,6 +690,16 @@ class ScanReader:
     def data_hash(self) -> str:
         """The data hash that the store records."""
         return str(self._attributes["data_hash"])
+
+    @property
+    def state(self) -> str:
+        """ "complete", or "growing" while segments are appended."""
+        return str(self._attributes["state"])
+
+    @property
+    def n_segments(self) -> int:
+        """In how many segments the patterns came."""
+        return len(segment_sizes(self._attributes, self.n_patterns))
 
     @property
     def n_patterns(self) -> int:
@@ -791,7 +926,7 @@ def open_root(path: Location, form: Form, mode: str = "r") -> zarr.Group:
             f"{path}: has format version {version!r}, this ptychodask reads up to {form.version}; upgrade ptychodask"
         )
     state = attributes.get("state")
-    if state != "complete":
+    if state != "complete" and not (state == "growing" and form == SCAN):
         raise PtychodaskError(
             f"{path}: the {form.noun} is unfinished (state is {state!r}, expected 'complete'); {again}"
         )
@@ -826,17 +961,77 @@ def group(store: str | Path | ObjectPath, spec: GroupingSpec = GroupingSpec(), *
                 f"{path}: group table '{name}' was made by {stored.spec}, not by {spec}; pass another name="
             )
         return stored
+    # Scans grow on a disk alone.
+    if isinstance(path, Path) and open_root(path, SCAN).attrs["state"] == "growing":
+        with changing_root(path) as root:
+            groups = _write_groups(path, spec, name)
+            for node in ("groups", f"groups/{name}", f"groups/{name}/member"):
+                take_node(root, path, node)
+    else:
+        groups = _write_groups(path, spec, name)
+        _consolidate(path)
+    logger.info("%s: stored %d groups of %d as '%s'", path, len(groups), spec.members, name)
+    return groups
+
+
+def _write_groups(path: Location, spec: GroupingSpec, name: str) -> Groups:
+    """Draw groups and write their table; the consolidated metadata do not know it yet."""
     scan = open_scan(path)
-    member = group_positions(scan.position_yx_px, spec, scan.scan_index)
-    groups = Groups(member, spec, name)
+    sizes = segment_sizes(scan.attributes, scan.n_patterns)
+    first = [0, *accumulate(sizes)]
+    tables = [
+        segment_groups(str(path), scan.position_yx_px, scan.scan_index, spec, start, stop)
+        for start, stop in pairwise(first)
+    ]
+    groups = Groups(np.concatenate(tables), spec, name)
     # A run that was killed may have left a table that the consolidated metadata do not know.
     root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3, use_consolidated=False)
     table = root.require_group("groups").create_group(name, overwrite=True)
-    _put(table, "member", member, ("group", "channel"))
-    table.attrs.update({"spec": groups.attributes(), "state": "complete"})
-    _consolidate(path)
-    logger.info("%s: stored %d groups of %d as '%s'", path, len(groups), spec.members, name)
+    segmented = "segments" in scan.attributes
+    _put(table, "member", groups.member, ("group", "channel"), scan.attributes["state"] == "growing")
+    rows = {"segment_groups": [len(part) for part in tables]} if segmented else {}
+    table.attrs.update({"spec": groups.attributes(), "state": "complete", **rows})
     return groups
+
+
+def segment_groups(
+    where: str,
+    position_yx_px: NDArray[np.float64],
+    scan_index: NDArray[np.int64] | None,
+    spec: GroupingSpec,
+    start: int,
+    stop: int,
+) -> NDArray[np.int32]:
+    """Groups of the patterns from `start` to `stop` alone.
+
+    Parameters
+    ----------
+    where : str
+        The store, for messages.
+    position_yx_px, scan_index
+        Of all patterns, see `group_positions`.
+    spec : GroupingSpec
+    start, stop : int
+
+    Returns
+    -------
+    int32 array (group, channel)
+        By the places of patterns in the whole scan.
+
+    Raises
+    ------
+    PtychodaskError
+        See `group_positions`.
+    """
+    try:
+        drawn = group_positions(
+            position_yx_px[start:stop], spec, None if scan_index is None else scan_index[start:stop]
+        )
+    except PtychodaskError as error:
+        if (start, stop) == (0, len(position_yx_px)):
+            raise
+        raise PtychodaskError(f"{where}: segment of patterns {start}..{stop - 1}: {error}") from error
+    return drawn + np.int32(start)
 
 
 class GroupTable:
@@ -849,13 +1044,26 @@ class GroupTable:
     spec : GroupingSpec
     member : zarr.Array
     n_patterns : int
+    segments : ints, optional
+        Groups of each segment; by default there is one.
     """
 
-    def __init__(self, store: Location, name: str, spec: GroupingSpec, member: zarr.Array, n_patterns: int) -> None:
+    def __init__(
+        self,
+        store: Location,
+        name: str,
+        spec: GroupingSpec,
+        member: zarr.Array,
+        n_patterns: int,
+        segments: Sequence[int] | None = None,
+    ) -> None:
         self.name, self.spec = name, spec
+        self.segments = (int(member.shape[0]),) if segments is None else tuple(segments)
+        """Groups of each segment of the scan."""
         self._store, self._member, self._n_patterns = store, member, n_patterns
         most = spec.oversampling * n_patterns
-        if member.ndim != 2 or member.shape[1] != spec.members or member.shape[0] > most:
+        fits = member.ndim == 2 and member.shape[1] == spec.members and member.shape[0] <= most
+        if not fits or sum(self.segments) != member.shape[0] or min(self.segments, default=0) < 1:
             raise self._unfit()
 
     def __len__(self) -> int:
@@ -884,14 +1092,16 @@ def open_groups(store: str | Path | ObjectPath, name: str) -> GroupTable | None:
     table = root.get(f"groups/{name}")
     if not isinstance(table, zarr.Group) or table.attrs.get("state") != "complete":
         return None
+    recorded: Any = table.attrs.get("segment_groups")
     try:
         spec = GroupingSpec(**dict(table.attrs["spec"]))  # type: ignore[arg-type]
-    except (TypeError, KeyError) as error:
+        segments = None if recorded is None else tuple(int(n_groups) for n_groups in recorded)
+    except (TypeError, KeyError, ValueError) as error:
         raise PtychodaskError(
             f"{path}: group table '{name}' has no readable spec ({error}); pass another name="
         ) from error
     n_patterns = int(_array(root, "diffraction", str(path)).shape[0])
-    return GroupTable(path, name, spec, _array(table, "member", str(path)), n_patterns)
+    return GroupTable(path, name, spec, _array(table, "member", str(path)), n_patterns, segments)
 
 
 def read_groups(store: str | Path | ObjectPath, name: str) -> Groups | None:
@@ -930,6 +1140,11 @@ def replace_probe(store: str | Path | ObjectPath, probe: NDArray[np.complex64], 
     """
     path = locate(store)
     scan = open_scan(path)
+    if scan.attributes["state"] == "growing":
+        raise PtychodaskError(
+            f"{path}: the scan is still growing, and keeps the probe of its first segment; finish it first with "
+            f"'ptychodask ingest --finish {path}'"
+        )
     if probe.shape != scan.probe.shape or not np.isfinite(probe).all():
         raise PtychodaskError(
             f"{path}: the new probe has shape {probe.shape} or values that are not finite; expected {scan.probe.shape}"
@@ -939,6 +1154,11 @@ def replace_probe(store: str | Path | ObjectPath, probe: NDArray[np.complex64], 
     _array(root, "probe", str(path))[...] = probe
     new_hash = data_hash(str(root.attrs["diffraction_hash"]), scan.position_yx_px, scan.mask, probe)
     root.attrs.update({"data_hash": new_hash, "probe_refinement": record})
+    if "segments" in scan.attributes:
+        # What was planned while the scan grew saw another probe.
+        root.attrs["segments"] = [
+            {key: value for key, value in one.items() if key != "data_hash"} for one in scan.attributes["segments"]
+        ]
     _consolidate(path)
     return open_scan(path)
 
@@ -959,7 +1179,10 @@ def record_model(store: str | Path | ObjectPath, *, kind: str, path: str | Path,
     place, bundle = locate(store), Path(path).resolve()
     root = open_root(place, SCAN, "r+")
     recorded = str(bundle) if isinstance(place, ObjectPath) else os.path.relpath(bundle, place.resolve().parent)
-    models = list(root.attrs.get("models", []))  # type: ignore[arg-type]
-    models.append({"kind": kind, "path": recorded, "hash": content_hash, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-    root.attrs["models"] = models
+    model = {"kind": kind, "path": recorded, "hash": content_hash, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    if isinstance(place, Path) and root.attrs["state"] == "growing":
+        with changing_root(place) as metadata:
+            metadata["attributes"].setdefault("models", []).append(model)
+        return
+    root.attrs["models"] = [*root.attrs.get("models", []), model]  # type: ignore[misc]
     _consolidate(place)

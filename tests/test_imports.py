@@ -21,6 +21,7 @@ ORDER = [
     ("folders",),
     ("grouping",),
     ("store",),
+    ("growing",),
     ("patches",),
     ("io",),
     ("simulate",),
@@ -47,7 +48,7 @@ LAYER = {name: layer for layer, names in enumerate(ORDER) for name in names}
 
 OWNERS = {
     "scipy.spatial": {"grouping"},
-    "zarr": {"locations", "store", "patches", "result", "export"},
+    "zarr": {"locations", "store", "growing", "patches", "result", "export"},
     "h5py": {"io", "models", "export"},
     "h5netcdf": {"export"},
     "tifffile": {"export"},

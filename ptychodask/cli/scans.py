@@ -38,6 +38,7 @@ from ptychodask.cli.flags import (
     bar,
     check_folders,
     given,
+    place,
     reading_options,
 )
 from ptychodask.scan import PtychodaskError
@@ -134,8 +135,15 @@ def inspect(
 
 
 def ingest(
-    source: Annotated[Path, typer.Argument(help="NPZ (or .npz.bz2) or HDF5 file.", show_default=False)],
-    store: Store,
+    source: Annotated[
+        Path, typer.Argument(help="NPZ (or .npz.bz2) or HDF5 file; with --finish alone, the store.", show_default=False)
+    ],
+    store: Annotated[
+        Path | None,
+        typer.Argument(
+            help="The scan's store, as in other commands.", parser=place, metavar="STORE", show_default=False
+        ),
+    ] = None,
     format: Format = None,
     recipe: Recipe = None,
     diffraction: PatternsFile = None,
@@ -167,17 +175,28 @@ def ingest(
     drop_frames: DropFrames = None,
     far_field: FarField = False,
     scratch: Scratch = None,
+    append: Annotated[bool, typer.Option("--append", help="The file is a segment of a scan that grows.")] = False,
+    finish: Annotated[bool, typer.Option("--finish", help="The scan is whole: nothing is appended any more.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a store from a file of another program.
+    """Make a store from a file of another program, or add it to a scan that grows.
 
     Example: ptychodask ingest scan.npz scan.zarr
 
+    Example: ptychodask ingest part2.npz scan.zarr --append
+
+    Example: ptychodask ingest --finish scan.zarr
+
     Example: ptychodask ingest raw.h5 scan.zarr --key diffraction=entry/data --key y=pos/y --key x=pos/x --domain counts
     """
+    from ptychodask.growing import finish_scan
     from ptychodask.io import ingest
 
+    if store is None and not finish:
+        raise PtychodaskError(f"ingest: {source} is the file, and the store is missing; name it after the file")
+    if store is not None and finish and not append:
+        raise PtychodaskError("ingest: --finish goes with --append, or with the store alone")
     options = reading_options(
         key=key,
         domain=domain,
@@ -209,8 +228,24 @@ def ingest(
         drop_frames=drop_frames,
         scratch=scratch,
     )
-    scan = ingest(source, store, format=format, recipe=recipe, overwrite=overwrite, progress=bar(quiet), **options)
-    typer.echo(f"{store}: {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}, {scan.domain}")
+    if store is None:
+        if options or append or overwrite or format is not None or recipe is not None:
+            raise PtychodaskError("ingest: --finish with the store alone takes no other option; name a file too")
+        scan = finish_scan(source)
+    else:
+        scan = ingest(
+            source,
+            store,
+            format=format,
+            recipe=recipe,
+            append=append,
+            overwrite=overwrite,
+            progress=bar(quiet),
+            **options,
+        )
+        scan = finish_scan(store) if finish else scan
+    kept = "" if scan.attributes["state"] == "complete" else ", still growing"
+    typer.echo(f"{scan.store}: {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}, {scan.domain}{kept}")
 
 
 def simulate(

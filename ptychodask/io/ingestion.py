@@ -8,7 +8,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import prod
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.folders import check_vacant
+from ptychodask.growing import append_segment
 from ptychodask.io.formats import Source, detect_format, open_container, read_source
 from ptychodask.io.geometry import (
     HC_EV_M,
@@ -58,9 +59,24 @@ from ptychodask.scan import (
     check_positions,
     with_fields,
 )
-from ptychodask.store import SCAN, write_scan
+from ptychodask.store import SCAN, open_scan, write_scan
 
 logger = logging.getLogger(__name__)
+
+OF_EACH_SEGMENT = ("diffraction", "drop_frames", "scratch")
+"""Options that each segment of a growing scan has for itself."""
+
+OF_FIRST_SEGMENT = (
+    "probe",
+    "probe_diameter_px",
+    "probe_stop_px",
+    "probe_defocus",
+    "probe_defocus_m",
+    "calibration",
+    "incident_counts",
+    "mask",
+)
+"""Options about what the first segment of a growing scan gives to all."""
 
 LOST_LIGHT_NOTED = 0.01
 """Share of a probe's light outside its new grid from which on the loss is a warning."""
@@ -72,22 +88,25 @@ def ingest(
     *,
     format: str | None = None,
     recipe: str | Path | None = None,
+    append: bool = False,
     overwrite: bool = False,
     progress: bool | None = None,
     **reader_options: Any,
 ) -> Scan:
-    """Make a store from a file of another program.
+    """Make a store from a file of another program, or add it to a scan that grows.
 
     Parameters
     ----------
     source : path
         An NPZ (also .npz.bz2) or HDF5 file.
     store : path
-        The store to make; it appears when it is whole.
+        The store to make; it appears when it is whole. With `append`, one that is there may have a segment added.
     format : {"ptychopinn", "tike", "ptychodus", "nexus", "cxi", "hxn", "mapping"}, optional
         By default what the file's keys say; "mapping" when `keys` is given.
     recipe : path, optional
         A YAML file of options, as `inspect` writes it; what is passed here goes before it.
+    append : bool
+        The file is one segment of a scan that grows (its first, where there is no store yet), until `finish_scan`.
     overwrite : bool
         Replace an existing store.
     progress : bool, optional
@@ -107,20 +126,119 @@ def ingest(
 
     Notes
     -----
+    A scan that grows keeps what its first segment had: probe, mask, normalisation, calibration, unit of the patterns,
+    pixel size. Options need not be passed again; `drop_frames` and `scratch` alone may differ from the first time.
+    Readers see whole segments (see `append_segment`).
+
     Memory holds a few blocks of frames, however large the file. A file that cannot be read at random (compressed, or
     with patterns along its last axis) is first unpacked into a scratch file, cropped already where it is compressed.
     """
     source, store = Path(source), locate(store)
     spec = with_fields(IngestSpec(), with_recipe(recipe, reader_options))
+    if append and overwrite:
+        raise PtychodaskError(f"{store}: append=True adds to the scan, overwrite=True replaces it; pass one of them")
+    if append and isinstance(store, ObjectPath):
+        raise PtychodaskError(
+            f"{store}: a scan grows on a disk alone; append to a store there, and copy it when it is whole"
+        )
+    if append and isinstance(store, Path) and store.exists():
+        return _append(source, store, format, spec, progress)
     check_vacant(store, overwrite=overwrite, form=SCAN)
+    with _opened(source, store, format, spec) as (read, scratch, stack):
+        placed = place(read.scan, spec, read.container.where)
+        scan_parts = _prepare(read, placed, scratch, stack, progress)
+        provenance = _provenance(source, read, spec)
+        if append:
+            provenance["centre_yx"] = list(placed.grid.centre_yx)
+        return write_scan(
+            store, provenance=provenance, growing=append, overwrite=overwrite, progress=progress, **scan_parts
+        )
+
+
+@contextmanager
+def _opened(
+    source: Path, store: Location, format: str | None, spec: IngestSpec
+) -> Iterator[tuple[Source, Path, ExitStack]]:
+    """A file for as long as it is read: what its reader found, and the folder for scratch."""
     with ExitStack() as stack:
         scratch = _scratch(spec, store, stack)
         container = open_container(source, scratch, stack)
         name = detect_format(container, spec) if format is None else format
-        read = read_source(source, container, name, spec, scratch, stack)
-        scan_parts = _prepare(read, spec, scratch, stack, progress)
+        yield read_source(source, container, name, spec, scratch, stack), scratch, stack
+
+
+def _append(source: Path, store: Path, format: str | None, spec: IngestSpec, progress: bool | None) -> Scan:
+    """Add a file to a scan that grows, as one more segment."""
+    scan = open_scan(store)
+    recorded = scan.attributes.get("provenance", {})
+    if scan.attributes["state"] != "growing" or "options" not in recorded:
+        raise PtychodaskError(
+            f"{store}: the scan is complete, and append=True (--append) adds to one that it began itself; name another "
+            "store"
+        )
+    spec = _as_first(spec, recorded, str(store))
+    with _opened(source, store, format or recorded["reader"], spec) as (read, scratch, stack):
+        where = read.container.where
         provenance = _provenance(source, read, spec)
-        return write_scan(store, provenance=provenance, overwrite=overwrite, progress=progress, **scan_parts)
+        found = _with_mask_of(scan, read.scan, spec, where)
+        placed = place(found, spec, where)
+        _check_kept(scan, recorded, found, placed, read.format, where)
+        placed = replace(placed, mask=scan.mask)
+        return append_segment(
+            store,
+            **_pattern_parts(found, placed, where, scratch, stack, progress),
+            provenance=provenance,
+            progress=progress,
+        )
+
+
+def _as_first(spec: IngestSpec, recorded: dict[str, Any], where: str) -> IngestSpec:
+    """The options of a scan's first segment, with those that each segment has for itself."""
+    first, given = recorded["options"], {key: _plain(value) for key, value in spec.given().items()}
+    for name, value in given.items():
+        if name not in OF_EACH_SEGMENT and value != first.get(name):
+            raise PtychodaskError(
+                f"{where}: {name} was {first.get(name, 'not given')!r} for the first segment and is {value!r} now; a "
+                "scan keeps the options of its first segment: leave it out, or ingest into a store of its own"
+            )
+    kept = {name: value for name, value in first.items() if name not in (*OF_EACH_SEGMENT, *OF_FIRST_SEGMENT)}
+    own = {name: getattr(spec, name) for name in OF_EACH_SEGMENT}
+    # What was found once is not looked for again: another centre would shift the patterns.
+    centre = {"centre": tuple(recorded["centre_yx"])} if "centre_yx" in recorded and "centre" in kept else {}
+    return with_fields(IngestSpec(), {**kept, **centre, **own})
+
+
+def _with_mask_of(scan: Scan, found: SourceScan, spec: IngestSpec, where: str) -> SourceScan:
+    """What a reader found, its mask set aside once it is sure to be that of the first segment."""
+    if found.mask is None:
+        return found
+    mask = place(replace(found, probe=None, label=None), spec, where).mask
+    if scan.mask is None or mask is None or not np.array_equal(mask, scan.mask):
+        raise PtychodaskError(
+            f"{where}: its mask is not that of the first segment of {scan.store}, which the scan keeps"
+        )
+    return replace(found, mask=None)
+
+
+def _check_kept(scan: Scan, recorded: dict[str, Any], found: SourceScan, placed: Placed, name: str, where: str) -> None:
+    """Raise `PtychodaskError`, naming what differs, unless a file fits the first segment of a scan."""
+    kinds: dict[str, tuple[Any, Any]] = {
+        "format": (recorded["reader"], name),
+        "domain": (scan.domain, found.domain),
+        "n_pixels": (scan.n_pixels, placed.grid.n_pixels),
+        "pixel_size_m": (_rounded(scan.pixel_size_m), _rounded(placed.pixel_size_m)),
+    }
+    for what, (first, now) in kinds.items():
+        if first != now:
+            raise PtychodaskError(
+                f"{where}: {what} is {now!r}, and was {first!r} in the first segment of {scan.store}; a scan keeps "
+                "what its first segment had: ingest into a store of its own"
+            )
+
+
+def _rounded(size_m: float | None) -> str | None:
+    """A length as text, so that rounding does not tell two apart."""
+    return None if size_m is None else f"{size_m:.9g}"
 
 
 def _scratch(spec: IngestSpec, store: Location, stack: ExitStack) -> Path:
@@ -191,33 +309,39 @@ class _Labels:
         return self.frames[self.kept[index]].astype(np.complex64)
 
 
-def _prepare(
-    source: Source, spec: IngestSpec, scratch: Path, stack: ExitStack, progress: bool | None
-) -> dict[str, Any]:
+def _prepare(read: Source, placed: Placed, scratch: Path, stack: ExitStack, progress: bool | None) -> dict[str, Any]:
     """Keyword arguments of `write_scan` from what a reader found."""
-    found, where = source.scan, source.container.where
-    placed = place(found, spec, where)
-    kept, grid, mask, spec = placed.kept, placed.grid, placed.mask, placed.spec
-    diffraction = _at_random(prepared(found, placed, where), scratch, stack, progress)
-    if not spec.far_field:
-        check_far_field(diffraction, placed.position_yx_px, grid.n_pixels, found.domain, where)
-    probe, calibration = _probe(found, spec, grid, diffraction, mask, where)
-    return {
-        "diffraction": diffraction,
-        "position_yx_px": placed.position_yx_px,
+    found, where, spec = read.scan, read.container.where, placed.spec
+    parts = _pattern_parts(found, placed, where, scratch, stack, progress)
+    probe, calibration = _probe(found, spec, placed.grid, parts["diffraction"], placed.mask, where)
+    return parts | {
         "probe": probe,
         "domain": found.domain,
         "calibration": calibration,
         "incident_counts": spec.incident_counts,
-        "mask": mask,
-        "flux": None if found.flux is None else found.flux[kept],
-        "scan_index": None if found.scan_index is None else found.scan_index[kept],
-        "source_index": kept,
+        "mask": placed.mask,
         "truth": placed.truth,
-        "label": None if found.label is None else _labels(found.label, kept, scratch, stack, progress, where),
         "pixel_size_m": placed.pixel_size_m,
         "energy_ev": HC_EV_M / spec.wavelength_m if spec.wavelength_m else spec.energy_ev,
         "distance_m": spec.distance_m,
+    }
+
+
+def _pattern_parts(
+    found: SourceScan, placed: Placed, where: str, scratch: Path, stack: ExitStack, progress: bool | None
+) -> dict[str, Any]:
+    """What a file says of each of its patterns: keyword arguments of `write_scan` and `append_segment`."""
+    kept = placed.kept
+    diffraction = _at_random(prepared(found, placed, where), scratch, stack, progress)
+    if not placed.spec.far_field:
+        check_far_field(diffraction, placed.position_yx_px, placed.grid.n_pixels, found.domain, where)
+    return {
+        "diffraction": diffraction,
+        "position_yx_px": placed.position_yx_px,
+        "flux": None if found.flux is None else found.flux[kept],
+        "scan_index": None if found.scan_index is None else found.scan_index[kept],
+        "source_index": kept,
+        "label": None if found.label is None else _labels(found.label, kept, scratch, stack, progress, where),
     }
 
 
