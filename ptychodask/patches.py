@@ -22,7 +22,7 @@ PATCHES = Form("ptychodask-patches", 1, "cache of patches", "reconstruct")
 
 
 def create_patches(
-    path: Path, patch_shape: tuple[int, ...], n_groups: int, rows: tuple[int, int], made_by: dict[str, Any]
+    path: Path, patch_shape: tuple[int, ...], n_groups: int, rows: tuple[int, ...], made_by: dict[str, Any]
 ) -> None:
     """An empty cache for patches to be written into; it stays unfinished until `finish_patches`.
 
@@ -34,8 +34,8 @@ def create_patches(
         What the network gives for one group: (C, N, N) or (N, N).
     n_groups : int
         Rows of the group table.
-    rows : (int, int)
-        Groups in a task and in a batch: what is written at a time never shares a file.
+    rows : ints
+        Groups in a task and in a batch, and where tasks begin: what is written at a time never shares a file.
     made_by : dict
         What the patches depend on; plain values for JSON.
     """

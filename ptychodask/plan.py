@@ -589,7 +589,8 @@ def make_plan(
     if spec.position_yx_px is not None:
         check_positions(spec.position_yx_px, reader.n_patterns, "position_yx_px")
     window, crop = _window_and_crop(spec, network)
-    batch_size = _batch_size(spec, network, len(table))
+    # A scan that grows keeps the sizes that fit its first segment, so that what is predicted early stays valid.
+    batch_size = _batch_size(spec, network, table.segments[0])
     found, chunks, predict_bytes, box = _fitting_chunks(reader, table, network, crop, batch_size, spec, box)
     tile = int(spec.tile or _tile(box))
     tiles = _tiles(box, tile, chunks)
@@ -600,7 +601,7 @@ def make_plan(
             f"a task may take {spec.memory_bytes / MIB:,.0f} MiB; pass a smaller tile=, another groups_per_chunk= "
             f"than {found.size}, or a larger memory_bytes="
         )
-    of_plan = np.array([chunk.start // found.size for chunk in chunks])
+    of_plan = np.searchsorted(found.edges, [chunk.start for chunk in chunks])
     n_patterns = int(np.count_nonzero(found.used))
     return Plan(
         store=str(locate(reader.where).resolve()),
@@ -676,7 +677,7 @@ def _fitting_chunks(
 ) -> tuple[Survey, tuple[Chunk, ...], int, Box]:
     """Survey, chunks, the memory of the largest, and the object; chunks are halved until they fit where that is
     automatic."""
-    size = int(spec.groups_per_chunk or _groups_per_chunk(network, batch_size, len(table)))
+    size = int(spec.groups_per_chunk or _groups_per_chunk(network, batch_size, table.segments[0]))
     while True:
         found = survey(
             reader,
@@ -694,7 +695,7 @@ def _fitting_chunks(
                 "patterns to drop; drop fewer"
             )
         object_box = _object_box(found.whole, spec.roi, reader.where) if box is None else box
-        chunks, n_bytes = _chunks(reader, found, network, object_box, batch_size, spec, len(table))
+        chunks, n_bytes = _chunks(reader, found, network, object_box, batch_size, spec)
         if not chunks:
             raise PtychodaskError(f"{reader.where}: no pattern reaches roi {spec.roi}; pass another one")
         if max(n_bytes) <= spec.memory_bytes:
@@ -717,7 +718,6 @@ def _chunks(
     box: Box,
     batch_size: int,
     spec: ReconstructionSpec,
-    n_groups: int,
 ) -> tuple[tuple[Chunk, ...], list[int]]:
     """Chunks that meet the object, and the memory that predicting each of them takes."""
     batch_bytes = batch_size * network.members * network.n_pixels**2 * (2 * 4 + 2 * 8)
@@ -727,8 +727,7 @@ def _chunks(
     for index in np.flatnonzero(found.n_groups).tolist():
         own = found.box(index).overlap(box)
         if own.n_pixels:
-            start = index * found.size
-            chunks.append(Chunk(start, min(start + found.size, n_groups), own))
+            chunks.append(Chunk(int(found.edges[index]), int(found.edges[index + 1]), own))
             n_bytes.append(int(found.n_patterns[index]) * pattern_bytes + batch_bytes + own.n_pixels * canvas_bytes)
     return tuple(chunks), n_bytes
 

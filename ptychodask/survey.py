@@ -23,10 +23,13 @@ NOWHERE = 2**40
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """What chunks of `size` consecutive groups read and reach; arrays have one entry for each chunk of the table."""
+    """What chunks of consecutive groups read and reach; arrays have one entry for each chunk of the table."""
 
     size: int
-    """Groups in a chunk; the last has fewer."""
+    """Groups in a chunk; the last of each segment has fewer."""
+
+    edges: NDArray[np.int64]
+    """First rows of the chunks, and the row after the last (chunk + 1,)."""
 
     first_yx: NDArray[np.int64]
     """First pixel (chunk, 2) that its patches reach."""
@@ -79,7 +82,7 @@ def survey(
     reader : ScanReader
     table : GroupTable
     size : int
-        Groups in a chunk.
+        Groups in a chunk, at the most: no chunk has groups of two segments.
     output : {"member", "group"}
         A patch for each member, or one for the group.
     crop : int
@@ -101,15 +104,15 @@ def survey(
         If the table or the positions cannot be read, or a row names a pattern that the scan does not have.
     """
     used = np.zeros(reader.n_patterns, bool)
+    edges = chunk_edges(table.segments, size)
     parts: list[list[NDArray[np.int64]]] = []
     digest = hashlib.sha256()
-    for member in _blocks(table, size):
+    for member, starts in _blocks(table, edges):
         digest.update(np.ascontiguousarray(member).data)
         kept = groups_kept(member, drop)
-        chunk = np.arange(len(member)) // size
+        chunk = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(member)))
         position = _positions(reader, member, position_yx_px)
         first, last = _reach(position if output == "member" else position.mean(axis=1, keepdims=True), crop, kept)
-        starts = np.arange(0, len(member), size)
         low, high = np.minimum.reduceat(first, starts), np.maximum.reduceat(last, starts)
         pairs = np.unique(chunk[kept, None] * reader.n_patterns + member[kept])
         pattern_chunk, pattern = np.divmod(pairs, reader.n_patterns)
@@ -124,14 +127,39 @@ def survey(
         )
         used[pattern[_reaching(low, high, region)[pattern_chunk]]] = True
     first, last, *counts = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Survey(size, first, last, counts[0], counts[1], counts[2], digest.hexdigest(), used)
+    return Survey(size, edges, first, last, counts[0], counts[1], counts[2], digest.hexdigest(), used)
 
 
-def _blocks(table: GroupTable, size: int) -> Iterator[NDArray[np.int32]]:
-    """Whole chunks of the table, about `BLOCK_GROUPS` groups at a time."""
-    step = max(1, BLOCK_GROUPS // size) * size
-    for start in range(0, len(table), step):
-        yield table.rows(start, min(start + step, len(table)))
+def chunk_edges(segments: Sequence[int], size: int) -> NDArray[np.int64]:
+    """First rows of chunks of `size` groups, begun anew in each segment, and the row after the last.
+
+    Parameters
+    ----------
+    segments : ints
+        Groups of each segment.
+    size : int
+
+    Returns
+    -------
+    int64 array (chunk + 1,)
+
+    Examples
+    --------
+    >>> chunk_edges((5, 4), 2).tolist()
+    [0, 2, 4, 5, 7, 9]
+    """
+    ends = np.cumsum(segments)
+    starts = [np.arange(end - n_groups, end, size) for end, n_groups in zip(ends, segments, strict=True)]
+    return np.concatenate([*starts, ends[-1:]]).astype(np.int64)
+
+
+def _blocks(table: GroupTable, edges: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
+    """Rows of whole chunks, about `BLOCK_GROUPS` groups at a time, and where among them each chunk begins."""
+    first = 0
+    while first < len(edges) - 1:
+        last = max(first + 1, int(np.searchsorted(edges, edges[first] + BLOCK_GROUPS, side="right")) - 1)
+        yield table.rows(int(edges[first]), int(edges[last])), edges[first:last] - edges[first]
+        first = last
 
 
 def _positions(

@@ -83,7 +83,7 @@ def patch_cache(
                 building,
                 (todo.members, *shape) if todo.output == "member" else shape,
                 todo.n_groups,
-                (todo.groups_per_chunk, todo.batch_size),
+                (todo.groups_per_chunk, todo.batch_size, *(chunk.start for chunk in todo.chunks)),
                 made_by,
             )
         if result is not None:
