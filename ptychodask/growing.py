@@ -163,6 +163,12 @@ def finish_scan(store: str | Path) -> Scan:
     return open_scan(path)
 
 
+def growth(store: str | Path) -> tuple[str, int]:
+    """State of a store ("growing" or "complete"), and how many segments readers see."""
+    attributes: dict[str, Any] = dict(open_root(Path(store), SCAN).attrs)
+    return attributes["state"], len(attributes.get("segments", (None,)))
+
+
 @contextmanager
 def _appending(path: Path) -> Iterator[None]:
     """Hold a growing store as its only writer; an error of its disk is named."""

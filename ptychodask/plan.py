@@ -60,8 +60,8 @@ OnError = Literal["raise", "skip"]
 Live = bool | str | Path | Callable[[Any], Any] | None
 """Where a picture is shown while a run is at work: True in a notebook, a path of a PNG, or what takes a Dataset."""
 
-SHOWN_ALONE = ("live",)
-"""Fields of a `ReconstructionSpec` that say what is seen of a run: nothing that is stored depends on them."""
+NOT_STORED = ("live", "follow", "follow_timeout_s")
+"""Fields of a `ReconstructionSpec` that say when a run begins and what is seen of it: no result depends on them."""
 
 LARGEST = {"batch_size": 2**31, "groups_per_chunk": 2**31, "tile": 2**16}
 """What fields may be at the most: a larger number is a slip of the hand, and a larger tile fits no store."""
@@ -138,7 +138,18 @@ class ReconstructionSpec:
     """A coarse picture that fills in while tiles finish: True shows it in a notebook, a path is that of a PNG which is
     replaced, and a function gets it as a Dataset, at most twice a second."""
 
+    follow: bool = field(default=False, compare=False)
+    """Keep up with a scan that grows: predict its segments as they come, until it is finished."""
+
+    follow_timeout_s: float = field(default=600.0, compare=False)
+    """How long a scan that is followed may go without a new segment, seconds."""
+
     def __post_init__(self) -> None:
+        if not isinstance(self.follow, bool) or not float(self.follow_timeout_s) > 0:
+            raise PtychodaskError(
+                f"reconstruct: follow is {self.follow!r} with follow_timeout_s={self.follow_timeout_s!r}, expected "
+                "True or False, and a time above 0"
+            )
         if not (self.live is None or isinstance(self.live, bool | str | Path) or callable(self.live)):
             raise PtychodaskError(
                 f"reconstruct: live is {self.live!r}, expected True, the path of a PNG, or a function that takes the "
@@ -400,7 +411,7 @@ def plan(
     reader.check()
     scan = reader.first()
     if model is None and not measure and (spec.groups is not None or recorded_model(scan) is None):
-        table = _default_table(str(store), spec)
+        table = _as_seen(reader, _default_table(str(store), spec))
         return make_plan(reader, table, _Network(table.spec.members, scan.n_pixels, "member"), spec)
     network = resolve_model(scan, model)
     todo = plan_for(reader, network, spec)
@@ -418,6 +429,7 @@ def prediction_job(todo: Plan, model: PatchModel, scan: Scan, spec: Reconstructi
         tuple(spec.drop),
         spec.precision,
         spec.device,
+        scan.attributes.get("segments", [{}])[0].get("data_hash"),
     )
 
 
@@ -517,8 +529,13 @@ def _table_and_network(reader: ScanReader, model: PatchModel, spec: Reconstructi
             f"{', '.join(precisions(model))}; leave precision away"
         )
     halves = spec.split_half and model.members > 1
-    table = _table_of(reader.where, spec.groups, model.members, halves=halves)
+    table = _as_seen(reader, _table_of(reader.where, spec.groups, model.members, halves=halves))
     return table, _Network(model.members, model.n_pixels, model.output)
+
+
+def _as_seen(reader: ScanReader, table: GroupTable) -> GroupTable:
+    """A table less the groups of segments that came after the scan was opened."""
+    return table.in_segments(len(reader.attributes.get("segments", (None,))))
 
 
 def _default_table(store: str, spec: ReconstructionSpec) -> GroupTable:

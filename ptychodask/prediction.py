@@ -149,6 +149,10 @@ class PredictionJob:
     device: Device = "any"
     """What it must be predicted on."""
 
+    bound_to: str | None = None
+    """Data hash of a growing scan's first segment, whose probe and normalisation the network is bound to; by default
+    that of the scan."""
+
 
 class PatchBatch(NamedTuple):
     """Patches and where they belong."""
@@ -401,7 +405,7 @@ def _leave_out(reader: ScanReader, patterns: NDArray[np.int32], reason: str, ski
 
 
 def _predictor(job: PredictionJob, part: Scan, batch_size: int) -> Predict:
-    key = (job.model.content_hash, job.data_hash, batch_size, job.precision)
+    key = (job.model.content_hash, job.bound_to or job.data_hash, batch_size, job.precision)
     return _PREDICTORS.get(key, lambda: compile_model(job.model.load().bind(part), batch_size, job.precision))
 
 
@@ -495,7 +499,10 @@ def open_source(job: PredictionJob) -> Scan:
 
 
 def _as_planned(job: PredictionJob, opened: Opened) -> Opened:
-    if opened.data_hash != job.data_hash:
+    # A scan that grew since has the patterns that were planned where they were.
+    attributes: dict[str, Any] = opened.attributes
+    earlier: list[str | None] = [one.get("data_hash") for one in attributes.get("segments", ())]
+    if job.data_hash not in (opened.data_hash, *earlier):
         raise _changed(job)
     return opened
 

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from math import prod
@@ -692,14 +693,9 @@ class ScanReader:
         return str(self._attributes["data_hash"])
 
     @property
-    def state(self) -> str:
-        """ "complete", or "growing" while segments are appended."""
-        return str(self._attributes["state"])
-
-    @property
-    def n_segments(self) -> int:
-        """In how many segments the patterns came."""
-        return len(segment_sizes(self._attributes, self.n_patterns))
+    def attributes(self) -> dict[str, Any]:
+        """What the root of the store records."""
+        return self._attributes
 
     @property
     def n_patterns(self) -> int:
@@ -1067,7 +1063,13 @@ class GroupTable:
             raise self._unfit()
 
     def __len__(self) -> int:
-        return int(self._member.shape[0])
+        return sum(self.segments)
+
+    def in_segments(self, n_segments: int) -> GroupTable:
+        """The table as it was when the scan had no more than some segments."""
+        cut = copy(self)
+        cut.segments = self.segments[:n_segments]
+        return cut
 
     def rows(self, start: int, stop: int) -> NDArray[np.int32]:
         """Rows `start` to `stop`, int32 (group, channel); raises `PtychodaskError` where they do not fit the scan."""

@@ -106,6 +106,12 @@ def reconstruct(
     verify: Annotated[int | None, typer.Option(help="Chunks that a second worker computes again.")] = None,
     device: Annotated[str | None, typer.Option(help="any, or gpu where nothing else will do.")] = None,
     live: Annotated[Path | None, typer.Option(help="PNG that is replaced while tiles finish.")] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Keep up with a scan that grows, until it is whole.")
+    ] = False,
+    follow_timeout_s: Annotated[
+        float | None, typer.Option(help="How long it may go without a new segment, seconds.")
+    ] = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
     tls: Tls = False,
@@ -155,6 +161,8 @@ def reconstruct(
         verify=verify,
         device=device,
         live=live,
+        follow=follow or None,
+        follow_timeout_s=follow_timeout_s,
     )
     check_figure_path(png)
     with client_for(workers, scheduler, tls, tls_folder, host) as client:

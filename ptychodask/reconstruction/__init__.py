@@ -6,7 +6,8 @@ import hashlib
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from importlib.metadata import version
 from numbers import Integral
 from pathlib import Path
@@ -16,11 +17,13 @@ import distributed
 import numpy as np
 import xarray as xr
 
-from ptychodask.locations import ObjectPath, locate
+from ptychodask.cluster import client_for_run
+from ptychodask.folders import is_resumable
+from ptychodask.locations import Location, ObjectPath, locate
 from ptychodask.plan import (
     MIB,
+    NOT_STORED,
     RESULT_PIXEL_BYTES,
-    SHOWN_ALONE,
     Plan,
     ReconstructionSpec,
     Tile,
@@ -30,6 +33,7 @@ from ptychodask.plan import (
 )
 from ptychodask.prediction import PatchModel, resolve_model
 from ptychodask.reconstruction.caching import patch_cache
+from ptychodask.reconstruction.following import Following
 from ptychodask.reconstruction.lazy import lazy_result
 from ptychodask.reconstruction.live import screen_for
 from ptychodask.reconstruction.stitching import start_yx
@@ -122,6 +126,12 @@ def reconstruct(
     more than 512 cells across. It is shown at most twice a second, by the thread that waits for the run. What its
     function raises ends in a warning, and the run goes on.
 
+    A scan that grows (see `ingest`) is reconstructed as it is now, or followed: with ``follow=True`` its store is
+    looked at once a second, the chunks of each new segment are predicted, and the object is stitched when the scan is
+    finished. Chunks never lie in two segments and their sizes follow from the first, so the result is, to the bit, that
+    of the finished scan. A run that hears of no segment for ``follow_timeout_s`` ends, and ``follow=True`` with
+    ``resume=True`` goes on with it.
+
     A cache holds the patches as float16, 11 bits of each number.
 
     Polishing fits the stitched object to the amplitudes of the patterns, with the store's probe: it lowers
@@ -137,30 +147,61 @@ def reconstruct(
     spec = with_fields(spec, spec_fields)
     several = isinstance(model, Mapping)
     _check_asked(spec, out, compute=compute, several=several, resume=resume)
-    reader = ScanReader(store)
-    reader.check()
-    scan = reader.first()
+    scan = ScanReader(store).first()
     models = model if isinstance(model, Mapping) else {"": model}
     networks = {str(label): resolve_model(scan, one) for label, one in models.items()}
-    plans = plan_together(reader, networks, spec) if several else {"": plan_for(reader, networks[""], spec)}
-    todo = next(iter(plans.values()))
     result = None if out is None else locate(out)
+    plan_now = partial(_planned, store, networks, spec, several=several)
+    work = plan_now()
+    scan, todo = work.scan, work.todo
+    grows = scan.attributes["state"] == "growing"
+    goes_on = resume and "segments" in scan.attributes and result is not None and is_resumable(result)
+    if spec.follow and (grows or goes_on):
+        where = _check_followed(spec, result, todo.store)
+        with client_for_run(client) as used:
+            following = Following(plan_now, used, progress)
+            return write_result(
+                work, where, used, started, progress, overwrite=overwrite, resume=resume, following=following
+            )
     with patch_cache(scan, networks, todo, spec, result, overwrite=overwrite, resume=resume) as patches:
-        job = StitchingJob(
-            tuple(
-                MethodJob(prediction_job(plans[label], network, scan, spec), plans[label].window, plans[label].crop)
-                for label, network in networks.items()
-            ),
-            Layers(tuple(networks) if several else (), spec.split_half),
-            position_yx_px=spec.position_yx_px,
-            **patches,
-        )
-        work = Work(scan, job, todo, spec, _attributes(networks, plans, spec))
+        work = replace(work, job=replace(work.job, **patches))
         if not compute:
-            return lazy_result(job, todo, scan.pixel_size_m, work.attributes)
+            return lazy_result(work.job, todo, scan.pixel_size_m, work.attributes)
         if result is None:
             return _in_memory(work, client, started, progress)
         return write_result(work, result, client, started, progress, overwrite=overwrite, resume=resume)
+
+
+def _planned(
+    store: str | Path | ObjectPath, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
+) -> Work:
+    """The work on what a store holds now."""
+    reader = ScanReader(store)
+    reader.check()
+    scan = reader.first()
+    plans = plan_together(reader, networks, spec) if several else {"": plan_for(reader, networks[""], spec)}
+    methods = tuple(
+        MethodJob(prediction_job(plans[label], network, scan, spec), plans[label].window, plans[label].crop)
+        for label, network in networks.items()
+    )
+    layers = Layers(tuple(networks) if several else (), spec.split_half)
+    job = StitchingJob(methods, layers, position_yx_px=spec.position_yx_px)
+    return Work(scan, job, next(iter(plans.values())), spec, _attributes(networks, plans, spec))
+
+
+def _check_followed(spec: ReconstructionSpec, result: Location | None, store: str) -> Path:
+    """Where the result goes; raises `PtychodaskError` for wishes that a scan which grows cannot be followed with."""
+    if not isinstance(result, Path):
+        raise PtychodaskError(
+            f"{store}: still grows, and what is predicted of it waits on a disk for its end; pass out= (--out) on one"
+        )
+    for name in ("cache", "verify", "position_yx_px"):
+        if getattr(spec, name) not in (None, 0):
+            raise PtychodaskError(
+                f"{store}: is followed while it grows, and {name} is for a whole scan; leave it away, or reconstruct "
+                "once more when the scan is finished"
+            )
+    return result
 
 
 def _check_asked(
@@ -178,6 +219,8 @@ def _check_asked(
         raise PtychodaskError(
             "reconstruct: on_error='skip' would leave a cache of patches with holes; leave cache or on_error away"
         )
+    if spec.follow and not compute:
+        raise PtychodaskError("reconstruct: compute=False has nothing to follow; compute, or leave follow away")
     if out is not None and not compute:
         raise PtychodaskError("reconstruct: compute=False writes nothing; leave out= away, or compute")
     if spec.pyramid and out is None:
@@ -242,7 +285,7 @@ def _attributes(
         "store": first.store,
         "data_hash": first.data_hash,
         "model": made_by.get("", made_by),
-        "spec": {each.name: _plain(getattr(spec, each.name)) for each in fields(spec) if each.name not in SHOWN_ALONE},
+        "spec": {each.name: _plain(getattr(spec, each.name)) for each in fields(spec) if each.name not in NOT_STORED},
         "plan": summaries.get("", summaries),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }

@@ -79,6 +79,13 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
 
+    def begin_anew(self, made_by: dict[str, Any]) -> None:
+        """Forget all; what follows depends on something else."""
+        self.forget()
+        self.chunks.clear()
+        self.tiles.clear()
+        self._made_by = json.loads(json.dumps(made_by))
+
     def forget(self) -> None:
         """Remove the file: nothing of the run is to be gone on with."""
         self._path.unlink(missing_ok=True)

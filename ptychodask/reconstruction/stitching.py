@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +29,7 @@ from ptychodask.reconstruction.tasks import (
     coarse_stored_tile,
     deliver_tile,
     predict_chunk,
+    show_tile,
     sums_are_whole,
     sums_files,
     tile_is_whole,
@@ -74,6 +75,10 @@ class Stitching:
         Takes what is finished, and says what was.
     live : LivePicture, optional
         Gets each tile, reduced.
+    keep : bool
+        The sums of chunks are what is wanted: they stay, and tiles are shown and not delivered.
+    sure : set of int
+        Chunks whose kept sums need no check.
     """
 
     def __init__(
@@ -89,10 +94,13 @@ class Stitching:
         folder: Path | None = None,
         ledger: Ledger | None = None,
         live: LivePicture | None = None,
+        keep: bool = False,
+        sure: Collection[int] = (),
     ) -> None:
         self._client, self._job, self._sent, self._todo = client, job, sent, todo
         self._tolerant, self._n_verified = tolerant, n_verified
         self._out, self._folder, self._ledger = out, folder, ledger
+        self._keep, self._sure = keep, sure
         self.live = live
         """The picture that is shown meanwhile."""
         self.told = Told()
@@ -117,11 +125,13 @@ class Stitching:
         def take_tile(index: int, given: Any) -> None:
             report = given.result() if isinstance(given, distributed.Future) else given
             self.told.add_tile(self._todo.tiles[index], report)
-            if self._ledger is not None:
+            if self._ledger is not None and not self._keep:
                 self._ledger.add("tile", index, {"seconds": report.seconds, "checksum": report.checksum})
             if self.live is not None:
                 self.live.add(report.coarse)
             take(self._todo.tiles[index], report)
+            if self._keep:
+                return
             waiting.done_with(self._todo.tiles[index].chunks)
 
         def take_check(index: int, given: Any) -> None:
@@ -150,6 +160,8 @@ class Stitching:
 
         def tile_task(index: int, parts: list[Any]) -> tuple[Any, ...]:
             tile = todo.tiles[index]
+            if self._keep:
+                return show_tile, self._job.layers, tile, parts, start_yx(todo, tile), coarse_step
             return deliver_tile, self._job.layers, tile, parts, self._out, start_yx(todo, tile), coarse_step
 
         def without(index: int, why: str) -> ChunkSums:
@@ -206,12 +218,12 @@ class Stitching:
         """What earlier runs finished, each checked against what was noted of it."""
         if self._ledger is None or not self._ledger.exists:
             return Finished()
-        assert isinstance(self._out, Path)
         assert self._folder is not None
         todo, ledger = self._todo, self._ledger
         for index, record in ledger.chunks.items():
             self.told.chunks[index] = _chunk_report(record)
         tiles, chunks = sorted(ledger.tiles), sorted(ledger.chunks)
+        assert isinstance(self._out, Path) or not tiles
         whole = self._client.gather(
             [
                 self._client.submit(
@@ -227,12 +239,14 @@ class Stitching:
         )
         done = frozenset(index for index, good in zip(tiles, whole, strict=True) if good)
         for index in set(tiles) - done:
+            assert isinstance(self._out, Path)
             remove_tile(self._out, start_yx(todo, todo.tiles[index]), todo.tile)
         for index in done:
             self.told.tiles.append(ledger.tiles[index]["seconds"])
         self._show_stored(sorted(done))
         wanted = {chunk for index in range(len(todo.tiles)) if index not in done for chunk in todo.tiles[index].chunks}
-        chunks = [index for index in chunks if index in wanted]
+        given = {index: self._kept_sums(index) for index in chunks if index in wanted and index in self._sure}
+        chunks = [index for index in chunks if index in wanted and index not in given]
         kept = self._client.gather(
             [
                 self._client.submit(
@@ -241,10 +255,12 @@ class Stitching:
                 for index in chunks
             ]
         )
-        given = {index: self._kept_sums(index) for index, good in zip(chunks, kept, strict=True) if good}
+        given |= {index: self._kept_sums(index) for index, good in zip(chunks, kept, strict=True) if good}
+        if self._keep and self.live is None:
+            done = frozenset(index for index, tile in enumerate(todo.tiles) if given.keys() >= set(tile.chunks))
         logger.info(
             "%s: going on: %d of %d tiles are done, the sums of %d chunks are kept, %d chunks are left",
-            self._out,
+            self._out or todo.store,
             len(done),
             len(todo.tiles),
             len(given),

@@ -425,6 +425,27 @@ def deliver_tile(
     return TileReport(arrays if out is None else None, seconds, [part.report for part in parts], found, coarse)
 
 
+def show_tile(
+    layers: Layers, tile: Tile, parts: Sequence[ChunkSums], start_yx: tuple[int, int], coarse_step: int
+) -> TileReport:
+    """Reassemble one tile for the live picture alone.
+
+    Parameters
+    ----------
+    layers, tile, parts, start_yx, coarse_step
+        See `deliver_tile`.
+
+    Returns
+    -------
+    TileReport
+        Without arrays.
+    """
+    coarse = None
+    if coarse_step:
+        coarse = coarse_part(reassemble_tile(layers, tile, parts)["object"], start_yx, coarse_step)
+    return TileReport(None, {}, [part.report for part in parts], coarse=coarse)
+
+
 def deliver_polished(
     tile: Tile,
     box: Box,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,28 @@ class Places:
 
     kept: Kept | None
     """What of the run is kept on a disk, so that it can be gone on with."""
+
+
+OF_NO_EFFECT = ("memory_bytes", "on_error", "verify", "device", "pyramid")
+"""Fields of a spec that two runs may differ in and give the same tiles."""
+
+
+def identity(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What the tiles of a run depend on, from its attributes."""
+    spec = {name: value for name, value in attributes["spec"].items() if name not in OF_NO_EFFECT}
+    return {
+        "data_hash": attributes["data_hash"],
+        "model": _without_paths(attributes["model"]),
+        "spec": spec,
+        "plan": attributes["plan"],
+    }
+
+
+def _without_paths(value: Any) -> Any:
+    """Descriptions of models, less where they lie."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: _without_paths(item) for name, item in value.items() if name != "path"}
 
 
 def run_work(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from ptychodask.folders import is_resumable, whole_or_nothing, written_in_place
 from ptychodask.locations import Location, ObjectPath
 from ptychodask.plan import ReconstructionSpec
 from ptychodask.prediction import stage
+from ptychodask.reconstruction.following import Following, growing_identity
 from ptychodask.reconstruction.ledger import Ledger, check_same, differences
-from ptychodask.reconstruction.work import Kept, Places, Work, rates, run_work
+from ptychodask.reconstruction.work import Kept, Places, Work, identity, rates, run_work
 from ptychodask.result import PYRAMID, RESULT, create_result, finish_result, open_result, write_pyramid
 from ptychodask.scan import PtychodaskError
 
@@ -28,9 +28,6 @@ SUMS_FOLDER = "sums"
 STITCHED_FOLDER = "stitched"
 """Store beside a result that is being written, of the tiles that are still to be polished."""
 
-OF_NO_EFFECT = ("memory_bytes", "on_error", "verify", "device", "pyramid")
-"""Fields of a spec that two runs may differ in and give the same tiles."""
-
 
 def write_result(
     work: Work,
@@ -41,6 +38,7 @@ def write_result(
     *,
     overwrite: bool,
     resume: bool,
+    following: Following | None = None,
 ) -> xr.Dataset:
     """Reconstruct into a result store, tile by tile; gives it, opened.
 
@@ -52,6 +50,8 @@ def write_result(
         As for `reconstruct`.
     started : float
         `time.perf_counter` at the beginning of it.
+    following : Following, optional
+        For a scan that grows: what is done until it is complete.
     """
     if str(path.resolve()) == work.todo.store:
         raise PtychodaskError(f"{path}: is the store of the scan itself; name another place with out=")
@@ -65,14 +65,16 @@ def write_result(
     if resume and path.exists() and not is_resumable(path):
         whole = open_result(path)
         if not overwrite:
-            check_same(_identity(whole.attrs), _identity(work.attributes), str(path))
-        if not differences(_identity(whole.attrs), _identity(work.attributes)):
+            check_same(identity(whole.attrs), identity(work.attributes), str(path))
+        if not differences(identity(whole.attrs), identity(work.attributes)):
             logger.info("%s: is whole already", path)
             return whole
     with whole_or_nothing(path, overwrite=overwrite, form=RESULT, resume=resume) as building:
         result = building.resolve()
-        ledger = Ledger(result.parent, _identity(work.attributes))
+        ledger = Ledger(result.parent, identity(work.attributes) if following is None else growing_identity(work))
         try:
+            if following is not None:
+                work = following.to_its_end(work, ledger, result.parent / SUMS_FOLDER)
             told = _into(work, result, ledger, client, progress)
         except PtychodaskError as error:
             if not ledger.exists:
@@ -130,13 +132,23 @@ def _into(
     if ledger.exists:
         ledger.read()
         _check_nothing_skipped(ledger, work.spec)
-    else:
+    if not ledger.tiles:
         for path in {result, stitched}:
+            _empty(path)
             _create(work, path)
-        kept.sums.mkdir()
+        kept.sums.mkdir(exist_ok=True)
     if work.spec.pyramid:
         shutil.rmtree(result / PYRAMID, ignore_errors=True)
     return run_work(work, client, Places(result, kept), lambda tile, report: None, show=show)
+
+
+def _empty(folder: Path) -> None:
+    """Leave nothing in a folder, which may not exist."""
+    for path in folder.glob("*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _check_nothing_skipped(ledger: Ledger, spec: ReconstructionSpec) -> None:
@@ -145,21 +157,3 @@ def _check_nothing_skipped(ledger: Ledger, spec: ReconstructionSpec) -> None:
             "reconstruct: the stopped run left patterns out with on_error='skip', which on_error='raise' does not; "
             "pass on_error='skip' (--on-error skip) to go on with it"
         )
-
-
-def _identity(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What the tiles of a run depend on, from its attributes."""
-    spec = {name: value for name, value in attributes["spec"].items() if name not in OF_NO_EFFECT}
-    return {
-        "data_hash": attributes["data_hash"],
-        "model": _without_paths(attributes["model"]),
-        "spec": spec,
-        "plan": attributes["plan"],
-    }
-
-
-def _without_paths(value: Any) -> Any:
-    """Descriptions of models, less where they lie."""
-    if not isinstance(value, Mapping):
-        return value
-    return {name: _without_paths(item) for name, item in value.items() if name != "path"}
