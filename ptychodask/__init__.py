@@ -24,7 +24,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "cluster.started": ["gpu_client", "slurm_client"],
         "cluster.submission": ["batch_script", "submit"],
         "plan": ["Plan", "ReconstructionSpec", "plan"],
-        "reconstruction": ["reconstruct"],
+        "reconstruction": ["FailedScansError", "reconstruct"],
         "compare": ["compare"],
         "resolution": ["resolution"],
         "residuals": ["outliers", "residuals"],

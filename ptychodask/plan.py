@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -98,6 +98,10 @@ class ReconstructionSpec:
     roi: tuple[int, int, int, int] | None = None
     """Part of the object to reconstruct, (y0, y1, x0, x1) in pixels of the scan's frame, ends left out."""
 
+    roi_m: tuple[float, float, float, float] | None = None
+    """The same part in metres: the pixels whose coordinates ``y_m``, ``x_m`` lie from (y0, x0) on and before (y1, x1).
+    Needs a scan whose pixel size is known."""
+
     drop: Sequence[int] | NDArray[np.integer[Any]] = ()
     """Patterns of the store that are not read; groups that have one of them are left out, and polishing too goes
     without them. Kept as ascending whole numbers."""
@@ -169,6 +173,8 @@ class ReconstructionSpec:
             raise PtychodaskError(f"reconstruct: groups is {self.groups!r}, expected a name or a GroupingSpec")
         if self.roi is not None:
             _check_roi(self.roi)
+        if self.roi_m is not None:
+            _check_roi_m(self.roi_m, self.roi)
         object.__setattr__(self, "drop", _pattern_indices(self.drop))
         if not isinstance(self.polish, Integral) or self.polish < 0:
             raise PtychodaskError(
@@ -225,6 +231,56 @@ def _check_roi(roi: Any) -> None:
     )
     if not whole or roi[0] >= roi[1] or roi[2] >= roi[3]:
         raise PtychodaskError(f"reconstruct: roi is {roi}, expected whole pixels (y0, y1, x0, x1), y0 < y1 and x0 < x1")
+
+
+def _check_roi_m(roi_m: Any, roi: Any) -> None:
+    if roi is not None:
+        raise PtychodaskError(f"reconstruct: roi {roi} and roi_m {roi_m} say the same thing; pass one of them")
+    fits = (
+        isinstance(roi_m, Sequence | np.ndarray)
+        and len(roi_m) == 4
+        and all(isinstance(value, Real) and np.isfinite(float(value)) for value in roi_m)
+    )
+    if not fits or roi_m[0] >= roi_m[1] or roi_m[2] >= roi_m[3]:
+        raise PtychodaskError(f"reconstruct: roi_m is {roi_m}, expected metres (y0, y1, x0, x1), y0 < y1 and x0 < x1")
+
+
+def in_pixels(spec: ReconstructionSpec, pixel_size_m: float | None, where: str) -> ReconstructionSpec:
+    """A spec whose region of interest is in pixels.
+
+    Parameters
+    ----------
+    spec : ReconstructionSpec
+    pixel_size_m : float or None
+        Of the scan's object.
+    where : str
+        The scan, for messages.
+
+    Raises
+    ------
+    PtychodaskError
+        If the region is in metres and the pixel size is not known, or no pixel's coordinates lie in it.
+
+    Examples
+    --------
+    >>> in_pixels(ReconstructionSpec(roi_m=(0.0, 3e-8, -1.5e-8, 3e-8)), 1e-8, "scan.zarr").roi
+    (0, 3, -1, 3)
+    """
+    if spec.roi_m is None:
+        return spec
+    if pixel_size_m is None:
+        raise PtychodaskError(
+            f"{where}: the size of a pixel is not known, so roi_m {tuple(spec.roi_m)} tells no place; pass roi= in "
+            "pixels, or ingest with pixel_size_m= (--pixel-size-m)"
+        )
+    # A whole number of pixels in metres is whole again: division leaves some 1e-16 of it.
+    edges = np.round(np.array(spec.roi_m, np.float64) / pixel_size_m, 6)
+    y0, y1, x0, x1 = np.ceil(edges).astype(int).tolist()
+    if y0 >= y1 or x0 >= x1:
+        raise PtychodaskError(
+            f"{where}: roi_m {tuple(spec.roi_m)} has no pixel in it, of {pixel_size_m:g} m; pass a larger one"
+        )
+    return replace(spec, roi=(y0, y1, x0, x1), roi_m=None)
 
 
 @dataclass(frozen=True)
@@ -410,6 +466,7 @@ def plan(
     reader = ScanReader(store)
     reader.check()
     scan = reader.first()
+    spec = in_pixels(spec, scan.pixel_size_m, reader.where)
     if model is None and not measure and (spec.groups is not None or recorded_model(scan) is None):
         table = _as_seen(reader, _default_table(str(store), spec))
         return make_plan(reader, table, _Network(table.spec.members, scan.n_pixels, "member"), spec)

@@ -20,6 +20,7 @@ from ptychodask.cli.flags import (
     check_one_cluster,
     client_for,
     given,
+    numbers,
     numbers_in,
     place,
     whole_numbers,
@@ -51,6 +52,9 @@ def plan(
     groups_per_chunk: Annotated[int | None, typer.Option(help="Groups that one task predicts.")] = None,
     tile: Annotated[int | None, typer.Option(help="Pixels across a tile of the object.")] = None,
     roi: Annotated[str | None, typer.Option(help="Part of the object: y0,y1,x0,x1 in pixels.")] = None,
+    roi_m: Annotated[
+        str | None, typer.Option(help="The same in metres: y0,y1,x0,x1, such as 0,2e-6,1e-6,3e-6.")
+    ] = None,
     memory_bytes: Annotated[int | None, typer.Option(help="Memory that one task may take.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Predict for some seconds to tell the time.")] = False,
 ) -> None:
@@ -69,6 +73,7 @@ def plan(
             groups_per_chunk=groups_per_chunk,
             tile=tile,
             roi=None if roi is None else whole_numbers("--roi", roi, 4),
+            roi_m=None if roi_m is None else numbers("--roi-m", roi_m, 4),
             memory_bytes=memory_bytes,
         )
     )
@@ -76,13 +81,24 @@ def plan(
 
 
 def reconstruct(
-    store: Store,
+    stores: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="STORE...",
+            help="Scans' stores, folders ending in .zarr, or s3://bucket/name.zarr.",
+            parser=place,
+            show_default=False,
+        ),
+    ],
     model: Annotated[
         list[str] | None,
         typer.Option(help="Model; by default the one that the store records. Several as LABEL=PATH."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Result to write; by default <store>.object.zarr.", parser=place, metavar="PATH")
+        Path | None,
+        typer.Option(
+            help="Result to write; by default <store>.object.zarr. A folder for several.", parser=place, metavar="PATH"
+        ),
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Picture to write; by default beside the result.")] = None,
     groups: Annotated[str | None, typer.Option(help="Name of a stored group table.")] = None,
@@ -92,6 +108,9 @@ def reconstruct(
     groups_per_chunk: Annotated[int | None, typer.Option(help="Groups that one task predicts.")] = None,
     tile: Annotated[int | None, typer.Option(help="Pixels across a tile of the object.")] = None,
     roi: Annotated[str | None, typer.Option(help="Part of the object: y0,y1,x0,x1 in pixels.")] = None,
+    roi_m: Annotated[
+        str | None, typer.Option(help="The same in metres: y0,y1,x0,x1, such as 0,2e-6,1e-6,3e-6.")
+    ] = None,
     polish: Annotated[int | None, typer.Option(help="Data-consistent sweeps after stitching.")] = None,
     drop: Annotated[Path | None, typer.Option(help=".npy of pattern indices to leave out.")] = None,
     precision: Annotated[str | None, typer.Option(help="float32, or mixed (bfloat16 convolutions).")] = None,
@@ -121,26 +140,29 @@ def reconstruct(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Turn a scan into an object, and draw it.
+    """Turn a scan into an object, and draw it; several scans one after the other.
 
     Example: ptychodask reconstruct scan.zarr
+
+    Example: ptychodask reconstruct a.zarr b.zarr c.zarr --out results
 
     Example: ptychodask reconstruct scan.zarr --workers 2 --on-error skip --resume
 
     Example: ptychodask reconstruct scan.zarr --model PtychoPINN=scan.pinn.model --model Baseline=scan.baseline.model
     """
-    out = store.with_name(f"{store.name.removesuffix('.zarr')}.object.zarr") if out is None else out
-    # Beside a result that is on a disk, else in the working directory.
-    png = (
-        (out.parent if isinstance(out, Path) else Path()) / f"{out.name.removesuffix('.zarr')}.png"
-        if png is None
-        else png
-    )
+    several = len(stores) > 1
+    if several and (out is None or png is not None):
+        raise PtychodaskError(
+            f"reconstruct: {len(stores)} scans have a result and a picture each in a folder; pass --out, and not --png"
+        )
+    if out is None:
+        out = stores[0].with_name(f"{stores[0].name.removesuffix('.zarr')}.object.zarr")
     check_one_cluster("reconstruct", workers, scheduler)
     with quiet_stderr():
         import ptychodask.models.model  # noqa: F401
-        from ptychodask.plotting import check_figure_path, plot, plot_comparison
-        from ptychodask.reconstruction import reconstruct
+        from ptychodask.plotting import check_figure_path
+        from ptychodask.reconstruction import FailedScansError, reconstruct
+        from ptychodask.reconstruction.many import result_path
     options = given(
         groups=groups,
         window=window,
@@ -149,6 +171,7 @@ def reconstruct(
         groups_per_chunk=groups_per_chunk,
         tile=tile,
         roi=None if roi is None else whole_numbers("--roi", roi, 4),
+        roi_m=None if roi_m is None else numbers("--roi-m", roi_m, 4),
         polish=polish,
         drop=None if drop is None else numbers_in("--drop", drop, "pattern indices"),
         memory_bytes=memory_bytes,
@@ -164,18 +187,38 @@ def reconstruct(
         follow=follow or None,
         follow_timeout_s=follow_timeout_s,
     )
-    check_figure_path(png)
+    if not several:
+        check_figure_path(png or _picture_beside(out))
+    failed = None
     with client_for(workers, scheduler, tls, tls_folder, host) as client:
-        result = reconstruct(
-            store,
-            _models(model),
-            out=out,
-            client=client,
-            overwrite=overwrite,
-            resume=resume,
-            progress=bar(quiet),
-            **options,
-        )
+        asked: dict[str, Any] = options | {
+            "model": _models(model),
+            "out": out,
+            "client": client,
+            "overwrite": overwrite,
+            "resume": resume,
+            "progress": bar(quiet),
+        }
+        try:
+            results = reconstruct(stores, **asked) if several else {"": reconstruct(stores[0], **asked)}
+        except FailedScansError as error:
+            results, failed = error.results, error
+    for name, result in results.items():
+        path: Any = result_path(out, name) if several else out
+        _draw(result, path, png or _picture_beside(path))
+    if failed is not None:
+        raise failed
+
+
+def _picture_beside(out: Path) -> Path:
+    """Beside a result that is on a disk, else in the working directory."""
+    return (out.parent if isinstance(out, Path) else Path()) / f"{out.name.removesuffix('.zarr')}.png"
+
+
+def _draw(result: Any, out: Path, png: Path) -> None:
+    """Draw a result and tell of it."""
+    from ptychodask.plotting import plot, plot_comparison
+
     if "method" in result.dims:
         plot_comparison({label: result.sel({"method": label}) for label in result["method"].values}, path=png)
     else:

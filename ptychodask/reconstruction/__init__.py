@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from importlib.metadata import version
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import distributed
 import numpy as np
@@ -27,6 +28,7 @@ from ptychodask.plan import (
     Plan,
     ReconstructionSpec,
     Tile,
+    in_pixels,
     plan_for,
     plan_together,
     prediction_job,
@@ -36,6 +38,7 @@ from ptychodask.reconstruction.caching import patch_cache
 from ptychodask.reconstruction.following import Following
 from ptychodask.reconstruction.lazy import lazy_result
 from ptychodask.reconstruction.live import screen_for
+from ptychodask.reconstruction.many import FailedScansError, reconstruct_each
 from ptychodask.reconstruction.stitching import start_yx
 from ptychodask.reconstruction.tasks import MethodJob, StitchingJob, TileReport
 from ptychodask.reconstruction.work import Work, rates, run_work
@@ -48,12 +51,23 @@ from ptychodask.result import (
 from ptychodask.scan import PtychodaskError, with_fields
 from ptychodask.store import ScanReader
 
-__all__ = ["reconstruct"]
+__all__ = ["FailedScansError", "reconstruct"]
+
+Models = str | Path | PatchModel | Mapping[str, str | Path | PatchModel] | None
+"""A model, or several by their labels; None is what the store records."""
 
 
+@overload
 def reconstruct(
-    store: str | Path | ObjectPath,
-    model: str | Path | PatchModel | Mapping[str, str | Path | PatchModel] | None = None,
+    store: str | Path | ObjectPath, model: Models = None, spec: ReconstructionSpec = ..., **options: Any
+) -> xr.Dataset: ...
+@overload
+def reconstruct(
+    store: list[Any] | tuple[Any, ...], model: Models = None, spec: ReconstructionSpec = ..., **options: Any
+) -> dict[str, xr.Dataset]: ...
+def reconstruct(
+    store: str | Path | ObjectPath | Sequence[str | Path | ObjectPath],
+    model: Models = None,
     spec: ReconstructionSpec = ReconstructionSpec(),
     *,
     out: str | Path | ObjectPath | None = None,
@@ -63,20 +77,22 @@ def reconstruct(
     compute: bool = True,
     progress: bool | None = None,
     **spec_fields: Any,
-) -> xr.Dataset:
+) -> xr.Dataset | dict[str, xr.Dataset]:
     """Turn a scan into an object: predict its groups chunk by chunk, and reassemble them tile by tile.
 
     Parameters
     ----------
-    store : path
-        A store that `ingest` or `simulate` wrote, on a disk or in a bucket (``s3://bucket/scan.zarr``).
+    store : path, or list of paths
+        A store that `ingest` or `simulate` wrote, on a disk or in a bucket (``s3://bucket/scan.zarr``). Several are
+        reconstructed one after the other, on one client.
     model : path or model, or dict of label to such, optional
         By default the latest `pinn` that the store records, else the latest `baseline`. Several models predict from
         one reading of the patterns, and the result has a dimension ``method``.
     spec : ReconstructionSpec
         How; its group table is by default the stored one with the model's members, else made by the default spec.
     out : path, optional
-        Store to write the result into, tile by tile, on a disk or in a bucket; by default it stays in memory.
+        Store to write the result into, tile by tile, on a disk or in a bucket; by default it stays in memory. For
+        several scans a folder, which gets a ``<name>.object.zarr`` for each.
     client : distributed.Client, optional
         Where to run; by default the active client, else one in this process.
     overwrite : bool
@@ -96,13 +112,16 @@ def reconstruct(
     xarray.Dataset
         ``object``, ``weight``, ``uncertainty`` and ``count`` (y, x), see `make_dataset`; lazy when `out` is given or
         `compute` is False. With ``split_half`` also ``object_half`` and ``weight_half`` (half, y, x); with several
-        models each array has ``method`` as its first axis.
+        models each array has ``method`` as its first axis. For several scans a dict of these by the names of the
+        stores, less ``.zarr``.
 
     Raises
     ------
     PtychodaskError
         If a field is unknown, no model fits, the plan is refused (see `plan`), a worker has too little memory, a task
         fails, `out` exists, or what is to be gone on with was made by another scan, model, spec or plan.
+    FailedScansError
+        If some of several scans failed, once all others are done; its attribute ``results`` has those.
 
     Notes
     -----
@@ -143,11 +162,42 @@ def reconstruct(
     ``weight``, ``uncertainty`` and ``count`` stay those of the network's patches. The attribute ``polish`` records R of
     the patterns that were not dropped before the first sweep and after each.
     """
-    started = time.perf_counter()
     spec = with_fields(spec, spec_fields)
+    options: dict[str, Any] = {
+        "overwrite": overwrite,
+        "resume": resume,
+        "compute": compute,
+        "progress": progress,
+    }
+    if isinstance(store, str | Path | ObjectPath):
+        return _reconstruct_one(store, model, spec, out=out, client=client, **options)
+    with client_for_run(client) if compute else nullcontext(client) as used:
+        return reconstruct_each(
+            store,
+            None if out is None else locate(out),
+            spec,
+            lambda one, path: _reconstruct_one(one, model, spec, out=path, client=used, **options),
+        )
+
+
+def _reconstruct_one(
+    store: str | Path | ObjectPath,
+    model: Models,
+    spec: ReconstructionSpec,
+    *,
+    out: str | Path | ObjectPath | None,
+    client: distributed.Client | None,
+    overwrite: bool,
+    resume: bool,
+    compute: bool,
+    progress: bool | None,
+) -> xr.Dataset:
+    """`reconstruct` for one scan."""
+    started = time.perf_counter()
     several = isinstance(model, Mapping)
     _check_asked(spec, out, compute=compute, several=several, resume=resume)
     scan = ScanReader(store).first()
+    spec = in_pixels(spec, scan.pixel_size_m, str(store))
     models = model if isinstance(model, Mapping) else {"": model}
     networks = {str(label): resolve_model(scan, one) for label, one in models.items()}
     result = None if out is None else locate(out)
