@@ -20,6 +20,14 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+LONGEST = ("test_campaign.py", "test_fuzz.py", "test_object_store.py", "test_slurm.py")
+"""Files that take the longest: they come first, so that two processes end together."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder of scans made by others; the test is skipped where it is absent."""

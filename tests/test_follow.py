@@ -213,7 +213,7 @@ def test_a_run_that_followed_goes_on_while_the_scan_still_grows(whole, finished,
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"out": None}, "waits on disk for its end; pass out="),
+        ({"out": None}, "waits on a disk for its end; pass out="),
         ({"verify": 1}, "verify is for a whole scan"),
         ({"cache": "patches.zarr"}, "cache is for a whole scan"),
         ({"out": None, "compute": False}, "nothing to follow"),
