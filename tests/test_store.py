@@ -186,7 +186,7 @@ def test_an_existing_store_stays_unless_overwrite_is_said(tmp_path):
 def test_a_full_disk_leaves_nothing_behind_and_the_earlier_store_whole(tmp_path, monkeypatch):
     first = write(tmp_path / "a.zarr")
 
-    def refuse(*_args: object) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(store_module, "_write_patterns", refuse)
