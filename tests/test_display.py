@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from models_for_tests import LinearModel
 from PIL import Image
 
 from ptychodask.display import MOST_DOTS, THUMBNAIL_PX, card, curves, dots, image, png, tag
@@ -19,7 +20,6 @@ from ptychodask.reconstruction import reconstruct
 from ptychodask.result import PREVIEW_PX, make_dataset
 from ptychodask.scan import PATTERNS_SHOWN, PtychodaskError, Scan
 from ptychodask.simulate import simulate
-from tests.models_for_tests import LinearModel
 
 EVIL = "<script>alert('&')</script>\"'"
 

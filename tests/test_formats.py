@@ -18,6 +18,7 @@ from foreign_files import (
     write_product,
     write_product_npz,
 )
+from models_for_tests import LinearModel
 
 from ptychodask import inspect_file
 from ptychodask.export import export
@@ -25,6 +26,7 @@ from ptychodask.inspection.findings import Inspection
 from ptychodask.io import hdf5_stream, ingest
 from ptychodask.io.near_field import near_field, shadow_of
 from ptychodask.io.recipe import read_options
+from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
@@ -118,9 +120,6 @@ def test_both_files_of_a_pair_are_recorded(tmp_path, of):
 def test_a_product_goes_out_and_comes_in_again(tmp_path, of):
     scan = ingested(product_and_patterns(tmp_path, of), tmp_path)
     # Any object does: it is placed around the scan, and the positions beside it are what counts.
-    from ptychodask.reconstruction import reconstruct
-    from tests.models_for_tests import LinearModel
-
     result = reconstruct(tmp_path / "scan.zarr", LinearModel(), progress=False)
     export(result, tmp_path / "out_para.h5", format="ptychodus", scan=tmp_path / "scan.zarr")
     export(scan, tmp_path / "out_dp.h5", format="ptychodus")

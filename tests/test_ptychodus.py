@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from models_for_tests import LinearModel
 
 from ptychodask.models import Model, ModelSpec, Optics
 from ptychodask.models.networks import build_network
@@ -18,7 +19,6 @@ from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
-from tests.models_for_tests import LinearModel
 
 N = 16
 PIXEL_M = 7e-9
