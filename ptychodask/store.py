@@ -315,12 +315,14 @@ def write_scan(
     with whole(path, overwrite=overwrite, form=SCAN) as building:
         root = zarr.create_group(zarr_store(building), zarr_format=3)
         root.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "state": "writing"})
+        patterns = _create_patterns(root, "diffraction", diffraction, ("pattern", "qy", "qx"), growing=growing)
         with show_progress("ingest", n_patterns, "patterns", progress) as bar:
-            total_counts, diffraction_hash = _write_patterns(
-                root, diffraction, order, source_rows, domain, mask, bar, where, growing=growing
+            total_counts, diffraction_hash = fill_patterns(
+                patterns, 0, diffraction, order, source_rows, domain, mask, bar, where
             )
         if label is not None:
-            _write_labels(root, label, order, where, growing=growing)
+            labels = _create_patterns(root, "label", label, ("pattern", "py", "px"), growing=growing)
+            fill_labels(labels, 0, label, order, where)
         mean_counts = total_counts / n_patterns
         normalization = input_normalization(mean_counts, n_pixels, where)
         calibrated = calibrate_probe(
@@ -366,23 +368,6 @@ def write_scan(
     return open_scan(path)
 
 
-def _write_patterns(
-    root: zarr.Group,
-    source: PatternSource,
-    order: NDArray[np.int64],
-    source_rows: NDArray[np.int64],
-    domain: Domain,
-    mask: NDArray[np.bool_] | None,
-    bar: Progress,
-    where: str,
-    *,
-    growing: bool,
-) -> tuple[float, str]:
-    """Store the patterns in `order`; gives their total counts (good pixels alone) and their hash."""
-    array = _create_patterns(root, "diffraction", source, ("pattern", "qy", "qx"), growing=growing)
-    return fill_patterns(array, 0, source, order, source_rows, domain, mask, bar, where)
-
-
 def fill_patterns(
     array: zarr.Array,
     first: int,
@@ -421,14 +406,6 @@ def fill_patterns(
         array[first + start : first + start + len(block)] = block
         bar.advance(len(block))
     return total_counts, digest.hexdigest()
-
-
-def _write_labels(
-    root: zarr.Group, label: PatternSource, order: NDArray[np.int64], where: str, *, growing: bool
-) -> None:
-    fill_labels(
-        _create_patterns(root, "label", label, ("pattern", "py", "px"), growing=growing), 0, label, order, where
-    )
 
 
 def fill_labels(array: zarr.Array, first: int, label: PatternSource, order: NDArray[np.int64], where: str) -> None:

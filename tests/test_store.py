@@ -189,7 +189,7 @@ def test_a_full_disk_leaves_nothing_behind_and_the_earlier_store_whole(tmp_path,
     def refuse(*_args: object, **_options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store_module, "_write_patterns", refuse)
+    monkeypatch.setattr(store_module, "fill_patterns", refuse)
     for name, overwrite in (("a.zarr", True), ("new.zarr", False)):
         with pytest.raises(PtychodaskError, match=r"cannot be written \(No space left on device\)"):
             write(tmp_path / name, overwrite=overwrite)
