@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ptychodask import models
 from ptychodask.cluster import THREAD_VARIABLES, client_for_run
+from ptychodask.places import place_named, stored_sizes
 from ptychodask.plan import MIB, Plan, ReconstructionSpec, plan, prediction_job
 from ptychodask.prediction import PatchModel, PredictionJob, compile_model, recorded_model, resolve_model
 from ptychodask.reconstruction import reconstruct
@@ -285,12 +286,11 @@ def _end_to_end(todo: Plan, seconds: dict[str, float], start_up_s: float, bare: 
 
 
 def _about_scan(scan: Scan, *, simulated: bool) -> dict[str, Any]:
-    files = (path for path in Path(str(scan.store), "diffraction").rglob("*") if path.is_file())
     return {
         "n_patterns": scan.n_patterns,
         "n_pixels": scan.n_pixels,
         "dtype": scan.diffraction.dtype.name,
-        "stored_bytes": sum(path.stat().st_size for path in files),
+        "stored_bytes": sum(stored_sizes(place_named(str(scan.store)) / "diffraction")),
         "simulated": simulated,
     }
 

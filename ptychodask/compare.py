@@ -32,6 +32,7 @@ from ptychodask.metrics import (
     r_factor,
     ssim,
 )
+from ptychodask.places import ObjectPlace, place_named
 from ptychodask.registration import find_corner, on_whole_pixels, seen_box
 from ptychodask.result import make_dataset, open_result, recorded
 from ptychodask.scan import PtychodaskError, Scan, Truth
@@ -335,9 +336,11 @@ def _checked(label: str, ds: xr.Dataset) -> xr.Dataset:
 def _methods_of(result: Result) -> dict[str | None, xr.Dataset]:
     """The results that one holds, by the names of the methods that it records."""
     if isinstance(result, str | Path):
-        path = Path(result)
-        is_store = path.is_dir() or (not path.exists() and path.suffix in ("", ".zarr"))
-        result = open_result(path) if is_store else read_foreign_result(path)
+        path = place_named(result)
+        if isinstance(path, ObjectPlace) or path.is_dir() or (not path.exists() and path.suffix in ("", ".zarr")):
+            result = open_result(path)
+        else:
+            result = read_foreign_result(path)
     if isinstance(result, ForeignResult):
         return {METHOD_OF_PROGRAM.get(result.program or ""): _from_foreign(result)}
     if "method" in result.coords:

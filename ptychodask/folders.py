@@ -8,13 +8,12 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ptychodask.locations import Location, ObjectPath, naming_refusals
 from ptychodask.scan import PtychodaskError
 
 try:
@@ -57,12 +56,12 @@ class Form:
     """The command that makes one."""
 
 
-def check_vacant(path: Location, *, overwrite: bool, form: Form, resume: bool = False) -> None:
+def check_vacant(path: Path, *, overwrite: bool, form: Form, resume: bool = False) -> None:
     """Raise `PtychodaskError` unless `path` can be written: its folder is there, and nothing is in the way.
 
     Parameters
     ----------
-    path : Path or ObjectPath
+    path : Path
         What shall be written.
     overwrite : bool
         Whether what is there and of the same form, and what a stopped writer left, may be replaced; never anything
@@ -72,9 +71,6 @@ def check_vacant(path: Location, *, overwrite: bool, form: Form, resume: bool = 
     resume : bool
         What a stopped writer left is not in the way.
     """
-    if isinstance(path, ObjectPath):
-        _check_vacant_prefix(path, overwrite=overwrite, form=form)
-        return
     old = _replaced_path(path)
     if old.exists() and not path.exists() and is_locked(building_path(path)) is False:
         # A writer was killed between two renames.
@@ -108,30 +104,14 @@ def check_vacant(path: Location, *, overwrite: bool, form: Form, resume: bool = 
         )
 
 
-def _check_vacant_prefix(path: ObjectPath, *, overwrite: bool, form: Form) -> None:
-    if not path.exists():
-        return
-    if not overwrite:
-        raise PtychodaskError(
-            f"{path}: exists already, or is what a stopped run left; pass overwrite=True (--overwrite), or another name"
-        )
-    found = recorded_form(path)
-    if found not in (form.name, DAMAGED, None):
-        raise PtychodaskError(
-            f"{path}: is {found}, and overwrite=True (--overwrite) replaces a {form.name} alone; pass another name"
-        )
-
-
 def _at_work(path: Path) -> PtychodaskError:
     return PtychodaskError(
         f"{path}: another run is writing it ({building_path(path)}); wait for its end, or pass another name"
     )
 
 
-def is_resumable(path: Location) -> bool:
-    """Whether a stopped writer of `path` left something to go on with; never in a bucket."""
-    if isinstance(path, ObjectPath):
-        return False
+def is_resumable(path: Path) -> bool:
+    """Whether a stopped writer of `path` left something to go on with."""
     building = building_path(path)
     return (building / LEDGER).exists() and (building / WHOLE).exists()
 
@@ -211,28 +191,18 @@ def holding(folder: Path, *, wait: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
-def recorded_form(path: Location) -> str | None:
+def recorded_form(path: Path) -> str | None:
     """The format that a folder records of itself in the root of a Zarr store or a model bundle; None without such."""
     for name, parents in (("zarr.json", ("attributes",)), ("model.json", ())):
-        text = _text_in(path, name)
-        if text is not None:
+        if (path / name).is_file():
             try:
-                found = from_json(text())
+                found = read_json(path / name)
                 for parent in parents:
                     found = found[parent]
                 return str(found["format"]) if "format" in found else None
             except (OSError, ValueError, KeyError, TypeError):
                 return DAMAGED
     return None
-
-
-def _text_in(path: Location, name: str) -> Callable[[], str] | None:
-    """What reads a file of a folder; None where there is none."""
-    if isinstance(path, ObjectPath):
-        content = path.read(name)
-        return None if content is None else content.decode
-    file = path / name
-    return file.read_text if file.is_file() else None
 
 
 def read_json(path: Path) -> Any:
@@ -288,53 +258,6 @@ def _clear_away(building: Path) -> None:
         if not building.exists():
             return
         time.sleep(0.1)
-
-
-@contextmanager
-def written_in_place(path: ObjectPath, *, overwrite: bool, form: Form) -> Iterator[ObjectPath]:
-    """A prefix of a bucket to write into, which vanishes when the block does not end well.
-
-    Parameters
-    ----------
-    path : ObjectPath
-    overwrite : bool
-        Delete what is there, first of all.
-    form : Form
-        What it shall be; something of another form is never deleted.
-
-    Yields
-    ------
-    ObjectPath
-        `path`: objects cannot be renamed. Its root says that it is unfinished until the block says otherwise.
-
-    Raises
-    ------
-    PtychodaskError
-        If it exists, another run is writing it, or object storage refuses.
-    """
-    check_vacant(path, overwrite=overwrite, form=form)
-    if overwrite:
-        path.remove()
-    path.claim()
-    try:
-        with naming_refusals(path):
-            yield path
-    except BaseException:
-        with suppress(PtychodaskError):
-            path.remove()
-        raise
-    path.release()
-
-
-@contextmanager
-def whole(path: Location, *, overwrite: bool, form: Form) -> Iterator[Location]:
-    """Where a store is written, on a disk (see `whole_or_nothing`) or in a bucket (see `written_in_place`)."""
-    if isinstance(path, ObjectPath):
-        with written_in_place(path, overwrite=overwrite, form=form) as place:
-            yield place
-    else:
-        with whole_or_nothing(path, overwrite=overwrite, form=form) as folder:
-            yield folder
 
 
 @contextmanager

@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 
 from ptychodask.folders import holding
 from ptychodask.grouping import GroupingSpec
+from ptychodask.places import on_disk
 from ptychodask.progress import show_progress
 from ptychodask.scan import PatternSource, PtychodaskError, Scan, check_positions
 from ptychodask.store import (
+    INGEST_AGAIN,
     SCAN,
+    ScanReader,
     changing_root,
     chunk_patterns,
     data_hash,
@@ -84,7 +87,7 @@ def append_segment(
 
     The hash of the patterns is, from the second segment on, that of the segments' hashes in their order.
     """
-    path = Path(store)
+    path = on_disk(store, "a scan that grows")
     with _appending(path):
         scan = open_scan(path)
         _check_fits(scan, diffraction, flux, label)
@@ -101,7 +104,7 @@ def append_segment(
             "source_index": rows[order],
         }
         if flux is not None:
-            columns["flux"] = relative_to_mean(flux, str(path), scan.attributes["mean_flux"])[order]
+            columns["flux"] = relative_to_mean(flux, str(path), _mean_flux(scan))[order]
         arrays = _arrays(path)
         _resize(arrays, scan.n_patterns + n_new)
         for name, values in columns.items():
@@ -143,7 +146,7 @@ def finish_scan(store: str | Path) -> Scan:
     PtychodaskError
         If there is no such store, or a writer is appending to it.
     """
-    path = Path(store)
+    path = on_disk(store, "a scan that grows")
     if open_root(path, SCAN).attrs["state"] == "growing":
         with _appending(path):
             scan = open_scan(path)
@@ -165,7 +168,7 @@ def finish_scan(store: str | Path) -> Scan:
 
 def growth(store: str | Path) -> tuple[str, int]:
     """State of a store ("growing" or "complete"), and how many segments readers see."""
-    attributes: dict[str, Any] = dict(open_root(Path(store), SCAN).attrs)
+    attributes = ScanReader(store).attributes
     return attributes["state"], len(attributes.get("segments", (None,)))
 
 
@@ -205,6 +208,14 @@ def _check_fits(scan: Scan, diffraction: PatternSource, flux: NDArray[Any] | Non
                 f"{scan.store}: {name}: {first} in the segments that are there, {found} in this one; a scan keeps what "
                 "its first segment had: mend the file, or ingest it into a store of its own"
             )
+
+
+def _mean_flux(scan: Scan) -> float:
+    """What the flux of the first segment was divided by."""
+    found = scan.attributes.get("mean_flux")
+    if not isinstance(found, int | float) or not found > 0:
+        raise PtychodaskError(f"{scan.store}: attribute 'mean_flux' is {found!r}; {INGEST_AGAIN}")
+    return float(found)
 
 
 def _presence(values: Any) -> str:
@@ -278,7 +289,11 @@ def _tables(root: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Attributes of the group tables that readers know, by their paths in the store."""
     known = root["consolidated_metadata"]["metadata"]
     names = [name.removesuffix("/member") for name in known if name.startswith("groups/") and name.endswith("/member")]
-    return {name: known[name]["attributes"] for name in names}
+    found = {name: known[name]["attributes"] for name in names}
+    for name, attributes in found.items():
+        if not isinstance(attributes.get("segment_groups"), list):
+            raise PtychodaskError(f"{name}: attribute 'segment_groups' is missing; {INGEST_AGAIN}")
+    return found
 
 
 def _write_table(path: Path, table: str, segments: list[int]) -> zarr.Array:

@@ -20,7 +20,7 @@ from ptychodask.progress import Progress, show_progress
 from ptychodask.result import make_dataset
 from ptychodask.scan import PtychodaskError, Scan, illumination
 from ptychodask.simulate import expected_counts, shift_probe, shift_ramp
-from ptychodask.store import open_scan, replace_probe
+from ptychodask.store import check_probe_is_free, open_scan, replace_probe
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +141,7 @@ def refine_probe(
     if seed < 0:
         raise PtychodaskError(f"refine_probe: seed is {seed}, expected 0 or more")
     scan = open_scan(store)
+    check_probe_is_free(scan)
     used, scored = _split(scan, fraction, held_out, exclude, seed)
     sweeps = partial(run_sweeps, seed=seed, step_object=step_object, step_probe=step_probe)
     found = _refined(scan, used, scored, sweeps, n_sweeps, search_defocus, progress)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from ptychodask.display import card
 from ptychodask.grouping import GroupingSpec, check_drop
-from ptychodask.locations import locate
 from ptychodask.models.spec import Precision
+from ptychodask.places import place_named
 from ptychodask.prediction import (
     Device,
     ModelReference,
@@ -29,7 +29,7 @@ from ptychodask.prediction import (
 from ptychodask.reassembly import CANVAS_PIXEL_BYTES, Box, Window
 from ptychodask.scan import PtychodaskError, Scan, check_choice, check_positions
 from ptychodask.store import GroupTable, ScanReader, group, open_groups, stored_group_names
-from ptychodask.survey import BLOCK_GROUPS, Survey, survey
+from ptychodask.survey import BLOCK_GROUPS, NOWHERE, Survey, survey
 
 MIB = 2**20
 
@@ -71,6 +71,10 @@ MEASURE_S = 3.0
 
 RESULT_PIXEL_BYTES = 20
 """Bytes of one pixel of a result: object, weight, uncertainty and count."""
+
+
+class RegionNotReachedError(PtychodaskError):
+    """No pattern reaches the region of interest: of a scan that grows, another one may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +150,12 @@ class ReconstructionSpec:
     """Keep up with a scan that grows: predict its segments as they come, until it is finished."""
 
     follow_timeout_s: float = field(default=600.0, compare=False)
-    """How long a scan that is followed may go without a new segment, seconds."""
+    """How long a scan that is followed may go without a new segment, seconds; infinity waits for ever."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.follow, bool) or not float(self.follow_timeout_s) > 0:
+        if not isinstance(self.follow, bool) or not (
+            isinstance(self.follow_timeout_s, Real) and self.follow_timeout_s > 0
+        ):
             raise PtychodaskError(
                 f"reconstruct: follow is {self.follow!r} with follow_timeout_s={self.follow_timeout_s!r}, expected "
                 "True or False, and a time above 0"
@@ -274,7 +280,7 @@ def in_pixels(spec: ReconstructionSpec, pixel_size_m: float | None, where: str) 
             "pixels, or ingest with pixel_size_m= (--pixel-size-m)"
         )
     # A whole number of pixels in metres is whole again: division leaves some 1e-16 of it.
-    edges = np.round(np.array(spec.roi_m, np.float64) / pixel_size_m, 6)
+    edges = np.round(np.clip(np.array(spec.roi_m, np.float64) / pixel_size_m, -NOWHERE, NOWHERE), 6)
     y0, y1, x0, x1 = np.ceil(edges).astype(int).tolist()
     if y0 >= y1 or x0 >= x1:
         raise PtychodaskError(
@@ -440,7 +446,7 @@ def plan(
 
     Parameters
     ----------
-    store : path
+    store : path or ``s3://`` URL
     model : path or model, optional
         By default the one that the store records; a store without any is planned for a patch per member, with the
         group table of the spec.
@@ -678,7 +684,7 @@ def make_plan(
     of_plan = np.searchsorted(found.edges, [chunk.start for chunk in chunks])
     n_patterns = int(np.count_nonzero(found.used))
     return Plan(
-        store=str(locate(reader.where).resolve()),
+        store=str(place_named(reader.where).resolve()),
         data_hash=reader.data_hash,
         groups=table.name,
         groups_hash=found.table_hash,
@@ -717,7 +723,7 @@ def _object_box(whole: Box, roi: tuple[int, int, int, int] | None, where: str) -
         return whole
     box = whole.overlap(Box(*(int(value) for value in roi)))
     if box.n_pixels == 0:
-        raise PtychodaskError(f"{where}: roi {roi} does not meet the object, {tuple(whole)} (y0, y1, x0, x1)")
+        raise RegionNotReachedError(f"{where}: roi {roi} does not meet the object, {tuple(whole)} (y0, y1, x0, x1)")
     return box
 
 
@@ -771,7 +777,7 @@ def _fitting_chunks(
         object_box = _object_box(found.whole, spec.roi, reader.where) if box is None else box
         chunks, n_bytes = _chunks(reader, found, network, object_box, batch_size, spec)
         if not chunks:
-            raise PtychodaskError(f"{reader.where}: no pattern reaches roi {spec.roi}; pass another one")
+            raise RegionNotReachedError(f"{reader.where}: no pattern reaches roi {spec.roi}; pass another one")
         if max(n_bytes) <= spec.memory_bytes:
             return found, chunks, max(n_bytes), object_box
         if spec.groups_per_chunk is not None or size == 1:

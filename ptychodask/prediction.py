@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from ptychodask import models
 from ptychodask.grouping import groups_kept
-from ptychodask.locations import ObjectPath, locate
 from ptychodask.models.spec import Precision
+from ptychodask.places import ObjectPlace, place_named
 from ptychodask.scan import PtychodaskError, Scan
 from ptychodask.store import ScanReader, open_scan
 
@@ -256,9 +256,9 @@ def _recorded_model(scan: Scan) -> PatchModel:
         raise PtychodaskError(
             f"{scan.store}: no model is recorded for it; run 'ptychodask train {scan.store}', or pass model= (--model)"
         )
-    place = locate(str(scan.store)).resolve()
-    # Beside a store in a bucket the path is whole.
-    path = Path(record["path"]) if isinstance(place, ObjectPath) else place.parent / record["path"]
+    store = place_named(str(scan.store)).resolve()
+    # One that goes with a scan in a bucket is recorded by its whole path.
+    path = Path(record["path"]) if isinstance(store, ObjectPlace) else store.parent / record["path"]
     if not path.exists():
         raise PtychodaskError(
             f"{scan.store}: its latest {record['kind']} is recorded at {path}, where nothing is; "

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import uuid
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.places import ObjectPlace, Place
 from ptychodask.scan import PtychodaskError, illumination
 
 Window = Literal["illumination", "uniform", "cosine"]
@@ -266,18 +267,23 @@ PIXEL = np.dtype(
 """One pixel of a canvas on disk."""
 
 
-def save_canvas(canvas: Canvas, path: Path) -> None:
-    """Write a canvas into a file that appears when it is whole; `open_canvas` reads it back, bit by bit the same.
+def save_canvas(canvas: Canvas, path: Place) -> None:
+    """Write a canvas into a file, or an object, that appears when it is whole; `open_canvas` reads the same bits back.
 
     Parameters
     ----------
     canvas : Canvas
-    path : Path
+    path : Place
         Takes an NPY array (y, x) of `PIXEL`, 36 bytes a pixel; raises `OSError` when the disk refuses.
     """
     pixels = np.empty(canvas.weight.shape, PIXEL)
     for name in PIXEL.names or ():
         pixels[name] = getattr(canvas, name)
+    if isinstance(path, ObjectPlace):
+        content = io.BytesIO()
+        np.save(content, pixels, allow_pickle=False)
+        path.write_bytes(content.getvalue())
+        return
     being_written = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         with being_written.open("wb") as file:
@@ -290,9 +296,13 @@ def save_canvas(canvas: Canvas, path: Path) -> None:
         raise
 
 
-def open_canvas(path: Path, corner: tuple[int, int]) -> Canvas:
-    """A canvas that `save_canvas` wrote, with its corner (y, x); its sums stay on disk and cannot be written into."""
-    pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+def open_canvas(path: Place, corner: tuple[int, int]) -> Canvas:
+    """A canvas that `save_canvas` wrote, with its corner (y, x); the sums of a file stay on disk and cannot be written
+    into."""
+    if isinstance(path, ObjectPlace):
+        pixels = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    else:
+        pixels = np.load(path, mmap_mode="r", allow_pickle=False)
     return Canvas(corner, **{name: pixels[name] for name in PIXEL.names or ()})
 
 

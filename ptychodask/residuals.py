@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ptychodask.cluster import Parcel, client_for_run, parcel_for
 from ptychodask.iterative import frame_corners, patterns_without, predicted_amplitude
-from ptychodask.locations import locate
+from ptychodask.places import place_named
 from ptychodask.progress import show_progress
 from ptychodask.result import open_result, reading_result
 from ptychodask.scan import PtychodaskError, Scan
@@ -94,8 +94,8 @@ def residuals(
     A lazy result that lies on no disk (``compute=False``) is predicted twice: compute it, or write it, first. A result
     of other data, or made with another probe than the scan has now, is judged all the same, and a warning logged.
     """
-    measured = scan if isinstance(scan, Scan) else open_scan(locate(scan).resolve())
-    opened = result if isinstance(result, xr.Dataset) else open_result(locate(result).resolve())
+    measured = scan if isinstance(scan, Scan) else open_scan(place_named(scan).resolve())
+    opened = result if isinstance(result, xr.Dataset) else open_result(place_named(result).resolve())
     object_ = _object_of(opened)
     if opened.attrs.get("data_hash", measured.data_hash) != measured.data_hash:
         logger.warning(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,14 +14,13 @@ import xarray as xr
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle
-from zarr.errors import ZarrUserWarning
 
 import ptychodask
 from ptychodask.display import Markup, card, image
-from ptychodask.folders import Form, whole
-from ptychodask.locations import Location, ObjectPath, locate, zarr_store
+from ptychodask.folders import Form
+from ptychodask.places import Place, place_named, place_of, written, zarr_store
 from ptychodask.scan import PtychodaskError
-from ptychodask.store import check_codecs, check_stored, naming_damage, open_root
+from ptychodask.store import check_codecs, check_stored, consolidate, naming_damage, open_root
 
 FORMAT = "ptychodask-result"
 FORMAT_VERSION = 1
@@ -167,7 +165,7 @@ def _coordinates(shape: tuple[int, ...], corner: tuple[int, int], pixel_size_m: 
 
 
 def create_result(
-    path: Location,
+    path: Place,
     shape: tuple[int, int],
     corner: tuple[int, int],
     tile: int,
@@ -179,8 +177,8 @@ def create_result(
 
     Parameters
     ----------
-    path : Path or ObjectPath
-        Where nothing is but an empty folder (see `whole`).
+    path : Path
+        Where nothing is yet (see `written`).
     shape, corner : (int, int)
         Pixels (y, x) of the whole object, and the coordinates of its first one.
     tile : int
@@ -219,7 +217,7 @@ def _create_variable(
     return array
 
 
-def write_tile(path: Location, start_yx: tuple[int, int], arrays: TileArrays) -> None:
+def write_tile(path: Place, start_yx: tuple[int, int], arrays: TileArrays) -> None:
     """Write one tile of a result store.
 
     Parameters
@@ -239,7 +237,7 @@ def write_tile(path: Location, start_yx: tuple[int, int], arrays: TileArrays) ->
         array[region] = values
 
 
-def read_tile(path: Path, start_yx: tuple[int, int], shape: tuple[int, int]) -> TileArrays:
+def read_tile(path: Place, start_yx: tuple[int, int], shape: tuple[int, int]) -> TileArrays:
     """One tile of a result store, as `write_tile` got it.
 
     Parameters
@@ -255,12 +253,12 @@ def read_tile(path: Path, start_yx: tuple[int, int], shape: tuple[int, int]) -> 
     -------
     dict of name to array (..., y, x)
     """
-    root = zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False)
+    root = zarr.open_group(zarr_store(path, read_only=True), mode="r", zarr_format=3, use_consolidated=False)
     region = ..., slice(start_yx[0], start_yx[0] + shape[0]), slice(start_yx[1], start_yx[1] + shape[1])
     return {name: np.asarray(_array(root, name)[region]) for name in VARIABLES | HALF_VARIABLES if name in root}
 
 
-def remove_tile(path: Path, start_yx: tuple[int, int], tile: int) -> None:
+def remove_tile(path: Place, start_yx: tuple[int, int], tile: int) -> None:
     """Remove the files of a tile that is damaged, so that it can be written again.
 
     Parameters
@@ -272,7 +270,7 @@ def remove_tile(path: Path, start_yx: tuple[int, int], tile: int) -> None:
     tile : int
         Pixels across a tile.
     """
-    root = zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False)
+    root = zarr.open_group(zarr_store(path, read_only=True), mode="r", zarr_format=3, use_consolidated=False)
     for name in VARIABLES | HALF_VARIABLES:
         if name in root:
             array = _array(root, name)
@@ -280,7 +278,7 @@ def remove_tile(path: Path, start_yx: tuple[int, int], tile: int) -> None:
             (path / name / array.metadata.encode_chunk_key(place)).unlink(missing_ok=True)
 
 
-def write_pyramid(path: Location) -> None:
+def write_pyramid(path: Place) -> None:
     """Add coarser levels of object and weight to a result store that is being written: half the pixels along each side
     of the level before, one at least, until the longer side is shorter than `COARSEST_PIXELS`.
 
@@ -371,11 +369,11 @@ def halve(
 def _array(group: zarr.Group, name: str) -> zarr.Array:
     array = group[name]
     assert isinstance(array, zarr.Array)
-    check_codecs(array, str(group.store_path), AGAIN)
+    check_codecs(array, place_of(group.store), AGAIN)
     return array
 
 
-def finish_result(path: Location, attributes: dict[str, Any]) -> None:
+def finish_result(path: Place, attributes: dict[str, Any]) -> None:
     """Record what made a result and mark its store as complete.
 
     Parameters
@@ -386,19 +384,15 @@ def finish_result(path: Location, attributes: dict[str, Any]) -> None:
     """
     root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3)
     stored = {name: _array(root, name).nchunks_initialized for name in VARIABLES | HALF_VARIABLES if name in root}
-    root.attrs.update({**attributes, STORED_CHUNKS: stored, "state": "complete"})
-    with warnings.catch_warnings():
-        # Consolidated metadata are what xarray reads; zarr warns that format 3 has not standardised them.
-        warnings.simplefilter("ignore", ZarrUserWarning)
-        zarr.consolidate_metadata(zarr_store(path), zarr_format=3)
+    consolidate(path).attrs.update({**attributes, STORED_CHUNKS: stored, "state": "complete"})
 
 
-def open_result(path: str | Path | ObjectPath, level: int = 0) -> xr.Dataset:
+def open_result(path: str | Place, level: int = 0) -> xr.Dataset:
     """Open a stored result; its arrays stay on disk.
 
     Parameters
     ----------
-    path : path
+    path : path or ``s3://`` URL
         What `reconstruct` wrote to `out`, or ``ds.ptycho.save`` wrote.
     level : int
         0 for the result itself; 1, 2, ... for a coarser level of its pyramid: ``object`` and ``weight`` alone.
@@ -412,7 +406,7 @@ def open_result(path: str | Path | ObjectPath, level: int = 0) -> xr.Dataset:
     PtychodaskError
         If there is no result, it is unfinished, foreign or of a newer format, or has no such level.
     """
-    where = locate(path)
+    where = place_named(path)
     root = open_root(where, RESULT)
     with naming_damage(where, "cannot be opened", AGAIN):
         _check_arrays(root, where)
@@ -425,7 +419,7 @@ def open_result(path: str | Path | ObjectPath, level: int = 0) -> xr.Dataset:
         return _with_methods(ds)
 
 
-def _check_arrays(group: zarr.Group, where: Location) -> None:
+def _check_arrays(group: zarr.Group, where: Place) -> None:
     """Raise `PtychodaskError` unless xarray can open the arrays of a group without harm."""
     arrays = dict(group.arrays())
     for name, array in arrays.items():
@@ -441,7 +435,7 @@ def _check_arrays(group: zarr.Group, where: Location) -> None:
     check_stored(list(arrays.values()), sum(array.nbytes for array in arrays.values()), where, AGAIN)
 
 
-def _check_whole(where: Location, root: zarr.Group, stored: Any) -> None:
+def _check_whole(where: Place, root: zarr.Group, stored: Any) -> None:
     """Raise `PtychodaskError` when a file of a result is gone, which Zarr would read as unseen pixels."""
     for name, wanted in stored.items() if isinstance(stored, dict) else ():
         found = _array(root, name).nchunks_initialized
@@ -452,18 +446,18 @@ def _check_whole(where: Location, root: zarr.Group, stored: Any) -> None:
             )
 
 
-def _open_level(where: Location, root: zarr.Group, level: int) -> xr.Dataset:
+def _open_level(where: Place, root: zarr.Group, level: int) -> xr.Dataset:
     pyramid = root.get(PYRAMID)
     levels = sorted(pyramid.group_keys()) if isinstance(pyramid, zarr.Group) else []
     if str(level) not in levels:
         has = f"levels 1 to {len(levels)}" if levels else "no pyramid: reconstruct again with pyramid=True (--pyramid)"
         raise PtychodaskError(f"{where}: no level {level}; it has {has}")
     # xarray reads the level's own metadata, not the consolidated ones.
-    store = zarr_store(where, read_only=True)
-    _check_arrays(
-        zarr.open_group(store, path=f"{PYRAMID}/{level}", mode="r", zarr_format=3, use_consolidated=False), where
+    own = zarr_store(where / PYRAMID / str(level), read_only=True)
+    _check_arrays(zarr.open_group(own, mode="r", zarr_format=3, use_consolidated=False), where)
+    ds = xr.open_zarr(
+        zarr_store(where, read_only=True), group=f"{PYRAMID}/{level}", chunks={}, consolidated=False, zarr_format=3
     )
-    ds = xr.open_zarr(store, group=f"{PYRAMID}/{level}", chunks={}, consolidated=False, zarr_format=3)
     ds.attrs = {key: value for key, value in root.attrs.items() if key not in ("state", STORED_CHUNKS)} | {
         "level": level
     }
@@ -583,7 +577,7 @@ class PtychoAccessor:
         with reading_result():
             return self._ds.compute(optimize_graph=False)
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+    def save(self, path: str | Place, *, overwrite: bool = False) -> None:
         """Bring the result into memory and write it to a store that `open_result` opens.
 
         Parameters
@@ -605,11 +599,12 @@ class PtychoAccessor:
         ds = self.compute()
         corner = (int(ds["y"][0]), int(ds["x"][0]))
         arrays = {name: ds[name].values for name in VARIABLES}
-        with whole(locate(path), overwrite=overwrite, form=RESULT) as building:
+        with written(place_named(path), overwrite=overwrite, form=RESULT) as writing:
             pixel_size_m = ds.attrs.get("pixel_size_m")
-            create_result(building, arrays["object"].shape, corner, CHUNK_PIXELS, pixel_size_m=pixel_size_m)
-            write_tile(building, (0, 0), arrays)
-            finish_result(building, ds.attrs)
+            create_result(writing.whole, arrays["object"].shape, corner, CHUNK_PIXELS, pixel_size_m=pixel_size_m)
+            write_tile(writing.whole, (0, 0), arrays)
+            writing.check_held()
+            finish_result(writing.whole, ds.attrs)
 
 
 def _middle(size: int) -> slice:

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.errors import ZarrUserWarning
 
-from ptychodask.folders import Form, building_path, holding, read_json, whole, whole_file
+from ptychodask.folders import Form, building_path, holding, read_json, whole_file
 from ptychodask.grouping import GroupingSpec, Groups, curve_order, group_positions
-from ptychodask.locations import Location, ObjectPath, locate, refusals, stored_sizes, zarr_store
+from ptychodask.places import ObjectPlace, Place, place_named, place_of, stored_sizes, written, zarr_store
 from ptychodask.progress import Progress, show_progress
 from ptychodask.scan import (
     Calibration,
@@ -100,7 +100,7 @@ DAMAGE: tuple[type[Exception], ...] = (
 
 
 @contextmanager
-def naming_damage(where: str | Location, what: str, way_out: str) -> Iterator[None]:
+def naming_damage(where: str | Place, what: str, way_out: str) -> Iterator[None]:
     """Raise what damaged files make Zarr raise in a block as a `PtychodaskError` of one line.
 
     Parameters
@@ -115,7 +115,7 @@ def naming_damage(where: str | Location, what: str, way_out: str) -> Iterator[No
         yield
     except PtychodaskError:
         raise
-    except (*DAMAGE, *refusals()) as error:
+    except DAMAGE as error:
         raise PtychodaskError(f"{where}: {what} ({in_brief(error)}); {way_out}") from error
 
 
@@ -230,7 +230,7 @@ def _chunks_read(curve: NDArray[np.int64], place: NDArray[np.int64], patterns_pe
 
 
 def write_scan(
-    store: str | Path | ObjectPath,
+    store: str | Place,
     *,
     diffraction: PatternSource,
     position_yx_px: NDArray[np.float64],
@@ -256,7 +256,7 @@ def write_scan(
 
     Parameters
     ----------
-    store : path
+    store : path or ``s3://`` URL
         The store to make; it appears when it is whole.
     diffraction : array or lazy source (pattern, N, N)
         Patterns in the unit of `domain`, DC at [N//2, N//2], in the source's order; read once, one shard at a time,
@@ -301,7 +301,7 @@ def write_scan(
     Patterns are sorted along a space-filling curve where that cuts the bytes a chunk of groups reads
     (`storage_order`).
     """
-    path = locate(store)
+    path = place_named(store)
     where = str(path)
     check_pattern_shape(diffraction.shape, where)
     n_patterns, n_pixels = diffraction.shape[:2]
@@ -312,8 +312,8 @@ def write_scan(
     source_rows = np.arange(n_patterns) if source_index is None else np.asarray(source_index, np.int64)
     relative_flux = None if flux is None else relative_to_mean(flux, where)
     optics = {"pixel_size_m": pixel_size_m, "energy_ev": energy_ev, "distance_m": distance_m}
-    with whole(path, overwrite=overwrite, form=SCAN) as building:
-        root = zarr.create_group(zarr_store(building), zarr_format=3)
+    with written(path, overwrite=overwrite, form=SCAN) as writing:
+        root = zarr.create_group(zarr_store(writing.whole), zarr_format=3)
         root.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "state": "writing"})
         patterns = _create_patterns(root, "diffraction", diffraction, ("pattern", "qy", "qx"), growing=growing)
         with show_progress("ingest", n_patterns, "patterns", progress) as bar:
@@ -362,8 +362,8 @@ def write_scan(
                 **({} if flux is None else {"mean_flux": float(np.mean(flux))}),
             }
         )
-        root.attrs["state"] = "growing" if growing else "complete"
-        _consolidate(building)
+        writing.check_held()
+        consolidate(writing.whole).attrs["state"] = "growing" if growing else "complete"
     logger.info("%s: wrote %d patterns of %d x %d", where, n_patterns, n_pixels, n_pixels)
     return open_scan(path)
 
@@ -498,11 +498,17 @@ def _put(
     array.attrs.update(attributes)
 
 
-def _consolidate(path: Location) -> None:
+def consolidate(path: Place) -> zarr.Group:
+    """Rewrite the consolidated metadata of a store, which xarray reads; gives its root, whose attributes go with them.
+
+    Parameters
+    ----------
+    path : Place
+    """
     with warnings.catch_warnings():
-        # Consolidated metadata are what xarray reads; zarr warns that format 3 has not standardised them.
+        # zarr warns that format 3 has not standardised them.
         warnings.simplefilter("ignore", ZarrUserWarning)
-        zarr.consolidate_metadata(zarr_store(path), zarr_format=3)
+        return zarr.consolidate_metadata(zarr_store(path), zarr_format=3)
 
 
 @contextmanager
@@ -534,7 +540,7 @@ def take_node(root: dict[str, Any], path: Path, name: str) -> None:
     root["consolidated_metadata"]["metadata"][name] = node
 
 
-def segment_sizes(attributes: Mapping[str, Any], n_patterns: int) -> tuple[int, ...]:
+def segment_sizes(attributes: Mapping[str, Any], n_patterns: int, where: str) -> tuple[int, ...]:
     """Patterns in each segment of a scan: one segment, unless it was appended to.
 
     Parameters
@@ -542,6 +548,8 @@ def segment_sizes(attributes: Mapping[str, Any], n_patterns: int) -> tuple[int, 
     attributes : dict
         Of the store's root.
     n_patterns : int
+    where : str
+        The store, for messages.
 
     Raises
     ------
@@ -551,12 +559,9 @@ def segment_sizes(attributes: Mapping[str, Any], n_patterns: int) -> tuple[int, 
     found = attributes.get("segments")
     if found is None:
         return (n_patterns,)
-    try:
-        sizes = tuple(int(one["n_patterns"]) for one in found)
-    except (TypeError, KeyError, ValueError) as error:
-        raise PtychodaskError(f"attribute 'segments' is {found!r}; {INGEST_AGAIN}") from error
+    sizes = tuple(one["n_patterns"] for one in found)
     if min(sizes, default=0) < 1 or sum(sizes) != n_patterns:
-        raise PtychodaskError(f"segments of {sizes} patterns in a scan of {n_patterns}; {INGEST_AGAIN}")
+        raise PtychodaskError(f"{where}: segments of {sizes} patterns in a scan of {n_patterns}; {INGEST_AGAIN}")
     return sizes
 
 
@@ -585,12 +590,12 @@ def _hash_differs(where: str) -> PtychodaskError:
     )
 
 
-def open_scan(store: str | Path | ObjectPath) -> Scan:
+def open_scan(store: str | Place) -> Scan:
     """Open a store: patterns and labels stay on disk.
 
     Parameters
     ----------
-    store : path
+    store : path or ``s3://`` URL
         A store that `ingest` or `simulate` wrote.
 
     Returns
@@ -602,7 +607,7 @@ def open_scan(store: str | Path | ObjectPath) -> Scan:
     PtychodaskError
         If there is no such store, it is unfinished, of a newer format, or lacks an array.
     """
-    path = locate(store)
+    path = place_named(store)
     root = open_root(path, SCAN)
     attributes: dict[str, Any] = dict(root.attrs)
     where = str(path)
@@ -644,7 +649,7 @@ class ScanReader:
 
     Parameters
     ----------
-    store : path
+    store : path or ``s3://`` URL
 
     Raises
     ------
@@ -652,10 +657,10 @@ class ScanReader:
         As `open_scan`, but positions, mask and probe are not compared with the data hash.
     """
 
-    def __init__(self, store: str | Path | ObjectPath) -> None:
-        self.where = str(locate(store))
+    def __init__(self, store: str | Place) -> None:
+        self.where = str(store)
         """Path of the store."""
-        self._root = open_root(locate(store), SCAN)
+        self._root = open_root(place_named(store), SCAN)
         self._attributes: dict[str, Any] = dict(self._root.attrs)
         _check_attributes(self._attributes, self.where)
         self._diffraction = StoredPatterns(_array(self._root, "diffraction", self.where), self.where)
@@ -773,6 +778,11 @@ def _check_attributes(attributes: dict[str, Any], where: str) -> None:
             raise PtychodaskError(
                 f"{where}: attribute '{name}' is {value!r}; the store is damaged: ingest the source again"
             )
+    segments = attributes.get("segments", [{"n_patterns": 1}])
+    if not isinstance(segments, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("n_patterns"), int) for one in segments
+    ):
+        raise PtychodaskError(f"{where}: attribute 'segments' is {segments!r}; {INGEST_AGAIN}")
 
 
 def _array(root: zarr.Group, name: str, where: str) -> zarr.Array:
@@ -788,7 +798,7 @@ def _array(root: zarr.Group, name: str, where: str) -> zarr.Array:
     return array
 
 
-def check_codecs(array: zarr.Array, where: str | Location, way_out: str) -> None:
+def check_codecs(array: zarr.Array, where: str | Place, way_out: str) -> None:
     """Raise `PtychodaskError` unless an array holds numbers and nothing else, whoever wrote it.
 
     Parameters
@@ -817,7 +827,7 @@ def check_codecs(array: zarr.Array, where: str | Location, way_out: str) -> None
         raise PtychodaskError(f"{what} has shape {array.shape} in chunks of {array.chunks}; {way_out}")
 
 
-def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, where: str | Location, way_out: str) -> None:
+def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, where: str | Place, way_out: str) -> None:
     """Raise `PtychodaskError` where the files of some arrays, together, cannot hold what the arrays claim.
 
     Parameters
@@ -832,7 +842,7 @@ def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, where: str | 
     """
     if claimed_bytes <= SMALL_BYTES:
         return
-    sizes = (size for array in arrays for size in stored_sizes(array))
+    sizes = (size for array in arrays for size in stored_sizes(place_of(array.store) / array.path))
     # No more files are looked at than it takes.
     if all(total < claimed_bytes // PACKED_AT_MOST for total in accumulate(sizes)):
         told = ", ".join(f"'{array.path}' of shape {array.shape} in chunks of {array.chunks}" for array in arrays)
@@ -866,7 +876,7 @@ def _read_rows(array: zarr.Array, where: str, rows: slice | EllipsisType | NDArr
         return _rows(array, rows) if isinstance(rows, np.ndarray) else np.asarray(array[rows])
 
 
-def open_root(path: Location, form: Form, mode: str = "r") -> zarr.Group:
+def open_root(path: Place, form: Form, mode: str = "r") -> zarr.Group:
     """Root group of a finished Zarr store of a form.
 
     Raises
@@ -906,12 +916,12 @@ def open_root(path: Location, form: Form, mode: str = "r") -> zarr.Group:
     return root
 
 
-def group(store: str | Path | ObjectPath, spec: GroupingSpec = GroupingSpec(), *, name: str | None = None) -> Groups:
+def group(store: str | Place, spec: GroupingSpec = GroupingSpec(), *, name: str | None = None) -> Groups:
     """Group table of a store: the stored one where the same spec made it, else computed and stored.
 
     Parameters
     ----------
-    store : path
+    store : path or ``s3://`` URL
     spec : GroupingSpec
     name : str, optional
         Name of the table; by default the spec's.
@@ -925,7 +935,7 @@ def group(store: str | Path | ObjectPath, spec: GroupingSpec = GroupingSpec(), *
     PtychodaskError
         If the name is taken by another spec, or the scan has too few patterns.
     """
-    path = locate(store)
+    path = place_named(store)
     name = spec.name if name is None else name
     stored = read_groups(path, name)
     if stored is not None:
@@ -942,15 +952,15 @@ def group(store: str | Path | ObjectPath, spec: GroupingSpec = GroupingSpec(), *
                 take_node(root, path, node)
     else:
         groups = _write_groups(path, spec, name)
-        _consolidate(path)
+        consolidate(path)
     logger.info("%s: stored %d groups of %d as '%s'", path, len(groups), spec.members, name)
     return groups
 
 
-def _write_groups(path: Location, spec: GroupingSpec, name: str) -> Groups:
+def _write_groups(path: Place, spec: GroupingSpec, name: str) -> Groups:
     """Draw groups and write their table; the consolidated metadata do not know it yet."""
     scan = open_scan(path)
-    sizes = segment_sizes(scan.attributes, scan.n_patterns)
+    sizes = segment_sizes(scan.attributes, scan.n_patterns, str(path))
     first = [0, *accumulate(sizes)]
     tables = [
         segment_groups(str(path), scan.position_yx_px, scan.scan_index, spec, start, stop)
@@ -1012,7 +1022,7 @@ class GroupTable:
 
     Parameters
     ----------
-    store : path
+    store : path or ``s3://`` URL
     name : str
     spec : GroupingSpec
     member : zarr.Array
@@ -1023,7 +1033,7 @@ class GroupTable:
 
     def __init__(
         self,
-        store: Location,
+        store: Place,
         name: str,
         spec: GroupingSpec,
         member: zarr.Array,
@@ -1061,10 +1071,10 @@ class GroupTable:
         return PtychodaskError(f"{self._store}: group table '{self.name}' does not fit the scan; pass another name=")
 
 
-def open_groups(store: str | Path | ObjectPath, name: str) -> GroupTable | None:
+def open_groups(store: str | Place, name: str) -> GroupTable | None:
     """A stored group table, its rows on disk, or None when there is none of that name; raises `PtychodaskError` for one
     that is no name or a table that does not fit the scan."""
-    path = locate(store)
+    path = place_named(store)
     if not name or "/" in name or name.startswith("."):
         raise PtychodaskError(f"{path}: {name!r} is no name for a group table; use letters, digits, '-' and '_'")
     root = open_root(path, SCAN)
@@ -1083,25 +1093,34 @@ def open_groups(store: str | Path | ObjectPath, name: str) -> GroupTable | None:
     return GroupTable(path, name, spec, _array(table, "member", str(path)), n_patterns, segments)
 
 
-def read_groups(store: str | Path | ObjectPath, name: str) -> Groups | None:
+def read_groups(store: str | Place, name: str) -> Groups | None:
     """A stored group table in memory; None, and refusals, as `open_groups`."""
     table = open_groups(store, name)
     return None if table is None else Groups(table.rows(0, len(table)), table.spec, name)
 
 
-def stored_group_names(store: str | Path | ObjectPath) -> list[str]:
+def stored_group_names(store: str | Place) -> list[str]:
     """Names of the group tables in a store, sorted."""
-    root = open_root(locate(store), SCAN)
+    root = open_root(place_named(store), SCAN)
     tables = root.get("groups")
     return sorted(tables.group_keys()) if isinstance(tables, zarr.Group) else []
 
 
-def replace_probe(store: str | Path | ObjectPath, probe: NDArray[np.complex64], record: dict[str, Any]) -> Scan:
+def check_probe_is_free(scan: Scan) -> None:
+    """Raise `PtychodaskError` for a stored scan that still grows: all its segments have the probe of the first."""
+    if scan.attributes["state"] == "growing":
+        raise PtychodaskError(
+            f"{scan.store}: the scan is still growing, and keeps the probe of its first segment; finish it first with "
+            f"'ptychodask ingest --finish {scan.store}'"
+        )
+
+
+def replace_probe(store: str | Place, probe: NDArray[np.complex64], record: dict[str, Any]) -> Scan:
     """Put a refined probe into a store; `probe_initial` and the patterns stay as they are.
 
     Parameters
     ----------
-    store : path
+    store : path or ``s3://`` URL
     probe : complex64 array (mode, N, N)
         Calibrated, of the stored probe's shape.
     record : dict
@@ -1117,13 +1136,9 @@ def replace_probe(store: str | Path | ObjectPath, probe: NDArray[np.complex64], 
     PtychodaskError
         If the shape differs or a value is not finite.
     """
-    path = locate(store)
+    path = place_named(store)
     scan = open_scan(path)
-    if scan.attributes["state"] == "growing":
-        raise PtychodaskError(
-            f"{path}: the scan is still growing, and keeps the probe of its first segment; finish it first with "
-            f"'ptychodask ingest --finish {path}'"
-        )
+    check_probe_is_free(scan)
     if probe.shape != scan.probe.shape or not np.isfinite(probe).all():
         raise PtychodaskError(
             f"{path}: the new probe has shape {probe.shape} or values that are not finite; expected {scan.probe.shape}"
@@ -1138,30 +1153,30 @@ def replace_probe(store: str | Path | ObjectPath, probe: NDArray[np.complex64], 
         root.attrs["segments"] = [
             {key: value for key, value in one.items() if key != "data_hash"} for one in scan.attributes["segments"]
         ]
-    _consolidate(path)
+    consolidate(path)
     return open_scan(path)
 
 
-def record_model(store: str | Path | ObjectPath, *, kind: str, path: str | Path, content_hash: str) -> None:
+def record_model(store: str | Place, *, kind: str, path: str | Path, content_hash: str) -> None:
     """Note in a store that a model was trained on it, as its latest of that kind.
 
     Parameters
     ----------
-    store : path
+    store : path or ``s3://`` URL
     kind : str
         "pinn" or "baseline".
     path : path
-        The model's bundle; recorded relative to the store's folder.
+        The model's bundle; recorded relative to the store's folder, or as a whole where the store is in a bucket.
     content_hash : str
         Hash of the bundle's content.
     """
-    place, bundle = locate(store), Path(path).resolve()
+    place, bundle = place_named(store), Path(path).resolve()
     root = open_root(place, SCAN, "r+")
-    recorded = str(bundle) if isinstance(place, ObjectPath) else os.path.relpath(bundle, place.resolve().parent)
+    recorded = str(bundle) if isinstance(place, ObjectPlace) else os.path.relpath(bundle, place.resolve().parent)
     model = {"kind": kind, "path": recorded, "hash": content_hash, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     if isinstance(place, Path) and root.attrs["state"] == "growing":
         with changing_root(place) as metadata:
             metadata["attributes"].setdefault("models", []).append(model)
         return
     root.attrs["models"] = [*root.attrs.get("models", []), model]  # type: ignore[misc]
-    _consolidate(place)
+    consolidate(place)

@@ -85,7 +85,7 @@ def running_slurm(folder: Path) -> Iterator[Path]:
     (folder / "state").mkdir()
     file = folder / "slurm.conf"
     host = socket.gethostname().partition(".")[0]
-    file.write_text(CONFIGURATION.format(folder=folder, host=host, ports=_free_ports(3)))
+    file.write_text(CONFIGURATION.format(folder=folder, host=host, ports=free_ports(3)))
     # A GPU that is a file gives jobs their CUDA_VISIBLE_DEVICES.
     lines = [f"NodeName={node} Name=gpu Type=fake File=/dev/null\n" for node in NODES]
     (folder / "gres.conf").write_text("".join(lines))
@@ -113,7 +113,7 @@ def running_slurm(folder: Path) -> Iterator[Path]:
         _end(folder, file)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:

@@ -40,7 +40,7 @@ from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import open_result
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
-from ptychodask.store import _consolidate, open_scan, read_groups
+from ptychodask.store import consolidate, open_scan, read_groups
 
 N_PATTERNS = 150
 
@@ -84,7 +84,7 @@ def spoil(path: Path, pattern: int, value: float) -> None:
         config={"write_empty_chunks": True},
     )
     array.attrs.update(attributes)
-    _consolidate(path)
+    consolidate(path)
 
 
 def assert_same_bits(ds, other):

@@ -147,6 +147,22 @@ def test_it_gives_the_bits_of_the_finished_scan(whole, finished, client, tmp_pat
     assert max(seen) == seen[-1]
 
 
+def test_a_region_that_no_segment_reaches_yet_is_waited_for(whole, finished, client, tmp_path, quick, told):
+    store = tmp_path / "scan.zarr"
+    begin(store, whole)
+    fields = {"roi": (20, 33, -20, 15), "client": client}
+    with pytest.raises(PtychodaskError, match="does not meet the object"):
+        reconstruct(store, LinearModel(), **fields)
+    writer = threading.Timer(0.2, append, (store, whole, 1, 2, 3), {"finish": True})
+    writer.start()
+    ds = reconstruct(store, LinearModel(), out=tmp_path / "object.zarr", follow=True, **fields)
+    writer.join()
+    assert any("waiting for a segment that does" in text for text in told)
+    assert_same(ds, reconstruct(finished, LinearModel(), **fields))
+    with pytest.raises(PtychodaskError, match="does not meet the object"):
+        reconstruct(finished, LinearModel(), client=client, follow=True, roi=(400, 500, 0, 9))
+
+
 def test_several_models_follow_together(whole, finished, client, tmp_path, quick, monkeypatch):
     monkeypatch.setattr(live, "REFRESH_S", 0.0)
     store = tmp_path / "scan.zarr"
@@ -155,6 +171,23 @@ def test_several_models_follow_together(whole, finished, client, tmp_path, quick
     watching = Appending(store, whole)
     ds = reconstruct(store, models, out=tmp_path / "object.zarr", client=client, follow=True, live=watching)
     assert_same(ds, reconstruct(finished, models, client=client))
+
+
+def test_a_notebook_has_one_picture_for_all_segments(whole, client, tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(live, "REFRESH_S", 0.0)
+    store, handles = tmp_path / "scan.zarr", set()
+    begin(store, whole)
+    watching = Appending(store, whole)
+
+    class Output(live._InNotebook):
+        def __call__(self, picture):
+            handles.add(self)
+            watching(picture)
+
+    monkeypatch.setattr(live, "_InNotebook", Output)
+    monkeypatch.setattr(live, "in_notebook", lambda: True)
+    reconstruct(store, LinearModel(), out=tmp_path / "object.zarr", client=client, follow=True, live=True)
+    assert len(handles) == 1
 
 
 def test_each_group_is_predicted_once(whole, client, tmp_path, quick, monkeypatch):

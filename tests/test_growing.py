@@ -17,7 +17,9 @@ import zarr
 from ptychodask import folders, growing
 from ptychodask.grouping import GroupingSpec, group_positions
 from ptychodask.growing import append_segment, finish_scan
+from ptychodask.inspection import inspect_file
 from ptychodask.io import ingest
+from ptychodask.iterative import refine_probe
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import group, open_scan, read_groups, record_model, replace_probe
@@ -187,7 +189,9 @@ KILLED = """
 import sys
 import numpy as np
 from ptychodask import growing
+from ptychodask.inspection import inspect_file
 from ptychodask.io import ingest
+from ptychodask.iterative import refine_probe
 write = growing.zarr.Array.__setitem__
 def slow(array, *given):
     write(array, *given)
@@ -312,6 +316,10 @@ def test_the_probe_is_kept_while_the_scan_grows(files, tmp_path):
     scan = grown(store, files, finish=False)
     with pytest.raises(PtychodaskError, match="still growing, and keeps the probe of its first segment"):
         replace_probe(store, scan.probe, {})
+    with pytest.raises(PtychodaskError, match="still growing"):
+        refine_probe(store)
+    assert inspect_file(store).command.endswith(f"ingest --finish {store}")
+    assert "3, the scan is growing" in str(inspect_file(store))
     finish_scan(store)
     changed = replace_probe(store, scan.probe * 2, {})
     assert scan.data_hash not in json.dumps(changed.attributes)
@@ -328,10 +336,15 @@ def test_segments_that_disagree_with_the_patterns_are_damage(files, tmp_path):
     store = tmp_path / "scan.zarr"
     grown(store, files[:1])
     metadata = json.loads((store / "zarr.json").read_text())
-    metadata["attributes"]["segments"][0]["n_patterns"] = 3
-    (store / "zarr.json").write_text(json.dumps(metadata))
-    with pytest.raises(PtychodaskError, match=r"segments of \(3,\) patterns in a scan of 70"):
-        group(store)
+    for segments, message in (
+        ([{"n_patterns": 3}], r"segments of \(3,\) patterns in a scan of 70"),
+        (5, "attribute 'segments' is 5"),
+        ([{"n_patterns": "7"}], "attribute 'segments' is"),
+    ):
+        metadata["attributes"]["segments"] = segments
+        (store / "zarr.json").write_text(json.dumps(metadata))
+        with pytest.raises(PtychodaskError, match=message):
+            group(store)
 
 
 def test_locks_that_cannot_be_had_are_a_warning(files, tmp_path, monkeypatch, told):

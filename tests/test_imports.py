@@ -17,8 +17,9 @@ ORDER = [
     ("display",),
     ("scan",),
     ("progress",),
-    ("locations",),
+    ("places",),
     ("folders",),
+    ("places",),
     ("grouping",),
     ("store",),
     ("growing",),
@@ -48,7 +49,8 @@ LAYER = {name: layer for layer, names in enumerate(ORDER) for name in names}
 
 OWNERS = {
     "scipy.spatial": {"grouping"},
-    "zarr": {"locations", "store", "growing", "patches", "result", "export"},
+    "zarr": {"places", "store", "growing", "patches", "result", "export"},
+    "obstore": {"places"},
     "h5py": {"io", "models", "export"},
     "h5netcdf": {"export"},
     "tifffile": {"export"},

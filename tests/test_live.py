@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from models_for_tests import LinearModel
 
-from ptychodask.cluster import local_client
 from ptychodask.reconstruction import live, reconstruct
 from ptychodask.reconstruction.live import LivePicture, Screen, cell_size, coarse_part
 from ptychodask.scan import PtychodaskError
@@ -140,14 +139,6 @@ def grey_of(content):
     packed = content[start + 4 : start + 4 + int.from_bytes(content[start - 4 : start])]
     rows = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, 1 + 2 * width)
     return rows[:, 1:].reshape(height, width, 2)
-
-
-def test_two_processes_hand_their_tiles_over(store, coarse, tmp_path):
-    with local_client(2) as client:
-        ds = reconstruct(
-            store, LinearModel(), out=tmp_path / "object.zarr", client=client, live=tmp_path / "live.png", **FIELDS
-        )
-    assert grey_of((tmp_path / "live.png").read_bytes()).shape[0] == -(-ds.sizes["y"] // cell_size(ds["object"].shape))
 
 
 def test_neither_result_nor_ledger_knows_of_it(store, client, tmp_path):

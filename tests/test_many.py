@@ -164,6 +164,7 @@ def test_a_region_in_metres_is_that_of_the_coordinates_in_metres(measured, clien
         ({"roi_m": (0.0, 1.0, 0.0)}, "expected metres"),
         ({"roi_m": (0.0, 1.0, 0.0, 1.0), "roi": (0, 1, 0, 1)}, "say the same thing"),
         ({"roi_m": (5.0, 6.0, 0.0, 1.0)}, "does not meet the object"),
+        ({"roi_m": (1e200, 1e300, 0.0, 1.0)}, "has no pixel in it"),
     ],
 )
 def test_a_region_that_is_none_is_refused(measured, client, fields, message):

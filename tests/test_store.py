@@ -316,7 +316,7 @@ def test_a_grouping_that_was_killed_is_made_again(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(store_module, "_consolidate", killed)
+        patched.setattr(store_module, "consolidate", killed)
         with pytest.raises(KeyboardInterrupt):
             group(path)
     assert read_groups(path, GroupingSpec().name) is None
@@ -438,7 +438,7 @@ def test_positions_of_two_lengths_are_refused(tmp_path):
     write(tmp_path / "a.zarr")
     root = zarr.open_group(tmp_path / "a.zarr", mode="r+", use_consolidated=False)
     root["y_px"].resize((10,))
-    store_module._consolidate(tmp_path / "a.zarr")
+    store_module.consolidate(tmp_path / "a.zarr")
     with pytest.raises(PtychodaskError, match=r"array 'y_px' has shape \(10,\) .* for 40 patterns"):
         open_scan(tmp_path / "a.zarr")
 

@@ -12,22 +12,8 @@ from numpy.typing import NDArray
 
 from ptychodask.scan import PtychodaskError
 
-
-def place(text: str) -> Any:
-    """A path, or a place in a bucket; what knows of buckets loads when one is named."""
-    from ptychodask.locations import locate
-
-    return locate(text)
-
-
 Store = Annotated[
-    Path,
-    typer.Argument(
-        help="The scan's store, a folder ending in .zarr, or s3://bucket/name.zarr.",
-        parser=place,
-        metavar="STORE",
-        show_default=False,
-    ),
+    Path, typer.Argument(help="The scan's store, a folder ending in .zarr; or s3://bucket/name.", show_default=False)
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, once the new one is whole.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")]
@@ -178,6 +164,18 @@ def client_for(
     if scheduler is None:
         return nullcontext()
     return connected_client(scheduler, security=None if tls_folder is None else credentials_in(tls_folder))
+
+
+def named(path: Path) -> Any:
+    """A path or, where its name says so, a place in a bucket."""
+    from ptychodask.places import place_named
+
+    return place_named(path)
+
+
+def beside(path: Any, name: str) -> Path:
+    """A file beside a path; here, where the path is in a bucket."""
+    return path.with_name(name) if isinstance(path, Path) else Path(name)
 
 
 def check_folders(*paths: Path | None) -> None:

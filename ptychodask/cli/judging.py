@@ -17,10 +17,12 @@ from ptychodask.cli.flags import (
     TlsFolder,
     Workers,
     bar,
+    beside,
     check_folders,
     check_one_cluster,
     client_for,
     given,
+    named,
     numbers_in,
 )
 from ptychodask.progress import quiet_stderr
@@ -161,7 +163,7 @@ def report(
     from ptychodask.report import write_report
 
     ((label, source),) = _labelled([result], None)
-    out = Path(source).with_name(f"{Path(source).name.removesuffix('.zarr')}.html") if out is None else out
+    out = beside(named(Path(source)), f"{Path(source).name.removesuffix('.zarr')}.html") if out is None else out
     others = _labelled(compare or [], None)
     path = write_report(source, out, label=label, scan=scan, truth=truth, others=others, progress=bar(quiet))
     typer.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
@@ -174,7 +176,7 @@ def _labelled(results: list[str], keys: list[str] | None) -> Iterator[tuple[str 
     key_of = dict(text.partition("=")[::2] for text in keys or [])
     for text in results:
         name, equals, path = text.partition("=")
-        if not equals or Path(text).exists():
+        if not equals or text.startswith("s3://") or Path(text).exists():
             yield None, text
         elif name in key_of:
             yield name, read_foreign_result(path, key=key_of.pop(name))

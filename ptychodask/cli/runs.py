@@ -17,12 +17,13 @@ from ptychodask.cli.flags import (
     TlsFolder,
     Workers,
     bar,
+    beside,
     check_one_cluster,
     client_for,
     given,
+    named,
     numbers,
     numbers_in,
-    place,
     whole_numbers,
 )
 from ptychodask.progress import quiet_stderr
@@ -86,7 +87,6 @@ def reconstruct(
         typer.Argument(
             metavar="STORE...",
             help="Scans' stores, folders ending in .zarr, or s3://bucket/name.zarr.",
-            parser=place,
             show_default=False,
         ),
     ],
@@ -96,9 +96,7 @@ def reconstruct(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Result to write; by default <store>.object.zarr. A folder for several.", parser=place, metavar="PATH"
-        ),
+        typer.Option(help="Result to write; by default <store>.object.zarr. A folder for several."),
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Picture to write; by default beside the result.")] = None,
     groups: Annotated[str | None, typer.Option(help="Name of a stored group table.")] = None,
@@ -155,8 +153,7 @@ def reconstruct(
         raise PtychodaskError(
             f"reconstruct: {len(stores)} scans have a result and a picture each in a folder; pass --out, and not --png"
         )
-    if out is None:
-        out = stores[0].with_name(f"{stores[0].name.removesuffix('.zarr')}.object.zarr")
+    goal = named(stores[0].with_name(f"{stores[0].name.removesuffix('.zarr')}.object.zarr") if out is None else out)
     check_one_cluster("reconstruct", workers, scheduler)
     with quiet_stderr():
         import ptychodask.models.model  # noqa: F401
@@ -188,12 +185,12 @@ def reconstruct(
         follow_timeout_s=follow_timeout_s,
     )
     if not several:
-        check_figure_path(png or _picture_beside(out))
+        check_figure_path(png or _picture_beside(goal))
     failed = None
     with client_for(workers, scheduler, tls, tls_folder, host) as client:
         asked: dict[str, Any] = options | {
             "model": _models(model),
-            "out": out,
+            "out": goal,
             "client": client,
             "overwrite": overwrite,
             "resume": resume,
@@ -204,18 +201,17 @@ def reconstruct(
         except FailedScansError as error:
             results, failed = error.results, error
     for name, result in results.items():
-        path: Any = result_path(out, name) if several else out
+        path = result_path(goal, name) if several else goal
         _draw(result, path, png or _picture_beside(path))
     if failed is not None:
         raise failed
 
 
-def _picture_beside(out: Path) -> Path:
-    """Beside a result that is on a disk, else in the working directory."""
-    return (out.parent if isinstance(out, Path) else Path()) / f"{out.name.removesuffix('.zarr')}.png"
+def _picture_beside(result: Any) -> Path:
+    return beside(result, f"{result.name.removesuffix('.zarr')}.png")
 
 
-def _draw(result: Any, out: Path, png: Path) -> None:
+def _draw(result: Any, out: Any, png: Path) -> None:
     """Draw a result and tell of it."""
     from ptychodask.plotting import plot, plot_comparison
 

@@ -38,7 +38,7 @@ from ptychodask.cli.flags import (
     bar,
     check_folders,
     given,
-    place,
+    named,
     reading_options,
 )
 from ptychodask.scan import PtychodaskError
@@ -140,9 +140,7 @@ def ingest(
     ],
     store: Annotated[
         Path | None,
-        typer.Argument(
-            help="The scan's store, as in other commands.", parser=place, metavar="STORE", show_default=False
-        ),
+        typer.Argument(help="The scan's store, as in other commands.", show_default=False),
     ] = None,
     format: Format = None,
     recipe: Recipe = None,
@@ -280,7 +278,7 @@ def simulate(
         seed=seed,
     )
     scan = simulate(store, overwrite=overwrite, progress=bar(quiet), **options)
-    typer.echo(f"{store}: {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}, with their truth")
+    typer.echo(f"{scan.store}: {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}, with their truth")
 
 
 def group(
@@ -303,7 +301,7 @@ def group(
         **given(members=members, neighbours=neighbours, oversampling=oversampling, seed=seed, halves=halves or None)
     )
     groups = group(store, spec, name=name)
-    typer.echo(f"{store}: {len(groups)} groups of {spec.members} as '{groups.name}'")
+    typer.echo(f"{named(store)}: {len(groups)} groups of {spec.members} as '{groups.name}'")
 
 
 def refine_probe(
@@ -324,4 +322,6 @@ def refine_probe(
     options = given(n_sweeps=n_sweeps, fraction=fraction, held_out=held_out, seed=seed)
     found = refine_probe(store, search_defocus=search_defocus, progress=bar(quiet), **options)
     kept = "stored" if found.stored else "not better, so the stored probe stays"
-    typer.echo(f"{store}: R {found.r_before:.4f} -> {found.r_after:.4f} on {found.n_held_out} unseen patterns; {kept}")
+    typer.echo(
+        f"{named(store)}: R {found.r_before:.4f} -> {found.r_after:.4f} on {found.n_held_out} unseen patterns; {kept}"
+    )

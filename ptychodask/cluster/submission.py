@@ -21,6 +21,7 @@ from ptychodask.cluster import (
     WORKER_VARIABLES,
 )
 from ptychodask.cluster.job import MIB, SIGNAL_BEFORE_S, JobSpec, job_folder
+from ptychodask.places import Place, place_named
 from ptychodask.scan import PtychodaskError, with_fields
 from ptychodask.store import ScanReader
 
@@ -97,10 +98,15 @@ def submit(
         )
     script = batch_script(store, spec, options)
     number = sbatch(script, "--parsable").split(";")[0]
-    folder = job_folder(spec, Path(store).resolve().parent)
+    folder = job_folder(spec, _beside(place_named(store).resolve()))
     kept = folder / f"{spec.name}-{number}.sh"
     kept.write_text(script)
     return SubmittedJob(number, folder / f"{spec.name}-{number}.log", kept)
+
+
+def _beside(store: Place) -> Path:
+    """Folder of a store; this one, where the store is in a bucket."""
+    return store.parent if isinstance(store, Path) else Path.cwd()
 
 
 def sbatch(script: str, *options: str) -> str:
@@ -148,8 +154,8 @@ def batch_script(store: str | Path, spec: JobSpec = JobSpec(), options: Sequence
     if own:
         raise PtychodaskError(f"submit: {', '.join(own)}: the job sets this itself; leave it away")
     ScanReader(store)
-    path = Path(store).resolve()
-    folder = job_folder(spec, path.parent)
+    path = place_named(store).resolve()
+    folder = job_folder(spec, _beside(path))
     for text in (str(path), str(folder), str(Path.cwd()), *options):
         if not text.isprintable() or "\\" in text:
             raise PtychodaskError(

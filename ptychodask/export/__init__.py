@@ -16,7 +16,8 @@ from typing import Any
 import xarray as xr
 
 from ptychodask.export.content import Content, Picture, check_object
-from ptychodask.folders import DAMAGED, Form, recorded_form, whole_file, whole_or_nothing
+from ptychodask.folders import DAMAGED, Form, whole_file, whole_or_nothing
+from ptychodask.places import place_named, recorded_format
 from ptychodask.progress import Progress, show_progress
 from ptychodask.result import RESULT, open_result, recorded
 from ptychodask.scan import PtychodaskError, Scan, check_choice
@@ -144,8 +145,8 @@ def export(
 def _opened(source: str | Path | xr.Dataset | Scan) -> xr.Dataset | Scan:
     if isinstance(source, xr.Dataset | Scan):
         return source
-    path = Path(source)
-    form = recorded_form(path) if path.is_dir() else None
+    path = place_named(source)
+    form = recorded_format(path)
     if form == SCAN.name:
         return open_scan(path)
     if path.exists() and form not in (RESULT.name, DAMAGED):
@@ -158,7 +159,7 @@ def _scan_of(ds: xr.Dataset, scan: str | Path | Scan | None, *, needed: bool) ->
     """The scan that a result was made from: the given one, or the recorded one where a format needs it."""
     if scan is None:
         store = recorded(ds.attrs, "store")
-        if not needed or not isinstance(store, str) or not Path(store).is_dir():
+        if not needed or not isinstance(store, str) or not place_named(store).is_dir():
             return None
         scan = store
     opened = scan if isinstance(scan, Scan) else open_scan(scan)
@@ -175,7 +176,7 @@ def _scan_of(ds: xr.Dataset, scan: str | Path | Scan | None, *, needed: bool) ->
 
 def _of_scan(scan: Scan, path: Path, optics: dict[str, float | None]) -> Content:
     known: dict[str, Any] = {name: _one_of(name, given, getattr(scan, name)) for name, given in optics.items()}
-    return Content(name=Path(scan.store or path).stem, scan=scan, **known)
+    return Content(name=place_named(scan.store or path).stem, scan=scan, **known)
 
 
 def _of_result(
@@ -184,7 +185,7 @@ def _of_result(
     of_scan = {name: None if scan is None else getattr(scan, name) for name in OPTICS}
     of_scan["pixel_size_m"] = of_scan["pixel_size_m"] or recorded(ds.attrs, "pixel_size_m")
     known: dict[str, Any] = {name: _one_of(name, given, of_scan[name]) for name, given in optics.items()}
-    name = path.name.split(".")[0] if scan is None or scan.store is None else Path(scan.store).stem
+    name = path.name.split(".")[0] if scan is None or scan.store is None else place_named(scan.store).stem
     picture = Picture(ds)
     if scan is not None and "scan" in (chosen.of_result or ()):
         # Programs that hold object and positions together cut patches out, and fail where one reaches beyond it.

@@ -37,6 +37,7 @@ from ptychodask.io.mapping import UNIT_NAMES
 from ptychodask.io.near_field import near_field
 from ptychodask.io.recipe import with_recipe
 from ptychodask.io.source import MOST_PIXELS, Container, Frames, SourceScan, frame_axes
+from ptychodask.places import ObjectPlace, place_named
 from ptychodask.scan import Domain, PtychodaskError, probe_diameter_px, with_fields
 
 USUAL_STEP = 0.3
@@ -83,13 +84,14 @@ def inspect_file(
     NPZ, which cannot be read in the middle, it is taken from the first `STREAM_BYTES`; an archive packed by bzip2 is
     unpacked into a temporary folder (scratch=).
     """
-    path = Path(path)
-    if path.is_dir():
+    named = place_named(path)
+    if isinstance(named, ObjectPlace) or named.is_dir():
         if format is not None or recipe is not None or reader_options:
             said = {"format": format, "recipe": recipe, **reader_options}
-            named = ", ".join(sorted(name for name, value in said.items() if value is not None))
-            raise PtychodaskError(f"{path}: is a store, which has no {named} to choose; leave it out")
-        return inspect_store(path)
+            options = ", ".join(sorted(name for name, value in said.items() if value is not None))
+            raise PtychodaskError(f"{named}: is a store, which has no {options} to choose; leave it out")
+        return inspect_store(named)
+    path = named
     spec = with_fields(IngestSpec(), with_recipe(recipe, reader_options))
     with tempfile.TemporaryDirectory(prefix="ptychodask-") as folder, ExitStack() as stack:
         container = open_container(path, Path(folder) if spec.scratch is None else Path(spec.scratch), stack)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -12,16 +11,17 @@ from ptychodask.grouping import median_step_px
 from ptychodask.inspection.arrays import ArrayNote
 from ptychodask.inspection.evidence import SAMPLE_FRAMES, Sample, bad_pixels, beam_of, mean_pattern, spread_rows
 from ptychodask.inspection.findings import Finding, Inspection, Preview
+from ptychodask.places import Place
 from ptychodask.scan import Scan, probe_diameter_px
 from ptychodask.store import open_groups, open_scan, stored_group_names
 
 
-def inspect_store(path: Path) -> Inspection:
+def inspect_store(path: Place) -> Inspection:
     """What a store holds: patterns and dose, positions and overlap, probe, truth, groups and models.
 
     Parameters
     ----------
-    path : Path
+    path : Place
 
     Returns
     -------
@@ -78,6 +78,8 @@ def _on_data(scan: Scan, sample: Sample) -> Iterator[Finding]:
         told = f"{provenance['source']}" + (f", read as {provenance['reader']!r}" if "reader" in provenance else "")
         options = ", ".join(f"{name}={value}" for name, value in provenance.get("options", {}).items())
         yield Finding("source", told + (f" with {options}" if options else ""), "noted")
+    if "segments" in noted:
+        yield Finding("segments", f"{len(noted['segments'])}, the scan is {noted['state']}", "noted")
 
 
 def _on_positions(scan: Scan) -> Iterator[Finding]:
@@ -108,7 +110,7 @@ def _on_probe(scan: Scan) -> Iterator[Finding]:
         yield Finding("truth", "the object is known, so that results can be judged by it", "noted")
 
 
-def _on_work(scan: Scan, path: Path) -> Iterator[Finding]:
+def _on_work(scan: Scan, path: Place) -> Iterator[Finding]:
     tables = [table for name in stored_group_names(path) if (table := open_groups(path, name)) is not None]
     told = ", ".join(f"'{table.name}' ({len(table)} of {table.spec.members})" for table in tables)
     yield Finding("groups", told or "none stored; they are made when they are needed", "noted")
@@ -117,10 +119,13 @@ def _on_work(scan: Scan, path: Path) -> Iterator[Finding]:
     yield Finding("models", told or "none trained on it", "noted")
 
 
-def _next(scan: Scan, path: Path) -> str:
+def _next(scan: Scan, path: Place) -> str:
     """What to run next: the probe first, then a network, then the picture."""
+    grows = scan.attributes["state"] == "growing"
     if scan.attributes.get("models"):
-        return shlex.join(["ptychodask", "reconstruct", str(path)])
+        return shlex.join(["ptychodask", "reconstruct", str(path), *(["--follow"] if grows else [])])
+    if grows:
+        return shlex.join(["ptychodask", "ingest", "--finish", str(path)])
     simulated = scan.truth is not None
     step = "train" if simulated or "probe_refinement" in scan.attributes else "refine-probe"
     return shlex.join(["ptychodask", step, str(path)])

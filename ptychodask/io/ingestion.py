@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.folders import check_vacant
 from ptychodask.growing import append_segment
 from ptychodask.io.formats import Source, detect_format, open_container, read_source
 from ptychodask.io.geometry import (
@@ -47,7 +46,7 @@ from ptychodask.io.source import (
     as_probe,
     listed_keys,
 )
-from ptychodask.locations import Location, ObjectPath, locate
+from ptychodask.places import ObjectPlace, Place, check_vacant, place_named
 from ptychodask.scan import (
     Calibration,
     Domain,
@@ -84,7 +83,7 @@ LOST_LIGHT_NOTED = 0.01
 
 def ingest(
     source: str | Path,
-    store: str | Path | ObjectPath,
+    store: str | Path | ObjectPlace,
     *,
     format: str | None = None,
     recipe: str | Path | None = None,
@@ -133,11 +132,11 @@ def ingest(
     Memory holds a few blocks of frames, however large the file. A file that cannot be read at random (compressed, or
     with patterns along its last axis) is first unpacked into a scratch file, cropped already where it is compressed.
     """
-    source, store = Path(source), locate(store)
+    source, store = Path(source), place_named(store)
     spec = with_fields(IngestSpec(), with_recipe(recipe, reader_options))
     if append and overwrite:
         raise PtychodaskError(f"{store}: append=True adds to the scan, overwrite=True replaces it; pass one of them")
-    if append and isinstance(store, ObjectPath):
+    if append and isinstance(store, ObjectPlace):
         raise PtychodaskError(
             f"{store}: a scan grows on a disk alone; append to a store there, and copy it when it is whole"
         )
@@ -157,7 +156,7 @@ def ingest(
 
 @contextmanager
 def _opened(
-    source: Path, store: Location, format: str | None, spec: IngestSpec
+    source: Path, store: Place, format: str | None, spec: IngestSpec
 ) -> Iterator[tuple[Source, Path, ExitStack]]:
     """A file for as long as it is read: what its reader found, and the folder for scratch."""
     with ExitStack() as stack:
@@ -171,7 +170,7 @@ def _append(source: Path, store: Path, format: str | None, spec: IngestSpec, pro
     """Add a file to a scan that grows, as one more segment."""
     scan = open_scan(store)
     recorded = scan.attributes.get("provenance", {})
-    if scan.attributes["state"] != "growing" or "options" not in recorded:
+    if scan.attributes["state"] != "growing" or not {"options", "reader"} <= recorded.keys():
         raise PtychodaskError(
             f"{store}: the scan is complete, and append=True (--append) adds to one that it began itself; name another "
             "store"
@@ -241,11 +240,11 @@ def _rounded(size_m: float | None) -> str | None:
     return None if size_m is None else f"{size_m:.9g}"
 
 
-def _scratch(spec: IngestSpec, store: Location, stack: ExitStack) -> Path:
+def _scratch(spec: IngestSpec, store: Place, stack: ExitStack) -> Path:
     """Folder for what has to be unpacked: beside the store, where that is on a disk."""
     if spec.scratch is not None:
         return Path(spec.scratch)
-    if isinstance(store, ObjectPath):
+    if isinstance(store, ObjectPlace):
         return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ptychodask-")))
     return store.parent
 

@@ -18,6 +18,7 @@ from ptychodask.models.model import Model, hash_weights
 from ptychodask.models.networks import bottom_weights, build_network
 from ptychodask.models.ptychopinn import ARCHIVE, PtychoPinnModel, holds_ptychopinn, read_ptychopinn
 from ptychodask.models.spec import ModelSpec, Optics
+from ptychodask.places import on_disk
 from ptychodask.scan import PtychodaskError
 
 
@@ -43,7 +44,7 @@ def save_model(model: Model, path: str | Path, *, overwrite: bool = False) -> Mo
     PtychodaskError
         If the path exists, or the disk refuses.
     """
-    path = Path(path)
+    path = on_disk(path, "a model")
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -91,7 +92,7 @@ def load_model(path: str | Path) -> Model | PtychoPinnModel:
     PtychodaskError
         If there is no model, it is damaged, of a newer format, or of neither kind.
     """
-    path = Path(path)
+    path = on_disk(path, "a model")
     if not path.exists():
         raise PtychodaskError(f"{path}: no such model; make one with 'ptychodask train'")
     if (path / "model.json").is_file():

@@ -19,8 +19,7 @@ import numpy as np
 import xarray as xr
 
 from ptychodask.cluster import client_for_run
-from ptychodask.folders import is_resumable
-from ptychodask.locations import Location, ObjectPath, locate
+from ptychodask.places import ObjectPlace, Place, is_resumable, place_named
 from ptychodask.plan import (
     MIB,
     NOT_STORED,
@@ -35,7 +34,7 @@ from ptychodask.plan import (
 )
 from ptychodask.prediction import PatchModel, resolve_model
 from ptychodask.reconstruction.caching import patch_cache
-from ptychodask.reconstruction.following import Following
+from ptychodask.reconstruction.following import Following, first_work
 from ptychodask.reconstruction.lazy import lazy_result
 from ptychodask.reconstruction.live import screen_for
 from ptychodask.reconstruction.many import FailedScansError, reconstruct_each
@@ -48,7 +47,7 @@ from ptychodask.result import (
     TileArrays,
     make_dataset,
 )
-from ptychodask.scan import PtychodaskError, with_fields
+from ptychodask.scan import PtychodaskError, Scan, with_fields
 from ptychodask.store import ScanReader
 
 __all__ = ["FailedScansError", "reconstruct"]
@@ -59,18 +58,18 @@ Models = str | Path | PatchModel | Mapping[str, str | Path | PatchModel] | None
 
 @overload
 def reconstruct(
-    store: str | Path | ObjectPath, model: Models = None, spec: ReconstructionSpec = ..., **options: Any
+    store: str | Path | ObjectPlace, model: Models = None, spec: ReconstructionSpec = ..., **options: Any
 ) -> xr.Dataset: ...
 @overload
 def reconstruct(
     store: list[Any] | tuple[Any, ...], model: Models = None, spec: ReconstructionSpec = ..., **options: Any
 ) -> dict[str, xr.Dataset]: ...
 def reconstruct(
-    store: str | Path | ObjectPath | Sequence[str | Path | ObjectPath],
+    store: str | Path | ObjectPlace | Sequence[str | Path | ObjectPlace],
     model: Models = None,
     spec: ReconstructionSpec = ReconstructionSpec(),
     *,
-    out: str | Path | ObjectPath | None = None,
+    out: str | Path | ObjectPlace | None = None,
     client: distributed.Client | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -126,9 +125,8 @@ def reconstruct(
     Notes
     -----
     The same plan gives the same bits for any number of workers: sums are float64 and merged in the order of chunks.
-    With `out` on a disk the sums of a chunk wait for their tiles in a file beside it, so that no worker's memory
-    depends on the size of the scan. With `out` in a bucket, or none, they wait in the memory of the workers, and
-    nothing is kept of a run that is stopped.
+    With `out` the sums of a chunk wait for their tiles in a file beside it, or in an object of the same bucket, so that
+    no worker's memory depends on the size of the scan.
 
     A run into `out` that ends early, however it ends, keeps what it finished: the tiles, and the sums of chunks, each
     with its checksum in a ledger. A task that fails is tried once more, on another worker where the first is gone; a
@@ -169,23 +167,23 @@ def reconstruct(
         "compute": compute,
         "progress": progress,
     }
-    if isinstance(store, str | Path | ObjectPath):
+    if isinstance(store, str | Path | ObjectPlace):
         return _reconstruct_one(store, model, spec, out=out, client=client, **options)
     with client_for_run(client) if compute else nullcontext(client) as used:
         return reconstruct_each(
             store,
-            None if out is None else locate(out),
+            None if out is None else place_named(out),
             spec,
             lambda one, path: _reconstruct_one(one, model, spec, out=path, client=used, **options),
         )
 
 
 def _reconstruct_one(
-    store: str | Path | ObjectPath,
+    store: str | Path | ObjectPlace,
     model: Models,
     spec: ReconstructionSpec,
     *,
-    out: str | Path | ObjectPath | None,
+    out: str | Path | ObjectPlace | None,
     client: distributed.Client | None,
     overwrite: bool,
     resume: bool,
@@ -196,13 +194,18 @@ def _reconstruct_one(
     started = time.perf_counter()
     several = isinstance(model, Mapping)
     _check_asked(spec, out, compute=compute, several=several, resume=resume)
-    scan = ScanReader(store).first()
+    reader = ScanReader(store)
+    reader.check()
+    scan = reader.first()
     spec = in_pixels(spec, scan.pixel_size_m, str(store))
     models = model if isinstance(model, Mapping) else {"": model}
     networks = {str(label): resolve_model(scan, one) for label, one in models.items()}
-    result = None if out is None else locate(out)
-    plan_now = partial(_planned, store, networks, spec, several=several)
-    work = plan_now()
+    result = None if out is None else place_named(out)
+    plan_now = partial(_planned_now, store, networks, spec, several=several)
+    if spec.follow:
+        work = first_work(plan_now, str(store), spec.follow_timeout_s)
+    else:
+        work = _planned(reader, scan, networks, spec, several=several)
     scan, todo = work.scan, work.todo
     grows = scan.attributes["state"] == "growing"
     goes_on = resume and "segments" in scan.attributes and result is not None and is_resumable(result)
@@ -222,13 +225,19 @@ def _reconstruct_one(
         return write_result(work, result, client, started, progress, overwrite=overwrite, resume=resume)
 
 
-def _planned(
-    store: str | Path | ObjectPath, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
+def _planned_now(
+    store: str | Path | ObjectPlace, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
 ) -> Work:
     """The work on what a store holds now."""
     reader = ScanReader(store)
     reader.check()
-    scan = reader.first()
+    return _planned(reader, reader.first(), networks, spec, several=several)
+
+
+def _planned(
+    reader: ScanReader, scan: Scan, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
+) -> Work:
+    """The work on what a reader sees."""
     plans = plan_together(reader, networks, spec) if several else {"": plan_for(reader, networks[""], spec)}
     methods = tuple(
         MethodJob(prediction_job(plans[label], network, scan, spec), plans[label].window, plans[label].crop)
@@ -239,7 +248,7 @@ def _planned(
     return Work(scan, job, next(iter(plans.values())), spec, _attributes(networks, plans, spec))
 
 
-def _check_followed(spec: ReconstructionSpec, result: Location | None, store: str) -> Path:
+def _check_followed(spec: ReconstructionSpec, result: Place | None, store: str) -> Path:
     """Where the result goes; raises `PtychodaskError` for wishes that a scan which grows cannot be followed with."""
     if not isinstance(result, Path):
         raise PtychodaskError(
@@ -255,7 +264,7 @@ def _check_followed(spec: ReconstructionSpec, result: Location | None, store: st
 
 
 def _check_asked(
-    spec: ReconstructionSpec, out: str | Path | ObjectPath | None, *, compute: bool, several: bool, resume: bool
+    spec: ReconstructionSpec, out: str | Path | ObjectPlace | None, *, compute: bool, several: bool, resume: bool
 ) -> None:
     """Raise `PtychodaskError` for wishes that exclude each other."""
     if resume and out is None:
@@ -287,13 +296,9 @@ def _check_asked(
         raise PtychodaskError(
             "reconstruct: several models with polish or cache, which go with one; reconstruct with one model at a time"
         )
-    if spec.cache is not None and isinstance(locate(spec.cache), ObjectPath):
-        raise PtychodaskError(
-            f"reconstruct: a cache of patches lies on a disk, not in a bucket ({spec.cache}); name a path"
-        )
-    if spec.cache is not None and out is not None and Path(spec.cache).resolve() == locate(out).resolve():
+    if spec.cache is not None and out is not None and place_named(spec.cache).resolve() == place_named(out).resolve():
         raise PtychodaskError(f"reconstruct: {out} is named as the result and as the cache of patches; name two places")
-    if spec.cache is not None and not compute and not Path(spec.cache).exists():
+    if spec.cache is not None and not compute and not place_named(spec.cache).exists():
         raise PtychodaskError(f"reconstruct: compute=False cannot fill the cache {spec.cache}; compute first")
 
 
@@ -312,7 +317,7 @@ def _in_memory(work: Work, client: distributed.Client | None, started: float, pr
         for name, part in report.arrays.items():
             arrays[name][..., y : y + height, x : x + width] = part
 
-    told = run_work(work, client, None, place, show=progress)
+    told = run_work(work, client, None, place, show=progress, screen=screen_for(work.spec.live))
     return make_dataset(
         **arrays,
         corner=todo.box.corner,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from ptychodask.folders import LEDGER, is_resumable, whole_or_nothing
-from ptychodask.locations import Location
+from ptychodask.folders import LEDGER, whole_or_nothing
 from ptychodask.patches import PATCHES, check_patches, create_patches, finish_patches
+from ptychodask.places import Place, is_resumable, on_disk
 from ptychodask.plan import Plan, ReconstructionSpec
 from ptychodask.prediction import PatchModel
 from ptychodask.scan import PtychodaskError, Scan
@@ -21,7 +20,7 @@ def patch_cache(
     networks: Mapping[str, PatchModel],
     todo: Plan,
     spec: ReconstructionSpec,
-    result: Location | None,
+    result: Place | None,
     *,
     overwrite: bool,
     resume: bool,
@@ -32,7 +31,7 @@ def patch_cache(
     ----------
     scan, networks, todo, spec
         Of the run; one network.
-    result : Path or None
+    result : Place or None
         What the run writes. When the block fails, a cache that was being filled is kept as long as what is finished
         of that.
     overwrite, resume : bool
@@ -51,7 +50,7 @@ def patch_cache(
     if spec.cache is None:
         yield {}
         return
-    path, (network,) = Path(spec.cache), networks.values()
+    path, (network,) = on_disk(spec.cache, "a cache of patches"), networks.values()
     made_by = {
         "data_hash": scan.data_hash,
         "model_hash": network.content_hash,

@@ -13,8 +13,9 @@ import distributed
 
 from ptychodask.cluster.preflight import preflight_jobs
 from ptychodask.growing import growth
+from ptychodask.plan import RegionNotReachedError
 from ptychodask.reconstruction.ledger import Ledger, check_same
-from ptychodask.reconstruction.live import LivePicture, screen_for
+from ptychodask.reconstruction.live import LivePicture, Screen
 from ptychodask.reconstruction.running import check_workers
 from ptychodask.reconstruction.stitching import Stitching, sent_job
 from ptychodask.reconstruction.work import Work, identity
@@ -49,7 +50,7 @@ class Following:
     def __init__(self, plan_now: Callable[[], Work], client: distributed.Client, progress: bool | None) -> None:
         self._plan_now, self._client, self._progress = plan_now, client, progress
 
-    def to_its_end(self, work: Work, ledger: Ledger, sums: Path) -> Work:
+    def to_its_end(self, work: Work, ledger: Ledger, sums: Path, screen: Screen | None) -> Work:
         """Predict segment after segment; gives the work on the complete scan, whose chunks are noted in the ledger.
 
         Parameters
@@ -60,6 +61,8 @@ class Following:
             Made by `growing_identity`.
         sums : Path
             Folder for the sums of chunks.
+        screen : Screen or None
+            Where the live picture is shown.
 
         Raises
         ------
@@ -67,7 +70,6 @@ class Following:
             If no segment comes for too long, the scan was replaced, or a task fails.
         """
         made_by = growing_identity(work)
-        screen = screen_for(work.spec.live)
         sure: set[int] = set()
         sums.mkdir(exist_ok=True)
         while True:
@@ -114,18 +116,49 @@ class Following:
 
     def _next(self, work: Work) -> Work:
         """Wait until the store holds more than this work is on, or is complete; gives the work on that."""
-        store, limit_s = work.todo.store, work.spec.follow_timeout_s
-        known = work.scan.attributes["state"], len(work.scan.attributes["segments"])
-        since = time.monotonic()
-        while growth(store) == known:
-            if time.monotonic() - since > limit_s:
-                raise PtychodaskError(
-                    f"{store}: no segment came for follow_timeout_s={limit_s:g} s after {known[1]} of them, and the "
-                    f"scan is not finished; when others come, or after 'ptychodask ingest --finish {store}', follow it "
-                    "again"
-                )
-            time.sleep(LOOK_EVERY_S)
+        attributes = work.scan.attributes
+        known = attributes["state"], len(attributes["segments"])
+        _wait_for_growth(work.todo.store, known, work.spec.follow_timeout_s)
         return self._plan_now()
+
+
+def first_work(plan_now: Callable[[], Work], store: str, limit_s: float) -> Work:
+    """The work on what a store holds now, or as soon as the region of interest is reached.
+
+    Parameters
+    ----------
+    plan_now : callable
+    store : str
+    limit_s : float
+        How long the store may go without a new segment.
+
+    Raises
+    ------
+    PtychodaskError
+        As `plan_now` does; where the region is not reached, once no other segment can come.
+    """
+    while True:
+        known = growth(store)
+        try:
+            return plan_now()
+        except RegionNotReachedError as error:
+            if known[0] != "growing":
+                raise
+            logger.info("%s; waiting for a segment that does", error)
+        _wait_for_growth(store, known, limit_s)
+
+
+def _wait_for_growth(store: str, known: tuple[str, int], limit_s: float) -> None:
+    """Return once a store has another state, or more segments, than is known (see `growth`)."""
+    since = time.monotonic()
+    while growth(store) == known:
+        if time.monotonic() - since > limit_s:
+            raise PtychodaskError(
+                f"{store}: no segment came for follow_timeout_s={limit_s:g} s after {known[1]} of them, and the "
+                f"scan is not finished; when others come, or after 'ptychodask ingest --finish {store}', follow it "
+                "again"
+            )
+        time.sleep(LOOK_EVERY_S)
 
 
 def growing_identity(work: Work) -> dict[str, Any]:

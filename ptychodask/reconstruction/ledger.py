@@ -7,14 +7,17 @@ import os
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from ptychodask.folders import LEDGER, from_json
+from ptychodask.places import ObjectPlace, Place, remove
 from ptychodask.scan import PtychodaskError
 
 FORMAT = "ptychodask-ledger"
 FORMAT_VERSION = 1
+
+HEADER = "0"
+"""Name of the first line where lines are objects: it sorts before the others."""
 
 
 class Ledger:
@@ -22,19 +25,21 @@ class Ledger:
 
     Parameters
     ----------
-    folder : Path
-        Folder that is being written. The file appears with the first line, so a run that finished nothing leaves none.
+    folder : Place
+        Beside what is being written. The file appears with the first line, so a run that finished nothing leaves none.
     made_by : dict
         What the run's data depend on: hashes, spec, plan; plain values for JSON.
 
     Notes
     -----
     Lines are added and reach the disk one by one. Each ends with a checksum, so that one that was cut short is known.
+    An object store adds nothing to an object: there each line is one of its own, below the name of the file.
     """
 
-    def __init__(self, folder: Path, made_by: dict[str, Any]) -> None:
+    def __init__(self, folder: Place, made_by: dict[str, Any]) -> None:
         self._path = folder / LEDGER
         self._made_by = json.loads(json.dumps(made_by))
+        self._begun = False
         self.chunks: dict[int, dict[str, Any]] = {}
         """Records of finished chunks, by their index."""
         self.tiles: dict[int, dict[str, Any]] = {}
@@ -71,8 +76,11 @@ class Ledger:
 
     def add(self, kind: str, index: int, record: Mapping[str, Any]) -> None:
         """Note that a chunk or a tile is finished; on disk when this returns."""
+        if isinstance(self._path, ObjectPlace):
+            self._add_object(self._path, kind, index, record)
+            return
         # A line before, so that what a full disk cut short does not spoil this one.
-        text = "\n" if self.exists else _line({"format": FORMAT, "format_version": 1, "made_by": self._made_by})
+        text = "\n" if self.exists else self._header()
         text += _line({"kind": kind, "index": index, **record})
         with self._path.open("a") as file:
             file.write(text)
@@ -86,9 +94,21 @@ class Ledger:
         self.tiles.clear()
         self._made_by = json.loads(json.dumps(made_by))
 
+    def _header(self) -> str:
+        return _line({"format": FORMAT, "format_version": FORMAT_VERSION, "made_by": self._made_by})
+
+    def _add_object(self, path: ObjectPlace, kind: str, index: int, record: Mapping[str, Any]) -> None:
+        if not self._begun:
+            (path / HEADER).write_bytes(self._header().encode())
+            self._begun = True
+        (path / f"{kind}-{index}").write_bytes(_line({"kind": kind, "index": index, **record}).encode())
+
     def forget(self) -> None:
-        """Remove the file: nothing of the run is to be gone on with."""
-        self._path.unlink(missing_ok=True)
+        """Remove it: nothing of the run is to be gone on with."""
+        if isinstance(self._path, ObjectPlace):
+            remove(self._path)
+        else:
+            self._path.unlink(missing_ok=True)
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -96,11 +116,18 @@ def _line(record: Mapping[str, Any]) -> str:
     return f"{text}\t{zlib.crc32(text.encode()):08x}\n"
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Place) -> list[str]:
+    if isinstance(path, ObjectPlace):
+        keys = sorted((found for found, _ in path.below()), key=str)
+        return [key.read_bytes().decode(errors="replace").strip() for key in keys]
+    return path.read_text(errors="replace").splitlines()
+
+
+def _whole_lines(path: Place) -> list[dict[str, Any]]:
     """Records of a ledger, the header first; lines that are none, or whose checksum is not theirs, are left out."""
     records = []
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = _lines(path)
     except OSError as error:
         raise PtychodaskError(
             f"{path}: cannot be read ({error.strerror or error}); pass overwrite=True (--overwrite), without resume, "

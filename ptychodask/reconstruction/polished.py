@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import distributed
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.iterative import StepProducts
-from ptychodask.locations import Location
+from ptychodask.places import Place
 from ptychodask.plan import Plan, Tile
 from ptychodask.polishing import (
     amplitude_sum,
@@ -63,7 +62,7 @@ def stitch_on_workers(
     return [done[index] for index in range(len(todo.tiles))]
 
 
-def tiles_from_disk(client: distributed.Client, out: Path, todo: Plan) -> list[distributed.Future]:
+def tiles_from_disk(client: distributed.Client, out: Place, todo: Plan) -> list[distributed.Future]:
     """Tiles that lie in a result store: a `TileReport` of each, which stays with the workers."""
     return [client.submit(stored_tile, out, tile, start_yx(todo, tile), priority=1, pure=False) for tile in todo.tiles]
 
@@ -168,7 +167,7 @@ class Polishing:
         return [done[index] for index in range(len(boxes))]
 
     def deliver(
-        self, out: Location | None, take: Callable[[Tile, TileReport], None], live: LivePicture | None = None
+        self, out: Place | None, take: Callable[[Tile, TileReport], None], live: LivePicture | None = None
     ) -> None:
         """Write the tiles, or hand them to `take`; the live picture gets each."""
         todo = self._todo

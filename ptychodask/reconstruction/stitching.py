@@ -6,14 +6,13 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import distributed
 import numpy as np
 
 from ptychodask.cluster import Parcel, parcel_for
-from ptychodask.locations import Location
+from ptychodask.places import Place
 from ptychodask.plan import Plan, Tile
 from ptychodask.prediction import Skipped
 from ptychodask.progress import show_progress
@@ -67,9 +66,9 @@ class Stitching:
         What cannot be used is left out.
     n_verified : int
         Chunks that a second worker computes again.
-    out : Path, optional
+    out : Place, optional
         Result store to write tiles into; by default they are sent.
-    folder : Path, optional
+    folder : Place, optional
         Where the sums of chunks wait for their tiles; by default in the memory of the workers.
     ledger : Ledger, optional
         Takes what is finished, and says what was.
@@ -90,8 +89,8 @@ class Stitching:
         *,
         tolerant: bool = False,
         n_verified: int = 0,
-        out: Location | None = None,
-        folder: Path | None = None,
+        out: Place | None = None,
+        folder: Place | None = None,
         ledger: Ledger | None = None,
         live: LivePicture | None = None,
         keep: bool = False,
@@ -115,7 +114,7 @@ class Stitching:
             If a task fails, or two workers do not agree on a chunk.
         """
         finished = self._finished()
-        waiting = _Waiting(self._todo, self._folder, finished.tiles)
+        waiting = _Waiting(self._todo, self._folder, finished.tiles, self._job.n_canvases)
         tasks = self.tasks(finished, every_tile=False)
 
         def take_chunk(index: int, given: Any) -> None:
@@ -223,7 +222,7 @@ class Stitching:
         for index, record in ledger.chunks.items():
             self.told.chunks[index] = _chunk_report(record)
         tiles, chunks = sorted(ledger.tiles), sorted(ledger.chunks)
-        assert isinstance(self._out, Path) or not tiles
+        assert self._out is not None or not tiles
         whole = self._client.gather(
             [
                 self._client.submit(
@@ -239,7 +238,7 @@ class Stitching:
         )
         done = frozenset(index for index, good in zip(tiles, whole, strict=True) if good)
         for index in set(tiles) - done:
-            assert isinstance(self._out, Path)
+            assert self._out is not None
             remove_tile(self._out, start_yx(todo, todo.tiles[index]), todo.tile)
         for index in done:
             self.told.tiles.append(ledger.tiles[index]["seconds"])
@@ -299,8 +298,8 @@ def _chunk_report(record: dict[str, Any]) -> ChunkReport:
 class _Waiting:
     """Files of sums that tiles still wait for; each goes with the last of its uses."""
 
-    def __init__(self, todo: Plan, folder: Path | None, tiles_done: Any) -> None:
-        self._todo, self._folder = todo, folder
+    def __init__(self, todo: Plan, folder: Place | None, tiles_done: Any, n_canvases: int) -> None:
+        self._todo, self._folder, self._n_canvases = todo, folder, n_canvases
         self._uses = [0] * len(todo.chunks)
         for index, tile in enumerate(todo.tiles):
             for chunk in tile.chunks if index not in tiles_done else ():
@@ -315,8 +314,8 @@ class _Waiting:
         for index in chunks:
             self._uses[index] -= 1
             if self._uses[index] == 0:
-                for path in self._folder.glob(f"{self._todo.chunks[index].start}-*.npy"):
-                    path.unlink()
+                for path in sums_files(self._folder, self._todo.chunks[index], self._n_canvases):
+                    path.unlink(missing_ok=True)
 
 
 class Told:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from ptychodask.cluster import Parcel
 from ptychodask.grouping import groups_kept
-from ptychodask.locations import Location
 from ptychodask.patches import StoredPatches
+from ptychodask.places import Place
 from ptychodask.plan import Chunk, Tile
 from ptychodask.polishing import seen_part
 from ptychodask.prediction import PatchBatch, PredictionJob, Skipped, open_reader, predict_groups, stage
@@ -73,6 +73,11 @@ class StitchingJob:
     position_yx_px: NDArray[np.float64] | None = None
     """Where cached patches are stitched, float64 (pattern, 2), in place of the stored positions."""
 
+    @property
+    def n_canvases(self) -> int:
+        """Canvases that the sums of a chunk fill: one for each method, or for each of its halves."""
+        return (2 if self.layers.split_half else 1) * len(self.methods)
+
 
 @dataclass(frozen=True)
 class ChunkReport:
@@ -95,7 +100,7 @@ class ChunkReport:
 class ChunkSums:
     """What predicting one chunk gives: sums over its box for each method, or for each of its halves."""
 
-    canvases: tuple[Canvas, ...] | tuple[Path, ...]
+    canvases: tuple[Canvas, ...] | tuple[Place, ...]
     """In memory, or files of them; none where the whole chunk was left out."""
 
     corner: tuple[int, int]
@@ -108,7 +113,7 @@ class ChunkSums:
         if not self.canvases:
             return empty_canvas(self.corner, (0, 0))
         found = self.canvases[number]
-        return open_canvas(found, self.corner) if isinstance(found, Path) else found
+        return found if isinstance(found, Canvas) else open_canvas(found, self.corner)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +151,7 @@ class Verification:
 
 
 def predict_chunk(
-    job: StitchingJob | Parcel, chunk: Chunk, folder: Path | None = None, tolerant: bool = False
+    job: StitchingJob | Parcel, chunk: Chunk, folder: Place | None = None, tolerant: bool = False
 ) -> ChunkSums:
     """Predict one chunk and sum its patches over its own box, batch by batch.
 
@@ -154,7 +159,7 @@ def predict_chunk(
     ----------
     job : StitchingJob, or Parcel of one
     chunk : Chunk
-    folder : Path, optional
+    folder : Place, optional
         Where the sums are kept; by default in memory.
     tolerant : bool
         Leave out patterns that cannot be used, and groups whose patches are not finite, where they would be an error.
@@ -168,7 +173,7 @@ def predict_chunk(
     seconds: dict[str, float] = {}
     skipped: list[Skipped] | None = [] if tolerant else None
     per_method = 2 if job.layers.split_half else 1
-    canvases = [empty_canvas(chunk.box.corner, chunk.box.shape) for _ in range(per_method * len(job.methods))]
+    canvases = [empty_canvas(chunk.box.corner, chunk.box.shape) for _ in range(job.n_canvases)]
     probe = open_reader(job.methods[0].prediction).probe
     windows = [make_window(method.window, method.crop, probe) for method in job.methods]
     for number, batch in _patches_of(job, chunk, seconds, skipped):
@@ -194,7 +199,7 @@ def predict_chunk(
     return ChunkSums(paths, chunk.box.corner, report)
 
 
-def sums_files(folder: Path, chunk: Chunk, n_canvases: int) -> tuple[Path, ...]:
+def sums_files(folder: Place, chunk: Chunk, n_canvases: int) -> tuple[Place, ...]:
     """Files that the sums of a chunk are kept in."""
     return tuple(folder / f"{chunk.start}-{number}.npy" for number in range(n_canvases))
 
@@ -248,12 +253,12 @@ def _difference(first: Canvas, second: Canvas) -> float:
     return float(np.abs(objects[0][seen] - objects[1][seen]).max()) / scale
 
 
-def sums_are_whole(folder: Path, chunk: Chunk, checksums: Sequence[int]) -> bool:
+def sums_are_whole(folder: Place, chunk: Chunk, checksums: Sequence[int]) -> bool:
     """Whether the kept sums of a chunk are those that were noted of it.
 
     Parameters
     ----------
-    folder : Path
+    folder : Place
     chunk : Chunk
     checksums : sequence of int
         Of each canvas.
@@ -265,12 +270,12 @@ def sums_are_whole(folder: Path, chunk: Chunk, checksums: Sequence[int]) -> bool
     return found == list(checksums)
 
 
-def tile_is_whole(out: Path, tile: Tile, start_yx: tuple[int, int], expected: int) -> bool:
+def tile_is_whole(out: Place, tile: Tile, start_yx: tuple[int, int], expected: int) -> bool:
     """Whether a tile of a result store is the one whose checksum was noted.
 
     Parameters
     ----------
-    out : Path
+    out : Place
     tile : Tile
     start_yx : (int, int)
         Row and column of its first pixel in the whole object.
@@ -290,7 +295,7 @@ def tile_checksum(arrays: TileArrays) -> int:
     return found
 
 
-def coarse_stored_tile(out: Path, tile: Tile, start_yx: tuple[int, int], coarse_step: int) -> CoarsePart:
+def coarse_stored_tile(out: Place, tile: Tile, start_yx: tuple[int, int], coarse_step: int) -> CoarsePart:
     """A tile that was written before, for the live picture.
 
     Parameters
@@ -301,7 +306,7 @@ def coarse_stored_tile(out: Path, tile: Tile, start_yx: tuple[int, int], coarse_
     return coarse_part(read_tile(out, start_yx, tile.box.shape)["object"], start_yx, coarse_step)
 
 
-def stored_tile(out: Path, tile: Tile, start_yx: tuple[int, int]) -> TileReport:
+def stored_tile(out: Place, tile: Tile, start_yx: tuple[int, int]) -> TileReport:
     """A tile that was written before, as `deliver_tile` would send it.
 
     Parameters
@@ -392,7 +397,7 @@ def deliver_tile(
     layers: Layers,
     tile: Tile,
     parts: Sequence[ChunkSums],
-    out: Location | None,
+    out: Place | None,
     start_yx: tuple[int, int],
     coarse_step: int = 0,
 ) -> TileReport:
@@ -403,7 +408,7 @@ def deliver_tile(
     layers : Layers
     tile : Tile
     parts : sequence of ChunkSums
-    out : Path or None
+    out : Place or None
         Result store to write into; None sends the tile.
     start_yx : (int, int)
         Row and column of the tile's first pixel in the whole object.
@@ -451,7 +456,7 @@ def deliver_polished(
     box: Box,
     stitched: TileReport,
     polished: NDArray[np.complex64],
-    out: Location | None,
+    out: Place | None,
     start_yx: tuple[int, int],
     coarse_step: int = 0,
 ) -> TileReport:

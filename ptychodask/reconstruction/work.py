@@ -6,18 +6,17 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import distributed
 
 from ptychodask.cluster import client_for_run
 from ptychodask.cluster.preflight import preflight_jobs
-from ptychodask.locations import Location
+from ptychodask.places import Place
 from ptychodask.plan import Plan, ReconstructionSpec, Tile
 from ptychodask.prediction import stage
 from ptychodask.reconstruction.ledger import Ledger
-from ptychodask.reconstruction.live import LivePicture, screen_for
+from ptychodask.reconstruction.live import LivePicture, Screen
 from ptychodask.reconstruction.polished import Polishing, stitch_on_workers, tiles_from_disk
 from ptychodask.reconstruction.running import check_workers
 from ptychodask.reconstruction.stitching import Stitching, Told, sent_job
@@ -46,27 +45,19 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Where an unfinished run lies on a disk."""
-
-    stitched: Path
-    """Store of the tiles as they are stitched: the result, unless they are polished before they come there."""
-
-    sums: Path
-    """Folder of the sums of chunks."""
-
-    ledger: Ledger
-
-
-@dataclass(frozen=True)
 class Places:
     """Where a run into a result store puts things."""
 
-    result: Location
+    result: Place
     """Store that is being written."""
 
-    kept: Kept | None
-    """What of the run is kept on a disk, so that it can be gone on with."""
+    stitched: Place
+    """Store of the tiles as they are stitched: the result, unless they are polished before they come there."""
+
+    sums: Place
+    """Folder of the sums of chunks."""
+
+    ledger: Ledger
 
 
 OF_NO_EFFECT = ("memory_bytes", "on_error", "verify", "device", "pyramid")
@@ -98,6 +89,7 @@ def run_work(
     take: Callable[[Tile, TileReport], None],
     *,
     show: bool | None,
+    screen: Screen | None,
 ) -> dict[str, Any]:
     """Stitch and polish.
 
@@ -112,6 +104,8 @@ def run_work(
         Gets each tile of the result, with what it gave.
     show : bool, optional
         See `show_progress`.
+    screen : Screen or None
+        Where the live picture is shown.
 
     Returns
     -------
@@ -121,13 +115,9 @@ def run_work(
     job, todo, spec = work.job, work.todo, work.spec
     n_chunks, n_tiles = len(todo.chunks), len(todo.tiles)
     logger.info("%s: %d groups in %d chunks onto %d tiles", todo.store, todo.n_groups, n_chunks, n_tiles)
-    keeps = None if places is None else places.kept
-    kept: dict[str, Any] = {}
-    if keeps is not None:
-        kept = {"out": keeps.stitched, "folder": keeps.sums, "ledger": keeps.ledger}
-    elif places is not None and not spec.polish:
-        kept = {"out": places.result}
-    screen = screen_for(spec.live)
+    kept: dict[str, Any] = (
+        {} if places is None else {"out": places.stitched, "folder": places.sums, "ledger": places.ledger}
+    )
     live = None if screen is None else LivePicture(screen, todo, job.layers, work.scan.pixel_size_m)
     with client_for_run(client) as used, sent_job(used, job) as sent:
         preflight_jobs(used, [method.prediction for method in job.methods])
@@ -140,11 +130,11 @@ def run_work(
             if live is not None:
                 live.finish()
             return _told(stitching.told, todo.store)
-        if keeps is None:
+        if places is None:
             stitched = stitch_on_workers(used, stitching, todo, show)
         else:
             stitching.run(lambda tile, report: None, show)
-            stitched = tiles_from_disk(used, keeps.stitched, todo)
+            stitched = tiles_from_disk(used, places.stitched, todo)
         told = _told(stitching.told, todo.store)
         return told | _polish(work, used, stitched, told, None if places is None else places.result, take, show, live)
 
@@ -154,7 +144,7 @@ def _polish(
     client: distributed.Client,
     stitched: list[distributed.Future],
     told: dict[str, Any],
-    out: Location | None,
+    out: Place | None,
     take: Callable[[Tile, TileReport], None],
     show: bool | None,
     live: LivePicture | None,

@@ -10,13 +10,13 @@ from typing import Any
 import distributed
 import xarray as xr
 
-from ptychodask.folders import is_resumable, whole_or_nothing, written_in_place
-from ptychodask.locations import Location, ObjectPath
+from ptychodask.places import Place, Writing, is_resumable, is_whole, remove, written
 from ptychodask.plan import ReconstructionSpec
 from ptychodask.prediction import stage
 from ptychodask.reconstruction.following import Following, growing_identity
 from ptychodask.reconstruction.ledger import Ledger, check_same, differences
-from ptychodask.reconstruction.work import Kept, Places, Work, identity, rates, run_work
+from ptychodask.reconstruction.live import Screen, screen_for
+from ptychodask.reconstruction.work import Places, Work, identity, rates, run_work
 from ptychodask.result import PYRAMID, RESULT, create_result, finish_result, open_result, write_pyramid
 from ptychodask.scan import PtychodaskError
 
@@ -31,7 +31,7 @@ STITCHED_FOLDER = "stitched"
 
 def write_result(
     work: Work,
-    path: Location,
+    path: Place,
     client: distributed.Client | None,
     started: float,
     progress: bool | None,
@@ -45,7 +45,7 @@ def write_result(
     Parameters
     ----------
     work : Work
-    path : Path or ObjectPath
+    path : Place
     client, progress, overwrite, resume
         As for `reconstruct`.
     started : float
@@ -55,27 +55,22 @@ def write_result(
     """
     if str(path.resolve()) == work.todo.store:
         raise PtychodaskError(f"{path}: is the store of the scan itself; name another place with out=")
-    if isinstance(path, ObjectPath):
-        if resume:
-            raise PtychodaskError(
-                f"{path}: is in a bucket, where nothing is kept of a run that is stopped; leave resume= (--resume) "
-                "out, or write to a disk"
-            )
-        return _write_into_bucket(work, path, client, started, progress, overwrite=overwrite)
-    if resume and path.exists() and not is_resumable(path):
+    if resume and is_whole(path) and not is_resumable(path):
         whole = open_result(path)
         if not overwrite:
             check_same(identity(whole.attrs), identity(work.attributes), str(path))
         if not differences(identity(whole.attrs), identity(work.attributes)):
             logger.info("%s: is whole already", path)
             return whole
-    with whole_or_nothing(path, overwrite=overwrite, form=RESULT, resume=resume) as building:
-        result = building.resolve()
-        ledger = Ledger(result.parent, identity(work.attributes) if following is None else growing_identity(work))
+    with written(path, overwrite=overwrite, form=RESULT, resume=resume) as writing:
+        screen = screen_for(work.spec.live)
+        made_by = identity(work.attributes) if following is None else growing_identity(work)
+        ledger = Ledger(writing.beside, made_by)
         try:
             if following is not None:
-                work = following.to_its_end(work, ledger, result.parent / SUMS_FOLDER)
-            told = _into(work, result, ledger, client, progress)
+                assert isinstance(writing.beside, Path)
+                work = following.to_its_end(work, ledger, writing.beside / SUMS_FOLDER, screen)
+            told = _into(work, writing, ledger, client, progress, screen)
         except PtychodaskError as error:
             if not ledger.exists:
                 raise
@@ -83,68 +78,53 @@ def write_result(
                 f"{error}; what is finished is kept: go on with resume=True (--resume), or start again with "
                 "overwrite=True (--overwrite)"
             ) from error
-        _finish(work, result, told, started)
+        if work.spec.pyramid:
+            with stage(told["seconds"], "pyramid"):
+                write_pyramid(writing.whole)
+        writing.check_held()
+        finish_result(writing.whole, work.attributes | rates(work.todo, told, started))
     return open_result(path)
-
-
-def _write_into_bucket(
-    work: Work,
-    path: ObjectPath,
-    client: distributed.Client | None,
-    started: float,
-    progress: bool | None,
-    *,
-    overwrite: bool,
-) -> xr.Dataset:
-    """As `write_result`, but the sums of chunks wait for their tiles in the memory of the workers."""
-    with written_in_place(path, overwrite=overwrite, form=RESULT) as result:
-        _create(work, result)
-        told = run_work(work, client, Places(result, None), lambda tile, report: None, show=progress)
-        _finish(work, result, told, started)
-    return open_result(path)
-
-
-def _create(work: Work, path: Location) -> None:
-    todo = work.todo
-    create_result(
-        path,
-        todo.box.shape,
-        todo.box.corner,
-        todo.tile,
-        pixel_size_m=work.scan.pixel_size_m,
-        layers=work.job.layers,
-    )
-
-
-def _finish(work: Work, path: Location, told: dict[str, Any], started: float) -> None:
-    if work.spec.pyramid:
-        with stage(told["seconds"], "pyramid"):
-            write_pyramid(path)
-    finish_result(path, work.attributes | rates(work.todo, told, started))
 
 
 def _into(
-    work: Work, result: Path, ledger: Ledger, client: distributed.Client | None, show: bool | None
+    work: Work,
+    writing: Writing,
+    ledger: Ledger,
+    client: distributed.Client | None,
+    show: bool | None,
+    screen: Screen | None,
 ) -> dict[str, Any]:
     """Run into a result store that is being written, or go on with it; gives what `run_work` gives."""
-    stitched = result.parent / STITCHED_FOLDER if work.spec.polish else result
-    kept = Kept(stitched, result.parent / SUMS_FOLDER, ledger)
+    result, beside = writing.whole, writing.beside
+    stitched = beside / STITCHED_FOLDER if work.spec.polish else result
+    places = Places(result, stitched, beside / SUMS_FOLDER, ledger)
     if ledger.exists:
         ledger.read()
         _check_nothing_skipped(ledger, work.spec)
     if not ledger.tiles:
         for path in {result, stitched}:
             _empty(path)
-            _create(work, path)
-        kept.sums.mkdir(exist_ok=True)
+            create_result(
+                path,
+                work.todo.box.shape,
+                work.todo.box.corner,
+                work.todo.tile,
+                pixel_size_m=work.scan.pixel_size_m,
+                layers=work.job.layers,
+            )
+        if isinstance(places.sums, Path):
+            places.sums.mkdir(exist_ok=True)
     if work.spec.pyramid:
-        shutil.rmtree(result / PYRAMID, ignore_errors=True)
-    return run_work(work, client, Places(result, kept), lambda tile, report: None, show=show)
+        remove(result / PYRAMID)
+    return run_work(work, client, places, lambda tile, report: None, show=show, screen=screen)
 
 
-def _empty(folder: Path) -> None:
-    """Leave nothing in a folder, which may not exist."""
-    for path in folder.glob("*"):
+def _empty(place: Place) -> None:
+    """Leave nothing in a place, which may not exist; a folder itself stays."""
+    if not isinstance(place, Path):
+        place.remove()
+        return
+    for path in place.glob("*"):
         if path.is_dir():
             shutil.rmtree(path)
         else:

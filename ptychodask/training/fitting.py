@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.folders import check_vacant
-from ptychodask.locations import ObjectPath, locate
 from ptychodask.models import Model, ModelSpec, Optics, save_model
 from ptychodask.models.bundle import MODEL
 from ptychodask.models.networks import build_autoencoder, build_network, encoder_layers, with_penalties
 from ptychodask.models.spec import Kind
+from ptychodask.places import ObjectPlace, on_disk, place_named
 from ptychodask.progress import show_progress
 from ptychodask.scan import PtychodaskError, Scan, with_fields
 from ptychodask.store import open_scan, record_model
@@ -196,7 +196,7 @@ def train(
     spec = with_fields(spec or TrainingSpec(), spec_fields)
     stores = [store] if isinstance(store, str | Path) else list(store)
     scans = _open_scans(stores, spec)
-    out = default_model_path(stores[0], spec.model) if out is None else Path(out)
+    out = default_model_path(stores[0], spec.model) if out is None else on_disk(out, "a model")
     check_vacant(out, overwrite=overwrite, form=MODEL)
     lessons = [Lesson.of(scan, spec) for scan in scans]
     optics = lessons[0].optics if len(lessons) == 1 else [lesson.optics for lesson in lessons]
@@ -298,9 +298,9 @@ def default_model_path(store: str | Path, kind: Kind) -> Path:
     >>> default_model_path("data/scan.zarr", "pinn").as_posix()
     'data/scan.pinn.model'
     """
-    path = locate(store)
-    if isinstance(path, ObjectPath):
-        raise PtychodaskError(f"{path}: a model is written to a disk, and its scan lies in a bucket; pass out= (--out)")
+    path = place_named(store)
+    if isinstance(path, ObjectPlace):
+        raise PtychodaskError(f"{path}: a model cannot lie beside it, in an object store; pass out= (--out)")
     return path.with_name(f"{path.name.removesuffix('.zarr')}.{kind}.model")
 
 
