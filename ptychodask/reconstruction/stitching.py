@@ -223,18 +223,12 @@ class Stitching:
             self.told.chunks[index] = _chunk_report(record)
         tiles, chunks = sorted(ledger.tiles), sorted(ledger.chunks)
         assert self._out is not None or not tiles
-        whole = self._client.gather(
+        whole = self._looked_at(
+            tile_is_whole,
             [
-                self._client.submit(
-                    tile_is_whole,
-                    self._out,
-                    todo.tiles[index],
-                    start_yx(todo, todo.tiles[index]),
-                    ledger.tiles[index]["checksum"],
-                    pure=False,
-                )
+                (self._out, todo.tiles[index], start_yx(todo, todo.tiles[index]), ledger.tiles[index]["checksum"])
                 for index in tiles
-            ]
+            ],
         )
         done = frozenset(index for index, good in zip(tiles, whole, strict=True) if good)
         for index in set(tiles) - done:
@@ -246,13 +240,8 @@ class Stitching:
         wanted = {chunk for index in range(len(todo.tiles)) if index not in done for chunk in todo.tiles[index].chunks}
         given = {index: self._kept_sums(index) for index in chunks if index in wanted and index in self._sure}
         chunks = [index for index in chunks if index in wanted and index not in given]
-        kept = self._client.gather(
-            [
-                self._client.submit(
-                    sums_are_whole, self._folder, todo.chunks[index], self.told.chunks[index].checksums, pure=False
-                )
-                for index in chunks
-            ]
+        kept = self._looked_at(
+            sums_are_whole, [(self._folder, todo.chunks[index], self.told.chunks[index].checksums) for index in chunks]
         )
         given |= {index: self._kept_sums(index) for index, good in zip(chunks, kept, strict=True) if good}
         if self._keep and self.live is None:
@@ -266,6 +255,17 @@ class Stitching:
             len(wanted) - len(given),
         )
         return Finished(given, done)
+
+    def _looked_at(self, is_whole: Callable[..., bool], asked: Sequence[tuple[Any, ...]]) -> list[bool]:
+        """What workers say of what was kept; what no worker could look at, for they ended, is not taken for whole."""
+        if not asked:
+            return []
+        futures = [self._client.submit(is_whole, *arguments, pure=False) for arguments in asked]
+        with self._client.as_current():
+            distributed.wait(futures)
+        answered = [index for index, future in enumerate(futures) if future.status == "finished"]
+        answers = dict(zip(answered, self._client.gather([futures[index] for index in answered]), strict=True))
+        return [answers.get(index, False) for index in range(len(futures))]
 
     def _show_stored(self, tiles: Sequence[int]) -> None:
         """Put tiles that an earlier run wrote into the live picture."""
