@@ -25,6 +25,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from foreign_files import measured, write_hxn, write_nexus, write_patterns, write_product
 from models_for_tests import LinearModel
 
 import ptychodask
@@ -166,6 +168,31 @@ def make_cxi(folder: Path) -> None:
         entry["y"], entry["x"] = y, x
 
 
+def make_nexus(folder: Path) -> None:
+    write_nexus(folder / "source.nxs", measured(N_PATTERNS, N), raster=(3, 4))
+
+
+def make_linked_nexus(folder: Path) -> None:
+    """As `make_nexus`, its patterns behind a link to a file that is damaged as well."""
+    write_nexus(folder / "source.nxs", measured(N_PATTERNS, N), link=folder / "frames.h5")
+
+
+def make_two_files(folder: Path) -> None:
+    """A product of Ptychodus and its patterns."""
+    write_product(folder / "product.h5", measured(N_PATTERNS, N))
+    write_patterns(folder / "diffraction.h5", measured(N_PATTERNS, N))
+
+
+def make_hxn(folder: Path) -> None:
+    write_hxn(folder / "source.h5", measured(N_PATTERNS, N))
+
+
+def make_recipe(folder: Path) -> None:
+    make_hdf5(folder)
+    keys = "keys: {diffraction: entry/data, y: entry/y, x: entry/x}"
+    (folder / "source.yaml").write_text(f"{keys}\ndomain: counts\npixel_size_m: 1.0e-8\ncentre: [8, 8]\nbin: 1\n")
+
+
 def make_product(folder: Path) -> None:
     found = arrays()
     with h5py.File(folder / "result.h5", "w") as file:
@@ -230,9 +257,9 @@ MODEL = LinearModel(members=2, n_pixels=N)
 TRAINED = {"spec": {"epochs": 3, "batch_size": 4}, "data": {"hash": "0" * 64}}
 
 
-def ingest(folder: Path, **options: Any) -> None:
-    """Make a store of the only file, and read it."""
-    (source,) = (path for path in folder.iterdir() if path.is_file())
+def ingest(folder: Path, name: str | None = None, **options: Any) -> None:
+    """Make a store of a file, by default the only one, and read it."""
+    source = folder / name if name else next(path for path in folder.iterdir() if path.is_file())
     target = folder / "target"
     target.mkdir()
     try:
@@ -252,6 +279,13 @@ def read_cxi(folder: Path) -> None:
     keys = {"diffraction": "entry_1/data_1/data", "y": "entry_1/y", "x": "entry_1/x"}
     keys["mask"] = "entry_1/instrument_1/detector_1/mask"
     ingest(folder, keys=keys, domain="counts", units="px")
+
+
+def read_by_format(folder: Path, name: str) -> None:
+    """Inspect a file whose keys tell its format, then make a store of it."""
+    with suppress(PtychodaskError):
+        str(ptychodask.inspect_file(folder / name))
+    ingest(folder, name)
 
 
 def read_scan(folder: Path) -> None:
@@ -291,6 +325,12 @@ KINDS: dict[str, Kind] = {
     "hdf5, filters": Kind(make_filtered_hdf5, read_mapped, 7),
     "hdf5.bz2": Kind(make_packed_hdf5, read_mapped, 2),
     "cxi": Kind(make_cxi, read_cxi, 8),
+    "cxi, by its format": Kind(make_cxi, lambda folder: read_by_format(folder, "source.cxi"), 4),
+    "nexus": Kind(make_nexus, lambda folder: read_by_format(folder, "source.nxs"), 4),
+    "nexus, linked": Kind(make_linked_nexus, lambda folder: read_by_format(folder, "source.nxs"), 3),
+    "two files": Kind(make_two_files, lambda folder: read_by_format(folder, "product.h5"), 4),
+    "hxn": Kind(make_hxn, lambda folder: read_by_format(folder, "source.h5"), 2),
+    "recipe": Kind(make_recipe, lambda folder: ingest(folder, "source.h5", recipe=folder / "source.yaml"), 2),
     "product": Kind(make_product, lambda folder: read_foreign_result(folder / "result.h5"), 6),
     "scan store": Kind(make_scan, read_scan, 16),
     "result store": Kind(make_result, read_result, 10),
@@ -330,7 +370,7 @@ def mutate(folder: Path, rng: np.random.Generator) -> None:
             mutate_json(path, rng)
         elif path.suffix in (".npz", ".zip") and roll < 0.6:
             mutate_zip(path, rng)
-        elif path.suffix in (".h5", ".cxi") and roll < 0.4:
+        elif path.suffix in (".h5", ".cxi", ".nxs") and roll < 0.4:
             mutate_hdf5(path, rng)
         elif path.suffix == ".jsonl" and roll < 0.6:
             mutate_ledger(path, rng)
@@ -378,7 +418,7 @@ def mutate_json(path: Path, rng: np.random.Generator) -> None:
     """Replace, drop or add a value somewhere in a document."""
     try:
         document = json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         path.write_bytes(mutated(path.read_bytes(), rng))
         return
     places: list[tuple[Any, Any]] = []
