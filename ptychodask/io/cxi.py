@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.io.quantities import DETECTOR_PIXEL, DISTANCE, ENERGY, WAVELENGTH, Optic, metres_of, optic
+from ptychodask.io.quantities import DETECTOR_PIXEL, DISTANCE, ENERGY, WAVELENGTH, Optic, metres_of, read_optics
 from ptychodask.io.source import Container, IngestSpec, SourceScan, as_probe, missing_key, turned
 from ptychodask.scan import PtychodaskError
 
@@ -116,20 +116,6 @@ def _on_detector_axes(container: Container, translation_xyz: NDArray[np.float64]
     along = basis / np.linalg.norm(basis, axis=0)
     # Adding 0 makes 0 of -0.
     return -translation_xyz @ along + 0.0
-
-
-def read_optics(
-    container: Container, spec: IngestSpec, optics: Sequence[tuple[Optic, Sequence[str], str | None]]
-) -> dict[str, float]:
-    """Numbers of the instrument that the user does not say; an energy makes a wavelength needless."""
-    found: dict[str, float] = {}
-    for what, keys, defined in optics:
-        if getattr(spec, what.option) is not None or (what is WAVELENGTH and ("energy_ev" in found or spec.energy_ev)):
-            continue
-        value = optic(container, keys, what, defined=defined)
-        if value is not None:
-            found[what.option] = value
-    return found
 
 
 def illumination(container: Container, keys: Sequence[str]) -> NDArray[np.complex64] | None:

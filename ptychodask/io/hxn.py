@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ptychodask.io.quantities import DETECTOR_PIXEL, DISTANCE, WAVELENGTH
+from ptychodask.io.quantities import DETECTOR_PIXEL, DISTANCE, WAVELENGTH, read_optics
 from ptychodask.io.source import Container, IngestSpec, SourceScan, require_keys, turned
 from ptychodask.scan import PtychodaskError
 
 OPTIONS = ("flip_y", "flip_x", "swap_xy")
 
-_OPTICS = (
-    (WAVELENGTH, "lambda_nm", 1e-9),
-    (DISTANCE, "z_m", 1.0),
-    (DETECTOR_PIXEL, "ccd_pixel_um", 1e-6),
+OPTICS = (
+    (WAVELENGTH, ("lambda_nm",), "nm"),
+    (DISTANCE, ("z_m",), "m"),
+    (DETECTOR_PIXEL, ("ccd_pixel_um",), "um"),
 )
+"""What a file may hold, and the unit that its key names."""
 
 
 def recognises(keys: Sequence[str]) -> bool:
@@ -41,20 +42,5 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
         domain="amplitude",
         dc="corner",
         calibration="mean_counts",
-        optics=_optics(container, spec),
+        optics=read_optics(container, spec, OPTICS),
     )
-
-
-def _optics(container: Container, spec: IngestSpec) -> dict[str, float]:
-    found = {}
-    for what, key, factor in _OPTICS:
-        if getattr(spec, what.option) is None and container.has(key):
-            values = container.array(key)
-            value = float(values.item()) * factor if values.size == 1 and values.dtype.kind in "iuf" else 0.0
-            if not what.low <= value <= what.high:
-                raise PtychodaskError(
-                    f"{container.where}[{key}]: is no {what.name}; pass {what.option}= "
-                    f"(--{what.option.replace('_', '-')})"
-                )
-            found[what.option] = value
-    return found

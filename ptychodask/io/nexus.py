@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.io.cxi import good_pixels, illumination, read_optics
-from ptychodask.io.quantities import DETECTOR_PIXEL, DISTANCE, ENERGY, Optic, metres_of
+from ptychodask.io.cxi import good_pixels, illumination
+from ptychodask.io.quantities import DETECTOR_PIXEL, DISTANCE, ENERGY, Optic, metres_of, read_optics
 from ptychodask.io.source import Container, IngestSpec, SourceScan, as_vector, frame_axes, missing_key, turned
 from ptychodask.scan import PtychodaskError
 

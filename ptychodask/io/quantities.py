@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptychodask.io.source import Container, Unit
+from ptychodask.io.source import Container, IngestSpec, Unit
 from ptychodask.scan import PtychodaskError
 
 METRES: Mapping[str, float] = {
@@ -98,6 +98,20 @@ def optic(container: Container, keys: Sequence[str], what: Optic, *, defined: st
             f"{where}: {values[0]:.6g} {unit} is no {what.name}, so the number has another unit; {way_out}"
         )
     return value
+
+
+def read_optics(
+    container: Container, spec: IngestSpec, optics: Sequence[tuple[Optic, Sequence[str], str | None]]
+) -> dict[str, float]:
+    """Numbers of the instrument that the user does not say; an energy makes a wavelength needless."""
+    found: dict[str, float] = {}
+    for what, keys, defined in optics:
+        if getattr(spec, what.option) is not None or (what is WAVELENGTH and ("energy_ev" in found or spec.energy_ev)):
+            continue
+        value = optic(container, keys, what, defined=defined)
+        if value is not None:
+            found[what.option] = value
+    return found
 
 
 def metres_of(container: Container, key: str, said: Unit | None, *, defined: str | None) -> float:
