@@ -17,6 +17,7 @@ from distributed import Client, LocalCluster
 from models_for_tests import LinearModel
 
 from ptychodask import places
+from ptychodask.export import export
 from ptychodask.folders import LEDGER
 from ptychodask.grouping import GroupingSpec
 from ptychodask.models.bundle import load_model
@@ -24,6 +25,7 @@ from ptychodask.places import CLAIM, BucketStore, ObjectPlace, place_named, zarr
 from ptychodask.plan import plan
 from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.ledger import Ledger
+from ptychodask.report import write_report
 from ptychodask.result import open_result
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
@@ -161,6 +163,22 @@ def test_a_result_in_a_bucket_has_the_bits_of_the_one_on_a_disk(stored, on_disk,
     assert open_result("s3://scans/object.zarr", level=1)["object"].ndim == 2
     # Nothing is left beside what is whole.
     assert not ObjectPlace("scans", ".object.zarr.writing").exists()
+
+
+@needs_ceph
+def test_polishing_into_a_bucket_gives_the_bits_of_polishing_on_a_disk(stored, on_disk) -> None:
+    found = reconstruct(stored, LinearModel(), out="s3://scans/polished.zarr", polish=2, **FIELDS)
+    same_bits(found, reconstruct(on_disk[0], LinearModel(), polish=2, **FIELDS))
+
+
+@needs_ceph
+def test_a_result_in_a_bucket_is_exported_reported_and_saved(stored, on_disk, tmp_path) -> None:
+    ds = reconstruct(stored, LinearModel(), out="s3://scans/exported.zarr", **FIELDS)
+    export("s3://scans/exported.zarr", tmp_path / "object.png", format="png")
+    write_report(ds, tmp_path / "report.html", scan=stored)
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("object.png", "report.html"))
+    on_disk[1].ptycho.save("s3://scans/saved.zarr")
+    same_bits(open_result("s3://scans/saved.zarr"), on_disk[1])
 
 
 @needs_ceph
