@@ -21,6 +21,7 @@ import xarray as xr
 from ptychodask.export import export
 from ptychodask.export.content import Picture
 from ptychodask.io import ingest
+from ptychodask.io.quantities import SQUARENESS
 from ptychodask.models import Model, load_model, save_model
 from ptychodask.prediction import PatchModel
 from ptychodask.progress import show_progress
@@ -42,9 +43,6 @@ NAME = "ptychodask"
 
 MODEL_SUFFIX = ".model"
 """Ending of a bundle, which is a folder."""
-
-SQUARENESS = 1e-3
-"""By how much the sides of a pixel may differ, relative to one of them."""
 
 
 def reconstructor_library(

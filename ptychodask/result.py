@@ -177,7 +177,7 @@ def create_result(
 
     Parameters
     ----------
-    path : Path
+    path : Place
         Where nothing is yet (see `written`).
     shape, corner : (int, int)
         Pixels (y, x) of the whole object, and the coordinates of its first one.
@@ -222,7 +222,7 @@ def write_tile(path: Place, start_yx: tuple[int, int], arrays: TileArrays) -> No
 
     Parameters
     ----------
-    path : Path
+    path : Place
         Store that `create_result` made.
     start_yx : (int, int)
         Row and column of the tile's first pixel in the whole arrays: whole multiples of the tile.
@@ -242,7 +242,7 @@ def read_tile(path: Place, start_yx: tuple[int, int], shape: tuple[int, int]) ->
 
     Parameters
     ----------
-    path : Path
+    path : Place
         Store that `create_result` made, finished or not.
     start_yx : (int, int)
         Row and column of the tile's first pixel in the whole arrays.
@@ -263,7 +263,7 @@ def remove_tile(path: Place, start_yx: tuple[int, int], tile: int) -> None:
 
     Parameters
     ----------
-    path : Path
+    path : Place
         Store that `create_result` made.
     start_yx : (int, int)
         Row and column of the tile's first pixel in the whole arrays.
@@ -284,7 +284,7 @@ def write_pyramid(path: Place) -> None:
 
     Parameters
     ----------
-    path : Path
+    path : Place
         Store that `create_result` made, its tiles written.
 
     Notes
@@ -378,7 +378,7 @@ def finish_result(path: Place, attributes: dict[str, Any]) -> None:
 
     Parameters
     ----------
-    path : Path
+    path : Place
     attributes : dict
         Plain values for JSON.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,9 +42,6 @@ OPTICS: tuple[tuple[Optic, tuple[str, ...], str], ...] = (
 WIDEST_M = 0.1
 """Extent of positions that cannot be metres: no stage scans a tenth of one."""
 
-SQUARENESS = 1e-3
-"""By how much the sides of a pixel may differ, relative to one of them."""
-
 
 def recognises(keys: Sequence[str]) -> bool:
     """Whether a file with these keys is of this format."""
@@ -61,7 +59,7 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
     """
     data = _first(container, DATA)
     key = _first(container, TRANSLATION)
-    translation_xyz = _translation(container, key)
+    translation_xyz = as_translation(container.array(key), f"{container.where}[{key}]")
     unit_m = metres_of(container, key, spec.units, defined="m")
     position_yx_m = _on_detector_axes(container, translation_xyz) * unit_m
     extent_m = float(np.ptp(position_yx_m[np.isfinite(position_yx_m).all(axis=1)], axis=0).max(initial=0.0))
@@ -90,11 +88,11 @@ def _first(container: Container, keys: Sequence[str]) -> str:
     raise missing_key(container, keys[0])
 
 
-def _translation(container: Container, key: str) -> NDArray[np.float64]:
-    values = container.array(key)
+def as_translation(values: NDArray[Any], where: str) -> NDArray[np.float64]:
+    """Translations as float64 (pattern, 3), (x, y, z), from two or three numbers each, in the file's unit."""
     if values.ndim != 2 or values.shape[1] not in (2, 3) or values.dtype.kind not in "iuf":
         raise PtychodaskError(
-            f"{container.where}[{key}]: has shape {values.shape} and type {values.dtype}, "
+            f"{where}: has shape {values.shape} and type {values.dtype}, "
             "expected (pattern, 3) in the order (x, y, z); turn it in the file"
         )
     xyz = np.zeros((len(values), 3))

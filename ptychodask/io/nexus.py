@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.io.cxi import good_pixels, illumination
+from ptychodask.io.cxi import as_translation, good_pixels, illumination
 from ptychodask.io.quantities import DETECTOR_PIXEL, DISTANCE, ENERGY, Optic, metres_of, read_optics
 from ptychodask.io.source import Container, IngestSpec, SourceScan, as_vector, frame_axes, missing_key, turned
 from ptychodask.scan import PtychodaskError
@@ -90,12 +90,9 @@ def _positions(
     if key is not None:
         values = container.array(key)
         flat = values.reshape(-1, values.shape[-1]) if values.ndim else values
-        if flat.ndim != 2 or flat.shape[1] not in (2, 3) or flat.dtype.kind not in "iuf":
-            raise PtychodaskError(
-                f"{container.where}[{key}]: has shape {values.shape} and type {values.dtype}, "
-                "expected (pattern, 3) in the order (x, y, z); turn it in the file"
-            )
-        return flat[:, 1::-1].astype(np.float64) * metres_of(container, key, spec.units, defined=None)
+        return as_translation(flat, f"{container.where}[{key}]")[:, 1::-1] * metres_of(
+            container, key, spec.units, defined=None
+        )
     y, x = (_axis(container, f"{transformations}/{name}", spec, translations[0]) for name in ("y", "x"))
     if len(raster) == 2 and (len(x), len(y)) == raster:
         x, y = (grid.ravel() for grid in np.meshgrid(x, y, indexing="ij"))

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.io.formats import open_container
 from ptychodask.io.npy_stream import read_npy, reading
+from ptychodask.io.quantities import SQUARENESS
 from ptychodask.io.source import Container, listed_keys
 from ptychodask.scan import PtychodaskError
 
@@ -25,9 +25,6 @@ PRODUCT_KEY = "object"
 
 PRODUCT_NUMBERS = ("center_y_m", "center_x_m", "pixel_height_m", "pixel_width_m")
 """Attributes of that object in HDF5; in an NPZ, keys that begin with ``object_``."""
-
-SQUARENESS = 1e-3
-"""By how much the sides of a pixel may differ, relative to one of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +83,10 @@ def read_foreign_result(path: str | Path, *, key: str | None = None) -> ForeignR
             object_ = _as_object(container.array(RECONSTRUCTED_KEY), f"{path}[{RECONSTRUCTED_KEY}]")
             return ForeignResult(object_, program=_text(container, "algorithm") if "algorithm" in found else None)
         if key is None and PRODUCT_KEY in found:
-            numbers = _numbers_of_npz(container, found) or _numbers_of_hdf5(path)
+            noted = container.numbers(PRODUCT_KEY)
+            numbers = _numbers_of_npz(container, found) or {
+                name: noted[name] for name in PRODUCT_NUMBERS if name in noted
+            }
             if numbers:
                 return _product(container, numbers)
         name = _only_complex(container, found) if key is None else key
@@ -107,16 +107,6 @@ def _numbers_of_npz(container: Container, found: Sequence[str]) -> dict[str, flo
     keys = {name: f"{PRODUCT_KEY}_{name}" for name in PRODUCT_NUMBERS}
     with reading(container.where):
         return {name: float(container.array(key).item()) for name, key in keys.items() if key in found}
-
-
-def _numbers_of_hdf5(path: Path) -> dict[str, float]:
-    """What the attributes of an HDF5 product say about its object's place; empty where they say nothing."""
-    with reading(str(path)):
-        if not h5py.is_hdf5(path):
-            return {}
-        with h5py.File(path, "r") as file:
-            attributes = file[PRODUCT_KEY].attrs
-            return {name: float(attributes[name]) for name in PRODUCT_NUMBERS if name in attributes}
 
 
 def _product(container: Container, numbers: dict[str, float]) -> ForeignResult:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.io.quantities import DISTANCE, ENERGY, Optic
+from ptychodask.io.quantities import DISTANCE, ENERGY, SQUARENESS, Optic
 from ptychodask.io.source import (
     Container,
     IngestSpec,
@@ -43,9 +43,6 @@ DP = "dp"
 
 STANDARD_PATTERNS = ("diffraction.h5", "patterns.h5", "diffraction.npz", "patterns.npz")
 """What Ptychodus calls the patterns' file when it hands a product over (``StandardFileLayout``)."""
-
-SQUARENESS = 1e-3
-"""By how much the sides of a pixel may differ, relative to one of them."""
 
 
 def recognises(keys: Sequence[str]) -> bool:
@@ -97,6 +94,12 @@ def read_pair(one: Container, other: Container, spec: IngestSpec) -> SourceScan:
     Positions are metres, x along columns and y along rows; patterns are counts with the direct beam in the middle.
     Where the patterns have indexes, each goes to the position of the same index. The object of a product is another
     program's reconstruction, which is no truth: `compare` takes the product beside a result.
+
+    Raises
+    ------
+    PtychodaskError
+        If one of them has no positions or no patterns, indexes repeat or do not meet, pixels are not square, or a
+        number cannot be what it is said to be.
     """
     product, patterns = (one, other) if one.has(X) else (other, one)
     require_keys(product, [X, Y])
@@ -214,8 +217,7 @@ def _optics(product: Container) -> dict[str, float]:
             continue
         if not what.low <= value <= what.high:
             raise PtychodaskError(
-                f"{product.where}: {keys[-1]} is {value:.6g}, which is no {what.name}; pass {what.option}= "
-                f"(--{what.option.replace('_', '-')})"
+                f"{product.where}: {keys[-1]} is {value:.6g}, which is no {what.name}; {what.way_out}"
             )
         found[what.option] = value
     return found

@@ -45,6 +45,10 @@ ELECTRONVOLTS: Mapping[str, float] = {
 """Units of energy, in small letters -> electronvolts."""
 
 
+SQUARENESS = 1e-3
+"""By how much the sides of a pixel may differ, relative to one of them."""
+
+
 @dataclass(frozen=True)
 class Optic:
     """A number of the instrument that a file may hold."""
@@ -59,6 +63,11 @@ class Optic:
     low: float
     high: float
     """What it can be; beyond, the file has another unit than it or its format says."""
+
+    @property
+    def way_out(self) -> str:
+        """What to do where a file does not say it well."""
+        return f"pass {self.option}= (--{self.option.replace('_', '-')})"
 
 
 ENERGY = Optic("photon energy", "energy_ev", ELECTRONVOLTS, 1.0, 1e7)
@@ -86,16 +95,16 @@ def optic(container: Container, keys: Sequence[str], what: Optic, *, defined: st
     key = next((key for key in keys if container.has(key)), None)
     if key is None:
         return None
-    where, way_out = f"{container.where}[{key}]", f"pass {what.option}= (--{what.option.replace('_', '-')})"
-    unit = _unit(container, key, what.units, defined, way_out)
+    where = f"{container.where}[{key}]"
+    unit = _unit(container, key, what.units, defined, what.way_out)
     values = np.unique(container.array(key)) if container.dtype(key).kind in "iuf" else np.zeros(0)
     if len(values) != 1 or not (np.isfinite(values[0]) and values[0] > 0):
         found = f"is {values[0]}" if len(values) == 1 else f"holds {len(values)} different numbers"
-        raise PtychodaskError(f"{where}: {found}, expected one positive number, the {what.name}; {way_out}")
+        raise PtychodaskError(f"{where}: {found}, expected one positive number, the {what.name}; {what.way_out}")
     value = float(values[0]) * what.units[unit]
     if not what.low <= value <= what.high:
         raise PtychodaskError(
-            f"{where}: {values[0]:.6g} {unit} is no {what.name}, so the number has another unit; {way_out}"
+            f"{where}: {values[0]:.6g} {unit} is no {what.name}, so the number has another unit; {what.way_out}"
         )
     return value
 

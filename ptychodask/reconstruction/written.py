@@ -1,4 +1,4 @@
-"""A reconstruction into a result on disk, which goes on with what a stopped run left."""
+"""A reconstruction into a stored result, on a disk or in a bucket, which goes on with what a stopped run left."""
 
 from __future__ import annotations
 
