@@ -54,10 +54,11 @@ def test_an_untrained_pinn_explains_the_data_better_than_a_flat_object():
     y, x = np.indices((N, N))
     truth = (1 + 0.2 * np.exp(1j * y / 3) * np.cos(x / 2)).astype(np.complex64)
     amplitude = np.sqrt(diffract(probe * truth)).astype(np.float32)
-    bound = Optics(probe, 0.5, np.ones((N, N), np.float32))
+    factor = float(N / 2 / np.sqrt((amplitude**2).sum()))
+    bound = Optics(probe, factor, np.ones((N, N), np.float32))
     spec = ModelSpec(n_pixels=N, members=1, levels=2)
     untrained = Model(spec, build_network(spec, bound).get_weights(), bound)
-    patch = untrained.predict(0.5 * amplitude[None, ..., None], np.zeros((1, 1, 2), np.float32))[0, 0]
+    patch = untrained.predict(factor * amplitude[None, ..., None], np.zeros((1, 1, 2), np.float32))[0, 0]
 
     def misfit(patch):
         return np.abs(np.sqrt(diffract(probe * patch)) - amplitude).sum()

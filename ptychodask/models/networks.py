@@ -42,6 +42,9 @@ class OpticsTensors:
     amplitude_scale: Tensor
     """Factor from network input to amplitude."""
 
+    object_amplitude: Tensor
+    """Amplitude of the flat object that a prediction starts from."""
+
 
 class OpticsTable:
     """The optics of one scan as constants, or of several to choose from by their number.
@@ -50,24 +53,30 @@ class OpticsTable:
     ----------
     optics : Optics or sequence of Optics
         Probes may differ in the number of their modes: a mode that is missing is dark.
+    object_amplitude : float, optional
+        Of the flat object for all scans; by default each scan's own (`Optics.flat_amplitude`).
     """
 
-    def __init__(self, optics: Optics | Sequence[Optics]) -> None:
+    def __init__(self, optics: Optics | Sequence[Optics], object_amplitude: float | None = None) -> None:
         self._optics = (optics,) if isinstance(optics, Optics) else tuple(optics)
+        self._object_amplitude = object_amplitude
 
     def __len__(self) -> int:
         return len(self._optics)
 
-    def pick(self, number: Tensor | None = None) -> OpticsTensors:
-        """The optics of scan `number` (an integer tensor with one value), or of the only one."""
-        if number is None:
+    def pick(self, scan: Tensor | None = None) -> OpticsTensors:
+        """The optics of the scan that a batch comes from (integer tensor (group, 1)), or of the only one."""
+        flat = [self._object_amplitude or optics.flat_amplitude() for optics in self._optics]
+        if scan is None:
             (optics,) = self._optics
             return OpticsTensors(
                 probe_pair(optics),
                 ops.convert_to_tensor(optics.weight),
                 ops.convert_to_tensor(optics.mask),
                 1.0 / optics.normalization,
+                flat[0],
             )
+        number = scan[0, 0]
         modes = max(len(optics.probe) for optics in self._optics)
         probes = np.stack([np.pad(o.probe, ((0, modes - len(o.probe)), (0, 0), (0, 0))) for o in self._optics])
         scales = np.array([1.0 / optics.normalization for optics in self._optics], np.float32)
@@ -80,6 +89,7 @@ class OpticsTable:
             chosen(np.stack([optics.weight for optics in self._optics])),
             chosen(np.stack([optics.mask for optics in self._optics])),
             chosen(scales),
+            chosen(np.array(flat, np.float32)),
         )
 
 
@@ -90,26 +100,25 @@ class GroupProjections(layers.Layer):
     object (real parts, then imaginary parts) and the number of the scan (group, 1); gives patches of that form.
     """
 
-    def __init__(self, optics: OpticsTable, steps: int, object_amplitude: float, **kwargs: Any) -> None:
+    def __init__(self, optics: OpticsTable, steps: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._optics = optics
         self._steps = steps
-        self._object_amplitude = object_amplitude
 
     def call(
         self, x: Tensor, offset_yx_px: Tensor, relative: Tensor | None = None, scan: Tensor | None = None
     ) -> Tensor:
-        optics = self._optics.pick(None if scan is None else scan[0, 0])
+        optics = self._optics.pick(scan)
         amplitude = ops.transpose(x, (0, 3, 1, 2)) * optics.amplitude_scale
         if relative is None:
-            patches = (ops.ones_like(amplitude) * self._object_amplitude, ops.zeros_like(amplitude))
+            patches = (ops.ones_like(amplitude) * optics.object_amplitude, ops.zeros_like(amplitude))
         else:
-            patches = split_channels(relative, self._object_amplitude)
+            patches = split_channels(relative, optics.object_amplitude)
         ramps = shift_ramps(offset_yx_px, x.shape[1])
         total_weight = gathered_weight(optics.weight, ramps)
         for _ in range(self._steps):
             patches = project_group(patches, optics.probe, amplitude, optics.mask, optics.weight, ramps, total_weight)
-        return join_channels(patches, self._object_amplitude)
+        return join_channels(patches, optics.object_amplitude)
 
     def compute_output_shape(self, x_shape: Any, *_: Any) -> Any:
         return (*x_shape[:3], 2 * x_shape[3])
@@ -127,7 +136,7 @@ class GroupCounts(layers.Layer):
         self._optics = optics
 
     def call(self, patches: Tensor, offset_yx_px: Tensor, scan: Tensor | None = None) -> Tensor:
-        optics = self._optics.pick(None if scan is None else scan[0, 0])
+        optics = self._optics.pick(scan)
         ramps = shift_ramps(offset_yx_px, patches.shape[2])
         total_weight = gathered_weight(optics.weight, ramps)
         merged = merge_members((patches[..., 0], patches[..., 1]), optics.weight, ramps, total_weight)
@@ -151,21 +160,17 @@ class PatchPenalties(layers.Layer):
     real_space : float
         Weight of the mean squared difference between each member's patch and the group's merged one where light fell,
         in units of the flat object's intensity.
-    object_amplitude : float
     """
 
-    def __init__(
-        self, optics: OpticsTable, tv: float, real_space: float, object_amplitude: float, **kwargs: Any
-    ) -> None:
+    def __init__(self, optics: OpticsTable, tv: float, real_space: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._optics = optics
         self._tv = tv
         self._real_space = real_space
-        self._object_amplitude = object_amplitude
 
     def call(self, patches: Tensor, offset_yx_px: Tensor, scan: Tensor | None = None) -> Tensor:
-        optics = self._optics.pick(None if scan is None else scan[0, 0])
-        relative = (patches[..., 0] / self._object_amplitude, patches[..., 1] / self._object_amplitude)
+        optics = self._optics.pick(scan)
+        relative = (patches[..., 0] / optics.object_amplitude, patches[..., 1] / optics.object_amplitude)
         if self._tv:
             self.add_loss(self._tv * total_variation(relative, optics.weight))
         if self._real_space:
@@ -199,16 +204,19 @@ def disagreement(patches: ComplexPair, weight: Tensor, offset_yx_px: Tensor) -> 
 
 
 class MemberPatches(layers.Layer):
-    """Channels (group, N, N, 2C) relative to the flat object as patches (group, C, N, N, 2) in its units."""
+    """Channels (group, N, N, 2C) relative to the flat object as patches (group, C, N, N, 2) in its units.
 
-    def __init__(self, object_amplitude: float, **kwargs: Any) -> None:
+    Takes also, optionally, the number of the scan (group, 1).
+    """
+
+    def __init__(self, optics: OpticsTable, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._object_amplitude = object_amplitude
+        self._optics = optics
 
-    def call(self, relative: Tensor) -> Tensor:
-        return ops.stack(split_channels(relative, self._object_amplitude), axis=-1)
+    def call(self, relative: Tensor, scan: Tensor | None = None) -> Tensor:
+        return ops.stack(split_channels(relative, self._optics.pick(scan).object_amplitude), axis=-1)
 
-    def compute_output_shape(self, shape: Any) -> Any:
+    def compute_output_shape(self, shape: Any, *_: Any) -> Any:
         return (shape[0], shape[3] // 2, shape[1], shape[2], 2)
 
 
@@ -220,14 +228,14 @@ def probe_pair(optics: Optics) -> ComplexPair:
     )
 
 
-def split_channels(relative: Tensor, object_amplitude: float) -> ComplexPair:
+def split_channels(relative: Tensor, object_amplitude: Tensor) -> ComplexPair:
     """Patches (group, C, N, N) from channels (group, N, N, 2C) of difference from the flat object."""
     members = relative.shape[-1] // 2
     channels = ops.transpose(relative, (0, 3, 1, 2)) * object_amplitude
     return channels[:, :members] + object_amplitude, channels[:, members:]
 
 
-def join_channels(patches: ComplexPair, object_amplitude: float) -> Tensor:
+def join_channels(patches: ComplexPair, object_amplitude: Tensor) -> Tensor:
     """The inverse of `split_channels`."""
     channels = ops.concatenate([patches[0] - object_amplitude, patches[1]], axis=1)
     return ops.transpose(channels, (0, 2, 3, 1)) * (1.0 / object_amplitude)
@@ -328,18 +336,18 @@ def build_network(spec: ModelSpec, optics: Optics | Sequence[Optics], precision:
     Without steps before it, the U-Net reads the patterns themselves, as PtychoNN does (Cherukara et al., Appl. Phys.
     Lett. 117 (2020) 044103).
     """
-    table = OpticsTable(optics)
+    table = OpticsTable(optics, spec.object_amplitude)
     x = keras.Input((spec.n_pixels, spec.n_pixels, spec.members), name="x")
     offset = keras.Input((spec.members, 2), name="offset_yx_px")
     which = {} if len(table) == 1 else {"scan": keras.Input((1,), dtype="int32", name="scan")}
-    before = GroupProjections(table, spec.projections_before, spec.object_amplitude, name="before")
+    before = GroupProjections(table, spec.projections_before, name="before")
     first = before(x, offset, **which)
     features = first if spec.projections_before else x
     relative = layers.Add(name="corrected")([first, unet(features, spec, precision)])
     if spec.projections_after:
-        after = GroupProjections(table, spec.projections_after, spec.object_amplitude, name="after")
+        after = GroupProjections(table, spec.projections_after, name="after")
         relative = after(x, offset, relative, **which)
-    patches = MemberPatches(spec.object_amplitude, name="patches")(relative)
+    patches = MemberPatches(table, name="patches")(relative, **which)
     return keras.Model([x, offset, *which.values()], patches, name=spec.kind)
 
 
@@ -348,7 +356,8 @@ def with_penalties(
 ) -> keras.Model:
     """A network whose patches cost something by themselves: see `PatchPenalties`."""
     _, offset, *scan = network.inputs
-    penalties = PatchPenalties(OpticsTable(optics), tv, real_space, spec.object_amplitude, name="penalties")
+    table = OpticsTable(optics, spec.object_amplitude)
+    penalties = PatchPenalties(table, tv, real_space, name="penalties")
     patches = penalties(network.outputs[0], offset, **({"scan": scan[0]} if scan else {}))
     return keras.Model(network.inputs, patches, name="penalised")
 

@@ -55,8 +55,9 @@ class ModelSpec:
     attention: bool = False
     """Self-attention at the bottom of the U-Net."""
 
-    object_amplitude: float = 1.0
-    """Amplitude of the flat object that a prediction starts from, in the units of the calibration."""
+    object_amplitude: float | None = None
+    """Amplitude of the flat object that a prediction starts from, in the units of the calibration; None takes for each
+    scan that of the flat object which sends on as many photons as were measured."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -72,6 +73,8 @@ class ModelSpec:
                 f"model: n_pixels is {self.n_pixels}, not divisible by 2**levels = {2**self.levels}; pass fewer levels"
             )
         amplitude = self.object_amplitude
+        if amplitude is None:
+            return
         if not (isinstance(amplitude, int | float | np.number) and np.isfinite(amplitude) and amplitude > 0):
             raise PtychodaskError(f"model: object_amplitude is {amplitude!r}, expected a positive number")
 

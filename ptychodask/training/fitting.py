@@ -257,10 +257,6 @@ def _on_devices(devices: int) -> Iterator[None]:
 
 
 def _model_spec(lessons: Sequence[Lesson], spec: TrainingSpec, initial: Model | None) -> ModelSpec:
-    if initial is None:
-        object_amplitude = float(np.mean([lesson.optics.flat_amplitude() for lesson in lessons]))
-    else:
-        object_amplitude = initial.spec.object_amplitude
     return ModelSpec(
         kind=spec.model,
         n_pixels=lessons[0].scan.n_pixels,
@@ -270,7 +266,7 @@ def _model_spec(lessons: Sequence[Lesson], spec: TrainingSpec, initial: Model | 
         projections_before=spec.projections_before,
         projections_after=spec.projections_after,
         attention=spec.attention,
-        object_amplitude=object_amplitude,
+        object_amplitude=None if initial is None else initial.spec.object_amplitude,
     )
 
 

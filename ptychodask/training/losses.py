@@ -104,11 +104,12 @@ def poisson_loss(optics: Optics | Sequence[Optics]) -> Loss:
     return loss
 
 
-def patch_loss(optics: Optics | Sequence[Optics], object_amplitude: float) -> Loss:
-    """Mean |patch − label| where light fell, in units of the flat object's amplitude."""
+def patch_loss(optics: Optics | Sequence[Optics], object_amplitude: float | None = None) -> Loss:
+    """Mean |patch − label| where light fell, in units of the flat object's amplitude, by default each scan's own."""
     listed = [optics] if isinstance(optics, Optics) else optics
     lit = [(each.weight > 0).astype(np.float32)[..., None] for each in listed]
-    values = ScanValues([{"lit": each, "scale": 1.0 / (float(each.sum()) * object_amplitude)} for each in lit])
+    flat = [object_amplitude or each.flat_amplitude() for each in listed]
+    values = ScanValues([{"lit": e, "scale": 1.0 / (float(e.sum()) * a)} for e, a in zip(lit, flat, strict=True)])
 
     def loss(target: Any, patches: Any) -> Any:
         label, scan = values.of(target)
