@@ -724,6 +724,9 @@ class ScanReader:
 
     def _table(self, name: str, rows: slice | NDArray[np.integer[Any]]) -> NDArray[Any]:
         if name not in self._tables:
+            if name not in self._root:
+                # A table that was made since: what a store holds is listed when it is opened.
+                self._root = open_root(place_named(self.where), SCAN)
             self._tables[name] = _array(self._root, name, self.where)
         return _read_rows(self._tables[name], self.where, rows)
 

@@ -75,6 +75,14 @@ def test_the_object_does_not_depend_on_chunks_and_batches(store, client, whole, 
     assert np.nanmax(np.abs(found - whole)) <= 1e-5 * np.nanmedian(np.abs(whole))
 
 
+def test_a_group_table_that_is_made_later_is_found_by_a_process_that_has_the_store_open(client, tmp_path):
+    path = tmp_path / "scan.zarr"
+    simulate(path, n_pixels=16, n_patterns=40, step_px=3.0, seed=1)
+    for members in (1, 4):
+        ds = reconstruct(path, LinearModel(f"reads {members}", members), client=client)
+        assert int(ds["count"].max()) > 0
+
+
 def test_two_processes_give_the_same_bits_as_none_and_one_may_die(store, client, tmp_path):
     fields = {"groups_per_chunk": 13, "batch_size": 5, "tile": 24}
     here = reconstruct(store, LinearModel(), client=client, **fields)
