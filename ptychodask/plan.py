@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ptychodask.display import card
 from ptychodask.grouping import GroupingSpec, check_drop
+from ptychodask.models.pretrained import pretrained_for
 from ptychodask.models.spec import Precision
 from ptychodask.places import place_named
 from ptychodask.prediction import (
@@ -473,7 +474,8 @@ def plan(
     reader.check()
     scan = reader.first()
     spec = in_pixels(spec, scan.pixel_size_m, reader.where)
-    if model is None and not measure and (spec.groups is not None or recorded_model(scan) is None):
+    known = recorded_model(scan) is not None or pretrained_for(scan.n_pixels) is not None
+    if model is None and not measure and (spec.groups is not None or not known):
         table = _as_seen(reader, _default_table(str(store), spec))
         return make_plan(reader, table, _Network(table.spec.members, scan.n_pixels, "member"), spec)
     network = resolve_model(scan, model)

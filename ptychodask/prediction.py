@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from ptychodask import models
 from ptychodask.grouping import groups_kept
+from ptychodask.models.domain import outside, read_ranges
+from ptychodask.models.pretrained import is_pretrained, pretrained_for
 from ptychodask.models.spec import Precision
 from ptychodask.places import ObjectPlace, place_named
 from ptychodask.scan import PtychodaskError, Scan
@@ -92,7 +94,7 @@ class ModelReference:
         """Reference to a model."""
         if model.path is None:
             return cls(model.content_hash, None, model)
-        return cls(model.content_hash, str(Path(model.path).resolve()), None)
+        return cls(model.content_hash, whole_path(model.path), None)
 
     def load(self) -> PatchModel:
         """The model; raises `PtychodaskError` when its bundle is another one by now."""
@@ -220,15 +222,21 @@ _BATCH_SIZES: dict[tuple[str, Precision], int] = {}
 """Groups in one call of a network, where the device's memory held no more."""
 
 
+def whole_path(path: str) -> str:
+    """Where a model lies, from whatever folder it is looked at; a packaged model keeps its name on every machine."""
+    return path if is_pretrained(path) else str(Path(path).resolve())
+
+
 def resolve_model(scan: Scan, model: str | Path | PatchModel | None) -> PatchModel:
-    """The model that an argument names, or the one that the scan's store records.
+    """The model that an argument names, or the one that the scan's store records, or the packaged one that fits.
 
     Parameters
     ----------
     scan : Scan
         Opened from a store.
     model : path, model or None
-        None takes the latest recorded `pinn`, else the latest `baseline`.
+        None takes the latest recorded `pinn`, else the latest `baseline`, else the packaged model for patterns of N
+        pixels.
 
     Returns
     -------
@@ -237,7 +245,7 @@ def resolve_model(scan: Scan, model: str | Path | PatchModel | None) -> PatchMod
     Raises
     ------
     PtychodaskError
-        If none is recorded, or the recorded one is missing or was changed.
+        If none is recorded and none of N is packaged, or the recorded one is missing or was changed.
     """
     if model is None:
         return _recorded_model(scan)
@@ -253,8 +261,13 @@ def resolve_model(scan: Scan, model: str | Path | PatchModel | None) -> PatchMod
 def _recorded_model(scan: Scan) -> PatchModel:
     record = recorded_model(scan)
     if record is None:
+        packaged = pretrained_for(scan.n_pixels)
+        if packaged is not None:
+            logger.info("%s: no model is recorded for it: taking %s", scan.store, packaged)
+            return models.load_model(packaged)
         raise PtychodaskError(
-            f"{scan.store}: no model is recorded for it; run 'ptychodask train {scan.store}', or pass model= (--model)"
+            f"{scan.store}: no model is recorded for it, and none is packaged for patterns of {scan.n_pixels} pixels; "
+            f"run 'ptychodask train {scan.store}', or pass model= (--model)"
         )
     store = place_named(str(scan.store)).resolve()
     # One that goes with a scan in a bucket is recorded by its whole path.
@@ -283,6 +296,12 @@ def recorded_model(scan: Scan) -> dict[str, str] | None:
             if record.keys() >= {"kind", "path", "hash"} and record["kind"] == kind:
                 return dict(record)
     return None
+
+
+def unlike_training(model: PatchModel, scan: Scan) -> list[str]:
+    """In what a scan lies outside of those that a model was trained on, a line each; nothing where that is unknown."""
+    trained_on = getattr(model, "trained_on", {})
+    return outside(read_ranges(trained_on.get("domain")), scan)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from ptychodask.compare import compare, find_truth, other_data, place, results_by_label
 from ptychodask.display import Markup, tag
 from ptychodask.models.description import read_description, read_history
+from ptychodask.models.pretrained import bundle_folder
 from ptychodask.plotting import (
     plot,
     plot_comparison,
@@ -238,12 +239,15 @@ def _check_same_data(label: str, result: xr.Dataset, scan: Scan | None) -> None:
 def _training(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """What the model's bundle says of its training, where it still lies at its path and is the same model."""
     path, content_hash = recorded(attributes, "model", "path"), recorded(attributes, "model", "hash")
-    # Unlike Path.is_file, this is False for what is no possible path.
-    if not isinstance(path, str) or not os.path.isfile(os.path.join(path, "model.json")):
+    if not isinstance(path, str):
         return {}
     try:
-        description = read_description(Path(path))
-        history = read_history(Path(path) / "history.csv")
+        folder = bundle_folder(path)
+        # Unlike Path.is_file, this is False for what is no possible path.
+        if not os.path.isfile(os.path.join(folder, "model.json")):
+            return {}
+        description = read_description(folder)
+        history = read_history(folder / "history.csv")
     except PtychodaskError as error:
         logger.warning("the report says nothing of the training: %s", error)
         return {}

@@ -1,7 +1,8 @@
-"""Models in plain NumPy that the engine takes for networks; worker processes import them too."""
+"""Models in plain NumPy that the engine takes for networks, which worker processes import too; other backends."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 from dataclasses import dataclass, field
@@ -9,8 +10,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pytest
 
 from ptychodask.scan import PtychodaskError
+
+
+def when_installed(backend):
+    """A backend of Keras as a parameter of tests, which are skipped where it is not installed."""
+    missing = importlib.util.find_spec(backend) is None
+    return pytest.param(backend, marks=pytest.mark.skipif(missing, reason=f"{backend} is not installed"))
 
 
 @dataclass(eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from models_for_tests import when_installed
 
 
 def run(backend, folder):
@@ -30,11 +30,6 @@ def run(backend, folder):
 @pytest.fixture(scope="module")
 def tensorflow(tmp_path_factory):
     return run("tensorflow", tmp_path_factory.mktemp("backends"))
-
-
-def when_installed(backend):
-    missing = importlib.util.find_spec(backend) is None
-    return pytest.param(backend, marks=pytest.mark.skipif(missing, reason=f"{backend} is not installed"))
 
 
 @pytest.mark.parametrize("backend", [when_installed("jax"), when_installed("torch")])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import keras
 import numpy as np
 import pytest
+from models_for_tests import when_installed
 
 from ptychodask.io.probe import disc_probe
 from ptychodask.models import ModelSpec, Optics, load_model
@@ -110,26 +112,33 @@ def test_the_rate_grows_with_the_step():
 
 
 TWO_DEVICES = """
-import json, sys
-import tensorflow as tf
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
-)
+import json, os, sys
+if os.environ["KERAS_BACKEND"] == "tensorflow":
+    import tensorflow as tf
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+    )
 from ptychodask.training import train
-train(sys.argv[1], out=sys.argv[2], devices=2, **json.loads(sys.argv[3]))
+for devices in (1, 2):
+    train(sys.argv[1], out=f"{sys.argv[2]}/{devices}.model", devices=devices, **json.loads(sys.argv[3]))
 """
 
 
-def test_two_devices_that_share_each_batch_learn_what_one_learns(store, plain, tmp_path):
-    out = tmp_path / "two.model"
-    code = [sys.executable, "-c", TWO_DEVICES, str(store), str(out), json.dumps(SHORT)]
-    done = subprocess.run(code, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("backend", ["tensorflow", when_installed("jax")])
+def test_two_devices_that_share_each_batch_learn_what_one_learns(store, tmp_path, backend):
+    code = [sys.executable, "-c", TWO_DEVICES, str(store), str(tmp_path), json.dumps(SHORT)]
+    devices = {
+        "KERAS_BACKEND": backend,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    done = subprocess.run(code, env=os.environ | devices, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    two = load_model(out)
+    one, two = (load_model(tmp_path / f"{devices}.model") for devices in (1, 2))
     # Adam divides by the gradient's size, so that rounding moves single weights by up to the rate, 1e-3.
-    for a, b in zip(plain.weights, two.weights, strict=True):
+    for a, b in zip(one.weights, two.weights, strict=True):
         np.testing.assert_allclose(b, a, atol=1e-3)
-    assert two.history[-1]["held_out_loss"] == pytest.approx(plain.history[-1]["held_out_loss"], rel=1e-3)
+    assert two.history[-1]["held_out_loss"] == pytest.approx(one.history[-1]["held_out_loss"], rel=1e-3)
 
 
 def test_devices_that_are_not_there_are_refused(store, tmp_path):

@@ -26,7 +26,9 @@ def train(
     ],
     model: Annotated[ModelKind, typer.Option(help="Which network.")] = ModelKind.pinn,
     out: Annotated[Path | None, typer.Option(help="Bundle to write; by default beside the store.")] = None,
-    initial: Annotated[Path | None, typer.Option(help="Bundle whose weights to start from.")] = None,
+    initial: Annotated[
+        Path | None, typer.Option(help="Bundle whose weights to start from, or pretrained:NAME.")
+    ] = None,
     members: Annotated[int | None, typer.Option(help="Patterns in one group.")] = None,
     neighbours: Annotated[int | None, typer.Option(help="Nearest positions that members are drawn from.")] = None,
     oversampling: Annotated[int | None, typer.Option(help="Groups that each pattern seeds.")] = None,
@@ -74,7 +76,6 @@ def train(
     Example: ptychodask train a.zarr b.zarr --out both.model --epochs 20 --patience 3 --resume
     """
     with quiet_stderr():
-        from ptychodask.models import load_model
         from ptychodask.training import train
     options = given(
         members=members,
@@ -104,12 +105,11 @@ def train(
         exclude=None if exclude is None else numbers_in("--exclude", exclude, "pattern indices"),
         seed=seed,
     )
-    start = None if initial is None else load_model(initial)
     trained = train(
         store,
         model=model.value,
         out=out,
-        initial=start,
+        initial=initial,
         resume=resume,
         overwrite=overwrite,
         log_to=log_to,

@@ -16,6 +16,7 @@ from ptychodask.io.npy_stream import read_npz
 from ptychodask.models.description import FORMAT, FORMAT_VERSION, MODEL, read_description, read_history
 from ptychodask.models.model import Model, hash_weights
 from ptychodask.models.networks import bottom_weights, build_network
+from ptychodask.models.pretrained import is_pretrained, packaged_folder
 from ptychodask.models.ptychopinn import ARCHIVE, PtychoPinnModel, holds_ptychopinn, read_ptychopinn
 from ptychodask.models.spec import ModelSpec, Optics
 from ptychodask.places import on_disk
@@ -79,8 +80,8 @@ def load_model(path: str | Path) -> Model | PtychoPinnModel:
     Parameters
     ----------
     path : path
-        The folder that `train` wrote; or PtychoPINN's ``wts.h5.zip``, the folder that holds it, or its unpacked folder
-        ``diffraction_to_obj``.
+        The folder that `train` wrote; ``pretrained:<name>``, a model that comes with the package; or PtychoPINN's
+        ``wts.h5.zip``, the folder that holds it, or its unpacked folder ``diffraction_to_obj``.
 
     Returns
     -------
@@ -92,6 +93,8 @@ def load_model(path: str | Path) -> Model | PtychoPinnModel:
     PtychodaskError
         If there is no model, it is damaged, of a newer format, or of neither kind.
     """
+    if is_pretrained(path):
+        return replace(_load_bundle(packaged_folder(path)), path=str(path))
     path = on_disk(path, "a model")
     if not path.exists():
         raise PtychodaskError(f"{path}: no such model; make one with 'ptychodask train'")

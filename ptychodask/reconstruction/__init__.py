@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ from ptychodask.plan import (
     plan_together,
     prediction_job,
 )
-from ptychodask.prediction import PatchModel, resolve_model
+from ptychodask.prediction import PatchModel, resolve_model, unlike_training, whole_path
 from ptychodask.reconstruction.caching import patch_cache
 from ptychodask.reconstruction.following import Following, first_work
 from ptychodask.reconstruction.lazy import lazy_result
@@ -51,6 +52,8 @@ from ptychodask.scan import PtychodaskError, Scan, with_fields
 from ptychodask.store import ScanReader
 
 __all__ = ["FailedScansError", "reconstruct"]
+
+logger = logging.getLogger(__name__)
 
 Models = str | Path | PatchModel | Mapping[str, str | Path | PatchModel] | None
 """A model, or several by their labels; None is what the store records."""
@@ -85,8 +88,9 @@ def reconstruct(
         A store that `ingest` or `simulate` wrote, on a disk or in a bucket (``s3://bucket/scan.zarr``). Several are
         reconstructed one after the other, on one client.
     model : path or model, or dict of label to such, optional
-        By default the latest `pinn` that the store records, else the latest `baseline`. Several models predict from
-        one reading of the patterns, and the result has a dimension ``method``.
+        By default the latest `pinn` that the store records, else the latest `baseline`, else the packaged model for
+        patterns of N pixels (``pretrained:<name>``). Several models predict from one reading of the patterns, and the
+        result has a dimension ``method``. A scan outside of what a model was trained on is warned of.
     spec : ReconstructionSpec
         How; its group table is by default the stored one with the model's members, else made by the default spec.
     out : path, optional
@@ -200,6 +204,7 @@ def _reconstruct_one(
     spec = in_pixels(spec, scan.pixel_size_m, str(store))
     models = model if isinstance(model, Mapping) else {"": model}
     networks = {str(label): resolve_model(scan, one) for label, one in models.items()}
+    _warn_of_other_scans(networks, scan)
     result = None if out is None else place_named(out)
     plan_now = partial(_planned_now, store, networks, spec, several=several)
     if spec.follow:
@@ -225,6 +230,19 @@ def _reconstruct_one(
         return write_result(work, result, client, started, progress, overwrite=overwrite, resume=resume)
 
 
+def _warn_of_other_scans(networks: Mapping[str, PatchModel], scan: Scan) -> None:
+    for model in networks.values():
+        unlike = unlike_training(model, scan)
+        if unlike:
+            logger.warning(
+                "%s: lies outside of what %s was trained on (%s): look at the result with care, or train on the scan, "
+                "from this model where that helps (train --initial)",
+                scan.store,
+                model.path or f"the {model.kind}",
+                "; ".join(unlike),
+            )
+
+
 def _planned_now(
     store: str | Path | ObjectPlace, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
 ) -> Work:
@@ -245,7 +263,7 @@ def _planned(
     )
     layers = Layers(tuple(networks) if several else (), spec.split_half)
     job = StitchingJob(methods, layers, position_yx_px=spec.position_yx_px)
-    return Work(scan, job, next(iter(plans.values())), spec, _attributes(networks, plans, spec))
+    return Work(scan, job, next(iter(plans.values())), spec, _attributes(networks, scan, plans, spec))
 
 
 def _check_followed(spec: ReconstructionSpec, result: Place | None, store: str) -> Path:
@@ -328,13 +346,11 @@ def _in_memory(work: Work, client: distributed.Client | None, started: float, pr
 
 
 def _attributes(
-    networks: Mapping[str, PatchModel], plans: Mapping[str, Plan], spec: ReconstructionSpec
+    networks: Mapping[str, PatchModel], scan: Scan, plans: Mapping[str, Plan], spec: ReconstructionSpec
 ) -> dict[str, Any]:
     packages = ("ptychodask", "numpy", "numba", "dask", "distributed", "xarray", "zarr")
     first = next(iter(plans.values()))
-    made_by = {
-        label: {"kind": one.kind, "hash": one.content_hash, "path": _whole_path(one)} for label, one in networks.items()
-    }
+    made_by = {label: _made_by(one, scan) for label, one in networks.items()}
     summaries = {label: one.summary() for label, one in plans.items()}
     return {
         "store": first.store,
@@ -346,9 +362,11 @@ def _attributes(
     }
 
 
-def _whole_path(model: PatchModel) -> str | None:
-    """Where a model lies, from whatever folder it is looked at."""
-    return None if model.path is None else str(Path(model.path).resolve())
+def _made_by(model: PatchModel, scan: Scan) -> dict[str, Any]:
+    """What a result records of its model; in what the scan lies outside of its training only where it does."""
+    found = {"kind": model.kind, "hash": model.content_hash, "path": model.path and whole_path(model.path)}
+    unlike = unlike_training(model, scan)
+    return {**found, "unlike_training": unlike} if unlike else found
 
 
 def _plain(value: Any) -> Any:

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.folders import check_vacant
-from ptychodask.models import Model, ModelSpec, Optics, save_model
+from ptychodask.models import Model, ModelSpec, Optics, load_model, save_model
 from ptychodask.models.bundle import MODEL
+from ptychodask.models.domain import ranges_of
 from ptychodask.models.networks import build_autoencoder, build_network, encoder_layers, with_penalties
 from ptychodask.models.spec import Kind
 from ptychodask.places import ObjectPlace, on_disk, place_named
@@ -132,7 +133,7 @@ def _fit(
         for number in range(course.stage + course.stage_ends, len(stages)):
             until, loss = stages[number]
             course.begin_stage(number, until)
-            loss = loss if spec.devices == 1 else _per_device(loss)
+            loss = _per_device(loss) if spec.devices > 1 and keras.backend.backend() == "tensorflow" else loss
             # XLA compiles for minutes on a CPU and is slower there; JAX has no other way.
             trained.compile(optimizer=optimizer, loss=loss, jit_compile=keras.backend.backend() == "jax")
             trained.fit(stream, validation_data=check, epochs=spec.epochs, shuffle=False, verbose=0, callbacks=[course])
@@ -149,7 +150,7 @@ def train(
     spec: TrainingSpec | None = None,
     *,
     out: str | Path | None = None,
-    initial: Model | None = None,
+    initial: Model | str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     log_to: str | None = None,
@@ -166,8 +167,9 @@ def train(
         How to train.
     out : path, optional
         The bundle to write; by default ``<store without .zarr>.<kind>.model`` beside the (first) store.
-    initial : Model, optional
-        Start from these weights (fine-tuning) in place of random ones; its spec must be the one asked for.
+    initial : Model or path, optional
+        Start from these weights (fine-tuning) in place of random ones, for instance from those of a packaged model,
+        ``pretrained:<name>``; its spec must be the one asked for.
     resume : bool
         Go on from the last finished epoch of a stopped run of the same training, where there is one. It is kept in
         ``.NAME.training`` beside the bundle until that is written; a run limited by epochs ends with the weights that
@@ -200,6 +202,8 @@ def train(
     check_vacant(out, overwrite=overwrite, form=MODEL)
     lessons = [Lesson.of(scan, spec) for scan in scans]
     optics = lessons[0].optics if len(lessons) == 1 else [lesson.optics for lesson in lessons]
+    if isinstance(initial, str | Path):
+        initial = load_model(initial)
     if not isinstance(initial, Model | None):
         raise PtychodaskError(
             f"training: initial is a {type(initial).__name__}, expected a bundle that ptychodask trained; "
@@ -244,16 +248,31 @@ def _on_devices(devices: int) -> Iterator[None]:
     if devices == 1:
         yield
         return
-    backend = keras.backend.backend()
-    if backend != "tensorflow":
-        raise PtychodaskError(f"training: devices={devices} needs the TensorFlow backend, found {backend}; pass 1")
-    import tensorflow as tf
-
-    found = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    found = _devices()
     if len(found) < devices:
         raise PtychodaskError(f"training: devices is {devices}, this process has {len(found)}; pass {len(found)}")
-    with tf.distribute.MirroredStrategy([device.name for device in found[:devices]]).scope():
+    if keras.backend.backend() == "jax":
+        with keras.distribution.DataParallel(devices=found[:devices], auto_shard_dataset=False).scope():
+            yield
+        return
+    import tensorflow as tf
+
+    with tf.distribute.MirroredStrategy(found[:devices]).scope():
         yield
+
+
+def _devices() -> list[str]:
+    """Names of the GPUs of this process, or of its CPUs where it has none."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        names = list(keras.distribution.list_devices())
+        return [name for name in names if not name.startswith("cpu")] or names
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+        return [device.name for device in devices]
+    raise PtychodaskError(f"training: several devices need the TensorFlow or the JAX backend, found {backend}; pass 1")
 
 
 def _model_spec(lessons: Sequence[Lesson], spec: TrainingSpec, initial: Model | None) -> ModelSpec:
@@ -347,6 +366,7 @@ def _provenance(lessons: Sequence[Lesson], spec: TrainingSpec) -> dict[str, Any]
     ]
     return {
         **scans[0],
+        "domain": ranges_of(lesson.scan for lesson in lessons),
         **({"scans": scans} if len(scans) > 1 else {}),
         "training": asdict(spec),
         "keras": keras.__version__,

@@ -68,7 +68,7 @@ class TrainingSpec:
     """Batches whose gradients are averaged into one step."""
 
     devices: int = 1
-    """Devices that share each batch; more than one needs TensorFlow (MirroredStrategy)."""
+    """Devices that share each batch; more than one needs TensorFlow (MirroredStrategy) or JAX (keras.distribution)."""
 
     precision: Precision = "float32"
     """Of the U-Net's convolutions while training: `float32`, or `mixed` (bfloat16); physics and weights are float32."""
