@@ -111,7 +111,8 @@ def load_model(path: str | Path) -> Model | PtychoPinnModel:
 def _load_bundle(path: Path) -> Model:
     description = read_description(path)
     try:
-        spec = ModelSpec(**description["spec"])
+        # Bundles from before there was momentum were trained without.
+        spec = ModelSpec(**{"momentum": 0.0, **description["spec"]})
     except (KeyError, TypeError) as error:
         raise PtychodaskError(
             f"{path}: its spec cannot be read ({error}); upgrade ptychodask or train again"

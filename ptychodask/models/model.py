@@ -244,9 +244,11 @@ def pad_batch(values: NDArray[np.float32], batch_size: int) -> NDArray[np.float3
 def hash_weights(spec: ModelSpec, weights: list[NDArray[np.float32]]) -> str:
     """SHA-256 over a spec and its weights."""
     described = asdict(spec)
+    # Left out where they are off, so that bundles from before there were such fields keep their hash.
     if not spec.attention:
-        # Left out where it is off, so that bundles from before there was attention keep their hash.
         del described["attention"]
+    if not spec.momentum:
+        del described["momentum"]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for array in weights:
         digest.update(np.ascontiguousarray(array).tobytes())

@@ -15,6 +15,7 @@ from ptychodask.models.physics import (
     Tensor,
     expected_counts,
     gathered_weight,
+    go_on,
     merge_members,
     project_group,
     shift_ramps,
@@ -100,10 +101,11 @@ class GroupProjections(layers.Layer):
     object (real parts, then imaginary parts) and the number of the scan (group, 1); gives patches of that form.
     """
 
-    def __init__(self, optics: OpticsTable, steps: int, **kwargs: Any) -> None:
+    def __init__(self, optics: OpticsTable, steps: int, momentum: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._optics = optics
         self._steps = steps
+        self._momentum = momentum
 
     def call(
         self, x: Tensor, offset_yx_px: Tensor, relative: Tensor | None = None, scan: Tensor | None = None
@@ -116,8 +118,11 @@ class GroupProjections(layers.Layer):
             patches = split_channels(relative, optics.object_amplitude)
         ramps = shift_ramps(offset_yx_px, x.shape[1])
         total_weight = gathered_weight(optics.weight, ramps)
+        given = (optics.probe, amplitude, optics.mask, optics.weight, ramps, total_weight)
+        ahead = patches
         for _ in range(self._steps):
-            patches = project_group(patches, optics.probe, amplitude, optics.mask, optics.weight, ramps, total_weight)
+            before, patches = patches, project_group(ahead, *given)
+            ahead = go_on(before, patches, self._momentum)
         return join_channels(patches, optics.object_amplitude)
 
     def compute_output_shape(self, x_shape: Any, *_: Any) -> Any:
@@ -340,12 +345,12 @@ def build_network(spec: ModelSpec, optics: Optics | Sequence[Optics], precision:
     x = keras.Input((spec.n_pixels, spec.n_pixels, spec.members), name="x")
     offset = keras.Input((spec.members, 2), name="offset_yx_px")
     which = {} if len(table) == 1 else {"scan": keras.Input((1,), dtype="int32", name="scan")}
-    before = GroupProjections(table, spec.projections_before, name="before")
+    before = GroupProjections(table, spec.projections_before, spec.momentum, name="before")
     first = before(x, offset, **which)
     features = first if spec.projections_before else x
     relative = layers.Add(name="corrected")([first, unet(features, spec, precision)])
     if spec.projections_after:
-        after = GroupProjections(table, spec.projections_after, name="after")
+        after = GroupProjections(table, spec.projections_after, spec.momentum, name="after")
         relative = after(x, offset, relative, **which)
     patches = MemberPatches(table, name="patches")(relative, **which)
     return keras.Model([x, offset, *which.values()], patches, name=spec.kind)

@@ -46,11 +46,14 @@ class ModelSpec:
     levels: int = 3
     """How often the U-Net halves its resolution."""
 
-    projections_before: int = 3
+    projections_before: int = 8
     """Data-consistent steps of the group before the U-Net sees it; 0 gives it the patterns themselves."""
 
     projections_after: int = 2
     """Data-consistent steps of the group on the U-Net's answer."""
+
+    momentum: float = 0.9
+    """Share of each data-consistent step that the next one goes on with; 0 starts each where the last one ended."""
 
     attention: bool = False
     """Self-attention at the bottom of the U-Net."""
@@ -72,6 +75,9 @@ class ModelSpec:
             raise PtychodaskError(
                 f"model: n_pixels is {self.n_pixels}, not divisible by 2**levels = {2**self.levels}; pass fewer levels"
             )
+        momentum = self.momentum
+        if not (isinstance(momentum, int | float | np.number) and 0 <= momentum < 1):
+            raise PtychodaskError(f"model: momentum is {momentum!r}, expected a number from 0 to less than 1")
         amplitude = self.object_amplitude
         if amplitude is None:
             return

@@ -284,6 +284,7 @@ def _model_spec(lessons: Sequence[Lesson], spec: TrainingSpec, initial: Model | 
         levels=spec.levels,
         projections_before=spec.projections_before,
         projections_after=spec.projections_after,
+        momentum=spec.momentum,
         attention=spec.attention,
         object_amplitude=None if initial is None else initial.spec.object_amplitude,
     )

@@ -49,6 +49,9 @@ class TrainingSpec:
     projections_after: int = ModelSpec.projections_after
     """Data-consistent steps after the U-Net."""
 
+    momentum: float = ModelSpec.momentum
+    """Share of each data-consistent step that the next one goes on with."""
+
     attention: bool = ModelSpec.attention
     """Self-attention at the bottom of the U-Net."""
 

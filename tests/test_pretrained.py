@@ -1,0 +1,133 @@
+"""Models that come with the package: what they are, when they are taken, and when a scan is unlike their lessons."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from ptychodask.compare import compare
+from ptychodask.models import load_model
+from ptychodask.models import recipes as models_recipes
+from ptychodask.models.domain import TRAITS, outside, ranges_of, read_ranges, traits_of
+from ptychodask.models.pretrained import CARD, FOLDER, is_pretrained, packaged_folder, pretrained_for, pretrained_names
+from ptychodask.plan import plan
+from ptychodask.prediction import ModelReference, resolve_model
+from ptychodask.reconstruction import reconstruct
+from ptychodask.scan import PtychodaskError
+from ptychodask.simulate import simulate
+from ptychodask.store import open_scan
+from ptychodask.training import train
+
+NAMES = ["pinn-n64-c4", "pinn-n64-c1", "baseline-n64-c1"]
+
+LARGEST_BYTES = 12 * 10**6
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pretrained") / "scan.zarr"
+    simulate(path, probe="zone_plate", n_patterns=150, dose=1e6, step_px=7.0, seed=77)
+    return path
+
+
+def test_the_packaged_models_are_those_of_the_recipes_and_small():
+    assert pretrained_names() == NAMES
+    assert sorted(NAMES) == sorted(models_recipes.RECIPES)
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < LARGEST_BYTES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_packaged_model_says_what_it_is(name):
+    model = load_model(f"pretrained:{name}")
+    recipe = models_recipes.RECIPES[name].training
+    assert (model.kind, model.members, model.n_pixels) == (recipe.model, recipe.grouping.members, 64)
+    assert model.path == f"pretrained:{name}"
+    assert model.trained_on["recipe"] == name
+    assert read_ranges(model.trained_on["domain"]).keys() == TRAITS.keys()
+    card = (packaged_folder(model.path) / CARD).read_text()
+    assert model.content_hash[:12] in card
+    assert "## Not for" in card
+    assert not any(word in str(model.trained_on) for word in ("/tmp", "/work", "/home"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_packaged_model_is_not_worse_than_its_steps_alone_on_what_it_never_saw(name):
+    judged = load_model(f"pretrained:{name}").trained_on["judged"]
+    for figure in ("amplitude correlation", "phase correlation"):
+        trained, untrained = (np.median(judged[which][figure]) for which in ("trained", "untrained"))
+        assert trained >= untrained, figure
+
+
+def test_a_scan_without_a_model_takes_the_packaged_one(store):
+    scan = open_scan(store)
+    assert resolve_model(scan, None).path == "pretrained:pinn-n64-c4"
+    assert plan(store).members == 4
+    ds = reconstruct(store)
+    assert ds.attrs["model"]["path"] == "pretrained:pinn-n64-c4"
+    assert "unlike_training" not in ds.attrs["model"]
+    found = compare({"packaged": ds}, truth=scan)["value"].sel({"method": "packaged", "metric": "correlation"})
+    assert float(found.sel(part="amplitude")) > 0.9
+
+
+def test_a_packaged_model_travels_by_its_name(store):
+    reference = ModelReference.to(load_model("pretrained:pinn-n64-c4").bind(open_scan(store)))
+    assert (reference.path, reference.model) == ("pretrained:pinn-n64-c4", None)
+    assert reference.load().content_hash == reference.content_hash
+
+
+def test_training_goes_on_from_a_packaged_model(store, tmp_path):
+    model = train(store, out=tmp_path / "t.model", initial="pretrained:pinn-n64-c4", max_minutes=0.01, epochs=1)
+    packaged = load_model("pretrained:pinn-n64-c4")
+    moved = [np.abs(a - b).max() for a, b in zip(model.weights, packaged.weights, strict=True)]
+    assert 0 < max(moved) < 0.1
+
+
+def test_an_unknown_name_is_told_with_those_that_there_are():
+    with pytest.raises(PtychodaskError, match="pretrained:big: no such packaged model; there are: pinn-n64-c4, pinn"):
+        load_model("pretrained:big")
+    assert pretrained_for(128) is None
+    assert not is_pretrained("pretrained.model")
+
+
+def test_a_scan_that_is_unlike_the_lessons_is_warned_of(tmp_path, caplog):
+    path = tmp_path / "sparse.zarr"
+    simulate(path, probe="disc", n_patterns=40, dose=200.0, step_px=21.0, seed=3)
+    with caplog.at_level(logging.WARNING):
+        ds = reconstruct(path)
+    assert "sparse.zarr: lies outside of what pretrained:pinn-n64-c4 was trained on" in caplog.text
+    unlike = ds.attrs["model"]["unlike_training"]
+    assert any(line.startswith("photons in a pattern is ") for line in unlike)
+    assert any(line.startswith("probe overlap, 1 - step / diameter is ") for line in unlike)
+
+
+def test_ranges_hold_the_scans_that_they_are_of_and_a_little_more(store):
+    scan = open_scan(store)
+    ranges = ranges_of([scan])
+    assert ranges.keys() == TRAITS.keys()
+    assert traits_of(scan)["photons"] == pytest.approx(scan.diffraction[:].sum() / scan.n_patterns, rel=1e-6)
+    assert outside(ranges, scan) == []
+    assert outside(ranges | {"photons": (1.0, 2.0)}, scan) == [
+        f"photons in a pattern is {traits_of(scan)['photons']:.4g}, trained on 1 to 2"
+    ]
+    nearly = ranges | {"step_px": (1.4 * ranges["step_px"][0],) * 2}
+    assert outside(nearly, scan) == []
+
+
+def test_ranges_that_cannot_be_read_say_nothing():
+    assert read_ranges(None) == {}
+    damaged = {"photons": [1.0], "step_px": "3", "overlap": [float("nan"), 1.0], "colour": [1, 2]}
+    assert read_ranges(damaged | {"probe_diameter_px": [2, 3]}) == {"probe_diameter_px": (2.0, 3.0)}
+
+
+def test_a_recipe_makes_a_bundle_with_a_card(tmp_path):
+    out = tmp_path / "small.model"
+    model = models_recipes.make("baseline-n64-c1", out, minutes=0.02, n_scans=2, n_judged=1)
+    assert load_model(out).content_hash == model.content_hash
+    assert "| amplitude correlation |" in (out / CARD).read_text()
+
+
+def test_the_scans_of_a_recipe_are_pure_under_their_seed(tmp_path):
+    one, same, other = (models_recipes.varied_scan(tmp_path / f"{i}.zarr", seed) for i, seed in enumerate((5, 5, 6)))
+    assert one.data_hash == same.data_hash != other.data_hash
