@@ -1,11 +1,9 @@
-"""What `ptychodask demo` does: both networks on a simulated scan, from the foreign file to the judged picture."""
+"""What `ptychodask demo` does: the packaged networks on a simulated scan, from the file to the judged picture."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from ptychodask.plotting import plot, plot_comparison
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import PtychodaskError, Scan
 from ptychodask.simulate import simulate
-from ptychodask.training import TrainingSpec, train
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +28,8 @@ SCAN: dict[str, Any] = {
 }
 """The scan that is reconstructed."""
 
-LESSON_SEED = 2
-"""Seed of the scan that the baseline learns from: the same instrument, another object."""
-
-PINN = TrainingSpec(model="pinn", max_minutes=0.75, validation_fraction=0.05)
-BASELINE = TrainingSpec(model="baseline", max_minutes=0.75, validation_fraction=0.05)
+MODELS = {"PtychoPINN": "pretrained:pinn-n64-c4", "Baseline": "pretrained:baseline-n64-c1"}
+"""The networks, which were trained on other simulated scans."""
 
 
 def run_demo(folder: str | Path, *, overwrite: bool = False, progress: bool | None = None) -> str:
@@ -45,8 +39,7 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: bool | No
     ----------
     folder : path
         What to make: ``simulated.zarr``, ``scan.npz`` (the same as a foreign file), ``scan.zarr`` (ingested from that),
-        ``lesson.zarr``, two model bundles, ``scan.object.zarr`` with the results of both, ``pinn.png``,
-        ``comparison.png`` and ``comparison.md``.
+        ``scan.object.zarr`` with the results of both networks, ``pinn.png``, ``comparison.png`` and ``comparison.md``.
     overwrite : bool
         Make them again where they are there.
     progress : bool, optional
@@ -64,25 +57,20 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: bool | No
 
     Notes
     -----
-    The PINN learns from the scan itself and needs no truth. The baseline is supervised: it learns from a second
-    simulated scan with the same probe and another object, so that it never saw the object it is judged on.
+    Both networks come with the package (`ptychodask.models.recipes` says how they were made): neither saw this object,
+    this probe or these positions.
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise PtychodaskError(f"{folder}: is there and not empty; pass --overwrite, or another --out")
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    store, lesson = folder / "scan.zarr", folder / "lesson.zarr"
-    make: Callable[..., Scan] = partial(simulate, **SCAN, overwrite=overwrite, progress=progress)
-    write_ptychopinn_npz(make(folder / "simulated.zarr"), folder / "scan.npz")
+    store = folder / "scan.zarr"
+    simulated = simulate(folder / "simulated.zarr", **SCAN, overwrite=overwrite, progress=progress)
+    write_ptychopinn_npz(simulated, folder / "scan.npz")
     ingest(folder / "scan.npz", store, domain="counts", overwrite=overwrite, progress=progress)
-    make(lesson, seed=LESSON_SEED)
-    models = {
-        "PtychoPINN": train(store, PINN, out=folder / "pinn.model", overwrite=overwrite, progress=progress),
-        "Baseline": train(lesson, BASELINE, out=folder / "baseline.model", overwrite=overwrite, progress=progress),
-    }
-    both = reconstruct(store, models, out=folder / "scan.object.zarr", overwrite=overwrite, progress=progress)
-    results = {label: both.sel({"method": label}) for label in models}
+    both = reconstruct(store, MODELS, out=folder / "scan.object.zarr", overwrite=overwrite, progress=progress)
+    results = {label: both.sel({"method": label}) for label in MODELS}
     comparison = compare(results, truth=store, scan=store)
     table = to_markdown(comparison)
     (folder / "comparison.md").write_text(table + "\n")
@@ -114,5 +102,6 @@ Done in {seconds:.0f} s. In {folder}/: comparison.png and pinn.png are the pictu
 
 Try next:
   ptychodask report {folder / "scan.object.zarr"} --scan {folder / "scan.zarr"}
-  ptychodask train {folder / "scan.zarr"} --out longer.model --max-minutes 10
+  ptychodask reconstruct {folder / "scan.zarr"} --out {folder / "polished.object.zarr"} --polish 10
+  ptychodask train {folder / "scan.zarr"} --initial {MODELS["PtychoPINN"]} --max-minutes 5
   ptychodask ingest your_scan.npz scan.zarr && ptychodask refine-probe scan.zarr && ptychodask train scan.zarr"""

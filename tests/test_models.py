@@ -66,6 +66,29 @@ def test_an_untrained_pinn_explains_the_data_better_than_a_flat_object():
     assert misfit(patch) < 0.5 * misfit(np.ones((N, N)))
 
 
+@pytest.mark.parametrize("transmission", [0.2, 1.0, 3.0])
+def test_the_amplitude_has_the_scale_of_the_probe_whatever_it_is(transmission):
+    probe = zone_plate_probe(N, outer_px=8, stop_px=2, defocus=2.0) * 30
+    y, x = np.indices((N, N))
+    truth = (transmission * (1 + 0.1 * np.cos(x / 2) * np.exp(1j * y / 3))).astype(np.complex64)
+    amplitude = np.sqrt(diffract(probe * truth)).astype(np.float32)
+    factor = float(N / 2 / np.sqrt((amplitude**2).sum()))
+    bound = Optics(probe, factor, np.ones((N, N), np.float32))
+    spec = ModelSpec(n_pixels=N, members=1, levels=2)
+    untrained = Model(spec, build_network(spec, bound).get_weights(), bound)
+    patch = untrained.predict(factor * amplitude[None, ..., None], np.zeros((1, 1, 2), np.float32))[0, 0]
+    assert np.average(np.abs(patch) / np.abs(truth), weights=bound.weight) == pytest.approx(1, abs=0.02)
+
+
+def test_a_bundle_from_before_there_was_momentum_has_none_and_keeps_its_hash(tmp_path):
+    saved = save_model(random_model(momentum=0.0), tmp_path / "old.model")
+    described = json.loads((tmp_path / "old.model" / "model.json").read_text())
+    del described["spec"]["momentum"]
+    (tmp_path / "old.model" / "model.json").write_text(json.dumps(described))
+    loaded = load_model(tmp_path / "old.model")
+    assert (loaded.spec.momentum, loaded.content_hash) == (0.0, saved.content_hash)
+
+
 @pytest.mark.parametrize("members", [1, 4, 9])
 def test_patches_come_one_for_each_member(members):
     patches = random_model(members=members).predict(*inputs(3, members))
@@ -152,6 +175,7 @@ def test_inputs_of_the_wrong_shape_are_refused(model):
         ({"levels": 1.5}, "levels is 1.5"),
         ({"n_pixels": 20, "levels": 3}, "not divisible by"),
         ({"object_amplitude": float("nan")}, "object_amplitude is nan"),
+        ({"momentum": 1.0}, "momentum is 1.0, expected a number from 0 to less than 1"),
         ({"projections_after": -1}, "projections_after is -1"),
     ],
 )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import keras
 import numpy as np
 import pytest
 
 from ptychodask.io.probe import disc_probe, zone_plate_probe
-from ptychodask.models import physics
+from ptychodask.models import Optics, physics
 from ptychodask.scan import illumination
 from ptychodask.simulate import crop_at, diffract, expected_counts
+from ptychodask.training import amplitude_loss, poisson_loss
 
 N = 32
 
@@ -64,9 +66,23 @@ def test_translation_reads_a_band_limited_image_between_its_pixels():
     np.testing.assert_allclose(moved, wave(y + 0.3, x + 1.7), atol=1e-5)
 
 
+def compiled(function):
+    """A function of tensors as the backend compiles it."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.jit(function)
+    return function
+
+
+@pytest.mark.parametrize("wrap", [compiled, lambda function: function], ids=["compiled", "eager"])
 @pytest.mark.parametrize("members", [1, 4, 9])
 @pytest.mark.parametrize("n_groups", [1, 7, 64])
-def test_members_cut_from_one_object_merge_to_themselves(rng, members, n_groups):
+def test_members_cut_from_one_object_merge_to_themselves(rng, members, n_groups, wrap):
     # Each patch already equals the object where it overlaps others, so the weighted mean changes nothing there.
     probe = disc_probe(N, diameter_px=14, edge_px=2.0)
     weight = illumination(probe)
@@ -74,9 +90,12 @@ def test_members_cut_from_one_object_merge_to_themselves(rng, members, n_groups)
     centre = np.array([(N + 24) / 2] * 2)
     offset = rng.integers(-4, 5, size=(n_groups, members, 2)).astype(np.float32)
     patches = np.stack([[crop_at(field, (0, 0), centre + o, N)[0] for o in group] for group in offset])
-    ramps = physics.shift_ramps(offset, N)
-    total = physics.gathered_weight(weight, ramps)
-    merged = joined(physics.merge_members(pair(patches), weight, ramps, total))
+
+    def merge(real, imag, offset):
+        ramps = physics.shift_ramps(offset, N)
+        return physics.merge_members((real, imag), weight, ramps, physics.gathered_weight(weight, ramps))
+
+    merged = joined(wrap(merge)(*pair(patches), offset))
     lit = weight > 0.05
     assert merged.shape == (n_groups, members, N, N)
     np.testing.assert_allclose(merged[..., lit], patches[..., lit], atol=2e-3)
@@ -122,6 +141,70 @@ def test_projections_bring_a_flat_object_to_the_data(rng):
         patches = projected(patches, probe, amplitude, offset).astype(np.complex64)
     assert residual == sorted(residual, reverse=True)
     assert residual[-1] < 0.5 * residual[0]
+
+
+def test_momentum_carries_slow_changes_of_the_phase_farther(rng):
+    probe = zone_plate_probe(N, outer_px=16, stop_px=5, defocus=4.0) * 30
+    offset = np.array([[[0, 0], [3, 1], [-2, 3], [1, -4]]], np.float32)
+    y, x = np.indices((N + 24, N + 24))
+    slow = np.exp(0.4j * np.cos(2 * np.pi * (y + x) / 60))
+    truth = np.stack([[crop_at(slow, (0, 0), 28 + o, N)[0] for o in offset[0]]])
+    amplitude = np.sqrt(diffract(probe * truth[:, :, None])).astype(np.float32)
+    weight = illumination(probe)
+
+    def far_off(momentum):
+        patches = ahead = np.ones_like(truth)
+        for _ in range(8):
+            before, patches = patches, projected(ahead, probe, amplitude, offset)
+            ahead = joined(physics.go_on(pair(before), pair(patches), momentum))
+        turn = patches * truth.conj()
+        turn *= np.exp(-1j * np.angle((weight * turn).sum()))
+        return float((weight * np.angle(turn) ** 2).sum())
+
+    assert far_off(0.9) < 0.5 * far_off(0.0)
+
+
+@pytest.mark.parametrize("loss_of", [amplitude_loss, poisson_loss])
+def test_gradients_are_those_of_finite_differences(rng, loss_of):
+    probe = zone_plate_probe(N, outer_px=16, stop_px=5, defocus=4.0) * 30
+    mask = np.ones((N, N), np.float32)
+    mask[3, 5] = 0
+    counts = diffract(probe * smooth_object(rng, (1, 2, 1, N, N)))
+    optics = Optics(probe, float(N / 2 / np.sqrt(counts.sum() / 2)), mask)
+    loss, offset = loss_of(optics), np.array([[[1.3, 0.4], [-1.3, -0.4]]], np.float32)
+    ramps = physics.shift_ramps(offset, N)
+    total = physics.gathered_weight(optics.weight, ramps)
+
+    def value(real, imag):
+        merged = physics.merge_members((real, imag), optics.weight, ramps, total)
+        return loss(np.sqrt(counts).astype(np.float32), physics.expected_counts(pair(probe), merged))
+
+    at = pair(smooth_object(rng, (1, 2, N, N)))
+    slope = gradient(value, at)
+    # Along the gradient itself the loss changes most, so that float32 still tells by how much.
+    step = 1e-2 / np.sqrt(sum((part**2).sum() for part in slope))
+    ahead, behind = (float(value(*(a + sign * step * s for a, s in zip(at, slope, strict=True)))) for sign in (1, -1))
+    expected = sum((part**2).sum() for part in slope)
+    assert (ahead - behind) / (2 * step) == pytest.approx(expected, rel=1e-2)
+
+
+def gradient(function, at):
+    """Gradient of a function of two arrays, as the backend derives it."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        return [np.asarray(part) for part in jax.grad(function, argnums=(0, 1))(*at)]
+    if backend == "torch":
+        variables = [keras.ops.convert_to_tensor(part).requires_grad_() for part in at]
+        function(*variables).backward()
+        return [variable.grad.numpy() for variable in variables]
+    import tensorflow as tf
+
+    variables = [tf.Variable(part) for part in at]
+    with tf.GradientTape() as tape:
+        found = function(*variables)
+    return [part.numpy() for part in tape.gradient(found, variables)]
 
 
 def test_bad_pixels_change_nothing(rng):
