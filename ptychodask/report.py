@@ -335,6 +335,14 @@ def _network(attributes: Mapping[str, Any], training: Mapping[str, Any]) -> list
             f"It was trained on {training['n_training']} patterns {where}, with {training.get('n_held_out')} held out"
             f"{_course(training.get('history') or [])}."
         )
+    if isinstance(recorded(training, "recipe"), str):
+        sentences.append(
+            f"It came with the package ({training['recipe']}), trained on {training.get('n_patterns')} patterns of "
+            f"{training.get('n_scans')} simulated scans{_course(training.get('history') or [])}."
+        )
+    unlike = recorded(attributes, "model", "unlike_training")
+    if isinstance(unlike, list) and unlike:
+        sentences.append(f"The scan lies outside of what it was trained on: {'; '.join(map(str, unlike))}.")
     return sentences
 
 

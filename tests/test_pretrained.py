@@ -15,6 +15,7 @@ from ptychodask.models.pretrained import CARD, FOLDER, is_pretrained, packaged_f
 from ptychodask.plan import plan
 from ptychodask.prediction import ModelReference, resolve_model
 from ptychodask.reconstruction import reconstruct
+from ptychodask.report import write_report
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
@@ -60,7 +61,7 @@ def test_a_packaged_model_is_not_worse_than_its_steps_alone_on_what_it_never_saw
         assert trained >= untrained, figure
 
 
-def test_a_scan_without_a_model_takes_the_packaged_one(store):
+def test_a_scan_without_a_model_takes_the_packaged_one(store, tmp_path):
     scan = open_scan(store)
     assert resolve_model(scan, None).path == "pretrained:pinn-n64-c4"
     assert plan(store).members == 4
@@ -69,6 +70,8 @@ def test_a_scan_without_a_model_takes_the_packaged_one(store):
     assert "unlike_training" not in ds.attrs["model"]
     found = compare({"packaged": ds}, truth=scan)["value"].sel({"method": "packaged", "metric": "correlation"})
     assert float(found.sel(part="amplitude")) > 0.9
+    report = write_report(ds, tmp_path / "report.html").read_text()
+    assert "It came with the package (pinn-n64-c4), trained on 16384 patterns of 64 simulated scans" in report
 
 
 def test_a_packaged_model_travels_by_its_name(store):
@@ -91,7 +94,7 @@ def test_an_unknown_name_is_told_with_those_that_there_are():
     assert not is_pretrained("pretrained.model")
 
 
-def test_a_scan_that_is_unlike_the_lessons_is_warned_of(tmp_path, caplog):
+def test_a_scan_that_is_unlike_the_lessons_is_warned_of_and_the_report_says_so(tmp_path, caplog):
     path = tmp_path / "sparse.zarr"
     simulate(path, probe="disc", n_patterns=40, dose=200.0, step_px=21.0, seed=3)
     with caplog.at_level(logging.WARNING):
@@ -100,6 +103,8 @@ def test_a_scan_that_is_unlike_the_lessons_is_warned_of(tmp_path, caplog):
     unlike = ds.attrs["model"]["unlike_training"]
     assert any(line.startswith("photons in a pattern is ") for line in unlike)
     assert any(line.startswith("probe overlap, 1 - step / diameter is ") for line in unlike)
+    report = write_report(ds, tmp_path / "report.html").read_text()
+    assert "The scan lies outside of what it was trained on: " in report
 
 
 def test_ranges_hold_the_scans_that_they_are_of_and_a_little_more(store):
