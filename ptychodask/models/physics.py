@@ -11,6 +11,8 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
+from ptychodask.scan import ILLUMINATION_FLOOR
+
 Tensor = Any
 """A tensor of the Keras backend in use."""
 
@@ -51,6 +53,13 @@ def alternating_signs(n_pixels: int) -> NDArray[np.float32]:
     """
     y, x = np.indices((n_pixels, n_pixels))
     return (1 - 2 * ((y + x) % 2)).astype(np.float32)
+
+
+def relative_light(probe: ComplexPair) -> Tensor:
+    """Relative illumination (N, N) of a probe (mode, N, N): `scan.illumination` in differentiable form."""
+    intensity = ops.sum(squared_modulus(probe), axis=0)
+    relative = intensity / ops.max(intensity)
+    return ops.where(relative < ILLUMINATION_FLOOR, 0.0, relative)
 
 
 def propagate(wave: ComplexPair) -> ComplexPair:
