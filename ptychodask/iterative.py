@@ -536,15 +536,15 @@ def _restore_gauge(
     object_: NDArray[np.complex64], probe: NDArray[np.complex64], initial: NDArray[np.complex64]
 ) -> tuple[NDArray[np.complex64], NDArray[np.complex64]]:
     """Object and probe that make the same patterns, the probe with the total and the centroid of `initial`."""
-    shift = _centroid(initial) - _centroid(probe)
+    shift = probe_centroid_px(initial) - probe_centroid_px(probe)
     probe = shift_probe(probe, shift)
     object_ = scipy.fft.ifft2(scipy.ndimage.fourier_shift(scipy.fft.fft2(object_), shift)).astype(np.complex64)
     scale = np.linalg.norm(initial) / np.linalg.norm(probe)
     return object_ / scale, probe * scale
 
 
-def _centroid(probe: NDArray[np.complex64]) -> NDArray[np.float64]:
-    """Centroid (y, x) of Σ|P|², pixels."""
+def probe_centroid_px(probe: NDArray[np.complex64]) -> NDArray[np.float64]:
+    """Centroid (y, x) of Σ|P|², float64 (2,), pixels."""
     light = _intensity(probe).sum(axis=0, dtype=np.float64)
     axis = np.arange(len(light))
     return np.array([light.sum(axis=1) @ axis, light.sum(axis=0) @ axis]) / light.sum()

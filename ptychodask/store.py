@@ -578,6 +578,11 @@ def data_hash(
     return digest.hexdigest()
 
 
+def hash_with_probe(scan: Scan, probe: NDArray[np.complex64]) -> str:
+    """The data hash that a stored scan has with another probe."""
+    return data_hash(str(scan.attributes["diffraction_hash"]), scan.position_yx_px, scan.mask, probe)
+
+
 def _add_optics(digest: Any, mask: NDArray[np.bool_] | None, probe: NDArray[np.complex64]) -> None:
     for values in (mask, probe):
         digest.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
@@ -1149,8 +1154,7 @@ def replace_probe(store: str | Place, probe: NDArray[np.complex64], record: dict
     probe = probe.astype(np.complex64)
     root = open_root(path, SCAN, "r+")
     _array(root, "probe", str(path))[...] = probe
-    new_hash = data_hash(str(root.attrs["diffraction_hash"]), scan.position_yx_px, scan.mask, probe)
-    root.attrs.update({"data_hash": new_hash, "probe_refinement": record})
+    root.attrs.update({"data_hash": hash_with_probe(scan, probe), "probe_refinement": record})
     if "segments" in scan.attributes:
         # What was planned while the scan grew saw another probe.
         root.attrs["segments"] = [

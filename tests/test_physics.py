@@ -110,12 +110,12 @@ def test_merging_one_member_keeps_it(rng):
     np.testing.assert_allclose(merged, patches, atol=1e-4)
 
 
-def projected(patches, probe, amplitude, offset, mask=None):
+def projected(patches, probe, amplitude, offset, mask=None, length=1.0):
     ramps = physics.shift_ramps(offset, N)
     weight = illumination(probe)
     total = physics.gathered_weight(weight, ramps)
     mask = np.ones((N, N), np.float32) if mask is None else mask
-    step = physics.project_group(pair(patches), pair(probe), amplitude, mask, weight, ramps, total)
+    step = physics.project_group(pair(patches), pair(probe), amplitude, mask, weight, ramps, total, length)
     return joined(step)
 
 
@@ -155,13 +155,13 @@ def test_momentum_carries_slow_changes_of_the_phase_farther(rng):
     def far_off(momentum):
         patches = ahead = np.ones_like(truth)
         for _ in range(8):
-            before, patches = patches, projected(ahead, probe, amplitude, offset)
+            before, patches = patches, projected(ahead, probe, amplitude, offset, length=physics.step_length(momentum))
             ahead = joined(physics.go_on(pair(before), pair(patches), momentum))
         turn = patches * truth.conj()
         turn *= np.exp(-1j * np.angle((weight * turn).sum()))
         return float((weight * np.angle(turn) ** 2).sum())
 
-    assert far_off(0.9) < 0.5 * far_off(0.0)
+    assert far_off(0.8) < 0.7 * far_off(0.0)
 
 
 @pytest.mark.parametrize("loss_of", [amplitude_loss, poisson_loss])
@@ -217,7 +217,8 @@ def test_bad_pixels_change_nothing(rng):
     np.testing.assert_allclose(after, truth, atol=1e-4)
 
 
-def test_projections_stay_stable_under_a_probe_with_sharp_edges(rng):
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_projections_stay_stable_under_a_probe_with_sharp_edges(rng, momentum):
     # Translating a sharp edge rings below zero; a weight that becomes too small makes the steps grow without bound.
     probe = disc_probe(N, diameter_px=15, edge_px=0.5) * 30
     field = smooth_object(rng, (N + 24, N + 24))
@@ -225,10 +226,12 @@ def test_projections_stay_stable_under_a_probe_with_sharp_edges(rng):
     position = 28 + offset.reshape(-1, 2).astype(float)
     counts = np.stack([expected_counts(field, (0, 0), probe, place) for place in position])
     amplitude = np.sqrt(counts).reshape(8, 4, N, N).astype(np.float32)
-    patches = np.ones((8, 4, N, N), np.complex64)
+    patches = ahead = np.ones((8, 4, N, N), np.complex64)
     misfit = []
-    for _ in range(12):
+    for _ in range(24):
         misfit.append(np.abs(np.sqrt(diffract(probe * patches[:, :, None])) - amplitude).sum())
-        patches = projected(patches, probe, amplitude, offset).astype(np.complex64)
+        length = physics.step_length(momentum)
+        before, patches = patches, projected(ahead, probe, amplitude, offset, length=length).astype(np.complex64)
+        ahead = joined(physics.go_on(pair(before), pair(patches), momentum))
     assert misfit[-1] < 0.7 * misfit[0]
     assert np.abs(patches[..., illumination(probe) > 0.05]).max() < 2

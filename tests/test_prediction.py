@@ -126,7 +126,10 @@ def test_a_store_that_changed_since_the_plan_is_refused(tmp_path):
 def test_the_recorded_model_is_the_latest_pinn_else_the_latest_baseline(tmp_path, monkeypatch):
     path = tmp_path / "scan.zarr"
     simulate(path, n_pixels=16, n_patterns=20, step_px=4.0)
-    with pytest.raises(PtychodaskError, match=r"no model is recorded for it; run 'ptychodask train"):
+    with pytest.raises(
+        PtychodaskError,
+        match=r"no model is recorded for it, and none is packaged for patterns of [0-9]+ pixels; run 'ptychodask train",
+    ):
         resolve_model(open_scan(path), None)
     monkeypatch.setattr(models, "load_model", lambda where: LinearModel(content_hash=where.name))
     for kind, name in (("pinn", "p1"), ("pinn", "p2"), ("baseline", "b1")):

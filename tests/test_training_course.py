@@ -107,7 +107,8 @@ def test_the_flags_of_the_command_line_reach_the_training(tmp_path, monkeypatch)
 
     monkeypatch.setattr("ptychodask.training.train", fake)
     np.save(tmp_path / "e.npy", np.arange(3))
-    flags = "--patience 4 --schedule plateau --tv 0.1 --accumulation 2 --precision mixed --attention --resume"
+    flags = "--patience 4 --schedule plateau --tv 0.1 --probe-rate 5 --accumulation 2 --precision mixed"
+    flags += " --attention --resume"
     arguments = [
         "train",
         "a.zarr",
@@ -122,6 +123,6 @@ def test_the_flags_of_the_command_line_reach_the_training(tmp_path, monkeypatch)
     assert [str(store) for store in given["store"]] == ["a.zarr", "b.zarr"]
     np.testing.assert_array_equal(given.pop("exclude"), np.arange(3))
     expected = {"patience": 4, "schedule": "plateau", "tv": 0.1, "accumulation": 2, "precision": "mixed"}
-    expected |= {"attention": True, "resume": True, "log_to": "mlflow:x"}
+    expected |= {"attention": True, "resume": True, "log_to": "mlflow:x", "probe_rate": 5.0}
     assert {name: given[name] for name in expected} == expected
     assert "freeze_encoder" not in given

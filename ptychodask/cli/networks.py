@@ -58,6 +58,9 @@ def train(
     real_space: Annotated[
         float | None, typer.Option(help="Weight of the members' disagreement where they overlap.")
     ] = None,
+    probe_rate: Annotated[
+        float | None, typer.Option(help="Fit the probe too, this many times as fast as the weights.")
+    ] = None,
     freeze_encoder: Annotated[
         bool, typer.Option("--freeze-encoder", help="Keep the way down of the U-Net as in --initial.")
     ] = False,
@@ -101,6 +104,7 @@ def train(
         loss=loss,
         tv=tv,
         real_space=real_space,
+        probe_rate=probe_rate,
         freeze_encoder=freeze_encoder or None,
         validation=validation,
         validation_fraction=validation_fraction,

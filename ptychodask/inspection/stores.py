@@ -106,6 +106,9 @@ def _on_probe(scan: Scan) -> Iterator[Finding]:
     if isinstance(refined, dict) and {"r_before", "r_after"} <= set(refined):
         told = f"refined: R {refined['r_before']:.4f} to {refined['r_after']:.4f} on patterns it had not seen"
         yield Finding("probe", told, "noted")
+    elif isinstance(refined, dict) and {"held_out_loss_before", "held_out_loss_after"} <= set(refined):
+        losses = [f"{refined[f'held_out_loss_{when}']:.4g}" for when in ("before", "after")]
+        yield Finding("probe", f"fitted in training: held-out loss {losses[0]} to {losses[1]}", "noted")
     if scan.truth is not None:
         yield Finding("truth", "the object is known, so that results can be judged by it", "noted")
 

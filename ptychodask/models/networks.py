@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 import numpy as np
 from keras import layers, ops
+from numpy.typing import NDArray
 
 from ptychodask.models.physics import (
     ComplexPair,
@@ -18,7 +19,10 @@ from ptychodask.models.physics import (
     go_on,
     merge_members,
     project_group,
+    relative_light,
     shift_ramps,
+    squared_modulus,
+    step_length,
 )
 from ptychodask.models.spec import ModelSpec, Optics, Precision
 
@@ -47,6 +51,60 @@ class OpticsTensors:
     """Amplitude of the flat object that a prediction starts from."""
 
 
+class FittedProbes:
+    """The probes of some scans as one variable, which moves while a network is trained.
+
+    Each probe is P = c (P_stored + r change), with change 0 at first. r is `rate` times the root mean square of each
+    mode where light falls: an optimizer that moves weights by its rate moves the probe in proportion, and a mode that
+    is missing stays dark. c keeps the light Σ|P|² that of the stored probe.
+
+    Parameters
+    ----------
+    optics : sequence of Optics
+        Of the scans, with the stored probes.
+    rate : float
+        Positive.
+    """
+
+    def __init__(self, optics: Sequence[Optics], rate: float) -> None:
+        self._modes = [len(each.probe) for each in optics]
+        self._stored = stacked_probes(optics)
+        light = (np.abs(self._stored) ** 2).sum(axis=(2, 3), dtype=np.float64)
+        lit = np.array([(each.weight > 0).sum() for each in optics])
+        self._reach = (rate * np.sqrt(light / lit[:, None]))[..., None, None].astype(np.float32)
+        self._light = light.sum(axis=1).astype(np.float32)
+        self.change = keras.Variable(np.zeros((2, *self._stored.shape), np.float32), name="probe_change")
+        """Real and imaginary part, (2, scan, mode, N, N)."""
+
+    def pick(self, number: Tensor | None = None) -> ComplexPair:
+        """The probe (mode, N, N) of a scan by its number, or of the only one."""
+
+        def chosen(values: Any) -> Tensor:
+            return values[0] if number is None else ops.take(ops.convert_to_tensor(values), number, axis=0)
+
+        reach, light = chosen(self._reach), chosen(self._light)
+        change = self.change[:, 0] if number is None else ops.take(self.change, number, axis=1)
+        real = chosen(np.ascontiguousarray(self._stored.real)) + reach * change[0]
+        imag = chosen(np.ascontiguousarray(self._stored.imag)) + reach * change[1]
+        scale = ops.sqrt(light / ops.sum(squared_modulus((real, imag))))
+        return real * scale, imag * scale
+
+    def read(self) -> list[NDArray[np.complex64]]:
+        """The probes as they are, complex64 (mode, N, N) each, with the modes that each scan has."""
+        real, imag = self.change.numpy()
+        moved = self._stored + self._reach * (real + 1j * imag)
+        light = (np.abs(moved) ** 2).sum(axis=(1, 2, 3), dtype=np.float64)
+        moved *= np.sqrt(self._light / light)[:, None, None, None].astype(np.float32)
+        return [probe[:modes] for probe, modes in zip(moved, self._modes, strict=True)]
+
+    def assign(self, probes: Sequence[NDArray[np.complex64]]) -> None:
+        """Take probes of the stored ones' light, complex64 (mode, N, N) each."""
+        away = _with_modes(probes, max(self._modes)) - self._stored
+        # A dark mode cannot move.
+        change = np.divide(away, self._reach, out=np.zeros_like(away), where=self._reach > 0)
+        self.change.assign(np.stack([change.real, change.imag]))
+
+
 class OpticsTable:
     """The optics of one scan as constants, or of several to choose from by their number.
 
@@ -56,19 +114,35 @@ class OpticsTable:
         Probes may differ in the number of their modes: a mode that is missing is dark.
     object_amplitude : float, optional
         Of the flat object for all scans; by default each scan's own (`Optics.flat_amplitude`).
+    fitted : FittedProbes, optional
+        Probes that stand in for the stored ones, and change.
     """
 
-    def __init__(self, optics: Optics | Sequence[Optics], object_amplitude: float | None = None) -> None:
+    def __init__(
+        self,
+        optics: Optics | Sequence[Optics],
+        object_amplitude: float | None = None,
+        fitted: FittedProbes | None = None,
+    ) -> None:
         self._optics = (optics,) if isinstance(optics, Optics) else tuple(optics)
         self._object_amplitude = object_amplitude
+        self.fitted = fitted
 
     def __len__(self) -> int:
         return len(self._optics)
 
     def pick(self, scan: Tensor | None = None) -> OpticsTensors:
         """The optics of the scan that a batch comes from (integer tensor (group, 1)), or of the only one."""
+        number = None if scan is None else scan[0, 0]
+        stored = self._stored(number)
+        if self.fitted is None:
+            return stored
+        probe = self.fitted.pick(number)
+        return replace(stored, probe=probe, weight=ops.stop_gradient(relative_light(probe)))
+
+    def _stored(self, number: Tensor | None) -> OpticsTensors:
         flat = [self._object_amplitude or optics.flat_amplitude() for optics in self._optics]
-        if scan is None:
+        if number is None:
             (optics,) = self._optics
             return OpticsTensors(
                 probe_pair(optics),
@@ -77,9 +151,7 @@ class OpticsTable:
                 1.0 / optics.normalization,
                 flat[0],
             )
-        number = scan[0, 0]
-        modes = max(len(optics.probe) for optics in self._optics)
-        probes = np.stack([np.pad(o.probe, ((0, modes - len(o.probe)), (0, 0), (0, 0))) for o in self._optics])
+        probes = stacked_probes(self._optics)
         scales = np.array([1.0 / optics.normalization for optics in self._optics], np.float32)
 
         def chosen(values: Any) -> Tensor:
@@ -118,10 +190,12 @@ class GroupProjections(layers.Layer):
             patches = split_channels(relative, optics.object_amplitude)
         ramps = shift_ramps(offset_yx_px, x.shape[1])
         total_weight = gathered_weight(optics.weight, ramps)
-        given = (optics.probe, amplitude, optics.mask, optics.weight, ramps, total_weight)
-        ahead = patches
+        # A probe that is fitted learns as in ePIE, from the exit waves at given patches: how it made them is no guide.
+        probe = (ops.stop_gradient(optics.probe[0]), ops.stop_gradient(optics.probe[1]))
+        given = (probe, amplitude, optics.mask, optics.weight, ramps, total_weight)
+        ahead, length = patches, step_length(self._momentum)
         for _ in range(self._steps):
-            before, patches = patches, project_group(ahead, *given)
+            before, patches = patches, project_group(ahead, *given, length)
             ahead = go_on(before, patches, self._momentum)
         return join_channels(patches, optics.object_amplitude)
 
@@ -139,6 +213,8 @@ class GroupCounts(layers.Layer):
     def __init__(self, optics: OpticsTable, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._optics = optics
+        # Keras finds a fitted probe here and nowhere else, so that a network's own weights are the U-Net's alone.
+        self._probe_change = None if optics.fitted is None else optics.fitted.change
 
     def call(self, patches: Tensor, offset_yx_px: Tensor, scan: Tensor | None = None) -> Tensor:
         optics = self._optics.pick(scan)
@@ -223,6 +299,15 @@ class MemberPatches(layers.Layer):
 
     def compute_output_shape(self, shape: Any, *_: Any) -> Any:
         return (shape[0], shape[3] // 2, shape[1], shape[2], 2)
+
+
+def stacked_probes(optics: Sequence[Optics]) -> NDArray[np.complex64]:
+    """The probes of several scans, complex64 (scan, mode, N, N); a mode that is missing is dark."""
+    return _with_modes([each.probe for each in optics], max(len(each.probe) for each in optics))
+
+
+def _with_modes(probes: Sequence[NDArray[np.complex64]], modes: int) -> NDArray[np.complex64]:
+    return np.stack([np.pad(probe, ((0, modes - len(probe)), (0, 0), (0, 0))) for probe in probes])
 
 
 def probe_pair(optics: Optics) -> ComplexPair:
@@ -316,7 +401,12 @@ def bottom_weights(spec: ModelSpec) -> int:
     return 9 * (BASE_FILTERS * spec.n_filters_scale * 2**spec.levels) ** 2
 
 
-def build_network(spec: ModelSpec, optics: Optics | Sequence[Optics], precision: Precision = "float32") -> keras.Model:
+def build_network(
+    spec: ModelSpec,
+    optics: Optics | Sequence[Optics],
+    precision: Precision = "float32",
+    fitted: FittedProbes | None = None,
+) -> keras.Model:
     """The network of a spec: (X, offsets) to patches (group, C, N, N, 2) at the members' positions.
 
     Parameters
@@ -325,6 +415,8 @@ def build_network(spec: ModelSpec, optics: Optics | Sequence[Optics], precision:
     optics : Optics or sequence of Optics
         Probe, input scale and mask of the scan that it will see, or of several scans.
     precision : {"float32", "mixed"}
+    fitted : FittedProbes, optional
+        Probes that are fitted along; they are no weights of the network.
 
     Returns
     -------
@@ -341,7 +433,7 @@ def build_network(spec: ModelSpec, optics: Optics | Sequence[Optics], precision:
     Without steps before it, the U-Net reads the patterns themselves, as PtychoNN does (Cherukara et al., Appl. Phys.
     Lett. 117 (2020) 044103).
     """
-    table = OpticsTable(optics, spec.object_amplitude)
+    table = OpticsTable(optics, spec.object_amplitude, fitted)
     x = keras.Input((spec.n_pixels, spec.n_pixels, spec.members), name="x")
     offset = keras.Input((spec.members, 2), name="offset_yx_px")
     which = {} if len(table) == 1 else {"scan": keras.Input((1,), dtype="int32", name="scan")}
@@ -350,27 +442,38 @@ def build_network(spec: ModelSpec, optics: Optics | Sequence[Optics], precision:
     features = first if spec.projections_before else x
     relative = layers.Add(name="corrected")([first, unet(features, spec, precision)])
     if spec.projections_after:
-        after = GroupProjections(table, spec.projections_after, spec.momentum, name="after")
+        after = GroupProjections(table, spec.projections_after, 0.0, name="after")
         relative = after(x, offset, relative, **which)
     patches = MemberPatches(table, name="patches")(relative, **which)
     return keras.Model([x, offset, *which.values()], patches, name=spec.kind)
 
 
 def with_penalties(
-    network: keras.Model, spec: ModelSpec, optics: Optics | Sequence[Optics], *, tv: float, real_space: float
+    network: keras.Model,
+    spec: ModelSpec,
+    optics: Optics | Sequence[Optics],
+    fitted: FittedProbes | None = None,
+    *,
+    tv: float,
+    real_space: float,
 ) -> keras.Model:
     """A network whose patches cost something by themselves: see `PatchPenalties`."""
     _, offset, *scan = network.inputs
-    table = OpticsTable(optics, spec.object_amplitude)
+    table = OpticsTable(optics, spec.object_amplitude, fitted)
     penalties = PatchPenalties(table, tv, real_space, name="penalties")
     patches = penalties(network.outputs[0], offset, **({"scan": scan[0]} if scan else {}))
     return keras.Model(network.inputs, patches, name="penalised")
 
 
-def build_autoencoder(network: keras.Model, optics: Optics | Sequence[Optics]) -> keras.Model:
-    """A PINN's network followed by its forward model: from the network's inputs to counts (group, C, N, N)."""
+def build_autoencoder(
+    network: keras.Model, optics: Optics | Sequence[Optics], fitted: FittedProbes | None = None
+) -> keras.Model:
+    """A PINN's network followed by its forward model: from the network's inputs to counts (group, C, N, N).
+
+    Fitted probes are a weight of the whole, the last one.
+    """
     _, offset, *scan = network.inputs
-    counts = GroupCounts(OpticsTable(optics), name="counts")
+    counts = GroupCounts(OpticsTable(optics, fitted=fitted), name="counts")
     return keras.Model(
         network.inputs,
         counts(network.outputs[0], offset, **({"scan": scan[0]} if scan else {})),

@@ -11,6 +11,8 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
+from ptychodask.scan import ILLUMINATION_FLOOR
+
 Tensor = Any
 """A tensor of the Keras backend in use."""
 
@@ -51,6 +53,13 @@ def alternating_signs(n_pixels: int) -> NDArray[np.float32]:
     """
     y, x = np.indices((n_pixels, n_pixels))
     return (1 - 2 * ((y + x) % 2)).astype(np.float32)
+
+
+def relative_light(probe: ComplexPair) -> Tensor:
+    """Relative illumination (N, N) of a probe (mode, N, N): `scan.illumination` in differentiable form."""
+    intensity = ops.sum(squared_modulus(probe), axis=0)
+    relative = intensity / ops.max(intensity)
+    return ops.where(relative < ILLUMINATION_FLOOR, 0.0, relative)
 
 
 def propagate(wave: ComplexPair) -> ComplexPair:
@@ -210,6 +219,7 @@ def project_group(
     weight: Tensor,
     ramps: ComplexPair,
     total_weight: Tensor,
+    length: float = 1.0,
 ) -> ComplexPair:
     """One data-consistent step of a whole group from patches to patches.
 
@@ -222,6 +232,8 @@ def project_group(
         As in `data_step`.
     weight, ramps, total_weight
         As in `merge_members`.
+    length : float
+        Share of the full step.
 
     Returns
     -------
@@ -229,7 +241,7 @@ def project_group(
     """
     brightest = ops.max(ops.sum(squared_modulus(probe), axis=0))
     step = gather_members(data_step(patches, probe, amplitude, mask), ramps)
-    denominator = (total_weight + MERGE_FLOOR) * brightest
+    denominator = (total_weight + MERGE_FLOOR) * (brightest / length)
     return patches[0] + step[0] / denominator, patches[1] + step[1] / denominator
 
 
@@ -250,7 +262,24 @@ def go_on(before: ComplexPair, after: ComplexPair, momentum: float) -> ComplexPa
     Notes
     -----
     Nesterov's acceleration, in ptychography mPIE (Maiden, Johnson & Li, Optica 4 (2017) 736). Steps of low spatial
-    frequencies are short and of one sign; momentum lengthens them up to 1 / (1 − momentum) times.
+    frequencies are short and of one sign; momentum lengthens them up to `step_length` / (1 − momentum) times.
     """
     real, imag = (b + momentum * (b - a) for a, b in zip(before, after, strict=True))
     return real, imag
+
+
+def step_length(momentum: float) -> float:
+    """Share of the full step with which momentum stays stable wherever full steps without it do.
+
+    Notes
+    -----
+    A full step changes a misfit by a factor 1 − λ, and steps without momentum converge for λ < 2 (a sharp edge of the
+    probe between pixels comes close to it). With momentum μ they do for λ < (2 + 2μ) / (1 + 2μ): the roots of
+    z² − (1 − λ)(1 + μ) z + (1 − λ) μ lie inside the unit circle.
+
+    Examples
+    --------
+    >>> step_length(0.0), round(step_length(0.8), 3)
+    (1.0, 0.692)
+    """
+    return (1 + momentum) / (1 + 2 * momentum)

@@ -52,8 +52,8 @@ class ModelSpec:
     projections_after: int = 2
     """Data-consistent steps of the group on the U-Net's answer."""
 
-    momentum: float = 0.9
-    """Share of each data-consistent step that the next one goes on with; 0 starts each where the last one ended."""
+    momentum: float = 0.8
+    """Share of each step before the U-Net that the next one goes on with; 0 starts each where the last one ended."""
 
     attention: bool = False
     """Self-attention at the bottom of the U-Net."""

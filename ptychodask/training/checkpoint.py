@@ -32,13 +32,13 @@ class Snapshot:
     """Where the training stands, plain values; its log as ``log``."""
 
     network: Sequence[NDArray[Any]]
-    """Weights as they are."""
+    """Weights as they are, and fitted probes last."""
 
     optimizer: Sequence[NDArray[Any]]
     """Variables of the optimizer."""
 
     best: Sequence[NDArray[Any]]
-    """Weights of the epoch with the lowest held-out loss."""
+    """The same of the epoch with the lowest held-out loss."""
 
 
 class Checkpoint:

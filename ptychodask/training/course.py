@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +27,10 @@ PLATEAU_EPOCHS = 3
 
 @dataclass(eq=False)
 class Course(keras.callbacks.Callback):
-    """Clock, learning rate, best weights and progress of one training, through all its stages."""
+    """Clock, learning rate, best values of the variables and progress of one training, through all its stages."""
 
     spec: TrainingSpec
-    network: keras.Model
+    variables: Sequence[keras.Variable]
     optimizer: keras.optimizers.Optimizer
     stream: GroupStream | MixedStream
     bar: Progress
@@ -115,9 +116,9 @@ class Course(keras.callbacks.Callback):
         self.checkpoint.write(self.snapshot())
 
     def _judge(self, held_out_loss: float) -> None:
-        """Keep the best weights, and draw the consequences of an epoch that is not better."""
+        """Keep the best values, and draw the consequences of an epoch that is not better."""
         if held_out_loss < self.best_loss:
-            self.best_loss, self.best = held_out_loss, self.network.get_weights()
+            self.best_loss, self.best = held_out_loss, self._values()
             self.waited = self.on_plateau = 0
             return
         self.waited += 1
@@ -128,13 +129,16 @@ class Course(keras.callbacks.Callback):
             logger.info("no lower held-out loss in %d epochs", self.waited)
             self._end_stage()
 
+    def _values(self) -> list[NDArray[np.float32]]:
+        return [variable.numpy() for variable in self.variables]
+
     def snapshot(self) -> Snapshot:
         """All that the next epoch depends on."""
         # A new fit deals once before its first epoch, so an epoch that follows within this one is dealt already.
         deals = self.stream.deals if self.stage_ends else self.stream.deals - 1
         state = {name: getattr(self, name) for name in KEPT} | {"spent_s": self.seconds(), "deals": deals}
         values = [variable.numpy() for variable in self.optimizer.variables]
-        return Snapshot(state, self.network.get_weights(), values, self.best)
+        return Snapshot(state, self._values(), values, self.best)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Stand where a stopped run stood after its last epoch."""
@@ -144,9 +148,9 @@ class Course(keras.callbacks.Callback):
             setattr(self, name, value)
         self._started = time.monotonic() - self.spent_s
         self.best = list(snapshot.best)
-        self.network.set_weights(snapshot.network)
-        for variable, value in zip(self.optimizer.variables, snapshot.optimizer, strict=True):
-            variable.assign(value)
+        for variables, values in ((self.variables, snapshot.network), (self.optimizer.variables, snapshot.optimizer)):
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
         while self.stream.deals < deals:
             self.stream.on_epoch_end()
         self.bar.advance(self.groups_seen)

@@ -16,12 +16,18 @@ from ptychodask.folders import check_vacant
 from ptychodask.models import Model, ModelSpec, Optics, load_model, save_model
 from ptychodask.models.bundle import MODEL
 from ptychodask.models.domain import ranges_of
-from ptychodask.models.networks import build_autoencoder, build_network, encoder_layers, with_penalties
+from ptychodask.models.networks import (
+    FittedProbes,
+    build_autoencoder,
+    build_network,
+    encoder_layers,
+    with_penalties,
+)
 from ptychodask.models.spec import Kind
 from ptychodask.places import ObjectPlace, on_disk, place_named
 from ptychodask.progress import show_progress
 from ptychodask.scan import PtychodaskError, Scan, with_fields
-from ptychodask.store import open_scan, record_model
+from ptychodask.store import check_probe_is_free, hash_with_probe, open_scan, record_model
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 from ptychodask.training.course import Course
 from ptychodask.training.data import (
@@ -35,6 +41,7 @@ from ptychodask.training.data import (
 )
 from ptychodask.training.loggers import Record, open_logger
 from ptychodask.training.losses import Loss, amplitude_loss, mae_loss, patch_loss, poisson_loss
+from ptychodask.training.probes import ProbeAdam, ProbeFit, judge_probes, store_probe
 from ptychodask.training.spec import TrainingSpec
 from ptychodask.training.streaming import GroupStream, MixedStream
 
@@ -94,11 +101,15 @@ def _streams(lessons: Sequence[Lesson], spec: TrainingSpec) -> tuple[Stream, Str
 
 
 def _build(
-    spec: TrainingSpec, model_spec: ModelSpec, optics: Optics | Sequence[Optics], initial: Model | None
+    spec: TrainingSpec,
+    model_spec: ModelSpec,
+    optics: Optics | Sequence[Optics],
+    initial: Model | None,
+    fitted: FittedProbes | None,
 ) -> tuple[keras.Model, keras.Model]:
     """The network, and what is fitted: it, with its penalties and its forward model."""
     keras.utils.set_random_seed(spec.seed)
-    network = build_network(model_spec, optics, spec.precision)
+    network = build_network(model_spec, optics, spec.precision, fitted)
     if initial is not None:
         network.set_weights(initial.weights)
     if spec.freeze_encoder:
@@ -106,12 +117,12 @@ def _build(
             layer.trainable = False
     trained = network
     if spec.tv or spec.real_space:
-        trained = with_penalties(trained, model_spec, optics, tv=spec.tv, real_space=spec.real_space)
-    return network, trained if spec.model == "baseline" else build_autoencoder(trained, optics)
+        trained = with_penalties(trained, model_spec, optics, fitted, tv=spec.tv, real_space=spec.real_space)
+    return network, trained if spec.model == "baseline" else build_autoencoder(trained, optics, fitted)
 
 
 def _fit(
-    network: keras.Model,
+    variables: Sequence[keras.Variable],
     trained: keras.Model,
     stages: list[tuple[float, Loss]],
     spec: TrainingSpec,
@@ -121,27 +132,51 @@ def _fit(
     record: Record,
     progress: bool | None,
 ) -> tuple[list[NDArray[np.float32]], list[dict[str, float]]]:
-    """Best weights of the network and the log, after `trained` (it, or it and its forward model) went through."""
+    """Best values of the variables (all that `trained` may change, and more where some are frozen), and the log."""
     stream, check = streams
     steps = None if spec.accumulation == 1 else spec.accumulation
-    optimizer = keras.optimizers.Adam(spec.first_learning_rate, gradient_accumulation_steps=steps)
-    optimizer.build(network.trainable_variables)
+    adam = ProbeAdam if spec.probe_rate else keras.optimizers.Adam
+    optimizer = adam(spec.first_learning_rate, gradient_accumulation_steps=steps)
+    optimizer.build(trained.trainable_variables)
     with show_progress("train", spec.epochs * stream.groups_per_epoch, "groups", progress) as bar:
-        course = Course(spec, network, optimizer, stream, bar, checkpoint, record)
+        course = Course(spec, variables, optimizer, stream, bar, checkpoint, record)
         if stopped is not None:
             course.restore(stopped)
         for number in range(course.stage + course.stage_ends, len(stages)):
             until, loss = stages[number]
             course.begin_stage(number, until)
-            loss = _per_device(loss) if spec.devices > 1 and keras.backend.backend() == "tensorflow" else loss
+            loss = _for_devices(loss, spec.devices)
             # XLA compiles for minutes on a CPU and is slower there; JAX has no other way.
             trained.compile(optimizer=optimizer, loss=loss, jit_compile=keras.backend.backend() == "jax")
             trained.fit(stream, validation_data=check, epochs=spec.epochs, shuffle=False, verbose=0, callbacks=[course])
     return course.best, course.log
 
 
-def _per_device(loss: Loss) -> Loss:
-    """The same loss in the form whose share of several devices Keras averages: it leaves a scalar as it is."""
+def _judged(
+    fitted: FittedProbes,
+    lessons: Sequence[Lesson],
+    variables: Sequence[keras.Variable],
+    best: Sequence[NDArray[np.float32]],
+    trained: keras.Model,
+    loss: Loss,
+    spec: TrainingSpec,
+    check: Stream,
+) -> list[ProbeFit]:
+    """The fitted probe of each scan against the stored one, with the best weights."""
+    for variable, value in zip(variables, best, strict=True):
+        variable.assign(value)
+    trained.compile(loss=_for_devices(loss, spec.devices), jit_compile=keras.backend.backend() == "jax")
+    return judge_probes(
+        fitted,
+        [lesson.scan.probe for lesson in lessons],
+        lambda: float(trained.evaluate(check, verbose=0, return_dict=True)["loss"]),
+    )
+
+
+def _for_devices(loss: Loss, devices: int) -> Loss:
+    """The same loss in the form whose share of several devices MirroredStrategy averages: a scalar it would add up."""
+    if devices == 1 or keras.backend.backend() != "tensorflow":
+        return loss
     return lambda target, answer: keras.ops.reshape(loss(target, answer), (1,))
 
 
@@ -187,13 +222,16 @@ def train(
     Returns
     -------
     Model
-        The weights of the epoch with the lowest held-out loss, saved in `out`.
+        The weights of the epoch with the lowest held-out loss, saved in `out`. With `probe_rate` each store takes its
+        fitted probe (of that epoch, `in_gauge_of` the stored one) where the held-out loss is lower with it, before it
+        records the model; `probe_initial` stays.
 
     Raises
     ------
     PtychodaskError
-        If the scan does not suit the training (no truth for a baseline, too few patterns), the bundle exists, a stopped
-        run is there and shall neither be resumed nor forgotten or trained something else, or the loss diverges.
+        If the scan does not suit the training (no truth for a baseline, too few patterns, a probe to fit of a scan that
+        still grows or is given twice), the bundle exists, a stopped run is there and shall neither be resumed nor
+        forgotten or trained something else, or the loss diverges.
     """
     spec = with_fields(spec or TrainingSpec(), spec_fields)
     stores = [store] if isinstance(store, str | Path) else list(store)
@@ -215,12 +253,22 @@ def train(
     checkpoint = Checkpoint(out, _identity(scans, spec, model_spec, initial))
     stopped = checkpoint.begin(resume=resume, overwrite=overwrite)
     streams = _streams(lessons, spec)
+    fits: Sequence[ProbeFit | None] = [None] * len(lessons)
     with _on_devices(spec.devices), open_logger(log_to, out.name, spec) as record:
-        network, trained = _build(spec, model_spec, optics, initial)
-        weights, log = _fit(network, trained, stages, spec, streams, checkpoint, stopped, record, progress)
-    model = Model(model_spec, weights, lessons[0].optics, _provenance(lessons, spec), log)
-    model = save_model(model, out, overwrite=overwrite)
-    for each in stores:
+        fitted = FittedProbes([lesson.optics for lesson in lessons], spec.probe_rate) if spec.probe_rate else None
+        network, trained = _build(spec, model_spec, optics, initial, fitted)
+        variables = [*network.weights, *([] if fitted is None else [fitted.change])]
+        best, log = _fit(variables, trained, stages, spec, streams, checkpoint, stopped, record, progress)
+        if fitted is not None:
+            fits = _judged(fitted, lessons, variables, best, trained, stages[-1][1], spec, streams[1])
+    weights, bound = best[: len(network.weights)], _optics(lessons[0], fits[0])
+    model = save_model(
+        Model(model_spec, weights, bound, _provenance(lessons, fits, spec), log), out, overwrite=overwrite
+    )
+    # The bundle is whole before a store changes: a run that is killed here goes on with the data that it began with.
+    for each, lesson, fit in zip(stores, lessons, fits, strict=True):
+        if fit is not None:
+            store_probe(lesson.scan, fit, spec)
         record_model(each, kind=model.kind, path=out, content_hash=model.content_hash)
     checkpoint.remove()
     return model
@@ -239,7 +287,19 @@ def _open_scans(stores: Sequence[str | Path], spec: TrainingSpec) -> list[Scan]:
         raise PtychodaskError(
             f"training: exclude names patterns of one scan, found {len(scans)} scans; train on one, or leave it out"
         )
+    if spec.probe_rate:
+        _check_probes_are_free(scans)
     return scans
+
+
+def _check_probes_are_free(scans: Sequence[Scan]) -> None:
+    for number, scan in enumerate(scans):
+        check_probe_is_free(scan)
+        if scan.store in [other.store for other in scans[:number]]:
+            raise PtychodaskError(
+                f"training: {scan.store} is given twice, and probe_rate would fit two probes to it; give it once, or "
+                "pass probe_rate=0"
+            )
 
 
 @contextmanager
@@ -354,16 +414,25 @@ def _stages(
     return [(1.0, losses[name](optics))]
 
 
-def _provenance(lessons: Sequence[Lesson], spec: TrainingSpec) -> dict[str, Any]:
+def _optics(lesson: Lesson, fit: ProbeFit | None) -> Optics:
+    """The optics that a scan has from now on."""
+    return replace(lesson.optics, probe=fit.probe) if fit is not None and fit.is_better else lesson.optics
+
+
+def _provenance(lessons: Sequence[Lesson], fits: Sequence[ProbeFit | None], spec: TrainingSpec) -> dict[str, Any]:
     """Where the weights come from; of several scans, the first by name and all in ``scans``."""
     scans = [
         {
             "store": lesson.scan.store,
-            "data_hash": lesson.scan.data_hash,
+            # What the store has with the probe that it is about to take.
+            "data_hash": lesson.scan.data_hash
+            if fit is None or not fit.is_better
+            else hash_with_probe(lesson.scan, fit.probe),
             "n_training": len(lesson.training),
             "n_held_out": len(lesson.held_out),
+            **({} if fit is None else {"probe_fit": fit.record(spec, lesson.scan)}),
         }
-        for lesson in lessons
+        for lesson, fit in zip(lessons, fits, strict=True)
     ]
     return {
         **scans[0],

@@ -95,6 +95,10 @@ class TrainingSpec:
     real_space: float = 0.0
     """Weight of the disagreement of a group's members where they overlap."""
 
+    probe_rate: float = 0.0
+    """Fit the probe too: how far a step moves it, relative to the rate of the weights and to the root mean square of
+    each mode where light falls; 0 keeps the stored probe. For the PINN; some 3 to 10 suit the default rate."""
+
     freeze_encoder: bool = False
     """Keep the U-Net's way down and its bottom as `initial` has them."""
 
@@ -130,7 +134,7 @@ class TrainingSpec:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise PtychodaskError(f"training: {name} is {value}, expected a positive number")
-        for name in ("tv", "real_space"):
+        for name in ("tv", "real_space", "probe_rate"):
             value = getattr(self, name)
             if not (np.isfinite(value) and value >= 0):
                 raise PtychodaskError(f"training: {name} is {value}, expected 0 or more")
@@ -138,6 +142,11 @@ class TrainingSpec:
             raise PtychodaskError(
                 f"training: real_space is {self.real_space}, but groups of one member have nothing to agree with; "
                 "pass members=2 or more, or real_space=0"
+            )
+        if self.probe_rate and self.model == "baseline":
+            raise PtychodaskError(
+                f"training: probe_rate is {self.probe_rate}, but a baseline learns from patches, which tell nothing of "
+                "the probe; pass model='pinn', or probe_rate=0"
             )
         if self.batch_size % self.devices:
             raise PtychodaskError(

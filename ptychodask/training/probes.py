@@ -1,0 +1,147 @@
+"""The probes that a training fitted: their gauge, how they are judged, and how a store takes them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from numpy.typing import NDArray
+
+from ptychodask.iterative import probe_centroid_px
+from ptychodask.models.networks import FittedProbes
+from ptychodask.scan import Scan
+from ptychodask.simulate import shift_probe
+from ptychodask.store import replace_probe
+from ptychodask.training.spec import TrainingSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeFit:
+    """What a training found of a scan's probe."""
+
+    probe: NDArray[np.complex64]
+    """The fitted probe (mode, N, N), in the gauge of the stored one (`in_gauge_of`)."""
+
+    loss_before: float
+    """Held-out loss with the stored probe."""
+
+    loss_after: float
+    """Held-out loss with the fitted probe, of the same patterns and weights."""
+
+    @property
+    def is_better(self) -> bool:
+        """The fitted probe explains the held-out patterns better, so that the store takes it."""
+        return self.loss_after < self.loss_before
+
+    def record(self, spec: TrainingSpec, scan: Scan) -> dict[str, Any]:
+        """How the probe was made, for the store: plain values."""
+        return {
+            "by": "train",
+            "held_out_loss_before": self.loss_before,
+            "held_out_loss_after": self.loss_after,
+            "probe_rate": spec.probe_rate,
+            "seed": spec.seed,
+            "started_from": scan.attributes.get("probe_refinement"),
+        }
+
+
+class ProbeAdam(keras.optimizers.Adam):
+    """Adam for weights and, as the last variable, fitted probes, each of which has one length of step for all pixels.
+
+    The second moment of a probe is the mean of its gradient's square over modes and pixels. Adam's own, pixel by pixel,
+    would move those that the patterns say little about as far as the others.
+    """
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Kingma & Ba, arXiv 1412.6980, algorithm 1, with a second moment for each scan."""
+        index = self._get_variable_index(variable)
+        if index < len(self._trainable_variables) - 1:
+            super().update_step(gradient, variable, learning_rate)
+            return
+        momentum, velocity = self._momentums[index], self._velocities[index]
+        step = ops.cast(self.iterations + 1, "float32")
+        unbias = ops.sqrt(1 - self.beta_2**step) / (1 - self.beta_1**step)
+        squared = ops.mean(ops.square(gradient), axis=(0, 2, 3, 4), keepdims=True)
+        self.assign_add(momentum, (gradient - momentum) * (1 - self.beta_1))
+        self.assign_add(velocity, (squared - velocity) * (1 - self.beta_2))
+        rate = ops.cast(learning_rate, "float32") * unbias
+        self.assign_sub(variable, momentum * rate / (ops.sqrt(velocity) + self.epsilon))
+
+
+def in_gauge_of(stored: NDArray[np.complex64], probe: NDArray[np.complex64]) -> NDArray[np.complex64]:
+    """A probe brought to what patterns cannot tell, as the stored probe has it.
+
+    Parameters
+    ----------
+    stored, probe : complex64 arrays (mode, N, N)
+
+    Returns
+    -------
+    complex64 array (mode, N, N)
+        With the light Σ|P|² of the stored probe (the calibration), its centroid of Σ|P|² (the object would move along),
+        and the global phase for which <stored, probe> is real and not negative.
+
+    Notes
+    -----
+    A phase ramp is left as it is found. Probe and object could share it, but patches start from a flat object and the
+    detector does not move, so that the patterns tell the probe's ramp; the stored probe's own is no guide, since it
+    depends on where the detector's centre was taken to be (as in `run_sweeps`).
+
+    Examples
+    --------
+    >>> stored = np.eye(1, 16, 5).reshape(1, 4, 4).astype(np.complex64)
+    >>> in_gauge_of(stored, 2j * np.roll(stored, 1, axis=2)).real.round(5).tolist() == stored.real.tolist()
+    True
+    """
+    probe = shift_probe(probe, probe_centroid_px(stored) - probe_centroid_px(probe)).astype(np.complex128)
+    phase = np.angle(np.vdot(stored, probe))
+    scale = np.linalg.norm(stored.astype(np.complex128)) / np.linalg.norm(probe)
+    return (probe * scale * np.exp(-1j * phase)).astype(np.complex64)
+
+
+def judge_probes(
+    fitted: FittedProbes, stored: Sequence[NDArray[np.complex64]], held_out_loss: Callable[[], float]
+) -> list[ProbeFit]:
+    """Compare the fitted probe of each scan with the stored one.
+
+    Parameters
+    ----------
+    fitted : FittedProbes
+        With the values that the training ended with.
+    stored : sequence of complex64 arrays (mode, N, N)
+    held_out_loss : callable
+        Of the network as it is, all scans together.
+
+    Returns
+    -------
+    list of ProbeFit
+        One for each scan; the losses differ by that scan's probe alone.
+    """
+    found = [in_gauge_of(before, after) for before, after in zip(stored, fitted.read(), strict=True)]
+    fitted.assign(found)
+    loss_after = held_out_loss()
+    fits = []
+    for number, before in enumerate(stored):
+        fitted.assign([*found[:number], before, *found[number + 1 :]])
+        fits.append(ProbeFit(found[number], held_out_loss(), loss_after))
+    return fits
+
+
+def store_probe(scan: Scan, fit: ProbeFit, spec: TrainingSpec) -> None:
+    """Put a fitted probe into the scan's store where it is better, and say what it was judged by."""
+    if fit.is_better:
+        replace_probe(str(scan.store), fit.probe, fit.record(spec, scan))
+    logger.info(
+        "%s: held-out loss %.5g with the stored probe and %.5g with the fitted one; the store %s",
+        scan.store,
+        fit.loss_before,
+        fit.loss_after,
+        "takes the fitted probe" if fit.is_better else "keeps its probe",
+    )
