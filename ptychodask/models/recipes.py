@@ -53,8 +53,8 @@ CARD_WIDTH = 118
 
 DRAWN = (
     "Objects: crossing lines, smooth fields, sharp-edged blobs and Siemens stars, amplitude from 1 down to 0.3, phase "
-    "over up to 2.4 rad. Probes: discs, flat and curved, and zone plates out of focus, a little aberrated. Paths: random, "
-    "raster, spiral. Poisson noise."
+    "over up to 2.4 rad. Probes: discs, flat and curved, and zone plates out of focus, a little aberrated. Paths: "
+    "random, raster, spiral. Poisson noise."
 )
 """What the scans are like, see `varied_scan`."""
 
