@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ptychodask import models
 from ptychodask.grouping import groups_kept
-from ptychodask.models.domain import outside, read_ranges
+from ptychodask.models.domain import outside, read_ranges, spacing_px
 from ptychodask.models.pretrained import is_pretrained, pretrained_for
 from ptychodask.models.spec import Precision
 from ptychodask.places import ObjectPlace, place_named
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 MODEL_ORDER = ("pinn", "baseline")
 """Kinds of recorded models, the one that is taken first in front."""
+
+SPACING_POSITIONS = 20_000
+"""Positions, at most, from which the mean spacing of a scan is taken to compare it with those trained on."""
 
 CACHE_SIZE = 4
 """Scans, and compiled models, that a process keeps for its next tasks."""
@@ -298,10 +301,14 @@ def recorded_model(scan: Scan) -> dict[str, str] | None:
     return None
 
 
-def unlike_training(model: PatchModel, scan: Scan) -> list[str]:
+def unlike_training(model: PatchModel, reader: ScanReader) -> list[str]:
     """In what a scan lies outside of those that a model was trained on, a line each; nothing where that is unknown."""
-    trained_on = getattr(model, "trained_on", {})
-    return outside(read_ranges(trained_on.get("domain")), scan)
+    ranges = read_ranges(getattr(model, "trained_on", {}).get("domain"))
+    if not ranges:
+        return []
+    every = -(-reader.n_patterns // SPACING_POSITIONS)
+    step_px = spacing_px(reader.position_yx_px(np.arange(0, reader.n_patterns, every)))
+    return outside(ranges, reader.first(), None if step_px is None else step_px / np.sqrt(every))
 
 
 @contextmanager

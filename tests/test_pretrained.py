@@ -7,18 +7,19 @@ import logging
 import numpy as np
 import pytest
 
+from ptychodask import prediction
 from ptychodask.compare import compare
 from ptychodask.models import load_model
 from ptychodask.models import recipes as models_recipes
 from ptychodask.models.domain import TRAITS, outside, ranges_of, read_ranges, traits_of
 from ptychodask.models.pretrained import CARD, FOLDER, is_pretrained, packaged_folder, pretrained_for, pretrained_names
 from ptychodask.plan import plan
-from ptychodask.prediction import ModelReference, resolve_model
+from ptychodask.prediction import ModelReference, resolve_model, unlike_training
 from ptychodask.reconstruction import reconstruct
 from ptychodask.report import write_report
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
-from ptychodask.store import open_scan
+from ptychodask.store import ScanReader, open_scan
 from ptychodask.training import train
 
 NAMES = ["pinn-n64-c4", "pinn-n64-c1", "baseline-n64-c1"]
@@ -94,7 +95,7 @@ def test_an_unknown_name_is_told_with_those_that_there_are():
     assert not is_pretrained("pretrained.model")
 
 
-def test_a_scan_that_is_unlike_the_lessons_is_warned_of_and_the_report_says_so(tmp_path, caplog):
+def test_a_scan_that_is_unlike_the_lessons_is_warned_of_and_the_report_says_so(tmp_path, caplog, monkeypatch):
     path = tmp_path / "sparse.zarr"
     simulate(path, probe="disc", n_patterns=40, dose=200.0, step_px=21.0, seed=3)
     with caplog.at_level(logging.WARNING):
@@ -103,6 +104,9 @@ def test_a_scan_that_is_unlike_the_lessons_is_warned_of_and_the_report_says_so(t
     unlike = ds.attrs["model"]["unlike_training"]
     assert any(line.startswith("photons in a pattern is ") for line in unlike)
     assert any(line.startswith("probe overlap, 1 - step / diameter is ") for line in unlike)
+    monkeypatch.setattr(prediction, "SPACING_POSITIONS", 20)
+    sparser = unlike_training(load_model("pretrained:pinn-n64-c4"), ScanReader(path))
+    assert [line.split(" is ")[0] for line in sparser] == [line.split(" is ")[0] for line in unlike]
     report = write_report(ds, tmp_path / "report.html").read_text()
     assert "The scan lies outside of what it was trained on: " in report
 
@@ -111,13 +115,14 @@ def test_ranges_hold_the_scans_that_they_are_of_and_a_little_more(store):
     scan = open_scan(store)
     ranges = ranges_of([scan])
     assert ranges.keys() == TRAITS.keys()
-    assert traits_of(scan)["photons"] == pytest.approx(scan.diffraction[:].sum() / scan.n_patterns, rel=1e-6)
-    assert outside(ranges, scan) == []
-    assert outside(ranges | {"photons": (1.0, 2.0)}, scan) == [
-        f"photons in a pattern is {traits_of(scan)['photons']:.4g}, trained on 1 to 2"
+    assert traits_of(scan, None)["photons"] == pytest.approx(scan.diffraction[:].sum() / scan.n_patterns, rel=1e-6)
+    step_px = ranges["step_px"][0]
+    assert outside(ranges, scan, step_px) == []
+    assert outside(ranges | {"photons": (1.0, 2.0)}, scan, step_px) == [
+        f"photons in a pattern is {ranges['photons'][0]:.4g}, trained on 1 to 2"
     ]
-    nearly = ranges | {"step_px": (1.4 * ranges["step_px"][0],) * 2}
-    assert outside(nearly, scan) == []
+    assert outside(ranges | {"step_px": (1.4 * step_px,) * 2}, scan, step_px) == []
+    assert outside(ranges, scan, None) == []
 
 
 def test_ranges_that_cannot_be_read_say_nothing():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ptychodask.grouping import mean_spacing_px
 from ptychodask.scan import PtychodaskError, Scan, probe_diameter_px
@@ -38,35 +39,42 @@ TRAITS = {
 """What a prediction depends on beside the object. A network generalises a little beyond what it saw."""
 
 
-def traits_of(scan: Scan) -> dict[str, float]:
+def traits_of(scan: Scan, step_px: float | None) -> dict[str, float]:
     """The traits of a scan, by the names of `TRAITS`.
 
     Parameters
     ----------
     scan : Scan
+        Its positions have no say.
+    step_px : float, optional
+        Mean spacing of its positions, pixels.
 
     Returns
     -------
     dict
         ``photons`` is the mean of the counts in a pattern, and is left out for amplitudes, whose photon number is
-        unknown; ``step_px`` and ``overlap`` are left out where positions span no area.
+        unknown; so are ``step_px`` and ``overlap`` without a spacing.
     """
     diameter_px = probe_diameter_px(scan.probe)
     found = {"probe_diameter_px": diameter_px}
     if scan.domain == "counts":
         found["photons"] = (scan.n_pixels / 2) ** 2 / scan.normalization**2
+    return found if step_px is None else found | {"step_px": step_px, "overlap": 1 - step_px / diameter_px}
+
+
+def spacing_px(position_yx_px: NDArray[np.float64]) -> float | None:
+    """`mean_spacing_px`, or None where positions span no area."""
     try:
-        step_px = mean_spacing_px(scan.position_yx_px)
+        return mean_spacing_px(position_yx_px)
     except PtychodaskError:
-        return found
-    return found | {"step_px": step_px, "overlap": 1 - step_px / diameter_px}
+        return None
 
 
 def ranges_of(scans: Iterable[Scan]) -> Ranges:
     """Lowest and highest value of each trait over some scans."""
     values: dict[str, list[float]] = {}
     for scan in scans:
-        for name, value in traits_of(scan).items():
+        for name, value in traits_of(scan, spacing_px(scan.position_yx_px)).items():
             values.setdefault(name, []).append(value)
     return {name: (float(min(found)), float(max(found))) for name, found in sorted(values.items())}
 
@@ -85,14 +93,15 @@ def read_ranges(recorded: Any) -> Ranges:
     return found
 
 
-def outside(ranges: Ranges, scan: Scan) -> list[str]:
+def outside(ranges: Ranges, scan: Scan, step_px: float | None) -> list[str]:
     """In what a scan lies outside of the scans that a network was trained on.
 
     Parameters
     ----------
     ranges : dict
         `ranges_of` the scans that it was trained on; none says nothing.
-    scan : Scan
+    scan, step_px
+        As in `traits_of`.
 
     Returns
     -------
@@ -108,10 +117,10 @@ def outside(ranges: Ranges, scan: Scan) -> list[str]:
     ...     domain="counts",
     ...     normalization=0.5,
     ... )
-    >>> outside({"photons": (1e3, 1e6)}, scan)
+    >>> outside({"photons": (1e3, 1e6)}, scan, step_px=9.0)
     ['photons in a pattern is 64, trained on 1000 to 1e+06']
     """
-    traits = traits_of(scan)
+    traits = traits_of(scan, step_px)
     lines = []
     for name, (low, high) in ranges.items():
         trait, value = TRAITS[name], traits.get(name)

@@ -204,7 +204,7 @@ def _reconstruct_one(
     spec = in_pixels(spec, scan.pixel_size_m, str(store))
     models = model if isinstance(model, Mapping) else {"": model}
     networks = {str(label): resolve_model(scan, one) for label, one in models.items()}
-    _warn_of_other_scans(networks, scan)
+    _warn_of_other_scans(networks, reader)
     result = None if out is None else place_named(out)
     plan_now = partial(_planned_now, store, networks, spec, several=several)
     if spec.follow:
@@ -230,14 +230,14 @@ def _reconstruct_one(
         return write_result(work, result, client, started, progress, overwrite=overwrite, resume=resume)
 
 
-def _warn_of_other_scans(networks: Mapping[str, PatchModel], scan: Scan) -> None:
+def _warn_of_other_scans(networks: Mapping[str, PatchModel], reader: ScanReader) -> None:
     for model in networks.values():
-        unlike = unlike_training(model, scan)
+        unlike = unlike_training(model, reader)
         if unlike:
             logger.warning(
                 "%s: lies outside of what %s was trained on (%s): look at the result with care, or train on the scan, "
                 "from this model where that helps (train --initial)",
-                scan.store,
+                reader.where,
                 model.path or f"the {model.kind}",
                 "; ".join(unlike),
             )
@@ -263,7 +263,7 @@ def _planned(
     )
     layers = Layers(tuple(networks) if several else (), spec.split_half)
     job = StitchingJob(methods, layers, position_yx_px=spec.position_yx_px)
-    return Work(scan, job, next(iter(plans.values())), spec, _attributes(networks, scan, plans, spec))
+    return Work(scan, job, next(iter(plans.values())), spec, _attributes(networks, reader, plans, spec))
 
 
 def _check_followed(spec: ReconstructionSpec, result: Place | None, store: str) -> Path:
@@ -346,11 +346,11 @@ def _in_memory(work: Work, client: distributed.Client | None, started: float, pr
 
 
 def _attributes(
-    networks: Mapping[str, PatchModel], scan: Scan, plans: Mapping[str, Plan], spec: ReconstructionSpec
+    networks: Mapping[str, PatchModel], reader: ScanReader, plans: Mapping[str, Plan], spec: ReconstructionSpec
 ) -> dict[str, Any]:
     packages = ("ptychodask", "numpy", "numba", "dask", "distributed", "xarray", "zarr")
     first = next(iter(plans.values()))
-    made_by = {label: _made_by(one, scan) for label, one in networks.items()}
+    made_by = {label: _made_by(one, reader) for label, one in networks.items()}
     summaries = {label: one.summary() for label, one in plans.items()}
     return {
         "store": first.store,
@@ -362,10 +362,10 @@ def _attributes(
     }
 
 
-def _made_by(model: PatchModel, scan: Scan) -> dict[str, Any]:
+def _made_by(model: PatchModel, reader: ScanReader) -> dict[str, Any]:
     """What a result records of its model; in what the scan lies outside of its training only where it does."""
     found = {"kind": model.kind, "hash": model.content_hash, "path": model.path and whole_path(model.path)}
-    unlike = unlike_training(model, scan)
+    unlike = unlike_training(model, reader)
     return {**found, "unlike_training": unlike} if unlike else found
 
 
