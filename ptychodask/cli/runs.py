@@ -40,6 +40,7 @@ def demo(
     Example: ptychodask demo
     """
     with quiet_stderr():
+        import ptychodask.models.model  # noqa: F401
         from ptychodask.demo import run_demo
     typer.echo(run_demo(out, overwrite=overwrite, progress=bar(quiet)))
 

@@ -11,6 +11,7 @@ import logging
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -49,7 +50,8 @@ JUDGED_SEED = 1_000_000
 METRICS = (("amplitude", "correlation"), ("phase", "correlation"), ("amplitude", "ratio"))
 
 
-CARD_WIDTH = 118
+wrapped = partial(fill, width=118, break_on_hyphens=False)
+"""A paragraph of a card."""
 
 DRAWN = (
     "Objects: crossing lines, smooth fields, sharp-edged blobs and Siemens stars, amplitude from 1 down to 0.3, phase "
@@ -296,7 +298,7 @@ def card(model: Model, about: str) -> str:
     )
     trained_on = (
         f"{on['n_scans']} simulated scans of {PATTERNS} patterns of {spec.n_pixels}², {len(model.history)} epochs in "
-        f"{model.history[-1]['seconds'] / 60:.0f} minutes on one CPU core ({on['backend']}). {DRAWN}"
+        f"{model.history[-1]['seconds'] / 60:.0f} minutes ({on['backend']}). {DRAWN}"
     )
     ranges = [f"| {TRAITS[trait].words} | {low:.3g} to {high:.3g} |" for trait, (low, high) in on["domain"].items()]
     figures = [
@@ -306,13 +308,13 @@ def card(model: Model, about: str) -> str:
     lines = [
         f"# {name}",
         "",
-        fill(made_of, CARD_WIDTH),
+        wrapped(made_of),
         "",
         f"Made by `python -m ptychodask.models.recipes {name} --out {name}`.",
         "",
         "## Trained on",
         "",
-        fill(trained_on, CARD_WIDTH),
+        wrapped(trained_on),
         "",
         "| | range |",
         "|---|---|",
@@ -320,7 +322,7 @@ def card(model: Model, about: str) -> str:
         "",
         "## Judged on",
         "",
-        fill(f"{len(judged['trained']['R'])} {JUDGING}", CARD_WIDTH),
+        wrapped(f"{len(judged['trained']['R'])} {JUDGING}"),
         "",
         "| | trained | the same steps, U-Net of zero |",
         "|---|---|---|",
@@ -328,7 +330,7 @@ def card(model: Model, about: str) -> str:
         "",
         "## Not for",
         "",
-        *(fill(f"* {text}", CARD_WIDTH, subsequent_indent="  ") for text in NOT_FOR),
+        *(wrapped(f"* {text}", subsequent_indent="  ") for text in NOT_FOR),
     ]
     return "\n".join(lines) + "\n"
 
