@@ -91,17 +91,17 @@ class Recipe:
 RECIPES = {
     "pinn-n64-c4": Recipe(
         training=TrainingSpec(model="pinn", members=4),
-        minutes=45,
+        minutes=27,
         about="Reads four neighbouring patterns (gridsize 2); trained on patterns alone, through the forward model.",
     ),
     "pinn-n64-c1": Recipe(
         training=TrainingSpec(model="pinn", members=1),
-        minutes=25,
+        minutes=12,
         about="Reads one pattern (gridsize 1); trained on patterns alone, through the forward model.",
     ),
     "baseline-n64-c1": Recipe(
         training=TrainingSpec(model="baseline"),
-        minutes=25,
+        minutes=12,
         about="Reads one pattern (gridsize 1); supervised, trained on patches of the known objects.",
     ),
 }
