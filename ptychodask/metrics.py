@@ -19,6 +19,7 @@ __all__ = [
     "Gauge",
     "align_gauge",
     "amplitude_ratio",
+    "contrast_radius",
     "correlation",
     "crossing",
     "frc",
@@ -31,6 +32,7 @@ __all__ = [
     "psnr",
     "r_factor",
     "seen_in_both",
+    "spoke_contrast",
     "ssim",
 ]
 
@@ -504,6 +506,134 @@ def crossing(
 def frc50(estimate: NDArray[Any], truth: NDArray[Any]) -> float:
     """Frequency, cycles per pixel, at which the `frc` crosses one half: see `crossing`."""
     return crossing(*frc(estimate, truth), 0.5)
+
+
+def spoke_contrast(
+    values: NDArray[np.floating[Any]], centre_yx_px: tuple[float, float], n_spokes: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """How strongly the spokes of a Siemens star stand out, circle by circle.
+
+    Parameters
+    ----------
+    values : float array (y, x)
+        Amplitude or phase of the star; pixels that are NaN have no say.
+    centre_yx_px : (float, float)
+        Row and column at which the spokes meet.
+    n_spokes : int
+        Spokes around the whole circle, whether all of them are there or not.
+
+    Returns
+    -------
+    radius_px : float64 array (circle,)
+        Whole pixels, from the smallest circle with two pixels for each spoke to the largest that lies in the array.
+    contrast : float64 array (circle,)
+        Amplitude of the wave with `n_spokes` periods around the circle, half of its peak to peak, in the unit of
+        `values`; NaN where less than half of a circle's pixels are seen.
+
+    Raises
+    ------
+    PtychodaskError
+        If there are no spokes, or no circle with two pixels for each spoke fits into the array.
+
+    Notes
+    -----
+    Least-squares fit of a + b cos nθ + c sin nθ to the pixels within half a pixel of each circle, without
+    interpolation (C. Loebich et al., Proc. SPIE 6502 (2007) 65020N; ISO 12233). The spatial frequency across the spokes
+    is ``n_spokes / (2 pi radius_px)`` cycles per pixel, so the contrast relative to that of large circles is the
+    modulation transfer function there. Spokes that are missing lower the contrast of their circles alike.
+
+    Examples
+    --------
+    >>> y, x = np.indices((65, 65)) - 32
+    >>> radius, contrast = spoke_contrast(3 + 0.5 * np.cos(8 * np.arctan2(y, x)), (32, 32), 8)
+    >>> radius[0], radius[-1], contrast.round(6).min(), contrast.round(6).max()
+    (np.float64(3.0), np.float64(32.0), np.float64(0.5), np.float64(0.5))
+    """
+    if n_spokes < 1:
+        raise PtychodaskError(f"spoke_contrast: n_spokes is {n_spokes}, expected 1 or more")
+    y, x = (np.arange(n) - at for n, at in zip(values.shape, centre_yx_px, strict=True))
+    smallest, largest = int(np.ceil(n_spokes / np.pi)), int(np.floor(min(-y[0], y[-1], -x[0], x[-1])))
+    if smallest > largest:
+        raise PtychodaskError(
+            f"spoke_contrast: {n_spokes} spokes need a circle of {smallest} pixels around {tuple(centre_yx_px)}, the "
+            f"array of {values.shape} holds one of {largest}; pass another centre, or fewer spokes"
+        )
+    angle = n_spokes * np.arctan2(y[:, None], x)
+    circle = np.rint(np.hypot(y[:, None], x)).astype(np.int64)
+    radius = np.arange(smallest, largest + 1)
+    contrast = np.full(len(radius), np.nan)
+    order = np.argsort(circle, axis=None)
+    edges = np.searchsorted(circle.ravel()[order], np.arange(smallest, largest + 2))
+    for k in range(len(radius)):
+        on = order[edges[k] : edges[k + 1]]
+        seen = on[np.isfinite(values.ravel()[on])]
+        if 2 * len(seen) >= len(on):
+            contrast[k] = _wave_amplitude(values.ravel()[seen], angle.ravel()[seen])
+    return radius.astype(np.float64), contrast
+
+
+def _wave_amplitude(values: NDArray[np.floating[Any]], angle_rad: NDArray[np.float64]) -> float:
+    """Amplitude of the wave of a phase angle that fits values best, beside a constant."""
+    basis = np.stack([np.ones_like(angle_rad), np.cos(angle_rad), np.sin(angle_rad)], axis=1)
+    _, in_phase, out_of_phase = np.linalg.lstsq(basis, values.astype(np.float64), rcond=None)[0]
+    return float(np.hypot(in_phase, out_of_phase))
+
+
+def contrast_radius(
+    radius_px: NDArray[np.float64],
+    contrast: NDArray[np.float64],
+    outer_px: tuple[float, float],
+    *,
+    level: float = 0.5,
+) -> float:
+    """Radius at which the contrast of spokes, followed inwards, falls to a share of its outer value.
+
+    Parameters
+    ----------
+    radius_px, contrast : float64 array (circle,)
+        From `spoke_contrast`.
+    outer_px : (float, float)
+        Smallest and largest radius of the circles whose mean contrast is the outer value: spokes that are wide, lit
+        and whole there.
+    level : float
+        The share, between 0 and 1.
+
+    Returns
+    -------
+    float
+        Pixels, by straight lines between circles; where the contrast never falls so low, the smallest radius before a
+        circle without one.
+
+    Raises
+    ------
+    PtychodaskError
+        If no circle with a contrast lies in `outer_px`.
+
+    Notes
+    -----
+    Half a period, one spoke or one gap, is ``pi * radius / n_spokes`` pixels wide there. What ends the spokes ends
+    their contrast too: where a hub does, the radius is that of the hub and the resolution is finer than it tells.
+
+    Examples
+    --------
+    >>> round(contrast_radius(np.arange(1.0, 8.0), np.array([0.0, 0.1, 0.3, 0.5, 0.8, 0.8, 0.8]), (5, 7)), 6)
+    3.5
+    """
+    outer = (radius_px >= outer_px[0]) & (radius_px <= outer_px[1]) & np.isfinite(contrast)
+    if not outer.any():
+        raise PtychodaskError(
+            f"contrast_radius: no circle with a contrast lies in outer_px {tuple(outer_px)}; those there are go from "
+            f"{radius_px[0]:g} to {radius_px[-1]:g} px"
+        )
+    wanted = level * float(contrast[outer].mean())
+    start = int(np.flatnonzero(outer)[0])
+    low = np.flatnonzero(~(contrast[:start] > wanted))
+    if not len(low):
+        return float(radius_px[0])
+    k = int(low[-1])
+    if np.isnan(contrast[k]):
+        return float(radius_px[k + 1])
+    return float(np.interp(wanted, contrast[k : k + 2], radius_px[k : k + 2]))
 
 
 def patch_r_factor(

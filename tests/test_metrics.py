@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
+from scipy.special import ive
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
 from ptychodask.metrics import (
     PTYCHOPINN_PEAK,
     align_gauge,
     amplitude_ratio,
+    contrast_radius,
     correlation,
     crossing,
     frc,
@@ -21,10 +23,11 @@ from ptychodask.metrics import (
     mse,
     patch_r_factor,
     psnr,
+    spoke_contrast,
     ssim,
 )
 from ptychodask.scan import PtychodaskError
-from ptychodask.simulate import diffract, random_field
+from ptychodask.simulate import diffract, random_field, siemens_star
 
 NAN = complex(np.nan, np.nan)
 
@@ -287,3 +290,76 @@ def test_patch_r_factor_is_zero_for_exact_patches_and_leaves_bad_pixels_out(rng)
     assert patch_r_factor(patches, probe, amplitude, flux=flux) > 0.05
     with pytest.raises(PtychodaskError, match="have no light"):
         patch_r_factor(patches, probe, np.zeros_like(amplitude))
+
+
+def blurred_contrast(radius_px, n_spokes, sigma_px):
+    """Contrast of endless spokes blurred by a Gaussian, relative to sharp ones: exact, for any radius.
+
+    The blur of exp(inθ) is exp(inθ) ∫ r'/σ² exp(−(r² + r'²)/2σ²) Iₙ(rr'/σ²) dr' (Gradshteyn & Ryzhik, 6.631 and 8.406).
+    """
+    z = radius_px**2 / (4 * sigma_px**2)
+    return np.sqrt(np.pi * z / 2) * (ive((n_spokes - 1) / 2, z) + ive((n_spokes + 1) / 2, z))
+
+
+def test_the_exact_contrast_of_a_blur_is_the_usual_transfer_function_of_large_circles():
+    radius = np.array([60.0, 120.0])
+    usual = np.exp(-2 * (np.pi * 3.0 * 20 / (2 * np.pi * radius)) ** 2)
+    np.testing.assert_allclose(blurred_contrast(radius, 20, 3.0), usual, atol=2e-3)
+
+
+@pytest.mark.parametrize("n_spokes", [20, 36])
+@pytest.mark.parametrize("sigma_px", [1.0, 2.0, 3.5])
+def test_spoke_contrast_falls_as_a_known_blur_makes_it(n_spokes, sigma_px):
+    sharp = np.angle(siemens_star((301, 301), n_spokes=n_spokes))
+    radius, before = spoke_contrast(sharp, (150, 150), n_spokes)
+    _, after = spoke_contrast(gaussian_filter(sharp, sigma_px), (150, 150), n_spokes)
+    # Between hub and gap, four blurs from either. The edges of a star of two values fall on pixels by chance.
+    inside = (radius > 0.05 * 144 + 4 * sigma_px) & (radius < 0.48 * 144 - 4 * sigma_px)
+    expected = blurred_contrast(radius, n_spokes, sigma_px)
+    np.testing.assert_allclose((after / before)[inside], expected[inside], atol=0.03)
+    wide = (radius > 45) & (radius < 0.48 * 144 - 4 * sigma_px)
+    # The pixel's own area blurs too, with a variance of 1/12.
+    both = blurred_contrast(radius, n_spokes, np.sqrt(sigma_px**2 + 1 / 12))
+    found = contrast_radius(radius, after, (radius[wide][0], radius[wide][-1]))
+    assert found == pytest.approx(np.interp(0.5 * both[wide].mean(), both, radius), abs=1)
+
+
+def test_spoke_contrast_is_half_the_peak_to_peak_of_a_wave_whatever_lies_beside_it():
+    y, x = np.indices((90, 101)) - np.array([44.3, 50.8])[:, None, None]
+    wave = 7 + 0.25 * np.cos(11 * np.arctan2(y, x) + 0.4)
+    wave[20:30] = np.nan
+    radius, contrast = spoke_contrast(wave, (44.3, 50.8), 11)
+    assert (radius[0], radius[-1]) == (4, 44)
+    np.testing.assert_allclose(contrast, 0.25, rtol=1e-6)
+
+
+def test_missing_spokes_lower_the_contrast_of_all_circles_alike():
+    sharp = np.angle(siemens_star((301, 301), n_spokes=20))
+    y, x = np.indices(sharp.shape) - 150
+    some = np.where(np.abs(np.arctan2(y, x)) < 5 * np.pi / 20, sharp.min(), sharp)
+    radius, whole = spoke_contrast(sharp, (150, 150), 20)
+    _, less = spoke_contrast(some, (150, 150), 20)
+    np.testing.assert_allclose((less / whole)[(radius > 20) & (radius < 60)], 0.75, atol=0.03)
+
+
+def test_circles_that_are_mostly_unseen_have_no_contrast():
+    values = np.where(np.hypot(*(np.indices((61, 61)) - 30)) < 19.6, 1.0, np.nan)
+    radius, contrast = spoke_contrast(values, (30, 30), 6)
+    np.testing.assert_array_equal(np.isnan(contrast), radius >= 20)
+    with pytest.raises(PtychodaskError, match=r"no circle with a contrast lies in outer_px \(25, 30\).* 2 to 30 px"):
+        contrast_radius(radius, contrast, (25, 30))
+
+
+def test_contrast_that_never_falls_has_the_smallest_radius():
+    radius, contrast = np.arange(3.0, 9.0), np.array([0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
+    assert contrast_radius(radius, contrast, (6, 8)) == 3
+    assert contrast_radius(radius, np.where(radius < 5, np.nan, contrast), (6, 8)) == 5
+
+
+@pytest.mark.parametrize(
+    ("centre", "n_spokes", "message"),
+    [((30, 30), 0, "n_spokes is 0"), ((30, 30), 100, "need a circle of 32 pixels"), ((2, 30), 20, "holds one of 2")],
+)
+def test_a_star_without_a_circle_to_judge_is_refused(centre, n_spokes, message):
+    with pytest.raises(PtychodaskError, match=message):
+        spoke_contrast(np.zeros((61, 61)), centre, n_spokes)
