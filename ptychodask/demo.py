@@ -103,5 +103,5 @@ Done in {seconds:.0f} s. In {folder}/: comparison.png and pinn.png are the pictu
 Try next:
   ptychodask report {folder / "scan.object.zarr"} --scan {folder / "scan.zarr"}
   ptychodask reconstruct {folder / "scan.zarr"} --out {folder / "polished.object.zarr"} --polish 10
-  ptychodask train {folder / "scan.zarr"} --initial {MODELS["PtychoPINN"]} --max-minutes 5
+  ptychodask train {folder / "scan.zarr"} --initial {MODELS["PtychoPINN"]} --learning-rate 3e-4 --max-minutes 5
   ptychodask ingest your_scan.npz scan.zarr && ptychodask refine-probe scan.zarr && ptychodask train scan.zarr"""

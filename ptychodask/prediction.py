@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +105,11 @@ class ModelReference:
             return self.model
         assert self.path is not None
         model = models.load_model(self.path)
+        if model.content_hash != self.content_hash and is_pretrained(self.path):
+            raise PtychodaskError(
+                f"{self.path}: the model's hash is {model.content_hash}, expected {self.content_hash}; this worker has "
+                "another ptychodask than its client: install the same one there"
+            )
         if model.content_hash != self.content_hash:
             raise PtychodaskError(
                 f"{self.path}: the model's hash is {model.content_hash}, expected {self.content_hash}; "
@@ -266,7 +271,7 @@ def _recorded_model(scan: Scan) -> PatchModel:
     if record is None:
         packaged = pretrained_for(scan.n_pixels)
         if packaged is not None:
-            logger.info("%s: no model is recorded for it: taking %s", scan.store, packaged)
+            logger.warning("%s: no model is recorded for it: taking %s", scan.store, packaged)
             return models.load_model(packaged)
         raise PtychodaskError(
             f"{scan.store}: no model is recorded for it, and none is packaged for patterns of {scan.n_pixels} pixels; "
@@ -303,7 +308,8 @@ def recorded_model(scan: Scan) -> dict[str, str] | None:
 
 def unlike_training(model: PatchModel, reader: ScanReader) -> list[str]:
     """In what a scan lies outside of those that a model was trained on, a line each; nothing where that is unknown."""
-    ranges = read_ranges(getattr(model, "trained_on", {}).get("domain"))
+    trained_on = getattr(model, "trained_on", None)
+    ranges = read_ranges(trained_on.get("domain") if isinstance(trained_on, Mapping) else None)
     if not ranges:
         return []
     every = -(-reader.n_patterns // SPACING_POSITIONS)

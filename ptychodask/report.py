@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from ptychodask.compare import compare, find_truth, other_data, place, results_by_label
 from ptychodask.display import Markup, tag
 from ptychodask.models.description import read_description, read_history
-from ptychodask.models.pretrained import bundle_folder
+from ptychodask.models.pretrained import bundle_folder, is_pretrained
 from ptychodask.plotting import (
     plot,
     plot_comparison,
@@ -335,7 +335,9 @@ def _network(attributes: Mapping[str, Any], training: Mapping[str, Any]) -> list
             f"It was trained on {training['n_training']} patterns {where}, with {training.get('n_held_out')} held out"
             f"{_course(training.get('history') or [])}."
         )
-    if isinstance(recorded(training, "recipe"), str):
+        if recorded(training, "initial", "hash"):
+            sentences.append(f"The training started from {recorded(training, 'initial', 'path') or 'another model'}.")
+    if is_pretrained(recorded(attributes, "model", "path")) and isinstance(recorded(training, "recipe"), str):
         sentences.append(
             f"It came with the package ({training['recipe']}), trained on {training.get('n_patterns')} patterns of "
             f"{training.get('n_scans')} simulated scans{_course(training.get('history') or [])}."

@@ -80,6 +80,15 @@ def test_the_amplitude_has_the_scale_of_the_probe_whatever_it_is(transmission):
     assert np.average(np.abs(patch) / np.abs(truth), weights=bound.weight) == pytest.approx(1, abs=0.02)
 
 
+def test_the_flat_object_is_not_dimmer_for_light_that_bad_pixels_hide():
+    probe = disc_probe(N, diameter_px=8) * 20
+    mask = np.ones((N, N), np.float32)
+    mask[N // 2 - 1 : N // 2 + 2, N // 2 - 1 : N // 2 + 2] = 0
+    seen = float((diffract(probe * np.complex64(0.7)) * mask).sum())
+    assert seen < 0.5 * float(diffract(probe * np.complex64(0.7)).sum())
+    assert Optics(probe, float(N / 2 / np.sqrt(seen)), mask).flat_amplitude() == pytest.approx(0.7, rel=1e-5)
+
+
 def test_a_bundle_from_before_there_was_momentum_has_none_and_keeps_its_hash(tmp_path):
     saved = save_model(random_model(momentum=0.0), tmp_path / "old.model")
     described = json.loads((tmp_path / "old.model" / "model.json").read_text())

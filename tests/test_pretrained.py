@@ -16,6 +16,7 @@ from ptychodask.models.pretrained import CARD, FOLDER, is_pretrained, packaged_f
 from ptychodask.plan import plan
 from ptychodask.prediction import ModelReference, resolve_model, unlike_training
 from ptychodask.reconstruction import reconstruct
+from ptychodask.reconstruction.work import identity
 from ptychodask.report import write_report
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
@@ -124,6 +125,13 @@ def test_ranges_hold_the_scans_that_they_are_of_and_a_little_more(store):
     ]
     assert outside(ranges | {"step_px": (1.4 * step_px,) * 2}, scan, step_px) == []
     assert outside(ranges, scan, None) == []
+
+
+def test_what_a_scan_is_unlike_is_no_part_of_what_a_run_must_have_in_common_with_the_one_before():
+    said = {"data_hash": "d", "spec": {}, "plan": {}, "model": {"kind": "pinn", "hash": "h", "path": "a"}}
+    more = said | {"model": said["model"] | {"unlike_training": ["mean step (px) is 5, trained on 9"], "path": "b"}}
+    assert identity(said) == identity(more)
+    assert identity(said) != identity(said | {"model": said["model"] | {"hash": "other"}})
 
 
 def test_ranges_that_cannot_be_read_say_nothing():

@@ -47,7 +47,9 @@ def demo(
 
 def plan(
     store: Store,
-    model: Annotated[Path | None, typer.Option(help="Model bundle; by default the one that the store records.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model bundle; by default the store's, else the packaged one.")
+    ] = None,
     groups: Annotated[str | None, typer.Option(help="Name of a stored group table.")] = None,
     crop: Annotated[int | None, typer.Option(help="Middle pixels of a patch that are used.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Groups in one call of the network.")] = None,
@@ -93,7 +95,7 @@ def reconstruct(
     ],
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Model; by default the one that the store records. Several as LABEL=PATH."),
+        typer.Option(help="Model; by default the store's, else the packaged one. Several as LABEL=PATH."),
     ] = None,
     out: Annotated[
         Path | None,

@@ -264,6 +264,8 @@ def go_on(before: ComplexPair, after: ComplexPair, momentum: float) -> ComplexPa
     Nesterov's acceleration, in ptychography mPIE (Maiden, Johnson & Li, Optica 4 (2017) 736). Steps of low spatial
     frequencies are short and of one sign; momentum lengthens them up to `step_length` / (1 − momentum) times.
     """
+    if momentum == 0:
+        return after
     real, imag = (b + momentum * (b - a) for a, b in zip(before, after, strict=True))
     return real, imag
 

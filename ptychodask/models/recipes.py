@@ -24,7 +24,7 @@ from scipy.ndimage import gaussian_filter
 from ptychodask.compare import compare
 from ptychodask.io.probe import disc_probe, to_far_field, to_real_space, zone_plate_probe
 from ptychodask.models import Model, save_model, untrained_model
-from ptychodask.models.domain import TRAITS, ranges_of
+from ptychodask.models.domain import TRAITS
 from ptychodask.models.pretrained import CARD
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Scan, probe_diameter_px
@@ -71,7 +71,7 @@ NOT_FOR = (
     "A probe that is not known well: run `ptychodask refine-probe` first.",
     "Near-field patterns, and objects thicker than one slice.",
     "Quantitative phase of features wider than the probe, which are weak in what the network gives: polish the result "
-    "(`reconstruct(..., polish=10)`), or train on the scan itself, from this model (`train --initial`).",
+    "(`reconstruct(..., polish=10)`).",
 )
 
 
@@ -248,7 +248,7 @@ def make(
         judged = judge(trained, Path(folder), n_judged)
     about = {
         "recipe": name,
-        "domain": ranges_of(lessons),
+        "domain": trained.trained_on["domain"],
         "n_scans": n_scans,
         "n_patterns": n_scans * PATTERNS,
         "training": trained.trained_on["training"],

@@ -117,4 +117,6 @@ class Optics:
 
     def flat_amplitude(self) -> float:
         """Amplitude of the flat object that sends on as many photons as were measured."""
-        return float(np.sqrt(self.mean_counts / (np.abs(self.probe) ** 2).sum(dtype=np.float64)))
+        # Photons on bad pixels were not measured.
+        far_field = np.fft.fftshift(np.fft.fft2(self.probe, norm="ortho"), axes=(-2, -1))
+        return float(np.sqrt(self.mean_counts / (np.abs(far_field) ** 2 * self.mask).sum(dtype=np.float64)))

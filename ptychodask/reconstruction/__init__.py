@@ -56,7 +56,7 @@ __all__ = ["FailedScansError", "reconstruct"]
 logger = logging.getLogger(__name__)
 
 Models = str | Path | PatchModel | Mapping[str, str | Path | PatchModel] | None
-"""A model, or several by their labels; None is what the store records."""
+"""A model, or several by their labels; None is what the store records, else the packaged one that fits."""
 
 
 @overload
@@ -235,8 +235,8 @@ def _warn_of_other_scans(networks: Mapping[str, PatchModel], reader: ScanReader)
         unlike = unlike_training(model, reader)
         if unlike:
             logger.warning(
-                "%s: lies outside of what %s was trained on (%s): look at the result with care, or train on the scan, "
-                "from this model where that helps (train --initial)",
+                "%s: lies outside of what %s was trained on (%s): look at the result with care, and polish it "
+                "(polish=10, --polish 10) or train on the scan",
                 reader.where,
                 model.path or f"the {model.kind}",
                 "; ".join(unlike),

@@ -69,17 +69,17 @@ def identity(attributes: Mapping[str, Any]) -> dict[str, Any]:
     spec = {name: value for name, value in attributes["spec"].items() if name not in OF_NO_EFFECT}
     return {
         "data_hash": attributes["data_hash"],
-        "model": _without_paths(attributes["model"]),
+        "model": _what_predicts(attributes["model"]),
         "spec": spec,
         "plan": attributes["plan"],
     }
 
 
-def _without_paths(value: Any) -> Any:
-    """Descriptions of models, less where they lie."""
+def _what_predicts(value: Any) -> Any:
+    """Descriptions of models, less where they lie and what is said of their training."""
     if not isinstance(value, Mapping):
         return value
-    return {name: _without_paths(item) for name, item in value.items() if name != "path"}
+    return {name: _what_predicts(item) for name, item in value.items() if name not in ("path", "unlike_training")}
 
 
 def run_work(

@@ -263,7 +263,7 @@ def train(
             fits = _judged(fitted, lessons, variables, best, trained, stages[-1][1], spec, streams[1])
     weights, bound = best[: len(network.weights)], _optics(lessons[0], fits[0])
     model = save_model(
-        Model(model_spec, weights, bound, _provenance(lessons, fits, spec), log), out, overwrite=overwrite
+        Model(model_spec, weights, bound, _provenance(lessons, fits, spec, initial), log), out, overwrite=overwrite
     )
     # The bundle is whole before a store changes: a run that is killed here goes on with the data that it began with.
     for each, lesson, fit in zip(stores, lessons, fits, strict=True):
@@ -392,7 +392,10 @@ def _check_initial(initial: Model | None, wanted: ModelSpec, spec: TrainingSpec)
     if initial.spec != wanted:
         names = [name for name, value in asdict(wanted).items() if getattr(initial.spec, name) != value]
         listed = ", ".join(f"{n} is {getattr(initial.spec, n)}, asked for {getattr(wanted, n)}" for n in names)
-        raise PtychodaskError(f"{initial.path or 'initial model'}: does not fit the training ({listed})")
+        way_out = ", ".join(f"{'model' if name == 'kind' else name}={getattr(initial.spec, name)!r}" for name in names)
+        raise PtychodaskError(
+            f"{initial.path or 'initial model'}: does not fit the training ({listed}); pass {way_out}, or no initial"
+        )
 
 
 def _stages(
@@ -419,7 +422,9 @@ def _optics(lesson: Lesson, fit: ProbeFit | None) -> Optics:
     return replace(lesson.optics, probe=fit.probe) if fit is not None and fit.is_better else lesson.optics
 
 
-def _provenance(lessons: Sequence[Lesson], fits: Sequence[ProbeFit | None], spec: TrainingSpec) -> dict[str, Any]:
+def _provenance(
+    lessons: Sequence[Lesson], fits: Sequence[ProbeFit | None], spec: TrainingSpec, initial: Model | None
+) -> dict[str, Any]:
     """Where the weights come from; of several scans, the first by name and all in ``scans``."""
     scans = [
         {
@@ -436,7 +441,10 @@ def _provenance(lessons: Sequence[Lesson], fits: Sequence[ProbeFit | None], spec
     ]
     return {
         **scans[0],
-        "domain": ranges_of(lesson.scan for lesson in lessons),
+        "domain": ranges_of(
+            replace(lesson.scan, probe=_optics(lesson, fit).probe) for lesson, fit in zip(lessons, fits, strict=True)
+        ),
+        "initial": None if initial is None else {"path": initial.path, "hash": initial.content_hash},
         **({"scans": scans} if len(scans) > 1 else {}),
         "training": asdict(spec),
         "keras": keras.__version__,

@@ -22,6 +22,10 @@ from ptychodask.training.spec import TrainingSpec
 logger = logging.getLogger(__name__)
 
 
+def _less_its_own_start(record: Any) -> Any:
+    return {k: v for k, v in record.items() if k != "started_from"} if isinstance(record, dict) else record
+
+
 @dataclass(frozen=True, eq=False)
 class ProbeFit:
     """What a training found of a scan's probe."""
@@ -48,7 +52,7 @@ class ProbeFit:
             "held_out_loss_after": self.loss_after,
             "probe_rate": spec.probe_rate,
             "seed": spec.seed,
-            "started_from": scan.attributes.get("probe_refinement"),
+            "started_from": _less_its_own_start(scan.attributes.get("probe_refinement")),
         }
 
 
