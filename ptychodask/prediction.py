@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from ptychodask import models
 from ptychodask.grouping import groups_kept
-from ptychodask.models.domain import outside, read_ranges, spacing_px
 from ptychodask.models.pretrained import is_pretrained, pretrained_for
 from ptychodask.models.spec import Precision
+from ptychodask.models.traits import outside, read_ranges, spacing_px
 from ptychodask.places import ObjectPlace, place_named
 from ptychodask.scan import PtychodaskError, Scan
 from ptychodask.store import ScanReader, open_scan
@@ -309,7 +309,7 @@ def recorded_model(scan: Scan) -> dict[str, str] | None:
 def unlike_training(model: PatchModel, reader: ScanReader) -> list[str]:
     """In what a scan lies outside of those that a model was trained on, a line each; nothing where that is unknown."""
     trained_on = getattr(model, "trained_on", None)
-    ranges = read_ranges(trained_on.get("domain") if isinstance(trained_on, Mapping) else None)
+    ranges = read_ranges(trained_on.get("traits") if isinstance(trained_on, Mapping) else None)
     if not ranges:
         return []
     every = -(-reader.n_patterns // SPACING_POSITIONS)

@@ -11,7 +11,7 @@ import pytest
 from ptychodask.io.probe import disc_probe, zone_plate_probe
 from ptychodask.models import Model, ModelSpec, Optics, load_model, save_model
 from ptychodask.models.networks import build_network
-from ptychodask.scan import PtychodaskError, Scan
+from ptychodask.scan import PtychodaskError, Scan, illumination
 from ptychodask.simulate import diffract
 
 N = 16
@@ -49,16 +49,22 @@ def test_an_untrained_pinn_without_projections_is_flat():
     np.testing.assert_allclose(patches, 0.7, atol=1e-6)
 
 
-def test_an_untrained_pinn_explains_the_data_better_than_a_flat_object():
-    probe = zone_plate_probe(N, outer_px=8, stop_px=2, defocus=2.0) * 30
-    y, x = np.indices((N, N))
-    truth = (1 + 0.2 * np.exp(1j * y / 3) * np.cos(x / 2)).astype(np.complex64)
-    amplitude = np.sqrt(diffract(probe * truth)).astype(np.float32)
+def untrained_patch(probe, amplitude):
+    """What a network that nothing was learnt by makes of one measured amplitude (N, N)."""
     factor = float(N / 2 / np.sqrt((amplitude**2).sum()))
     bound = Optics(probe, factor, np.ones((N, N), np.float32))
     spec = ModelSpec(n_pixels=N, members=1, levels=2)
     untrained = Model(spec, build_network(spec, bound).get_weights(), bound)
-    patch = untrained.predict(factor * amplitude[None, ..., None], np.zeros((1, 1, 2), np.float32))[0, 0]
+    return untrained.predict(factor * amplitude[None, ..., None], np.zeros((1, 1, 2), np.float32))[0, 0]
+
+
+def test_an_untrained_pinn_explains_the_data_better_than_a_flat_object():
+    probe = zone_plate_probe(N, outer_px=8, stop_px=2, defocus=2.0) * 30
+    y, x = np.indices((N, N))
+    truth = (1 + 0.2 * np.exp(1j * y / 3) * np.cos(x / 2)).astype(np.complex64)
+    patch = untrained_patch(probe, np.sqrt(diffract(probe * truth)).astype(np.float32))
+
+    amplitude = np.sqrt(diffract(probe * truth))
 
     def misfit(patch):
         return np.abs(np.sqrt(diffract(probe * patch)) - amplitude).sum()
@@ -71,13 +77,8 @@ def test_the_amplitude_has_the_scale_of_the_probe_whatever_it_is(transmission):
     probe = zone_plate_probe(N, outer_px=8, stop_px=2, defocus=2.0) * 30
     y, x = np.indices((N, N))
     truth = (transmission * (1 + 0.1 * np.cos(x / 2) * np.exp(1j * y / 3))).astype(np.complex64)
-    amplitude = np.sqrt(diffract(probe * truth)).astype(np.float32)
-    factor = float(N / 2 / np.sqrt((amplitude**2).sum()))
-    bound = Optics(probe, factor, np.ones((N, N), np.float32))
-    spec = ModelSpec(n_pixels=N, members=1, levels=2)
-    untrained = Model(spec, build_network(spec, bound).get_weights(), bound)
-    patch = untrained.predict(factor * amplitude[None, ..., None], np.zeros((1, 1, 2), np.float32))[0, 0]
-    assert np.average(np.abs(patch) / np.abs(truth), weights=bound.weight) == pytest.approx(1, abs=0.02)
+    patch = untrained_patch(probe, np.sqrt(diffract(probe * truth)).astype(np.float32))
+    assert np.average(np.abs(patch) / np.abs(truth), weights=illumination(probe)) == pytest.approx(1, abs=0.02)
 
 
 def test_the_flat_object_is_not_dimmer_for_light_that_bad_pixels_hide():

@@ -11,8 +11,8 @@ from ptychodask import prediction
 from ptychodask.compare import compare
 from ptychodask.models import load_model
 from ptychodask.models import recipes as models_recipes
-from ptychodask.models.domain import TRAITS, outside, ranges_of, read_ranges, traits_of
 from ptychodask.models.pretrained import CARD, FOLDER, is_pretrained, packaged_folder, pretrained_for, pretrained_names
+from ptychodask.models.traits import TRAITS, outside, ranges_of, read_ranges, traits_of
 from ptychodask.plan import plan
 from ptychodask.prediction import ModelReference, resolve_model, unlike_training
 from ptychodask.reconstruction import reconstruct
@@ -48,7 +48,7 @@ def test_a_packaged_model_says_what_it_is(name):
     assert (model.kind, model.members, model.n_pixels) == (recipe.model, recipe.grouping.members, 64)
     assert model.path == f"pretrained:{name}"
     assert model.trained_on["recipe"] == name
-    assert read_ranges(model.trained_on["domain"]).keys() == TRAITS.keys()
+    assert read_ranges(model.trained_on["traits"]).keys() == TRAITS.keys()
     card = (packaged_folder(model.path) / CARD).read_text()
     assert model.content_hash[:12] in card
     assert "## Not for" in card

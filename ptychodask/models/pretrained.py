@@ -17,12 +17,13 @@ CARD = "CARD.md"
 def pretrained_names() -> list[str]:
     """Names of the models that come with the package, in the order in which `reconstruct` takes them."""
     found = [path.name for path in FOLDER.iterdir() if (path / "model.json").is_file()] if FOLDER.is_dir() else []
-    # A PINN in front of a baseline, and of several the one that reads most patterns together.
-    return sorted(found, key=lambda name: (not name.startswith("pinn"), [-int(part) for part in _numbers(name)]))
+    return sorted(found, key=_rank)
 
 
-def _numbers(name: str) -> list[str]:
-    return [part[1:] for part in reversed(name.split("-")) if part[1:].isdigit()]
+def _rank(name: str) -> tuple[bool, int]:
+    """A PINN in front of a baseline, and of several the one that reads most patterns together."""
+    kind, _, members = name.split("-")
+    return kind != "pinn", -int(members.removeprefix("c"))
 
 
 def is_pretrained(path: object) -> bool:

@@ -24,8 +24,8 @@ from scipy.ndimage import gaussian_filter
 from ptychodask.compare import compare
 from ptychodask.io.probe import disc_probe, to_far_field, to_real_space, zone_plate_probe
 from ptychodask.models import Model, save_model, untrained_model
-from ptychodask.models.domain import TRAITS
 from ptychodask.models.pretrained import CARD
+from ptychodask.models.traits import TRAITS
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Scan, probe_diameter_px
 from ptychodask.simulate import crossing_lines, random_field, siemens_star, simulate
@@ -248,7 +248,7 @@ def make(
         judged = judge(trained, Path(folder), n_judged)
     about = {
         "recipe": name,
-        "domain": trained.trained_on["domain"],
+        "traits": trained.trained_on["traits"],
         "n_scans": n_scans,
         "n_patterns": n_scans * PATTERNS,
         "training": trained.trained_on["training"],
@@ -300,7 +300,7 @@ def card(model: Model, about: str) -> str:
         f"{on['n_scans']} simulated scans of {PATTERNS} patterns of {spec.n_pixels}², {len(model.history)} epochs in "
         f"{model.history[-1]['seconds'] / 60:.0f} minutes ({on['backend']}). {DRAWN}"
     )
-    ranges = [f"| {TRAITS[trait].words} | {low:.3g} to {high:.3g} |" for trait, (low, high) in on["domain"].items()]
+    ranges = [f"| {TRAITS[trait].words} | {low:.3g} to {high:.3g} |" for trait, (low, high) in on["traits"].items()]
     figures = [
         f"| {key} | {_spread(values)} | {_spread(judged['untrained'][key])} |"
         for key, values in judged["trained"].items()

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from ptychodask.folders import check_vacant
 from ptychodask.models import Model, ModelSpec, Optics, load_model, save_model
 from ptychodask.models.bundle import MODEL
-from ptychodask.models.domain import ranges_of
 from ptychodask.models.networks import (
     FittedProbes,
     build_autoencoder,
@@ -24,6 +23,7 @@ from ptychodask.models.networks import (
     with_penalties,
 )
 from ptychodask.models.spec import Kind
+from ptychodask.models.traits import ranges_of
 from ptychodask.places import ObjectPlace, on_disk, place_named
 from ptychodask.progress import show_progress
 from ptychodask.scan import PtychodaskError, Scan, with_fields
@@ -441,7 +441,7 @@ def _provenance(
     ]
     return {
         **scans[0],
-        "domain": ranges_of(
+        "traits": ranges_of(
             replace(lesson.scan, probe=_optics(lesson, fit).probe) for lesson, fit in zip(lessons, fits, strict=True)
         ),
         "initial": None if initial is None else {"path": initial.path, "hash": initial.content_hash},

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.grouping import mean_spacing_px
+from ptychodask.models.spec import Optics
 from ptychodask.scan import PtychodaskError, Scan, probe_diameter_px
 
 Ranges = dict[str, tuple[float, float]]
@@ -58,7 +59,7 @@ def traits_of(scan: Scan, step_px: float | None) -> dict[str, float]:
     diameter_px = probe_diameter_px(scan.probe)
     found = {"probe_diameter_px": diameter_px}
     if scan.domain == "counts":
-        found["photons"] = (scan.n_pixels / 2) ** 2 / scan.normalization**2
+        found["photons"] = Optics.of(scan).mean_counts
     return found if step_px is None else found | {"step_px": step_px, "overlap": 1 - step_px / diameter_px}
 
 
