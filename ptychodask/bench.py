@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ptychodask import models
 from ptychodask.cluster import THREAD_VARIABLES, client_for_run
-from ptychodask.places import place_named, stored_sizes
+from ptychodask.places import parse_location, stored_sizes
 from ptychodask.plan import MIB, Plan, ReconstructionSpec, plan, prediction_job
 from ptychodask.prediction import PatchModel, PredictionJob, compile_model, recorded_model, resolve_model
 from ptychodask.reconstruction import reconstruct
@@ -118,7 +118,7 @@ def bench(
     folder : path, optional
         Folder that all workers see, for what is made meanwhile; by default the system's for temporary files.
     progress : bool, optional
-        See `show_progress`.
+        See `progress_bar`.
 
     Returns
     -------
@@ -147,12 +147,12 @@ def bench(
         scan = _scan(store, spec, place, progress)
         network = _network(scan, model, spec, place)
         started = time.perf_counter()
-        todo = plan(str(scan.store), network, reconstruction)
+        planned = plan(str(scan.store), network, reconstruction)
         plan_s = time.perf_counter() - started
-        job = _bare_job(prediction_job(todo, network, scan, reconstruction), todo.n_groups, len(workers))
+        job = _bare_job(prediction_job(planned, network, scan, reconstruction), planned.n_groups, len(workers))
         start_up_s = max(run.start_up_s for run in _bare(used, workers, replace(job, n_batches=1)))
         before = _bare(used, workers, job)
-        _warm_up(str(scan.store), network, reconstruction, todo, used, len(workers))
+        _warm_up(str(scan.store), network, reconstruction, planned, used, len(workers))
         on_all(used, forget_peak)
         started = time.perf_counter()
         result = reconstruct(
@@ -164,7 +164,7 @@ def bench(
         return {
             "scan": _about_scan(scan, simulated=store is None),
             "model": _about_model(network),
-            "plan": {"seconds": plan_s, "precision": reconstruction.precision, **todo.summary()},
+            "plan": {"seconds": plan_s, "precision": reconstruction.precision, **planned.summary()},
             "workers": _about_workers(used),
             "start_up_s": start_up_s,
             "bare": {
@@ -174,7 +174,7 @@ def bench(
                 "seconds": [max(run.seconds for run in runs) for runs in (before, after)],
             },
             "end_to_end": _end_to_end(
-                todo, result.attrs["seconds"] | {"total": total}, start_up_s, (_rate(before) + _rate(after)) / 2
+                planned, result.attrs["seconds"] | {"total": total}, start_up_s, (_rate(before) + _rate(after)) / 2
             ),
             "memory": _about_memory(peaks),
         }
@@ -266,22 +266,22 @@ def _rate(runs: list[BareRun]) -> float:
 
 
 def _warm_up(
-    store: str, network: PatchModel, spec: ReconstructionSpec, todo: Plan, client: Any, n_workers: int
+    store: str, network: PatchModel, spec: ReconstructionSpec, planned: Plan, client: Any, n_workers: int
 ) -> None:
     """Reconstruct a small part of the object that takes at least a chunk for each worker, where there are as many."""
-    middles = np.array([(sum(chunk.box[:2]) // 2, sum(chunk.box[2:]) // 2) for chunk in todo.chunks[:n_workers]])
+    middles = np.array([(sum(chunk.box[:2]) // 2, sum(chunk.box[2:]) // 2) for chunk in planned.chunks[:n_workers]])
     (y0, x0), (y1, x1) = middles.min(axis=0).tolist(), middles.max(axis=0).tolist()
     reconstruct(store, network, replace(spec, roi=(y0, y1 + 1, x0, x1 + 1)), client=client, progress=False)
 
 
-def _end_to_end(todo: Plan, seconds: dict[str, float], start_up_s: float, bare: float) -> dict[str, Any]:
+def _end_to_end(planned: Plan, seconds: dict[str, float], start_up_s: float, bare: float) -> dict[str, Any]:
     total = seconds["total"]
     return {
         "seconds": seconds,
-        "groups_per_s": todo.n_groups / total,
-        "patterns_per_s": todo.n_patterns / total,
-        "efficiency": todo.n_groups / total / bare,
-        "efficiency_with_start_up": todo.n_groups / (total + start_up_s) / bare,
+        "groups_per_s": planned.n_groups / total,
+        "patterns_per_s": planned.n_patterns / total,
+        "efficiency": planned.n_groups / total / bare,
+        "efficiency_with_start_up": planned.n_groups / (total + start_up_s) / bare,
     }
 
 
@@ -290,7 +290,7 @@ def _about_scan(scan: Scan, *, simulated: bool) -> dict[str, Any]:
         "n_patterns": scan.n_patterns,
         "n_pixels": scan.n_pixels,
         "dtype": scan.diffraction.dtype.name,
-        "stored_bytes": sum(stored_sizes(place_named(str(scan.store)) / "diffraction")),
+        "stored_bytes": sum(stored_sizes(parse_location(str(scan.store)) / "diffraction")),
         "simulated": simulated,
     }
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.signal import fftconvolve
 
 from ptychodask.io import ForeignResult, read_foreign_result
-from ptychodask.iterative import frame_corners
+from ptychodask.iterative import footprint_corners
 from ptychodask.metrics import (
     PTYCHOPINN_PEAK,
     Gauge,
@@ -32,7 +32,7 @@ from ptychodask.metrics import (
     r_factor,
     ssim,
 )
-from ptychodask.places import ObjectPlace, place_named
+from ptychodask.places import S3Location, parse_location
 from ptychodask.registration import find_corner, on_whole_pixels, seen_box
 from ptychodask.result import make_dataset, open_result, recorded
 from ptychodask.scan import PtychodaskError, Scan, Truth
@@ -135,20 +135,20 @@ def compare(
     objects that wrap themselves show wraps.
     """
     known = None if truth is None else find_truth(truth)
-    placed = place(results, truth=known, register=register, min_weight=min_weight)
-    if known is None and len(placed) < 2:
-        raise PtychodaskError(f"compare: {len(placed)} results and no truth; pass truth=, or a second result")
-    if baseline is not None and baseline not in placed:
+    aligned_results = align(results, truth=known, register=register, min_weight=min_weight)
+    if known is None and len(aligned_results) < 2:
+        raise PtychodaskError(f"compare: {len(aligned_results)} results and no truth; pass truth=, or a second result")
+    if baseline is not None and baseline not in aligned_results:
         raise PtychodaskError(
-            f"compare: no result {baseline!r} to be the baseline; the results are {', '.join(placed)}"
+            f"compare: no result {baseline!r} to be the baseline; the results are {', '.join(aligned_results)}"
         )
-    objects, reference, y, x = _on_common_area(placed, known, min_weight)
+    objects, reference, y, x = _on_common_area(aligned_results, known, min_weight)
     aligned = [align_gauge(object_, reference, ramp=ramp, scale=scale) for object_ in objects.values()]
     # Phases are taken from the reference's mean on, far from where they wrap.
     turn = np.exp(-1j * np.angle(np.nansum(reference)))
     turned = {label: found * turn for label, (found, _) in zip(objects, aligned, strict=True)}
-    judged = _judged(turned, reference * turn, peak, _pixel_size_m(placed))
-    comparison = _with_gauges(judged, [gauge for _, gauge in aligned], placed)
+    judged = _judged(turned, reference * turn, peak, _pixel_size_m(aligned_results))
+    comparison = _with_gauges(judged, [gauge for _, gauge in aligned], aligned_results)
     comparison.attrs = {
         "reference": "truth" if known is not None else next(iter(objects)),
         "seen_pixels": int(np.isfinite(reference).sum()),
@@ -159,9 +159,9 @@ def compare(
     }
     measured = scan if isinstance(scan, Scan) or scan is None else open_scan(scan)
     if measured is not None:
-        comparison["r_factor"] = ("method", list(r_factors(placed, measured).values()))
-        comparison.attrs["r_patterns"] = len(patterns_inside(placed, measured))
-    comparison.attrs |= _different_data(placed, {"the scan": measured, "the truth": truth})
+        comparison["r_factor"] = ("method", list(r_factors(aligned_results, measured).values()))
+        comparison.attrs["r_patterns"] = len(patterns_inside(aligned_results, measured))
+    comparison.attrs |= _different_data(aligned_results, {"the scan": measured, "the truth": truth})
     if told := other_data(comparison):
         logger.warning("compare: %s", told)
     return comparison if baseline is None else _with_differences(comparison, baseline)
@@ -198,7 +198,7 @@ def other_data(comparison: xr.Dataset) -> str:
     return f"Not all were made of one scan with one probe; data: {listed}." if hashes else ""
 
 
-def place(
+def align(
     results: Mapping[str, Result] | Sequence[Result],
     *,
     truth: Truth | Scan | str | Path | None = None,
@@ -336,8 +336,8 @@ def _checked(label: str, ds: xr.Dataset) -> xr.Dataset:
 def _methods_of(result: Result) -> dict[str | None, xr.Dataset]:
     """The results that one holds, by the names of the methods that it records."""
     if isinstance(result, str | Path):
-        path = place_named(result)
-        if isinstance(path, ObjectPlace) or path.is_dir() or (not path.exists() and path.suffix in ("", ".zarr")):
+        path = parse_location(result)
+        if isinstance(path, S3Location) or path.is_dir() or (not path.exists() and path.suffix in ("", ".zarr")):
             result = open_result(path)
         else:
             result = read_foreign_result(path)
@@ -430,11 +430,11 @@ def truth_on_pixels(
     [[4.0, 5.0], [nan, nan]]
     """
     known, corner = on_whole_pixels(truth.object, truth.corner_yx_px)
-    placed = np.full((len(y_px), len(x_px)), complex(np.nan, np.nan), np.complex64)
+    aligned_results = np.full((len(y_px), len(x_px)), complex(np.nan, np.nan), np.complex64)
     rows, columns = (np.asarray(axis).astype(int) - start for axis, start in zip((y_px, x_px), corner, strict=True))
     good_rows, good_columns = ((at >= 0) & (at < n) for at, n in zip((rows, columns), known.shape, strict=True))
-    placed[np.ix_(good_rows, good_columns)] = known[np.ix_(rows[good_rows], columns[good_columns])]
-    return placed
+    aligned_results[np.ix_(good_rows, good_columns)] = known[np.ix_(rows[good_rows], columns[good_columns])]
+    return aligned_results
 
 
 def _on_common_area(
@@ -600,7 +600,7 @@ def r_factors(results: Mapping[str, Result] | Sequence[Result], scan: Scan | str
         If a result has no place in the scan's frame.
     """
     measured = scan if isinstance(scan, Scan) else open_scan(scan)
-    opened = {label: _in_memory(ds) for label, ds in place(results).items()}
+    opened = {label: _in_memory(ds) for label, ds in align(results).items()}
     index = patterns_inside(opened, measured)
     if not len(index):
         logger.warning("compare: no pattern's light falls inside all results, so there is no R")
@@ -628,7 +628,7 @@ def patterns_inside(results: Mapping[str, xr.Dataset], scan: Scan) -> NDArray[np
             raise PtychodaskError(f"{label}: has no place in the scan's frame, so no R; pass truth= to find one")
         seen = np.pad(np.isfinite(ds["object"].values).astype(np.float64), scan.n_pixels)
         share = fftconvolve(seen, light[::-1, ::-1] / light.sum(), mode="valid")
-        start = frame_corners(scan.position_yx_px, scan.n_pixels) - np.asarray(_corner(ds), int) + scan.n_pixels
+        start = footprint_corners(scan.position_yx_px, scan.n_pixels) - np.asarray(_corner(ds), int) + scan.n_pixels
         on = ((start >= 0) & (start < share.shape)).all(axis=1)
         inside &= on
         inside[on] &= share[tuple(start[on].T)] >= LIGHT_INSIDE

@@ -43,7 +43,7 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: bool | No
     overwrite : bool
         Make them again where they are there.
     progress : bool, optional
-        See `show_progress`.
+        See `progress_bar`.
 
     Returns
     -------

@@ -40,7 +40,7 @@ CLEAR_ATTEMPTS = 50
 
 
 @dataclass(frozen=True)
-class Form:
+class StoreKind:
     """What tells one kind of folder that this package writes from another, and how its users speak of it."""
 
     name: str
@@ -56,7 +56,7 @@ class Form:
     """The command that makes one."""
 
 
-def check_vacant(path: Path, *, overwrite: bool, form: Form, resume: bool = False) -> None:
+def check_vacant(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> None:
     """Raise `PtychodaskError` unless `path` can be written: its folder is there, and nothing is in the way.
 
     Parameters
@@ -66,7 +66,7 @@ def check_vacant(path: Path, *, overwrite: bool, form: Form, resume: bool = Fals
     overwrite : bool
         Whether what is there and of the same form, and what a stopped writer left, may be replaced; never anything
         else.
-    form : Form
+    kind : StoreKind
         What it shall be: a scan, a result or a model.
     resume : bool
         What a stopped writer left is not in the way.
@@ -78,11 +78,11 @@ def check_vacant(path: Path, *, overwrite: bool, form: Form, resume: bool = Fals
     if path.exists() and not overwrite:
         raise PtychodaskError(f"{path}: exists already; pass overwrite=True (--overwrite), or another name")
     if path.exists() and not (
-        path.is_dir() and (not any(path.iterdir()) or recorded_form(path) in (form.name, DAMAGED))
+        path.is_dir() and (not any(path.iterdir()) or recorded_folder_format(path) in (kind.name, DAMAGED))
     ):
         raise PtychodaskError(
-            f"{path}: is {recorded_form(path) or 'something of another kind'}, and overwrite=True (--overwrite) "
-            f"replaces a {form.name} alone; pass another name, or remove it first"
+            f"{path}: is {recorded_folder_format(path) or 'something of another kind'}, and overwrite=True "
+            f"(--overwrite) replaces a {kind.name} alone; pass another name, or remove it first"
         )
     if not path.parent.is_dir():
         raise PtychodaskError(f"{path}: its folder {path.parent} does not exist; make it first")
@@ -160,7 +160,7 @@ def _held(path: Path, *, resume: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def holding(folder: Path, *, wait: bool) -> Iterator[None]:
+def folder_lock(folder: Path, *, wait: bool) -> Iterator[None]:
     """Hold a folder that is there already for this process alone; the hold goes with the process.
 
     Parameters
@@ -191,7 +191,7 @@ def holding(folder: Path, *, wait: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
-def recorded_form(path: Path) -> str | None:
+def recorded_folder_format(path: Path) -> str | None:
     """The format that a folder records of itself in the root of a Zarr store or a model bundle; None without such."""
     for name, parents in (("zarr.json", ("attributes",)), ("model.json", ())):
         if (path / name).is_file():
@@ -261,7 +261,7 @@ def _clear_away(building: Path) -> None:
 
 
 @contextmanager
-def whole_or_nothing(path: Path, *, overwrite: bool, form: Form, resume: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> Iterator[Path]:
     """A folder to write into that becomes `path` when the block ends well, and vanishes when it does not.
 
     Parameters
@@ -270,7 +270,7 @@ def whole_or_nothing(path: Path, *, overwrite: bool, form: Form, resume: bool = 
         What shall exist in the end.
     overwrite : bool
         Replace what is there (only once the new one is whole), and what a stopped writer left.
-    form : Form
+    kind : StoreKind
         What it shall be; something of another form is never replaced.
     resume : bool
         Go on in the folder that a stopped writer left, where there is a file `LEDGER` beside it.
@@ -288,7 +288,7 @@ def whole_or_nothing(path: Path, *, overwrite: bool, form: Form, resume: bool = 
         If `path` exists already, is of another form, another writer is at work on it, a stopped one left finished
         work, its parent folder is missing, or the disk refuses the writing.
     """
-    check_vacant(path, overwrite=overwrite, form=form, resume=resume)
+    check_vacant(path, overwrite=overwrite, kind=kind, resume=resume)
     try:
         with _held(path, resume=resume) as building:
             try:
@@ -309,7 +309,7 @@ def whole_or_nothing(path: Path, *, overwrite: bool, form: Form, resume: bool = 
 
 
 @contextmanager
-def whole_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
+def atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """A path to write a file to, which takes the name `path` when the block ends well and vanishes when it does not.
 
     Parameters

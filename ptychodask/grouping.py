@@ -271,19 +271,19 @@ def group_positions(
     return np.ascontiguousarray(table[first])
 
 
-def check_drop(where: str, n_patterns: int, drop: Sequence[int] | NDArray[np.integer[Any]]) -> None:
+def check_drop(label: str, n_patterns: int, drop: Sequence[int] | NDArray[np.integer[Any]]) -> None:
     """Raise `PtychodaskError` unless patterns to leave out exist, and some are left."""
     found = np.asarray(drop)
     if found.size and found.dtype.kind not in "iu":
-        raise PtychodaskError(f"{where}: patterns to leave out have type {found.dtype}, expected whole numbers")
+        raise PtychodaskError(f"{label}: patterns to leave out have type {found.dtype}, expected whole numbers")
     left_out = found.astype(np.int64)
     if left_out.size and not 0 <= left_out.min() <= left_out.max() < n_patterns:
         raise PtychodaskError(
-            f"{where}: patterns {left_out.min()}..{left_out.max()} are to be left out, expected "
+            f"{label}: patterns {left_out.min()}..{left_out.max()} are to be left out, expected "
             f"indices 0..{n_patterns - 1}; give the places of patterns in the store"
         )
     if len(np.unique(left_out)) == n_patterns:
-        raise PtychodaskError(f"{where}: every pattern is left out; leave some in")
+        raise PtychodaskError(f"{label}: every pattern is left out; leave some in")
 
 
 def groups_kept(member: NDArray[np.int32], drop: Sequence[int]) -> NDArray[np.bool_]:

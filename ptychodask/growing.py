@@ -15,10 +15,10 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from ptychodask.folders import holding
+from ptychodask.folders import folder_lock
 from ptychodask.grouping import GroupingSpec
 from ptychodask.places import on_disk
-from ptychodask.progress import show_progress
+from ptychodask.progress import progress_bar
 from ptychodask.scan import PatternSource, PtychodaskError, Scan, check_positions
 from ptychodask.store import (
     INGEST_AGAIN,
@@ -111,7 +111,7 @@ def append_segment(
             arrays[name][scan.n_patterns :] = values
         if label is not None:
             fill_labels(arrays["label"], scan.n_patterns, label, order, str(path))
-        with show_progress("append", n_new, "patterns", progress) as bar:
+        with progress_bar("append", n_new, "patterns", progress) as bar:
             _, found_hash = fill_patterns(
                 arrays["diffraction"],
                 scan.n_patterns,
@@ -183,7 +183,7 @@ def _appending(path: Path) -> Iterator[None]:
         )
     try:
         # The patterns' folder is held for long; the root's, for each change of its metadata.
-        with holding(path / "diffraction", wait=False):
+        with folder_lock(path / "diffraction", wait=False):
             yield
     except BlockingIOError as error:
         raise PtychodaskError(f"{path}: another writer is appending to it; wait for its end") from error

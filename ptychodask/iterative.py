@@ -16,7 +16,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ptychodask.grouping import check_drop
-from ptychodask.progress import Progress, show_progress
+from ptychodask.progress import Progress, progress_bar
 from ptychodask.result import make_dataset
 from ptychodask.scan import PtychodaskError, Scan, illumination
 from ptychodask.simulate import expected_counts, shift_probe, shift_ramp
@@ -107,7 +107,7 @@ def refine_probe(
     step_object, step_probe : float
         Length of each update, more than 0; 1 is the full step and the largest.
     progress : bool, optional
-        See `show_progress`.
+        See `progress_bar`.
 
     Returns
     -------
@@ -172,7 +172,7 @@ def _refined(
     initial = scan.probe if scan.probe_initial is None else scan.probe_initial
     starts = defocus_starts(initial) if search_defocus else ()
     n_visits = n_sweeps + (2 + len(starts)) * SCORING_SWEEPS
-    with show_progress("refine probe", n_visits * len(used), "patterns", progress) as bar:
+    with progress_bar("refine probe", n_visits * len(used), "patterns", progress) as bar:
         measured = measure(scan, used)
 
         def score(probe: NDArray[np.complex64], *, update_probe: bool) -> float:
@@ -293,7 +293,7 @@ def reconstruct_iterative(
     seed : int
         Seed of the order of the patterns.
     progress : bool, optional
-        See `show_progress`.
+        See `progress_bar`.
 
     Returns
     -------
@@ -322,7 +322,7 @@ def reconstruct_iterative(
         )
     used = patterns_without(scan, exclude)
     measured = measure(scan, used)
-    with show_progress("iterate", n_sweeps * len(used), "patterns", progress) as bar:
+    with progress_bar("iterate", n_sweeps * len(used), "patterns", progress) as bar:
         object_, probe = run_sweeps(
             measured, scan.probe, n_sweeps=n_sweeps, update_probe=refine_probe, seed=seed, bar=bar
         )
@@ -699,12 +699,12 @@ class Misfit:
         return Misfit(self.absolute + other.absolute, self.amplitude + other.amplitude, self.square + other.square)
 
 
-def frame_corners(position_yx_px: NDArray[np.float64], n_pixels: int) -> NDArray[np.int64]:
+def footprint_corners(position_yx_px: NDArray[np.float64], n_pixels: int) -> NDArray[np.int64]:
     """Coordinates (y, x) of the first pixel of the object that the probe meets at each position; int64 (..., 2)."""
     return np.floor(position_yx_px).astype(np.int64) - n_pixels // 2
 
 
-def called_for(
+def negative_gradient(
     object_: NDArray[np.complex64], corner: tuple[int, int], scan: Scan, index: NDArray[np.int64]
 ) -> tuple[NDArray[np.complex128], Misfit]:
     """Change of an object that some patterns call for, and how far they are from what the object makes.
@@ -736,7 +736,7 @@ def called_for(
     good = None if scan.mask is None else scipy.fft.ifftshift(scan.mask)
     spectrum = scipy.fft.fft2(scan.probe)
     position = scan.position_yx_px[index]
-    start = frame_corners(position, n_pixels) - corner
+    start = footprint_corners(position, n_pixels) - corner
     flux = np.ones(len(index), np.float32) if scan.flux is None else scan.flux[index]
     for first in range(0, len(index), READ_BATCH):
         batch = np.arange(first, min(first + READ_BATCH, len(index)))
@@ -761,7 +761,7 @@ def _misfit(model: NDArray[np.float32], amplitude: NDArray[np.float32], root_flu
     )
 
 
-def held_light(
+def illumination_and_proximal_weight(
     probe: NDArray[np.complex64],
     position_yx_px: NDArray[np.float64],
     corner: tuple[int, int],
@@ -787,7 +787,7 @@ def held_light(
     """
     n_pixels = probe.shape[-1]
     light = np.zeros((shape[0] + 2 * n_pixels, shape[1] + 2 * n_pixels), np.float64)
-    start = frame_corners(position_yx_px, n_pixels) - corner + n_pixels
+    start = footprint_corners(position_yx_px, n_pixels) - corner + n_pixels
     spectrum = scipy.fft.fft2(probe)
     for j in np.flatnonzero(((start > 0) & (start < np.add(shape, n_pixels))).all(axis=1)):
         frame = tuple(slice(side, side + n_pixels) for side in start[j])

@@ -11,14 +11,14 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
-from ptychodask.folders import Form
+from ptychodask.folders import StoreKind
 from ptychodask.scan import PtychodaskError
 from ptychodask.store import check_codecs, naming_damage, open_root
 
 FILL_AGAIN = "remove the cache and fill it again"
 """The way out where a cache is damaged."""
 
-PATCHES = Form("ptychodask-patches", 1, "cache of patches", "reconstruct")
+PATCHES = StoreKind("ptychodask-patches", 1, "cache of patches", "reconstruct")
 
 
 def create_patches(
@@ -29,7 +29,7 @@ def create_patches(
     Parameters
     ----------
     path : Path
-        Folder that exists and is empty (see `whole_or_nothing`).
+        Folder that exists and is empty (see `atomic_folder`).
     patch_shape : ints
         What the network gives for one group: (C, N, N) or (N, N).
     n_groups : int

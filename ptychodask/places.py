@@ -20,7 +20,15 @@ from uuid import uuid4
 
 from zarr.storage import LocalStore, ObjectStore
 
-from ptychodask.folders import DAMAGED, LEDGER, Form, building_path, from_json, recorded_form, whole_or_nothing
+from ptychodask.folders import (
+    DAMAGED,
+    LEDGER,
+    StoreKind,
+    atomic_folder,
+    building_path,
+    from_json,
+    recorded_folder_format,
+)
 from ptychodask.folders import check_vacant as check_vacant_folder
 from ptychodask.folders import is_resumable as is_resumable_folder
 from ptychodask.scan import PtychodaskError
@@ -100,14 +108,14 @@ class _Settings(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ObjectPlace:
+class S3Location:
     """What a name in a bucket stands for: an object, or all objects below it. It answers as `pathlib.Path` does.
 
     It knows no credentials: each process that it is sent to takes those of its own environment.
 
     Examples
     --------
-    >>> scan = place_named("s3://beamline/2026/scan.zarr")
+    >>> scan = parse_location("s3://beamline/2026/scan.zarr")
     >>> str(scan / "zarr.json"), scan.name, str(scan.parent)
     ('s3://beamline/2026/scan.zarr/zarr.json', 'scan.zarr', 's3://beamline/2026')
     """
@@ -120,8 +128,8 @@ class ObjectPlace:
     def __str__(self) -> str:
         return f"{SCHEME}//{self.bucket}/{self.key}".rstrip("/")
 
-    def __truediv__(self, name: str) -> ObjectPlace:
-        return ObjectPlace(self.bucket, f"{self.key}/{name}".strip("/"))
+    def __truediv__(self, name: str) -> S3Location:
+        return S3Location(self.bucket, f"{self.key}/{name}".strip("/"))
 
     @property
     def name(self) -> str:
@@ -136,13 +144,13 @@ class ObjectPlace:
         return PurePosixPath(self.key).suffix
 
     @property
-    def parent(self) -> ObjectPlace:
-        return ObjectPlace(self.bucket, self.key.rpartition("/")[0])
+    def parent(self) -> S3Location:
+        return S3Location(self.bucket, self.key.rpartition("/")[0])
 
-    def with_name(self, name: str) -> ObjectPlace:
+    def with_name(self, name: str) -> S3Location:
         return self.parent / name
 
-    def resolve(self) -> ObjectPlace:
+    def resolve(self) -> S3Location:
         return self
 
     def exists(self) -> bool:
@@ -161,12 +169,12 @@ class ObjectPlace:
                 return False
         return True
 
-    def below(self) -> Iterator[tuple[ObjectPlace, int]]:
+    def below(self) -> Iterator[tuple[S3Location, int]]:
         """Objects below this name, each with its size in bytes."""
         with naming(self):
             for batch in _bucket(self).list(prefix=self.key or None):
                 for found in batch:
-                    yield ObjectPlace(self.bucket, found["path"]), int(found["size"])
+                    yield S3Location(self.bucket, found["path"]), int(found["size"])
 
     def read_bytes(self) -> bytes:
         """An object's content; raises `FileNotFoundError` where there is none."""
@@ -206,11 +214,11 @@ class ObjectPlace:
                 _bucket(self).delete(keys)
 
 
-Place = Path | ObjectPlace
-"""What a scan or a result is named by, once `place_named` has read it."""
+Location = Path | S3Location
+"""What a scan or a result is named by, once `parse_location` has read it."""
 
 
-def place_named(named: str | Path | ObjectPlace) -> Place:
+def parse_location(named: str | Path | S3Location) -> Location:
     """What a user named: a path, or a place in a bucket.
 
     Parameters
@@ -220,7 +228,7 @@ def place_named(named: str | Path | ObjectPlace) -> Place:
 
     Returns
     -------
-    Path or ObjectPlace
+    Path or S3Location
 
     Raises
     ------
@@ -229,12 +237,12 @@ def place_named(named: str | Path | ObjectPlace) -> Place:
 
     Examples
     --------
-    >>> place_named("data/scan.zarr").as_posix()
+    >>> parse_location("data/scan.zarr").as_posix()
     'data/scan.zarr'
-    >>> place_named("s3://beamline/scan.zarr")
-    ObjectPlace(bucket='beamline', key='scan.zarr')
+    >>> parse_location("s3://beamline/scan.zarr")
+    S3Location(bucket='beamline', key='scan.zarr')
     """
-    if isinstance(named, ObjectPlace):
+    if isinstance(named, S3Location):
         return named
     text = str(named)
     if not text.startswith(f"{SCHEME}/"):
@@ -242,29 +250,29 @@ def place_named(named: str | Path | ObjectPlace) -> Place:
     bucket, *names = text.removeprefix(SCHEME).lstrip("/").rstrip("/").split("/")
     if not bucket or not names or any(name in ("", ".", "..") for name in names):
         raise PtychodaskError(f"{text}: expected s3://bucket/name, with one slash between names")
-    return ObjectPlace(bucket, "/".join(names))
+    return S3Location(bucket, "/".join(names))
 
 
 def on_disk(named: str | Path, what: str) -> Path:
     """A path; raises `PtychodaskError` for a place in a bucket, where `what` cannot lie."""
-    found = place_named(named)
-    if isinstance(found, ObjectPlace):
+    found = parse_location(named)
+    if isinstance(found, S3Location):
         raise PtychodaskError(f"{found}: {what} cannot lie in an object store; name a folder on a disk")
     return found
 
 
 @contextmanager
-def naming(where: ObjectPlace) -> Iterator[None]:
+def naming(location: S3Location) -> Iterator[None]:
     """Raise what an object store refuses, or does not answer, in a block as a `PtychodaskError` of one line."""
     if find_spec("obstore") is None:
-        raise PtychodaskError(f"{where}: needs the package obstore; pip install 'ptychodask[cloud]'")
+        raise PtychodaskError(f"{location}: needs the package obstore; pip install 'ptychodask[cloud]'")
     from obstore.exceptions import BaseError
 
     try:
         yield
     except BaseError as error:
         # The answer itself stays out, and out of the traceback: it may repeat what was signed.
-        raise PtychodaskError(f"{where}: {_cause(error)}") from None
+        raise PtychodaskError(f"{location}: {_cause(error)}") from None
 
 
 def _cause(error: Exception) -> str:
@@ -284,20 +292,20 @@ def _cause(error: Exception) -> str:
     return f"the object store at {address} failed ({type(error).__name__}); try again, or ask who runs it"
 
 
-def _bucket(where: ObjectPlace) -> S3Store:
+def _bucket(location: S3Location) -> S3Store:
     """The bucket of a place."""
-    return _opened(where.bucket, "", _checked(where, _Settings.now()))
+    return _opened(location.bucket, "", _checked(location, _Settings.now()))
 
 
-def _checked(where: ObjectPlace, settings: _Settings) -> _Settings:
+def _checked(location: S3Location, settings: _Settings) -> _Settings:
     if settings.endpoint and not re.fullmatch(r"https?://[^/\s]+/?", settings.endpoint):
         raise PtychodaskError(
-            f"{where}: AWS_ENDPOINT_URL is {settings.address!r}, expected http://host:port or https://host"
+            f"{location}: AWS_ENDPOINT_URL is {settings.address!r}, expected http://host:port or https://host"
         )
     if not settings.unsigned and not (settings.key and settings.secret):
         raise PtychodaskError(
-            f"{where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for "
-            "a bucket that is open to all"
+            f"{location}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true "
+            "for a bucket that is open to all"
         )
     return settings
 
@@ -345,128 +353,128 @@ def _client(bucket: str, prefix: str, settings: _Settings, retry_s: float) -> S3
     )
 
 
-class BucketStore(ObjectStore):  # type: ignore[type-arg]
+class S3ZarrStore(ObjectStore):  # type: ignore[type-arg]
     """A place in a bucket as Zarr opens it; what travels to another process is the place alone.
 
     Parameters
     ----------
-    where : ObjectPlace
+    where : S3Location
     read_only : bool
     """
 
-    def __init__(self, where: ObjectPlace, *, read_only: bool = False) -> None:
-        with naming(where):
-            opened = _opened(where.bucket, where.key, _checked(where, _Settings.now()))
+    def __init__(self, location: S3Location, *, read_only: bool = False) -> None:
+        with naming(location):
+            opened = _opened(location.bucket, location.key, _checked(location, _Settings.now()))
         super().__init__(opened, read_only=read_only)
-        self.where = where
+        self.location = location
         """The place."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.where, self.read_only)
+        return _reopened, (self.location, self.read_only)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, BucketStore) and (self.where, self.read_only) == (other.where, other.read_only)
+        return isinstance(other, S3ZarrStore) and (self.location, self.read_only) == (other.location, other.read_only)
 
     def __str__(self) -> str:
-        return str(self.where)
+        return str(self.location)
 
-    def with_read_only(self, read_only: bool = False) -> BucketStore:  # type: ignore[override]
-        return BucketStore(self.where, read_only=read_only)
+    def with_read_only(self, read_only: bool = False) -> S3ZarrStore:  # type: ignore[override]
+        return S3ZarrStore(self.location, read_only=read_only)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        with naming(self.where):
+        with naming(self.location):
             return await super().get(key, prototype, byte_range)
 
     async def get_partial_values(self, prototype: BufferPrototype, key_ranges: Any) -> list[Buffer | None]:
-        with naming(self.where):
+        with naming(self.location):
             return await super().get_partial_values(prototype, key_ranges)
 
     async def exists(self, key: str) -> bool:
-        with naming(self.where):
+        with naming(self.location):
             return await super().exists(key)
 
     async def set(self, key: str, value: Buffer) -> None:
-        with naming(self.where):
+        with naming(self.location):
             await super().set(key, value)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        with naming(self.where):
+        with naming(self.location):
             await super().set_if_not_exists(key, value)
 
     async def delete(self, key: str) -> None:
-        with naming(self.where):
+        with naming(self.location):
             await super().delete(key)
 
     async def getsize(self, key: str) -> int:
-        with naming(self.where):
+        with naming(self.location):
             return await super().getsize(key)
 
     async def list(self) -> AsyncIterator[str]:  # type: ignore[override]
-        with naming(self.where):
+        with naming(self.location):
             async for key in super().list():
                 yield key
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:  # type: ignore[override]
-        with naming(self.where):
+        with naming(self.location):
             async for key in super().list_prefix(prefix):
                 yield key
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:  # type: ignore[override]
-        with naming(self.where):
+        with naming(self.location):
             async for key in super().list_dir(prefix):
                 yield key
 
 
-def _reopened(where: ObjectPlace, read_only: bool) -> BucketStore:
-    return BucketStore(where, read_only=read_only)
+def _reopened(location: S3Location, read_only: bool) -> S3ZarrStore:
+    return S3ZarrStore(location, read_only=read_only)
 
 
-def zarr_store(where: Place, *, read_only: bool = False) -> Path | BucketStore:
+def zarr_store(location: Location, *, read_only: bool = False) -> Path | S3ZarrStore:
     """What Zarr and xarray open for a place."""
-    return BucketStore(where, read_only=read_only) if isinstance(where, ObjectPlace) else where
+    return S3ZarrStore(location, read_only=read_only) if isinstance(location, S3Location) else location
 
 
-def place_of(store: Any) -> Place:
-    """The place of an open Zarr store: one of a disk, or a `BucketStore`."""
-    assert isinstance(store, LocalStore | BucketStore)
-    return store.where if isinstance(store, BucketStore) else Path(store.root)
+def location_of(store: Any) -> Location:
+    """The place of an open Zarr store: one of a disk, or a `S3ZarrStore`."""
+    assert isinstance(store, LocalStore | S3ZarrStore)
+    return store.location if isinstance(store, S3ZarrStore) else Path(store.root)
 
 
-def stored_sizes(where: Place) -> Iterator[int]:
+def stored_sizes(location: Location) -> Iterator[int]:
     """Bytes of each file, or object, below a place."""
-    if isinstance(where, ObjectPlace):
-        return (size for _, size in where.below())
-    return (path.stat().st_size for path in where.rglob("*") if path.is_file())
+    if isinstance(location, S3Location):
+        return (size for _, size in location.below())
+    return (path.stat().st_size for path in location.rglob("*") if path.is_file())
 
 
-def remove(where: Place) -> None:
+def remove(location: Location) -> None:
     """Remove what is below a place, if anything."""
-    if isinstance(where, ObjectPlace):
-        where.remove()
+    if isinstance(location, S3Location):
+        location.remove()
     else:
-        shutil.rmtree(where, ignore_errors=True)
+        shutil.rmtree(location, ignore_errors=True)
 
 
-def is_whole(where: Place) -> bool:
+def is_complete(location: Location) -> bool:
     """Whether something has the name that is not still being written."""
-    if isinstance(where, Path):
-        return where.exists()
-    return _root_of(where).get("state") == "complete"
+    if isinstance(location, Path):
+        return location.exists()
+    return _root_of(location).get("state") == "complete"
 
 
-def is_resumable(where: Place) -> bool:
+def is_resumable(location: Location) -> bool:
     """Whether a stopped writer of a place left something to go on with."""
-    return is_resumable_folder(where) if isinstance(where, Path) else (_beside(where) / LEDGER).exists()
+    return is_resumable_folder(location) if isinstance(location, Path) else (_beside(location) / LEDGER).exists()
 
 
 @dataclass(frozen=True)
 class Writing:
     """Something that is being written."""
 
-    whole: Place
+    whole: Location
     """Where it is written; a folder takes its name in the end, in a bucket it has it from the beginning."""
 
-    beside: Place
+    beside: Location
     """What its writer keeps meanwhile; it goes in the end."""
 
     claim: bytes | None = None
@@ -488,8 +496,8 @@ class Writing:
 
     def leave(self) -> None:
         """Remove what is half written, unless it can be gone on with or is another writer's."""
-        assert isinstance(self.whole, ObjectPlace)
-        assert isinstance(self.beside, ObjectPlace)
+        assert isinstance(self.whole, S3Location)
+        assert isinstance(self.beside, S3Location)
         try:
             if not self._is_held():
                 return
@@ -503,7 +511,7 @@ class Writing:
 
 
 @contextmanager
-def written(where: Place, *, overwrite: bool, form: Form, resume: bool = False) -> Iterator[Writing]:
+def written(location: Location, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> Iterator[Writing]:
     """A place to write into that is whole when the block ends well, and gone when it does not.
 
     Parameters
@@ -511,7 +519,7 @@ def written(where: Place, *, overwrite: bool, form: Form, resume: bool = False) 
     where : Place
         What shall exist in the end.
     overwrite, form, resume
-        As for `whole_or_nothing`.
+        As for `atomic_folder`.
 
     Yields
     ------
@@ -520,18 +528,18 @@ def written(where: Place, *, overwrite: bool, form: Form, resume: bool = False) 
     Raises
     ------
     PtychodaskError
-        As `whole_or_nothing`; and if the object store does not answer.
+        As `atomic_folder`; and if the object store does not answer.
 
     Notes
     -----
     In a bucket nothing can be renamed. What is there is removed first, and the new one is written in its place; the
     block marks it as complete with its last put. A writer that is killed leaves what it wrote, which readers refuse.
     """
-    if isinstance(where, Path):
-        with whole_or_nothing(where, overwrite=overwrite, form=form, resume=resume) as building:
+    if isinstance(location, Path):
+        with atomic_folder(location, overwrite=overwrite, kind=kind, resume=resume) as building:
             yield Writing(building.resolve(), building.resolve().parent)
         return
-    writing = _claimed(where, overwrite=overwrite, form=form, resume=resume)
+    writing = _claimed(location, overwrite=overwrite, kind=kind, resume=resume)
     try:
         yield writing
     except BaseException:
@@ -540,23 +548,23 @@ def written(where: Place, *, overwrite: bool, form: Form, resume: bool = False) 
     remove(writing.beside)
 
 
-def _claimed(where: ObjectPlace, *, overwrite: bool, form: Form, resume: bool) -> Writing:
+def _claimed(location: S3Location, *, overwrite: bool, kind: StoreKind, resume: bool) -> Writing:
     """Make room for a writer and claim it for this one alone."""
-    check_vacant(where, overwrite=overwrite, form=form, resume=resume)
-    beside, claim = _beside(where), uuid4().hex.encode()
-    going_on = resume and is_resumable(where)
+    check_vacant(location, overwrite=overwrite, kind=kind, resume=resume)
+    beside, claim = _beside(location), uuid4().hex.encode()
+    going_on = resume and is_resumable(location)
     if going_on:
         (beside / CLAIM).unlink()
     else:
         beside.remove()
     if not (beside / CLAIM).create(claim):
-        raise _at_work(where)
+        raise _at_work(location)
     if not going_on:
-        where.remove()
-    return Writing(where, beside, claim)
+        location.remove()
+    return Writing(location, beside, claim)
 
 
-def check_vacant(where: Place, *, overwrite: bool, form: Form, resume: bool = False) -> None:
+def check_vacant(location: Location, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> None:
     """Raise `PtychodaskError` unless a place can be written: nothing is in the way.
 
     Parameters
@@ -565,39 +573,39 @@ def check_vacant(where: Place, *, overwrite: bool, form: Form, resume: bool = Fa
     overwrite, form, resume
         As for `written`.
     """
-    if isinstance(where, Path):
-        check_vacant_folder(where, overwrite=overwrite, form=form, resume=resume)
+    if isinstance(location, Path):
+        check_vacant_folder(location, overwrite=overwrite, kind=kind, resume=resume)
         return
-    whole, claimed, resumable = is_whole(where), (_beside(where) / CLAIM).exists(), is_resumable(where)
+    whole, claimed, resumable = is_complete(location), (_beside(location) / CLAIM).exists(), is_resumable(location)
     if claimed and not (overwrite or resume):
-        raise _at_work(where)
+        raise _at_work(location)
     if resumable and not whole and not (overwrite or resume):
         raise PtychodaskError(
-            f"{where}: a run was stopped before its end, and what it finished is kept; go on with resume=True "
+            f"{location}: a run was stopped before its end, and what it finished is kept; go on with resume=True "
             "(--resume), or pass overwrite=True (--overwrite) to start again"
         )
-    if not where.exists():
+    if not location.exists():
         return
     if not overwrite and (whole or not (resume or claimed)):
-        raise PtychodaskError(f"{where}: exists already; pass overwrite=True (--overwrite), or another name")
+        raise PtychodaskError(f"{location}: exists already; pass overwrite=True (--overwrite), or another name")
     # A writer that was killed while it removed what was there leaves no root, but its claim.
-    found = recorded_format(where) or (form.name if claimed else "something of another kind")
-    if found not in (form.name, DAMAGED):
+    found = recorded_format(location) or (kind.name if claimed else "something of another kind")
+    if found not in (kind.name, DAMAGED):
         raise PtychodaskError(
-            f"{where}: is {found}, and overwrite=True (--overwrite) replaces a {form.name} alone; pass another name, "
-            "or remove it first"
+            f"{location}: is {found}, and overwrite=True (--overwrite) replaces a {kind.name} alone; pass another "
+            "name, or remove it first"
         )
 
 
-def recorded_format(where: Place) -> str | None:
+def recorded_format(location: Location) -> str | None:
     """The format that the root of what lies at a place records of itself; None without such."""
-    return recorded_form(where) if isinstance(where, Path) else _root_of(where).get("format")
+    return recorded_folder_format(location) if isinstance(location, Path) else _root_of(location).get("format")
 
 
-def _root_of(where: ObjectPlace) -> dict[str, Any]:
+def _root_of(location: S3Location) -> dict[str, Any]:
     """Attributes that the root of a Zarr store records; of one that cannot be read its format is `DAMAGED`."""
     try:
-        found = from_json((where / "zarr.json").read_bytes().decode())["attributes"]
+        found = from_json((location / "zarr.json").read_bytes().decode())["attributes"]
         return found if isinstance(found, dict) else {"format": DAMAGED}
     except FileNotFoundError:
         return {}
@@ -605,13 +613,13 @@ def _root_of(where: ObjectPlace) -> dict[str, Any]:
         return {"format": DAMAGED}
 
 
-def _beside(where: ObjectPlace) -> ObjectPlace:
-    return where.with_name(building_path(Path(where.name)).name)
+def _beside(location: S3Location) -> S3Location:
+    return location.with_name(building_path(Path(location.name)).name)
 
 
-def _at_work(where: ObjectPlace) -> PtychodaskError:
-    go_on = "go on with resume=True (--resume), or " if is_resumable(where) else ""
+def _at_work(location: S3Location) -> PtychodaskError:
+    go_on = "go on with resume=True (--resume), or " if is_resumable(location) else ""
     return PtychodaskError(
-        f"{where}: another run is writing it, or was killed before its end ({_beside(where) / CLAIM} is there); wait "
-        f"for it, or, if none is at work, {go_on}pass overwrite=True (--overwrite)"
+        f"{location}: another run is writing it, or was killed before its end ({_beside(location) / CLAIM} is there); "
+        f"wait for it, or, if none is at work, {go_on}pass overwrite=True (--overwrite)"
     )

@@ -16,7 +16,7 @@ from ptychodask.display import card
 from ptychodask.grouping import GroupingSpec, check_drop
 from ptychodask.models.pretrained import pretrained_for
 from ptychodask.models.spec import Precision
-from ptychodask.places import place_named
+from ptychodask.places import parse_location
 from ptychodask.prediction import (
     Device,
     ModelReference,
@@ -252,7 +252,7 @@ def _check_roi_m(roi_m: Any, roi: Any) -> None:
         raise PtychodaskError(f"reconstruct: roi_m is {roi_m}, expected metres (y0, y1, x0, x1), y0 < y1 and x0 < x1")
 
 
-def in_pixels(spec: ReconstructionSpec, pixel_size_m: float | None, where: str) -> ReconstructionSpec:
+def in_pixels(spec: ReconstructionSpec, pixel_size_m: float | None, label: str) -> ReconstructionSpec:
     """A spec whose region of interest is in pixels.
 
     Parameters
@@ -260,7 +260,7 @@ def in_pixels(spec: ReconstructionSpec, pixel_size_m: float | None, where: str) 
     spec : ReconstructionSpec
     pixel_size_m : float or None
         Of the scan's object.
-    where : str
+    label : str
         The scan, for messages.
 
     Raises
@@ -277,7 +277,7 @@ def in_pixels(spec: ReconstructionSpec, pixel_size_m: float | None, where: str) 
         return spec
     if pixel_size_m is None:
         raise PtychodaskError(
-            f"{where}: the size of a pixel is not known, so roi_m {tuple(spec.roi_m)} tells no place; pass roi= in "
+            f"{label}: the size of a pixel is not known, so roi_m {tuple(spec.roi_m)} tells no place; pass roi= in "
             "pixels, or ingest with pixel_size_m= (--pixel-size-m)"
         )
     # A whole number of pixels in metres is whole again: division leaves some 1e-16 of it.
@@ -285,7 +285,7 @@ def in_pixels(spec: ReconstructionSpec, pixel_size_m: float | None, where: str) 
     y0, y1, x0, x1 = np.ceil(edges).astype(int).tolist()
     if y0 >= y1 or x0 >= x1:
         raise PtychodaskError(
-            f"{where}: roi_m {tuple(spec.roi_m)} has no pixel in it, of {pixel_size_m:g} m; pass a larger one"
+            f"{label}: roi_m {tuple(spec.roi_m)} has no pixel in it, of {pixel_size_m:g} m; pass a larger one"
         )
     return replace(spec, roi=(y0, y1, x0, x1), roi_m=None)
 
@@ -473,24 +473,24 @@ def plan(
     reader = ScanReader(store)
     reader.check()
     scan = reader.first()
-    spec = in_pixels(spec, scan.pixel_size_m, reader.where)
+    spec = in_pixels(spec, scan.pixel_size_m, reader.label)
     known = recorded_model(scan) is not None or pretrained_for(scan.n_pixels) is not None
     if model is None and not measure and (spec.groups is not None or not known):
         table = _as_seen(reader, _default_table(str(store), spec))
         return make_plan(reader, table, _Network(table.spec.members, scan.n_pixels, "member"), spec)
     network = resolve_model(scan, model)
-    todo = plan_for(reader, network, spec)
-    return replace(todo, groups_per_s=_measured_rate(todo, network, scan, spec)) if measure else todo
+    planned = plan_for(reader, network, spec)
+    return replace(planned, groups_per_s=_measured_rate(planned, network, scan, spec)) if measure else planned
 
 
-def prediction_job(todo: Plan, model: PatchModel, scan: Scan, spec: ReconstructionSpec) -> PredictionJob:
+def prediction_job(planned: Plan, model: PatchModel, scan: Scan, spec: ReconstructionSpec) -> PredictionJob:
     """What the tasks of a plan know of their model and of the scan."""
     return PredictionJob(
-        todo.store,
-        todo.data_hash,
-        todo.groups,
+        planned.store,
+        planned.data_hash,
+        planned.groups,
         ModelReference.to(model.bind(scan)),
-        todo.batch_size,
+        planned.batch_size,
         tuple(spec.drop),
         spec.precision,
         spec.device,
@@ -498,15 +498,15 @@ def prediction_job(todo: Plan, model: PatchModel, scan: Scan, spec: Reconstructi
     )
 
 
-def _measured_rate(todo: Plan, model: PatchModel, scan: Scan, spec: ReconstructionSpec) -> float:
+def _measured_rate(planned: Plan, model: PatchModel, scan: Scan, spec: ReconstructionSpec) -> float:
     """Groups per second of this process, compiling left out, reading included."""
-    job = prediction_job(todo, model, scan, spec)
-    chunk = todo.chunks[0]
-    next(predict_groups([job], chunk.start, min(chunk.start + todo.batch_size, chunk.stop), {}))
+    job = prediction_job(planned, model, scan, spec)
+    chunk = planned.chunks[0]
+    next(predict_groups([job], chunk.start, min(chunk.start + planned.batch_size, chunk.stop), {}))
     n_groups, started = 0, time.perf_counter()
-    for chunk in todo.chunks:
+    for chunk in planned.chunks:
         for _, batch in predict_groups([job], chunk.start, chunk.stop, {}):
-            n_groups += len(batch.pattern) // (todo.members if todo.output == "member" else 1)
+            n_groups += len(batch.pattern) // (planned.members if planned.output == "member" else 1)
             if time.perf_counter() - started > MEASURE_S:
                 return n_groups / (time.perf_counter() - started)
     return n_groups / (time.perf_counter() - started)
@@ -563,7 +563,7 @@ def _check_same_seeds(reader: ScanReader, tables: Mapping[str, GroupTable]) -> N
             (other.rows(at, at + BLOCK_GROUPS)[:, 0] != table.rows(at, at + BLOCK_GROUPS)[:, 0]).any() for at in blocks
         ):
             raise PtychodaskError(
-                f"{reader.where}: group tables '{table.name}' of {first} and '{other.name}' of {label} do not have the "
+                f"{reader.label}: group tables '{table.name}' of {first} and '{other.name}' of {label} do not have the "
                 "same seeds, so they cannot share a pass; reconstruct with one model at a time"
             )
 
@@ -585,7 +585,7 @@ def _united(chunks: Iterable[Sequence[Chunk]]) -> tuple[Chunk, ...]:
 def _table_and_network(reader: ScanReader, model: PatchModel, spec: ReconstructionSpec) -> tuple[GroupTable, _Network]:
     if model.n_pixels != reader.n_pixels:
         raise PtychodaskError(
-            f"{reader.where}: patterns are {reader.n_pixels} pixels wide, the {model.kind} takes {model.n_pixels}; "
+            f"{reader.label}: patterns are {reader.n_pixels} pixels wide, the {model.kind} takes {model.n_pixels}; "
             f"ingest with n_pixels={model.n_pixels}, or pass another model"
         )
     if spec.precision not in precisions(model):
@@ -594,7 +594,7 @@ def _table_and_network(reader: ScanReader, model: PatchModel, spec: Reconstructi
             f"{', '.join(precisions(model))}; leave precision away"
         )
     halves = spec.split_half and model.members > 1
-    table = _as_seen(reader, _table_of(reader.where, spec.groups, model.members, halves=halves))
+    table = _as_seen(reader, _table_of(reader.label, spec.groups, model.members, halves=halves))
     return table, _Network(model.members, model.n_pixels, model.output)
 
 
@@ -667,7 +667,7 @@ def make_plan(
     PtychodaskError
         See `plan`.
     """
-    check_drop(reader.where, reader.n_patterns, tuple(spec.drop))
+    check_drop(reader.label, reader.n_patterns, tuple(spec.drop))
     if spec.position_yx_px is not None:
         check_positions(spec.position_yx_px, reader.n_patterns, "position_yx_px")
     window, crop = _window_and_crop(spec, network)
@@ -686,7 +686,7 @@ def make_plan(
     of_plan = np.searchsorted(found.edges, [chunk.start for chunk in chunks])
     n_patterns = int(np.count_nonzero(found.used))
     return Plan(
-        store=str(place_named(reader.where).resolve()),
+        store=str(parse_location(reader.label).resolve()),
         data_hash=reader.data_hash,
         groups=table.name,
         groups_hash=found.table_hash,
@@ -719,13 +719,13 @@ def _window_and_crop(spec: ReconstructionSpec, network: _Network) -> tuple[Windo
     return window, int(spec.crop or network.n_pixels)
 
 
-def _object_box(whole: Box, roi: tuple[int, int, int, int] | None, where: str) -> Box:
+def _object_box(whole: Box, roi: tuple[int, int, int, int] | None, label: str) -> Box:
     """The box that all patches reach, cut to the region that is asked for."""
     if roi is None:
         return whole
     box = whole.overlap(Box(*(int(value) for value in roi)))
     if box.n_pixels == 0:
-        raise RegionNotReachedError(f"{where}: roi {roi} does not meet the object, {tuple(whole)} (y0, y1, x0, x1)")
+        raise RegionNotReachedError(f"{label}: roi {roi} does not meet the object, {tuple(whole)} (y0, y1, x0, x1)")
     return box
 
 
@@ -773,13 +773,13 @@ def _fitting_chunks(
         )
         if not found.n_groups.any():
             raise PtychodaskError(
-                f"{reader.where}: each of the {len(table)} groups of '{table.name}' has one of the {len(spec.drop)} "
+                f"{reader.label}: each of the {len(table)} groups of '{table.name}' has one of the {len(spec.drop)} "
                 "patterns to drop; drop fewer"
             )
-        object_box = _object_box(found.whole, spec.roi, reader.where) if box is None else box
+        object_box = _object_box(found.whole, spec.roi, reader.label) if box is None else box
         chunks, n_bytes = _chunks(reader, found, network, object_box, batch_size, spec)
         if not chunks:
-            raise RegionNotReachedError(f"{reader.where}: no pattern reaches roi {spec.roi}; pass another one")
+            raise RegionNotReachedError(f"{reader.label}: no pattern reaches roi {spec.roi}; pass another one")
         if max(n_bytes) <= spec.memory_bytes:
             return found, chunks, max(n_bytes), object_box
         if spec.groups_per_chunk is not None or size == 1:

@@ -11,9 +11,9 @@ from ptychodask.grouping import curve_order
 from ptychodask.iterative import (
     Misfit,
     StepProducts,
-    called_for,
-    frame_corners,
-    held_light,
+    footprint_corners,
+    illumination_and_proximal_weight,
+    negative_gradient,
     patterns_without,
     step_products,
     take_step,
@@ -46,23 +46,23 @@ class PartChange:
     """What one part of the patterns calls for."""
 
     change: NDArray[np.complex128]
-    """Change (y, x) over the part's box, as `called_for` gives it."""
+    """Change (y, x) over the part's box, as `negative_gradient` gives it."""
 
     box: Box
     misfit: Misfit
 
 
 @dataclass(frozen=True, eq=False)
-class HeldLight:
+class TileWeights:
     """What is fixed of a tile while it is polished; arrays (y, x)."""
 
     start: NDArray[np.complex64]
     """The stitched object, its unseen pixels at the mean amplitude."""
 
     curvature: NDArray[np.float32]
-    """Light plus hold (see `held_light`)."""
+    """Light plus hold (see `illumination_and_proximal_weight`)."""
 
-    hold: NDArray[np.float32]
+    proximal_weight: NDArray[np.float32]
     """How firmly a dim pixel is held where it was."""
 
 
@@ -87,7 +87,7 @@ class TileChange:
     report: SweepReport
 
 
-def plan_polishing(scan: Scan, todo: Plan, drop: tuple[int, ...]) -> tuple[tuple[Box, ...], tuple[PolishPart, ...]]:
+def plan_polishing(scan: Scan, plan: Plan, drop: tuple[int, ...]) -> tuple[tuple[Box, ...], tuple[PolishPart, ...]]:
     """What each tile holds while it is polished, and the parts of the patterns.
 
     Parameters
@@ -107,19 +107,21 @@ def plan_polishing(scan: Scan, todo: Plan, drop: tuple[int, ...]) -> tuple[tuple
     """
     index = patterns_without(scan, drop)
     index = index[curve_order(scan.position_yx_px[index])]
-    corner = frame_corners(scan.position_yx_px[index], scan.n_pixels)
+    corner = footprint_corners(scan.position_yx_px[index], scan.n_pixels)
     around = _box_around(corner, scan.n_pixels)
-    boxes = tuple(_stretched(tile.box, todo.box, around) for tile in todo.tiles)
+    boxes = tuple(_stretched(tile.box, plan.box, around) for tile in plan.tiles)
     parts = []
-    for first in range(0, len(index), todo.groups_per_chunk):
-        mine = slice(first, first + todo.groups_per_chunk)
+    for first in range(0, len(index), plan.groups_per_chunk):
+        mine = slice(first, first + plan.groups_per_chunk)
         box = _box_around(corner[mine], scan.n_pixels)
         tiles = tuple(place for place, held in enumerate(boxes) if held.overlap(box).n_pixels)
         parts.append(PolishPart(index[mine], box, tiles, tuple(boxes[place] for place in tiles)))
     return boxes, tuple(parts)
 
 
-def hold_tile(job: PredictionJob, tile: Box, box: Box, stitched: NDArray[np.complex64], *, mean: float) -> HeldLight:
+def prepare_tile(
+    job: PredictionJob, tile: Box, box: Box, stitched: NDArray[np.complex64], *, mean: float
+) -> TileWeights:
     """What is fixed of one tile while it is polished.
 
     Parameters
@@ -135,15 +137,17 @@ def hold_tile(job: PredictionJob, tile: Box, box: Box, stitched: NDArray[np.comp
 
     Returns
     -------
-    HeldLight
+    TileWeights
     """
     scan = open_source(job)
     kept = patterns_without(scan, job.drop)
-    light, hold = held_light(scan.probe, scan.position_yx_px[kept], box.corner, box.shape)
+    light, proximal_weight = illumination_and_proximal_weight(
+        scan.probe, scan.position_yx_px[kept], box.corner, box.shape
+    )
     start = np.full(box.shape, mean, np.complex64)
     seen = np.isfinite(stitched)
     start[_within(tile, box)][seen] = stitched[seen]
-    return HeldLight(start, light + hold, hold)
+    return TileWeights(start, light + proximal_weight, proximal_weight)
 
 
 def change_part(job: PredictionJob, part: PolishPart, objects: list[NDArray[np.complex64]]) -> PartChange:
@@ -166,13 +170,13 @@ def change_part(job: PredictionJob, part: PolishPart, objects: list[NDArray[np.c
     for box, object_ in zip(part.tile_boxes, objects, strict=True):
         shared = part.box.overlap(box)
         whole[_within(shared, part.box)] = object_[_within(shared, box)]
-    change, misfit = called_for(whole, part.box.corner, scan, part.index)
+    change, misfit = negative_gradient(whole, part.box.corner, scan, part.index)
     return PartChange(change, part.box, misfit)
 
 
 def change_tile(
     box: Box,
-    held: HeldLight,
+    held: TileWeights,
     object_: NDArray[np.complex64],
     before: NDArray[np.complex64],
     earlier: TileChange | None,
@@ -185,7 +189,7 @@ def change_tile(
     ----------
     box : Box
         What the tile holds.
-    held : HeldLight
+    held : TileWeights
     object_, before : complex64 array (y, x)
         Now, and before the latest step.
     earlier : TileChange or None
@@ -200,7 +204,7 @@ def change_tile(
     TileChange
     """
     off = held.start - object_
-    total = (held.hold * off).astype(np.complex128)
+    total = (held.proximal_weight * off).astype(np.complex128)
     for part in given:
         shared = box.overlap(part.box)
         total[_within(shared, box)] += part.change[_within(shared, part.box)]
@@ -208,13 +212,13 @@ def change_tile(
     products = StepProducts()
     if earlier is not None:
         products = step_products(object_, before, change, earlier.change, held.curvature)
-    missed = float((held.hold * (off.real**2 + off.imag**2)).sum(dtype=np.float64))
+    missed = float((held.proximal_weight * (off.real**2 + off.imag**2)).sum(dtype=np.float64))
     misfit = {index: part.misfit for index, part in zip(parts, given, strict=True)}
     return TileChange(change, SweepReport(products, missed, misfit))
 
 
 def step_tile(
-    held: HeldLight,
+    held: TileWeights,
     object_: NDArray[np.complex64],
     before: NDArray[np.complex64],
     change: TileChange,

@@ -19,8 +19,8 @@ from ptychodask import models
 from ptychodask.grouping import groups_kept
 from ptychodask.models.pretrained import is_pretrained, pretrained_for
 from ptychodask.models.spec import Precision
-from ptychodask.models.traits import outside, read_ranges, spacing_px
-from ptychodask.places import ObjectPlace, place_named
+from ptychodask.models.traits import outside_range, read_ranges, spacing_px
+from ptychodask.places import S3Location, parse_location
 from ptychodask.scan import PtychodaskError, Scan
 from ptychodask.store import ScanReader, open_scan
 
@@ -277,9 +277,9 @@ def _recorded_model(scan: Scan) -> PatchModel:
             f"{scan.store}: no model is recorded for it, and none is packaged for patterns of {scan.n_pixels} pixels; "
             f"run 'ptychodask train {scan.store}', or pass model= (--model)"
         )
-    store = place_named(str(scan.store)).resolve()
+    store = parse_location(str(scan.store)).resolve()
     # One that goes with a scan in a bucket is recorded by its whole path.
-    path = Path(record["path"]) if isinstance(store, ObjectPlace) else store.parent / record["path"]
+    path = Path(record["path"]) if isinstance(store, S3Location) else store.parent / record["path"]
     if not path.exists():
         raise PtychodaskError(
             f"{scan.store}: its latest {record['kind']} is recorded at {path}, where nothing is; "
@@ -314,7 +314,7 @@ def unlike_training(model: PatchModel, reader: ScanReader) -> list[str]:
         return []
     every = -(-reader.n_patterns // SPACING_POSITIONS)
     step_px = spacing_px(reader.position_yx_px(np.arange(0, reader.n_patterns, every)))
-    return outside(ranges, reader.first(), None if step_px is None else step_px / np.sqrt(every))
+    return outside_range(ranges, reader.first(), None if step_px is None else step_px / np.sqrt(every))
 
 
 @contextmanager
@@ -430,7 +430,7 @@ def _leave_out(reader: ScanReader, patterns: NDArray[np.int32], reason: str, ski
     if skipped is None:
         listed = ", ".join(map(str, patterns[:10].tolist())) + (", ..." if len(patterns) > 10 else "")
         raise PtychodaskError(
-            f"{reader.where}: {len(patterns)} patterns {reason} ({listed}); leave them out with drop= (--drop) or "
+            f"{reader.label}: {len(patterns)} patterns {reason} ({listed}); leave them out with drop= (--drop) or "
             "on_error='skip' (--on-error skip)"
         )
     skipped.append(Skipped(tuple(patterns.tolist()), reason))

@@ -47,7 +47,7 @@ class NotebookBar:
     ----------
     label, unit : str
     total : int
-        As `show_progress` takes them.
+        As `progress_bar` takes them.
     show : callable
         Takes the bar as HTML, in place of what it took before.
     """
@@ -116,7 +116,7 @@ def _notebook_bar(label: str, total: int, unit: str) -> Iterator[Progress]:
 
 
 @contextmanager
-def show_progress(label: str, total: int, unit: str, show: bool | None = None) -> Iterator[Progress]:
+def progress_bar(label: str, total: int, unit: str, progress: bool | None = None) -> Iterator[Progress]:
     """Show how far a stage has come, with its rate and the time that remains.
 
     Parameters
@@ -127,7 +127,7 @@ def show_progress(label: str, total: int, unit: str, show: bool | None = None) -
         Units in all.
     unit : str
         Name of one unit, plural ("patterns", "groups").
-    show : bool, optional
+    progress : bool, optional
         True shows the bar, False does not; None shows it in a terminal and in notebooks only.
 
     Yields
@@ -136,21 +136,21 @@ def show_progress(label: str, total: int, unit: str, show: bool | None = None) -
 
     Examples
     --------
-    >>> with show_progress("read", 3, "patterns", show=False) as progress:
-    ...     progress.advance(3)
+    >>> with progress_bar("read", 3, "patterns", progress=False) as bar:
+    ...     bar.advance(3)
     """
     from rich.console import Console
 
     console = Console(stderr=True)
-    if show is None:
-        show = console.is_jupyter or (console.is_terminal and sys.stderr.isatty())
-    if not show:
+    if progress is None:
+        progress = console.is_jupyter or (console.is_terminal and sys.stderr.isatty())
+    if not progress:
         yield _Silent()
         return
     if console.is_jupyter:
         # rich's own bar there stays at its last but one state.
-        with _notebook_bar(label, total, unit) as progress:
-            yield progress
+        with _notebook_bar(label, total, unit) as bar:
+            yield bar
         return
     from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
@@ -169,18 +169,18 @@ def show_progress(label: str, total: int, unit: str, show: bool | None = None) -
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with RichProgress(*columns, console=console) as bar:
-        task = bar.add_task(label, total=total, note="")
+    with RichProgress(*columns, console=console) as shown:
+        task = shown.add_task(label, total=total, note="")
 
         class Bar:
             def advance(self, amount: int = 1) -> None:
-                bar.update(task, advance=amount)
+                shown.update(task, advance=amount)
 
             def expect(self, total: int) -> None:
-                bar.update(task, total=total)
+                shown.update(task, total=total)
 
             def note(self, text: str) -> None:
-                bar.update(task, note=text)
+                shown.update(task, note=text)
 
         yield Bar()
 

@@ -24,7 +24,7 @@ from ptychodask.io import ingest
 from ptychodask.io.quantities import SQUARENESS
 from ptychodask.models import Model, load_model, save_model
 from ptychodask.prediction import PatchModel
-from ptychodask.progress import show_progress
+from ptychodask.progress import progress_bar
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Calibration, PtychodaskError, Scan
 from ptychodask.store import write_scan
@@ -154,7 +154,7 @@ class _Reconstructor:
         """The given product with the object of a result, and the probe that it was predicted with."""
         pixel = given.object_.get_pixel_geometry()
         picture = Picture(result).covering(scan)
-        with show_progress("object", picture.shape[0], "rows", show=False) as bar:
+        with progress_bar("object", picture.shape[0], "rows", progress=False) as bar:
             object_ = np.concatenate([values for _, values, _ in picture.seen_rows(bar)])
         y_px, x_px = picture.middle_yx_px
         centre = self._api.ObjectCenter(x_m=x_px * pixel.width_m, y_m=y_px * pixel.height_m)

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.places import ObjectPlace, Place
+from ptychodask.places import Location, S3Location
 from ptychodask.scan import PtychodaskError, illumination
 
 Window = Literal["illumination", "uniform", "cosine"]
@@ -267,7 +267,7 @@ PIXEL = np.dtype(
 """One pixel of a canvas on disk."""
 
 
-def save_canvas(canvas: Canvas, path: Place) -> None:
+def save_canvas(canvas: Canvas, path: Location) -> None:
     """Write a canvas into a file, or an object, that appears when it is whole; `open_canvas` reads the same bits back.
 
     Parameters
@@ -279,7 +279,7 @@ def save_canvas(canvas: Canvas, path: Place) -> None:
     pixels = np.empty(canvas.weight.shape, PIXEL)
     for name in PIXEL.names or ():
         pixels[name] = getattr(canvas, name)
-    if isinstance(path, ObjectPlace):
+    if isinstance(path, S3Location):
         content = io.BytesIO()
         np.save(content, pixels, allow_pickle=False)
         path.write_bytes(content.getvalue())
@@ -296,10 +296,10 @@ def save_canvas(canvas: Canvas, path: Place) -> None:
         raise
 
 
-def open_canvas(path: Place, corner: tuple[int, int]) -> Canvas:
+def open_canvas(path: Location, corner: tuple[int, int]) -> Canvas:
     """A canvas that `save_canvas` wrote, with its corner (y, x); the sums of a file stay on disk and cannot be written
     into."""
-    if isinstance(path, ObjectPlace):
+    if isinstance(path, S3Location):
         pixels = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
     else:
         pixels = np.load(path, mmap_mode="r", allow_pickle=False)

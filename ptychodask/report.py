@@ -19,7 +19,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from ptychodask.compare import compare, find_truth, other_data, place, results_by_label
+from ptychodask.compare import align, compare, find_truth, other_data, results_by_label
 from ptychodask.display import Markup, tag
 from ptychodask.models.description import read_description, read_history
 from ptychodask.models.pretrained import bundle_folder, is_pretrained
@@ -104,7 +104,7 @@ class Findings:
     training: Mapping[str, Any]
     """How the network was trained; empty where that is not known."""
 
-    placed: Mapping[str, xr.Dataset]
+    aligned_results: Mapping[str, xr.Dataset]
     """All results that are compared, on the pixels of one frame."""
 
     comparison: xr.Dataset | None
@@ -143,7 +143,7 @@ def write_report(
     others : pairs of label or None and Dataset or path, optional
         Results to compare with; those without a label are named as `compare` names them.
     progress : bool, optional
-        See `show_progress`.
+        See `progress_bar`.
 
     Returns
     -------
@@ -195,7 +195,7 @@ def _find_out(
         truth = measured.truth
     known = None if truth is None else find_truth(truth)
     compared = len(results) > 1 or known is not None
-    placed = place(results, truth=known) if compared else {}
+    aligned_results = align(results, truth=known) if compared else {}
     return Findings(
         title=title,
         label=label,
@@ -204,8 +204,8 @@ def _find_out(
         scan=measured,
         truth=known,
         training=_training(result.attrs),
-        placed=placed,
-        comparison=compare(placed, truth=known, scan=measured) if compared else None,
+        aligned_results=aligned_results,
+        comparison=compare(aligned_results, truth=known, scan=measured) if compared else None,
         residuals=None if measured is None else _residuals(result, measured, progress),
     )
 
@@ -374,12 +374,12 @@ def _stitched(attributes: Mapping[str, Any], result: xr.Dataset) -> list[str]:
 
 
 def _polished(attributes: Mapping[str, Any]) -> list[str]:
-    sweeps, course = (recorded(attributes, "polish", name) for name in ("sweeps", "r_factor"))
-    if not sweeps or not isinstance(course, Sequence) or not len(course):
+    sweeps, r_factors = (recorded(attributes, "polish", name) for name in ("sweeps", "r_factor"))
+    if not sweeps or not isinstance(r_factors, Sequence) or not len(r_factors):
         return []
     return [
-        f"{sweeps} data-consistent sweeps over the patterns then changed R from {number(course[0])} to "
-        f"{number(course[-1])}."
+        f"{sweeps} data-consistent sweeps over the patterns then changed R from {number(r_factors[0])} to "
+        f"{number(r_factors[-1])}."
     ]
 
 
@@ -583,7 +583,7 @@ def _comparison(found: Findings) -> list[Markup]:
         f"first: {_listed(table.attrs['gauge_removed'])}. Peaks of the PSNR, ranges of the reference: {peaks}. "
         f"{other_data(table)}"
     )
-    figure = plot_comparison(found.placed, found.truth, comparison=table)
+    figure = plot_comparison(found.aligned_results, found.truth, comparison=table)
     caption = (
         "Each result on the scales of the reference, its difference from it, and the Fourier ring correlation with it."
     )

@@ -14,10 +14,10 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from ptychodask.cluster import Parcel, client_for_run, parcel_for
-from ptychodask.iterative import frame_corners, patterns_without, predicted_amplitude
-from ptychodask.places import place_named
-from ptychodask.progress import show_progress
+from ptychodask.cluster import Broadcast, broadcast, client_for_run
+from ptychodask.iterative import footprint_corners, patterns_without, predicted_amplitude
+from ptychodask.places import parse_location
+from ptychodask.progress import progress_bar
 from ptychodask.result import open_result, reading_result
 from ptychodask.scan import PtychodaskError, Scan
 from ptychodask.store import open_scan
@@ -61,7 +61,7 @@ def residuals(
     drop : int array (k,), optional
         Patterns of the store that are flagged as dropped and left out of the totals; they are judged all the same.
     progress : bool, optional
-        See `show_progress`.
+        See `progress_bar`.
 
     Returns
     -------
@@ -94,8 +94,8 @@ def residuals(
     A lazy result that lies on no disk (``compute=False``) is predicted twice: compute it, or write it, first. A result
     of other data, or made with another probe than the scan has now, is judged all the same, and a warning logged.
     """
-    measured = scan if isinstance(scan, Scan) else open_scan(place_named(scan).resolve())
-    opened = result if isinstance(result, xr.Dataset) else open_result(place_named(result).resolve())
+    measured = scan if isinstance(scan, Scan) else open_scan(parse_location(scan).resolve())
+    opened = result if isinstance(result, xr.Dataset) else open_result(parse_location(result).resolve())
     object_ = _object_of(opened)
     if opened.attrs.get("data_hash", measured.data_hash) != measured.data_hash:
         logger.warning(
@@ -124,15 +124,15 @@ def _object_of(ds: xr.Dataset) -> xr.DataArray:
 
 
 def _run(
-    client: distributed.Client, scan: Scan, object_: xr.DataArray, fill: float, show: bool | None
+    client: distributed.Client, scan: Scan, object_: xr.DataArray, fill: float, progress: bool | None
 ) -> NDArray[np.float64]:
     """What `judge_patterns` gives for all patterns, in their order."""
-    with parcel_for(client, scan) as sent:
-        return _judge_all(client, scan, sent, object_, fill, show)
+    with broadcast(client, scan) as sent:
+        return _judge_all(client, scan, sent, object_, fill, progress)
 
 
 def _judge_all(
-    client: distributed.Client, scan: Scan, sent: Parcel, object_: xr.DataArray, fill: float, show: bool | None
+    client: distributed.Client, scan: Scan, sent: Broadcast, object_: xr.DataArray, fill: float, progress: bool | None
 ) -> NDArray[np.float64]:
     tasks = []
     for part in _parts(scan):
@@ -143,7 +143,7 @@ def _judge_all(
     found: dict[distributed.Future, NDArray[np.float64]] = {}
     logger.info("%s: %d patterns in %d tasks", scan.store or "scan", scan.n_patterns, len(futures))
     try:
-        with show_progress("residuals", scan.n_patterns, "patterns", show) as bar:
+        with progress_bar("residuals", scan.n_patterns, "patterns", progress) as bar:
             for future, sums in distributed.as_completed(futures, with_results=True, loop=client.loop):
                 found[future] = sums
                 bar.advance(len(sums))
@@ -163,7 +163,7 @@ def _object_under(
     object_: xr.DataArray, position_yx_px: NDArray[np.float64], n_pixels: int
 ) -> tuple[xr.DataArray, tuple[int, int]]:
     """The part of an object that frames at some positions meet, and the coordinates of its first pixel."""
-    corner = frame_corners(position_yx_px, n_pixels)
+    corner = footprint_corners(position_yx_px, n_pixels)
     first = int(object_["y"][0]), int(object_["x"][0])
     low = np.clip(corner.min(axis=0) - first, 0, object_.shape).tolist()
     high = np.clip(corner.max(axis=0) + n_pixels - first, 0, object_.shape).tolist()
@@ -171,7 +171,7 @@ def _object_under(
     return cut, (first[0] + low[0], first[1] + low[1])
 
 
-def _judge_sent(sent: Parcel, *arguments: Any) -> NDArray[np.float64]:
+def _judge_sent(sent: Broadcast, *arguments: Any) -> NDArray[np.float64]:
     return judge_patterns(sent.open(), *arguments)
 
 
@@ -197,7 +197,7 @@ def judge_patterns(
     float64 array (pattern, 4)
         Σ|√I_pred − √I| and Σ√I over good pixels, Poisson deviance for each good pixel, seen light (see `residuals`).
     """
-    corners = frame_corners(scan.position_yx_px[part], scan.n_pixels)
+    corners = footprint_corners(scan.position_yx_px[part], scan.n_pixels)
     whole, start = _around_frames(object_, corner, corners, scan.n_pixels)
     seen = np.isfinite(whole)
     whole[~seen] = fill

@@ -17,15 +17,15 @@ from zarr.codecs import BloscCodec, BloscShuffle
 
 import ptychodask
 from ptychodask.display import Markup, card, image
-from ptychodask.folders import Form
-from ptychodask.places import Place, place_named, place_of, written, zarr_store
+from ptychodask.folders import StoreKind
+from ptychodask.places import Location, location_of, parse_location, written, zarr_store
 from ptychodask.scan import PtychodaskError
 from ptychodask.store import check_codecs, check_stored, consolidate, naming_damage, open_root
 
 FORMAT = "ptychodask-result"
 FORMAT_VERSION = 1
 
-RESULT = Form(FORMAT, FORMAT_VERSION, "result", "reconstruct")
+RESULT = StoreKind(FORMAT, FORMAT_VERSION, "result", "reconstruct")
 
 CHUNK_PIXELS = 256
 """Pixels across a chunk of a stored result, where the tile is a multiple of it."""
@@ -165,7 +165,7 @@ def _coordinates(shape: tuple[int, ...], corner: tuple[int, int], pixel_size_m: 
 
 
 def create_result(
-    path: Place,
+    path: Location,
     shape: tuple[int, int],
     corner: tuple[int, int],
     tile: int,
@@ -217,7 +217,7 @@ def _create_variable(
     return array
 
 
-def write_tile(path: Place, start_yx: tuple[int, int], arrays: TileArrays) -> None:
+def write_tile(path: Location, start_yx: tuple[int, int], arrays: TileArrays) -> None:
     """Write one tile of a result store.
 
     Parameters
@@ -237,7 +237,7 @@ def write_tile(path: Place, start_yx: tuple[int, int], arrays: TileArrays) -> No
         array[region] = values
 
 
-def read_tile(path: Place, start_yx: tuple[int, int], shape: tuple[int, int]) -> TileArrays:
+def read_tile(path: Location, start_yx: tuple[int, int], shape: tuple[int, int]) -> TileArrays:
     """One tile of a result store, as `write_tile` got it.
 
     Parameters
@@ -258,7 +258,7 @@ def read_tile(path: Place, start_yx: tuple[int, int], shape: tuple[int, int]) ->
     return {name: np.asarray(_array(root, name)[region]) for name in VARIABLES | HALF_VARIABLES if name in root}
 
 
-def remove_tile(path: Place, start_yx: tuple[int, int], tile: int) -> None:
+def remove_tile(path: Location, start_yx: tuple[int, int], tile: int) -> None:
     """Remove the files of a tile that is damaged, so that it can be written again.
 
     Parameters
@@ -278,7 +278,7 @@ def remove_tile(path: Place, start_yx: tuple[int, int], tile: int) -> None:
             (path / name / array.metadata.encode_chunk_key(place)).unlink(missing_ok=True)
 
 
-def write_pyramid(path: Place) -> None:
+def write_pyramid(path: Location) -> None:
     """Add coarser levels of object and weight to a result store that is being written: half the pixels along each side
     of the level before, one at least, until the longer side is shorter than `COARSEST_PIXELS`.
 
@@ -369,11 +369,11 @@ def halve(
 def _array(group: zarr.Group, name: str) -> zarr.Array:
     array = group[name]
     assert isinstance(array, zarr.Array)
-    check_codecs(array, place_of(group.store), AGAIN)
+    check_codecs(array, location_of(group.store), AGAIN)
     return array
 
 
-def finish_result(path: Place, attributes: dict[str, Any]) -> None:
+def finish_result(path: Location, attributes: dict[str, Any]) -> None:
     """Record what made a result and mark its store as complete.
 
     Parameters
@@ -387,7 +387,7 @@ def finish_result(path: Place, attributes: dict[str, Any]) -> None:
     consolidate(path).attrs.update({**attributes, STORED_CHUNKS: stored, "state": "complete"})
 
 
-def open_result(path: str | Place, level: int = 0) -> xr.Dataset:
+def open_result(path: str | Location, level: int = 0) -> xr.Dataset:
     """Open a stored result; its arrays stay on disk.
 
     Parameters
@@ -406,57 +406,57 @@ def open_result(path: str | Place, level: int = 0) -> xr.Dataset:
     PtychodaskError
         If there is no result, it is unfinished, foreign or of a newer format, or has no such level.
     """
-    where = place_named(path)
-    root = open_root(where, RESULT)
-    with naming_damage(where, "cannot be opened", AGAIN):
-        _check_arrays(root, where)
+    location = parse_location(path)
+    root = open_root(location, RESULT)
+    with naming_damage(location, "cannot be opened", AGAIN):
+        _check_arrays(root, location)
         if level:
-            return _open_level(where, root, level)
-        ds = xr.open_zarr(zarr_store(where, read_only=True), chunks={}, consolidated=True, zarr_format=3)
+            return _open_level(location, root, level)
+        ds = xr.open_zarr(zarr_store(location, read_only=True), chunks={}, consolidated=True, zarr_format=3)
         ds = ds[[name for name in VARIABLES | HALF_VARIABLES if name in ds]]
         del ds.attrs["state"]
-        _check_whole(where, root, ds.attrs.pop(STORED_CHUNKS, {}))
+        _check_whole(location, root, ds.attrs.pop(STORED_CHUNKS, {}))
         return _with_methods(ds)
 
 
-def _check_arrays(group: zarr.Group, where: Place) -> None:
+def _check_arrays(group: zarr.Group, location: Location) -> None:
     """Raise `PtychodaskError` unless xarray can open the arrays of a group without harm."""
     arrays = dict(group.arrays())
     for name, array in arrays.items():
-        check_codecs(array, where, AGAIN)
+        check_codecs(array, location, AGAIN)
         if array.ndim == 1:
             # Coordinates are read at once.
-            check_stored([array], array.nbytes, where, AGAIN)
+            check_stored([array], array.nbytes, location, AGAIN)
         if max(map(floordiv, array.shape, array.chunks), default=0) > MOST_TILES:
             raise PtychodaskError(
-                f"{where}: array '{name}' has shape {array.shape} in chunks of {array.chunks}; {AGAIN}"
+                f"{location}: array '{name}' has shape {array.shape} in chunks of {array.chunks}; {AGAIN}"
             )
     # All together, for pixels that no pattern reached have no file, and counts pack well.
-    check_stored(list(arrays.values()), sum(array.nbytes for array in arrays.values()), where, AGAIN)
+    check_stored(list(arrays.values()), sum(array.nbytes for array in arrays.values()), location, AGAIN)
 
 
-def _check_whole(where: Place, root: zarr.Group, stored: Any) -> None:
+def _check_whole(location: Location, root: zarr.Group, stored: Any) -> None:
     """Raise `PtychodaskError` when a file of a result is gone, which Zarr would read as unseen pixels."""
     for name, wanted in stored.items() if isinstance(stored, dict) else ():
         found = _array(root, name).nchunks_initialized
         if found != wanted:
             raise PtychodaskError(
-                f"{where}: {name} has {found} of its {wanted} chunks, files of it are missing; reconstruct again with "
-                "overwrite=True (--overwrite)"
+                f"{location}: {name} has {found} of its {wanted} chunks, files of it are missing; reconstruct again "
+                "with overwrite=True (--overwrite)"
             )
 
 
-def _open_level(where: Place, root: zarr.Group, level: int) -> xr.Dataset:
+def _open_level(location: Location, root: zarr.Group, level: int) -> xr.Dataset:
     pyramid = root.get(PYRAMID)
     levels = sorted(pyramid.group_keys()) if isinstance(pyramid, zarr.Group) else []
     if str(level) not in levels:
         has = f"levels 1 to {len(levels)}" if levels else "no pyramid: reconstruct again with pyramid=True (--pyramid)"
-        raise PtychodaskError(f"{where}: no level {level}; it has {has}")
+        raise PtychodaskError(f"{location}: no level {level}; it has {has}")
     # xarray reads the level's own metadata, not the consolidated ones.
-    own = zarr_store(where / PYRAMID / str(level), read_only=True)
-    _check_arrays(zarr.open_group(own, mode="r", zarr_format=3, use_consolidated=False), where)
+    own = zarr_store(location / PYRAMID / str(level), read_only=True)
+    _check_arrays(zarr.open_group(own, mode="r", zarr_format=3, use_consolidated=False), location)
     ds = xr.open_zarr(
-        zarr_store(where, read_only=True), group=f"{PYRAMID}/{level}", chunks={}, consolidated=False, zarr_format=3
+        zarr_store(location, read_only=True), group=f"{PYRAMID}/{level}", chunks={}, consolidated=False, zarr_format=3
     )
     ds.attrs = {key: value for key, value in root.attrs.items() if key not in ("state", STORED_CHUNKS)} | {
         "level": level
@@ -577,7 +577,7 @@ class PtychoAccessor:
         with reading_result():
             return self._ds.compute(optimize_graph=False)
 
-    def save(self, path: str | Place, *, overwrite: bool = False) -> None:
+    def save(self, path: str | Location, *, overwrite: bool = False) -> None:
         """Bring the result into memory and write it to a store that `open_result` opens.
 
         Parameters
@@ -599,7 +599,7 @@ class PtychoAccessor:
         ds = self.compute()
         corner = (int(ds["y"][0]), int(ds["x"][0]))
         arrays = {name: ds[name].values for name in VARIABLES}
-        with written(place_named(path), overwrite=overwrite, form=RESULT) as writing:
+        with written(parse_location(path), overwrite=overwrite, kind=RESULT) as writing:
             pixel_size_m = ds.attrs.get("pixel_size_m")
             create_result(writing.whole, arrays["object"].shape, corner, CHUNK_PIXELS, pixel_size_m=pixel_size_m)
             write_tile(writing.whole, (0, 0), arrays)

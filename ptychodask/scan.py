@@ -158,25 +158,25 @@ class Scan:
     """Everything else the store's root records (provenance, models, versions)."""
 
     def __post_init__(self) -> None:
-        where = self.store or "scan"
+        label = self.store or "scan"
         shape = self.diffraction.shape
-        check_pattern_shape(shape, where)
+        check_pattern_shape(shape, label)
         n_patterns, n_pixels = shape[0], shape[1]
-        check_positions(self.position_yx_px, n_patterns, where)
-        check_choice("domain", self.domain, get_args(Domain), where)
-        check_choice("calibration", self.calibration, get_args(Calibration), where)
+        check_positions(self.position_yx_px, n_patterns, label)
+        check_choice("domain", self.domain, get_args(Domain), label)
+        check_choice("calibration", self.calibration, get_args(Calibration), label)
         if self.probe.ndim != 3 or self.probe.shape[1:] != (n_pixels, n_pixels):
             raise PtychodaskError(
-                f"{where}: probe has shape {self.probe.shape}, expected (mode, {n_pixels}, {n_pixels}) as the patterns"
+                f"{label}: probe has shape {self.probe.shape}, expected (mode, {n_pixels}, {n_pixels}) as the patterns"
             )
         if not np.isfinite(self.normalization) or self.normalization <= 0:
-            raise PtychodaskError(f"{where}: normalization is {self.normalization}, expected a positive number")
+            raise PtychodaskError(f"{label}: normalization is {self.normalization}, expected a positive number")
         if self.mask is not None and self.mask.shape != (n_pixels, n_pixels):
-            raise PtychodaskError(f"{where}: mask has shape {self.mask.shape}, expected ({n_pixels}, {n_pixels})")
+            raise PtychodaskError(f"{label}: mask has shape {self.mask.shape}, expected ({n_pixels}, {n_pixels})")
         for name in ("flux", "scan_index", "source_index", "label"):
             value = getattr(self, name)
             if value is not None and value.shape[0] != n_patterns:
-                raise PtychodaskError(f"{where}: {name} has {value.shape[0]} entries for {n_patterns} patterns")
+                raise PtychodaskError(f"{label}: {name} has {value.shape[0]} entries for {n_patterns} patterns")
 
     def __repr__(self) -> str:
         return f"Scan({self.store or 'in memory'}: {self.n_patterns:,} patterns of {self._size}, {self.domain})"
@@ -276,11 +276,11 @@ def in_brief(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def check_choice(name: str, value: object, choices: tuple[object, ...], where: str) -> None:
+def check_choice(name: str, value: object, choices: tuple[object, ...], label: str) -> None:
     """Raise `PtychodaskError` unless `value` is one of `choices`."""
     if value not in choices:
         listed = ", ".join(str(choice) for choice in choices)
-        raise PtychodaskError(f"{where}: {name} is {value!r}, expected one of: {listed}")
+        raise PtychodaskError(f"{label}: {name} is {value!r}, expected one of: {listed}")
 
 
 def with_fields(spec: Spec, given: dict[str, Any]) -> Spec:
@@ -300,47 +300,47 @@ def with_fields(spec: Spec, given: dict[str, Any]) -> Spec:
     return replace(spec, **given)
 
 
-def check_pattern_shape(shape: tuple[int, ...], where: str) -> None:
+def check_pattern_shape(shape: tuple[int, ...], label: str) -> None:
     """Raise `PtychodaskError` unless `shape` is (pattern, N, N) with N divisible by 4 and a pattern at least."""
     if len(shape) != 3 or shape[1] != shape[2]:
         raise PtychodaskError(
-            f"{where}: patterns have shape {tuple(shape)}, expected (pattern, N, N); crop or pad them with n_pixels="
+            f"{label}: patterns have shape {tuple(shape)}, expected (pattern, N, N); crop or pad them with n_pixels="
         )
     if shape[0] == 0:
-        raise PtychodaskError(f"{where}: it holds no pattern")
+        raise PtychodaskError(f"{label}: it holds no pattern")
     if shape[1] % 4 or shape[1] < 8:
         smaller = max(8, shape[1] - shape[1] % 4)
         raise PtychodaskError(
-            f"{where}: patterns are {shape[1]} pixels wide, expected a multiple of 4 from 8 on; "
+            f"{label}: patterns are {shape[1]} pixels wide, expected a multiple of 4 from 8 on; "
             f"pass n_pixels={smaller} to crop or n_pixels={smaller + 4} to pad"
         )
 
 
-def check_positions(position_yx_px: NDArray[np.float64], n_patterns: int, where: str) -> None:
+def check_positions(position_yx_px: NDArray[np.float64], n_patterns: int, label: str) -> None:
     """Raise `PtychodaskError` unless there is one finite (y, x) for each pattern."""
     if position_yx_px.ndim != 2 or position_yx_px.shape[1] != 2:
-        raise PtychodaskError(f"{where}: positions have shape {position_yx_px.shape}, expected (pattern, 2)")
+        raise PtychodaskError(f"{label}: positions have shape {position_yx_px.shape}, expected (pattern, 2)")
     if len(position_yx_px) != n_patterns:
         raise PtychodaskError(
-            f"{where}: {n_patterns} patterns but {len(position_yx_px)} positions; "
+            f"{label}: {n_patterns} patterns but {len(position_yx_px)} positions; "
             "every pattern needs exactly one: mend the file"
         )
     bad = np.flatnonzero(~np.isfinite(position_yx_px).all(axis=1))
     if len(bad):
         listed = ", ".join(str(i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
         raise PtychodaskError(
-            f"{where}: {len(bad)} of {n_patterns} positions are not finite (patterns {listed}); "
+            f"{label}: {len(bad)} of {n_patterns} positions are not finite (patterns {listed}); "
             "leave them out with drop_frames="
         )
     extent = float(np.ptp(position_yx_px, axis=0).max()) if n_patterns else 0.0
     if extent > LARGEST_EXTENT_PX:
         raise PtychodaskError(
-            f"{where}: positions extend over {extent:.3g} px, expected {LARGEST_EXTENT_PX:.0e} at most; "
+            f"{label}: positions extend over {extent:.3g} px, expected {LARGEST_EXTENT_PX:.0e} at most; "
             "say their unit with units=, or leave outliers out with drop_frames="
         )
 
 
-def input_normalization(mean_counts: float, n_pixels: int, where: str = "scan") -> float:
+def input_normalization(mean_counts: float, n_pixels: int, label: str = "scan") -> float:
     """Factor from measured amplitude to network input.
 
     Parameters
@@ -349,7 +349,7 @@ def input_normalization(mean_counts: float, n_pixels: int, where: str = "scan") 
         Mean over the patterns of the sum of amplitude squared, bad pixels left out.
     n_pixels : int
         Pixels across a pattern, N.
-    where : str
+    label : str
         What is being normalised, for the error message.
 
     Returns
@@ -368,7 +368,7 @@ def input_normalization(mean_counts: float, n_pixels: int, where: str = "scan") 
     0.5
     """
     if not mean_counts > 0:
-        raise PtychodaskError(f"{where}: every pattern is zero; nothing can be reconstructed from it")
+        raise PtychodaskError(f"{label}: every pattern is zero; nothing can be reconstructed from it")
     return float(np.sqrt((n_pixels / 2) ** 2 / mean_counts))
 
 
@@ -378,7 +378,7 @@ def calibrate_probe(
     *,
     mean_counts: float,
     incident_counts: float | None = None,
-    where: str = "scan",
+    label: str = "scan",
 ) -> NDArray[np.complex64]:
     """Bring a probe to the scale of the patterns.
 
@@ -393,7 +393,7 @@ def calibrate_probe(
         Mean counts per pattern.
     incident_counts : float, optional
         Photons per pattern that meet the sample, for ``incident``.
-    where : str
+    label : str
         What is being calibrated, for the error message.
 
     Returns
@@ -411,17 +411,17 @@ def calibrate_probe(
     >>> float((np.abs(probe) ** 2).sum())
     16.0
     """
-    check_choice("calibration", calibration, get_args(Calibration), where)
+    check_choice("calibration", calibration, get_args(Calibration), label)
     total = float((np.abs(probe) ** 2).sum(dtype=np.float64))
     if not np.isfinite(total) or total <= 0:
-        raise PtychodaskError(f"{where}: the probe's total intensity is {total}, expected a positive number")
+        raise PtychodaskError(f"{label}: the probe's total intensity is {total}, expected a positive number")
     if calibration == "as_given":
         return probe.astype(np.complex64)
     if calibration == "mean_counts":
         return (probe * np.sqrt(mean_counts / total)).astype(np.complex64)
     if incident_counts is None or not np.isfinite(incident_counts) or incident_counts <= 0:
         raise PtychodaskError(
-            f"{where}: calibration 'incident' needs incident_counts=, photons per pattern on the sample; "
+            f"{label}: calibration 'incident' needs incident_counts=, photons per pattern on the sample; "
             f"found {incident_counts}"
         )
     return (probe * np.sqrt(incident_counts / total)).astype(np.complex64)

@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter
 from ptychodask.grouping import curve_order, mean_spacing_px
 from ptychodask.io.npy_stream import read_npy
 from ptychodask.io.probe import disc_probe, zone_plate_probe
-from ptychodask.places import place_named
+from ptychodask.places import parse_location
 from ptychodask.scan import PtychodaskError, Scan, Truth, check_choice, check_pattern_shape
 from ptychodask.store import open_scan, write_scan
 
@@ -394,7 +394,7 @@ def make_positions(path: str, n_patterns: int, step_px: float, rng: np.random.Ge
     """
     if path in PATHS:
         return PATHS[path](n_patterns, step_px, rng)
-    if not place_named(path).exists():
+    if not parse_location(path).exists():
         check_choice("path", path, (*PATHS, "the store of a scan"), "simulate")
     known = open_scan(path).position_yx_px
     own_px = mean_spacing_px(known)
@@ -496,7 +496,7 @@ def simulate(
     overwrite : bool
         Replace an existing store.
     progress : bool, optional
-        See `show_progress`.
+        See `progress_bar`.
 
     Returns
     -------

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.errors import ZarrUserWarning
 
-from ptychodask.folders import Form, building_path, holding, read_json, whole_file
+from ptychodask.folders import StoreKind, atomic_file, building_path, folder_lock, read_json
 from ptychodask.grouping import GroupingSpec, Groups, curve_order, group_positions
-from ptychodask.places import ObjectPlace, Place, place_named, place_of, stored_sizes, written, zarr_store
-from ptychodask.progress import Progress, show_progress
+from ptychodask.places import Location, S3Location, location_of, parse_location, stored_sizes, written, zarr_store
+from ptychodask.progress import Progress, progress_bar
 from ptychodask.scan import (
     Calibration,
     Domain,
@@ -49,7 +49,7 @@ FORMAT = "ptychodask-scan"
 FORMAT_VERSION = 1
 
 
-SCAN = Form(FORMAT, FORMAT_VERSION, "store", "ingest")
+SCAN = StoreKind(FORMAT, FORMAT_VERSION, "store", "ingest")
 
 CHUNK_BYTES = 512 * 1024
 """Uncompressed size that a chunk of patterns comes close to: what one read decompresses at the least."""
@@ -100,7 +100,7 @@ DAMAGE: tuple[type[Exception], ...] = (
 
 
 @contextmanager
-def naming_damage(where: str | Place, what: str, way_out: str) -> Iterator[None]:
+def naming_damage(label: str | Location, what: str, way_out: str) -> Iterator[None]:
     """Raise what damaged files make Zarr raise in a block as a `PtychodaskError` of one line.
 
     Parameters
@@ -116,7 +116,7 @@ def naming_damage(where: str | Place, what: str, way_out: str) -> Iterator[None]
     except PtychodaskError:
         raise
     except DAMAGE as error:
-        raise PtychodaskError(f"{where}: {what} ({in_brief(error)}); {way_out}") from error
+        raise PtychodaskError(f"{label}: {what} ({in_brief(error)}); {way_out}") from error
 
 
 INGEST_AGAIN = "the store is damaged: ingest the source again"
@@ -126,9 +126,9 @@ INGEST_AGAIN = "the store is damaged: ingest the source again"
 class StoredPatterns:
     """Patterns on disk, read by slice or by an integer array in any order, repeats included."""
 
-    def __init__(self, array: zarr.Array, where: str) -> None:
+    def __init__(self, array: zarr.Array, label: str) -> None:
         self._array = array
-        self._where = where
+        self._label = label
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -149,7 +149,7 @@ class StoredPatterns:
     def read(self, index: Any, gap: int = SLICE_GAP) -> NDArray[Any]:
         """Patterns by slice or indices; a slice that is read spans less than `gap` chunks without a wanted one."""
         what = f"{(self._array.name or 'array').lstrip('/')} cannot be read for patterns {_brief(index)}"
-        with naming_damage(self._where, what, INGEST_AGAIN):
+        with naming_damage(self._label, what, INGEST_AGAIN):
             if isinstance(index, slice):
                 return self._whole(np.asarray(self._array[index]))
             index = np.asarray(index, dtype=np.int64)
@@ -230,7 +230,7 @@ def _chunks_read(curve: NDArray[np.int64], place: NDArray[np.int64], patterns_pe
 
 
 def write_scan(
-    store: str | Place,
+    store: str | Location,
     *,
     diffraction: PatternSource,
     position_yx_px: NDArray[np.float64],
@@ -284,7 +284,7 @@ def write_scan(
     overwrite : bool
         Replace an existing store.
     progress : bool, optional
-        See `show_progress`.
+        See `progress_bar`.
 
     Returns
     -------
@@ -301,32 +301,32 @@ def write_scan(
     Patterns are sorted along a space-filling curve where that cuts the bytes a chunk of groups reads
     (`storage_order`).
     """
-    path = place_named(store)
-    where = str(path)
-    check_pattern_shape(diffraction.shape, where)
+    path = parse_location(store)
+    store_name = str(path)
+    check_pattern_shape(diffraction.shape, store_name)
     n_patterns, n_pixels = diffraction.shape[:2]
-    check_positions(position_yx_px, n_patterns, where)
+    check_positions(position_yx_px, n_patterns, store_name)
     order = storage_order(position_yx_px, chunk_patterns(n_pixels, diffraction.dtype.itemsize))
     position = np.ascontiguousarray(position_yx_px[order], dtype=np.float64)
     scan_rows = np.zeros(n_patterns, np.int64) if scan_index is None else np.asarray(scan_index, np.int64)
     source_rows = np.arange(n_patterns) if source_index is None else np.asarray(source_index, np.int64)
-    relative_flux = None if flux is None else relative_to_mean(flux, where)
+    relative_flux = None if flux is None else relative_to_mean(flux, store_name)
     optics = {"pixel_size_m": pixel_size_m, "energy_ev": energy_ev, "distance_m": distance_m}
-    with written(path, overwrite=overwrite, form=SCAN) as writing:
+    with written(path, overwrite=overwrite, kind=SCAN) as writing:
         root = zarr.create_group(zarr_store(writing.whole), zarr_format=3)
         root.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "state": "writing"})
         patterns = _create_patterns(root, "diffraction", diffraction, ("pattern", "qy", "qx"), growing=growing)
-        with show_progress("ingest", n_patterns, "patterns", progress) as bar:
+        with progress_bar("ingest", n_patterns, "patterns", progress) as bar:
             total_counts, diffraction_hash = fill_patterns(
-                patterns, 0, diffraction, order, source_rows, domain, mask, bar, where
+                patterns, 0, diffraction, order, source_rows, domain, mask, bar, store_name
             )
         if label is not None:
             labels = _create_patterns(root, "label", label, ("pattern", "py", "px"), growing=growing)
-            fill_labels(labels, 0, label, order, where)
+            fill_labels(labels, 0, label, order, store_name)
         mean_counts = total_counts / n_patterns
-        normalization = input_normalization(mean_counts, n_pixels, where)
+        normalization = input_normalization(mean_counts, n_pixels, store_name)
         calibrated = calibrate_probe(
-            probe, calibration, mean_counts=mean_counts, incident_counts=incident_counts, where=where
+            probe, calibration, mean_counts=mean_counts, incident_counts=incident_counts, label=store_name
         )
         _put(root, "y_px", position[:, 0], ("pattern",), growing, units="px")
         _put(root, "x_px", position[:, 1], ("pattern",), growing, units="px")
@@ -364,7 +364,7 @@ def write_scan(
         )
         writing.check_held()
         consolidate(writing.whole).attrs["state"] = "growing" if growing else "complete"
-    logger.info("%s: wrote %d patterns of %d x %d", where, n_patterns, n_pixels, n_pixels)
+    logger.info("%s: wrote %d patterns of %d x %d", store_name, n_patterns, n_pixels, n_pixels)
     return open_scan(path)
 
 
@@ -377,7 +377,7 @@ def fill_patterns(
     domain: Domain,
     mask: NDArray[np.bool_] | None,
     bar: Progress,
-    where: str,
+    label: str,
 ) -> tuple[float, str]:
     """Write patterns into rows from `first` on, in `order`; gives their total counts and their hash.
 
@@ -390,7 +390,7 @@ def fill_patterns(
         As `write_scan` takes them.
     order : int64 array
     bar : Progress
-    where : str
+    label : str
         For messages.
 
     Raises
@@ -401,26 +401,28 @@ def fill_patterns(
     digest = hashlib.sha256()
     total_counts = 0.0
     for start, block in _blocks(source, order, _shard_patterns(array), first):
-        total_counts += _checked_counts(block, domain, mask, source_rows[order[start : start + len(block)]], where)
+        total_counts += _checked_counts(block, domain, mask, source_rows[order[start : start + len(block)]], label)
         digest.update(np.ascontiguousarray(block).data)
         array[first + start : first + start + len(block)] = block
         bar.advance(len(block))
     return total_counts, digest.hexdigest()
 
 
-def fill_labels(array: zarr.Array, first: int, label: PatternSource, order: NDArray[np.int64], where: str) -> None:
+def fill_labels(array: zarr.Array, first: int, label: PatternSource, order: NDArray[np.int64], store_name: str) -> None:
     """Write labels into rows from `first` on; see `fill_patterns`."""
     for start, block in _blocks(label, order, _shard_patterns(array), first):
         if not np.isfinite(block).all():
-            raise PtychodaskError(f"{where}: labels have values that are not finite; mend them or leave the labels out")
+            raise PtychodaskError(
+                f"{store_name}: labels have values that are not finite; mend them or leave the labels out"
+            )
         array[first + start : first + start + len(block)] = block
 
 
-def relative_to_mean(flux: NDArray[Any], where: str, mean: float | None = None) -> NDArray[np.float32]:
+def relative_to_mean(flux: NDArray[Any], label: str, mean: float | None = None) -> NDArray[np.float32]:
     """Flux divided by its mean, or by that of a first segment; raises `PtychodaskError` where one is not positive."""
     flux = np.asarray(flux, np.float64)
     if not np.isfinite(flux).all() or (flux <= 0).any():
-        raise PtychodaskError(f"{where}: flux has values that are not positive; leave those frames out")
+        raise PtychodaskError(f"{label}: flux has values that are not positive; leave those frames out")
     return (flux / (flux.mean() if mean is None else mean)).astype(np.float32)
 
 
@@ -463,7 +465,7 @@ def _blocks(
 
 
 def _checked_counts(
-    block: NDArray[Any], domain: Domain, mask: NDArray[np.bool_] | None, rows: NDArray[np.int64], where: str
+    block: NDArray[Any], domain: Domain, mask: NDArray[np.bool_] | None, rows: NDArray[np.int64], label: str
 ) -> float:
     """Total counts of a block, good pixels alone; refuses negative and non-finite patterns."""
     # A float sum is NaN or inf where any value is, so one pass serves both checks and the total.
@@ -479,7 +481,7 @@ def _checked_counts(
         if len(bad):
             listed = ", ".join(str(row) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
             raise PtychodaskError(
-                f"{where}: {text} in {len(bad)} patterns (source rows {listed}); "
+                f"{label}: {text} in {len(bad)} patterns (source rows {listed}); "
                 "leave them out with drop_frames=, or mark the pixels bad with mask="
             )
     return float(totals.sum())
@@ -498,7 +500,7 @@ def _put(
     array.attrs.update(attributes)
 
 
-def consolidate(path: Place) -> zarr.Group:
+def consolidate(path: Location) -> zarr.Group:
     """Rewrite the consolidated metadata of a store, which xarray reads; gives its root, whose attributes go with them.
 
     Parameters
@@ -525,10 +527,10 @@ def changing_root(path: Path) -> Iterator[dict[str, Any]]:
         What ``zarr.json`` holds, to be changed. Readers see the whole change or none of it: they take shapes of arrays
         from here (the consolidated metadata), and arrays may be longer on disk.
     """
-    with holding(path, wait=True):
+    with folder_lock(path, wait=True):
         root = read_json(path / "zarr.json")
         yield root
-        with whole_file(path / "zarr.json", overwrite=True) as building:
+        with atomic_file(path / "zarr.json", overwrite=True) as building:
             building.write_text(json.dumps(root, indent=2))
 
 
@@ -540,7 +542,7 @@ def take_node(root: dict[str, Any], path: Path, name: str) -> None:
     root["consolidated_metadata"]["metadata"][name] = node
 
 
-def segment_sizes(attributes: Mapping[str, Any], n_patterns: int, where: str) -> tuple[int, ...]:
+def segment_sizes(attributes: Mapping[str, Any], n_patterns: int, label: str) -> tuple[int, ...]:
     """Patterns in each segment of a scan: one segment, unless it was appended to.
 
     Parameters
@@ -548,7 +550,7 @@ def segment_sizes(attributes: Mapping[str, Any], n_patterns: int, where: str) ->
     attributes : dict
         Of the store's root.
     n_patterns : int
-    where : str
+    label : str
         The store, for messages.
 
     Raises
@@ -561,7 +563,7 @@ def segment_sizes(attributes: Mapping[str, Any], n_patterns: int, where: str) ->
         return (n_patterns,)
     sizes = tuple(one["n_patterns"] for one in found)
     if min(sizes, default=0) < 1 or sum(sizes) != n_patterns:
-        raise PtychodaskError(f"{where}: segments of {sizes} patterns in a scan of {n_patterns}; {INGEST_AGAIN}")
+        raise PtychodaskError(f"{label}: segments of {sizes} patterns in a scan of {n_patterns}; {INGEST_AGAIN}")
     return sizes
 
 
@@ -588,14 +590,14 @@ def _add_optics(digest: Any, mask: NDArray[np.bool_] | None, probe: NDArray[np.c
         digest.update(b"-" if values is None else np.ascontiguousarray(values).tobytes())
 
 
-def _hash_differs(where: str) -> PtychodaskError:
+def _hash_differs(label: str) -> PtychodaskError:
     return PtychodaskError(
-        f"{where}: positions, mask or probe are not those it was written with (hash differs); the store is damaged: "
+        f"{label}: positions, mask or probe are not those it was written with (hash differs); the store is damaged: "
         "ingest the source again"
     )
 
 
-def open_scan(store: str | Place) -> Scan:
+def open_scan(store: str | Location) -> Scan:
     """Open a store: patterns and labels stay on disk.
 
     Parameters
@@ -612,40 +614,40 @@ def open_scan(store: str | Place) -> Scan:
     PtychodaskError
         If there is no such store, it is unfinished, of a newer format, or lacks an array.
     """
-    path = place_named(store)
+    path = parse_location(store)
     root = open_root(path, SCAN)
     attributes: dict[str, Any] = dict(root.attrs)
-    where = str(path)
-    _check_attributes(attributes, where)
+    label = str(path)
+    _check_attributes(attributes, label)
     truth = None
     if "truth" in root:
         corner: Any = root["truth"].attrs.get("corner_yx_px", [0.0, 0.0])
-        with naming_damage(where, f"the corner of 'truth' is {corner!r}", INGEST_AGAIN):
-            truth = Truth(_read(root, "truth", where), (float(corner[0]), float(corner[1])))
-    y_px, x_px = _read(root, "y_px", where), _read(root, "x_px", where)
+        with naming_damage(label, f"the corner of 'truth' is {corner!r}", INGEST_AGAIN):
+            truth = Truth(_read(root, "truth", label), (float(corner[0]), float(corner[1])))
+    y_px, x_px = _read(root, "y_px", label), _read(root, "x_px", label)
     scan = Scan(
-        diffraction=StoredPatterns(_array(root, "diffraction", where), where),
+        diffraction=StoredPatterns(_array(root, "diffraction", label), label),
         position_yx_px=np.stack([y_px, x_px], axis=1),
-        probe=_read(root, "probe", where),
-        probe_initial=_read(root, "probe_initial", where) if "probe_initial" in root else None,
+        probe=_read(root, "probe", label),
+        probe_initial=_read(root, "probe_initial", label) if "probe_initial" in root else None,
         domain=attributes["domain"],
         normalization=float(attributes["normalization"]),
         calibration=attributes["calibration"],
-        mask=_read(root, "mask", where) if "mask" in root else None,
-        flux=_read(root, "flux", where) if "flux" in root else None,
-        scan_index=_read(root, "scan_index", where) if "scan_index" in root else None,
-        source_index=_read(root, "source_index", where) if "source_index" in root else None,
+        mask=_read(root, "mask", label) if "mask" in root else None,
+        flux=_read(root, "flux", label) if "flux" in root else None,
+        scan_index=_read(root, "scan_index", label) if "scan_index" in root else None,
+        source_index=_read(root, "source_index", label) if "source_index" in root else None,
         truth=truth,
-        label=StoredPatterns(_array(root, "label", where), where) if "label" in root else None,
+        label=StoredPatterns(_array(root, "label", label), label) if "label" in root else None,
         pixel_size_m=attributes.get("pixel_size_m"),
         energy_ev=attributes.get("energy_ev"),
         distance_m=attributes.get("distance_m"),
         data_hash=attributes["data_hash"],
-        store=where,
+        store=label,
         attributes=attributes,
     )
     if data_hash(attributes["diffraction_hash"], scan.position_yx_px, scan.mask, scan.probe) != scan.data_hash:
-        raise _hash_differs(where)
+        raise _hash_differs(label)
     return scan
 
 
@@ -662,16 +664,16 @@ class ScanReader:
         As `open_scan`, but positions, mask and probe are not compared with the data hash.
     """
 
-    def __init__(self, store: str | Place) -> None:
-        self.where = str(store)
+    def __init__(self, store: str | Location) -> None:
+        self.label = str(store)
         """Path of the store."""
-        self._root = open_root(place_named(store), SCAN)
+        self._root = open_root(parse_location(store), SCAN)
         self._attributes: dict[str, Any] = dict(self._root.attrs)
-        _check_attributes(self._attributes, self.where)
-        self._diffraction = StoredPatterns(_array(self._root, "diffraction", self.where), self.where)
-        self.probe: NDArray[np.complex64] = _read(self._root, "probe", self.where)
+        _check_attributes(self._attributes, self.label)
+        self._diffraction = StoredPatterns(_array(self._root, "diffraction", self.label), self.label)
+        self.probe: NDArray[np.complex64] = _read(self._root, "probe", self.label)
         """Calibrated probe (mode, N, N)."""
-        self._mask = _read(self._root, "mask", self.where) if "mask" in self._root else None
+        self._mask = _read(self._root, "mask", self.label) if "mask" in self._root else None
         self._tables: dict[str, zarr.Array] = {}
 
     @property
@@ -712,7 +714,7 @@ class ScanReader:
             digest.update(self.position_yx_px(rows).tobytes())
         _add_optics(digest, self._mask, self.probe)
         if digest.hexdigest() != self.data_hash:
-            raise _hash_differs(self.where)
+            raise _hash_differs(self.label)
 
     def first(self) -> Scan:
         """The scan as if it had its first pattern alone, with all that the store records: what a model is bound to."""
@@ -731,9 +733,9 @@ class ScanReader:
         if name not in self._tables:
             if name not in self._root:
                 # A table that was made since: what a store holds is listed when it is opened.
-                self._root = open_root(place_named(self.where), SCAN)
-            self._tables[name] = _array(self._root, name, self.where)
-        return _read_rows(self._tables[name], self.where, rows)
+                self._root = open_root(parse_location(self.label), SCAN)
+            self._tables[name] = _array(self._root, name, self.label)
+        return _read_rows(self._tables[name], self.label, rows)
 
     def readable(self, index: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
         """Which of some patterns can be read, by ascending indices; each stored chunk of them is tried."""
@@ -766,11 +768,11 @@ class ScanReader:
             mask=self._mask,
             flux=self._table("flux", index) if "flux" in self._root else None,
             data_hash=self.data_hash,
-            store=self.where,
+            store=self.label,
         )
 
 
-def _check_attributes(attributes: dict[str, Any], where: str) -> None:
+def _check_attributes(attributes: dict[str, Any], label: str) -> None:
     """Raise `PtychodaskError` unless a store's root has the attributes of a scan, each of its kind."""
     kinds: dict[str, type | tuple[type, ...]] = {
         "domain": str,
@@ -784,29 +786,29 @@ def _check_attributes(attributes: dict[str, Any], where: str) -> None:
         value = attributes.get(name)
         if not isinstance(value, kind):
             raise PtychodaskError(
-                f"{where}: attribute '{name}' is {value!r}; the store is damaged: ingest the source again"
+                f"{label}: attribute '{name}' is {value!r}; the store is damaged: ingest the source again"
             )
     segments = attributes.get("segments", [{"n_patterns": 1}])
     if not isinstance(segments, list) or not all(
         isinstance(one, dict) and isinstance(one.get("n_patterns"), int) for one in segments
     ):
-        raise PtychodaskError(f"{where}: attribute 'segments' is {segments!r}; {INGEST_AGAIN}")
+        raise PtychodaskError(f"{label}: attribute 'segments' is {segments!r}; {INGEST_AGAIN}")
 
 
-def _array(root: zarr.Group, name: str, where: str) -> zarr.Array:
-    with naming_damage(where, f"array '{name}' cannot be opened", INGEST_AGAIN):
+def _array(root: zarr.Group, name: str, label: str) -> zarr.Array:
+    with naming_damage(label, f"array '{name}' cannot be opened", INGEST_AGAIN):
         array = root.get(name)
         if not isinstance(array, zarr.Array):
-            raise PtychodaskError(f"{where}: array '{name}' is missing; {INGEST_AGAIN}")
-        check_codecs(array, where, INGEST_AGAIN)
+            raise PtychodaskError(f"{label}: array '{name}' is missing; {INGEST_AGAIN}")
+        check_codecs(array, label, INGEST_AGAIN)
         # The rows of a table are compared with the patterns: zeros of all experiments alike have no file.
         of_patterns = array.ndim == 1 and array.metadata.dimension_names == ("pattern",)  # type: ignore[union-attr]
         sides = array.chunks if of_patterns else map(max, array.shape, array.chunks)
-        check_stored([array], prod(sides) * array.dtype.itemsize, where, INGEST_AGAIN)
+        check_stored([array], prod(sides) * array.dtype.itemsize, label, INGEST_AGAIN)
     return array
 
 
-def check_codecs(array: zarr.Array, where: str | Place, way_out: str) -> None:
+def check_codecs(array: zarr.Array, label: str | Location, way_out: str) -> None:
     """Raise `PtychodaskError` unless an array holds numbers and nothing else, whoever wrote it.
 
     Parameters
@@ -820,7 +822,7 @@ def check_codecs(array: zarr.Array, where: str | Place, way_out: str) -> None:
     -----
     A group of format 3 may list arrays of format 2, whose codecs unpickle what they read. None but `CODECS` are run.
     """
-    what = f"{where}: array '{array.path}'"
+    what = f"{label}: array '{array.path}'"
     metadata = array.metadata
     if metadata.zarr_format != 3:
         raise PtychodaskError(f"{what} is of Zarr format {metadata.zarr_format}, expected 3; {way_out}")
@@ -835,7 +837,7 @@ def check_codecs(array: zarr.Array, where: str | Place, way_out: str) -> None:
         raise PtychodaskError(f"{what} has shape {array.shape} in chunks of {array.chunks}; {way_out}")
 
 
-def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, where: str | Place, way_out: str) -> None:
+def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, label: str | Location, way_out: str) -> None:
     """Raise `PtychodaskError` where the files of some arrays, together, cannot hold what the arrays claim.
 
     Parameters
@@ -850,11 +852,11 @@ def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, where: str | 
     """
     if claimed_bytes <= SMALL_BYTES:
         return
-    sizes = (size for array in arrays for size in stored_sizes(place_of(array.store) / array.path))
+    sizes = (size for array in arrays for size in stored_sizes(location_of(array.store) / array.path))
     # No more files are looked at than it takes.
     if all(total < claimed_bytes // PACKED_AT_MOST for total in accumulate(sizes)):
         told = ", ".join(f"'{array.path}' of shape {array.shape} in chunks of {array.chunks}" for array in arrays)
-        raise PtychodaskError(f"{where}: array {told} is more than its files can hold; {way_out}")
+        raise PtychodaskError(f"{label}: array {told} is more than its files can hold; {way_out}")
 
 
 def _codec_names(described: Any) -> set[str]:
@@ -865,26 +867,26 @@ def _codec_names(described: Any) -> set[str]:
     return {str(described["name"])} | _codec_names([*inner.get("codecs", ()), *inner.get("index_codecs", ())])
 
 
-def _read(root: zarr.Group, name: str, where: str) -> NDArray[Any]:
+def _read(root: zarr.Group, name: str, label: str) -> NDArray[Any]:
     """An array, whole; one that claims more than it can hold is refused, for missing chunks are read as zeros."""
-    array = _array(root, name, where)
+    array = _array(root, name, label)
     of_patterns = (array.metadata.dimension_names or ("",))[0] == "pattern"  # type: ignore[union-attr]
-    n_patterns = _array(root, "diffraction", where).shape[0]
+    n_patterns = _array(root, "diffraction", label).shape[0]
     if array.nchunks > TABLE_CHUNKS or (of_patterns and array.shape[0] != n_patterns):
         raise PtychodaskError(
-            f"{where}: array '{name}' has shape {array.shape} in {array.nchunks} chunks, for {n_patterns} patterns; "
+            f"{label}: array '{name}' has shape {array.shape} in {array.nchunks} chunks, for {n_patterns} patterns; "
             f"{INGEST_AGAIN}"
         )
-    return _read_rows(array, where, ...)
+    return _read_rows(array, label, ...)
 
 
-def _read_rows(array: zarr.Array, where: str, rows: slice | EllipsisType | NDArray[np.integer[Any]]) -> NDArray[Any]:
+def _read_rows(array: zarr.Array, label: str, rows: slice | EllipsisType | NDArray[np.integer[Any]]) -> NDArray[Any]:
     """Rows of an array, by a slice or by ascending indices."""
-    with naming_damage(where, f"array '{array.name.lstrip('/')}' cannot be read", INGEST_AGAIN):
+    with naming_damage(label, f"array '{array.name.lstrip('/')}' cannot be read", INGEST_AGAIN):
         return _rows(array, rows) if isinstance(rows, np.ndarray) else np.asarray(array[rows])
 
 
-def open_root(path: Place, form: Form, mode: str = "r") -> zarr.Group:
+def open_root(path: Location, kind: StoreKind, mode: str = "r") -> zarr.Group:
     """Root group of a finished Zarr store of a form.
 
     Raises
@@ -892,39 +894,39 @@ def open_root(path: Place, form: Form, mode: str = "r") -> zarr.Group:
     PtychodaskError
         If there is none, it is unfinished, of another form, or newer than this package reads.
     """
-    make = f"make one with 'ptychodask {form.maker}'"
-    again = f"{form.maker} again with overwrite=True (--overwrite)"
+    make = f"make one with 'ptychodask {kind.maker}'"
+    again = f"{kind.maker} again with overwrite=True (--overwrite)"
     if not path.exists():
         if isinstance(path, Path) and building_path(path).exists():
             raise PtychodaskError(
-                f"{path}: the {form.noun} is unfinished: its writer is still at work, or was stopped "
+                f"{path}: the {kind.noun} is unfinished: its writer is still at work, or was stopped "
                 f"({building_path(path)}); wait for it, or {again}"
             )
-        raise PtychodaskError(f"{path}: no such {form.noun}; {make}")
+        raise PtychodaskError(f"{path}: no such {kind.noun}; {make}")
     if not path.is_dir():
-        raise PtychodaskError(f"{path}: is a file, expected a {form.noun} (a folder); {make}")
+        raise PtychodaskError(f"{path}: is a file, expected a {kind.noun} (a folder); {make}")
     with naming_damage(path, "is not a Zarr format 3 store", make):
         root = zarr.open_group(zarr_store(path, read_only=mode == "r"), mode=mode, zarr_format=3)  # type: ignore[arg-type]
         attributes = dict(root.attrs)
-    if attributes.get("format") != form.name:
+    if attributes.get("format") != kind.name:
         raise PtychodaskError(
             f"{path}: is a Zarr store of another kind (format is {attributes.get('format')!r}, "
-            f"expected {form.name!r}); {make}"
+            f"expected {kind.name!r}); {make}"
         )
     version = attributes.get("format_version")
-    if not isinstance(version, int) or version > form.version:
+    if not isinstance(version, int) or version > kind.version:
         raise PtychodaskError(
-            f"{path}: has format version {version!r}, this ptychodask reads up to {form.version}; upgrade ptychodask"
+            f"{path}: has format version {version!r}, this ptychodask reads up to {kind.version}; upgrade ptychodask"
         )
     state = attributes.get("state")
-    if state != "complete" and not (state == "growing" and form == SCAN):
+    if state != "complete" and not (state == "growing" and kind == SCAN):
         raise PtychodaskError(
-            f"{path}: the {form.noun} is unfinished (state is {state!r}, expected 'complete'); {again}"
+            f"{path}: the {kind.noun} is unfinished (state is {state!r}, expected 'complete'); {again}"
         )
     return root
 
 
-def group(store: str | Place, spec: GroupingSpec = GroupingSpec(), *, name: str | None = None) -> Groups:
+def group(store: str | Location, spec: GroupingSpec = GroupingSpec(), *, name: str | None = None) -> Groups:
     """Group table of a store: the stored one where the same spec made it, else computed and stored.
 
     Parameters
@@ -943,7 +945,7 @@ def group(store: str | Place, spec: GroupingSpec = GroupingSpec(), *, name: str 
     PtychodaskError
         If the name is taken by another spec, or the scan has too few patterns.
     """
-    path = place_named(store)
+    path = parse_location(store)
     name = spec.name if name is None else name
     stored = read_groups(path, name)
     if stored is not None:
@@ -965,7 +967,7 @@ def group(store: str | Place, spec: GroupingSpec = GroupingSpec(), *, name: str 
     return groups
 
 
-def _write_groups(path: Place, spec: GroupingSpec, name: str) -> Groups:
+def _write_groups(path: Location, spec: GroupingSpec, name: str) -> Groups:
     """Draw groups and write their table; the consolidated metadata do not know it yet."""
     scan = open_scan(path)
     sizes = segment_sizes(scan.attributes, scan.n_patterns, str(path))
@@ -986,7 +988,7 @@ def _write_groups(path: Place, spec: GroupingSpec, name: str) -> Groups:
 
 
 def segment_groups(
-    where: str,
+    label: str,
     position_yx_px: NDArray[np.float64],
     scan_index: NDArray[np.int64] | None,
     spec: GroupingSpec,
@@ -997,7 +999,7 @@ def segment_groups(
 
     Parameters
     ----------
-    where : str
+    label : str
         The store, for messages.
     position_yx_px, scan_index
         Of all patterns, see `group_positions`.
@@ -1021,7 +1023,7 @@ def segment_groups(
     except PtychodaskError as error:
         if (start, stop) == (0, len(position_yx_px)):
             raise
-        raise PtychodaskError(f"{where}: segment of patterns {start}..{stop - 1}: {error}") from error
+        raise PtychodaskError(f"{label}: segment of patterns {start}..{stop - 1}: {error}") from error
     return drawn + np.int32(start)
 
 
@@ -1041,7 +1043,7 @@ class GroupTable:
 
     def __init__(
         self,
-        store: Place,
+        store: Location,
         name: str,
         spec: GroupingSpec,
         member: zarr.Array,
@@ -1079,10 +1081,10 @@ class GroupTable:
         return PtychodaskError(f"{self._store}: group table '{self.name}' does not fit the scan; pass another name=")
 
 
-def open_groups(store: str | Place, name: str) -> GroupTable | None:
+def open_groups(store: str | Location, name: str) -> GroupTable | None:
     """A stored group table, its rows on disk, or None when there is none of that name; raises `PtychodaskError` for one
     that is no name or a table that does not fit the scan."""
-    path = place_named(store)
+    path = parse_location(store)
     if not name or "/" in name or name.startswith("."):
         raise PtychodaskError(f"{path}: {name!r} is no name for a group table; use letters, digits, '-' and '_'")
     root = open_root(path, SCAN)
@@ -1101,15 +1103,15 @@ def open_groups(store: str | Place, name: str) -> GroupTable | None:
     return GroupTable(path, name, spec, _array(table, "member", str(path)), n_patterns, segments)
 
 
-def read_groups(store: str | Place, name: str) -> Groups | None:
+def read_groups(store: str | Location, name: str) -> Groups | None:
     """A stored group table in memory; None, and refusals, as `open_groups`."""
     table = open_groups(store, name)
     return None if table is None else Groups(table.rows(0, len(table)), table.spec, name)
 
 
-def stored_group_names(store: str | Place) -> list[str]:
+def stored_group_names(store: str | Location) -> list[str]:
     """Names of the group tables in a store, sorted."""
-    root = open_root(place_named(store), SCAN)
+    root = open_root(parse_location(store), SCAN)
     tables = root.get("groups")
     return sorted(tables.group_keys()) if isinstance(tables, zarr.Group) else []
 
@@ -1123,7 +1125,7 @@ def check_probe_is_free(scan: Scan) -> None:
         )
 
 
-def replace_probe(store: str | Place, probe: NDArray[np.complex64], record: dict[str, Any]) -> Scan:
+def replace_probe(store: str | Location, probe: NDArray[np.complex64], record: dict[str, Any]) -> Scan:
     """Put a refined probe into a store; `probe_initial` and the patterns stay as they are.
 
     Parameters
@@ -1144,7 +1146,7 @@ def replace_probe(store: str | Place, probe: NDArray[np.complex64], record: dict
     PtychodaskError
         If the shape differs or a value is not finite.
     """
-    path = place_named(store)
+    path = parse_location(store)
     scan = open_scan(path)
     check_probe_is_free(scan)
     if probe.shape != scan.probe.shape or not np.isfinite(probe).all():
@@ -1164,7 +1166,7 @@ def replace_probe(store: str | Place, probe: NDArray[np.complex64], record: dict
     return open_scan(path)
 
 
-def record_model(store: str | Place, *, kind: str, path: str | Path, content_hash: str) -> None:
+def record_model(store: str | Location, *, kind: str, path: str | Path, content_hash: str) -> None:
     """Note in a store that a model was trained on it, as its latest of that kind.
 
     Parameters
@@ -1177,9 +1179,9 @@ def record_model(store: str | Place, *, kind: str, path: str | Path, content_has
     content_hash : str
         Hash of the bundle's content.
     """
-    place, bundle = place_named(store), Path(path).resolve()
+    place, bundle = parse_location(store), Path(path).resolve()
     root = open_root(place, SCAN, "r+")
-    recorded = str(bundle) if isinstance(place, ObjectPlace) else os.path.relpath(bundle, place.resolve().parent)
+    recorded = str(bundle) if isinstance(place, S3Location) else os.path.relpath(bundle, place.resolve().parent)
     model = {"kind": kind, "path": recorded, "hash": content_hash, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     if isinstance(place, Path) and root.attrs["state"] == "growing":
         with changing_root(place) as metadata:

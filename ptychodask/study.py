@@ -30,7 +30,7 @@ from ptychodask.models import ModelSpec, load_model
 from ptychodask.models.spec import Kind
 from ptychodask.plan import ReconstructionSpec
 from ptychodask.plotting import WELL_LIT, plot_contact_sheet, plot_study
-from ptychodask.progress import Progress, show_progress
+from ptychodask.progress import Progress, progress_bar
 from ptychodask.reconstruction import reconstruct
 from ptychodask.result import open_result
 from ptychodask.scan import PtychodaskError, check_choice, probe_diameter_px, with_fields
@@ -60,7 +60,7 @@ COMPARE_KEYS: dict[str, type | tuple[type, ...]] = {
 SET_BY_MATRIX = ("model", "members", "seed")
 """Fields of `TrainingSpec` that the matrix sets."""
 
-LESSON_SEED = 1000
+TRAINING_SEED = 1000
 """Added to the seed of the scan that a baseline learns from: the same instrument, another object."""
 
 SPEC_FILE, RECORD_FILE = "spec.json", "record.json"
@@ -366,7 +366,7 @@ def run_study(
     client : distributed.Client, optional
         Where to run, one cell for each worker at a time; by default the active client, else this thread.
     progress : bool, optional
-        See `show_progress`.
+        See `progress_bar`.
 
     Returns
     -------
@@ -395,14 +395,14 @@ def run_study(
     spec = study if isinstance(study, StudySpec) else read_study(study)
     out = Path(out).resolve()
     cells = cells_of(spec)
-    todo = _unfinished({cell.name: cell for cell in cells.values()}, out / "cells", recompute)
-    logger.info("%s: %d cells, %d of them to compute", out, len({cell.name for cell in cells.values()}), len(todo))
+    pending = _unfinished({cell.name: cell for cell in cells.values()}, out / "cells", recompute)
+    logger.info("%s: %d cells, %d of them to compute", out, len({cell.name for cell in cells.values()}), len(pending))
     used = client if client is not None else active_client()
-    with show_progress("study", len(todo), "cells", progress) as bar:
+    with progress_bar("study", len(pending), "cells", progress) as bar:
         if used is None:
-            _run_here(todo, out / "cells", bar)
+            _run_here(pending, out / "cells", bar)
         else:
-            _run_on(used, todo, out / "cells", bar)
+            _run_on(used, pending, out / "cells", bar)
     found = _gathered(spec, cells, out / "cells")
     _write_all(spec, found, cells, out)
     return found
@@ -509,17 +509,17 @@ def run_cell(cell: Cell, folder: Path) -> None:
         Takes spec.json first and record.json last.
     """
     store, bundle = folder / "scan.zarr", folder / "network.model"
-    lesson = folder / "lesson.zarr" if cell.train["model"] == "baseline" else store
+    training_store = folder / "lesson.zarr" if cell.train["model"] == "baseline" else store
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / SPEC_FILE, _plain(cell))
     with _ONE_AT_A_TIME:
         if not store.exists():
             simulate(store, **cell.simulate, progress=False)
-        if not lesson.exists():
-            seed = cell.simulate["seed"] + LESSON_SEED
-            simulate(lesson, **cell.simulate | {"seed": seed}, progress=False)
+        if not training_store.exists():
+            seed = cell.simulate["seed"] + TRAINING_SEED
+            simulate(training_store, **cell.simulate | {"seed": seed}, progress=False)
         if not bundle.exists():
-            train(lesson, with_fields(TrainingSpec(), cell.train), out=bundle, resume=True, progress=False)
+            train(training_store, with_fields(TrainingSpec(), cell.train), out=bundle, resume=True, progress=False)
         with in_process_client() as client:
             result = reconstruct(
                 store,

@@ -1,4 +1,4 @@
-"""Results beside each other: placed by their coordinates, judged on what all have seen."""
+"""Results beside each other: aligned by their coordinates, judged on what all have seen."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import xarray as xr
 
 from ptychodask.compare import (
     METRICS,
+    align,
     compare,
     patterns_inside,
-    place,
     r_factors,
     results_by_label,
     to_csv,
@@ -208,10 +208,10 @@ def test_a_product_lies_where_its_file_says_unless_it_is_registered(truth):
 
 def test_registered_results_are_placed_on_the_first_where_there_is_no_truth(truth):
     own = ForeignResult(truth.object)
-    placed = place({"own": own, "scan's": result(crop_of(truth, (5, 8), (50, 60)), (500, 600))})
-    assert [ds.attrs["frame"] for ds in placed.values()] == ["own", "own"]
-    assert (float(placed["scan's"]["y"][0]), float(placed["scan's"]["x"][0])) == (5, 8)
-    np.testing.assert_allclose(placed["scan's"].attrs["shift_yx_px"], (-495, -592), atol=0.011)
+    aligned = align({"own": own, "scan's": result(crop_of(truth, (5, 8), (50, 60)), (500, 600))})
+    assert [ds.attrs["frame"] for ds in aligned.values()] == ["own", "own"]
+    assert (float(aligned["scan's"]["y"][0]), float(aligned["scan's"]["x"][0])) == (5, 8)
+    np.testing.assert_allclose(aligned["scan's"].attrs["shift_yx_px"], (-495, -592), atol=0.011)
 
 
 def test_results_name_themselves(truth, tmp_path):

@@ -16,9 +16,9 @@ from PIL import Image
 
 from ptychodask.export import FORMATS, export, png
 from ptychodask.export.content import Picture
-from ptychodask.folders import recorded_form
+from ptychodask.folders import recorded_folder_format
 from ptychodask.io import ingest, read_foreign_result
-from ptychodask.progress import show_progress
+from ptychodask.progress import progress_bar
 from ptychodask.result import halve, make_dataset, open_result
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import random_field, simulate
@@ -204,7 +204,7 @@ def test_a_margin_covers_every_patch_of_the_scan(scan, tmp_path):
 @pytest.mark.parametrize("rows", [None, 7, 13, 100])
 def test_rows_cover_a_picture_once_and_in_order(scan, margin, rows):
     picture = Picture(result_of(scan, rows=rows), margin)
-    with show_progress("test", 1, "rows", show=False) as bar:
+    with progress_bar("test", 1, "rows", show=False) as bar:
         blocks = list(picture.rows(bar, ["object", "weight"]))
     assert [r.start for r, _ in blocks[1:]] == [r.stop for r, _ in blocks[:-1]]
     assert (blocks[0][0].start, blocks[-1][0].stop) == (0, picture.shape[0])
@@ -561,7 +561,7 @@ def test_a_folder_of_another_kind_is_never_replaced(result, tmp_path):
     zarr.create_group(tmp_path / "a.ome.zarr", attributes={"ome": {"version": "0.5"}})
     with pytest.raises(PtychodaskError, match="replaces a ptychodask-ome-zarr alone"):
         export(result, tmp_path / "a.ome.zarr", format="ome-zarr", overwrite=True)
-    assert recorded_form(tmp_path / "a.ome.zarr") is None
+    assert recorded_folder_format(tmp_path / "a.ome.zarr") is None
     with pytest.raises(PtychodaskError, match=r"its folder .*none does not exist; make it first"):
         export(result, tmp_path / "none" / "a.tif", format="tiff")
 

@@ -363,7 +363,7 @@ def test_a_chunk_that_ends_every_worker_is_set_aside(store, tmp_path):
 def test_a_worker_that_hangs_does_not_hold_the_run_up(store, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "STRAGGLER_S", 1.0)
     monkeypatch.setattr(running, "STRAGGLER_TIMES", 1.0)
-    add_tile, stopped_one = stitching.Told.add_tile, []
+    add_tile, stopped_one = stitching.StitchingReport.add_tile, []
     with bare_workers(2) as client:
         processes = list(client.run(os.getpid).values())
 
@@ -373,7 +373,7 @@ def test_a_worker_that_hangs_does_not_hold_the_run_up(store, whole, tmp_path, mo
                 stopped_one.append(processes[0])
             return add_tile(self, *rest)
 
-        monkeypatch.setattr(stitching.Told, "add_tile", stopping)
+        monkeypatch.setattr(stitching.StitchingReport, "add_tile", stopping)
         try:
             ds = reconstruct(store, SlowModel(content_hash="hung"), client=client, out=tmp_path / "o.zarr", **FIELDS)
         finally:

@@ -21,7 +21,7 @@ from ptychodask.export import export
 from ptychodask.folders import LEDGER
 from ptychodask.grouping import GroupingSpec
 from ptychodask.models.bundle import load_model
-from ptychodask.places import CLAIM, BucketStore, ObjectPlace, place_named, zarr_store
+from ptychodask.places import CLAIM, S3Location, S3ZarrStore, parse_location, zarr_store
 from ptychodask.plan import plan
 from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.ledger import Ledger
@@ -93,14 +93,14 @@ def same_bits(found: xr.Dataset, expected: xr.Dataset) -> None:
 
 @pytest.mark.parametrize("named", ["s3://scans/a/b.zarr", Path("s3://scans/a/b.zarr"), "s3://scans/a/b.zarr/"])
 def test_a_place_in_a_bucket_is_known_by_its_name(named) -> None:
-    found = place_named(named)
-    assert found == ObjectPlace("scans", "a/b.zarr")
+    found = parse_location(named)
+    assert found == S3Location("scans", "a/b.zarr")
     assert str(found) == "s3://scans/a/b.zarr"
     assert str(found.with_name("c")) == "s3://scans/a/c"
 
 
 def test_any_other_name_is_a_path() -> None:
-    assert place_named("s3/scan.zarr") == Path("s3/scan.zarr")
+    assert parse_location("s3/scan.zarr") == Path("s3/scan.zarr")
 
 
 @pytest.mark.parametrize("named", ["s3://", "s3://scans", "s3://scans/", "s3://scans/a//b", "s3://scans/../b"])
@@ -149,7 +149,7 @@ def test_a_scan_in_a_bucket_is_the_one_on_the_disk(stored, on_disk) -> None:
     found, expected = open_scan(stored), open_scan(on_disk[0])
     assert found.data_hash == expected.data_hash
     np.testing.assert_array_equal(found.diffraction[[7, 3, 3, 250]], expected.diffraction[[7, 3, 3, 250]])
-    with xr.open_zarr(zarr_store(place_named(stored), read_only=True), consolidated=True) as ds:
+    with xr.open_zarr(zarr_store(parse_location(stored), read_only=True), consolidated=True) as ds:
         assert ds.attrs["state"] == "complete"
 
 
@@ -162,7 +162,7 @@ def test_a_result_in_a_bucket_has_the_bits_of_the_one_on_a_disk(stored, on_disk,
     same_bits(open_result("s3://scans/object.zarr"), expected)
     assert open_result("s3://scans/object.zarr", level=1)["object"].ndim == 2
     # Nothing is left beside what is whole.
-    assert not ObjectPlace("scans", ".object.zarr.writing").exists()
+    assert not S3Location("scans", ".object.zarr.writing").exists()
 
 
 @needs_ceph
@@ -208,10 +208,10 @@ def test_group_tables_plans_and_refined_probes_are_kept_in_the_bucket(gateway, r
 @needs_ceph
 def test_nothing_that_is_sent_or_stored_holds_a_secret(stored) -> None:
     assert SECRET.encode() not in pickle.dumps(open_scan(stored))
-    for found, _ in place_named(stored).below():
+    for found, _ in parse_location(stored).below():
         assert SECRET.encode() not in found.read_bytes()
-    again = pickle.loads(pickle.dumps(BucketStore(place_named(stored), read_only=True)))
-    assert again == BucketStore(place_named(stored), read_only=True)
+    again = pickle.loads(pickle.dumps(S3ZarrStore(parse_location(stored), read_only=True)))
+    assert again == S3ZarrStore(parse_location(stored), read_only=True)
 
 
 @dataclass(eq=False)
@@ -301,7 +301,7 @@ def test_a_stopped_run_goes_on_from_its_ledger_in_the_bucket(stored, on_disk, cl
 
 @needs_ceph
 def test_a_ledger_of_objects_reads_back_and_refuses_another_run(gateway) -> None:
-    beside = ObjectPlace("scans", "ledger-alone")
+    beside = S3Location("scans", "ledger-alone")
     ledger = Ledger(beside, {"plan": 1})
     assert not ledger.exists
     ledger.add("tile", 3, {"checksum": 5})
@@ -337,8 +337,8 @@ def test_a_scan_that_cannot_be_written_leaves_nothing(gateway) -> None:
     given = {"position_yx_px": np.zeros((10, 2)), "probe": probe, "domain": "counts", "calibration": "mean_counts"}
     with pytest.raises(PtychodaskError, match="not finite in 1 patterns"):
         write_scan("s3://scans/bad.zarr", diffraction=patterns, **given, progress=False)
-    assert not place_named("s3://scans/bad.zarr").exists()
-    assert not ObjectPlace("scans", ".bad.zarr.writing").exists()
+    assert not parse_location("s3://scans/bad.zarr").exists()
+    assert not S3Location("scans", ".bad.zarr.writing").exists()
 
 
 class TakenOver:
@@ -355,7 +355,7 @@ class TakenOver:
 
 @needs_ceph
 def test_a_second_writer_is_refused_and_one_that_lost_its_claim_completes_nothing(gateway, on_disk) -> None:
-    goal, claim = place_named("s3://scans/two.zarr"), ObjectPlace("scans", ".two.zarr.writing") / CLAIM
+    goal, claim = parse_location("s3://scans/two.zarr"), S3Location("scans", ".two.zarr.writing") / CLAIM
     assert claim.create(b"another run")
     assert not claim.create(b"this run")
     with pytest.raises(PtychodaskError, match=r"two.zarr: another run is writing it, or was killed before its end"):

@@ -11,7 +11,7 @@ import pytest
 
 from ptychodask.inspection import check_axes
 from ptychodask.inspection.command import PositionTurn
-from ptychodask.inspection.orientation import likeness_to_twin
+from ptychodask.inspection.orientation import twin_similarity
 from ptychodask.io import ingest
 from ptychodask.io.probe import disc_probe, zone_plate_probe
 from ptychodask.scan import PtychodaskError
@@ -168,9 +168,9 @@ def test_the_point_inversion_makes_the_same_patterns_with_the_twins_of_object_an
 
 def test_a_probe_is_compared_with_its_twin_wherever_it_lies():
     disc = disc_probe(32, diameter_px=10)
-    assert likeness_to_twin(disc) == pytest.approx(1, abs=1e-6)
-    assert likeness_to_twin(np.roll(disc, (3, -5), axis=(1, 2))) == pytest.approx(1, abs=1e-6)
-    assert likeness_to_twin(zone_plate_probe(32, outer_px=16, stop_px=6, defocus=20)) < 0.5
+    assert twin_similarity(disc) == pytest.approx(1, abs=1e-6)
+    assert twin_similarity(np.roll(disc, (3, -5), axis=(1, 2))) == pytest.approx(1, abs=1e-6)
+    assert twin_similarity(zone_plate_probe(32, outer_px=16, stop_px=6, defocus=20)) < 0.5
 
 
 def test_too_few_patterns_are_refused(measured, tmp_path):

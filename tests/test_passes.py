@@ -43,14 +43,14 @@ def assert_same_bits(one, other, names=SAME):
 def stitched(store, keep, position=None, **fields):
     """Object from the patches of the linear model whose pattern `keep` takes, all at once."""
     model, scan = LinearModel(), open_scan(store)
-    todo = plan(store, model, ReconstructionSpec(**fields))
-    member = read_groups(store, todo.groups).member
+    planned = plan(store, model, ReconstructionSpec(**fields))
+    member = read_groups(store, planned.groups).member
     own = scan.position_yx_px[member]
     x = np.moveaxis(scan.network_input(member.ravel()).reshape(*member.shape, 16, 16), 1, -1)
     patches = model.patches(x, (own - own.mean(axis=1, keepdims=True)).astype(np.float32)).reshape(-1, 16, 16)
     placed = own if position is None else position[member]
     chosen = keep(member.ravel())
-    canvas = empty_canvas(todo.box.corner, todo.box.shape)
+    canvas = empty_canvas(planned.box.corner, planned.box.shape)
     window = illumination_window(scan.probe, 16)
     return finish(add_patches(canvas, patches[chosen], placed.reshape(-1, 2)[chosen] - 8, window))
 
@@ -244,23 +244,23 @@ def test_each_level_of_a_pyramid_is_the_weighted_mean_of_the_one_below(tmp_path,
 
 
 def test_a_measured_plan_tells_the_time(store):
-    todo = plan(store, LinearModel(), ReconstructionSpec(groups_per_chunk=40), measure=True)
-    assert todo.groups_per_s > 0
-    assert "groups/s" in str(todo).splitlines()[-1]
+    planned = plan(store, LinearModel(), ReconstructionSpec(groups_per_chunk=40), measure=True)
+    assert planned.groups_per_s > 0
+    assert "groups/s" in str(planned).splitlines()[-1]
 
 
 def test_read_amplification_counts_each_stored_chunk_as_often_as_it_is_read(store):
     model = LinearModel()
     scan = open_scan(store)
-    todo = plan(store, model, ReconstructionSpec(groups_per_chunk=40))
+    planned = plan(store, model, ReconstructionSpec(groups_per_chunk=40))
     per_stored = scan.diffraction.chunk_patterns
     read = 0
-    for chunk in todo.chunks:
-        member = read_groups(store, todo.groups).member[chunk.start : chunk.stop]
+    for chunk in planned.chunks:
+        member = read_groups(store, planned.groups).member[chunk.start : chunk.stop]
         assert groups_kept(member, ()).all()
         for stored in np.unique(member // per_stored):
             read += min(per_stored, scan.n_patterns - stored * per_stored)
-    assert todo.read_amplification == pytest.approx(read / 150)
+    assert planned.read_amplification == pytest.approx(read / 150)
 
 
 @dataclass(eq=False)

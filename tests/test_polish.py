@@ -13,9 +13,9 @@ from ptychodask import polishing
 from ptychodask.cluster import local_client
 from ptychodask.iterative import (
     StepProducts,
-    called_for,
-    frame_corners,
-    held_light,
+    footprint_corners,
+    illumination_and_proximal_weight,
+    negative_gradient,
     r_factor,
     reconstruct_iterative,
     refine_probe,
@@ -110,7 +110,7 @@ def test_a_failing_sweep_gives_one_line_and_the_run_goes_on_without_the_network(
     def fail(*_):
         raise RuntimeError("the disk went away\nand this is its long story")
 
-    monkeypatch.setattr(polishing, "called_for", fail)
+    monkeypatch.setattr(polishing, "negative_gradient", fail)
     fields = FIELDS | {"polish": 2, "out": tmp_path / "object.zarr", "client": client}
     with pytest.raises(PtychodaskError) as caught:
         reconstruct(scan.store, FlatModel(), **fields)
@@ -141,7 +141,7 @@ def test_a_small_crop_is_polished_where_it_was_seen(scan, client):
 
 def test_dim_pixels_are_held_where_they_were(scan, polished):
     corner, shape = frames(scan)
-    light, hold = held_light(scan.probe, scan.position_yx_px, corner, shape)
+    light, hold = illumination_and_proximal_weight(scan.probe, scan.position_yx_px, corner, shape)
     peak = (np.abs(scan.probe) ** 2).sum(axis=0).max()
     np.testing.assert_allclose(hold, np.maximum(peak - light, 0), atol=1e-6 * peak)
     y, x = (slice(first, first + size - 1) for first, size in zip(corner, shape, strict=True))
@@ -154,7 +154,7 @@ def test_dim_pixels_are_held_where_they_were(scan, polished):
 
 def frames(scan):
     """The object's corner and shape around all frames."""
-    corner = frame_corners(scan.position_yx_px, scan.n_pixels)
+    corner = footprint_corners(scan.position_yx_px, scan.n_pixels)
     low = corner.min(axis=0)
     return tuple(low.tolist()), tuple((corner.max(axis=0) - low + scan.n_pixels).tolist())
 
@@ -173,8 +173,8 @@ def noise_free(scan, **changes):
 
 def test_the_truth_is_a_fixed_point(scan):
     object_, corner = truth_over(scan)
-    change, misfit = called_for(object_, corner, noise_free(scan), np.arange(N_PATTERNS))
-    light, hold = held_light(scan.probe, scan.position_yx_px, corner, object_.shape)
+    change, misfit = negative_gradient(object_, corner, noise_free(scan), np.arange(N_PATTERNS))
+    light, hold = illumination_and_proximal_weight(scan.probe, scan.position_yx_px, corner, object_.shape)
     assert misfit.r_factor < 1e-5
     step = take_step(object_, object_, change, change, light + hold, StepProducts().mix())
     np.testing.assert_allclose(step, object_, atol=1e-5)
@@ -185,22 +185,22 @@ def test_what_patterns_call_for_is_half_the_slope_of_the_misfit(scan):
     rng = np.random.default_rng(0)
     off = (rng.standard_normal(object_.shape) + 1j * rng.standard_normal(object_.shape)).astype(np.complex64)
     object_, index = object_ + np.float32(0.05) * off, np.arange(30)
-    change, _ = called_for(object_, corner, scan, index)
+    change, _ = negative_gradient(object_, corner, scan, index)
     step = np.float32(1e-2)
-    after, before = (called_for(object_ + sign * step * off, corner, scan, index)[1].square for sign in (1, -1))
+    after, before = (negative_gradient(object_ + sign * step * off, corner, scan, index)[1].square for sign in (1, -1))
     slope = (after - before) / (2 * float(step))
     assert -2 * np.vdot(off, change).real == pytest.approx(slope, rel=2e-2)
 
 
 def test_shares_of_the_patterns_add_up_wherever_the_part_lies(scan):
     object_, corner = truth_over(scan)
-    whole, total = called_for(object_[:], corner, scan, np.arange(40))
+    whole, total = negative_gradient(object_[:], corner, scan, np.arange(40))
     summed, misfits = np.zeros_like(whole), []
     for index in np.array_split(np.arange(40), 3):
-        first = frame_corners(scan.position_yx_px[index], 16)
+        first = footprint_corners(scan.position_yx_px[index], 16)
         y0, x0 = first.min(axis=0) - corner
         y1, x1 = first.max(axis=0) - corner + 16
-        change, misfit = called_for(object_[y0:y1, x0:x1], (corner[0] + y0, corner[1] + x0), scan, index)
+        change, misfit = negative_gradient(object_[y0:y1, x0:x1], (corner[0] + y0, corner[1] + x0), scan, index)
         summed[y0:y1, x0:x1] += change
         misfits.append(misfit)
     np.testing.assert_allclose(summed, whole, rtol=0, atol=1e-12 * np.abs(whole).max())
@@ -217,12 +217,14 @@ def test_the_misfit_honours_mask_flux_modes_and_domain(scan):
     counts[:, ~mask] = 1e9
     spoilt = replace(exact, diffraction=counts, mask=mask, flux=flux)
     index = np.arange(N_PATTERNS)
-    _, misfit = called_for(object_, corner, spoilt, index)
+    _, misfit = negative_gradient(object_, corner, spoilt, index)
     assert misfit.r_factor < 1e-5
-    _, amplitude = called_for(object_, corner, replace(spoilt, diffraction=np.sqrt(counts), domain="amplitude"), index)
+    _, amplitude = negative_gradient(
+        object_, corner, replace(spoilt, diffraction=np.sqrt(counts), domain="amplitude"), index
+    )
     assert amplitude.r_factor < 1e-5
     flat = np.ones_like(object_)
-    _, misfit = called_for(flat, corner, spoilt, index)
+    _, misfit = negative_gradient(flat, corner, spoilt, index)
     assert misfit.r_factor == pytest.approx(r_factor(flat, corner, spoilt), rel=1e-4)
 
 
@@ -241,21 +243,21 @@ def test_masked_pixels_do_not_touch_the_object(scan, client, tmp_path):
 def test_dark_patterns_are_refused(scan):
     object_, corner = truth_over(scan)
     dark = replace(scan, diffraction=np.zeros((N_PATTERNS, 16, 16)))
-    _, misfit = called_for(object_, corner, dark, np.arange(3))
+    _, misfit = negative_gradient(object_, corner, dark, np.arange(3))
     with pytest.raises(PtychodaskError, match="the patterns have no light"):
         _ = misfit.r_factor
 
 
 def test_light_is_summed_as_the_patterns_lie(scan):
     corner, shape = frames(scan)
-    light, _ = held_light(scan.probe, scan.position_yx_px, corner, shape)
+    light, _ = illumination_and_proximal_weight(scan.probe, scan.position_yx_px, corner, shape)
     wanted = np.zeros(shape)
     for position in scan.position_yx_px:
         y, x = (np.floor(position).astype(int) - 8) - corner
         shifted = shift_probe(scan.probe, position - np.floor(position))
         wanted[y : y + 16, x : x + 16] += (np.abs(shifted) ** 2).sum(axis=0)
     np.testing.assert_allclose(light, wanted, rtol=1e-5)
-    part, _ = held_light(scan.probe, scan.position_yx_px, (corner[0] + 5, corner[1] + 3), (9, 7))
+    part, _ = illumination_and_proximal_weight(scan.probe, scan.position_yx_px, (corner[0] + 5, corner[1] + 3), (9, 7))
     np.testing.assert_array_equal(part, light[5:14, 3:10])
 
 

@@ -12,7 +12,7 @@ from ptychodask.compare import compare
 from ptychodask.models import load_model
 from ptychodask.models import recipes as models_recipes
 from ptychodask.models.pretrained import CARD, FOLDER, is_pretrained, packaged_folder, pretrained_for, pretrained_names
-from ptychodask.models.traits import TRAITS, outside, ranges_of, read_ranges, traits_of
+from ptychodask.models.traits import QUANTITIES, outside, ranges_of, read_ranges, scan_quantities
 from ptychodask.plan import plan
 from ptychodask.prediction import ModelReference, resolve_model, unlike_training
 from ptychodask.reconstruction import reconstruct
@@ -48,7 +48,7 @@ def test_a_packaged_model_says_what_it_is(name):
     assert (model.kind, model.members, model.n_pixels) == (recipe.model, recipe.grouping.members, 64)
     assert model.path == f"pretrained:{name}"
     assert model.trained_on["recipe"] == name
-    assert read_ranges(model.trained_on["traits"]).keys() == TRAITS.keys()
+    assert read_ranges(model.trained_on["traits"]).keys() == QUANTITIES.keys()
     card = (packaged_folder(model.path) / CARD).read_text()
     assert model.content_hash[:12] in card
     assert "## Not for" in card
@@ -116,8 +116,10 @@ def test_a_scan_that_is_unlike_the_lessons_is_warned_of_and_the_report_says_so(t
 def test_ranges_hold_the_scans_that_they_are_of_and_a_little_more(store):
     scan = open_scan(store)
     ranges = ranges_of([scan])
-    assert ranges.keys() == TRAITS.keys()
-    assert traits_of(scan, None)["photons"] == pytest.approx(scan.diffraction[:].sum() / scan.n_patterns, rel=1e-6)
+    assert ranges.keys() == QUANTITIES.keys()
+    assert scan_quantities(scan, None)["photons"] == pytest.approx(
+        scan.diffraction[:].sum() / scan.n_patterns, rel=1e-6
+    )
     step_px = ranges["step_px"][0]
     assert outside(ranges, scan, step_px) == []
     assert outside(ranges | {"photons": (1.0, 2.0)}, scan, step_px) == [

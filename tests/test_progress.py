@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from ptychodask import progress
-from ptychodask.progress import NotebookBar, show_progress
+from ptychodask.progress import NotebookBar, progress_bar
 
 
 def state(markup):
@@ -79,7 +79,7 @@ def notebook(monkeypatch):
 
 
 def test_a_notebook_has_one_bar_that_is_replaced_until_it_is_done(notebook):
-    with show_progress("read", 5, "patterns") as bar:
+    with progress_bar("read", 5, "patterns") as bar:
         bar.advance(5)
     sent = notebook()
     assert [update for _, update, _ in sent] == [False] + [True] * (len(sent) - 1)
@@ -89,7 +89,7 @@ def test_a_notebook_has_one_bar_that_is_replaced_until_it_is_done(notebook):
 
 def test_a_bar_stays_where_an_error_stopped_it(notebook):
     def stopped():
-        with show_progress("read", 5, "patterns") as bar:
+        with progress_bar("read", 5, "patterns") as bar:
             bar.advance(2)
             raise KeyboardInterrupt
 
@@ -99,7 +99,7 @@ def test_a_bar_stays_where_an_error_stopped_it(notebook):
 
 
 def test_nothing_is_shown_where_nobody_looks(capsys):
-    with show_progress("read", 5, "patterns") as bar:
+    with progress_bar("read", 5, "patterns") as bar:
         bar.advance(5)
         bar.expect(6)
         bar.note("a")

@@ -15,7 +15,7 @@ import xarray
 import zarr
 
 from ptychodask import store as store_module
-from ptychodask.folders import LOCK, WHOLE, whole_or_nothing
+from ptychodask.folders import LOCK, WHOLE, atomic_folder
 from ptychodask.grouping import GroupingSpec, curve_order
 from ptychodask.scan import PtychodaskError, Scan, Truth
 from ptychodask.store import (
@@ -224,7 +224,7 @@ def test_a_killed_writer_is_recognised_and_replaced_on_request(tmp_path):
 
 
 def test_a_second_writer_is_refused_while_the_first_is_at_work(tmp_path):
-    with whole_or_nothing(tmp_path / "a.zarr", overwrite=False, form=SCAN) as building:
+    with atomic_folder(tmp_path / "a.zarr", overwrite=False, form=SCAN) as building:
         (building / "half").touch()
         for overwrite in (False, True):
             with pytest.raises(PtychodaskError, match=r"another run is writing it .*wait for its end"):

@@ -13,7 +13,7 @@ from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
 from ptychodask.training import TrainingSpec, split_patterns, train
-from ptychodask.training.course import PLATEAU_EPOCHS, Course
+from ptychodask.training.course import PLATEAU_EPOCHS, TrainingCallback
 
 N = 16
 
@@ -30,8 +30,8 @@ def store(tmp_path_factory):
 @pytest.fixture
 def without_gain(monkeypatch):
     """Trainings whose held-out loss never falls after the first epoch."""
-    judge = Course._judge
-    monkeypatch.setattr(Course, "_judge", lambda self, loss: judge(self, 1.0 + len(self.log)))
+    judge = TrainingCallback._judge
+    monkeypatch.setattr(TrainingCallback, "_judge", lambda self, loss: judge(self, 1.0 + len(self.log)))
 
 
 def test_patience_ends_a_training_that_gains_nothing(store, tmp_path, without_gain):

@@ -18,7 +18,7 @@ from ptychodask.scan import PtychodaskError, illumination
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan, write_scan
 from ptychodask.training import TrainingSpec, fitting, probes, train
-from ptychodask.training.course import Course
+from ptychodask.training.course import TrainingCallback
 from ptychodask.training.probes import in_gauge_of
 
 N = 16
@@ -217,14 +217,14 @@ def two_stores(scan, tmp_path):
 
 def test_a_stopped_training_of_several_scans_goes_on_to_the_same_probes(two_stores, tmp_path, monkeypatch):
     before, two_epochs = [open_scan(store).probe for store in two_stores], TINY | {"epochs": 2}
-    on_epoch_end = Course.on_epoch_end
+    on_epoch_end = TrainingCallback.on_epoch_end
 
     def stop(self, epoch, logs=None):
         on_epoch_end(self, epoch, logs)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Course, "on_epoch_end", stop)
+        patch.setattr(TrainingCallback, "on_epoch_end", stop)
         with pytest.raises(KeyboardInterrupt):
             train(two_stores, out=tmp_path / "stopped.model", **two_epochs)
     # Kept from the store, so that both trainings begin with the same data.

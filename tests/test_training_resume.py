@@ -14,7 +14,7 @@ from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.training import train
 from ptychodask.training.checkpoint import Checkpoint
-from ptychodask.training.course import Course
+from ptychodask.training.course import TrainingCallback
 
 N = 16
 
@@ -78,7 +78,7 @@ def test_a_killed_training_goes_on_to_the_same_curve_and_the_same_weights(store,
 
 
 def interrupt_second_epoch(store, out, monkeypatch, fields):
-    on_train_batch_end = Course.on_train_batch_end
+    on_train_batch_end = TrainingCallback.on_train_batch_end
 
     def end_or_interrupt(self, batch, logs=None):
         if self.log:
@@ -86,7 +86,7 @@ def interrupt_second_epoch(store, out, monkeypatch, fields):
         on_train_batch_end(self, batch, logs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Course, "on_train_batch_end", end_or_interrupt)
+        patch.setattr(TrainingCallback, "on_train_batch_end", end_or_interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(store, out=out, **fields)
 

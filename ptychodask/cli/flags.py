@@ -103,7 +103,7 @@ def centre_yx(text: str) -> str | tuple[float, float]:
     return y, x
 
 
-def bar(quiet: bool) -> bool | None:
+def progress_option(quiet: bool) -> bool | None:
     return False if quiet else None
 
 
@@ -168,9 +168,9 @@ def client_for(
 
 def named(path: Path) -> Any:
     """A path or, where its name says so, a place in a bucket."""
-    from ptychodask.places import place_named
+    from ptychodask.places import parse_location
 
-    return place_named(path)
+    return parse_location(path)
 
 
 def beside(path: Any, name: str) -> Path:

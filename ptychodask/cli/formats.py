@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ptychodask.cli.flags import Overwrite, Quiet, bar, given
+from ptychodask.cli.flags import Overwrite, Quiet, given, progress_option
 
 
 def export(
@@ -41,7 +41,7 @@ def export(
         out,
         format=format,
         overwrite=overwrite,
-        progress=bar(quiet),
+        progress=progress_option(quiet),
         **given(
             scan=scan,
             method=method,

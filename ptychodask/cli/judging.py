@@ -16,7 +16,6 @@ from ptychodask.cli.flags import (
     Tls,
     TlsFolder,
     Workers,
-    bar,
     beside,
     check_folders,
     check_one_cluster,
@@ -24,6 +23,7 @@ from ptychodask.cli.flags import (
     given,
     named,
     numbers_in,
+    progress_option,
 )
 from ptychodask.progress import quiet_stderr
 from ptychodask.scan import PtychodaskError
@@ -52,7 +52,7 @@ def compare(
     Files of Tike, pty-chi and Ptychodus are read. One result of a scan without truth is judged by R alone, how well it
     explains the patterns.
     """
-    from ptychodask.compare import compare, patterns_inside, place, r_factors, results_by_label, to_csv, to_markdown
+    from ptychodask.compare import align, compare, patterns_inside, r_factors, results_by_label, to_csv, to_markdown
     from ptychodask.plotting import check_figure_path, plot_comparison
     from ptychodask.store import open_scan
 
@@ -62,20 +62,20 @@ def compare(
     opened = results_by_label(_labelled(results, key))
     measured = None if scan is None else open_scan(scan)
     known = open_scan(truth) if truth is not None else measured if measured and measured.truth is not None else None
-    placed = place(opened, truth=known, register=register)
+    aligned_results = align(opened, truth=known, register=register)
     table = None
-    if measured is not None and known is None and len(placed) == 1:
-        for label, misfit in r_factors(placed, measured).items():
-            typer.echo(f"{label}: R {misfit:.4f} over {len(patterns_inside(placed, measured))} patterns")
+    if measured is not None and known is None and len(aligned_results) == 1:
+        for label, misfit in r_factors(aligned_results, measured).items():
+            typer.echo(f"{label}: R {misfit:.4f} over {len(patterns_inside(aligned_results, measured))} patterns")
     else:
         options = given(baseline=baseline, peak=None if peak is None else _peak(peak))
-        table = compare(placed, truth=known, scan=measured, scale=scale, **options)
+        table = compare(aligned_results, truth=known, scan=measured, scale=scale, **options)
         typer.echo(to_markdown(table))
         for path, text in ((csv, to_csv(table)), (markdown, to_markdown(table))):
             if path is not None:
                 path.write_text(text)
     if png is not None:
-        plot_comparison(placed, known, comparison=table, scale=scale, path=png)
+        plot_comparison(aligned_results, known, comparison=table, scale=scale, path=png)
 
 
 def residuals(
@@ -107,7 +107,7 @@ def residuals(
     check_folders(save_outliers, csv)
     options = given(drop=None if drop is None else numbers_in("--drop", drop, "pattern indices"))
     with client_for(workers, scheduler, tls, tls_folder) as client:
-        found = residuals(result, store, client=client, progress=bar(quiet), **options)
+        found = residuals(result, store, client=client, progress=progress_option(quiet), **options)
     far = outliers(found, **given(n_mad=n_mad))
     told = "".join(f", {title} {found.attrs[name]:.4g}" for name, title in RESIDUALS.items() if name in found.attrs)
     typer.echo(f"{result}: {found.attrs['n_counted']} patterns{told}; {len(far)} stand out: {far.tolist()}")
@@ -138,7 +138,7 @@ def study(
         from ptychodask.study import run_study, to_markdown
     folder = study.with_suffix("") if out is None else out
     with client_for(workers, scheduler, tls, tls_folder) as client:
-        found = run_study(study, folder, recompute=recompute or (), client=client, progress=bar(quiet))
+        found = run_study(study, folder, recompute=recompute or (), client=client, progress=progress_option(quiet))
     typer.echo(f"{to_markdown(found)}\n{folder}: table.md, metrics.csv and figures")
 
 
@@ -165,7 +165,9 @@ def report(
     ((label, source),) = _labelled([result], None)
     out = beside(named(Path(source)), f"{Path(source).name.removesuffix('.zarr')}.html") if out is None else out
     others = _labelled(compare or [], None)
-    path = write_report(source, out, label=label, scan=scan, truth=truth, others=others, progress=bar(quiet))
+    path = write_report(
+        source, out, label=label, scan=scan, truth=truth, others=others, progress=progress_option(quiet)
+    )
     typer.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ptychodask.cli.flags import Overwrite, Quiet, bar, given, numbers_in
+from ptychodask.cli.flags import Overwrite, Quiet, given, numbers_in, progress_option
 from ptychodask.progress import quiet_stderr
 
 
@@ -119,7 +119,7 @@ def train(
         resume=resume,
         overwrite=overwrite,
         log_to=log_to,
-        progress=bar(quiet),
+        progress=progress_option(quiet),
         **options,
     )
     last = trained.history[-1]

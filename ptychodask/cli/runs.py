@@ -16,7 +16,6 @@ from ptychodask.cli.flags import (
     Tls,
     TlsFolder,
     Workers,
-    bar,
     beside,
     check_one_cluster,
     client_for,
@@ -24,6 +23,7 @@ from ptychodask.cli.flags import (
     named,
     numbers,
     numbers_in,
+    progress_option,
     whole_numbers,
 )
 from ptychodask.progress import quiet_stderr
@@ -42,7 +42,7 @@ def demo(
     with quiet_stderr():
         import ptychodask.models.model  # noqa: F401
         from ptychodask.demo import run_demo
-    typer.echo(run_demo(out, overwrite=overwrite, progress=bar(quiet)))
+    typer.echo(run_demo(out, overwrite=overwrite, progress=progress_option(quiet)))
 
 
 def plan(
@@ -197,7 +197,7 @@ def reconstruct(
             "client": client,
             "overwrite": overwrite,
             "resume": resume,
-            "progress": bar(quiet),
+            "progress": progress_option(quiet),
         }
         try:
             results = reconstruct(stores, **asked) if several else {"": reconstruct(stores[0], **asked)}
@@ -290,7 +290,13 @@ def bench(
     )
     with client_for(workers, scheduler, tls, tls_folder, host) as client:
         report = bench(
-            store, model, spec, reconstruction=reconstruction, client=client, folder=folder, progress=bar(quiet)
+            store,
+            model,
+            spec,
+            reconstruction=reconstruction,
+            client=client,
+            folder=folder,
+            progress=progress_option(quiet),
         )
     typer.echo(describe(report))
     if json is not None:

@@ -35,10 +35,10 @@ from ptychodask.cli.flags import (
     SwapXY,
     Units,
     WavelengthM,
-    bar,
     check_folders,
     given,
     named,
+    progress_option,
     reading_options,
 )
 from ptychodask.scan import PtychodaskError
@@ -130,7 +130,7 @@ def inspect(
     if not check_axes:
         typer.echo(dumps(found.as_json(), indent=2) if json else str(found))
         return
-    verdict = judge_axes(source, rotation=rotation, progress=bar(quiet), format=format, **found.options)
+    verdict = judge_axes(source, rotation=rotation, progress=progress_option(quiet), format=format, **found.options)
     typer.echo(dumps(verdict.as_json(), indent=2) if json else str(verdict))
 
 
@@ -238,7 +238,7 @@ def ingest(
             recipe=recipe,
             append=append,
             overwrite=overwrite,
-            progress=bar(quiet),
+            progress=progress_option(quiet),
             **options,
         )
         scan = finish_scan(store) if finish else scan
@@ -277,7 +277,7 @@ def simulate(
         path=path,
         seed=seed,
     )
-    scan = simulate(store, overwrite=overwrite, progress=bar(quiet), **options)
+    scan = simulate(store, overwrite=overwrite, progress=progress_option(quiet), **options)
     typer.echo(f"{scan.store}: {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}, with their truth")
 
 
@@ -320,7 +320,7 @@ def refine_probe(
     from ptychodask.iterative import refine_probe
 
     options = given(n_sweeps=n_sweeps, fraction=fraction, held_out=held_out, seed=seed)
-    found = refine_probe(store, search_defocus=search_defocus, progress=bar(quiet), **options)
+    found = refine_probe(store, search_defocus=search_defocus, progress=progress_option(quiet), **options)
     kept = "stored" if found.stored else "not better, so the stored probe stays"
     typer.echo(
         f"{named(store)}: R {found.r_before:.4f} -> {found.r_after:.4f} on {found.n_held_out} unseen patterns; {kept}"

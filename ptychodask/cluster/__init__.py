@@ -345,7 +345,7 @@ def credentials_in(folder: str | Path) -> Security:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Broadcast:
     """Something large that lies in every process of a cluster while a run is at work; tasks carry its key alone."""
 
     key: str
@@ -372,7 +372,7 @@ class _Delivery(WorkerPlugin):
 
 
 @contextmanager
-def parcel_for(client: Client, content: Any) -> Iterator[Parcel]:
+def broadcast(client: Client, content: Any) -> Iterator[Broadcast]:
     """A parcel that tasks of a client open while the block lasts.
 
     Parameters
@@ -390,7 +390,7 @@ def parcel_for(client: Client, content: Any) -> Iterator[Parcel]:
     Data that are scattered to all workers do not stay with all of them: the scheduler's memory manager removes what it
     takes for needless copies.
     """
-    parcel = Parcel(f"ptychodask-{uuid.uuid4().hex}")
+    parcel = Broadcast(f"ptychodask-{uuid.uuid4().hex}")
     _PARCELS[parcel.key] = content
     workers = client.scheduler_info(n_workers=-1)["workers"]
     elsewhere = not workers or not all(address.startswith(IN_PROCESS) for address in workers)

@@ -17,7 +17,7 @@ from typing import Any
 import distributed
 
 from ptychodask.cluster import IN_PROCESS
-from ptychodask.places import place_named
+from ptychodask.places import parse_location
 from ptychodask.prediction import Device, ModelReference, PatchModel, PredictionJob, resolve_model
 from ptychodask.scan import PtychodaskError, in_brief
 from ptychodask.store import ScanReader
@@ -95,7 +95,7 @@ def preflight(
     scan = reader.first()
     named = model if isinstance(model, Mapping) else {"": model}
     models = tuple(ModelReference.to(resolve_model(scan, one).bind(scan)) for one in named.values())
-    _ask_all(client, _Question(str(place_named(store).resolve()), reader.data_hash, models, device))
+    _ask_all(client, _Question(str(parse_location(store).resolve()), reader.data_hash, models, device))
 
 
 def preflight_jobs(client: distributed.Client, jobs: Sequence[PredictionJob]) -> None:

@@ -21,7 +21,7 @@ from ptychodask.cluster import (
     WORKER_VARIABLES,
 )
 from ptychodask.cluster.job import MIB, SIGNAL_BEFORE_S, JobSpec, job_folder
-from ptychodask.places import Place, place_named
+from ptychodask.places import Location, parse_location
 from ptychodask.scan import PtychodaskError, with_fields
 from ptychodask.store import ScanReader
 
@@ -98,13 +98,13 @@ def submit(
         )
     script = batch_script(store, spec, options)
     number = sbatch(script, "--parsable").split(";")[0]
-    folder = job_folder(spec, _beside(place_named(store).resolve()))
+    folder = job_folder(spec, _beside(parse_location(store).resolve()))
     kept = folder / f"{spec.name}-{number}.sh"
     kept.write_text(script)
     return SubmittedJob(number, folder / f"{spec.name}-{number}.log", kept)
 
 
-def _beside(store: Place) -> Path:
+def _beside(store: Location) -> Path:
     """Folder of a store; this one, where the store is in a bucket."""
     return store.parent if isinstance(store, Path) else Path.cwd()
 
@@ -154,7 +154,7 @@ def batch_script(store: str | Path, spec: JobSpec = JobSpec(), options: Sequence
     if own:
         raise PtychodaskError(f"submit: {', '.join(own)}: the job sets this itself; leave it away")
     ScanReader(store)
-    path = place_named(store).resolve()
+    path = parse_location(store).resolve()
     folder = job_folder(spec, _beside(path))
     for text in (str(path), str(folder), str(Path.cwd()), *options):
         if not text.isprintable() or "\\" in text:

@@ -16,9 +16,9 @@ from typing import Any
 import xarray as xr
 
 from ptychodask.export.content import Content, Picture, check_object
-from ptychodask.folders import DAMAGED, Form, whole_file, whole_or_nothing
-from ptychodask.places import place_named, recorded_format
-from ptychodask.progress import Progress, show_progress
+from ptychodask.folders import DAMAGED, StoreKind, atomic_file, atomic_folder
+from ptychodask.places import parse_location, recorded_format
+from ptychodask.progress import Progress, progress_bar
 from ptychodask.result import RESULT, open_result, recorded
 from ptychodask.scan import PtychodaskError, Scan, check_choice
 from ptychodask.store import SCAN, open_scan
@@ -46,7 +46,7 @@ class Format:
     """What is needed beside a scan; None where no scan is written."""
 
     folder: str | None = None
-    """Name of the `Form` in the module, where the format is a folder."""
+    """Name of the `StoreKind` in the module, where the format is a folder."""
 
 
 FORMATS = {
@@ -98,7 +98,7 @@ def export(
     overwrite : bool
         Replace what is there, once the new one is whole.
     progress : bool, optional
-        See `show_progress`.
+        See `progress_bar`.
 
     Returns
     -------
@@ -136,7 +136,7 @@ def export(
     _check_enough(content, needs, format)
     write, target = _writer(chosen, path, format, overwrite)
     total, unit = (content.object.shape[0], "rows") if content.picture else (content.measured.n_patterns, "patterns")
-    with target as building, show_progress("export", total, unit, progress) as bar:
+    with target as building, progress_bar("export", total, unit, progress) as bar:
         write(content, building, bar)
     logger.info("%s: wrote %s", path, format)
     return path
@@ -145,12 +145,12 @@ def export(
 def _opened(source: str | Path | xr.Dataset | Scan) -> xr.Dataset | Scan:
     if isinstance(source, xr.Dataset | Scan):
         return source
-    path = place_named(source)
-    form = recorded_format(path)
-    if form == SCAN.name:
+    path = parse_location(source)
+    kind = recorded_format(path)
+    if kind == SCAN.name:
         return open_scan(path)
-    if path.exists() and form not in (RESULT.name, DAMAGED):
-        found = f"a {form}" if form else "neither a scan nor a result of ptychodask"
+    if path.exists() and kind not in (RESULT.name, DAMAGED):
+        found = f"a {kind}" if kind else "neither a scan nor a result of ptychodask"
         raise PtychodaskError(f"{path}: is {found}; pass the folder of a scan or of a result")
     return open_result(path)
 
@@ -159,7 +159,7 @@ def _scan_of(ds: xr.Dataset, scan: str | Path | Scan | None, *, needed: bool) ->
     """The scan that a result was made from: the given one, or the recorded one where a format needs it."""
     if scan is None:
         store = recorded(ds.attrs, "store")
-        if not needed or not isinstance(store, str) or not place_named(store).is_dir():
+        if not needed or not isinstance(store, str) or not parse_location(store).is_dir():
             return None
         scan = store
     opened = scan if isinstance(scan, Scan) else open_scan(scan)
@@ -176,7 +176,7 @@ def _scan_of(ds: xr.Dataset, scan: str | Path | Scan | None, *, needed: bool) ->
 
 def _of_scan(scan: Scan, path: Path, optics: dict[str, float | None]) -> Content:
     known: dict[str, Any] = {name: _one_of(name, given, getattr(scan, name)) for name, given in optics.items()}
-    return Content(name=place_named(scan.store or path).stem, scan=scan, **known)
+    return Content(name=parse_location(scan.store or path).stem, scan=scan, **known)
 
 
 def _of_result(
@@ -185,7 +185,7 @@ def _of_result(
     of_scan = {name: None if scan is None else getattr(scan, name) for name in OPTICS}
     of_scan["pixel_size_m"] = of_scan["pixel_size_m"] or recorded(ds.attrs, "pixel_size_m")
     known: dict[str, Any] = {name: _one_of(name, given, of_scan[name]) for name, given in optics.items()}
-    name = path.name.split(".")[0] if scan is None or scan.store is None else place_named(scan.store).stem
+    name = path.name.split(".")[0] if scan is None or scan.store is None else parse_location(scan.store).stem
     picture = Picture(ds)
     if scan is not None and "scan" in (chosen.of_result or ()):
         # Programs that hold object and positions together cut patches out, and fail where one reaches beyond it.
@@ -232,6 +232,6 @@ def _writer(chosen: Format, path: Path, format: str, overwrite: bool) -> tuple[W
             f"export: format {format} needs the package {error.name}; install ptychodask with its extra 'export'"
         ) from error
     if chosen.folder is None:
-        return module.write, whole_file(path, overwrite=overwrite)
-    form: Form = getattr(module, chosen.folder)
-    return module.write, whole_or_nothing(path, overwrite=overwrite, form=form)
+        return module.write, atomic_file(path, overwrite=overwrite)
+    kind: StoreKind = getattr(module, chosen.folder)
+    return module.write, atomic_folder(path, overwrite=overwrite, kind=kind)

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle
 
 from ptychodask.export.content import Content
-from ptychodask.folders import Form
+from ptychodask.folders import StoreKind
 from ptychodask.progress import Progress
 from ptychodask.result import COARSEST_PIXELS, halve
 
-FORM = Form("ptychodask-ome-zarr", 1, "OME-Zarr image", "export")
+FORM = StoreKind("ptychodask-ome-zarr", 1, "OME-Zarr image", "export")
 
 OME_VERSION = "0.5"
 

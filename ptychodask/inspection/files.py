@@ -32,12 +32,12 @@ from ptychodask.inspection.findings import Finding, Inspection, Preview
 from ptychodask.inspection.stores import inspect_store
 from ptychodask.io import IngestSpec
 from ptychodask.io.formats import detect_format, open_container, options_of, read_source
-from ptychodask.io.ingestion import Placed, place, prepared
+from ptychodask.io.ingestion import GriddedSource, on_grid, prepared
 from ptychodask.io.mapping import UNIT_NAMES
 from ptychodask.io.near_field import near_field
 from ptychodask.io.recipe import with_recipe
 from ptychodask.io.source import MOST_PIXELS, Container, Frames, SourceScan, frame_axes
-from ptychodask.places import ObjectPlace, place_named
+from ptychodask.places import S3Location, parse_location
 from ptychodask.scan import Domain, PtychodaskError, probe_diameter_px, with_fields
 
 USUAL_STEP = 0.3
@@ -84,8 +84,8 @@ def inspect_file(
     NPZ, which cannot be read in the middle, it is taken from the first `STREAM_BYTES`; an archive packed by bzip2 is
     unpacked into a temporary folder (scratch=).
     """
-    named = place_named(path)
-    if isinstance(named, ObjectPlace) or named.is_dir():
+    named = parse_location(path)
+    if isinstance(named, S3Location) or named.is_dir():
         if format is not None or recipe is not None or reader_options:
             said = {"format": format, "recipe": recipe, **reader_options}
             options = ", ".join(sorted(name for name, value in said.items() if value is not None))
@@ -110,10 +110,10 @@ class _Look:
         self.refused: list[str] = []
         self.arrays = note_arrays(container)
         if not self.arrays:
-            raise PtychodaskError(f"{container.where}: holds no arrays")
+            raise PtychodaskError(f"{container.label}: holds no arrays")
         if not any(note.kind for note in self.arrays):
             raise PtychodaskError(
-                f"{container.where}: holds no array of numbers: '{self.arrays[0].key}' is {self.arrays[0].dtype}; "
+                f"{container.label}: holds no array of numbers: '{self.arrays[0].key}' is {self.arrays[0].dtype}; "
                 "save plain numbers"
             )
         self.format = format or _recognised(container, spec)
@@ -128,7 +128,7 @@ class _Look:
         if guessed:
             self._propose(patterns, keys)
         self._mark(keys)
-        found = placed = None
+        found = gridded = None
         if "domain" in options_of(str(self.format)):
             sample = None if patterns is None else self._sample(patterns, keys)
             if sample is not None and self.format == "mapping" and {"y", "position"} & set(keys):
@@ -139,11 +139,11 @@ class _Look:
             found = self._read()
             sample = None if found is None else self._taken(found.frames)
         if found is not None and not self.refused:
-            placed = self._placed(found)
+            gridded = self._gridded(found)
         if sample is not None:
             self._look_at_patterns(sample, found)
         if found is not None and sample is not None:
-            self._look_at_positions(found, placed, sample)
+            self._look_at_positions(found, gridded, sample)
         return self._told(guessed, sample, found)
 
     def _say(self, topic: str, statement: str, certainty: Certainty) -> None:
@@ -307,7 +307,7 @@ class _Look:
             self._say("files", f"the other one of the two is {source.companion}", "defined")
         return source.scan
 
-    def _placed(self, found: SourceScan) -> Placed | None:
+    def _gridded(self, found: SourceScan) -> GriddedSource | None:
         """Where the patterns lie; a refusal is noted."""
         lost = np.flatnonzero(~np.isfinite(found.position_yx).all(axis=1))
         if found.rows is not None:
@@ -317,19 +317,19 @@ class _Look:
             self.options["drop_frames"] = as_rows(lost)
             self._say("positions", f"{len(lost)} of them are not finite: their patterns are left out", "measured")
         try:
-            placed = place(found, with_fields(IngestSpec(), self.options), self.container.where)
-            self._look_at_shadows(found, placed)
+            gridded = on_grid(found, with_fields(IngestSpec(), self.options), self.container.label)
+            self._look_at_shadows(found, gridded)
         except PtychodaskError as error:
             self.refused.append(str(error))
             return None
-        return placed
+        return gridded
 
-    def _look_at_shadows(self, found: SourceScan, placed: Placed) -> None:
+    def _look_at_shadows(self, found: SourceScan, gridded: GriddedSource) -> None:
         """Refuse patterns of the near field, where a few can be read from all over the file."""
-        if not found.frames.seekable or placed.spec.far_field:
+        if not found.frames.seekable or gridded.spec.far_field:
             return
-        patterns = prepared(found, placed, self.container.where)
-        reason = near_field(patterns, placed.position_yx_px, placed.grid.n_pixels, found.domain)
+        patterns = prepared(found, gridded, self.container.label)
+        reason = near_field(patterns, gridded.position_yx_px, gridded.grid.n_pixels, found.domain)
         if reason is not None:
             self.refused.append(f"{reason}; --far-field takes it as it is")
 
@@ -377,7 +377,7 @@ class _Look:
             told = f"the centre of mass is at ({off[0]:.1f}, {off[1]:.1f}), the middle at {middle}"
             self._say("beam", f"{told}; --centre {off[0]:.0f},{off[1]:.0f} would bring it there", "measured")
 
-    def _look_at_positions(self, found: SourceScan, placed: Placed | None, sample: Sample) -> None:
+    def _look_at_positions(self, found: SourceScan, gridded: GriddedSource | None, sample: Sample) -> None:
         position = found.position_yx
         finite = np.isfinite(position).all(axis=1)
         repeated = int(finite.sum()) - len(np.unique(position[finite], axis=0))
@@ -386,20 +386,20 @@ class _Look:
             told = f"{len(position)}: y {y0:.4g} to {y1:.4g}, x {x0:.4g} to {x1:.4g} {found.unit}"
             told += f"; {int((~finite).sum())} not finite, {repeated} repeat another"
             self._say("positions", told, "measured")
-        if placed is None:
+        if gridded is None:
             return
-        if placed.truth is not None:
+        if gridded.truth is not None:
             self._say("truth", "its object covers the scan and becomes the truth", "defined")
         if any(finding.topic == "pixel size" for finding in self.findings):
             return  # Made up so that the overlap is a usual one.
-        if found.unit != "px" and placed.pixel_size_m is not None:
+        if found.unit != "px" and gridded.pixel_size_m is not None:
             guessed = any(finding.topic == "optics" and finding.certainty == "guess" for finding in self.findings)
-            self._say("pixel size", f"{placed.pixel_size_m:.4g} m in the object", "guess" if guessed else "noted")
-        self._look_at_overlap(found, placed, sample)
+            self._say("pixel size", f"{gridded.pixel_size_m:.4g} m in the object", "guess" if guessed else "noted")
+        self._look_at_overlap(found, gridded, sample)
 
-    def _look_at_overlap(self, found: SourceScan, placed: Placed, sample: Sample) -> None:
-        step = median_step_px(placed.position_yx_px)
-        scale = placed.grid.position_scale_yx[0]
+    def _look_at_overlap(self, found: SourceScan, gridded: GriddedSource, sample: Sample) -> None:
+        step = median_step_px(gridded.position_yx_px)
+        scale = gridded.grid.position_scale_yx[0]
         if found.probe is not None and found.probe.shape[1:] == sample.frames.shape[1:]:
             diameter, known = probe_diameter_px(found.probe) * scale, "the file's probe is"
         else:
@@ -430,7 +430,7 @@ class _Look:
         runs = sample is not None and found is not None
         origin = Origin(self.path, str(self.format), self.options, self._domain(found))
         return Inspection(
-            where=str(self.path),
+            label=str(self.path),
             what=what,
             arrays=self.arrays,
             findings=self.findings,

@@ -67,7 +67,7 @@ def plot_preview(preview: Preview, path: str | Path) -> None:
 class Inspection:
     """What a file or a store holds; prints as text."""
 
-    where: str
+    label: str
     """The file or store."""
 
     what: str
@@ -91,7 +91,7 @@ class Inspection:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        yield from (f"{self.where}: {self.what}", "")
+        yield from (f"{self.label}: {self.what}", "")
         yield from _table(self.arrays[:MOST_ARRAYS])
         if len(self.arrays) > MOST_ARRAYS:
             yield f"  ... and {len(self.arrays) - MOST_ARRAYS} more"
@@ -107,7 +107,7 @@ class Inspection:
     def as_json(self) -> dict[str, Any]:
         """Plain values, for `json.dumps`."""
         return {
-            "where": self.where,
+            "where": self.label,
             "what": self.what,
             "arrays": [
                 {"key": n.key, "shape": list(n.shape), "dtype": n.dtype, "unit": n.unit, "role": n.role}
@@ -122,7 +122,7 @@ class Inspection:
     def as_yaml(self) -> str:
         """The options as YAML: plain fields of `IngestSpec`, with what is known of them as comments."""
         notes = [f"# {finding.topic}: {finding.statement} [{finding.certainty}]" for finding in self.findings]
-        notes = [f"# {self.where}", *(line.replace("\n", " ") for line in notes)]
+        notes = [f"# {self.label}", *(line.replace("\n", " ") for line in notes)]
         return "\n".join(notes) + "\n" + (as_yaml(self.options) if self.options else "{}\n")
 
 

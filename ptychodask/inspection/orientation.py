@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ptychodask.inspection.command import Origin, PositionTurn, turned_command
 from ptychodask.io import IngestSpec, ingest
 from ptychodask.io.formats import detect_format, open_container, read_source
-from ptychodask.io.ingestion import place
+from ptychodask.io.ingestion import on_grid
 from ptychodask.iterative import (
     Measured,
     around_middle,
@@ -27,7 +27,7 @@ from ptychodask.iterative import (
     predicted_amplitude,
     run_sweeps,
 )
-from ptychodask.progress import Progress, show_progress
+from ptychodask.progress import Progress, progress_bar
 from ptychodask.scan import PtychodaskError, Scan, with_fields
 from ptychodask.store import open_scan
 
@@ -104,7 +104,7 @@ class Candidate:
 class AxesVerdict:
     """What `check_axes` found."""
 
-    where: str
+    label: str
     """The file or store."""
 
     candidates: tuple[Candidate, ...]
@@ -134,7 +134,7 @@ class AxesVerdict:
         return "\n".join([*self._table(), "", *self._conclusion()])
 
     def _table(self) -> Iterator[str]:
-        yield f"{self.where}: positions turned {len(self.candidates)} ways, {self.n_patterns} patterns of its middle"
+        yield f"{self.label}: positions turned {len(self.candidates)} ways, {self.n_patterns} patterns of its middle"
         yield f"{'R':>8}  {'above':>7}  {'std errors':>10}  positions"
         for one in self.candidates:
             above, errors = (f"+{100 * one.excess:.0f} %", f"{one.standard_errors:.1f}") if one.excess else ("", "")
@@ -157,7 +157,7 @@ class AxesVerdict:
     def as_json(self) -> dict[str, Any]:
         """Plain values, for `json.dumps`."""
         return {
-            "where": self.where,
+            "where": self.label,
             "n_patterns": self.n_patterns,
             "certain": self.is_certain,
             "probe_is_phaseless": self.probe_is_phaseless,
@@ -196,7 +196,7 @@ def check_axes(
     seed : int
         Seed of the choice of the patterns that judge, and of the order of the others.
     progress : bool, optional
-        See `show_progress`.
+        See `progress_bar`.
     format, **reader_options
         As for `ingest`, for a file.
 
@@ -224,13 +224,13 @@ def check_axes(
     """
     scan, origin = _part_of(Path(source), format, reader_options)
     judge = _Judge(scan, seed)
-    phaseless = likeness_to_twin(judge.probe) >= PHASELESS
+    phaseless = twin_similarity(judge.probe) >= PHASELESS
     turns = _angles() if rotation else _orientations()
     starts = defocus_starts(judge.probe) if phaseless else (0.0,)
     # Out of focus one way is enough: the other way does the same for the inversion.
     probes = [defocused(judge.probe, rad) for rad in starts if rad >= 0]
     probe = judge.probe
-    with show_progress("check axes", len(turns) * len(probes), "orientations", progress) as bar:
+    with progress_bar("check axes", len(turns) * len(probes), "orientations", progress) as bar:
         if phaseless or rotation:
             tried = [{turn: judge(turn, one, _COARSE, bar).r_factor for turn in turns} for one in probes]
             which = min(range(len(probes)), key=lambda k: min(tried[k].values()))
@@ -244,7 +244,7 @@ def check_axes(
     return replace(verdict, command=command)
 
 
-def likeness_to_twin(probe: NDArray[np.complex64]) -> float:
+def twin_similarity(probe: NDArray[np.complex64]) -> float:
     """How alike a probe is to its own conjugate mirror image, wherever that lies: 1 is the same.
 
     Parameters
@@ -261,7 +261,7 @@ def likeness_to_twin(probe: NDArray[np.complex64]) -> float:
     --------
     >>> disc = np.zeros((1, 8, 8), complex)
     >>> disc[0, 2:5, 3:6] = 1
-    >>> round(likeness_to_twin(disc), 6)
+    >>> round(twin_similarity(disc), 6)
     1.0
     """
     # The spectrum of conj(P(-r)) is the conjugate of that of P, up to the shift that is searched anyway.
@@ -394,10 +394,10 @@ def _middle_rows(source: Path, format: str | None, spec: IngestSpec, scratch: Pa
         container = open_container(source, scratch if spec.scratch is None else Path(spec.scratch), stack)
         name = format or detect_format(container, spec)
         found = read_source(source, container, name, spec, scratch, stack).scan
-        placed = place(found, spec, container.where)
-        scan_index = None if found.scan_index is None else found.scan_index[placed.kept]
-        near = nearest_to_middle(placed.position_yx_px, scan_index, str(source))
-        return np.sort(placed.kept[near]), int(found.frames.shape[0])
+        gridded = on_grid(found, spec, container.label)
+        scan_index = None if found.scan_index is None else found.scan_index[gridded.kept]
+        near = nearest_to_middle(gridded.position_yx_px, scan_index, str(source))
+        return np.sort(gridded.kept[near]), int(found.frames.shape[0])
 
 
 def _all_but(rows: NDArray[np.int64], n_frames: int) -> list[slice]:
@@ -407,7 +407,7 @@ def _all_but(rows: NDArray[np.int64], n_frames: int) -> list[slice]:
 
 
 def nearest_to_middle(
-    position_yx_px: NDArray[np.float64], scan_index: NDArray[np.int64] | None, where: str
+    position_yx_px: NDArray[np.float64], scan_index: NDArray[np.int64] | None, label: str
 ) -> NDArray[np.int64]:
     """The patterns around the middle of the largest experiment, nearest first.
 
@@ -419,7 +419,7 @@ def nearest_to_middle(
     mine = around_middle(position_yx_px, scan_index)
     if len(mine) < FEWEST_PATTERNS:
         raise PtychodaskError(
-            f"{where}: {len(mine)} patterns are too few to tell the axes by, expected {FEWEST_PATTERNS} or more; "
+            f"{label}: {len(mine)} patterns are too few to tell the axes by, expected {FEWEST_PATTERNS} or more; "
             "take a larger part of the scan"
         )
     return mine[: _FINE.n_patterns]
@@ -428,10 +428,10 @@ def nearest_to_middle(
 def _middle(scan: Scan) -> Scan:
     """The patterns around the middle of a scan, nearest first, in memory, with the probe as it was ingested."""
     near = nearest_to_middle(scan.position_yx_px, scan.scan_index, scan.store or "scan")
-    place = np.sort(near)
-    order = np.searchsorted(place, near)
+    on_grid = np.sort(near)
+    order = np.searchsorted(on_grid, near)
     return Scan(
-        diffraction=np.asarray(scan.diffraction[place])[order],
+        diffraction=np.asarray(scan.diffraction[on_grid])[order],
         position_yx_px=scan.position_yx_px[near],
         probe=scan.probe if scan.probe_initial is None else scan.probe_initial,
         domain=scan.domain,

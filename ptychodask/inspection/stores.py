@@ -11,12 +11,12 @@ from ptychodask.grouping import median_step_px
 from ptychodask.inspection.arrays import ArrayNote
 from ptychodask.inspection.evidence import SAMPLE_FRAMES, Sample, bad_pixels, beam_of, mean_pattern, spread_rows
 from ptychodask.inspection.findings import Finding, Inspection, Preview
-from ptychodask.places import Place
+from ptychodask.places import Location
 from ptychodask.scan import Scan, probe_diameter_px
 from ptychodask.store import open_groups, open_scan, stored_group_names
 
 
-def inspect_store(path: Place) -> Inspection:
+def inspect_store(path: Location) -> Inspection:
     """What a store holds: patterns and dose, positions and overlap, probe, truth, groups and models.
 
     Parameters
@@ -40,7 +40,7 @@ def inspect_store(path: Place) -> Inspection:
     mean = mean_pattern(sample, "amplitude")
     shown = np.unique(np.linspace(0, len(rows) - 1, 4).astype(int))
     return Inspection(
-        where=str(path),
+        label=str(path),
         what=f"a store of {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}",
         arrays=list(_arrays(scan)),
         findings=[*_on_data(scan, sample), *_on_positions(scan), *_on_probe(scan), *_on_work(scan, path)],
@@ -113,7 +113,7 @@ def _on_probe(scan: Scan) -> Iterator[Finding]:
         yield Finding("truth", "the object is known, so that results can be judged by it", "noted")
 
 
-def _on_work(scan: Scan, path: Place) -> Iterator[Finding]:
+def _on_work(scan: Scan, path: Location) -> Iterator[Finding]:
     tables = [table for name in stored_group_names(path) if (table := open_groups(path, name)) is not None]
     told = ", ".join(f"'{table.name}' ({len(table)} of {table.spec.members})" for table in tables)
     yield Finding("groups", told or "none stored; they are made when they are needed", "noted")
@@ -122,7 +122,7 @@ def _on_work(scan: Scan, path: Place) -> Iterator[Finding]:
     yield Finding("models", told or "none trained on it", "noted")
 
 
-def _next(scan: Scan, path: Place) -> str:
+def _next(scan: Scan, path: Location) -> str:
     """What to run next: the probe first, then a network, then the picture."""
     grows = scan.attributes["state"] == "growing"
     if scan.attributes.get("models"):

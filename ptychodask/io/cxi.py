@@ -59,13 +59,13 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
     """
     data = _first(container, DATA)
     key = _first(container, TRANSLATION)
-    translation_xyz = as_translation(container.array(key), f"{container.where}[{key}]")
+    translation_xyz = as_translation(container.array(key), f"{container.label}[{key}]")
     unit_m = metres_of(container, key, spec.units, defined="m")
     position_yx_m = _on_detector_axes(container, translation_xyz) * unit_m
     extent_m = float(np.ptp(position_yx_m[np.isfinite(position_yx_m).all(axis=1)], axis=0).max(initial=0.0))
     if extent_m > WIDEST_M:
         raise PtychodaskError(
-            f"{container.where}[{key}]: positions extend over {extent_m:.4g} m, so metres are not their unit; "
+            f"{container.label}[{key}]: positions extend over {extent_m:.4g} m, so metres are not their unit; "
             "pass units= (--units)"
         )
     return SourceScan(
@@ -88,11 +88,11 @@ def _first(container: Container, keys: Sequence[str]) -> str:
     raise missing_key(container, keys[0])
 
 
-def as_translation(values: NDArray[Any], where: str) -> NDArray[np.float64]:
+def as_translation(values: NDArray[Any], label: str) -> NDArray[np.float64]:
     """Translations as float64 (pattern, 3), (x, y, z), from two or three numbers each, in the file's unit."""
     if values.ndim != 2 or values.shape[1] not in (2, 3) or values.dtype.kind not in "iuf":
         raise PtychodaskError(
-            f"{where}: has shape {values.shape} and type {values.dtype}, "
+            f"{label}: has shape {values.shape} and type {values.dtype}, "
             "expected (pattern, 3) in the order (x, y, z); turn it in the file"
         )
     xyz = np.zeros((len(values), 3))
@@ -108,7 +108,7 @@ def _on_detector_axes(container: Container, translation_xyz: NDArray[np.float64]
     basis = container.array(key)
     if basis.shape != (3, 2) or basis.dtype.kind not in "iuf" or not (np.linalg.norm(basis, axis=0) > 0).all():
         raise PtychodaskError(
-            f"{container.where}[{key}]: has shape {basis.shape}, expected (3, 2), vectors along slow and fast axis; "
+            f"{container.label}[{key}]: has shape {basis.shape}, expected (3, 2), vectors along slow and fast axis; "
             "mend it, or map the file's arrays with keys="
         )
     along = basis / np.linalg.norm(basis, axis=0)
@@ -120,7 +120,7 @@ def illumination(container: Container, keys: Sequence[str]) -> NDArray[np.comple
     """The probe of a file, where it holds a complex one."""
     for key in keys:
         if container.has(key) and container.dtype(key).kind == "c":
-            return as_probe(container.array(key), f"{container.where}[{key}]")
+            return as_probe(container.array(key), f"{container.label}[{key}]")
     return None
 
 
@@ -133,7 +133,7 @@ def good_pixels(container: Container, key: str) -> NDArray[np.bool_] | None:
         values = values[0]
     if values.ndim != 2 or values.dtype.kind not in "biu":
         logger.warning(
-            "%s[%s]: left out a mask of shape %s and type %s", container.where, key, values.shape, values.dtype
+            "%s[%s]: left out a mask of shape %s and type %s", container.label, key, values.shape, values.dtype
         )
         return None
     good: NDArray[np.bool_] = values == 0

@@ -113,7 +113,7 @@ def detect_format(container: Container, spec: IngestSpec) -> str:
         if importlib.import_module(module).recognises(found):
             return name
     raise PtychodaskError(
-        f"{container.where}: its keys belong to no known format; keys found: {listed_keys(found)}; "
+        f"{container.label}: its keys belong to no known format; keys found: {listed_keys(found)}; "
         "map them with keys= (--key diffraction=... --key y=... --key x=...)"
     )
 
@@ -161,11 +161,11 @@ def read_source(
     PtychodaskError
         If there is no such format, an option has no meaning for it, or the file is not as it must be.
     """
-    check_choice("format", name, tuple(READERS), container.where)
+    check_choice("format", name, tuple(READERS), container.label)
     module = importlib.import_module(READERS[name])
     for option in sorted(set(spec.given()) & (set(FORMAT_OPTIONS) - set(module.OPTIONS))):
         raise PtychodaskError(
-            f"{container.where}: {option} has no meaning for format {name!r}, which fixes it; leave it out, "
+            f"{container.label}: {option} has no meaning for format {name!r}, which fixes it; leave it out, "
             "or map the file's keys with keys="
         )
     if not hasattr(module, "companion"):

@@ -149,7 +149,7 @@ def stored_dtype(dtype: np.dtype[Any], domain: Domain, bin: int) -> np.dtype[Any
     return np.dtype(f"{dtype.kind}{4 if bin > 1 else min(dtype.itemsize, 4)}")
 
 
-def as_stored(patterns: NDArray[Any], dtype: np.dtype[Any], mask: NDArray[np.bool_] | None, where: str) -> NDArray[Any]:
+def as_stored(patterns: NDArray[Any], dtype: np.dtype[Any], mask: NDArray[np.bool_] | None, label: str) -> NDArray[Any]:
     """Patterns in the type they are stored in; a good pixel that does not fit is refused, a bad one becomes 0."""
     if patterns.dtype == dtype:
         return patterns
@@ -161,7 +161,7 @@ def as_stored(patterns: NDArray[Any], dtype: np.dtype[Any], mask: NDArray[np.boo
             patterns = np.where(mask, patterns, 0)
         if outside.any():
             raise PtychodaskError(
-                f"{where}: values up to {patterns.max()} do not fit {dtype}; mark those pixels bad with mask="
+                f"{label}: values up to {patterns.max()} do not fit {dtype}; mark those pixels bad with mask="
             )
     with np.errstate(over="ignore"):
         # A float64 beyond float32 becomes infinite, which the store refuses.
@@ -183,7 +183,7 @@ def mean_counts(blocks: Iterable[NDArray[Any]], domain: Domain) -> NDArray[np.fl
     return np.asarray(total / max(n_frames, 1))
 
 
-def centre_of_mass(image: NDArray[np.float64], where: str) -> tuple[int, int]:
+def centre_of_mass(image: NDArray[np.float64], label: str) -> tuple[int, int]:
     """Pixel (y, x) nearest to the centre of mass.
 
     Examples
@@ -193,7 +193,7 @@ def centre_of_mass(image: NDArray[np.float64], where: str) -> tuple[int, int]:
     """
     total = image.sum()
     if not total > 0:
-        raise PtychodaskError(f"{where}: the mean pattern is zero, so it has no centre; pass centre=(y, x)")
+        raise PtychodaskError(f"{label}: the mean pattern is zero, so it has no centre; pass centre=(y, x)")
     rows, columns = np.indices(image.shape)
     return int(np.rint((rows * image).sum() / total)), int(np.rint((columns * image).sum() / total))
 

@@ -64,14 +64,14 @@ except Exception:
 """What a process of its own does with a file, a line for each object."""
 
 
-def look_from_afar(file: IO[bytes], where: str) -> None:
+def look_from_afar(file: IO[bytes], label: str) -> None:
     """Walk through the objects of an HDF5 file, and those that its links lead to, in a process of its own.
 
     Parameters
     ----------
     file : binary file
         On disk, with a name or without one; it may be anywhere after that.
-    where : str
+    label : str
         Its name, for messages.
 
     Raises
@@ -92,7 +92,7 @@ def look_from_afar(file: IO[bytes], where: str) -> None:
             ready, _, _ = select.select([child.stdout], [], [], patience_s)
             if not ready:
                 child.kill()
-                raise PtychodaskError(f"{where}: the HDF5 library gets stuck on it; the file is damaged: copy it again")
+                raise PtychodaskError(f"{label}: the HDF5 library gets stuck on it; the file is damaged: copy it again")
             if not os.read(child.stdout.fileno(), 2**16):
                 break
             patience_s = STUCK_S
@@ -100,16 +100,16 @@ def look_from_afar(file: IO[bytes], where: str) -> None:
     file.seek(0, os.SEEK_END)
     if child.returncode < 0:
         raise PtychodaskError(
-            f"{where}: the HDF5 library crashes on it (signal {-child.returncode}); the file is damaged: copy it again"
+            f"{label}: the HDF5 library crashes on it (signal {-child.returncode}); the file is damaged: copy it again"
         )
 
 
-def look_into(content: bytes, where: str) -> None:
+def look_into(content: bytes, label: str) -> None:
     """As `look_from_afar`, for a file in memory."""
     with tempfile.TemporaryFile() as file:
         file.write(content)
         file.flush()
-        look_from_afar(file, where)
+        look_from_afar(file, label)
 
 
 SMALL_BYTES = 2**26
@@ -129,7 +129,7 @@ class Hdf5File:
     ----------
     file : binary file
         Open and seekable; whoever opened it closes it.
-    where : str
+    label : str
         Its name, for messages.
     scratch : Path
         Not needed by this format: HDF5 reads any order of axes.
@@ -137,17 +137,17 @@ class Hdf5File:
         What is opened here is closed with it.
     """
 
-    def __init__(self, file: IO[bytes], where: str, scratch: Path, stack: ExitStack) -> None:
-        self.where = where
-        look_from_afar(file, where)
-        with reading(where):
+    def __init__(self, file: IO[bytes], label: str, scratch: Path, stack: ExitStack) -> None:
+        self.label = label
+        look_from_afar(file, label)
+        with reading(label):
             # By its name where it has one, so that links to files beside it are followed.
             self._file = stack.enter_context(h5py.File(file.name if isinstance(file.name, str) else file, "r"))
 
     def keys(self) -> list[str]:
         """Names of the datasets, those that links lead to in other files among them."""
         links: list[bytes] = []
-        with reading(self.where):
+        with reading(self.label):
             found = _datasets_in(self._file)
             # The lower level of h5py, for the other one decodes the names of files, which may be damaged.
             self._file.id.links.visit(
@@ -168,16 +168,16 @@ class Hdf5File:
         return np.dtype(self._dataset(key).dtype).newbyteorder("=")
 
     def has(self, key: str) -> bool:
-        with reading(f"{self.where}[{key}]"):
+        with reading(f"{self.label}[{key}]"):
             return isinstance(self._item(key), h5py.Dataset) or self._lost(key) is not None
 
     def unit(self, key: str) -> str | None:
-        with reading(f"{self.where}[{key}]"):
+        with reading(f"{self.label}[{key}]"):
             noted = self._dataset(key).attrs.get("units")
             return noted.decode() if isinstance(noted, bytes) else None if noted is None else str(noted)
 
     def numbers(self, key: str) -> dict[str, float]:
-        with reading(f"{self.where}[{key}]"):
+        with reading(f"{self.label}[{key}]"):
             holder = self._dataset(key) if key else self._file
             noted = {name: np.asarray(value) for name, value in holder.attrs.items()}
         return {
@@ -185,34 +185,34 @@ class Hdf5File:
         }
 
     def array(self, key: str) -> NDArray[Any]:
-        where = f"{self.where}[{key}]"
+        label = f"{self.label}[{key}]"
         if self.dtype(key).hasobject:
-            raise PtychodaskError(f"{where}: holds text or references, expected numbers")
+            raise PtychodaskError(f"{label}: holds text or references, expected numbers")
         dataset = self._dataset(key)
-        check_whole((dataset.size or 0) * dataset.dtype.itemsize, check_claim(dataset, where), where)
-        _check_readable(dataset, where)
-        with reading(where):
+        check_whole((dataset.size or 0) * dataset.dtype.itemsize, check_claim(dataset, label), label)
+        _check_readable(dataset, label)
+        with reading(label):
             return np.asarray(self._dataset(key)[()]).astype(self.dtype(key), copy=False)
 
     def frames(self, key: str, *, pattern_last: bool = False, raster: bool = False) -> Frames:
         dataset = self._dataset(key)
         if dataset.dtype.kind not in "buifc":
-            raise PtychodaskError(f"{self.where}[{key}]: values have type {dataset.dtype}, expected numbers")
-        where = f"{self.where}[{key}]"
-        check_claim(dataset, where)
-        _check_readable(dataset, where)
+            raise PtychodaskError(f"{self.label}[{key}]: values have type {dataset.dtype}, expected numbers")
+        label = f"{self.label}[{key}]"
+        check_claim(dataset, label)
+        _check_readable(dataset, label)
         if dataset.chunks is not None and (chunk := prod(dataset.chunks) * dataset.dtype.itemsize) > LARGEST_CHUNK:
             raise PtychodaskError(
-                f"{where}: is stored in chunks of {dataset.chunks}, {chunk} bytes each, expected at most "
+                f"{label}: is stored in chunks of {dataset.chunks}, {chunk} bytes each, expected at most "
                 f"{LARGEST_CHUNK}; store it in smaller ones (h5repack -l CHUNK=...)"
             )
         if raster and len(frame_axes(self.shape(key))) == 4:
-            return _RasterFrames(dataset, where)
-        return _DatasetFrames(dataset, pattern_axes(self.shape(key), where, last=pattern_last), where, pattern_last)
+            return _RasterFrames(dataset, label)
+        return _DatasetFrames(dataset, pattern_axes(self.shape(key), label, last=pattern_last), label, pattern_last)
 
     def _dataset(self, key: str) -> h5py.Dataset:
         lost = None
-        with reading(f"{self.where}[{key}]"):
+        with reading(f"{self.label}[{key}]"):
             dataset = self._item(key)
             if isinstance(dataset, h5py.Dataset):
                 _ = dataset.shape, dataset.dtype, dataset.chunks  # what is damaged shows here
@@ -220,7 +220,7 @@ class Hdf5File:
                 lost = self._lost(key)
         if lost is not None:
             raise PtychodaskError(
-                f"{self.where}[{key}]: leads to {lost}, which is not there; put it where the link looks for it"
+                f"{self.label}[{key}]: leads to {lost}, which is not there; put it where the link looks for it"
             )
         if not isinstance(dataset, h5py.Dataset):
             raise missing_key(self, key)
@@ -258,12 +258,12 @@ FILTERS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle (bslz4)", 32013: "zf
 """Compression filters that detectors use, by the numbers that The HDF Group registered them under."""
 
 
-def _check_readable(dataset: h5py.Dataset, where: str) -> None:
+def _check_readable(dataset: h5py.Dataset, label: str) -> None:
     """Raise `PtychodaskError` where a filter is not there, or a file that a virtual dataset is made of.
 
     HDF5 itself gives the fill value for what a missing file holds.
     """
-    with reading(where):
+    with reading(label):
         made_by = dataset.id.get_create_plist()
         filters = [made_by.get_filter(n) for n in range(made_by.get_nfilters())]
         lost = [name for name, files in _source_files(dataset).items() if not files] if dataset.is_virtual else []
@@ -271,16 +271,16 @@ def _check_readable(dataset: h5py.Dataset, where: str) -> None:
         if not h5py.h5z.filter_avail(number):
             called = FILTERS.get(number) or name.decode(errors="replace") or "of unknown name"
             raise PtychodaskError(
-                f"{where}: is compressed by the HDF5 filter {called}, number {number}, which is not installed; install "
+                f"{label}: is compressed by the HDF5 filter {called}, number {number}, which is not installed; install "
                 "ptychodask with its extra 'detectors' (the package hdf5plugin)"
             )
     if lost:
         raise PtychodaskError(
-            f"{where}: is made of {len(lost)} files that are not there, {lost[0]!r} among them; put them beside it"
+            f"{label}: is made of {len(lost)} files that are not there, {lost[0]!r} among them; put them beside it"
         )
 
 
-def check_claim(dataset: h5py.Dataset, where: str) -> int:
+def check_claim(dataset: h5py.Dataset, label: str) -> int:
     """Bytes that are stored of a dataset.
 
     Raises
@@ -288,17 +288,17 @@ def check_claim(dataset: h5py.Dataset, where: str) -> int:
     PtychodaskError
         Where it is larger than they can become, or names files whose bytes, of whatever kind, shall be its values.
     """
-    with reading(where):
+    with reading(label):
         if dataset.external:
             raise PtychodaskError(
-                f"{where}: takes its values from the bytes of {dataset.external[0][0]!r}, which may be any file; "
+                f"{label}: takes its values from the bytes of {dataset.external[0][0]!r}, which may be any file; "
                 "store them in the file itself"
             )
         claimed = (dataset.size or 0) * dataset.dtype.itemsize
         stored = _bytes_of_sources(dataset) if dataset.is_virtual else dataset.id.get_storage_size()
     if claimed > SMALL_BYTES and claimed > COMPRESSED_AT_MOST * stored:
         raise PtychodaskError(
-            f"{where}: has shape {dataset.shape}, and the file holds {stored} of the {claimed} bytes that it claims; "
+            f"{label}: has shape {dataset.shape}, and the file holds {stored} of the {claimed} bytes that it claims; "
             "it was never written, or is truncated: copy it again"
         )
     return stored
@@ -326,8 +326,8 @@ def _bytes_of_sources(dataset: h5py.Dataset) -> int:
 class _DatasetFrames:
     seekable = True
 
-    def __init__(self, dataset: h5py.Dataset, shape: tuple[int, ...], where: str, pattern_last: bool) -> None:
-        self._dataset, self._shape, self._where, self._pattern_last = dataset, shape, where, pattern_last
+    def __init__(self, dataset: h5py.Dataset, shape: tuple[int, ...], label: str, pattern_last: bool) -> None:
+        self._dataset, self._shape, self._label, self._pattern_last = dataset, shape, label, pattern_last
         leading = dataset.shape.index(frame_axes(dataset.shape)[0])
         self._axis = leading + (2 if pattern_last else 0)
         self._chunk_frames = 1 if dataset.chunks is None else int(dataset.chunks[self._axis])
@@ -353,9 +353,9 @@ class _DatasetFrames:
         return frames
 
     def _read(self, start: int, stop: int) -> NDArray[Any]:
-        where = tuple(slice(start, stop) if axis == self._axis else slice(None) for axis in range(self._dataset.ndim))
-        with reading(self._where):
-            frames = np.asarray(self._dataset[where]).astype(self.dtype, copy=False)
+        label = tuple(slice(start, stop) if axis == self._axis else slice(None) for axis in range(self._dataset.ndim))
+        with reading(self._label):
+            frames = np.asarray(self._dataset[label]).astype(self.dtype, copy=False)
         if self._pattern_last:
             return np.ascontiguousarray(frames.reshape(*self._shape[1:], -1).transpose(2, 0, 1))
         return frames.reshape(-1, *self._shape[1:])
@@ -364,8 +364,8 @@ class _DatasetFrames:
 class _RasterFrames(_DatasetFrames):
     """A dataset (row, column, h, w) as frames (pattern, h, w), row after row."""
 
-    def __init__(self, dataset: h5py.Dataset, where: str) -> None:
-        self._dataset, self._where = dataset, where
+    def __init__(self, dataset: h5py.Dataset, label: str) -> None:
+        self._dataset, self._label = dataset, label
         n_rows, self._n_columns, height, width = frame_axes(dataset.shape)
         self._shape = (n_rows * self._n_columns, height, width)
         self._axis = dataset.shape.index(n_rows)
@@ -380,7 +380,7 @@ class _RasterFrames(_DatasetFrames):
         for row in range(start // self._n_columns, -(-stop // self._n_columns)):
             first = row * self._n_columns
             columns = slice(max(start - first, 0), min(stop - first, self._n_columns))
-            with reading(self._where):
+            with reading(self._label):
                 part = self._dataset[(*before, row, columns)]
             frames[first + columns.start - start : first + columns.stop - start] = part.reshape(-1, *self.shape[1:])
         return frames

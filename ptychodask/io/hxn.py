@@ -32,7 +32,7 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
     points = container.array("points")
     if points.ndim != 2 or len(points) != 2 or points.dtype.kind not in "iuf":
         raise PtychodaskError(
-            f"{container.where}[points]: has shape {points.shape} and type {points.dtype}, "
+            f"{container.label}[points]: has shape {points.shape} and type {points.dtype}, "
             "expected (2, pattern), x and y; turn it in the file"
         )
     return SourceScan(

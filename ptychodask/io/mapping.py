@@ -56,22 +56,22 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
     good; ``object`` has its pixel [0, 0] at position (0, 0) and needs positions in pixels, not turned.
     """
     keys = _complete(container, spec)
-    where = container.where
+    label = container.label
     unit = _unit(container, keys, spec)
     turned = spec.flip_y or spec.flip_x or spec.swap_xy
     if "object" in keys and (turned or unit != "px"):
         raise PtychodaskError(
-            f"{where}: an object can be placed only with positions in px of its own, neither flipped nor swapped; "
+            f"{label}: an object can be placed only with positions in px of its own, neither flipped nor swapped; "
             "leave key 'object' out"
         )
     if spec.domain is None:
         raise PtychodaskError(
-            f"{where}: nothing says whether '{keys['diffraction']}' holds counts or amplitudes; "
+            f"{label}: nothing says whether '{keys['diffraction']}' holds counts or amplitudes; "
             "pass domain='counts' or domain='amplitude' (--domain)"
         )
     position_yx = _positions(container, keys, spec)
     axes = frame_axes(container.shape(keys["diffraction"]))
-    last = pattern_axis_is_last(axes, len(position_yx), spec.axes, f"{where}[{keys['diffraction']}]")
+    last = pattern_axis_is_last(axes, len(position_yx), spec.axes, f"{label}[{keys['diffraction']}]")
 
     def optional(name: str) -> NDArray[Any] | None:
         return container.array(keys[name]) if name in keys else None
@@ -84,12 +84,12 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
         domain=spec.domain,
         dc=spec.dc or "centre",
         calibration="mean_counts",
-        probe=None if probe is None else as_probe(probe, f"{where}[{keys['probe']}]"),
-        mask=None if mask is None else as_mask(mask, f"{where}[{keys['mask']}]"),
-        object=None if object_ is None else _as_object(object_, f"{where}[{keys['object']}]"),
+        probe=None if probe is None else as_probe(probe, f"{label}[{keys['probe']}]"),
+        mask=None if mask is None else as_mask(mask, f"{label}[{keys['mask']}]"),
+        object=None if object_ is None else _as_object(object_, f"{label}[{keys['object']}]"),
         label=container.frames(keys["label"], pattern_last=last) if "label" in keys else None,
-        flux=None if flux is None else as_vector(flux, f"{where}[{keys['flux']}]"),
-        scan_index=None if scan_index is None else as_whole_numbers(scan_index, f"{where}[{keys['scan_index']}]"),
+        flux=None if flux is None else as_vector(flux, f"{label}[{keys['flux']}]"),
+        scan_index=None if scan_index is None else as_whole_numbers(scan_index, f"{label}[{keys['scan_index']}]"),
     )
 
 
@@ -98,7 +98,7 @@ def _complete(container: Container, spec: IngestSpec) -> dict[str, str]:
     pair, single = "y" in keys and "x" in keys, "position" in keys
     if "diffraction" not in keys or pair == single or ("y" in keys) != ("x" in keys):
         raise PtychodaskError(
-            f"{container.where}: keys= names {listed_keys(sorted(keys))}, expected 'diffraction' and either "
+            f"{container.label}: keys= names {listed_keys(sorted(keys))}, expected 'diffraction' and either "
             f"'y' and 'x' or 'position'; keys found in the file: {listed_keys(container.keys())}"
         )
     for key in keys.values():
@@ -114,7 +114,7 @@ def _unit(container: Container, keys: dict[str, str], spec: IngestSpec) -> Unit:
     if noted is not None and noted.strip().lower() in UNIT_NAMES:
         return UNIT_NAMES[noted.strip().lower()]
     raise PtychodaskError(
-        f"{container.where}: the unit of the positions '{key}' is {noted or 'not noted'}, "
+        f"{container.label}: the unit of the positions '{key}' is {noted or 'not noted'}, "
         f"expected one of: {', '.join(get_args(Unit))}; pass units= (--units)"
     )
 
@@ -126,22 +126,22 @@ def _positions(container: Container, keys: dict[str, str], spec: IngestSpec) -> 
             position = position[0]
         if position.ndim != 2 or position.shape[1] != 2:
             raise PtychodaskError(
-                f"{container.where}[{keys['position']}]: positions have shape {position.shape}, expected (pattern, 2) "
+                f"{container.label}[{keys['position']}]: positions have shape {position.shape}, expected (pattern, 2) "
                 "in the order (y, x)"
             )
     else:
-        y, x = (as_vector(container.array(keys[name]), f"{container.where}[{keys[name]}]") for name in ("y", "x"))
+        y, x = (as_vector(container.array(keys[name]), f"{container.label}[{keys[name]}]") for name in ("y", "x"))
         if len(y) != len(x):
             raise PtychodaskError(
-                f"{container.where}: {len(y)} positions y but {len(x)} positions x; name matching keys"
+                f"{container.label}: {len(y)} positions y but {len(x)} positions x; name matching keys"
             )
         position = np.stack([y, x], axis=1)
     if position.dtype.kind not in "iuf":
-        raise PtychodaskError(f"{container.where}: positions have type {position.dtype}, expected numbers")
+        raise PtychodaskError(f"{container.label}: positions have type {position.dtype}, expected numbers")
     return turned(position.astype(np.float64), spec)
 
 
-def _as_object(values: NDArray[Any], where: str) -> NDArray[np.complex64]:
+def _as_object(values: NDArray[Any], label: str) -> NDArray[np.complex64]:
     if values.ndim != 2 or not values.size or values.dtype.kind not in "cfiu":
-        raise PtychodaskError(f"{where}: the object has shape {values.shape}, expected complex (y, x)")
+        raise PtychodaskError(f"{label}: the object has shape {values.shape}, expected complex (y, x)")
     return values.astype(np.complex64)

@@ -169,12 +169,12 @@ def near_field(patterns: Readable, position_yx_px: NDArray[np.float64], n_pixels
 
 
 def check_far_field(
-    patterns: Readable, position_yx_px: NDArray[np.float64], n_pixels: int, domain: Domain, where: str
+    patterns: Readable, position_yx_px: NDArray[np.float64], n_pixels: int, domain: Domain, label: str
 ) -> None:
     """Raise `PtychodaskError` where patterns are those of the near field, which the far-field models cannot explain."""
     reason = near_field(patterns, position_yx_px, n_pixels, domain)
     if reason is not None:
         raise PtychodaskError(
-            f"{where}: {reason}; use a program for near-field ptychography, or correct units and pixel size if they "
+            f"{label}: {reason}; use a program for near-field ptychography, or correct units and pixel size if they "
             "are wrong; far_field=True (--far-field) takes it as it is"
         )

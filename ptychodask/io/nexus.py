@@ -50,7 +50,7 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
     entry = _entry(container.keys())
     if entry is None:
         raise PtychodaskError(
-            f"{container.where}: has no group beam_1 with an energy, by which NXcxi_ptycho is known; "
+            f"{container.label}: has no group beam_1 with an energy, by which NXcxi_ptycho is known; "
             "map the file's arrays with keys="
         )
     detector, sample = f"{entry}/instrument_1/detector_1", f"{entry}/sample_1"
@@ -90,7 +90,7 @@ def _positions(
     if key is not None:
         values = container.array(key)
         flat = values.reshape(-1, values.shape[-1]) if values.ndim else values
-        return as_translation(flat, f"{container.where}[{key}]")[:, 1::-1] * metres_of(
+        return as_translation(flat, f"{container.label}[{key}]")[:, 1::-1] * metres_of(
             container, key, spec.units, defined=None
         )
     y, x = (_axis(container, f"{transformations}/{name}", spec, translations[0]) for name in ("y", "x"))
@@ -98,7 +98,7 @@ def _positions(
         x, y = (grid.ravel() for grid in np.meshgrid(x, y, indexing="ij"))
     if len(y) != len(x):
         raise PtychodaskError(
-            f"{container.where}[{transformations}]: {len(y)} positions y and {len(x)} x for patterns {raster}, "
+            f"{container.label}[{transformations}]: {len(y)} positions y and {len(x)} x for patterns {raster}, "
             "expected as many of each as patterns, or npts_x and npts_y of them"
         )
     return np.stack([y, x], axis=1)
@@ -108,6 +108,6 @@ def _axis(container: Container, key: str, spec: IngestSpec, wanted: str) -> NDAr
     if not container.has(key):
         raise missing_key(container, wanted)
     values = container.array(key)
-    return as_vector(values.reshape(-1, 1), f"{container.where}[{key}]") * metres_of(
+    return as_vector(values.reshape(-1, 1), f"{container.label}[{key}]") * metres_of(
         container, key, spec.units, defined=None
     )

@@ -57,7 +57,7 @@ _DAMAGE = (
 
 
 @contextmanager
-def reading(where: str) -> Iterator[None]:
+def reading(label: str) -> Iterator[None]:
     """Turn what a damaged file makes the standard library raise into one clear line."""
     try:
         yield
@@ -66,7 +66,7 @@ def reading(where: str) -> Iterator[None]:
     except _DAMAGE as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise PtychodaskError(
-            f"{where}: cannot be read ({reason}); the file is truncated or damaged: copy it again"
+            f"{label}: cannot be read ({reason}); the file is truncated or damaged: copy it again"
         ) from error
 
 
@@ -92,7 +92,7 @@ class NpyHeader:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def read_header(stream: IO[bytes], n_bytes: int, where: str) -> NpyHeader:
+def read_header(stream: IO[bytes], n_bytes: int, label: str) -> NpyHeader:
     """Read an NPY header and check it against the length of the stream.
 
     Parameters
@@ -101,7 +101,7 @@ def read_header(stream: IO[bytes], n_bytes: int, where: str) -> NpyHeader:
         At the start of the NPY data; left at the first value.
     n_bytes : int
         Length of the NPY data, header included.
-    where : str
+    label : str
         The array's name, for messages.
 
     Raises
@@ -109,48 +109,48 @@ def read_header(stream: IO[bytes], n_bytes: int, where: str) -> NpyHeader:
     PtychodaskError
         If it is no NPY header, or the values it announces do not fill the rest of the stream exactly.
     """
-    with reading(where), warnings.catch_warnings():
+    with reading(label), warnings.catch_warnings():
         # Headers written by Python 2 or with old type names draw warnings, no harm.
         warnings.simplefilter("ignore")
         version = npy_format.read_magic(stream)
         readers = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
         if version not in readers:
-            raise PtychodaskError(f"{where}: NPY version {version} is not read, expected (1, 0) or (2, 0)")
+            raise PtychodaskError(f"{label}: NPY version {version} is not read, expected (1, 0) or (2, 0)")
         shape, fortran, dtype = readers[version](stream)
         header = NpyHeader(tuple(int(n) for n in shape), bool(fortran), dtype, stream.tell())
     if not dtype.hasobject and (min(header.shape, default=0) < 0 or header.length + header.n_bytes != n_bytes):
         raise PtychodaskError(
-            f"{where}: values of shape {header.shape} and type {dtype} take {header.n_bytes} bytes, "
+            f"{label}: values of shape {header.shape} and type {dtype} take {header.n_bytes} bytes, "
             f"found {n_bytes - header.length}; the file is truncated or damaged: copy it again"
         )
     return header
 
 
-def check_whole(n_bytes: int, stored_bytes: int, where: str) -> None:
+def check_whole(n_bytes: int, stored_bytes: int, label: str) -> None:
     """Raise `PtychodaskError` where so much would be read into memory from so little of a file that it is a bomb."""
     if n_bytes > WHOLE_BYTES and n_bytes > WHOLE_PACKED_AT_MOST * stored_bytes:
         raise PtychodaskError(
-            f"{where}: {n_bytes} bytes would be read from {stored_bytes} compressed ones; it does not hold what is "
+            f"{label}: {n_bytes} bytes would be read from {stored_bytes} compressed ones; it does not hold what is "
             "measured: make it again, or save it without compression"
         )
 
 
-def check_member(member: zipfile.ZipInfo, file_bytes: int, where: str) -> None:
+def check_member(member: zipfile.ZipInfo, file_bytes: int, label: str) -> None:
     """Raise `PtychodaskError` where a member of an archive claims more than a file of a length can hold."""
     if member.compress_size > file_bytes or member.file_size > DEFLATE_LIMIT * member.compress_size + 1024:
         raise PtychodaskError(
-            f"{where}: {member.file_size} bytes cannot come from {member.compress_size} compressed ones "
+            f"{label}: {member.file_size} bytes cannot come from {member.compress_size} compressed ones "
             f"in a file of {file_bytes}; the file is truncated or damaged: copy it again"
         )
 
 
-def readopen_values(stream: IO[bytes], header: NpyHeader, where: str) -> NDArray[Any]:
+def readopen_values(stream: IO[bytes], header: NpyHeader, label: str) -> NDArray[Any]:
     """All values behind a header, in native byte order; pickled objects are refused."""
     if header.dtype.hasobject:
-        raise PtychodaskError(f"{where}: holds pickled Python objects, which are never loaded; save plain numbers")
-    with reading(where):
+        raise PtychodaskError(f"{label}: holds pickled Python objects, which are never loaded; save plain numbers")
+    with reading(label):
         values = np.empty(prod(header.shape), header.dtype)
-        read_exactly(stream, values, where)
+        read_exactly(stream, values, label)
         values = values.reshape(header.shape, order="F" if header.fortran else "C")
     return values.astype(header.dtype.newbyteorder("="), copy=False)
 
@@ -192,7 +192,7 @@ class NpzFile:
     ----------
     file : binary file
         Open and seekable; whoever opened it closes it.
-    where : str
+    label : str
         Its name, for messages.
     scratch : Path
         Folder for what has to be turned before it can be read by pattern.
@@ -200,10 +200,10 @@ class NpzFile:
         What is opened here is closed with it.
     """
 
-    def __init__(self, file: IO[bytes], where: str, scratch: Path, stack: ExitStack) -> None:
-        self.where = where
+    def __init__(self, file: IO[bytes], label: str, scratch: Path, stack: ExitStack) -> None:
+        self.label = label
         self._file, self._scratch, self._stack = file, scratch, stack
-        with reading(where):
+        with reading(label):
             archive = stack.enter_context(zipfile.ZipFile(file))
             self._members = {
                 name.removesuffix(".npy"): archive.getinfo(name) for name in archive.namelist() if name.endswith(".npy")
@@ -236,40 +236,40 @@ class NpzFile:
         return {}
 
     def array(self, key: str) -> NDArray[Any]:
-        header, where = self._header(key), f"{self.where}[{key}]"
-        check_whole(header.n_bytes, self._members[key].compress_size, where)
+        header, label = self._header(key), f"{self.label}[{key}]"
+        check_whole(header.n_bytes, self._members[key].compress_size, label)
         with self.open_values(key) as stream:
-            return readopen_values(stream, header, where)
+            return readopen_values(stream, header, label)
 
     def frames(self, key: str, *, pattern_last: bool = False, raster: bool = False) -> Frames:
-        header, where = self._header(key), f"{self.where}[{key}]"
+        header, label = self._header(key), f"{self.label}[{key}]"
         if header.dtype.kind not in "buifc":
-            raise PtychodaskError(f"{where}: values have type {header.dtype}, expected numbers")
-        shape = pattern_axes(header.shape, where, last=pattern_last)
+            raise PtychodaskError(f"{label}: values have type {header.dtype}, expected numbers")
+        shape = pattern_axes(header.shape, label, last=pattern_last)
         if pattern_last != header.fortran:
             return self._turned(key, shape, transposed=header.fortran)
         if self._members[key].compress_type != zipfile.ZIP_STORED:
             return _StreamedFrames(self, key, shape, header)
-        with self.open_values(key) as stream, reading(where):
+        with self.open_values(key) as stream, reading(label):
             while stream.read(BLOCK_BYTES):
                 pass  # read to its end once, so that the archive's checksum is compared
         offset = self._member_offset(key) + header.length
-        return RawFrames(self._file, offset, shape, header.dtype, where=where, transposed=header.fortran)
+        return RawFrames(self._file, offset, shape, header.dtype, label=label, transposed=header.fortran)
 
     def _header(self, key: str) -> NpyHeader:
         require_keys(self, [key])
         if key not in self._headers:
-            member, where = self._members[key], f"{self.where}[{key}]"
-            check_member(member, self._file_bytes, where)
-            with reading(where), self._archive.open(member) as stream:
-                self._headers[key] = read_header(stream, member.file_size, where)
+            member, label = self._members[key], f"{self.label}[{key}]"
+            check_member(member, self._file_bytes, label)
+            with reading(label), self._archive.open(member) as stream:
+                self._headers[key] = read_header(stream, member.file_size, label)
         return self._headers[key]
 
     @contextmanager
     def open_values(self, key: str) -> Iterator[IO[bytes]]:
         """An array as a stream, at its first value."""
-        header, where = self._header(key), f"{self.where}[{key}]"
-        with reading(where):
+        header, label = self._header(key), f"{self.label}[{key}]"
+        with reading(label):
             stream = self._archive.open(self._members[key])
             stream.read(header.length)
         with stream:
@@ -278,19 +278,19 @@ class NpzFile:
     def _member_offset(self, key: str) -> int:
         """Byte of the file where a stored member begins (PKWARE APPNOTE, section 4.3.7)."""
         start = self._members[key].header_offset
-        with reading(self.where):
+        with reading(self.label):
             self._file.seek(start + 26)
             name_length, extra_length = struct.unpack("<HH", self._file.read(4))
         return start + 30 + name_length + extra_length
 
     def _turned(self, key: str, shape: tuple[int, ...], *, transposed: bool) -> RawFrames:
-        header, where = self._header(key), f"{self.where}[{key}]"
-        what = f"{where}: turning (qy, qx, pattern) into (pattern, qy, qx)"
+        header, label = self._header(key), f"{self.label}[{key}]"
+        what = f"{label}: turning (qy, qx, pattern) into (pattern, qy, qx)"
         file = self._stack.enter_context(scratch_file(self._scratch, header.n_bytes, what))
-        with self.open_values(key) as stream, reading(where):
+        with self.open_values(key) as stream, reading(label):
             n_frame = shape[1] * shape[2]
-            turn_patterns_first(stream, n_frame, shape[0], header.dtype, file, folder=self._scratch, where=where)
-        return RawFrames(file, 0, shape, header.dtype, where=where, transposed=transposed)
+            turn_patterns_first(stream, n_frame, shape[0], header.dtype, file, folder=self._scratch, label=label)
+        return RawFrames(file, 0, shape, header.dtype, label=label, transposed=transposed)
 
 
 class _StreamedFrames:
@@ -310,13 +310,13 @@ class _StreamedFrames:
         return self._header.dtype.newbyteorder("=")
 
     def blocks(self) -> Iterator[NDArray[Any]]:
-        where = f"{self._npz.where}[{self._key}]"
+        label = f"{self._npz.label}[{self._key}]"
         with self._npz.open_values(self._key) as stream:
             for start, stop in block_ranges(self._shape, self._header.dtype.itemsize):
                 frames = np.empty((stop - start, self._shape[1] * self._shape[2]), self._header.dtype)
-                with reading(where):
-                    read_exactly(stream, frames, where)
+                with reading(label):
+                    read_exactly(stream, frames, label)
                 yield oriented(frames, self._shape, transposed=self._header.fortran)
 
     def __getitem__(self, index: NDArray[np.int64], /) -> NDArray[Any]:
-        raise TypeError(f"{self._npz.where}[{self._key}] is a stream: read it with blocks()")
+        raise TypeError(f"{self._npz.label}[{self._key}] is a stream: read it with blocks()")

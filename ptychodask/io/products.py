@@ -105,25 +105,25 @@ def _text(container: Container, key: str) -> str | None:
 def _numbers_of_npz(container: Container, found: Sequence[str]) -> dict[str, float]:
     """What the keys of an NPZ product say about its object's place; empty where they say nothing."""
     keys = {name: f"{PRODUCT_KEY}_{name}" for name in PRODUCT_NUMBERS}
-    with reading(container.where):
+    with reading(container.label):
         return {name: float(container.array(key).item()) for name, key in keys.items() if key in found}
 
 
 def _product(container: Container, numbers: dict[str, float]) -> ForeignResult:
-    where = f"{container.where}[{PRODUCT_KEY}]"
+    label = f"{container.label}[{PRODUCT_KEY}]"
     missing = [name for name in PRODUCT_NUMBERS if name not in numbers]
     if missing:
         raise PtychodaskError(
-            f"{where}: has no {', '.join(missing)}; pass key={PRODUCT_KEY!r} to read it without a frame"
+            f"{label}: has no {', '.join(missing)}; pass key={PRODUCT_KEY!r} to read it without a frame"
         )
     center_y_m, center_x_m, height_m, width_m = (numbers[name] for name in PRODUCT_NUMBERS)
     if not (height_m > 0 and abs(width_m / height_m - 1) <= SQUARENESS and np.isfinite([center_y_m, center_x_m]).all()):
         raise PtychodaskError(
-            f"{where}: pixels of {height_m:g} x {width_m:g} m around ({center_y_m:g}, {center_x_m:g}) m, "
+            f"{label}: pixels of {height_m:g} x {width_m:g} m around ({center_y_m:g}, {center_x_m:g}) m, "
             "expected square ones around a finite centre; bring them to one size"
         )
     layers = container.array(PRODUCT_KEY)
-    object_ = _as_object(layers.prod(axis=0) if layers.ndim == 3 and len(layers) else layers, where)
+    object_ = _as_object(layers.prod(axis=0) if layers.ndim == 3 and len(layers) else layers, label)
     corner = center_y_m / height_m - object_.shape[0] / 2, center_x_m / width_m - object_.shape[1] / 2
     return ForeignResult(object_, corner, height_m, "Ptychodus")
 
@@ -133,16 +133,16 @@ def _only_complex(container: Container, found: Sequence[str]) -> str:
     complex_ = [key for key in found if container.dtype(key).kind == "c"]
     if len(complex_) != 1:
         raise PtychodaskError(
-            f"{container.where}: holds {len(complex_)} complex arrays, expected one, {RECONSTRUCTED_KEY!r}, or a "
+            f"{container.label}: holds {len(complex_)} complex arrays, expected one, {RECONSTRUCTED_KEY!r}, or a "
             f"Ptychodus product; keys found: {listed_keys(found)}; name the object's with key= (--key LABEL=KEY)"
         )
     return complex_[0]
 
 
-def _as_object(values: NDArray[Any], where: str) -> NDArray[np.complex64]:
+def _as_object(values: NDArray[Any], label: str) -> NDArray[np.complex64]:
     plane = values[0] if values.ndim == 3 and len(values) == 1 else values
     if plane.dtype.kind != "c" or plane.ndim != 2 or min(plane.shape) < 2:
         raise PtychodaskError(
-            f"{where}: found {values.dtype} of shape {values.shape}, expected a complex object (y, x)"
+            f"{label}: found {values.dtype} of shape {values.shape}, expected a complex object (y, x)"
         )
     return plane.astype(np.complex64)

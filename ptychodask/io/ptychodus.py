@@ -106,19 +106,19 @@ def read_pair(one: Container, other: Container, spec: IngestSpec) -> SourceScan:
     key = _patterns_key(patterns.keys())
     if key is None:
         raise PtychodaskError(
-            f"{patterns.where}: holds neither {PATTERNS!r} nor {DP!r}; keys found: {listed_keys(patterns.keys())}; "
+            f"{patterns.label}: holds neither {PATTERNS!r} nor {DP!r}; keys found: {listed_keys(patterns.keys())}; "
             "pass the file with the patterns as diffraction= (--diffraction)"
         )
     frames = patterns.frames(key)
-    y, x = (as_vector(product.array(name), f"{product.where}[{name}]") for name in (Y, X))
+    y, x = (as_vector(product.array(name), f"{product.label}[{name}]") for name in (Y, X))
     if len(y) != len(x):
         raise PtychodaskError(
-            f"{product.where}: {len(y)} positions y but {len(x)} positions x, expected as many of both"
+            f"{product.label}: {len(y)} positions y but {len(x)} positions x, expected as many of both"
         )
     position_yx_m, rows = _paired(product, patterns, np.stack([y, x], axis=1), frames.shape[0])
     pixel_m = _pixel_m(product)
     if product.has("object"):
-        logger.info("%s: left out its object, a reconstruction; compare takes the product itself", product.where)
+        logger.info("%s: left out its object, a reconstruction; compare takes the product itself", product.label)
     bad = patterns.array(BAD_PIXELS) if patterns.has(BAD_PIXELS) else None
     return SourceScan(
         frames=frames,
@@ -128,7 +128,7 @@ def read_pair(one: Container, other: Container, spec: IngestSpec) -> SourceScan:
         dc="centre",
         calibration="mean_counts",
         probe=_probe(product),
-        mask=None if bad is None else ~as_mask(bad, f"{patterns.where}[{BAD_PIXELS}]"),
+        mask=None if bad is None else ~as_mask(bad, f"{patterns.label}[{BAD_PIXELS}]"),
         rows=rows,
         optics=_optics(product) | _detector_pixel(patterns, key),
         pixel_size_m=pixel_m,
@@ -148,13 +148,13 @@ def _paired(
     _, in_frames, in_positions = np.intersect1d(of_pattern, of_position, assume_unique=True, return_indices=True)
     if not len(in_frames):
         raise PtychodaskError(
-            f"{patterns.where}: its indexes {of_pattern.min()}..{of_pattern.max()} share none with those of "
-            f"{product.where}, {of_position.min()}..{of_position.max()}; expected the patterns of that product"
+            f"{patterns.label}: its indexes {of_pattern.min()}..{of_pattern.max()} share none with those of "
+            f"{product.label}, {of_position.min()}..{of_position.max()}; expected the patterns of that product"
         )
     if len(in_frames) < n_frames or len(in_frames) < len(position):
         logger.warning(
             "%s: %d of %d patterns have no position and %d of %d positions no pattern; they are left out",
-            patterns.where,
+            patterns.label,
             n_frames - len(in_frames),
             n_frames,
             len(position) - len(in_frames),
@@ -167,15 +167,15 @@ def _paired(
 
 def _unique(container: Container, key: str, length: int, of_what: str) -> NDArray[np.int64]:
     """Indexes, one for each; those that come twice are named."""
-    where = f"{container.where}[{key}]"
-    index = as_whole_numbers(container.array(key), where)
+    label = f"{container.label}[{key}]"
+    index = as_whole_numbers(container.array(key), label)
     if len(index) != length:
-        raise PtychodaskError(f"{where}: {len(index)} indexes but {length} {of_what}, expected one for each")
+        raise PtychodaskError(f"{label}: {len(index)} indexes but {length} {of_what}, expected one for each")
     values, counts = np.unique(index, return_counts=True)
     if (counts > 1).any():
         twice = values[counts > 1]
         raise PtychodaskError(
-            f"{where}: {len(twice)} indexes come more than once, {', '.join(map(str, twice[:5].tolist()))} among them; "
+            f"{label}: {len(twice)} indexes come more than once, {', '.join(map(str, twice[:5].tolist()))} among them; "
             f"expected one for each of the {of_what}: average or drop them in the file"
         )
     return index
@@ -188,9 +188,9 @@ def _probe(product: Container) -> NDArray[np.complex64] | None:
     values = product.array("probe")
     if values.ndim == 4:
         if len(values) > 1:
-            logger.info("%s: took the first of %d orthogonal probe relaxations", product.where, len(values))
+            logger.info("%s: took the first of %d orthogonal probe relaxations", product.label, len(values))
         values = values[0] if len(values) else values
-    return as_probe(values, f"{product.where}[probe]")
+    return as_probe(values, f"{product.label}[probe]")
 
 
 def _number(product: Container, name: str, beside: str = "") -> float | None:
@@ -217,7 +217,7 @@ def _optics(product: Container) -> dict[str, float]:
             continue
         if not what.low <= value <= what.high:
             raise PtychodaskError(
-                f"{product.where}: {keys[-1]} is {value:.6g}, which is no {what.name}; {what.way_out}"
+                f"{product.label}: {keys[-1]} is {value:.6g}, which is no {what.name}; {what.way_out}"
             )
         found[what.option] = value
     return found
@@ -236,7 +236,7 @@ def _pixel_m(product: Container) -> float | None:
             continue
         if width is None or height is None or abs(width / height - 1) > SQUARENESS:
             raise PtychodaskError(
-                f"{product.where}[{beside}]: pixels of {height or 0:g} x {width or 0:g} m, expected square ones; "
+                f"{product.label}[{beside}]: pixels of {height or 0:g} x {width or 0:g} m, expected square ones; "
                 "bring them to one size, or pass pixel_size_m= (--pixel-size-m)"
             )
         return width

@@ -45,31 +45,31 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
     rounded amplitudes, so their unit is asked for. Pixels are (x, y) = (column, row). Truth and probe share the units
     of the patterns.
     """
-    where, found = container.where, container.keys()
+    label, found = container.label, container.keys()
     patterns = next((key for key in _PATTERNS if key in found), None)
     _refuse_groups(container, patterns)
     require_keys(container, [patterns or _PATTERNS[0], "xcoords", "ycoords"])
     patterns = patterns or _PATTERNS[0]
-    y, x = (as_vector(container.array(key), f"{where}[{key}]") for key in ("ycoords", "xcoords"))
+    y, x = (as_vector(container.array(key), f"{label}[{key}]") for key in ("ycoords", "xcoords"))
     if len(y) != len(x):
-        raise PtychodaskError(f"{where}: {len(y)} ycoords but {len(x)} xcoords, expected as many of both")
+        raise PtychodaskError(f"{label}: {len(y)} ycoords but {len(x)} xcoords, expected as many of both")
     position_yx = np.stack([y, x], axis=1)
     axes = frame_axes(container.shape(patterns))
-    last = pattern_axis_is_last(axes, len(position_yx), spec.axes, f"{where}[{patterns}]")
+    last = pattern_axis_is_last(axes, len(position_yx), spec.axes, f"{label}[{patterns}]")
     frames = container.frames(patterns, pattern_last=last)
     if "_metadata" in found:
-        logger.info("%s: left out _metadata, which is read by unpickling", where)
+        logger.info("%s: left out _metadata, which is read by unpickling", label)
     return SourceScan(
         frames=frames,
         position_yx=position_yx,
         unit="px",
-        domain=_domain(frames.dtype, spec, f"{where}[{patterns}]"),
+        domain=_domain(frames.dtype, spec, f"{label}[{patterns}]"),
         dc="centre",
         calibration="as_given",
-        probe=as_probe(container.array("probeGuess"), f"{where}[probeGuess]") if "probeGuess" in found else None,
+        probe=as_probe(container.array("probeGuess"), f"{label}[probeGuess]") if "probeGuess" in found else None,
         object=_object(container) if "objectGuess" in found else None,
         label=_labels(container, frames, last) if "Y" in found else None,
-        scan_index=as_whole_numbers(container.array("scan_index"), where) if "scan_index" in found else None,
+        scan_index=as_whole_numbers(container.array("scan_index"), label) if "scan_index" in found else None,
     )
 
 
@@ -79,18 +79,18 @@ def _refuse_groups(container: Container, patterns: str | None) -> None:
     if len(shape) == 4 or (patterns is None and grouped):
         what = f"{patterns} has shape {shape}" if patterns else f"key {grouped!r} is there"
         raise PtychodaskError(
-            f"{container.where}: its patterns are grouped already ({what}); ingest the scan that it was made from "
+            f"{container.label}: its patterns are grouped already ({what}); ingest the scan that it was made from "
             "(diff3d (pattern, N, N), xcoords, ycoords): groups are made by 'ptychodask group'"
         )
 
 
-def _domain(dtype: np.dtype[Any], spec: IngestSpec, where: str) -> Domain:
+def _domain(dtype: np.dtype[Any], spec: IngestSpec, label: str) -> Domain:
     if spec.domain is not None:
         return spec.domain
     if dtype.kind == "f":
         return "amplitude"
     raise PtychodaskError(
-        f"{where}: patterns are {dtype}, which the format leaves open; "
+        f"{label}: patterns are {dtype}, which the format leaves open; "
         "pass domain='counts' or domain='amplitude' (--domain)"
     )
 
@@ -98,7 +98,7 @@ def _domain(dtype: np.dtype[Any], spec: IngestSpec, where: str) -> Domain:
 def _object(container: Container) -> NDArray[np.complex64] | None:
     values = np.squeeze(container.array("objectGuess"))
     if values.ndim != 2 or not values.size or values.dtype.kind not in "cfiu":
-        logger.info("%s: left out objectGuess of shape %s", container.where, values.shape)
+        logger.info("%s: left out objectGuess of shape %s", container.label, values.shape)
         return None
     return values.astype(np.complex64)
 
@@ -107,6 +107,6 @@ def _labels(container: Container, frames: Frames, last: bool) -> Frames | None:
     shape = frame_axes(container.shape("Y"))
     pattern_last = last and shape != frames.shape
     if (shape if not pattern_last else (shape[-1], *shape[:-1])) != frames.shape:
-        logger.info("%s: left out Y of shape %s, which is no label for each pattern", container.where, shape)
+        logger.info("%s: left out Y of shape %s, which is no label for each pattern", container.label, shape)
         return None
     return container.frames("Y", pattern_last=pattern_last)

@@ -95,16 +95,16 @@ def optic(container: Container, keys: Sequence[str], what: Optic, *, defined: st
     key = next((key for key in keys if container.has(key)), None)
     if key is None:
         return None
-    where = f"{container.where}[{key}]"
+    label = f"{container.label}[{key}]"
     unit = _unit(container, key, what.units, defined, what.way_out)
     values = np.unique(container.array(key)) if container.dtype(key).kind in "iuf" else np.zeros(0)
     if len(values) != 1 or not (np.isfinite(values[0]) and values[0] > 0):
         found = f"is {values[0]}" if len(values) == 1 else f"holds {len(values)} different numbers"
-        raise PtychodaskError(f"{where}: {found}, expected one positive number, the {what.name}; {what.way_out}")
+        raise PtychodaskError(f"{label}: {found}, expected one positive number, the {what.name}; {what.way_out}")
     value = float(values[0]) * what.units[unit]
     if not what.low <= value <= what.high:
         raise PtychodaskError(
-            f"{where}: {values[0]:.6g} {unit} is no {what.name}, so the number has another unit; {what.way_out}"
+            f"{label}: {values[0]:.6g} {unit} is no {what.name}, so the number has another unit; {what.way_out}"
         )
     return value
 
@@ -133,7 +133,7 @@ def metres_of(container: Container, key: str, said: Unit | None, *, defined: str
     """
     if said == "px":
         raise PtychodaskError(
-            f"{container.where}[{key}]: is a length by its format; pass units='um' or 'm', or leave it out"
+            f"{container.label}[{key}]: is a length by its format; pass units='um' or 'm', or leave it out"
         )
     if said is not None:
         return METRES[said]
@@ -145,5 +145,5 @@ def _unit(container: Container, key: str, units: Mapping[str, float], defined: s
     unit = (defined or "" if noted is None else noted).strip().lower()
     if unit not in units:
         found = "the file notes no unit" if noted is None else f"the file notes the unit {noted!r}"
-        raise PtychodaskError(f"{container.where}[{key}]: {found}, expected one of: {', '.join(units)}; {way_out}")
+        raise PtychodaskError(f"{container.label}[{key}]: {found}, expected one of: {', '.join(units)}; {way_out}")
     return unit

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.io.source import BLOCK_BYTES, SLAB_BYTES, Frames
-from ptychodask.progress import show_progress
+from ptychodask.progress import progress_bar
 from ptychodask.scan import PtychodaskError
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class RawFrames:
         As in the file, byte order included; handed out in native order.
     transposed : bool
         The file holds each frame as (w, h).
-    where : str
+    label : str
         The file's name, for messages.
     """
 
@@ -48,10 +48,10 @@ class RawFrames:
         shape: tuple[int, ...],
         dtype: np.dtype[Any],
         *,
-        where: str,
+        label: str,
         transposed: bool = False,
     ) -> None:
-        self._file, self._offset, self._stored, self._transposed, self._where = file, offset, dtype, transposed, where
+        self._file, self._offset, self._stored, self._transposed, self._label = file, offset, dtype, transposed, label
         self._shape = shape
 
     @property
@@ -72,9 +72,9 @@ class RawFrames:
         for start, stop in runs(index):
             try:
                 self._file.seek(self._offset + int(index[start]) * n_pixels * self._stored.itemsize)
-                read_exactly(self._file, frames[start:stop], self._where)
+                read_exactly(self._file, frames[start:stop], self._label)
             except OSError as error:
-                raise PtychodaskError(f"{self._where}: cannot be read ({error.strerror or error})") from error
+                raise PtychodaskError(f"{self._label}: cannot be read ({error.strerror or error})") from error
         return oriented(frames, self._shape, transposed=self._transposed)
 
 
@@ -105,13 +105,13 @@ def block_ranges(shape: tuple[int, ...], itemsize: int, multiple: int = 1) -> It
         yield start, min(start + step, shape[0])
 
 
-def read_exactly(stream: IO[bytes], out: NDArray[Any], where: str) -> None:
+def read_exactly(stream: IO[bytes], out: NDArray[Any], label: str) -> None:
     """Fill a contiguous array from a stream, or refuse the file as truncated."""
     view = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
     while len(view):
         piece = stream.read(min(len(view), BLOCK_BYTES))
         if not piece:
-            raise PtychodaskError(f"{where}: the file is truncated: {len(view)} bytes are missing; copy it again")
+            raise PtychodaskError(f"{label}: the file is truncated: {len(view)} bytes are missing; copy it again")
         view[: len(piece)] = piece
         view = view[len(piece) :]
 
@@ -197,10 +197,10 @@ def spill(
     folder : Path
         Of the scratch file, for messages.
     progress : bool, optional
-        See `show_progress`.
+        See `progress_bar`.
     """
     start = 0
-    with show_progress("unpack", frames.shape[0], "patterns", progress) as bar:
+    with progress_bar("unpack", frames.shape[0], "patterns", progress) as bar:
         for block in frames.blocks():
             rows = kept[np.searchsorted(kept, start) : np.searchsorted(kept, start + len(block))] - start
             prepared = prepare(block[rows])
@@ -213,13 +213,13 @@ def spill(
 
 
 def turn_patterns_first(
-    stream: IO[bytes], n_frame: int, n_patterns: int, dtype: np.dtype[Any], file: IO[bytes], *, folder: Path, where: str
+    stream: IO[bytes], n_frame: int, n_patterns: int, dtype: np.dtype[Any], file: IO[bytes], *, folder: Path, label: str
 ) -> None:
     """Copy values stored (pixel, pattern) into a scratch file as (pattern, pixel), a slab of pixels at a time."""
     step = max(1, SLAB_BYTES // max(1, n_patterns * dtype.itemsize))
     for first in range(0, n_frame, step):
         slab = np.empty((min(step, n_frame - first), n_patterns), dtype)
-        read_exactly(stream, slab, where)
+        read_exactly(stream, slab, label)
         rows = np.ascontiguousarray(slab.T)
         with writing_scratch(folder):
             for pattern in range(n_patterns):

@@ -264,7 +264,7 @@ class Container(Protocol):
     """A file of named arrays."""
 
     @property
-    def where(self) -> str:
+    def label(self) -> str:
         """The file's name, for messages."""
 
     def keys(self) -> list[str]:
@@ -366,7 +366,7 @@ def require_keys(container: Container, keys: Sequence[str]) -> None:
 def missing_key(container: Container, key: str) -> PtychodaskError:
     """The error that says which key is missing and which are there."""
     return PtychodaskError(
-        f"{container.where}: key {key!r} is missing; keys found: {listed_keys(container.keys())}; "
+        f"{container.label}: key {key!r} is missing; keys found: {listed_keys(container.keys())}; "
         "map the file's own names with keys= (--key diffraction=... --key y=... --key x=...)"
     )
 
@@ -395,7 +395,7 @@ def frame_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def pattern_axes(shape: tuple[int, ...], where: str, *, last: bool) -> tuple[int, ...]:
+def pattern_axes(shape: tuple[int, ...], label: str, *, last: bool) -> tuple[int, ...]:
     """Shape (pattern, h, w) of an array that is stored so, or (h, w, pattern) when `last`; others are refused.
 
     Examples
@@ -405,11 +405,11 @@ def pattern_axes(shape: tuple[int, ...], where: str, *, last: bool) -> tuple[int
     """
     axes = frame_axes(shape)
     if len(axes) != 3 or 0 in axes:
-        raise PtychodaskError(f"{where}: has shape {shape}, expected (pattern, qy, qx) and none of them 0")
+        raise PtychodaskError(f"{label}: has shape {shape}, expected (pattern, qy, qx) and none of them 0")
     return (axes[2], *axes[:2]) if last else axes
 
 
-def pattern_axis_is_last(shape: tuple[int, ...], n_positions: int, axes: Axes | None, where: str) -> bool:
+def pattern_axis_is_last(shape: tuple[int, ...], n_positions: int, axes: Axes | None, label: str) -> bool:
     """Whether patterns are stored (h, w, pattern): by what the user says, else by the number of positions.
 
     Parameters
@@ -419,7 +419,7 @@ def pattern_axis_is_last(shape: tuple[int, ...], n_positions: int, axes: Axes | 
     n_positions : int
     axes : Axes, optional
         What the user says.
-    where : str
+    label : str
         The file, for messages.
 
     Raises
@@ -434,20 +434,20 @@ def pattern_axis_is_last(shape: tuple[int, ...], n_positions: int, axes: Axes | 
     """
     if len(shape) != 3:
         raise PtychodaskError(
-            f"{where}: patterns have shape {shape}, expected (pattern, qy, qx); reshape them in the file"
+            f"{label}: patterns have shape {shape}, expected (pattern, qy, qx); reshape them in the file"
         )
     if axes is not None:
         return axes == "qy,qx,pattern"
     first, last = shape[0] == n_positions, shape[2] == n_positions
     if first and last:
         raise PtychodaskError(
-            f"{where}: patterns of shape {shape} with {n_positions} positions fit two orders of axes; "
+            f"{label}: patterns of shape {shape} with {n_positions} positions fit two orders of axes; "
             "pass axes='pattern,qy,qx' or axes='qy,qx,pattern' (--axes)"
         )
     return last and not first
 
 
-def as_probe(values: NDArray[Any], where: str) -> NDArray[np.complex64]:
+def as_probe(values: NDArray[Any], label: str) -> NDArray[np.complex64]:
     """A probe (mode, h, w) from (h, w), (mode, h, w), (h, w, 1) or more axes of length 1 in front."""
     probe = values
     while probe.ndim > 3 and probe.shape[0] == 1:
@@ -458,34 +458,34 @@ def as_probe(values: NDArray[Any], where: str) -> NDArray[np.complex64]:
         probe = probe[None]
     if probe.ndim != 3 or probe.dtype.kind not in "cfiu":
         raise PtychodaskError(
-            f"{where}: the probe has shape {values.shape} and type {values.dtype}, "
+            f"{label}: the probe has shape {values.shape} and type {values.dtype}, "
             "expected complex (mode, h, w) or (h, w)"
         )
     return np.ascontiguousarray(probe, dtype=np.complex64)
 
 
-def as_mask(values: NDArray[Any], where: str) -> NDArray[np.bool_]:
+def as_mask(values: NDArray[Any], label: str) -> NDArray[np.bool_]:
     """A mask from booleans or whole numbers, True (or not 0) where a pixel is good."""
     if values.ndim != 2 or values.dtype.kind not in "biu":
         raise PtychodaskError(
-            f"{where}: the mask has shape {values.shape} and type {values.dtype}, "
+            f"{label}: the mask has shape {values.shape} and type {values.dtype}, "
             "expected bool (h, w), True where a pixel is good"
         )
     return values.astype(bool)
 
 
-def as_vector(values: NDArray[Any], where: str) -> NDArray[np.float64]:
+def as_vector(values: NDArray[Any], label: str) -> NDArray[np.float64]:
     """Numbers as float64 (n,), whatever axes of length 1 they had."""
     if values.dtype.kind not in "iuf" or values.size != max(values.shape, default=1):
         raise PtychodaskError(
-            f"{where}: values have shape {values.shape} and type {values.dtype}, expected one number for each pattern"
+            f"{label}: values have shape {values.shape} and type {values.dtype}, expected one number for each pattern"
         )
     return values.reshape(-1).astype(np.float64)
 
 
-def as_whole_numbers(values: NDArray[Any], where: str) -> NDArray[np.int64]:
+def as_whole_numbers(values: NDArray[Any], label: str) -> NDArray[np.int64]:
     """Whole numbers as int64 (n,)."""
-    vector = as_vector(values, where)
+    vector = as_vector(values, label)
     if not np.isfinite(vector).all() or (vector != np.rint(vector)).any():
-        raise PtychodaskError(f"{where}: values are not whole numbers, expected the experiment of each pattern")
+        raise PtychodaskError(f"{label}: values are not whole numbers, expected the experiment of each pattern")
     return vector.astype(np.int64)

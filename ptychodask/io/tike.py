@@ -30,7 +30,7 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
     shape = container.shape("data")
     if len(frame_axes(shape)) != 3:
         raise PtychodaskError(
-            f"{container.where}[data]: patterns have shape {shape}, expected one angle, (1, pattern, qy, qx); "
+            f"{container.label}[data]: patterns have shape {shape}, expected one angle, (1, pattern, qy, qx); "
             "save the angles one by one"
         )
     scan = container.array("scan")
@@ -42,5 +42,5 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
         domain="counts",
         dc="corner",
         calibration="mean_counts",
-        probe=as_probe(container.array("probe"), f"{container.where}[probe]"),
+        probe=as_probe(container.array("probe"), f"{container.label}[probe]"),
     )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.folders import whole_or_nothing
+from ptychodask.folders import atomic_folder
 from ptychodask.io.npy_stream import read_npz
 from ptychodask.models.description import FORMAT, FORMAT_VERSION, MODEL, read_description, read_history
 from ptychodask.models.model import Model, hash_weights
@@ -53,7 +53,7 @@ def save_model(model: Model, path: str | Path, *, overwrite: bool = False) -> Mo
         "content_hash": model.content_hash,
         "trained_on": model.trained_on,
     }
-    with whole_or_nothing(path, overwrite=overwrite, form=MODEL) as folder:
+    with atomic_folder(path, overwrite=overwrite, kind=MODEL) as folder:
         weights: dict[str, Any] = {f"w{i:04d}": array for i, array in enumerate(model.weights)}
         np.savez(folder / "weights.npz", **weights)
         np.savez(

@@ -6,13 +6,13 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from ptychodask.folders import Form, read_json
+from ptychodask.folders import StoreKind, read_json
 from ptychodask.scan import PtychodaskError
 
 FORMAT = "ptychodask-model"
 FORMAT_VERSION = 1
 
-MODEL = Form(FORMAT, FORMAT_VERSION, "model", "train")
+MODEL = StoreKind(FORMAT, FORMAT_VERSION, "model", "train")
 
 
 def read_description(path: Path) -> dict[str, Any]:

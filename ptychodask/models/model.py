@@ -195,9 +195,9 @@ class Predictor(Protocol):
 def one_line(model: Predictor, weights: Iterable[NDArray[np.float32]]) -> str:
     """What a model is, in one line."""
     n_weights = sum(array.size for array in weights)
-    where = f"{model.path}: " if model.path else ""
+    label = f"{model.path}: " if model.path else ""
     return (
-        f"{type(model).__name__}({where}{model.kind}, N = {model.n_pixels}, C = {model.members}, "
+        f"{type(model).__name__}({label}{model.kind}, N = {model.n_pixels}, C = {model.members}, "
         f"a patch per {model.output}, {n_weights:,} weights)"
     )
 

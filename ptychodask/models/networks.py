@@ -15,8 +15,8 @@ from ptychodask.models.physics import (
     ComplexPair,
     Tensor,
     expected_counts,
+    extrapolate,
     gathered_weight,
-    go_on,
     merge_members,
     project_group,
     relative_light,
@@ -196,7 +196,7 @@ class GroupProjections(layers.Layer):
         ahead, length = patches, step_length(self._momentum)
         for _ in range(self._steps):
             before, patches = patches, project_group(ahead, *given, length)
-            ahead = go_on(before, patches, self._momentum)
+            ahead = extrapolate(before, patches, self._momentum)
         return join_channels(patches, optics.object_amplitude)
 
     def compute_output_shape(self, x_shape: Any, *_: Any) -> Any:

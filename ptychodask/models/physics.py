@@ -245,7 +245,7 @@ def project_group(
     return patches[0] + step[0] / denominator, patches[1] + step[1] / denominator
 
 
-def go_on(before: ComplexPair, after: ComplexPair, momentum: float) -> ComplexPair:
+def extrapolate(before: ComplexPair, after: ComplexPair, momentum: float) -> ComplexPair:
     """Where the next step starts: as far beyond the last one as a share of it.
 
     Parameters

@@ -25,7 +25,7 @@ from ptychodask.compare import compare
 from ptychodask.io.probe import disc_probe, to_far_field, to_real_space, zone_plate_probe
 from ptychodask.models import Model, save_model, untrained_model
 from ptychodask.models.pretrained import CARD
-from ptychodask.models.traits import TRAITS
+from ptychodask.models.traits import QUANTITIES
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Scan, probe_diameter_px
 from ptychodask.simulate import crossing_lines, random_field, siemens_star, simulate
@@ -38,7 +38,7 @@ N_PIXELS = 64
 PATTERNS = 256
 """Patterns of each simulated scan."""
 
-LESSONS = 64
+TRAINING_SCANS = 64
 """Scans that a model is trained on."""
 
 JUDGED = 12
@@ -215,7 +215,7 @@ def make(
     out: Path,
     *,
     minutes: float | None = None,
-    n_scans: int = LESSONS,
+    n_scans: int = TRAINING_SCANS,
     n_judged: int = JUDGED,
     seed: int = 0,
 ) -> Model:
@@ -300,7 +300,7 @@ def card(model: Model, about: str) -> str:
         f"{on['n_scans']} simulated scans of {PATTERNS} patterns of {spec.n_pixels}², {len(model.history)} epochs in "
         f"{model.history[-1]['seconds'] / 60:.0f} minutes ({on['backend']}). {DRAWN}"
     )
-    ranges = [f"| {TRAITS[trait].words} | {low:.3g} to {high:.3g} |" for trait, (low, high) in on["traits"].items()]
+    ranges = [f"| {QUANTITIES[trait].words} | {low:.3g} to {high:.3g} |" for trait, (low, high) in on["traits"].items()]
     figures = [
         f"| {key} | {_spread(values)} | {_spread(judged['untrained'][key])} |"
         for key, values in judged["trained"].items()
@@ -345,7 +345,7 @@ def main() -> None:
     parser.add_argument("name", choices=RECIPES, help="the packaged model to make")
     parser.add_argument("--out", type=Path, required=True, help="the bundle to write")
     parser.add_argument("--minutes", type=float, help="time of the training; by default the recipe's")
-    parser.add_argument("--scans", type=int, default=LESSONS, help="simulated scans to train on")
+    parser.add_argument("--scans", type=int, default=TRAINING_SCANS, help="simulated scans to train on")
     parser.add_argument("--judged", type=int, default=JUDGED, help="simulated scans to judge on")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training")
     given: Any = parser.parse_args()

@@ -18,7 +18,7 @@ Ranges = dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Trait:
+class ScanQuantity:
     """A number by which scans are told apart."""
 
     words: str
@@ -31,17 +31,17 @@ class Trait:
     """How far below or above the range a scan may lie."""
 
 
-TRAITS = {
-    "step_px": Trait("mean step (px)", factor=1.5),
-    "probe_diameter_px": Trait("probe diameter (px)", factor=1.25),
-    "overlap": Trait("probe overlap, 1 - step / diameter", margin=0.1),
-    "photons": Trait("photons in a pattern", factor=10.0),
+QUANTITIES = {
+    "step_px": ScanQuantity("mean step (px)", factor=1.5),
+    "probe_diameter_px": ScanQuantity("probe diameter (px)", factor=1.25),
+    "overlap": ScanQuantity("probe overlap, 1 - step / diameter", margin=0.1),
+    "photons": ScanQuantity("photons in a pattern", factor=10.0),
 }
 """What a prediction depends on beside the object. A network generalises a little beyond what it saw."""
 
 
-def traits_of(scan: Scan, step_px: float | None) -> dict[str, float]:
-    """The traits of a scan, by the names of `TRAITS`.
+def scan_quantities(scan: Scan, step_px: float | None) -> dict[str, float]:
+    """The traits of a scan, by the names of `QUANTITIES`.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ def ranges_of(scans: Iterable[Scan]) -> Ranges:
     """Lowest and highest value of each trait over some scans."""
     values: dict[str, list[float]] = {}
     for scan in scans:
-        for name, value in traits_of(scan, spacing_px(scan.position_yx_px)).items():
+        for name, value in scan_quantities(scan, spacing_px(scan.position_yx_px)).items():
             values.setdefault(name, []).append(value)
     return {name: (float(min(found)), float(max(found))) for name, found in sorted(values.items())}
 
@@ -85,7 +85,7 @@ def read_ranges(recorded: Any) -> Ranges:
     if not isinstance(recorded, dict):
         return {}
     found = {}
-    for name in TRAITS:
+    for name in QUANTITIES:
         ends = recorded.get(name)
         if not isinstance(ends, list | tuple) or len(ends) != 2:
             continue
@@ -94,7 +94,7 @@ def read_ranges(recorded: Any) -> Ranges:
     return found
 
 
-def outside(ranges: Ranges, scan: Scan, step_px: float | None) -> list[str]:
+def outside_range(ranges: Ranges, scan: Scan, step_px: float | None) -> list[str]:
     """In what a scan lies outside of the scans that a network was trained on.
 
     Parameters
@@ -102,7 +102,7 @@ def outside(ranges: Ranges, scan: Scan, step_px: float | None) -> list[str]:
     ranges : dict
         `ranges_of` the scans that it was trained on; none says nothing.
     scan, step_px
-        As in `traits_of`.
+        As in `scan_quantities`.
 
     Returns
     -------
@@ -121,10 +121,10 @@ def outside(ranges: Ranges, scan: Scan, step_px: float | None) -> list[str]:
     >>> outside({"photons": (1e3, 1e6)}, scan, step_px=9.0)
     ['photons in a pattern is 64, trained on 1000 to 1e+06']
     """
-    traits = traits_of(scan, step_px)
+    traits = scan_quantities(scan, step_px)
     lines = []
     for name, (low, high) in ranges.items():
-        trait, value = TRAITS[name], traits.get(name)
+        trait, value = QUANTITIES[name], traits.get(name)
         if value is None or low / trait.factor - trait.margin <= value <= high * trait.factor + trait.margin:
             continue
         trained_on = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"

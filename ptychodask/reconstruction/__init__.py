@@ -20,7 +20,7 @@ import numpy as np
 import xarray as xr
 
 from ptychodask.cluster import client_for_run
-from ptychodask.places import ObjectPlace, Place, is_resumable, place_named
+from ptychodask.places import Location, S3Location, is_resumable, parse_location
 from ptychodask.plan import (
     MIB,
     NOT_STORED,
@@ -61,18 +61,18 @@ Models = str | Path | PatchModel | Mapping[str, str | Path | PatchModel] | None
 
 @overload
 def reconstruct(
-    store: str | Path | ObjectPlace, model: Models = None, spec: ReconstructionSpec = ..., **options: Any
+    store: str | Path | S3Location, model: Models = None, spec: ReconstructionSpec = ..., **options: Any
 ) -> xr.Dataset: ...
 @overload
 def reconstruct(
     store: list[Any] | tuple[Any, ...], model: Models = None, spec: ReconstructionSpec = ..., **options: Any
 ) -> dict[str, xr.Dataset]: ...
 def reconstruct(
-    store: str | Path | ObjectPlace | Sequence[str | Path | ObjectPlace],
+    store: str | Path | S3Location | Sequence[str | Path | S3Location],
     model: Models = None,
     spec: ReconstructionSpec = ReconstructionSpec(),
     *,
-    out: str | Path | ObjectPlace | None = None,
+    out: str | Path | S3Location | None = None,
     client: distributed.Client | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -106,7 +106,7 @@ def reconstruct(
     compute : bool
         False gives a lazy Dataset: a region of it predicts only the chunks that meet the tiles it touches.
     progress : bool, optional
-        See `show_progress`.
+        See `progress_bar`.
     **spec_fields
         Fields of `spec` to replace, by name.
 
@@ -171,23 +171,23 @@ def reconstruct(
         "compute": compute,
         "progress": progress,
     }
-    if isinstance(store, str | Path | ObjectPlace):
+    if isinstance(store, str | Path | S3Location):
         return _reconstruct_one(store, model, spec, out=out, client=client, **options)
     with client_for_run(client) if compute else nullcontext(client) as used:
         return reconstruct_each(
             store,
-            None if out is None else place_named(out),
+            None if out is None else parse_location(out),
             spec,
             lambda one, path: _reconstruct_one(one, model, spec, out=path, client=used, **options),
         )
 
 
 def _reconstruct_one(
-    store: str | Path | ObjectPlace,
+    store: str | Path | S3Location,
     model: Models,
     spec: ReconstructionSpec,
     *,
-    out: str | Path | ObjectPlace | None,
+    out: str | Path | S3Location | None,
     client: distributed.Client | None,
     overwrite: bool,
     resume: bool,
@@ -205,26 +205,26 @@ def _reconstruct_one(
     models = model if isinstance(model, Mapping) else {"": model}
     networks = {str(label): resolve_model(scan, one) for label, one in models.items()}
     _warn_of_other_scans(networks, reader)
-    result = None if out is None else place_named(out)
+    result = None if out is None else parse_location(out)
     plan_now = partial(_planned_now, store, networks, spec, several=several)
     if spec.follow:
         work = first_work(plan_now, str(store), spec.follow_timeout_s)
     else:
         work = _planned(reader, scan, networks, spec, several=several)
-    scan, todo = work.scan, work.todo
+    scan, plan = work.scan, work.plan
     grows = scan.attributes["state"] == "growing"
     goes_on = resume and "segments" in scan.attributes and result is not None and is_resumable(result)
     if spec.follow and (grows or goes_on):
-        where = _check_followed(spec, result, todo.store)
+        where = _check_followed(spec, result, plan.store)
         with client_for_run(client) as used:
             following = Following(plan_now, used, progress)
             return write_result(
                 work, where, used, started, progress, overwrite=overwrite, resume=resume, following=following
             )
-    with patch_cache(scan, networks, todo, spec, result, overwrite=overwrite, resume=resume) as patches:
+    with patch_cache(scan, networks, plan, spec, result, overwrite=overwrite, resume=resume) as patches:
         work = replace(work, job=replace(work.job, **patches))
         if not compute:
-            return lazy_result(work.job, todo, scan.pixel_size_m, work.attributes)
+            return lazy_result(work.job, plan, scan.pixel_size_m, work.attributes)
         if result is None:
             return _in_memory(work, client, started, progress)
         return write_result(work, result, client, started, progress, overwrite=overwrite, resume=resume)
@@ -237,14 +237,14 @@ def _warn_of_other_scans(networks: Mapping[str, PatchModel], reader: ScanReader)
             logger.warning(
                 "%s: lies outside of what %s was trained on (%s): look at the result with care, and polish it "
                 "(polish=10, --polish 10) or train on the scan",
-                reader.where,
+                reader.label,
                 model.path or f"the {model.kind}",
                 "; ".join(unlike),
             )
 
 
 def _planned_now(
-    store: str | Path | ObjectPlace, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
+    store: str | Path | S3Location, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
 ) -> Work:
     """The work on what a store holds now."""
     reader = ScanReader(store)
@@ -266,7 +266,7 @@ def _planned(
     return Work(scan, job, next(iter(plans.values())), spec, _attributes(networks, reader, plans, spec))
 
 
-def _check_followed(spec: ReconstructionSpec, result: Place | None, store: str) -> Path:
+def _check_followed(spec: ReconstructionSpec, result: Location | None, store: str) -> Path:
     """Where the result goes; raises `PtychodaskError` for wishes that a scan which grows cannot be followed with."""
     if not isinstance(result, Path):
         raise PtychodaskError(
@@ -282,7 +282,7 @@ def _check_followed(spec: ReconstructionSpec, result: Place | None, store: str) 
 
 
 def _check_asked(
-    spec: ReconstructionSpec, out: str | Path | ObjectPlace | None, *, compute: bool, several: bool, resume: bool
+    spec: ReconstructionSpec, out: str | Path | S3Location | None, *, compute: bool, several: bool, resume: bool
 ) -> None:
     """Raise `PtychodaskError` for wishes that exclude each other."""
     if resume and out is None:
@@ -314,33 +314,37 @@ def _check_asked(
         raise PtychodaskError(
             "reconstruct: several models with polish or cache, which go with one; reconstruct with one model at a time"
         )
-    if spec.cache is not None and out is not None and place_named(spec.cache).resolve() == place_named(out).resolve():
+    if (
+        spec.cache is not None
+        and out is not None
+        and parse_location(spec.cache).resolve() == parse_location(out).resolve()
+    ):
         raise PtychodaskError(f"reconstruct: {out} is named as the result and as the cache of patches; name two places")
-    if spec.cache is not None and not compute and not place_named(spec.cache).exists():
+    if spec.cache is not None and not compute and not parse_location(spec.cache).exists():
         raise PtychodaskError(f"reconstruct: compute=False cannot fill the cache {spec.cache}; compute first")
 
 
 def _in_memory(work: Work, client: distributed.Client | None, started: float, progress: bool | None) -> xr.Dataset:
-    todo = work.todo
+    plan = work.plan
     _check_in_memory(work)
     arrays: TileArrays = {
-        name: np.full(work.job.layers.shape(name, todo.box.shape), fill, dtype)
+        name: np.full(work.job.layers.shape(name, plan.box.shape), fill, dtype)
         for name, (dtype, fill, _) in work.job.layers.variables.items()
     }
 
     def place(tile: Tile, report: TileReport) -> None:
         assert report.arrays is not None
-        y, x = start_yx(todo, tile)
+        y, x = start_yx(plan, tile)
         height, width = tile.box.shape
         for name, part in report.arrays.items():
             arrays[name][..., y : y + height, x : x + width] = part
 
-    told = run_work(work, client, None, place, show=progress, screen=screen_for(work.spec.live))
+    told = run_work(work, client, None, place, progress=progress, screen=screen_for(work.spec.live))
     return make_dataset(
         **arrays,
-        corner=todo.box.corner,
+        corner=plan.box.corner,
         pixel_size_m=work.scan.pixel_size_m,
-        attributes=work.attributes | rates(todo, told, started),
+        attributes=work.attributes | rates(plan, told, started),
         layers=work.job.layers,
     )
 
@@ -383,11 +387,11 @@ def _plain(value: Any) -> Any:
 
 
 def _check_in_memory(work: Work) -> None:
-    todo, layers = work.todo, work.job.layers
+    plan, layers = work.plan, work.job.layers
     per_pixel = RESULT_PIXEL_BYTES * max(1, len(layers.methods)) * (2 if layers.split_half else 1)
-    n_bytes = todo.box.n_pixels * per_pixel
-    if n_bytes > todo.memory_bytes:
+    n_bytes = plan.box.n_pixels * per_pixel
+    if n_bytes > plan.memory_bytes:
         raise PtychodaskError(
-            f"reconstruct: the object has {todo.box.shape[0]} x {todo.box.shape[1]} px, {n_bytes / MIB:,.0f} MiB, more "
-            f"than memory_bytes={todo.memory_bytes}; pass out= to write it to disk, or roi=, or compute=False"
+            f"reconstruct: the object has {plan.box.shape[0]} x {plan.box.shape[1]} px, {n_bytes / MIB:,.0f} MiB, more "
+            f"than memory_bytes={plan.memory_bytes}; pass out= to write it to disk, or roi=, or compute=False"
         )

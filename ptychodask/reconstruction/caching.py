@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ptychodask.folders import LEDGER, whole_or_nothing
+from ptychodask.folders import LEDGER, atomic_folder
 from ptychodask.patches import PATCHES, check_patches, create_patches, finish_patches
-from ptychodask.places import Place, is_resumable, on_disk
+from ptychodask.places import Location, is_resumable, on_disk
 from ptychodask.plan import Plan, ReconstructionSpec
 from ptychodask.prediction import PatchModel
 from ptychodask.scan import PtychodaskError, Scan
@@ -18,9 +18,9 @@ from ptychodask.scan import PtychodaskError, Scan
 def patch_cache(
     scan: Scan,
     networks: Mapping[str, PatchModel],
-    todo: Plan,
+    plan: Plan,
     spec: ReconstructionSpec,
-    result: Place | None,
+    result: Location | None,
     *,
     overwrite: bool,
     resume: bool,
@@ -54,8 +54,8 @@ def patch_cache(
     made_by = {
         "data_hash": scan.data_hash,
         "model_hash": network.content_hash,
-        "groups": todo.groups,
-        "groups_hash": todo.groups_hash,
+        "groups": plan.groups,
+        "groups_hash": plan.groups_hash,
         "precision": spec.precision,
     }
     if path.exists():
@@ -72,17 +72,17 @@ def patch_cache(
             f"{path}: the cache that the stopped run was filling is gone; start again with overwrite=True "
             "(--overwrite), without resume"
         )
-    shape = (todo.n_pixels, todo.n_pixels)
-    with whole_or_nothing(path, overwrite=overwrite, form=PATCHES, resume=resume) as building:
+    shape = (plan.n_pixels, plan.n_pixels)
+    with atomic_folder(path, overwrite=overwrite, kind=PATCHES, resume=resume) as building:
         marker = building.parent / LEDGER
         if marker.exists():
             check_patches(building, made_by, finished=False)
         else:
             create_patches(
                 building,
-                (todo.members, *shape) if todo.output == "member" else shape,
-                todo.n_groups,
-                (todo.groups_per_chunk, todo.batch_size, *(chunk.start for chunk in todo.chunks)),
+                (plan.members, *shape) if plan.output == "member" else shape,
+                plan.n_groups,
+                (plan.groups_per_chunk, plan.batch_size, *(chunk.start for chunk in plan.chunks)),
                 made_by,
             )
         if result is not None:

@@ -17,7 +17,7 @@ from ptychodask.plan import RegionNotReachedError
 from ptychodask.reconstruction.ledger import Ledger, check_same
 from ptychodask.reconstruction.live import LivePicture, Screen
 from ptychodask.reconstruction.running import check_workers
-from ptychodask.reconstruction.stitching import Stitching, sent_job
+from ptychodask.reconstruction.stitching import Stitching, broadcast_job
 from ptychodask.reconstruction.work import Work, identity
 from ptychodask.scan import PtychodaskError
 
@@ -39,7 +39,7 @@ class Following:
         Gives the work on what the store holds now.
     client : distributed.Client
     progress : bool, optional
-        See `show_progress`.
+        See `progress_bar`.
 
     Notes
     -----
@@ -50,7 +50,7 @@ class Following:
     def __init__(self, plan_now: Callable[[], Work], client: distributed.Client, progress: bool | None) -> None:
         self._plan_now, self._client, self._progress = plan_now, client, progress
 
-    def to_its_end(self, work: Work, ledger: Ledger, sums: Path, screen: Screen | None) -> Work:
+    def complete(self, work: Work, ledger: Ledger, sums: Path, screen: Screen | None) -> Work:
         """Predict segment after segment; gives the work on the complete scan, whose chunks are noted in the ledger.
 
         Parameters
@@ -74,9 +74,9 @@ class Following:
         sums.mkdir(exist_ok=True)
         while True:
             now = growing_identity(work)
-            check_same(made_by | {"plan": now["plan"]}, now, work.todo.store)
+            check_same(made_by | {"plan": now["plan"]}, now, work.plan.store)
             if now != made_by:
-                logger.warning("%s: chunks became smaller to fit into the memory: all begin anew", work.todo.store)
+                logger.warning("%s: chunks became smaller to fit into the memory: all begin anew", work.plan.store)
                 shutil.rmtree(sums)
                 sums.mkdir()
                 ledger.begin_anew(now)
@@ -87,21 +87,21 @@ class Following:
                 return work
             live = None
             if screen is not None:
-                live = LivePicture(screen, work.todo, work.job.layers, work.scan.pixel_size_m)
+                live = LivePicture(screen, work.plan, work.job.layers, work.scan.pixel_size_m)
             self._predict(work, ledger, sums, live, sure)
             work = self._next(work)
 
     def _predict(self, work: Work, ledger: Ledger, sums: Path, live: LivePicture | None, sure: set[int]) -> None:
         """Predict the chunks that are new, and show them with the others."""
-        todo, client = work.todo, self._client
-        with sent_job(client, work.job) as sent:
+        plan, client = work.plan, self._client
+        with broadcast_job(client, work.job) as sent:
             preflight_jobs(client, [method.prediction for method in work.job.methods])
-            check_workers(client, max(todo.predict_bytes, todo.reassemble_bytes))
+            check_workers(client, max(plan.predict_bytes, plan.reassemble_bytes))
             stitching = Stitching(
                 client,
                 work.job,
                 sent,
-                todo,
+                plan,
                 tolerant=work.spec.on_error == "skip",
                 folder=sums,
                 ledger=ledger,
@@ -112,13 +112,13 @@ class Following:
             stitching.run(lambda tile, report: None, self._progress)
         if live is not None:
             live.finish()
-        sure.update(range(len(todo.chunks)))
+        sure.update(range(len(plan.chunks)))
 
     def _next(self, work: Work) -> Work:
         """Wait until the store holds more than this work is on, or is complete; gives the work on that."""
         attributes = work.scan.attributes
         known = attributes["state"], len(attributes["segments"])
-        _wait_for_growth(work.todo.store, known, work.spec.follow_timeout_s)
+        _wait_for_growth(work.plan.store, known, work.spec.follow_timeout_s)
         return self._plan_now()
 
 

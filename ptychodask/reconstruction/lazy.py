@@ -18,7 +18,7 @@ from ptychodask.reconstruction.tasks import StitchingJob, predict_chunk, reassem
 from ptychodask.result import make_dataset
 
 
-def lazy_result(job: StitchingJob, todo: Plan, pixel_size_m: float | None, attributes: dict[str, Any]) -> xr.Dataset:
+def lazy_result(job: StitchingJob, plan: Plan, pixel_size_m: float | None, attributes: dict[str, Any]) -> xr.Dataset:
     """The Dataset of Dask arrays: one task per chunk, one per tile, which gives all arrays of the tile together."""
     predictions = [method.prediction for method in job.methods]
     token = tokenize(
@@ -26,21 +26,21 @@ def lazy_result(job: StitchingJob, todo: Plan, pixel_size_m: float | None, attri
             (one.store, one.data_hash, one.groups, one.model.content_hash, one.drop, one.precision)
             for one in predictions
         ],
-        todo.summary(),
-        todo.box,
+        plan.summary(),
+        plan.box,
         job.layers,
         job.patches,
         job.position_yx_px,
     )
     job_key, predict, tiles = f"job-{token}", f"predict-{token}", f"reassemble-{token}"
     chunk_tasks = {
-        (predict, i): Task((predict, i), predict_chunk, TaskRef(job_key), c) for i, c in enumerate(todo.chunks)
+        (predict, i): Task((predict, i), predict_chunk, TaskRef(job_key), c) for i, c in enumerate(plan.chunks)
     }
     tile_tasks = {
         (tiles, i): Task(
             (tiles, i), reassemble_tile, job.layers, tile, List(*(TaskRef((predict, c)) for c in tile.chunks))
         )
-        for i, tile in enumerate(todo.tiles)
+        for i, tile in enumerate(plan.tiles)
     }
     client = active_client()
     resources = (
@@ -52,19 +52,19 @@ def lazy_result(job: StitchingJob, todo: Plan, pixel_size_m: float | None, attri
         tiles: MaterializedLayer(tile_tasks),
     }
     dependencies: dict[str, set[str]] = {job_key: set(), predict: {job_key}, tiles: {predict}}
-    planes = tuple(_tile_sizes(side, todo.tile) for side in todo.box.shape)
+    planes = tuple(_tile_sizes(side, plan.tile) for side in plan.box.shape)
     arrays = {}
     for variable, (dtype, _, _) in job.layers.variables.items():
         name = f"{variable}-{token}"
         whole = tuple((size,) for size in job.layers.shape(variable, (0, 0))[:-2])
         picks = {}
-        for i in range(len(todo.tiles)):
+        for i in range(len(plan.tiles)):
             key = (name, *[0] * len(whole), i // len(planes[1]), i % len(planes[1]))
             picks[key] = Task(key, getitem, TaskRef((tiles, i)), variable)
         graph = HighLevelGraph({**layers, name: MaterializedLayer(picks)}, {**dependencies, name: {tiles}})
         arrays[variable] = da.Array(graph, name, (*whole, *planes), dtype=dtype)
     return make_dataset(
-        **arrays, corner=todo.box.corner, pixel_size_m=pixel_size_m, attributes=attributes, layers=job.layers
+        **arrays, corner=plan.box.corner, pixel_size_m=pixel_size_m, attributes=attributes, layers=job.layers
     )
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from ptychodask.folders import LEDGER, from_json
-from ptychodask.places import ObjectPlace, Place, remove
+from ptychodask.places import Location, S3Location, remove
 from ptychodask.scan import PtychodaskError
 
 FORMAT = "ptychodask-ledger"
@@ -36,7 +36,7 @@ class Ledger:
     An object store adds nothing to an object: there each line is one of its own, below the name of the file.
     """
 
-    def __init__(self, folder: Place, made_by: dict[str, Any]) -> None:
+    def __init__(self, folder: Location, made_by: dict[str, Any]) -> None:
         self._path = folder / LEDGER
         self._made_by = json.loads(json.dumps(made_by))
         self._begun = False
@@ -76,7 +76,7 @@ class Ledger:
 
     def add(self, kind: str, index: int, record: Mapping[str, Any]) -> None:
         """Note that a chunk or a tile is finished; on disk when this returns."""
-        if isinstance(self._path, ObjectPlace):
+        if isinstance(self._path, S3Location):
             self._add_object(self._path, kind, index, record)
             return
         # A line before, so that what a full disk cut short does not spoil this one.
@@ -97,7 +97,7 @@ class Ledger:
     def _header(self) -> str:
         return _line({"format": FORMAT, "format_version": FORMAT_VERSION, "made_by": self._made_by})
 
-    def _add_object(self, path: ObjectPlace, kind: str, index: int, record: Mapping[str, Any]) -> None:
+    def _add_object(self, path: S3Location, kind: str, index: int, record: Mapping[str, Any]) -> None:
         if not self._begun:
             (path / HEADER).write_bytes(self._header().encode())
             self._begun = True
@@ -105,7 +105,7 @@ class Ledger:
 
     def forget(self) -> None:
         """Remove it: nothing of the run is to be gone on with."""
-        if isinstance(self._path, ObjectPlace):
+        if isinstance(self._path, S3Location):
             remove(self._path)
         else:
             self._path.unlink(missing_ok=True)
@@ -116,14 +116,14 @@ def _line(record: Mapping[str, Any]) -> str:
     return f"{text}\t{zlib.crc32(text.encode()):08x}\n"
 
 
-def _lines(path: Place) -> list[str]:
-    if isinstance(path, ObjectPlace):
+def _lines(path: Location) -> list[str]:
+    if isinstance(path, S3Location):
         keys = sorted((found for found, _ in path.below()), key=str)
         return [key.read_bytes().decode(errors="replace").strip() for key in keys]
     return path.read_text(errors="replace").splitlines()
 
 
-def _whole_lines(path: Place) -> list[dict[str, Any]]:
+def _whole_lines(path: Location) -> list[dict[str, Any]]:
     """Records of a ledger, the header first; lines that are none, or whose checksum is not theirs, are left out."""
     records = []
     try:
@@ -141,7 +141,7 @@ def _whole_lines(path: Place) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record, dict)] or [{}]
 
 
-def check_same(found: Any, expected: dict[str, Any], where: str) -> None:
+def check_same(found: Any, expected: dict[str, Any], label: str) -> None:
     """Raise `PtychodaskError` unless what made some data is what would make them now; the differences are named.
 
     Parameters
@@ -149,14 +149,14 @@ def check_same(found: Any, expected: dict[str, Any], where: str) -> None:
     found : dict
         Nested plain values that were recorded.
     expected : dict
-    where : str
+    label : str
         The data, for messages.
     """
     differing = differences(found, expected)
     if differing:
         told = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
         raise PtychodaskError(
-            f"{where}: was made by another run: {told}; ask as that run did to go on with it, or pass overwrite=True "
+            f"{label}: was made by another run: {told}; ask as that run did to go on with it, or pass overwrite=True "
             "(--overwrite), without resume, to start again"
         )
 

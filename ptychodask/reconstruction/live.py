@@ -14,7 +14,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ptychodask.display import grey_png
-from ptychodask.folders import whole_file
+from ptychodask.folders import atomic_file
 from ptychodask.plan import Live, Plan
 from ptychodask.progress import in_notebook
 from ptychodask.result import Layers
@@ -151,11 +151,11 @@ class LivePicture:
     pixel_size_m : float or None
     """
 
-    def __init__(self, screen: Screen, todo: Plan, layers: Layers, pixel_size_m: float | None) -> None:
-        self.step = cell_size(todo.box.shape)
+    def __init__(self, screen: Screen, plan: Plan, layers: Layers, pixel_size_m: float | None) -> None:
+        self.step = cell_size(plan.box.shape)
         """Pixels across a cell."""
-        self._screen, self._todo, self._layers, self._pixel_size_m = screen, todo, layers, pixel_size_m
-        cells = tuple(-(-side // self.step) for side in todo.box.shape)
+        self._screen, self._plan, self._layers, self._pixel_size_m = screen, plan, layers, pixel_size_m
+        cells = tuple(-(-side // self.step) for side in plan.box.shape)
         shape = layers.shape("object", (cells[0], cells[1]))
         self._object = np.full(shape, np.nan, np.complex64)
         self._amplitude = np.full(shape, np.nan, np.float32)
@@ -186,15 +186,15 @@ class LivePicture:
     def _dataset(self) -> xr.Dataset:
         dims = self._layers.dims("object")
         coordinates: dict[str, Any] = {"method": list(self._layers.methods)} if self._layers.methods else {}
-        for dim, first, size in zip(("y", "x"), self._todo.box.corner, self._amplitude.shape[-2:], strict=True):
+        for dim, first, size in zip(("y", "x"), self._plan.box.corner, self._amplitude.shape[-2:], strict=True):
             pixels = first + (self.step - 1) / 2 + self.step * np.arange(size, dtype=np.float64)
             coordinates[dim] = (dim, pixels, {"units": "px"})
             if self._pixel_size_m is not None:
                 coordinates[f"{dim}_m"] = (dim, pixels * self._pixel_size_m, {"units": "m"})
         arrays = {"object": (dims, self._object.copy()), "amplitude": (dims, self._amplitude.copy())}
         # Polishing delivers each tile a second time.
-        told = {"n_tiles": len(self._todo.tiles), "tiles_done": min(self._n_parts, len(self._todo.tiles))}
-        return xr.Dataset(arrays, coordinates, {"store": self._todo.store, "step_px": self.step, **told})
+        told = {"n_tiles": len(self._plan.tiles), "tiles_done": min(self._n_parts, len(self._plan.tiles))}
+        return xr.Dataset(arrays, coordinates, {"store": self._plan.store, "step_px": self.step, **told})
 
 
 def screen_for(live: Live) -> Screen | None:
@@ -219,7 +219,7 @@ def _way_to_show(live: Live) -> Callable[[xr.Dataset], Any]:
 
 
 def _write(path: Path, picture: xr.Dataset) -> None:
-    with whole_file(path, overwrite=True) as building:
+    with atomic_file(path, overwrite=True) as building:
         building.write_bytes(as_png(picture))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import xarray as xr
 
-from ptychodask.places import ObjectPlace, Place, place_named
+from ptychodask.places import Location, S3Location, parse_location
 from ptychodask.plan import ReconstructionSpec
 from ptychodask.scan import PtychodaskError, in_brief
 
@@ -25,10 +25,10 @@ class FailedScansError(PtychodaskError):
     ----------
     errors : dict of name to exception
     results : dict of name to Dataset
-    kept_in : Path, ObjectPlace or None
+    kept_in : Path, S3Location or None
     """
 
-    def __init__(self, errors: dict[str, Exception], results: dict[str, xr.Dataset], kept_in: Place | None) -> None:
+    def __init__(self, errors: dict[str, Exception], results: dict[str, xr.Dataset], kept_in: Location | None) -> None:
         told = "; ".join(f"{name}: {in_brief(error)}" for name, error in errors.items())
         kept = "" if not results else f" (kept: {', '.join(results)}" + (f" in {kept_in})" if kept_in else ")")
         super().__init__(f"reconstruct: {len(errors)} of {len(errors) + len(results)} scans failed{kept}: {told}")
@@ -42,17 +42,17 @@ class FailedScansError(PtychodaskError):
 
 
 def reconstruct_each(
-    stores: Sequence[str | Path | ObjectPlace],
-    out: Place | None,
+    stores: Sequence[str | Path | S3Location],
+    out: Location | None,
     spec: ReconstructionSpec,
-    run: Callable[[str | Path | ObjectPlace, Place | None], xr.Dataset],
+    run: Callable[[str | Path | S3Location, Location | None], xr.Dataset],
 ) -> dict[str, xr.Dataset]:
     """Run one scan after the other.
 
     Parameters
     ----------
     stores : sequence of path
-    out : Path or ObjectPlace, optional
+    out : Path or S3Location, optional
         Folder for the results, made where it is not there.
     spec : ReconstructionSpec
     run : callable
@@ -89,7 +89,7 @@ def reconstruct_each(
     return results
 
 
-def scan_names(stores: Sequence[str | Path | ObjectPlace]) -> list[str]:
+def scan_names(stores: Sequence[str | Path | S3Location]) -> list[str]:
     """Names of scans, which tell their results apart; raises `PtychodaskError` where they do not.
 
     Examples
@@ -97,7 +97,7 @@ def scan_names(stores: Sequence[str | Path | ObjectPlace]) -> list[str]:
     >>> scan_names(["today/a.zarr", "today/b.zarr"])
     ['a', 'b']
     """
-    names = [place_named(store).name.removesuffix(".zarr") for store in stores]
+    names = [parse_location(store).name.removesuffix(".zarr") for store in stores]
     if not names:
         raise PtychodaskError("reconstruct: no scan is given, expected the path of a store, or several")
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -109,13 +109,13 @@ def scan_names(stores: Sequence[str | Path | ObjectPlace]) -> list[str]:
     return names
 
 
-def result_path(folder: Place, name: str) -> Place:
+def result_path(folder: Location, name: str) -> Location:
     """Where the result of one of several scans lies."""
     return folder / f"{name}.object.zarr"
 
 
-def _make_folder(out: Place) -> None:
-    if isinstance(out, ObjectPlace):
+def _make_folder(out: Location) -> None:
+    if isinstance(out, S3Location):
         return  # a bucket has no folders
     if out.is_file() or (out / "zarr.json").exists():
         raise PtychodaskError(f"{out}: is a file or a store, and results of several scans go into a folder; name one")

@@ -49,7 +49,7 @@ NO_WORKER_S = 30.0
 """How long a run waits for workers before it says so."""
 
 DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-"""Errors of a disk that another try would meet again; `whole_or_nothing` names them."""
+"""Errors of a disk that another try would meet again; `atomic_folder` names them."""
 
 
 @dataclass(frozen=True)
@@ -196,10 +196,10 @@ class Run:
             with suppress(OSError):
                 self._client.cancel(futures)
 
-    def to_its_end(
+    def complete(
         self,
         take: Callable[[int, Any], None],
-        progress: Progress,
+        bar: Progress,
         *,
         take_chunk: Callable[[int, Any], None] = _nothing,
         take_check: Callable[[int, Any], None] = _nothing,
@@ -210,13 +210,13 @@ class Run:
         """
         takers = {"chunk": take_chunk, "tile": take, "check": take_check}
         tiles_left = {tile for tile in self._open_tiles if self._tasks.every_tile or self._tasks.chunks_of[tile]}
-        self._start(progress)
+        self._start(bar)
         while self._out:
             for future, given in self._next_done():
                 out = self._out.pop(future, None)
                 outcome = _PENDING if out is None else self._outcome(future, out, given)
                 if out is not None and outcome is not _PENDING:
-                    self._done(future, out, outcome, progress)
+                    self._done(future, out, outcome, bar)
                     tiles_left.discard(out.item.number if out.item.kind == "tile" else -1)
                     takers[out.item.kind](out.item.number, outcome)
             self._submit_chunks()
@@ -228,9 +228,9 @@ class Run:
             )
         assert not tiles_left, "every tile has a task until it is done"
 
-    def _start(self, progress: Progress) -> None:
+    def _start(self, bar: Progress) -> None:
         waiting = set(self._queue)
-        progress.advance(sum(amount for index, amount in enumerate(self._tasks.amounts) if index not in waiting))
+        bar.advance(sum(amount for index, amount in enumerate(self._tasks.amounts) if index not in waiting))
         for tile in self._open_tiles:
             if self._missing[tile] == 0 and (self._tasks.every_tile or self._tasks.chunks_of[tile]):
                 self._submit_tile(tile)
@@ -373,7 +373,7 @@ class Run:
         self._tolerant.add(item)
         return self._tasks.tolerant_chunk(item.number)
 
-    def _done(self, future: distributed.Future, out: _Out, given: Any, progress: Progress) -> None:
+    def _done(self, future: distributed.Future, out: _Out, given: Any, bar: Progress) -> None:
         item = out.item
         others = [future for future in self._attempts.pop(item, []) if future in self._out]
         for future in others:
@@ -383,7 +383,7 @@ class Run:
         if item.kind != "chunk":
             return
         index = item.number
-        progress.advance(self._tasks.amounts[index])
+        bar.advance(self._tasks.amounts[index])
         self._given[index] = given
         if index in self._tasks.checked and self._tasks.check is not None:
             self._unused[index] += 1

@@ -12,10 +12,10 @@ import distributed
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.cluster import Parcel
+from ptychodask.cluster import Broadcast
 from ptychodask.grouping import groups_kept
 from ptychodask.patches import StoredPatches
-from ptychodask.places import Place
+from ptychodask.places import Location
 from ptychodask.plan import Chunk, Tile
 from ptychodask.polishing import seen_part
 from ptychodask.prediction import PatchBatch, PredictionJob, Skipped, open_reader, predict_groups, stage
@@ -100,7 +100,7 @@ class ChunkReport:
 class ChunkSums:
     """What predicting one chunk gives: sums over its box for each method, or for each of its halves."""
 
-    canvases: tuple[Canvas, ...] | tuple[Place, ...]
+    canvases: tuple[Canvas, ...] | tuple[Location, ...]
     """In memory, or files of them; none where the whole chunk was left out."""
 
     corner: tuple[int, int]
@@ -151,7 +151,7 @@ class Verification:
 
 
 def predict_chunk(
-    job: StitchingJob | Parcel, chunk: Chunk, folder: Place | None = None, tolerant: bool = False
+    job: StitchingJob | Broadcast, chunk: Chunk, folder: Location | None = None, tolerant: bool = False
 ) -> ChunkSums:
     """Predict one chunk and sum its patches over its own box, batch by batch.
 
@@ -168,7 +168,7 @@ def predict_chunk(
     -------
     ChunkSums
     """
-    job = job.open() if isinstance(job, Parcel) else job
+    job = job.open() if isinstance(job, Broadcast) else job
     prepare_device(job)
     seconds: dict[str, float] = {}
     skipped: list[Skipped] | None = [] if tolerant else None
@@ -199,7 +199,7 @@ def predict_chunk(
     return ChunkSums(paths, chunk.box.corner, report)
 
 
-def sums_files(folder: Place, chunk: Chunk, n_canvases: int) -> tuple[Place, ...]:
+def sums_files(folder: Location, chunk: Chunk, n_canvases: int) -> tuple[Location, ...]:
     """Files that the sums of a chunk are kept in."""
     return tuple(folder / f"{chunk.start}-{number}.npy" for number in range(n_canvases))
 
@@ -225,7 +225,7 @@ def prepare_device(job: StitchingJob) -> None:
         method.prediction.model.prepare_device(wanted=advertised or method.prediction.device == "gpu")
 
 
-def verify_chunk(job: StitchingJob | Parcel, chunk: Chunk, sums: ChunkSums) -> Verification:
+def verify_chunk(job: StitchingJob | Broadcast, chunk: Chunk, sums: ChunkSums) -> Verification:
     """Predict a chunk once more and compare its sums with those that were made before.
 
     Parameters
@@ -253,7 +253,7 @@ def _difference(first: Canvas, second: Canvas) -> float:
     return float(np.abs(objects[0][seen] - objects[1][seen]).max()) / scale
 
 
-def sums_are_whole(folder: Place, chunk: Chunk, checksums: Sequence[int]) -> bool:
+def sums_are_intact(folder: Location, chunk: Chunk, checksums: Sequence[int]) -> bool:
     """Whether the kept sums of a chunk are those that were noted of it.
 
     Parameters
@@ -270,7 +270,7 @@ def sums_are_whole(folder: Place, chunk: Chunk, checksums: Sequence[int]) -> boo
     return found == list(checksums)
 
 
-def tile_is_whole(out: Place, tile: Tile, start_yx: tuple[int, int], expected: int) -> bool:
+def tile_is_intact(out: Location, tile: Tile, start_yx: tuple[int, int], expected: int) -> bool:
     """Whether a tile of a result store is the one whose checksum was noted.
 
     Parameters
@@ -295,7 +295,7 @@ def tile_checksum(arrays: TileArrays) -> int:
     return found
 
 
-def coarse_stored_tile(out: Place, tile: Tile, start_yx: tuple[int, int], coarse_step: int) -> CoarsePart:
+def coarse_stored_tile(out: Location, tile: Tile, start_yx: tuple[int, int], coarse_step: int) -> CoarsePart:
     """A tile that was written before, for the live picture.
 
     Parameters
@@ -306,13 +306,13 @@ def coarse_stored_tile(out: Place, tile: Tile, start_yx: tuple[int, int], coarse
     return coarse_part(read_tile(out, start_yx, tile.box.shape)["object"], start_yx, coarse_step)
 
 
-def stored_tile(out: Place, tile: Tile, start_yx: tuple[int, int]) -> TileReport:
+def stored_tile(out: Location, tile: Tile, start_yx: tuple[int, int]) -> TileReport:
     """A tile that was written before, as `deliver_tile` would send it.
 
     Parameters
     ----------
     out, tile, start_yx
-        See `tile_is_whole`.
+        See `tile_is_intact`.
     """
     return TileReport(read_tile(out, start_yx, tile.box.shape), {}, [])
 
@@ -397,7 +397,7 @@ def deliver_tile(
     layers: Layers,
     tile: Tile,
     parts: Sequence[ChunkSums],
-    out: Place | None,
+    out: Location | None,
     start_yx: tuple[int, int],
     coarse_step: int = 0,
 ) -> TileReport:
@@ -456,7 +456,7 @@ def deliver_polished(
     box: Box,
     stitched: TileReport,
     polished: NDArray[np.complex64],
-    out: Place | None,
+    out: Location | None,
     start_yx: tuple[int, int],
     coarse_step: int = 0,
 ) -> TileReport:

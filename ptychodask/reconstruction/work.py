@@ -12,14 +12,14 @@ import distributed
 
 from ptychodask.cluster import client_for_run
 from ptychodask.cluster.preflight import preflight_jobs
-from ptychodask.places import Place
+from ptychodask.places import Location
 from ptychodask.plan import Plan, ReconstructionSpec, Tile
 from ptychodask.prediction import stage
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.reconstruction.live import LivePicture, Screen
 from ptychodask.reconstruction.polished import Polishing, stitch_on_workers, tiles_from_disk
 from ptychodask.reconstruction.running import check_workers
-from ptychodask.reconstruction.stitching import Stitching, Told, sent_job
+from ptychodask.reconstruction.stitching import Stitching, StitchingReport, broadcast_job
 from ptychodask.reconstruction.tasks import StitchingJob, TileReport
 from ptychodask.scan import Scan
 from ptychodask.store import open_scan
@@ -37,7 +37,7 @@ class Work:
     job: StitchingJob
     """What its tasks know."""
 
-    todo: Plan
+    plan: Plan
     spec: ReconstructionSpec
 
     attributes: dict[str, Any]
@@ -45,16 +45,16 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Places:
+class RunFolders:
     """Where a run into a result store puts things."""
 
-    result: Place
+    result: Location
     """Store that is being written."""
 
-    stitched: Place
+    stitched: Location
     """Store of the tiles as they are stitched: the result, unless they are polished before they come there."""
 
-    sums: Place
+    sums: Location
     """Folder of the sums of chunks."""
 
     ledger: Ledger
@@ -85,10 +85,10 @@ def _what_predicts(value: Any) -> Any:
 def run_work(
     work: Work,
     client: distributed.Client | None,
-    places: Places | None,
+    folders: RunFolders | None,
     take: Callable[[Tile, TileReport], None],
     *,
-    show: bool | None,
+    progress: bool | None,
     screen: Screen | None,
 ) -> dict[str, Any]:
     """Stitch and polish.
@@ -102,8 +102,8 @@ def run_work(
         Where the result is written; without it tiles are sent.
     take : callable
         Gets each tile of the result, with what it gave.
-    show : bool, optional
-        See `show_progress`.
+    progress : bool, optional
+        See `progress_bar`.
     screen : Screen or None
         Where the live picture is shown.
 
@@ -112,31 +112,33 @@ def run_work(
     dict
         Attributes that tell of it: wall time of each stage, what was left out and verified, R of the sweeps.
     """
-    job, todo, spec = work.job, work.todo, work.spec
-    n_chunks, n_tiles = len(todo.chunks), len(todo.tiles)
-    logger.info("%s: %d groups in %d chunks onto %d tiles", todo.store, todo.n_groups, n_chunks, n_tiles)
+    job, plan, spec = work.job, work.plan, work.spec
+    n_chunks, n_tiles = len(plan.chunks), len(plan.tiles)
+    logger.info("%s: %d groups in %d chunks onto %d tiles", plan.store, plan.n_groups, n_chunks, n_tiles)
     kept: dict[str, Any] = (
-        {} if places is None else {"out": places.stitched, "folder": places.sums, "ledger": places.ledger}
+        {} if folders is None else {"out": folders.stitched, "folder": folders.sums, "ledger": folders.ledger}
     )
-    live = None if screen is None else LivePicture(screen, todo, job.layers, work.scan.pixel_size_m)
-    with client_for_run(client) as used, sent_job(used, job) as sent:
+    live = None if screen is None else LivePicture(screen, plan, job.layers, work.scan.pixel_size_m)
+    with client_for_run(client) as used, broadcast_job(used, job) as sent:
         preflight_jobs(used, [method.prediction for method in job.methods])
-        check_workers(used, max(todo.predict_bytes, todo.reassemble_bytes))
+        check_workers(used, max(plan.predict_bytes, plan.reassemble_bytes))
         stitching = Stitching(
-            used, job, sent, todo, tolerant=spec.on_error == "skip", n_verified=int(spec.verify), live=live, **kept
+            used, job, sent, plan, tolerant=spec.on_error == "skip", n_verified=int(spec.verify), live=live, **kept
         )
         if not spec.polish:
-            stitching.run(take, show)
+            stitching.run(take, progress)
             if live is not None:
                 live.finish()
-            return _told(stitching.told, todo.store)
-        if places is None:
-            stitched = stitch_on_workers(used, stitching, todo, show)
+            return _told(stitching.told, plan.store)
+        if folders is None:
+            stitched = stitch_on_workers(used, stitching, plan, progress)
         else:
-            stitching.run(lambda tile, report: None, show)
-            stitched = tiles_from_disk(used, places.stitched, todo)
-        told = _told(stitching.told, todo.store)
-        return told | _polish(work, used, stitched, told, None if places is None else places.result, take, show, live)
+            stitching.run(lambda tile, report: None, progress)
+            stitched = tiles_from_disk(used, folders.stitched, plan)
+        told = _told(stitching.told, plan.store)
+        return told | _polish(
+            work, used, stitched, told, None if folders is None else folders.result, take, progress, live
+        )
 
 
 def _polish(
@@ -144,27 +146,27 @@ def _polish(
     client: distributed.Client,
     stitched: list[distributed.Future],
     told: dict[str, Any],
-    out: Place | None,
+    out: Location | None,
     take: Callable[[Tile, TileReport], None],
-    show: bool | None,
+    progress: bool | None,
     live: LivePicture | None,
 ) -> dict[str, Any]:
     """Sweep over the patterns that stitching used, and deliver the tiles; R of the sweeps."""
-    todo, spec = work.todo, work.spec
+    plan, spec = work.plan, work.spec
     drop = tuple(sorted({*spec.drop, *(one for patterns in told["skipped"].values() for one in patterns)}))
-    polishing = Polishing(client, work.job.methods[0].prediction, todo, open_scan(todo.store), stitched, drop)
+    polishing = Polishing(client, work.job.methods[0].prediction, plan, open_scan(plan.store), stitched, drop)
     with stage(told["seconds"], "polish"):
-        r_factors = polishing.sweep(int(spec.polish), show)
+        r_factors = polishing.sweep(int(spec.polish), progress)
     polishing.deliver(out, take, live)
     if live is not None:
         live.finish()
     logger.info(
-        "%s: R %.4f after stitching and %.4f after %d sweeps", todo.store, r_factors[0], r_factors[-1], spec.polish
+        "%s: R %.4f after stitching and %.4f after %d sweeps", plan.store, r_factors[0], r_factors[-1], spec.polish
     )
     return {"polish": {"sweeps": int(spec.polish), "n_patterns": polishing.n_patterns, "r_factor": r_factors}}
 
 
-def _told(told: Told, store: str) -> dict[str, Any]:
+def _told(told: StitchingReport, store: str) -> dict[str, Any]:
     """Attributes that tell of a stitching; what was left out is logged too."""
     skipped = told.skipped()
     for reason, patterns in skipped.items():
@@ -182,11 +184,11 @@ def _some(patterns: list[int]) -> str:
     return ", ".join(map(str, patterns[:20])) + (", ..." if len(patterns) > 20 else "")
 
 
-def rates(todo: Plan, told: dict[str, Any], started: float) -> dict[str, Any]:
+def rates(plan: Plan, told: dict[str, Any], started: float) -> dict[str, Any]:
     """What a run told, with its wall time in all since `started` (`time.perf_counter`) and the speed that follows."""
     total = time.perf_counter() - started
     return told | {
         "seconds": {"total": total, **told["seconds"]},
-        "groups_per_s": todo.n_groups / total,
-        "patterns_per_s": todo.n_patterns / total,
+        "groups_per_s": plan.n_groups / total,
+        "patterns_per_s": plan.n_patterns / total,
     }

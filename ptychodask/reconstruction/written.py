@@ -10,13 +10,13 @@ from typing import Any
 import distributed
 import xarray as xr
 
-from ptychodask.places import Place, Writing, is_resumable, is_whole, remove, written
+from ptychodask.places import Location, Writing, is_complete, is_resumable, remove, written
 from ptychodask.plan import ReconstructionSpec
 from ptychodask.prediction import stage
 from ptychodask.reconstruction.following import Following, growing_identity
 from ptychodask.reconstruction.ledger import Ledger, check_same, differences
 from ptychodask.reconstruction.live import Screen, screen_for
-from ptychodask.reconstruction.work import Places, Work, identity, rates, run_work
+from ptychodask.reconstruction.work import RunFolders, Work, identity, rates, run_work
 from ptychodask.result import PYRAMID, RESULT, create_result, finish_result, open_result, write_pyramid
 from ptychodask.scan import PtychodaskError
 
@@ -31,7 +31,7 @@ STITCHED_FOLDER = "stitched"
 
 def write_result(
     work: Work,
-    path: Place,
+    path: Location,
     client: distributed.Client | None,
     started: float,
     progress: bool | None,
@@ -53,23 +53,23 @@ def write_result(
     following : Following, optional
         For a scan that grows: what is done until it is complete.
     """
-    if str(path.resolve()) == work.todo.store:
+    if str(path.resolve()) == work.plan.store:
         raise PtychodaskError(f"{path}: is the store of the scan itself; name another place with out=")
-    if resume and is_whole(path) and not is_resumable(path):
+    if resume and is_complete(path) and not is_resumable(path):
         whole = open_result(path)
         if not overwrite:
             check_same(identity(whole.attrs), identity(work.attributes), str(path))
         if not differences(identity(whole.attrs), identity(work.attributes)):
             logger.info("%s: is whole already", path)
             return whole
-    with written(path, overwrite=overwrite, form=RESULT, resume=resume) as writing:
+    with written(path, overwrite=overwrite, kind=RESULT, resume=resume) as writing:
         screen = screen_for(work.spec.live)
         made_by = identity(work.attributes) if following is None else growing_identity(work)
         ledger = Ledger(writing.beside, made_by)
         try:
             if following is not None:
                 assert isinstance(writing.beside, Path)
-                work = following.to_its_end(work, ledger, writing.beside / SUMS_FOLDER, screen)
+                work = following.complete(work, ledger, writing.beside / SUMS_FOLDER, screen)
             told = _into(work, writing, ledger, client, progress, screen)
         except PtychodaskError as error:
             if not ledger.exists:
@@ -82,7 +82,7 @@ def write_result(
             with stage(told["seconds"], "pyramid"):
                 write_pyramid(writing.whole)
         writing.check_held()
-        finish_result(writing.whole, work.attributes | rates(work.todo, told, started))
+        finish_result(writing.whole, work.attributes | rates(work.plan, told, started))
     return open_result(path)
 
 
@@ -91,13 +91,13 @@ def _into(
     writing: Writing,
     ledger: Ledger,
     client: distributed.Client | None,
-    show: bool | None,
+    progress: bool | None,
     screen: Screen | None,
 ) -> dict[str, Any]:
     """Run into a result store that is being written, or go on with it; gives what `run_work` gives."""
     result, beside = writing.whole, writing.beside
     stitched = beside / STITCHED_FOLDER if work.spec.polish else result
-    places = Places(result, stitched, beside / SUMS_FOLDER, ledger)
+    folders = RunFolders(result, stitched, beside / SUMS_FOLDER, ledger)
     if ledger.exists:
         ledger.read()
         _check_nothing_skipped(ledger, work.spec)
@@ -106,20 +106,20 @@ def _into(
             _empty(path)
             create_result(
                 path,
-                work.todo.box.shape,
-                work.todo.box.corner,
-                work.todo.tile,
+                work.plan.box.shape,
+                work.plan.box.corner,
+                work.plan.tile,
                 pixel_size_m=work.scan.pixel_size_m,
                 layers=work.job.layers,
             )
-        if isinstance(places.sums, Path):
-            places.sums.mkdir(exist_ok=True)
+        if isinstance(folders.sums, Path):
+            folders.sums.mkdir(exist_ok=True)
     if work.spec.pyramid:
         remove(result / PYRAMID)
-    return run_work(work, client, places, lambda tile, report: None, show=show, screen=screen)
+    return run_work(work, client, folders, lambda tile, report: None, progress=progress, screen=screen)
 
 
-def _empty(place: Place) -> None:
+def _empty(place: Location) -> None:
     """Leave nothing in a place, which may not exist; a folder itself stays."""
     if not isinstance(place, Path):
         place.remove()

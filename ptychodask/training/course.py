@@ -26,7 +26,7 @@ PLATEAU_EPOCHS = 3
 
 
 @dataclass(eq=False)
-class Course(keras.callbacks.Callback):
+class TrainingCallback(keras.callbacks.Callback):
     """Clock, learning rate, best values of the variables and progress of one training, through all its stages."""
 
     spec: TrainingSpec

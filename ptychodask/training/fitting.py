@@ -24,12 +24,12 @@ from ptychodask.models.networks import (
 )
 from ptychodask.models.spec import Kind
 from ptychodask.models.traits import ranges_of
-from ptychodask.places import ObjectPlace, on_disk, place_named
-from ptychodask.progress import show_progress
+from ptychodask.places import S3Location, on_disk, parse_location
+from ptychodask.progress import progress_bar
 from ptychodask.scan import PtychodaskError, Scan, with_fields
 from ptychodask.store import check_probe_is_free, hash_with_probe, open_scan, record_model
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
-from ptychodask.training.course import Course
+from ptychodask.training.course import TrainingCallback
 from ptychodask.training.data import (
     BUFFER_BYTES,
     amplitude_target,
@@ -54,7 +54,7 @@ Stream = GroupStream | MixedStream
 
 
 @dataclass(frozen=True, eq=False)
-class Lesson:
+class TrainingScan:
     """A scan as it is trained on."""
 
     scan: Scan
@@ -66,7 +66,7 @@ class Lesson:
     """Patterns that judge each epoch, sorted."""
 
     @classmethod
-    def of(cls, scan: Scan, spec: TrainingSpec) -> Lesson:
+    def of(cls, scan: Scan, spec: TrainingSpec) -> TrainingScan:
         """Split a scan."""
         return cls(scan, Optics.of(scan), *split_patterns(scan, spec))
 
@@ -91,9 +91,9 @@ class Lesson:
         )
 
 
-def _streams(lessons: Sequence[Lesson], spec: TrainingSpec) -> tuple[Stream, Stream]:
+def _streams(training_scans: Sequence[TrainingScan], spec: TrainingSpec) -> tuple[Stream, Stream]:
     """Batches of all scans to train on, and batches that judge."""
-    pairs = [lesson.streams(spec, len(lessons)) for lesson in lessons]
+    pairs = [training_scan.streams(spec, len(training_scans)) for training_scan in training_scans]
     if len(pairs) == 1:
         return pairs[0]
     training, held_out = zip(*pairs, strict=True)
@@ -138,23 +138,25 @@ def _fit(
     adam = ProbeAdam if spec.probe_rate else keras.optimizers.Adam
     optimizer = adam(spec.first_learning_rate, gradient_accumulation_steps=steps)
     optimizer.build(trained.trainable_variables)
-    with show_progress("train", spec.epochs * stream.groups_per_epoch, "groups", progress) as bar:
-        course = Course(spec, variables, optimizer, stream, bar, checkpoint, record)
+    with progress_bar("train", spec.epochs * stream.groups_per_epoch, "groups", progress) as bar:
+        callback = TrainingCallback(spec, variables, optimizer, stream, bar, checkpoint, record)
         if stopped is not None:
-            course.restore(stopped)
-        for number in range(course.stage + course.stage_ends, len(stages)):
+            callback.restore(stopped)
+        for number in range(callback.stage + callback.stage_ends, len(stages)):
             until, loss = stages[number]
-            course.begin_stage(number, until)
+            callback.begin_stage(number, until)
             loss = _for_devices(loss, spec.devices)
             # XLA compiles for minutes on a CPU and is slower there; JAX has no other way.
             trained.compile(optimizer=optimizer, loss=loss, jit_compile=keras.backend.backend() == "jax")
-            trained.fit(stream, validation_data=check, epochs=spec.epochs, shuffle=False, verbose=0, callbacks=[course])
-    return course.best, course.log
+            trained.fit(
+                stream, validation_data=check, epochs=spec.epochs, shuffle=False, verbose=0, callbacks=[callback]
+            )
+    return callback.best, callback.log
 
 
 def _judged(
     fitted: FittedProbes,
-    lessons: Sequence[Lesson],
+    training_scans: Sequence[TrainingScan],
     variables: Sequence[keras.Variable],
     best: Sequence[NDArray[np.float32]],
     trained: keras.Model,
@@ -168,7 +170,7 @@ def _judged(
     trained.compile(loss=_for_devices(loss, spec.devices), jit_compile=keras.backend.backend() == "jax")
     return judge_probes(
         fitted,
-        [lesson.scan.probe for lesson in lessons],
+        [training_scan.scan.probe for training_scan in training_scans],
         lambda: float(trained.evaluate(check, verbose=0, return_dict=True)["loss"]),
     )
 
@@ -215,7 +217,7 @@ def train(
         ``tensorboard:FOLDER`` or ``mlflow:URI``: where the curve goes as well, epoch by epoch. It is always in
         ``log.csv`` of the stopped run's folder while the training lasts, and in the bundle's ``history.csv`` then.
     progress : bool, optional
-        See `show_progress`.
+        See `progress_bar`.
     **spec_fields
         Fields of `TrainingSpec`, by name.
 
@@ -237,9 +239,13 @@ def train(
     stores = [store] if isinstance(store, str | Path) else list(store)
     scans = _open_scans(stores, spec)
     out = default_model_path(stores[0], spec.model) if out is None else on_disk(out, "a model")
-    check_vacant(out, overwrite=overwrite, form=MODEL)
-    lessons = [Lesson.of(scan, spec) for scan in scans]
-    optics = lessons[0].optics if len(lessons) == 1 else [lesson.optics for lesson in lessons]
+    check_vacant(out, overwrite=overwrite, kind=MODEL)
+    training_scans = [TrainingScan.of(scan, spec) for scan in scans]
+    optics = (
+        training_scans[0].optics
+        if len(training_scans) == 1
+        else [training_scan.optics for training_scan in training_scans]
+    )
     if isinstance(initial, str | Path):
         initial = load_model(initial)
     if not isinstance(initial, Model | None):
@@ -247,28 +253,34 @@ def train(
             f"training: initial is a {type(initial).__name__}, expected a bundle that ptychodask trained; "
             "train that network where it comes from, or leave initial out"
         )
-    model_spec = _model_spec(lessons, spec, initial)
+    model_spec = _model_spec(training_scans, spec, initial)
     stages = _stages(scans, spec, optics, model_spec)
     _check_initial(initial, model_spec, spec)
     checkpoint = Checkpoint(out, _identity(scans, spec, model_spec, initial))
     stopped = checkpoint.begin(resume=resume, overwrite=overwrite)
-    streams = _streams(lessons, spec)
-    fits: Sequence[ProbeFit | None] = [None] * len(lessons)
+    streams = _streams(training_scans, spec)
+    fits: Sequence[ProbeFit | None] = [None] * len(training_scans)
     with _on_devices(spec.devices), open_logger(log_to, out.name, spec) as record:
-        fitted = FittedProbes([lesson.optics for lesson in lessons], spec.probe_rate) if spec.probe_rate else None
+        fitted = (
+            FittedProbes([training_scan.optics for training_scan in training_scans], spec.probe_rate)
+            if spec.probe_rate
+            else None
+        )
         network, trained = _build(spec, model_spec, optics, initial, fitted)
         variables = [*network.weights, *([] if fitted is None else [fitted.change])]
         best, log = _fit(variables, trained, stages, spec, streams, checkpoint, stopped, record, progress)
         if fitted is not None:
-            fits = _judged(fitted, lessons, variables, best, trained, stages[-1][1], spec, streams[1])
-    weights, bound = best[: len(network.weights)], _optics(lessons[0], fits[0])
+            fits = _judged(fitted, training_scans, variables, best, trained, stages[-1][1], spec, streams[1])
+    weights, bound = best[: len(network.weights)], _optics(training_scans[0], fits[0])
     model = save_model(
-        Model(model_spec, weights, bound, _provenance(lessons, fits, spec, initial), log), out, overwrite=overwrite
+        Model(model_spec, weights, bound, _provenance(training_scans, fits, spec, initial), log),
+        out,
+        overwrite=overwrite,
     )
     # The bundle is whole before a store changes: a run that is killed here goes on with the data that it began with.
-    for each, lesson, fit in zip(stores, lessons, fits, strict=True):
+    for each, training_scan, fit in zip(stores, training_scans, fits, strict=True):
         if fit is not None:
-            store_probe(lesson.scan, fit, spec)
+            store_probe(training_scan.scan, fit, spec)
         record_model(each, kind=model.kind, path=out, content_hash=model.content_hash)
     checkpoint.remove()
     return model
@@ -335,10 +347,10 @@ def _devices() -> list[str]:
     raise PtychodaskError(f"training: several devices need the TensorFlow or the JAX backend, found {backend}; pass 1")
 
 
-def _model_spec(lessons: Sequence[Lesson], spec: TrainingSpec, initial: Model | None) -> ModelSpec:
+def _model_spec(training_scans: Sequence[TrainingScan], spec: TrainingSpec, initial: Model | None) -> ModelSpec:
     return ModelSpec(
         kind=spec.model,
-        n_pixels=lessons[0].scan.n_pixels,
+        n_pixels=training_scans[0].scan.n_pixels,
         members=spec.grouping.members,
         n_filters_scale=spec.n_filters_scale,
         levels=spec.levels,
@@ -374,8 +386,8 @@ def default_model_path(store: str | Path, kind: Kind) -> Path:
     >>> default_model_path("data/scan.zarr", "pinn").as_posix()
     'data/scan.pinn.model'
     """
-    path = place_named(store)
-    if isinstance(path, ObjectPlace):
+    path = parse_location(store)
+    if isinstance(path, S3Location):
         raise PtychodaskError(f"{path}: a model cannot lie beside it, in an object store; pass out= (--out)")
     return path.with_name(f"{path.name.removesuffix('.zarr')}.{kind}.model")
 
@@ -417,32 +429,33 @@ def _stages(
     return [(1.0, losses[name](optics))]
 
 
-def _optics(lesson: Lesson, fit: ProbeFit | None) -> Optics:
+def _optics(training_scan: TrainingScan, fit: ProbeFit | None) -> Optics:
     """The optics that a scan has from now on."""
-    return replace(lesson.optics, probe=fit.probe) if fit is not None and fit.is_better else lesson.optics
+    return replace(training_scan.optics, probe=fit.probe) if fit is not None and fit.is_better else training_scan.optics
 
 
 def _provenance(
-    lessons: Sequence[Lesson], fits: Sequence[ProbeFit | None], spec: TrainingSpec, initial: Model | None
+    training_scans: Sequence[TrainingScan], fits: Sequence[ProbeFit | None], spec: TrainingSpec, initial: Model | None
 ) -> dict[str, Any]:
     """Where the weights come from; of several scans, the first by name and all in ``scans``."""
     scans = [
         {
-            "store": lesson.scan.store,
+            "store": training_scan.scan.store,
             # What the store has with the probe that it is about to take.
-            "data_hash": lesson.scan.data_hash
+            "data_hash": training_scan.scan.data_hash
             if fit is None or not fit.is_better
-            else hash_with_probe(lesson.scan, fit.probe),
-            "n_training": len(lesson.training),
-            "n_held_out": len(lesson.held_out),
-            **({} if fit is None else {"probe_fit": fit.record(spec, lesson.scan)}),
+            else hash_with_probe(training_scan.scan, fit.probe),
+            "n_training": len(training_scan.training),
+            "n_held_out": len(training_scan.held_out),
+            **({} if fit is None else {"probe_fit": fit.record(spec, training_scan.scan)}),
         }
-        for lesson, fit in zip(lessons, fits, strict=True)
+        for training_scan, fit in zip(training_scans, fits, strict=True)
     ]
     return {
         **scans[0],
         "traits": ranges_of(
-            replace(lesson.scan, probe=_optics(lesson, fit).probe) for lesson, fit in zip(lessons, fits, strict=True)
+            replace(training_scan.scan, probe=_optics(training_scan, fit).probe)
+            for training_scan, fit in zip(training_scans, fits, strict=True)
         ),
         "initial": None if initial is None else {"path": initial.path, "hash": initial.content_hash},
         **({"scans": scans} if len(scans) > 1 else {}),
