@@ -224,7 +224,7 @@ def test_a_killed_writer_is_recognised_and_replaced_on_request(tmp_path):
 
 
 def test_a_second_writer_is_refused_while_the_first_is_at_work(tmp_path):
-    with atomic_folder(tmp_path / "a.zarr", overwrite=False, form=SCAN) as building:
+    with atomic_folder(tmp_path / "a.zarr", overwrite=False, kind=SCAN) as building:
         (building / "half").touch()
         for overwrite in (False, True):
             with pytest.raises(PtychodaskError, match=r"another run is writing it .*wait for its end"):

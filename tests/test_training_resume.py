@@ -23,15 +23,15 @@ SHORT = SMALL | {"epochs": 5, "batch_size": 8, "validation_fraction": 0.2}
 
 KILLED = """
 import json, os, signal, sys
-from ptychodask.training.course import Course
+from ptychodask.training.course import TrainingCallback
 from ptychodask.training import train
 
-on_epoch_end = Course.on_epoch_end
+on_epoch_end = TrainingCallback.on_epoch_end
 def and_die(self, epoch, logs=None):
     on_epoch_end(self, epoch, logs)
     if len(self.log) == {epoch}:
         os.kill(os.getpid(), signal.SIGKILL)
-Course.on_epoch_end = and_die
+TrainingCallback.on_epoch_end = and_die
 train({store!r}, out={out!r}, **json.loads({fields!r}))
 """
 

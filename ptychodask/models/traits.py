@@ -118,7 +118,7 @@ def outside_range(ranges: Ranges, scan: Scan, step_px: float | None) -> list[str
     ...     domain="counts",
     ...     normalization=0.5,
     ... )
-    >>> outside({"photons": (1e3, 1e6)}, scan, step_px=9.0)
+    >>> outside_range({"photons": (1e3, 1e6)}, scan, step_px=9.0)
     ['photons in a pattern is 64, trained on 1000 to 1e+06']
     """
     traits = scan_quantities(scan, step_px)
