@@ -390,8 +390,8 @@ def test_results_and_scans_are_exported(run, store, result, tmp_path):
 def test_what_cannot_be_exported_is_said_in_one_line(refused, store, result, tmp_path):
     for source, format, name, expected in (
         (result, "jpeg", "a.jpg", "format is 'jpeg', expected one of: ptychodus, cxi,"),
-        (result, "tiff", "a.png", "a file of format tiff ends in .tif or .tiff"),
-        (store, "tiff", "a.tif", "format tiff is one for results"),
+        (result, "tiff", "a.png", "a file of format tiff must end in .tif or .tiff"),
+        (store, "tiff", "a.tif", "format tiff is only for results"),
         (result, "cxi", "a.cxi", "needs pixel_size_m, which is not recorded; pass pixel_size_m= (--pixel-size-m)"),
         (tmp_path / "no.zarr", "cxi", "a.cxi", "no such result"),
         (result, "png", "none/a.png", "does not exist; make it first"),

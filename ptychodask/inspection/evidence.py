@@ -246,8 +246,8 @@ def beam_of(mean: NDArray[np.float64]) -> tuple[Dc | None, str]:
 def off_centre_px(mean: NDArray[np.float64]) -> tuple[float, float] | None:
     """Centre of mass (y, x) of a mean pattern if off centre.
 
-    None if it is within `OFF_CENTRE` of the middle. The beam must be near the middle. Only pixels above a hundredth of the brightest count, so that the background does
-    not shift the result.
+    None if it is within `OFF_CENTRE` of the middle. The beam must be near the middle. Only pixels above a hundredth
+    of the brightest count, so that the background does not shift the result.
     """
     level = np.where(mean > 0.01 * np.quantile(mean, 0.999), mean, 0)
     if not level.sum() > 0:
