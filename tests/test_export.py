@@ -204,7 +204,7 @@ def test_a_margin_covers_every_patch_of_the_scan(scan, tmp_path):
 @pytest.mark.parametrize("rows", [None, 7, 13, 100])
 def test_rows_cover_a_picture_once_and_in_order(scan, margin, rows):
     picture = Picture(result_of(scan, rows=rows), margin)
-    with progress_bar("test", 1, "rows", show=False) as bar:
+    with progress_bar("test", 1, "rows", progress=False) as bar:
         blocks = list(picture.rows(bar, ["object", "weight"]))
     assert [r.start for r, _ in blocks[1:]] == [r.stop for r, _ in blocks[:-1]]
     assert (blocks[0][0].start, blocks[-1][0].stop) == (0, picture.shape[0])

@@ -348,7 +348,7 @@ def test_bad_files_end_in_one_line(name, make, line, run, tmp_path):
 def test_bad_options_end_in_one_line(measured, run, tmp_path):
     np.savez(tmp_path / "scan.npz", dp=measured.diffraction[:], pos=measured.position_yx_px)
     for options, line in (
-        (["--rotation"], "--rotation: goes with --check-axes"),
+        (["--rotation"], "--rotation: needs --check-axes"),
         (["--png", tmp_path / "none" / "a.png"], "lies in none that exists"),
         (["--png", tmp_path / "a.txt"], "no name of a figure"),
         (["--domain", "photons"], "domain is 'photons'"),

@@ -54,8 +54,8 @@ class Picture:
     def middle_yx_px(self) -> tuple[float, float]:
         """Scan coordinates (y, x) of the middle of the array.
 
-        It is the corner plus half the size, the origin of programs that count from the middle. A patch of N pixels at position p begins at pixel
-        p − N/2 − corner, which is p − middle + (size − N)/2.
+        It is the corner plus half the size, the origin of programs that count from the middle. A patch of N pixels at
+        position p begins at pixel p − N/2 − corner, which is p − middle + (size − N)/2.
         """
         (y, x), (height, width) = self.corner_yx_px, self.shape
         return y + height / 2, x + width / 2
