@@ -145,7 +145,7 @@ def reconstruct(
     cache: Annotated[
         Path | None,
         typer.Option(
-            help="Store of predicted patches: filled by the first run, and read instead of the network by later ones."
+            help="Store of predicted patches: written by the first run; later runs read it and skip the network."
         ),
     ] = None,
     positions: Annotated[

@@ -192,7 +192,7 @@ def check_axes(
     Parameters
     ----------
     source : path
-        A store, or a file that `ingest` takes.
+        A store, or a file that `ingest` can read.
     rotation : bool
         Also search the angle between stage and detector, as needed for 4D-STEM; otherwise only the 8 orientations.
     seed : int
