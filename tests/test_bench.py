@@ -105,7 +105,10 @@ def test_the_command_simulates_a_scan_builds_a_network_and_removes_both(monkeypa
         (["scan.zarr", "--n-groups", "5"], "--n-groups is for a simulated scan, but scan.zarr was passed"),
         (["--model", "a.model", "--network", "pinn"], "--network is for an untrained network, but a.model"),
         (["--network", "resnet"], "network is 'resnet', expected one of: pinn, ptychopinn"),
-        (["--workers", "2", "--scheduler", "tcp://a"], "bench: --workers starts a cluster, but --scheduler names a running one"),
+        (
+            ["--workers", "2", "--scheduler", "tcp://a"],
+            "bench: --workers starts a cluster, but --scheduler names a running one",
+        ),
         (["--json", "nowhere/a.json"], "cannot write nowhere/a.json: folder nowhere does not exist"),
         (["--folder", "nowhere"], "nowhere: no such folder"),
         (["missing.zarr"], "missing.zarr: no such store"),
