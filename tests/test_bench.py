@@ -102,11 +102,14 @@ def test_the_command_simulates_a_scan_builds_a_network_and_removes_both(monkeypa
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["scan.zarr", "--n-groups", "5"], "--n-groups describes a scan that is simulated, and scan.zarr is given"),
-        (["--model", "a.model", "--network", "pinn"], "--network describes a network that is built, and a.model"),
+        (["scan.zarr", "--n-groups", "5"], "--n-groups is for a simulated scan, but scan.zarr was passed"),
+        (["--model", "a.model", "--network", "pinn"], "--network is for an untrained network, but a.model"),
         (["--network", "resnet"], "network is 'resnet', expected one of: pinn, ptychopinn"),
-        (["--workers", "2", "--scheduler", "tcp://a"], "bench: --workers starts a cluster and --scheduler names one"),
-        (["--json", "nowhere/a.json"], "nowhere/a.json: its folder does not exist"),
+        (
+            ["--workers", "2", "--scheduler", "tcp://a"],
+            "bench: --workers starts a cluster, but --scheduler names a running one",
+        ),
+        (["--json", "nowhere/a.json"], "cannot write nowhere/a.json: folder nowhere does not exist"),
         (["--folder", "nowhere"], "nowhere: no such folder"),
         (["missing.zarr"], "missing.zarr: no such store"),
         (["--n-groups", "20", "--network", "ptychopinn", "--n-pixels", "32"], "made for one of: 64, 128, 256"),

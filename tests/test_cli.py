@@ -90,7 +90,7 @@ def test_a_probe_is_refined(run, tmp_path):
     replace_probe(store, wrong.astype(np.complex64), {})
     code, out, err = run("refine-probe", store, "-q")
     assert code == 0, err
-    assert "unseen patterns" in out
+    assert "held-out patterns" in out
 
 
 def npz(path, **changes):
@@ -333,8 +333,8 @@ def test_what_cannot_be_compared_is_one_line(refused, store, judged):
         ((f"A={theirs}", "--key", "A=a", "--truth", store), "holds no array 'a'; keys found: reconstructed_object"),
         ((ours, theirs, "--baseline", "Nobody"), "no result 'Nobody' to be the baseline"),
         ((ours, theirs, "--peak", "high"), "peak is 'high', expected a positive number"),
-        ((ours, theirs, "--csv", judged / "none" / "t.csv"), "lies in no folder that exists"),
-        ((ours, theirs, "--csv", judged), "is a folder, or lies in no"),
+        ((ours, theirs, "--csv", judged / "none" / "t.csv"), "none does not exist; make it first"),
+        ((ours, theirs, "--csv", judged), "it is a folder; name a file"),
         ((ours, theirs, "--truth", ours), "expected 'ptychodask-scan'"),
     ):
         assert line in refused("compare", *arguments)
@@ -390,8 +390,8 @@ def test_results_and_scans_are_exported(run, store, result, tmp_path):
 def test_what_cannot_be_exported_is_said_in_one_line(refused, store, result, tmp_path):
     for source, format, name, expected in (
         (result, "jpeg", "a.jpg", "format is 'jpeg', expected one of: ptychodus, cxi,"),
-        (result, "tiff", "a.png", "a file of format tiff ends in .tif or .tiff"),
-        (store, "tiff", "a.tif", "format tiff is one for results"),
+        (result, "tiff", "a.png", "a file of format tiff must end in .tif or .tiff"),
+        (store, "tiff", "a.tif", "format tiff is only for results"),
         (result, "cxi", "a.cxi", "needs pixel_size_m, which is not recorded; pass pixel_size_m= (--pixel-size-m)"),
         (tmp_path / "no.zarr", "cxi", "a.cxi", "no such result"),
         (result, "png", "none/a.png", "does not exist; make it first"),

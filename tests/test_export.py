@@ -431,10 +431,10 @@ def test_one_method_of_several_is_exported(scan, tmp_path):
     export(several, tmp_path / "a.tif", format="tiff", method="Baseline")
     with Image.open(tmp_path / "a.tif") as image:
         np.testing.assert_allclose(np.asarray(image), 2 * np.abs(result_of(scan)["object"]), rtol=1e-6)
-    for method, found in ((None, "none is named"), ("U-Net", "'U-Net' is none of them")):
-        with pytest.raises(PtychodaskError, match=rf"methods PINN, Baseline, and {found}; pass method="):
+    for method, problem in ((None, "none was chosen"), ("U-Net", "not 'U-Net'")):
+        with pytest.raises(PtychodaskError, match=rf"methods PINN, Baseline, but {problem}; pass method="):
             export(several, tmp_path / "b.tif", format="tiff", method=method)
-    with pytest.raises(PtychodaskError, match="has one method alone; leave method='PINN' out"):
+    with pytest.raises(PtychodaskError, match="has only one method; leave out method='PINN'"):
         export(result_of(scan), tmp_path / "b.tif", format="tiff", method="PINN")
 
 
@@ -448,7 +448,7 @@ def test_what_a_format_needs_is_asked_for(scan, result, tmp_path):
             scan,
             "a.tif",
             {},
-            "tiff is one for results, and the source is a scan, which goes to: ptychodus, cxi, ptychop",
+            "tiff is only for results, but the source is a scan; choose one of: ptychodus, cxi, ptychop",
         ),
         (
             result,
@@ -463,8 +463,8 @@ def test_what_a_format_needs_is_asked_for(scan, result, tmp_path):
             {"format": "jpeg"},
             "format is 'jpeg', expected one of: ptychodus, cxi, ptychopinn, netcdf, t",
         ),
-        (result, "a.png", {"format": "tiff"}, r"a.png: a file of format tiff ends in .tif or .tiff; rename it"),
-        (scan, "a.npz", {"scan": scan.store}, "scan= and method= go with a result, and the source is a scan"),
+        (result, "a.png", {"format": "tiff"}, r"a.png: a file of format tiff must end in .tif or .tiff; rename it"),
+        (scan, "a.npz", {"scan": scan.store}, "scan= and method= are only for a result, but the source is a scan"),
         (tmp_path / "no.zarr", "a.tif", {}, "no.zarr: no such result"),
     ):
         format = {".h5": "ptychodus", ".tif": "tiff", ".npz": "ptychopinn", ".png": "png"}[name[name.index(".") :]]
@@ -475,14 +475,14 @@ def test_what_a_format_needs_is_asked_for(scan, result, tmp_path):
 
 def test_a_quantity_that_contradicts_the_recorded_one_is_refused(scan, tmp_path):
     known = result_of(scan).assign_attrs(pixel_size_m=5e-9)
-    with pytest.raises(PtychodaskError, match=r"pixel_size_m=7e-09 was passed .*, and 5e-09 is recorded; leave it out"):
+    with pytest.raises(PtychodaskError, match=r"pixel_size_m=7e-09 was passed .*, but 5e-09 is recorded; leave it out"):
         export(known, tmp_path / "a.tif", format="tiff", pixel_size_m=PIXEL_M)
 
 
 def test_a_scan_of_other_data_is_refused(scan, result, tmp_path):
     other = simulate(tmp_path / "b.zarr", n_pixels=N, n_patterns=20, step_px=3.0)
     with pytest.raises(
-        PtychodaskError, match=rf"made from data {scan.data_hash[:12]}, .*b.zarr holds {other.data_hash[:12]}"
+        PtychodaskError, match=rf"made from data {scan.data_hash[:12]}, .*b.zarr contains {other.data_hash[:12]}"
     ):
         export(result, tmp_path / "a.npz", format="ptychopinn", scan=other)
     replace_probe(other.store, 2 * other.probe, {})
@@ -494,7 +494,9 @@ def test_a_scan_of_other_data_is_refused(scan, result, tmp_path):
 
 def test_corrected_positions_that_are_not_there_are_told_of(result, tmp_path, told):
     export(result.assign_attrs(spec={"position_yx_px": "ab"}), tmp_path / "a.npz", format="ptychopinn")
-    assert "the result was made with corrected positions, which it does not hold: those of the scan go out" in told
+    assert (
+        "the result was made with corrected positions, which are not stored in it: exporting those of the scan" in told
+    )
 
 
 @pytest.mark.parametrize("format", sorted(FORMATS))

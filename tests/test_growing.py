@@ -359,8 +359,8 @@ def test_the_command_line_appends_and_finishes(files, tmp_path, run, refused):
         code, out, _ = run("ingest", path, store, "--append", "-q")
         assert code == 0
         assert "still growing" in out
-    assert "goes with --append" in refused("ingest", files[2], store, "--finish")
-    assert "takes no other option" in refused("ingest", store, "--finish", "--dc", "corner")
+    assert "--finish needs --append" in refused("ingest", files[2], store, "--finish")
+    assert "accepts no other option" in refused("ingest", store, "--finish", "--dc", "corner")
     assert "the store is missing" in refused("ingest", files[2])
     code, out, _ = run("ingest", "--finish", store)
     assert (code, "growing" in out) == (0, False)

@@ -132,7 +132,7 @@ def test_a_sample_of_a_stream_ends_where_its_share_ends(monkeypatch):
     monkeypatch.setattr(evidence_module, "STREAM_BYTES", 1000 * 4 * 4 * 8)
     sample = take_sample(frames)
     assert frames.n_read == 1000
-    assert "of the first 1000, since the file is a stream" in sample.told
+    assert "of the first 1000, since the file is a stream" in sample.description
     np.testing.assert_array_equal(sample.frames[:, 0, 0], sample.rows)
 
 
@@ -251,7 +251,7 @@ def test_what_a_file_leaves_open_is_said_to_be_open(measured, tmp_path):
     found = inspect_file(path)
     (values,) = said(found, "values")
     assert values[1] == "open"
-    assert "nothing tells, so the command says counts" in values[0]
+    assert "undetermined, so the command assumes counts" in values[0]
     assert said(found, "units")[0][1] == "guess"
     assert said(found, "axes")[0][1] == "guess"
     assert found.options["keys"] == {"diffraction": "patterns", "y": "pos_y", "x": "pos_x"}
@@ -273,8 +273,8 @@ def test_patterns_against_their_format_are_named(measured, tmp_path):
     data = np.sqrt(measured.diffraction[:]).astype(np.float32)
     np.savez(path, data=data, scan=measured.position_yx_px, probe=measured.probe)
     found = inspect_file(path)
-    assert "that is against it" in said(found, "values")[0][0]
-    assert "that is against it" in said(found, "beam")[0][0]
+    assert "this contradicts the format" in said(found, "values")[0][0]
+    assert "this contradicts the format" in said(found, "beam")[0][0]
 
 
 def test_positions_that_are_not_finite_are_left_out_by_the_command(measured, tmp_path):
@@ -285,7 +285,7 @@ def test_positions_that_are_not_finite_are_left_out_by_the_command(measured, tmp
     np.savez(path, dp=measured.diffraction[:], pos=position)
     found = inspect_file(path)
     assert found.options["drop_frames"] == "3,7:9"
-    assert "3 not finite, 1 repeat another" in said(found, "positions")[1][0]
+    assert "3 not finite, 1 duplicates" in said(found, "positions")[1][0]
     assert not found.refused
 
 
@@ -294,12 +294,12 @@ def test_positions_that_are_not_finite_are_left_out_by_the_command(measured, tmp
     [
         (
             {"dp": poisson(5, (60, 16, 16)) - 3, "pos": np.ones((60, 2))},
-            "values that are negative in 60 of 60 patterns",
+            "values are negative in 60 of 60 sampled patterns",
         ),
-        ({"dp": np.full((60, 16, 16), np.nan), "pos": np.ones((60, 2))}, "values that are not finite in 60 of 60"),
+        ({"dp": np.full((60, 16, 16), np.nan), "pos": np.ones((60, 2))}, "values are not finite in 60 of 60"),
         ({"dp": poisson(5, (60, 16, 16))}, "no positions for 60 patterns"),
         ({"dp": poisson(5, (60, 16, 16)), "points": np.ones((2, 60))}, "'points' has shape \\(2, 60\\)"),
-        ({"cube": poisson(5, (6, 10, 16, 16))}, "no array of patterns.*make one axis of the scan's"),
+        ({"cube": poisson(5, (6, 10, 16, 16))}, "no array of patterns.*merge its scan axes into one"),
         ({"X_full": np.ones((9, 8, 8, 4))}, "grouped already"),
         ({"diff3d": poisson(5, (60, 16, 16)), "ycoords": np.ones(60)}, "'xcoords' is missing"),
     ],
@@ -334,7 +334,7 @@ def cut(path):
         ("missing.npz", lambda path: path, "no such file"),
         ("empty.npz", lambda path: write_bytes(path, b""), "the file is empty"),
         ("text.h5", lambda path: write_bytes(path, b"not a scan"), "begins with b'not a sc'"),
-        ("objects.npz", pickled, "holds no array of numbers: 'diff3d' is pickled"),
+        ("objects.npz", pickled, "contains no array of numbers: 'diff3d' is pickled"),
         ("cut.h5", cut, "truncated or damaged"),
     ],
 )
@@ -348,7 +348,7 @@ def test_bad_files_end_in_one_line(name, make, line, run, tmp_path):
 def test_bad_options_end_in_one_line(measured, run, tmp_path):
     np.savez(tmp_path / "scan.npz", dp=measured.diffraction[:], pos=measured.position_yx_px)
     for options, line in (
-        (["--rotation"], "--rotation: goes with --check-axes"),
+        (["--rotation"], "--rotation: needs --check-axes"),
         (["--png", tmp_path / "none" / "a.png"], "lies in none that exists"),
         (["--png", tmp_path / "a.txt"], "no name of a figure"),
         (["--domain", "photons"], "domain is 'photons'"),
@@ -395,14 +395,14 @@ def test_a_store_says_what_it_holds_and_what_comes_next(tmp_path):
     scan = simulate(store, object="star", probe="zone_plate", n_pixels=N, n_patterns=60, dose=1e5, step_px=3.0)
     found = inspect_file(store)
     assert found.command == f"ptychodask train {store}"
-    assert said(found, "groups") == [("none stored; they are made when they are needed", "noted")]
+    assert said(found, "groups") == [("none stored; they are made when needed", "noted")]
     group(store)
     record_model(store, kind="pinn", path=tmp_path / "a.model", content_hash="0")
     found = inspect_file(store)
     assert found.command == f"ptychodask reconstruct {store}"
     assert said(found, "groups")[0][0] == "'c4-k7-s0' (60 of 4)"
     assert said(found, "models")[0][0] == "pinn a.model"
-    assert f"mean counts of a pattern {scan.attributes['mean_counts']:.4g}" in said(found, "values")[0][0]
+    assert f"mean counts per pattern {scan.attributes['mean_counts']:.4g}" in said(found, "values")[0][0]
     assert said(found, "truth")
 
 

@@ -138,7 +138,7 @@ def test_a_probe_that_is_its_own_twin_leaves_two(tmp_path):
     assert {one.turn for one in verdict.likely} == {EIGHT[1], EIGHT[2]}
     assert verdict.likely[0].turn.inverts(verdict.likely[1].turn)
     assert verdict.is_certain
-    assert "One of two: --flip-x; or its point inversion, --flip-y." in str(verdict)
+    assert "Best: --flip-x; or its point inversion, --flip-y." in str(verdict)
 
 
 def test_positions_without_meaning_name_nothing(measured, tmp_path):
@@ -147,7 +147,7 @@ def test_positions_without_meaning_name_nothing(measured, tmp_path):
     verdict = check_axes(path, progress=False, **MAPPED)
     assert not verdict.is_certain
     assert verdict.command is None
-    assert "It cannot tell" in str(verdict)
+    assert "Undecided" in str(verdict)
 
 
 def test_the_point_inversion_makes_the_same_patterns_with_the_twins_of_object_and_probe():
@@ -177,7 +177,7 @@ def test_too_few_patterns_are_refused(measured, tmp_path):
     few = {"dp": measured.diffraction[slice(0, 20)]}
     few |= {name: values[:20] for name, values in zip("yx", measured.position_yx_px.T, strict=True)}
     path = save(tmp_path / "scan.npz", measured, EIGHT[0], **few)
-    with pytest.raises(PtychodaskError, match="20 patterns are too few to tell the axes by, expected 40 or more"):
+    with pytest.raises(PtychodaskError, match="20 patterns are too few to check the axes, expected 40 or more"):
         check_axes(path, progress=False, **MAPPED)
 
 

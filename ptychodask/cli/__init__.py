@@ -1,4 +1,7 @@
-"""The command line: a thin skin over the public functions. Flags are named like their arguments."""
+"""Command line, a thin layer over the public functions.
+
+Flags are named like the functions' arguments.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,17 @@ from ptychodask.scan import PtychodaskError
 
 app = typer.Typer(
     name="ptychodask",
-    help="Reconstruct ptychography scans with neural networks, chunk by chunk.",
+    help="Reconstruct ptychography scans with neural networks, chunk by chunk, on one or many workers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C stopped."""
+"""Exit code of a command stopped by Ctrl-C."""
 
 TERMINATED = 143
-"""Exit code of a command that SIGTERM stopped."""
+"""Exit code of a command stopped by SIGTERM."""
 COMMANDS = (
     demo,
     inspect,
@@ -51,7 +54,7 @@ COMMANDS = (
     export,
     bench,
 )
-"""In the order that `--help` lists them."""
+"""Commands in the order of `--help`."""
 
 for command in COMMANDS:
     app.command()(command)
@@ -59,9 +62,9 @@ for command in COMMANDS:
 
 @contextmanager
 def stopping_on_sigterm() -> Iterator[None]:
-    """Leave a block by `SystemExit` when SIGTERM comes, so that it cleans up and keeps what is finished.
+    """Raise `SystemExit` on SIGTERM, so that finished work is kept.
 
-    Batch systems send it before a job's time is over.
+    Batch systems send SIGTERM before the time limit of a job.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -75,16 +78,19 @@ def stopping_on_sigterm() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line; bad input ends in one line on standard error and exit code 2."""
+    """Run the command line.
+
+    Bad input ends with one line on standard error and exit code 2.
+    """
     try:
         with stopping_on_sigterm():
             app()
-    except SystemExit as ended:
-        if ended.code in (INTERRUPTED, TERMINATED):
-            typer.echo("ptychodask: stopped; reconstruct and train go on with --resume", err=True)
+    except SystemExit as stop:
+        if stop.code in (INTERRUPTED, TERMINATED):
+            typer.echo("ptychodask: stopped; continue reconstruct or train with --resume", err=True)
         raise
     except MemoryError as error:
-        typer.echo(f"ptychodask: not enough memory ({error}); ask for less, or crop", err=True)
+        typer.echo(f"ptychodask: not enough memory ({error}); use smaller sizes, or crop the patterns", err=True)
         sys.exit(2)
     except PtychodaskError as error:
         typer.echo(f"ptychodask: {' '.join(str(error).split())}", err=True)
@@ -110,14 +116,15 @@ def _options(
     ] = False,
 ) -> None:
     handler = logging.StreamHandler()
-    handler.addFilter(_is_worth_showing)
+    handler.addFilter(_is_shown)
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
 
 
-def _is_worth_showing(record: logging.LogRecord) -> bool:
-    """Whether a log line is ours or an error: Dask's loggers set a level of their own and speak of slow workers.
+def _is_shown(record: logging.LogRecord) -> bool:
+    """True for log records of ptychodask, and for errors of other loggers.
 
-    What a task raised reaches the user as our own one line, so Dask's account of it stays away.
+    Dask's loggers set their own level and warn of slow workers. Its report of a failed task is left out, since the user
+    gets our one-line message instead.
     """
     if record.name.startswith("ptychodask"):
         return True

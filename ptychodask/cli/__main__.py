@@ -1,4 +1,4 @@
-"""``python -m ptychodask.cli``: the command line of this very interpreter, for batch scripts."""
+"""Command line of this interpreter, ``python -m ptychodask.cli``, for batch scripts."""
 
 from ptychodask.cli import main
 

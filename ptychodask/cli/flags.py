@@ -1,4 +1,4 @@
-"""What the commands share: options that several of them have, and how their texts are read."""
+"""Options shared by several commands, and parsers of their values."""
 
 from __future__ import annotations
 
@@ -13,56 +13,82 @@ from numpy.typing import NDArray
 from ptychodask.scan import PtychodaskError
 
 Store = Annotated[
-    Path, typer.Argument(help="The scan's store, a folder ending in .zarr; or s3://bucket/name.", show_default=False)
+    Path,
+    typer.Argument(help="Store of the scan: a folder ending in .zarr, or s3://bucket/name.", show_default=False),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, once the new one is whole.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing output, once the new one is complete.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")]
-Workers = Annotated[int | None, typer.Option(help="Worker processes to start; by default this one.")]
-Host = Annotated[str | None, typer.Option(help="What --workers listen on; by default the loopback interface alone.")]
-Scheduler = Annotated[str | None, typer.Option(help="Address of a running Dask scheduler, or its --scheduler-file.")]
-Tls = Annotated[bool, typer.Option("--tls", help="Encrypt and authenticate what --workers say to each other.")]
+Workers = Annotated[
+    int | None, typer.Option(help="Number of worker processes to start; by default everything runs in this process.")
+]
+Host = Annotated[
+    str | None, typer.Option(help="Address on which --workers listen; by default only this machine (loopback).")
+]
+Scheduler = Annotated[
+    str | None, typer.Option(help="Address of a running Dask scheduler, or path of its scheduler file.")
+]
+Tls = Annotated[bool, typer.Option("--tls", help="Encrypt and authenticate the connections between --workers (TLS).")]
 TlsFolder = Annotated[
-    Path | None, typer.Option(help="Folder with ca.pem, cert.pem and key.pem for a --scheduler that speaks TLS.")
+    Path | None, typer.Option(help="Folder with ca.pem, cert.pem and key.pem, for a --scheduler that uses TLS.")
 ]
 
 Format = Annotated[
     str | None,
-    typer.Option(help="ptychopinn, tike, ptychodus, nexus, cxi, hxn or mapping; by default what the keys say."),
+    typer.Option(
+        help="File format: ptychopinn, tike, ptychodus, nexus, cxi, hxn or mapping; by default detected from the keys."
+    ),
 ]
 Key = Annotated[
     list[str] | None,
-    typer.Option(help="NAME=KEY: the file's key of diffraction, y, x, position, probe, mask, object, label, flux."),
+    typer.Option(
+        help="NAME=KEY: key of an array in the file; NAME is diffraction, y, x, position, probe, mask, object, label "
+        "or flux. Repeatable."
+    ),
 ]
-PatternDomain = Annotated[str | None, typer.Option("--domain", help="counts or amplitude.")]
-FrameAxes = Annotated[str | None, typer.Option("--axes", help="pattern,qy,qx or qy,qx,pattern.")]
-Beam = Annotated[str | None, typer.Option("--dc", help="Where the direct beam is: centre or corner.")]
-Units = Annotated[str | None, typer.Option(help="Of the positions: px, um or m.")]
-FlipY = Annotated[bool, typer.Option("--flip-y", help="y becomes -y.")]
-FlipX = Annotated[bool, typer.Option("--flip-x", help="x becomes -x.")]
-SwapXY = Annotated[bool, typer.Option("--swap-xy", help="y and x change places.")]
+PatternDomain = Annotated[str | None, typer.Option("--domain", help="Unit of the patterns: counts or amplitude.")]
+FrameAxes = Annotated[
+    str | None, typer.Option("--axes", help="Order of the pattern axes: pattern,qy,qx or qy,qx,pattern.")
+]
+Beam = Annotated[
+    str | None, typer.Option("--dc", help="Position of the direct beam in the file's patterns: centre or corner.")
+]
+Units = Annotated[str | None, typer.Option(help="Unit of the positions: px, um or m.")]
+FlipY = Annotated[bool, typer.Option("--flip-y", help="Change the sign of y in the positions (after --swap-xy).")]
+FlipX = Annotated[bool, typer.Option("--flip-x", help="Change the sign of x in the positions (after --swap-xy).")]
+SwapXY = Annotated[bool, typer.Option("--swap-xy", help="Swap x and y in the positions.")]
 Affine = Annotated[
-    str | None, typer.Option(help="a,b,c,d: after the flips, (y, x) becomes (a y + b x, c y + d x). For every format.")
+    str | None,
+    typer.Option(
+        help="a,b,c,d: map positions (y, x) to (a y + b x, c y + d x), after the swap and the flips. For every format."
+    ),
 ]
-NPixels = Annotated[int | None, typer.Option(help="Pixels across a stored pattern: crops or pads.")]
-Bin = Annotated[int | None, typer.Option(help="Detector pixels, along each axis, summed into one.")]
-Centre = Annotated[str | None, typer.Option(help="The beam's centre: dc, auto, or y,x in pixels.")]
-EnergyEv = Annotated[float | None, typer.Option(help="Photon energy.")]
-WavelengthM = Annotated[float | None, typer.Option(help="Wavelength, in place of the energy.")]
-DistanceM = Annotated[float | None, typer.Option(help="Sample to detector.")]
-DetectorPixelM = Annotated[float | None, typer.Option(help="Size of a detector pixel.")]
-PixelSizeM = Annotated[float | None, typer.Option(help="Size of an object pixel, as stored.")]
+NPixels = Annotated[
+    int | None, typer.Option(help="Pixels across a stored pattern; crops or pads about the beam centre.")
+]
+Bin = Annotated[int | None, typer.Option(help="Binning: sum this many detector pixels along each axis.")]
+Centre = Annotated[
+    str | None,
+    typer.Option(help="Beam centre in a frame: dc (the middle), auto (centre of mass), or y,x in pixels."),
+]
+EnergyEv = Annotated[float | None, typer.Option(help="Photon energy, eV.")]
+WavelengthM = Annotated[float | None, typer.Option(help="Wavelength, metres, instead of the energy.")]
+DistanceM = Annotated[float | None, typer.Option(help="Distance from sample to detector, metres.")]
+DetectorPixelM = Annotated[float | None, typer.Option(help="Size of a detector pixel in the file, metres.")]
+PixelSizeM = Annotated[float | None, typer.Option(help="Size of an object pixel, metres, after --n-pixels and --bin.")]
 Recipe = Annotated[
-    Path | None, typer.Option("--recipe", help="YAML file of these options, as inspect --yaml writes it.")
+    Path | None, typer.Option("--recipe", help="YAML file with these options, as written by inspect --yaml.")
 ]
 PatternsFile = Annotated[
-    Path | None, typer.Option("--diffraction", help="File with the patterns, where the format keeps them apart.")
+    Path | None, typer.Option("--diffraction", help="File with the patterns, if the format has a separate one.")
 ]
 FarField = Annotated[
-    bool, typer.Option("--far-field", help="Take patterns for far-field ones though they look like near-field shadows.")
+    bool, typer.Option("--far-field", help="Accept patterns as far-field even if they look like near-field shadows.")
 ]
-MaskFile = Annotated[Path | None, typer.Option("--mask", help=".npy, True where a detector pixel is good.")]
-DropFrames = Annotated[str | None, typer.Option(help='Rows of the file to leave out: "3,10:20".')]
-Scratch = Annotated[Path | None, typer.Option(help="Folder for unpacked data; beside the store by default.")]
+MaskFile = Annotated[Path | None, typer.Option("--mask", help=".npy mask of the detector frame, True = good pixel.")]
+DropFrames = Annotated[str | None, typer.Option(help='Frames to leave out, as row numbers in the file: "3,10:20".')]
+Scratch = Annotated[Path | None, typer.Option(help="Folder for temporary unpacked data; by default beside the store.")]
 
 
 def reading_options(
@@ -76,12 +102,12 @@ def reading_options(
     far_field: bool,
     **plain: Any,
 ) -> dict[str, Any]:
-    """Fields of `IngestSpec` from the flags that were given; those of `plain` are fields already."""
+    """Fields of `IngestSpec` from the given flags; `plain` needs no conversion."""
     return given(
         keys=pairs(key),
         centre=None if centre is None else centre_yx(centre),
         affine=None if affine is None else numbers("--affine", affine, 4),
-        # A format that fixes its axes refuses these flags, so only those that were set are handed on.
+        # A format that defines its axes refuses these flags, so only those that were set are passed on.
         **given(flip_y=flip_y or None, flip_x=flip_x or None, swap_xy=swap_xy or None, far_field=far_field or None),
         **plain,
     )
@@ -108,7 +134,7 @@ def progress_option(quiet: bool) -> bool | None:
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """The options that were given, so that every default stays where it is written."""
+    """Options that were set; for the others, the function's own defaults apply."""
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -118,7 +144,7 @@ def numbers(flag: str, text: str, count: int) -> tuple[float, ...]:
     except ValueError:
         values = ()
     if len(values) != count:
-        raise PtychodaskError(f"{flag} {text}: expected {count} numbers with commas between them")
+        raise PtychodaskError(f"{flag} {text}: expected {count} numbers separated by commas")
     return values
 
 
@@ -129,18 +155,20 @@ def whole_numbers(flag: str, text: str, count: int) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
 
 
-def numbers_in(flag: str, path: Path, what: str) -> NDArray[Any]:
+def numbers_in(flag: str, path: Path, content: str) -> NDArray[Any]:
     from ptychodask.io.npy_stream import read_npy
 
     try:
         return np.atleast_1d(read_npy(path))
     except PtychodaskError as error:
-        raise PtychodaskError(f"{flag} {error}; expected a .npy of {what}") from error
+        raise PtychodaskError(f"{flag} {error}; expected a .npy file of {content}") from error
 
 
 def check_one_cluster(command: str, workers: int | None, scheduler: str | None) -> None:
     if workers is not None and scheduler is not None:
-        raise PtychodaskError(f"{command}: --workers starts a cluster and --scheduler names one; pass one of them")
+        raise PtychodaskError(
+            f"{command}: --workers starts a cluster, but --scheduler names a running one; pass one of them"
+        )
 
 
 def client_for(
@@ -150,15 +178,15 @@ def client_for(
     tls_folder: Path | None = None,
     host: str | None = None,
 ) -> AbstractContextManager[Any]:
-    """A client of new worker processes or of a running scheduler; None where neither is asked for."""
+    """Dask client of new workers or of a running scheduler, else None."""
     from ptychodask.cluster import connected_client, credentials_in, local_client, temporary_credentials
 
     if tls and workers is None:
-        raise PtychodaskError("--tls: goes with --workers; a running --scheduler is reached with --tls-folder")
+        raise PtychodaskError("--tls: needs --workers; for a running --scheduler use --tls-folder")
     if tls_folder is not None and scheduler is None:
-        raise PtychodaskError(f"--tls-folder {tls_folder}: goes with --scheduler; new --workers take --tls")
+        raise PtychodaskError(f"--tls-folder {tls_folder}: needs --scheduler; for new --workers use --tls")
     if host is not None and workers is None:
-        raise PtychodaskError(f"--host {host}: goes with --workers, which listen there")
+        raise PtychodaskError(f"--host {host}: needs --workers, which listen there; pass both or neither")
     if workers is not None:
         return local_client(workers, security=temporary_credentials() if tls else None, **given(host=host))
     if scheduler is None:
@@ -167,18 +195,20 @@ def client_for(
 
 
 def named(path: Path) -> Any:
-    """A path or, where its name says so, a place in a bucket."""
+    """Location on disk, or in a bucket for an s3:// URL."""
     from ptychodask.places import parse_location
 
     return parse_location(path)
 
 
 def beside(path: Any, name: str) -> Path:
-    """A file beside a path; here, where the path is in a bucket."""
+    """File beside a path; for a bucket, in the current folder."""
     return path.with_name(name) if isinstance(path, Path) else Path(name)
 
 
 def check_folders(*paths: Path | None) -> None:
     for path in paths:
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise PtychodaskError(f"{path}: is a folder, or lies in no folder that exists; name another file")
+        if path is not None and path.is_dir():
+            raise PtychodaskError(f"cannot write {path}: it is a folder; name a file")
+        if path is not None and not path.parent.is_dir():
+            raise PtychodaskError(f"cannot write {path}: folder {path.parent} does not exist; make it first")

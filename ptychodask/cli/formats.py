@@ -1,4 +1,4 @@
-"""Commands that speak to other programs: export."""
+"""Commands for the formats of other programs: export."""
 
 from __future__ import annotations
 
@@ -11,28 +11,36 @@ from ptychodask.cli.flags import Overwrite, Quiet, given, progress_option
 
 
 def export(
-    source: Annotated[Path, typer.Argument(help="A result, or a scan's store.", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="Result, or store of a scan.", show_default=False)],
     format: Annotated[
-        str, typer.Option(help="ptychodus, cxi, ptychopinn, netcdf, tiff, ome-zarr or png.", show_default=False)
+        str,
+        typer.Option(
+            help="Format to write: ptychodus, cxi, ptychopinn, netcdf, tiff, ome-zarr or png.", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option(help="File to write; a folder for ome-zarr.", show_default=False)],
     scan: Annotated[
-        Path | None, typer.Option(help="Store that a result was made from; by default the one it records.")
+        Path | None, typer.Option(help="Store of the scan that the result was made from; by default the recorded one.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="Which method of a result that has several.")] = None,
-    pixel_size_m: Annotated[float | None, typer.Option(help="Size of an object pixel, where it is not known.")] = None,
-    energy_ev: Annotated[float | None, typer.Option(help="Photon energy, where it is not known.")] = None,
-    distance_m: Annotated[float | None, typer.Option(help="Sample to detector, where it is not known.")] = None,
+    method: Annotated[str | None, typer.Option(help="Method to export, if the result has several.")] = None,
+    pixel_size_m: Annotated[
+        float | None, typer.Option(help="Size of an object pixel, metres, if not recorded.")
+    ] = None,
+    energy_ev: Annotated[float | None, typer.Option(help="Photon energy, eV, if not recorded.")] = None,
+    distance_m: Annotated[
+        float | None, typer.Option(help="Distance from sample to detector, metres, if not recorded.")
+    ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a result or a scan as another program reads it.
+    """Write a result or a scan in the format of another program.
 
     Example: ptychodask export scan.object.zarr --format tiff --out scan.tif
 
     Example: ptychodask export scan.object.zarr --format ptychodus --out product.h5 --scan scan.zarr
 
-    A scan gives its patterns (ptychodus, cxi, ptychopinn), a result its object (all formats).
+    For a result, the object is written (all formats); for a scan, the patterns
+    (ptychodus, cxi, ptychopinn).
     """
     from ptychodask.export import export
 

@@ -1,4 +1,4 @@
-"""Commands that judge results: compare, residuals, study, report."""
+"""Commands for judging results: compare, residuals, study, report."""
 
 from __future__ import annotations
 
@@ -30,27 +30,39 @@ from ptychodask.scan import PtychodaskError
 
 
 def compare(
-    results: Annotated[list[str], typer.Argument(help="Results to compare; LABEL=PATH gives a name.")],
-    truth: Annotated[Path | None, typer.Option(help="Store of a scan with truth; by default that of --scan.")] = None,
-    scan: Annotated[Path | None, typer.Option(help="The scan's store: adds R.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="Label of the result to take signed differences from.")] = None,
-    register: Annotated[bool, typer.Option("--register", help="Move results to where they fit best.")] = False,
-    scale: Annotated[bool, typer.Option("--scale", help="Remove a factor of the amplitude.")] = False,
-    peak: Annotated[str | None, typer.Option(help="Of the PSNR: range, ptychopinn (255) or a number.")] = None,
-    key: Annotated[list[str] | None, typer.Option(help="LABEL=KEY: the array of another program's file.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Table to write as CSV.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Table to write as Markdown.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
+    results: Annotated[list[str], typer.Argument(help="Results to compare, as PATH or LABEL=PATH.")],
+    truth: Annotated[
+        Path | None, typer.Option(help="Store of a scan with the true object; by default --scan, if it has one.")
+    ] = None,
+    scan: Annotated[
+        Path | None, typer.Option(help="Store of the scan, to compute the R-factor of each result.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Label of the result from which signed differences are computed.")
+    ] = None,
+    register: Annotated[
+        bool, typer.Option("--register", help="Shift each result to the best match with the reference.")
+    ] = False,
+    scale: Annotated[bool, typer.Option("--scale", help="Remove a constant factor of the amplitude.")] = False,
+    peak: Annotated[
+        str | None, typer.Option(help="Peak value of the PSNR: range, ptychopinn (255) or a number.")
+    ] = None,
+    key: Annotated[
+        list[str] | None, typer.Option(help="LABEL=KEY: key of the object in another program's file. Repeatable.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="CSV file to write the table to.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Markdown file to write the table to.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Figure to write.")] = None,
 ) -> None:
-    """Compare results with the truth of a simulated scan, or with the first of them.
+    """Compare results with the true object, or with the first result.
 
     Example: ptychodask compare pinn.object.zarr baseline.object.zarr --scan scan.zarr --baseline Baseline
 
     Example: ptychodask compare scan.object.zarr PtyChi=ptychi_reconstruction.npz --truth scan.zarr --csv table.csv
 
-    Without a label, a result takes the name of the model that made it: PtychoPINN, Baseline; else that of its file.
-    Files of Tike, pty-chi and Ptychodus are read. One result of a scan without truth is judged by R alone, how well it
-    explains the patterns.
+    The default label of a result is the name of its model, else of its file.
+    Files from Tike, pty-chi and Ptychodus can be read. For one result and no
+    true object, only R is computed: how well the result fits the patterns.
     """
     from ptychodask.compare import align, compare, patterns_inside, r_factors, results_by_label, to_csv, to_markdown
     from ptychodask.plotting import check_figure_path, plot_comparison
@@ -79,22 +91,26 @@ def compare(
 
 
 def residuals(
-    result: Annotated[Path, typer.Argument(help="What reconstruct wrote, a folder ending in .zarr.")],
+    result: Annotated[Path, typer.Argument(help="Result of reconstruct, a folder ending in .zarr.")],
     store: Store,
-    drop: Annotated[Path | None, typer.Option(help=".npy of pattern indices that the result goes without.")] = None,
-    n_mad: Annotated[
-        float | None, typer.Option(help="Deviations above the median R from which one stands out.")
+    drop: Annotated[
+        Path | None, typer.Option(help=".npy file of pattern indices that were left out of the result.")
     ] = None,
-    save_outliers: Annotated[Path | None, typer.Option(help=".npy to write those to, for reconstruct --drop.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Table to write, a row for each pattern.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
+    n_mad: Annotated[
+        float | None, typer.Option(help="Threshold for outliers: standard deviations (1.4826 MAD) above the median R.")
+    ] = None,
+    save_outliers: Annotated[
+        Path | None, typer.Option(help=".npy file to write the outliers to, for reconstruct --drop.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="CSV file to write, one row per pattern.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Figure to write.")] = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
     tls: Tls = False,
     tls_folder: TlsFolder = None,
     quiet: Quiet = False,
 ) -> None:
-    """Judge each measured pattern by the one that a result makes, and name those that stand out.
+    """Compare each measured pattern with the predicted one, and list outliers.
 
     Example: ptychodask residuals scan.object.zarr scan.zarr --png residuals.png --save-outliers bad.npy
     """
@@ -107,29 +123,35 @@ def residuals(
     check_folders(save_outliers, csv)
     options = given(drop=None if drop is None else numbers_in("--drop", drop, "pattern indices"))
     with client_for(workers, scheduler, tls, tls_folder) as client:
-        found = residuals(result, store, client=client, progress=progress_option(quiet), **options)
-    far = outliers(found, **given(n_mad=n_mad))
-    told = "".join(f", {title} {found.attrs[name]:.4g}" for name, title in RESIDUALS.items() if name in found.attrs)
-    typer.echo(f"{result}: {found.attrs['n_counted']} patterns{told}; {len(far)} stand out: {far.tolist()}")
+        ds = residuals(result, store, client=client, progress=progress_option(quiet), **options)
+    far = outliers(ds, **given(n_mad=n_mad))
+    means = "".join(f", {title} {ds.attrs[name]:.4g}" for name, title in RESIDUALS.items() if name in ds.attrs)
+    typer.echo(f"{result}: {ds.attrs['n_counted']} patterns{means}; {len(far)} outliers: {far.tolist()}")
     if save_outliers is not None:
         np.save(save_outliers, far)
     if csv is not None:
-        found.to_dataframe().to_csv(csv)
+        ds.to_dataframe().to_csv(csv)
     if png is not None:
-        plot_residuals(found, path=png)
+        plot_residuals(ds, path=png)
 
 
 def study(
-    study: Annotated[Path, typer.Argument(help="TOML file: the matrix and what its cells share.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="Folder to make; by default beside the file.")] = None,
-    recompute: Annotated[list[str] | None, typer.Option(help="Cell to compute again; * for any characters.")] = None,
+    study: Annotated[
+        Path, typer.Argument(help="TOML file with the parameter matrix and the common settings.", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(help="Output folder; by default beside the TOML file.")] = None,
+    recompute: Annotated[
+        list[str] | None, typer.Option(help="Name of a cell to compute again; * matches any characters. Repeatable.")
+    ] = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
     tls: Tls = False,
     tls_folder: TlsFolder = None,
     quiet: Quiet = False,
 ) -> None:
-    """Simulate, train, reconstruct and compare over dose, overlap, gridsize and network. Goes on where it was stopped.
+    """Simulate, train, reconstruct and compare for a matrix of parameters.
+
+    Parameters include dose, overlap, gridsize and network. An interrupted study resumes.
 
     Example: ptychodask study docs/study.toml --out study
     """
@@ -138,23 +160,27 @@ def study(
         from ptychodask.study import run_study, to_markdown
     folder = study.with_suffix("") if out is None else out
     with client_for(workers, scheduler, tls, tls_folder) as client:
-        found = run_study(study, folder, recompute=recompute or (), client=client, progress=progress_option(quiet))
-    typer.echo(f"{to_markdown(found)}\n{folder}: table.md, metrics.csv and figures")
+        table = run_study(study, folder, recompute=recompute or (), client=client, progress=progress_option(quiet))
+    typer.echo(f"{to_markdown(table)}\n{folder}: table.md, metrics.csv and figures")
 
 
 def report(
-    result: Annotated[str, typer.Argument(help="Result to report on; LABEL=PATH gives a name.", show_default=False)],
+    result: Annotated[str, typer.Argument(help="Result to report on, as PATH or LABEL=PATH.", show_default=False)],
     scan: Annotated[
-        Path | None, typer.Option(help="Store it was made from: adds what was measured and each pattern's residual.")
+        Path | None, typer.Option(help="Store of the scan: adds the measured data and the residual of each pattern.")
     ] = None,
-    truth: Annotated[Path | None, typer.Option(help="Store of a scan with truth; by default that of --scan.")] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="Store of a scan with the true object; by default --scan, if it has one.")
+    ] = None,
     compare: Annotated[
-        list[str] | None, typer.Option(help="Another result to compare with; LABEL=PATH gives a name; repeatable.")
+        list[str] | None, typer.Option(help="Another result to compare with, as PATH or LABEL=PATH. Repeatable.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File to write; by default beside the result.")] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file to write; by default beside the result.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write a report of a result: one HTML file with figures, metrics, methods and provenance, for any browser.
+    """Write a report of a result as one HTML file.
+
+    It contains figures, metrics, methods and provenance, and opens in any browser.
 
     Example: ptychodask report scan.object.zarr --scan scan.zarr --out report.html
 
@@ -172,7 +198,7 @@ def report(
 
 
 def _labelled(results: list[str], keys: list[str] | None) -> Iterator[tuple[str | None, Any]]:
-    """Each result with its label; where the array's key is given, with what was read by it."""
+    """Results with their labels; those with a key are read with it."""
     from ptychodask.io import read_foreign_result
 
     key_of = dict(text.partition("=")[::2] for text in keys or [])
@@ -185,7 +211,9 @@ def _labelled(results: list[str], keys: list[str] | None) -> Iterator[tuple[str 
         else:
             yield name, path
     if key_of:
-        raise PtychodaskError(f"--key {'='.join(key_of.popitem())}: no result has this label; name it with LABEL=PATH")
+        raise PtychodaskError(
+            f"--key {'='.join(key_of.popitem())}: no result has this label; pass the result as LABEL=PATH"
+        )
 
 
 def _peak(text: str) -> str | float:

@@ -1,4 +1,4 @@
-"""Commands that make networks: train."""
+"""Commands for networks: train."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ptychodask.progress import quiet_stderr
 
 
 class ModelKind(StrEnum):
-    """The two networks."""
+    """Networks that can be trained."""
 
     pinn = "pinn"
     baseline = "baseline"
@@ -22,58 +22,79 @@ class ModelKind(StrEnum):
 def train(
     store: Annotated[
         list[Path],
-        typer.Argument(help="The scan's store, or several of one N to train on at once.", show_default=False),
+        typer.Argument(
+            help="Store of the scan, or several of the same pattern size to train on together.", show_default=False
+        ),
     ],
-    model: Annotated[ModelKind, typer.Option(help="Which network.")] = ModelKind.pinn,
-    out: Annotated[Path | None, typer.Option(help="Bundle to write; by default beside the store.")] = None,
+    model: Annotated[ModelKind, typer.Option(help="Network to train.")] = ModelKind.pinn,
+    out: Annotated[Path | None, typer.Option(help="Model bundle to write; by default beside the store.")] = None,
     initial: Annotated[
-        Path | None, typer.Option(help="Bundle whose weights to start from, or pretrained:NAME.")
+        Path | None, typer.Option(help="Model bundle with the initial weights, or pretrained:NAME.")
     ] = None,
     members: Annotated[int | None, typer.Option(help="Patterns in one group.")] = None,
-    neighbours: Annotated[int | None, typer.Option(help="Nearest positions that members are drawn from.")] = None,
-    oversampling: Annotated[int | None, typer.Option(help="Groups that each pattern seeds.")] = None,
-    n_filters_scale: Annotated[int | None, typer.Option(help="Width of the network.")] = None,
-    levels: Annotated[int | None, typer.Option(help="How often the U-Net halves its resolution.")] = None,
-    projections_before: Annotated[int | None, typer.Option(help="Data-consistent steps before the U-Net.")] = None,
-    projections_after: Annotated[int | None, typer.Option(help="Data-consistent steps after the U-Net.")] = None,
-    momentum: Annotated[float | None, typer.Option(help="Share of a step that the next one goes on with.")] = None,
-    attention: Annotated[bool, typer.Option("--attention", help="Self-attention at the bottom of the U-Net.")] = False,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the groups at most.")] = None,
-    max_minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes.")] = None,
+    neighbours: Annotated[
+        int | None, typer.Option(help="Number of nearest positions from which members are drawn.")
+    ] = None,
+    oversampling: Annotated[int | None, typer.Option(help="Number of groups drawn for each pattern.")] = None,
+    n_filters_scale: Annotated[
+        int | None, typer.Option(help="Width of the network: multiplies its number of filters.")
+    ] = None,
+    levels: Annotated[int | None, typer.Option(help="Number of downsampling steps of the U-Net.")] = None,
+    projections_before: Annotated[int | None, typer.Option(help="Data-consistency steps before the U-Net.")] = None,
+    projections_after: Annotated[int | None, typer.Option(help="Data-consistency steps after the U-Net.")] = None,
+    momentum: Annotated[
+        float | None, typer.Option(help="Momentum of the data-consistency steps, 0 to 1 (default 0.8).")
+    ] = None,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="Add self-attention at the bottom of the U-Net.")
+    ] = False,
+    epochs: Annotated[int | None, typer.Option(help="Largest number of epochs.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop after this many minutes.")] = None,
     patience: Annotated[
-        int | None, typer.Option(help="Stop after so many epochs without a lower held-out loss.")
+        int | None, typer.Option(help="Stop after this many epochs without a lower held-out loss.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Groups in one batch.")] = None,
-    accumulation: Annotated[int | None, typer.Option(help="Batches whose gradients make one step.")] = None,
-    devices: Annotated[int | None, typer.Option(help="Devices that share each batch.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32 or mixed.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Rate at the start.")] = None,
+    accumulation: Annotated[
+        int | None, typer.Option(help="Number of batches whose gradients are averaged into one step.")
+    ] = None,
+    devices: Annotated[int | None, typer.Option(help="Number of devices that share each batch.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Precision of the convolutions: float32, or mixed (bfloat16).")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
     scale_learning_rate: Annotated[
         bool,
-        typer.Option("--scale-learning-rate", help="Scale the rate with the groups in a step; 16 leave it as it is."),
+        typer.Option("--scale-learning-rate", help="Multiply the learning rate by (groups per step) / 16."),
     ] = False,
-    schedule: Annotated[str | None, typer.Option(help="Of the rate: cosine, constant or plateau.")] = None,
-    loss: Annotated[str | None, typer.Option(help="amplitude, mae, poisson or staged.")] = None,
-    tv: Annotated[float | None, typer.Option(help="Weight of the patches' total variation.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Learning-rate schedule: cosine, constant or plateau.")] = None,
+    loss: Annotated[str | None, typer.Option(help="Loss function: amplitude, mae, poisson or staged.")] = None,
+    tv: Annotated[float | None, typer.Option(help="Weight of the total variation of the patches.")] = None,
     real_space: Annotated[
-        float | None, typer.Option(help="Weight of the members' disagreement where they overlap.")
+        float | None, typer.Option(help="Weight of the mismatch between overlapping patches of a group.")
     ] = None,
     probe_rate: Annotated[
-        float | None, typer.Option(help="Fit the probe too, this many times as fast as the weights.")
+        float | None, typer.Option(help="Also fit the probe, at this multiple of the learning rate; 0 keeps it fixed.")
     ] = None,
     freeze_encoder: Annotated[
-        bool, typer.Option("--freeze-encoder", help="Keep the way down of the U-Net as in --initial.")
+        bool, typer.Option("--freeze-encoder", help="Freeze the U-Net's encoder at the weights of --initial.")
     ] = False,
-    validation: Annotated[str | None, typer.Option(help="Held out: random, left, right, top or bottom.")] = None,
-    validation_fraction: Annotated[float | None, typer.Option(help="Share of the patterns held out.")] = None,
-    exclude: Annotated[Path | None, typer.Option(help=".npy of pattern indices that training never sees.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of split, groups, weights and order.")] = None,
-    log_to: Annotated[str | None, typer.Option(help="tensorboard:FOLDER or mlflow:URI.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last epoch of a stopped run.")] = False,
+    validation: Annotated[
+        str | None,
+        typer.Option(help="Held-out patterns: random, or on one side of the scan (left, right, top, bottom)."),
+    ] = None,
+    validation_fraction: Annotated[float | None, typer.Option(help="Fraction of the patterns held out.")] = None,
+    exclude: Annotated[
+        Path | None, typer.Option(help=".npy file of pattern indices to exclude from training and validation.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed of split, groups, weights and order.")] = None,
+    log_to: Annotated[str | None, typer.Option(help="Log metrics to tensorboard:FOLDER or mlflow:URI.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its last epoch.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a network on one scan or on several at once; each store records it.
+    """Train a network on one or several scans.
+
+    The model is recorded in each store, where reconstruct finds it.
 
     Example: ptychodask train scan.zarr --max-minutes 10
 

@@ -1,4 +1,4 @@
-"""Commands that turn scans into objects: demo, plan, reconstruct, bench."""
+"""Commands for reconstruction: demo, plan, reconstruct, bench."""
 
 from __future__ import annotations
 
@@ -29,13 +29,31 @@ from ptychodask.cli.flags import (
 from ptychodask.progress import quiet_stderr
 from ptychodask.scan import PtychodaskError
 
+ModelBundle = Annotated[
+    Path | None,
+    typer.Option(help="Model bundle; by default the last one trained on the scan, else a packaged one."),
+]
+GroupTable = Annotated[str | None, typer.Option(help="Name of a stored group table.")]
+Crop = Annotated[int | None, typer.Option(help="Width in pixels of the central part of each patch that is used.")]
+BatchSize = Annotated[int | None, typer.Option(help="Groups in one call of the network.")]
+GroupsPerChunk = Annotated[int | None, typer.Option(help="Groups predicted by one task.")]
+Tile = Annotated[int | None, typer.Option(help="Pixels across a tile of the object.")]
+Roi = Annotated[str | None, typer.Option(help="Region of interest: y0,y1,x0,x1 in pixels.")]
+RoiM = Annotated[
+    str | None,
+    typer.Option(help="Region of interest in metres: y0,y1,x0,x1, such as 0,2e-6,1e-6,3e-6."),
+]
+MemoryBytes = Annotated[
+    int | None, typer.Option(help="Memory in bytes that one task may use, in addition to the network.")
+]
+
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for what it makes.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo"),
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Simulate a scan, train both networks on it, reconstruct it and compare with the truth.
+    """Simulate, train both networks, reconstruct, and compare with the true object.
 
     Example: ptychodask demo
     """
@@ -47,22 +65,22 @@ def demo(
 
 def plan(
     store: Store,
-    model: Annotated[
-        Path | None, typer.Option(help="Model bundle; by default the store's, else the packaged one.")
-    ] = None,
-    groups: Annotated[str | None, typer.Option(help="Name of a stored group table.")] = None,
-    crop: Annotated[int | None, typer.Option(help="Middle pixels of a patch that are used.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Groups in one call of the network.")] = None,
-    groups_per_chunk: Annotated[int | None, typer.Option(help="Groups that one task predicts.")] = None,
-    tile: Annotated[int | None, typer.Option(help="Pixels across a tile of the object.")] = None,
-    roi: Annotated[str | None, typer.Option(help="Part of the object: y0,y1,x0,x1 in pixels.")] = None,
-    roi_m: Annotated[
-        str | None, typer.Option(help="The same in metres: y0,y1,x0,x1, such as 0,2e-6,1e-6,3e-6.")
-    ] = None,
-    memory_bytes: Annotated[int | None, typer.Option(help="Memory that one task may take.")] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Predict for some seconds to tell the time.")] = False,
+    model: ModelBundle = None,
+    groups: GroupTable = None,
+    crop: Crop = None,
+    batch_size: BatchSize = None,
+    groups_per_chunk: GroupsPerChunk = None,
+    tile: Tile = None,
+    roi: Roi = None,
+    roi_m: RoiM = None,
+    memory_bytes: MemoryBytes = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run the network for a few seconds to estimate the time.")
+    ] = False,
 ) -> None:
-    """Show what reconstruct would do: chunks, tiles, memory. Computes nothing, unless the time is measured.
+    """Show the chunks, tiles and memory of a reconstruction.
+
+    Nothing is computed, except with --measure.
 
     Example: ptychodask plan scan.zarr --measure
     """
@@ -89,59 +107,77 @@ def reconstruct(
         list[Path],
         typer.Argument(
             metavar="STORE...",
-            help="Scans' stores, folders ending in .zarr, or s3://bucket/name.zarr.",
+            help="Stores of the scans: folders ending in .zarr, or s3://bucket/name.zarr.",
             show_default=False,
         ),
     ],
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Model; by default the store's, else the packaged one. Several as LABEL=PATH."),
+        typer.Option(
+            help="Model bundle; by default the last one trained on the scan, else a packaged one. For several, repeat "
+            "with LABEL=PATH."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Result to write; by default <store>.object.zarr. A folder for several."),
+        typer.Option(help="Result to write; by default <store>.object.zarr. For several scans, a folder."),
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="Picture to write; by default beside the result.")] = None,
-    groups: Annotated[str | None, typer.Option(help="Name of a stored group table.")] = None,
-    window: Annotated[str | None, typer.Option(help="illumination, uniform or cosine.")] = None,
-    crop: Annotated[int | None, typer.Option(help="Middle pixels of a patch that are used.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Groups in one call of the network.")] = None,
-    groups_per_chunk: Annotated[int | None, typer.Option(help="Groups that one task predicts.")] = None,
-    tile: Annotated[int | None, typer.Option(help="Pixels across a tile of the object.")] = None,
-    roi: Annotated[str | None, typer.Option(help="Part of the object: y0,y1,x0,x1 in pixels.")] = None,
-    roi_m: Annotated[
-        str | None, typer.Option(help="The same in metres: y0,y1,x0,x1, such as 0,2e-6,1e-6,3e-6.")
+    png: Annotated[Path | None, typer.Option(help="Figure to write; by default beside the result.")] = None,
+    groups: GroupTable = None,
+    window: Annotated[
+        str | None, typer.Option(help="Weights of the pixels of a patch: illumination, uniform or cosine.")
     ] = None,
-    polish: Annotated[int | None, typer.Option(help="Data-consistent sweeps after stitching.")] = None,
-    drop: Annotated[Path | None, typer.Option(help=".npy of pattern indices to leave out.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32, or mixed (bfloat16 convolutions).")] = None,
-    split_half: Annotated[bool, typer.Option("--split-half", help="Stitch every other pattern apart as well.")] = False,
-    pyramid: Annotated[bool, typer.Option("--pyramid", help="Add coarser levels to the result.")] = False,
-    cache: Annotated[Path | None, typer.Option(help="Patches to keep, or to stitch again without the network.")] = None,
-    positions: Annotated[Path | None, typer.Option(help=".npy of corrected positions (y, x) for --cache.")] = None,
-    memory_bytes: Annotated[int | None, typer.Option(help="Memory that one task may take.")] = None,
+    crop: Crop = None,
+    batch_size: BatchSize = None,
+    groups_per_chunk: GroupsPerChunk = None,
+    tile: Tile = None,
+    roi: Roi = None,
+    roi_m: RoiM = None,
+    polish: Annotated[int | None, typer.Option(help="Data-consistency sweeps after stitching.")] = None,
+    drop: Annotated[Path | None, typer.Option(help=".npy file of pattern indices to leave out.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Precision of the convolutions: float32, or mixed (bfloat16).")
+    ] = None,
+    split_half: Annotated[
+        bool, typer.Option("--split-half", help="Also stitch even and odd patterns into two separate objects.")
+    ] = False,
+    pyramid: Annotated[bool, typer.Option("--pyramid", help="Add levels of coarser resolution to the result.")] = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Store of predicted patches: written by the first run; later runs read it and skip the network."
+        ),
+    ] = None,
+    positions: Annotated[
+        Path | None, typer.Option(help=".npy file of corrected positions (y, x), at which cached patches are stitched.")
+    ] = None,
+    memory_bytes: MemoryBytes = None,
     on_error: Annotated[
-        str | None, typer.Option(help="raise, or skip what cannot be used and list it in the result.")
+        str | None, typer.Option(help="raise, or skip: leave out unusable patterns and list them in the result.")
     ] = None,
-    verify: Annotated[int | None, typer.Option(help="Chunks that a second worker computes again.")] = None,
-    device: Annotated[str | None, typer.Option(help="any, or gpu where nothing else will do.")] = None,
-    live: Annotated[Path | None, typer.Option(help="PNG that is replaced while tiles finish.")] = None,
+    verify: Annotated[
+        int | None, typer.Option(help="Number of chunks that a second worker computes again as a check.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="any (default), or gpu: fail if there is no GPU.")] = None,
+    live: Annotated[Path | None, typer.Option(help="PNG preview, updated as tiles finish.")] = None,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Keep up with a scan that grows, until it is whole.")
+        bool, typer.Option("--follow", help="Process a growing scan as its segments arrive, until it is finished.")
     ] = False,
     follow_timeout_s: Annotated[
-        float | None, typer.Option(help="How long it may go without a new segment, seconds.")
+        float | None, typer.Option(help="With --follow: fail after this many seconds without a new segment.")
     ] = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
     tls: Tls = False,
     tls_folder: TlsFolder = None,
     host: Host = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what a stopped run left.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Turn a scan into an object, and draw it; several scans one after the other.
+    """Reconstruct the object of a scan, and draw it.
+
+    Several scans are reconstructed one after the other.
 
     Example: ptychodask reconstruct scan.zarr
 
@@ -154,9 +190,9 @@ def reconstruct(
     several = len(stores) > 1
     if several and (out is None or png is not None):
         raise PtychodaskError(
-            f"reconstruct: {len(stores)} scans have a result and a picture each in a folder; pass --out, and not --png"
+            f"reconstruct: {len(stores)} scans need a folder for their results and figures; pass --out, and not --png"
         )
-    goal = named(stores[0].with_name(f"{stores[0].name.removesuffix('.zarr')}.object.zarr") if out is None else out)
+    target = named(stores[0].with_name(f"{stores[0].name.removesuffix('.zarr')}.object.zarr") if out is None else out)
     check_one_cluster("reconstruct", workers, scheduler)
     with quiet_stderr():
         import ptychodask.models.model  # noqa: F401
@@ -188,34 +224,34 @@ def reconstruct(
         follow_timeout_s=follow_timeout_s,
     )
     if not several:
-        check_figure_path(png or _picture_beside(goal))
+        check_figure_path(png or _figure_beside(target))
     failed = None
     with client_for(workers, scheduler, tls, tls_folder, host) as client:
-        asked: dict[str, Any] = options | {
+        arguments: dict[str, Any] = options | {
             "model": _models(model),
-            "out": goal,
+            "out": target,
             "client": client,
             "overwrite": overwrite,
             "resume": resume,
             "progress": progress_option(quiet),
         }
         try:
-            results = reconstruct(stores, **asked) if several else {"": reconstruct(stores[0], **asked)}
+            results = reconstruct(stores, **arguments) if several else {"": reconstruct(stores[0], **arguments)}
         except FailedScansError as error:
             results, failed = error.results, error
     for name, result in results.items():
-        path = result_path(goal, name) if several else goal
-        _draw(result, path, png or _picture_beside(path))
+        path = result_path(target, name) if several else target
+        _draw(result, path, png or _figure_beside(path))
     if failed is not None:
         raise failed
 
 
-def _picture_beside(result: Any) -> Path:
+def _figure_beside(result: Any) -> Path:
     return beside(result, f"{result.name.removesuffix('.zarr')}.png")
 
 
 def _draw(result: Any, out: Any, png: Path) -> None:
-    """Draw a result and tell of it."""
+    """Draw a result and print a summary line."""
     from ptychodask.plotting import plot, plot_comparison
 
     if "method" in result.dims:
@@ -226,46 +262,50 @@ def _draw(result: Any, out: Any, png: Path) -> None:
     rate = result.attrs["patterns_per_s"]
     n_skipped = sum(len(patterns) for patterns in result.attrs["skipped"].values())
     left_out = f", {n_skipped} patterns left out" if n_skipped else ""
-    typer.echo(f"{out}: {height} x {width} px, {rate:,.0f} patterns/s{left_out}; picture in {png}")
+    typer.echo(f"{out}: {height} x {width} px, {rate:,.0f} patterns/s{left_out}; figure {png}")
 
 
 def _models(given: list[str] | None) -> str | dict[str, str] | None:
-    """A model's path, or several by their labels."""
+    """Path of one model, or paths of several by label."""
     if not given or (len(given) == 1 and "=" not in given[0]):
         return given[0] if given else None
-    found = dict(text.split("=", 1) for text in given if "=" in text)
-    if len(found) < len(given) or "" in found:
+    models = dict(text.split("=", 1) for text in given if "=" in text)
+    if len(models) < len(given) or "" in models:
         raise PtychodaskError(
-            f"--model {' --model '.join(given)}: several models need a label of their own each; write LABEL=PATH"
+            f"--model {' --model '.join(given)}: several models need a different label each; write LABEL=PATH"
         )
-    return found
+    return models
 
 
 def bench(
     store: Annotated[
-        Path | None, typer.Argument(help="The scan's store; by default one is simulated.", show_default=False)
+        Path | None, typer.Argument(help="Store of the scan; by default one is simulated.", show_default=False)
     ] = None,
-    model: Annotated[Path | None, typer.Option(help="Model bundle; by default the recorded one, or one built.")] = None,
-    network: Annotated[str | None, typer.Option(help="What is built: pinn or ptychopinn.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model bundle; by default that of the store, else an untrained network.")
+    ] = None,
+    network: Annotated[str | None, typer.Option(help="Untrained network to build: pinn or ptychopinn.")] = None,
     n_groups: Annotated[int | None, typer.Option(help="Groups of the simulated scan.")] = None,
     n_pixels: Annotated[int | None, typer.Option(help="Pixels across a pattern of the simulated scan.")] = None,
-    members: Annotated[int | None, typer.Option(help="Patterns in one group of the built network.")] = None,
-    n_filters_scale: Annotated[int | None, typer.Option(help="Width of the built network.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Groups in one call of the network.")] = None,
-    groups_per_chunk: Annotated[int | None, typer.Option(help="Groups that one task predicts.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32 or mixed.")] = None,
+    members: Annotated[int | None, typer.Option(help="Patterns in one group of the untrained network.")] = None,
+    n_filters_scale: Annotated[int | None, typer.Option(help="Width of the untrained network.")] = None,
+    batch_size: BatchSize = None,
+    groups_per_chunk: GroupsPerChunk = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Precision of the convolutions: float32, or mixed (bfloat16).")
+    ] = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
     tls: Tls = False,
     tls_folder: TlsFolder = None,
     host: Host = None,
-    folder: Annotated[
-        Path | None, typer.Option(help="Folder that all workers see, for what is made meanwhile.")
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="File for all figures.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder for temporary data, shared by all workers.")] = None,
+    json: Annotated[Path | None, typer.Option(help="JSON file to write all measurements to.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Time a reconstruction from disk to disk, stage by stage, against the bare network on the same workers.
+    """Time each stage of a reconstruction, from disk to disk.
+
+    For comparison, the network alone is timed on the same workers.
 
     Example: ptychodask bench --n-groups 2000
 
@@ -274,17 +314,17 @@ def bench(
     from json import dumps
 
     check_one_cluster("bench", workers, scheduler)
-    made = given(
+    fields = given(
         n_groups=n_groups, n_pixels=n_pixels, network=network, members=members, n_filters_scale=n_filters_scale
     )
-    _check_what_is_made(store, model, made)
+    _check_fields(store, model, fields)
     if json is not None and not json.parent.is_dir():
-        raise PtychodaskError(f"{json}: its folder does not exist; make it first")
+        raise PtychodaskError(f"cannot write {json}: folder {json.parent} does not exist; make it first")
     with quiet_stderr():
         import ptychodask.models.model  # noqa: F401
         from ptychodask.bench import BenchSpec, bench, describe
         from ptychodask.plan import ReconstructionSpec
-    spec = BenchSpec(**made)
+    spec = BenchSpec(**fields)
     reconstruction = ReconstructionSpec(
         **given(batch_size=batch_size, groups_per_chunk=groups_per_chunk, precision=precision)
     )
@@ -303,12 +343,14 @@ def bench(
         json.write_text(dumps(report, indent=2) + "\n")
 
 
-def _check_what_is_made(store: Path | None, model: Path | None, made: dict[str, Any]) -> None:
-    """Raise `PtychodaskError` for a flag about a scan or a network that is given and not made."""
-    for one, names, what in (
-        (store, ("n_groups", "n_pixels"), "scan that is simulated"),
-        (model, ("network", "members", "n_filters_scale"), "network that is built"),
+def _check_fields(store: Path | None, model: Path | None, fields: dict[str, Any]) -> None:
+    """Raise `PtychodaskError` for simulation or network flags without effect."""
+    for path, names, subject in (
+        (store, ("n_groups", "n_pixels"), "a simulated scan"),
+        (model, ("network", "members", "n_filters_scale"), "an untrained network"),
     ):
-        wrong = [f"--{name.replace('_', '-')}" for name in names if name in made]
-        if one is not None and wrong:
-            raise PtychodaskError(f"bench: {', '.join(wrong)} describes a {what}, and {one} is given; leave one away")
+        unused = [f"--{name.replace('_', '-')}" for name in names if name in fields]
+        if path is not None and unused:
+            raise PtychodaskError(
+                f"bench: {', '.join(unused)} is for {subject}, but {path} was passed; leave out one of them"
+            )

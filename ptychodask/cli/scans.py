@@ -1,4 +1,4 @@
-"""Commands that look at scans, and make and improve their stores: inspect, ingest, simulate, group, refine-probe."""
+"""Commands for scans: inspect, ingest, simulate, group, refine-probe."""
 
 from __future__ import annotations
 
@@ -45,14 +45,22 @@ from ptychodask.scan import PtychodaskError
 
 
 def inspect(
-    source: Annotated[Path, typer.Argument(help="NPZ (or .npz.bz2) or HDF5 file, or a store.", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(help="NPZ (or .npz.bz2) or HDF5 file, or store of a scan.", show_default=False)
+    ],
     check_axes: Annotated[
-        bool, typer.Option("--check-axes", help="Try the positions swapped and flipped, by how patterns agree.")
+        bool,
+        typer.Option(
+            "--check-axes",
+            help="Find the orientation of the positions (swap, flips) in which overlapping patterns agree.",
+        ),
     ] = False,
-    rotation: Annotated[bool, typer.Option("--rotation", help="With --check-axes: turned by any angle too.")] = False,
-    png: Annotated[Path | None, typer.Option(help="Picture of patterns and positions to write.")] = None,
-    yaml: Annotated[Path | None, typer.Option(help="File to write the options of ingest to.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    rotation: Annotated[
+        bool, typer.Option("--rotation", help="With --check-axes: also search the rotation angle.")
+    ] = False,
+    png: Annotated[Path | None, typer.Option(help="Figure of patterns and positions to write.")] = None,
+    yaml: Annotated[Path | None, typer.Option(help="YAML file to write the options of ingest to.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the output as JSON.")] = False,
     format: Format = None,
     recipe: Recipe = None,
     diffraction: PatternsFile = None,
@@ -79,13 +87,14 @@ def inspect(
     scratch: Scratch = None,
     quiet: Quiet = False,
 ) -> None:
-    """Say what a file or a store holds, and which command to run next; nothing is changed.
+    """Show the contents of a file or store, and the next command.
 
     Example: ptychodask inspect raw.h5 --png raw.png --yaml raw.yaml
 
     Example: ptychodask inspect scan.zarr --check-axes
 
-    What is known of a file is passed with the flags of ingest: it is checked, and becomes part of the command.
+    Nothing is changed. Pass known facts about a file as flags of ingest:
+    they are checked, and become part of the command.
     """
     from json import dumps
 
@@ -94,7 +103,7 @@ def inspect(
     from ptychodask.plotting import check_figure_path
 
     if rotation and not check_axes:
-        raise PtychodaskError("--rotation: goes with --check-axes")
+        raise PtychodaskError("--rotation: needs --check-axes; pass both or neither")
     if png is not None:
         check_figure_path(png)
     check_folders(yaml)
@@ -122,25 +131,30 @@ def inspect(
         drop_frames=drop_frames,
         scratch=scratch,
     )
-    found = inspect_file(source, format=format, recipe=recipe, **options)
+    inspection = inspect_file(source, format=format, recipe=recipe, **options)
     if yaml is not None:
-        yaml.write_text(found.as_yaml())
-    if png is not None and found.preview is not None:
-        plot_preview(found.preview, png)
+        yaml.write_text(inspection.as_yaml())
+    if png is not None and inspection.preview is not None:
+        plot_preview(inspection.preview, png)
     if not check_axes:
-        typer.echo(dumps(found.as_json(), indent=2) if json else str(found))
+        typer.echo(dumps(inspection.as_json(), indent=2) if json else str(inspection))
         return
-    verdict = judge_axes(source, rotation=rotation, progress=progress_option(quiet), format=format, **found.options)
+    verdict = judge_axes(
+        source, rotation=rotation, progress=progress_option(quiet), format=format, **inspection.options
+    )
     typer.echo(dumps(verdict.as_json(), indent=2) if json else str(verdict))
 
 
 def ingest(
     source: Annotated[
-        Path, typer.Argument(help="NPZ (or .npz.bz2) or HDF5 file; with --finish alone, the store.", show_default=False)
+        Path,
+        typer.Argument(help="NPZ (or .npz.bz2) or HDF5 file; with only --finish, the store.", show_default=False),
     ],
     store: Annotated[
         Path | None,
-        typer.Argument(help="The scan's store, as in other commands.", show_default=False),
+        typer.Argument(
+            help="Store of the scan to write: a folder ending in .zarr, or s3://bucket/name.", show_default=False
+        ),
     ] = None,
     format: Format = None,
     recipe: Recipe = None,
@@ -162,23 +176,41 @@ def ingest(
     distance_m: DistanceM = None,
     detector_pixel_m: DetectorPixelM = None,
     pixel_size_m: PixelSizeM = None,
-    probe: Annotated[str | None, typer.Option(help="file, disc, zone_plate, estimate, or a .npy or .npz.")] = None,
-    probe_diameter_px: Annotated[float | None, typer.Option(help="Of the disc, or of the zone plate's pupil.")] = None,
-    probe_stop_px: Annotated[float | None, typer.Option(help="Diameter of the zone plate's stop.")] = None,
-    probe_defocus: Annotated[float | None, typer.Option(help="Defocus at the pupil's rim, radians.")] = None,
-    probe_defocus_m: Annotated[float | None, typer.Option(help="Distance from the focus, metres.")] = None,
-    calibration: Annotated[str | None, typer.Option(help="as_given, incident or mean_counts.")] = None,
-    incident_counts: Annotated[float | None, typer.Option(help="Photons per pattern on the sample.")] = None,
+    probe: Annotated[
+        str | None,
+        typer.Option(help="Probe: file (from the scan file), disc, zone_plate, estimate, or path of a .npy or .npz."),
+    ] = None,
+    probe_diameter_px: Annotated[
+        float | None,
+        typer.Option(help="Diameter of the disc (object pixels) or of the zone plate's pupil (pattern pixels)."),
+    ] = None,
+    probe_stop_px: Annotated[
+        float | None, typer.Option(help="Zone plate: diameter of the central stop, pattern pixels.")
+    ] = None,
+    probe_defocus: Annotated[
+        float | None, typer.Option(help="Zone plate: defocus phase at the rim of the pupil, radians.")
+    ] = None,
+    probe_defocus_m: Annotated[float | None, typer.Option(help="Zone plate: distance from the focus, metres.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Scale of the probe: as_given, incident or mean_counts.")
+    ] = None,
+    incident_counts: Annotated[
+        float | None, typer.Option(help="Photons per pattern on the sample, for --calibration incident.")
+    ] = None,
     mask: MaskFile = None,
     drop_frames: DropFrames = None,
     far_field: FarField = False,
     scratch: Scratch = None,
-    append: Annotated[bool, typer.Option("--append", help="The file is a segment of a scan that grows.")] = False,
-    finish: Annotated[bool, typer.Option("--finish", help="The scan is whole: nothing is appended any more.")] = False,
+    append: Annotated[bool, typer.Option("--append", help="Add the file to a growing scan, as a new segment.")] = False,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Mark a growing scan as complete; no more segments can be added.")
+    ] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a store from a file of another program, or add it to a scan that grows.
+    """Convert a file of another program to a store.
+
+    With --append, the file is added to a growing scan.
 
     Example: ptychodask ingest scan.npz scan.zarr
 
@@ -192,9 +224,9 @@ def ingest(
     from ptychodask.io import ingest
 
     if store is None and not finish:
-        raise PtychodaskError(f"ingest: {source} is the file, and the store is missing; name it after the file")
+        raise PtychodaskError(f"ingest: {source} is the file, but the store is missing; name the store after the file")
     if store is not None and finish and not append:
-        raise PtychodaskError("ingest: --finish goes with --append, or with the store alone")
+        raise PtychodaskError("ingest: --finish needs --append, or only the store as argument; add --append")
     options = reading_options(
         key=key,
         domain=domain,
@@ -228,7 +260,9 @@ def ingest(
     )
     if store is None:
         if options or append or overwrite or format is not None or recipe is not None:
-            raise PtychodaskError("ingest: --finish with the store alone takes no other option; name a file too")
+            raise PtychodaskError(
+                "ingest: --finish without a file accepts no other option; leave the others out, or name a file"
+            )
         scan = finish_scan(source)
     else:
         scan = ingest(
@@ -242,26 +276,27 @@ def ingest(
             **options,
         )
         scan = finish_scan(store) if finish else scan
-    kept = "" if scan.attributes["state"] == "complete" else ", still growing"
-    typer.echo(f"{scan.store}: {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}, {scan.domain}{kept}")
+    state = "" if scan.attributes["state"] == "complete" else ", still growing"
+    typer.echo(f"{scan.store}: {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}, {scan.domain}{state}")
 
 
 def simulate(
     store: Store,
-    object: Annotated[str | None, typer.Option(help="lines, star, field, or a .npy or image file.")] = None,
-    probe: Annotated[str | None, typer.Option(help="disc or zone_plate.")] = None,
+    object: Annotated[str | None, typer.Option(help="Object: lines, star, field, or a .npy or image file.")] = None,
+    probe: Annotated[str | None, typer.Option(help="Probe: disc or zone_plate.")] = None,
     n_pixels: Annotated[int | None, typer.Option(help="Pixels across a pattern.")] = None,
-    n_patterns: Annotated[int | None, typer.Option(help="How many patterns.")] = None,
+    n_patterns: Annotated[int | None, typer.Option(help="Number of patterns.")] = None,
     dose: Annotated[float | None, typer.Option(help="Photons per pattern.")] = None,
-    step_px: Annotated[float | None, typer.Option(help="Mean distance of neighbours, object pixels.")] = None,
+    step_px: Annotated[float | None, typer.Option(help="Mean spacing of the positions, object pixels.")] = None,
     path: Annotated[
-        str | None, typer.Option(help="raster, spiral, random, or a scan's store for its positions.")
+        str | None,
+        typer.Option(help="Scan path: raster, spiral, random, or store of a scan whose positions are used."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of object, path and noise.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed of object, path and noise.")] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Simulate a scan of a known object.
+    """Simulate the scan of a known object.
 
     Example: ptychodask simulate lines.zarr --object lines --probe zone_plate --dose 1e6
     """
@@ -278,19 +313,27 @@ def simulate(
         seed=seed,
     )
     scan = simulate(store, overwrite=overwrite, progress=progress_option(quiet), **options)
-    typer.echo(f"{scan.store}: {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}, with their truth")
+    typer.echo(f"{scan.store}: {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}, with the true object")
 
 
 def group(
     store: Store,
     members: Annotated[int | None, typer.Option(help="Patterns in one group.")] = None,
-    neighbours: Annotated[int | None, typer.Option(help="Nearest positions that members are drawn from.")] = None,
-    oversampling: Annotated[int | None, typer.Option(help="Groups that each pattern seeds.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draw.")] = None,
-    halves: Annotated[bool, typer.Option("--halves", help="Groups of even patterns and of odd ones.")] = False,
-    name: Annotated[str | None, typer.Option(help="Name of the table; by default the spec's.")] = None,
+    neighbours: Annotated[
+        int | None, typer.Option(help="Number of nearest positions from which members are drawn.")
+    ] = None,
+    oversampling: Annotated[int | None, typer.Option(help="Number of groups drawn for each pattern.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed of the members.")] = None,
+    halves: Annotated[
+        bool, typer.Option("--halves", help="Only group even patterns with even ones, and odd with odd.")
+    ] = False,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the table; by default made from the options, such as c4-k7-s0.")
+    ] = None,
 ) -> None:
-    """Store a table of groups; training and reconstruction make theirs when there is none.
+    """Group neighbouring patterns, and store the table of groups.
+
+    Optional: training and reconstruction make a default table if there is none.
 
     Example: ptychodask group scan.zarr --members 4 --neighbours 7
     """
@@ -306,22 +349,29 @@ def group(
 
 def refine_probe(
     store: Store,
-    n_sweeps: Annotated[int | None, typer.Option(help="Times that each pattern is visited.")] = None,
-    fraction: Annotated[float | None, typer.Option(help="Share of the patterns that is used.")] = None,
-    held_out: Annotated[float | None, typer.Option(help="Share of the used patterns that only score.")] = None,
-    search_defocus: Annotated[bool, typer.Option("--search-defocus", help="Try starts out of focus as well.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Seed of the order and of the held-out patterns.")] = None,
+    n_sweeps: Annotated[int | None, typer.Option(help="Number of sweeps over the patterns.")] = None,
+    fraction: Annotated[
+        float | None, typer.Option(help="Fraction of the patterns to use, nearest to the middle of the scan.")
+    ] = None,
+    held_out: Annotated[
+        float | None, typer.Option(help="Fraction of these patterns that is held out for scoring.")
+    ] = None,
+    search_defocus: Annotated[
+        bool, typer.Option("--search-defocus", help="Also try initial probes that are out of focus.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Random seed of the order and of the held-out patterns.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Improve the stored probe by iterative sweeps over the patterns; the probe as ingested is kept.
+    """Refine the stored probe by iterative sweeps over the patterns.
+
+    It is only replaced by a better one. The ingested probe is kept.
 
     Example: ptychodask refine-probe scan.zarr
     """
     from ptychodask.iterative import refine_probe
 
     options = given(n_sweeps=n_sweeps, fraction=fraction, held_out=held_out, seed=seed)
-    found = refine_probe(store, search_defocus=search_defocus, progress=progress_option(quiet), **options)
-    kept = "stored" if found.stored else "not better, so the stored probe stays"
-    typer.echo(
-        f"{named(store)}: R {found.r_before:.4f} -> {found.r_after:.4f} on {found.n_held_out} unseen patterns; {kept}"
-    )
+    refined = refine_probe(store, search_defocus=search_defocus, progress=progress_option(quiet), **options)
+    change = f"R {refined.r_before:.4f} -> {refined.r_after:.4f} on {refined.n_held_out} held-out patterns"
+    outcome = "stored" if refined.stored else "not better, stored probe unchanged"
+    typer.echo(f"{named(store)}: {change}; {outcome}")

@@ -1,6 +1,7 @@
-"""Results and scans in the formats of other programs: one writer a file behind a table, what they need checked once.
+"""Export of results and scans to the formats of other programs.
 
-What comes in is read in `io`; what goes out is written here, further down, where results and figures are known.
+One module per format, listed in `FORMATS`; required quantities are checked here, once. The readers are in `io`; the
+writers depend on results and figures, so they are separate.
 """
 
 from __future__ import annotations
@@ -26,27 +27,27 @@ from ptychodask.store import SCAN, open_scan
 logger = logging.getLogger(__name__)
 
 OPTICS = ("pixel_size_m", "energy_ev", "distance_m")
-"""Quantities that a scan may know, and that are asked for where a format needs one that it does not."""
+"""Optional quantities of a scan; `export` requests one that a format needs and the scan does not record."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One format: what writes it, what of, and what its files are called."""
+    """One format: its writer, sources and file endings."""
 
     module: str
     """Module with `write(content, path, bar)`."""
 
     suffixes: tuple[str, ...]
-    """Endings that its programs know a file by."""
+    """File endings that its programs recognise."""
 
     of_result: tuple[str, ...] | None = ()
-    """What is needed beside a result, of `OPTICS` and "scan"; None where no result is written."""
+    """Requirements beside a result, from `OPTICS` and "scan"; None if the format is not for results."""
 
     of_scan: tuple[str, ...] | None = None
-    """What is needed beside a scan; None where no scan is written."""
+    """Requirements beside a scan; None if the format is not for scans."""
 
     folder: str | None = None
-    """Name of the `StoreKind` in the module, where the format is a folder."""
+    """Name of the `StoreKind` in the module, if the format is a folder."""
 
 
 FORMATS = {
@@ -57,10 +58,10 @@ FORMATS = {
     "ptychopinn": Format("ptychodask.export.ptychopinn", (".npz",), of_result=("scan",), of_scan=()),
     "netcdf": Format("ptychodask.export.netcdf", (".nc",)),
     "tiff": Format("ptychodask.export.tiff", (".tif", ".tiff")),
-    "ome-zarr": Format("ptychodask.export.ome_zarr", (".zarr",), folder="FORM"),
+    "ome-zarr": Format("ptychodask.export.ome_zarr", (".zarr",), folder="KIND"),
     "png": Format("ptychodask.export.png", (".png",)),
 }
-"""Name of a format -> what it is."""
+"""Formats by name."""
 
 
 def export(
@@ -76,27 +77,28 @@ def export(
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> Path:
-    """Write a result or a scan as another program reads it.
+    """Write a result or a scan in the format of another program.
 
     Parameters
     ----------
     source : path, Dataset or Scan
-        A result (stored, in memory or lazy) or a scan (its store). A scan gives its patterns, a result its object.
+        A result (stored, in memory or lazy) or a scan (its store). Patterns are exported from a scan, the object from a
+        result.
     out : path
         File to write; a folder for ``ome-zarr``.
     format : str
-        ``ptychodus``: a product of Ptychodus (HDF5, or NPZ by the ending), or the patterns of a scan as it stores them;
+        ``ptychodus``: a product of Ptychodus (HDF5, or NPZ by the ending), or the patterns of a scan in its layout;
         ``cxi``: object, probe and positions, or a scan with its patterns, in SI units; ``ptychopinn``: PtychoPINN's
-        NPZ, patterns included; ``netcdf``: all arrays of a result, complex ones as two; ``tiff``: amplitude and phase,
-        for ImageJ; ``ome-zarr``: these as a pyramid, for napari; ``png``: the figure of `plot`.
+        NPZ, including patterns; ``netcdf``: all arrays of a result, complex ones as two; ``tiff``: amplitude and phase,
+        for ImageJ; ``ome-zarr``: the same as a pyramid, for napari; ``png``: the figure of `plot`.
     scan : path or Scan, optional
-        What a result was made from, for formats with positions and probe; by default the store that it records.
+        Scan of the result, for formats with positions and probe; by default the store that the result records.
     method : str, optional
-        Which method of a result that has several.
+        Method to export, if the result has several.
     pixel_size_m, energy_ev, distance_m : float, optional
-        What a format needs and the scan does not know.
+        Quantities that the format needs and the scan does not record.
     overwrite : bool
-        Replace what is there, once the new one is whole.
+        Replace an existing file, once the new one is complete.
     progress : bool, optional
         See `progress_bar`.
 
@@ -108,32 +110,35 @@ def export(
     Raises
     ------
     PtychodaskError
-        If the format does not take such a source or lacks something, the scan is not the result's, a given quantity
-        contradicts the recorded one, or the writing fails; nothing is left of it then.
+        If the format does not support the source, a required quantity is missing, the scan is not that of the result, a
+        given quantity contradicts the recorded one, or writing fails; no incomplete file is left.
 
     Notes
     -----
-    Objects are written by blocks of rows and patterns by blocks, so neither is ever whole in memory. Unseen pixels stay
-    NaN in netcdf, tiff and ome-zarr; they are 0 in ptychodus, cxi and ptychopinn, whose programs compute with them.
+    Objects are written in blocks of rows, and patterns in blocks, so neither is loaded into memory completely. Unseen
+    pixels stay NaN in netcdf, tiff and ome-zarr; they are 0 in ptychodus, cxi and ptychopinn, whose programs compute
+    with them.
     """
     check_choice("format", format, tuple(FORMATS), "export")
     path = Path(out)
     chosen = FORMATS[format]
     if path.suffix.lower() not in chosen.suffixes:
-        raise PtychodaskError(f"{path}: a file of format {format} ends in {' or '.join(chosen.suffixes)}; rename it")
+        raise PtychodaskError(
+            f"{path}: a file of format {format} must end in {' or '.join(chosen.suffixes)}; rename it"
+        )
     optics = {"pixel_size_m": pixel_size_m, "energy_ev": energy_ev, "distance_m": distance_m}
     opened = _opened(source)
     if isinstance(opened, Scan):
         if scan is not None or method is not None:
             raise PtychodaskError(
-                "export: scan= and method= go with a result, and the source is a scan; leave them out"
+                "export: scan= and method= are only for a result, but the source is a scan; leave them out"
             )
         content, needs = _of_scan(opened, path, optics), chosen.of_scan
     else:
         ds = check_object(opened, method)
-        found = _scan_of(ds, scan, needed=chosen.of_result is not None and "scan" in chosen.of_result)
-        content, needs = _of_result(ds, found, path, optics, chosen), chosen.of_result
-    _check_enough(content, needs, format)
+        scan = _scan_of(ds, scan, needed=chosen.of_result is not None and "scan" in chosen.of_result)
+        content, needs = _of_result(ds, scan, path, optics, chosen), chosen.of_result
+    _check_requirements(content, needs, format)
     write, target = _writer(chosen, path, format, overwrite)
     total, unit = (content.object.shape[0], "rows") if content.picture else (content.measured.n_patterns, "patterns")
     with target as building, progress_bar("export", total, unit, progress) as bar:
@@ -150,13 +155,13 @@ def _opened(source: str | Path | xr.Dataset | Scan) -> xr.Dataset | Scan:
     if kind == SCAN.name:
         return open_scan(path)
     if path.exists() and kind not in (RESULT.name, DAMAGED):
-        found = f"a {kind}" if kind else "neither a scan nor a result of ptychodask"
-        raise PtychodaskError(f"{path}: is {found}; pass the folder of a scan or of a result")
+        description = f"a {kind}" if kind else "neither a scan nor a result of ptychodask"
+        raise PtychodaskError(f"{path}: is {description}; pass the folder of a scan or of a result")
     return open_result(path)
 
 
 def _scan_of(ds: xr.Dataset, scan: str | Path | Scan | None, *, needed: bool) -> Scan | None:
-    """The scan that a result was made from: the given one, or the recorded one where a format needs it."""
+    """Scan of a result: the given one, else the recorded one."""
     if scan is None:
         store = recorded(ds.attrs, "store")
         if not needed or not isinstance(store, str) or not parse_location(store).is_dir():
@@ -166,11 +171,13 @@ def _scan_of(ds: xr.Dataset, scan: str | Path | Scan | None, *, needed: bool) ->
     made_from = recorded(ds.attrs, "data_hash")
     if made_from is not None and opened.data_hash and made_from != opened.data_hash:
         raise PtychodaskError(
-            f"export: the result was made from data {str(made_from)[:12]}, {opened.store or 'the scan'} holds "
-            f"{opened.data_hash[:12]}: other patterns, positions or another probe; pass the scan that it was made from"
+            f"export: the result was made from data {str(made_from)[:12]}, but {opened.store or 'the scan'} contains "
+            f"{opened.data_hash[:12]}: other patterns, positions or another probe; pass the scan of the result"
         )
     if recorded(ds.attrs, "spec", "position_yx_px") is not None:
-        logger.warning("the result was made with corrected positions, which it does not hold: those of the scan go out")
+        logger.warning(
+            "the result was made with corrected positions, which are not stored in it: exporting those of the scan"
+        )
     return opened
 
 
@@ -188,29 +195,29 @@ def _of_result(
     name = path.name.split(".")[0] if scan is None or scan.store is None else parse_location(scan.store).stem
     picture = Picture(ds)
     if scan is not None and "scan" in (chosen.of_result or ()):
-        # Programs that hold object and positions together cut patches out, and fail where one reaches beyond it.
+        # Programs that read object and positions together cut out patches, and fail if a patch exceeds the object.
         picture = picture.covering(scan)
     return Content(name=name, picture=picture, scan=scan, **known)
 
 
-def _one_of(name: str, given: float | None, found: float | None) -> float | None:
-    """A quantity, from where it is known; positive."""
+def _one_of(name: str, given: float | None, stored: float | None) -> float | None:
+    """Given or stored value of a quantity, positive and consistent."""
     flag = f"--{name.replace('_', '-')}"
     if given is None:
-        return found
+        return stored
     if not given > 0 or given == float("inf"):
         raise PtychodaskError(f"export: {name} is {given}, expected a positive number ({flag})")
-    if found is not None and abs(given - found) > 1e-9 * found:
-        raise PtychodaskError(f"export: {name}={given} was passed ({flag}), and {found} is recorded; leave it out")
+    if stored is not None and abs(given - stored) > 1e-9 * stored:
+        raise PtychodaskError(f"export: {name}={given} was passed ({flag}), but {stored} is recorded; leave it out")
     return given
 
 
-def _check_enough(content: Content, needs: tuple[str, ...] | None, format: str) -> None:
-    """Raise `PtychodaskError` unless a format takes such a source, and all that it needs is there."""
+def _check_requirements(content: Content, needs: tuple[str, ...] | None, format: str) -> None:
+    """Raise `PtychodaskError` if a source is unsupported or a quantity missing."""
     if needs is None:
-        takes = ", ".join(name for name, each in FORMATS.items() if each.of_scan is not None)
+        formats = ", ".join(name for name, each in FORMATS.items() if each.of_scan is not None)
         raise PtychodaskError(
-            f"export: format {format} is one for results, and the source is a scan, which goes to: {takes}"
+            f"export: format {format} is only for results, but the source is a scan; choose one of: {formats}"
         )
     missing = [name for name in needs if getattr(content, name) is None]
     if missing:
@@ -224,7 +231,7 @@ Writer = Callable[[Content, Path, Progress], None]
 
 
 def _writer(chosen: Format, path: Path, format: str, overwrite: bool) -> tuple[Writer, AbstractContextManager[Path]]:
-    """What writes a format, and the place that it writes to until all is there."""
+    """Write function of a format, and context of an atomic write."""
     try:
         module: Any = importlib.import_module(chosen.module)
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What the writers of formats get: an object that is read by rows, the scan it was made from, and their optics."""
+"""Input of the format writers: object (read by rows), scan and optics."""
 
 from __future__ import annotations
 
@@ -18,49 +18,53 @@ from ptychodask.scan import PtychodaskError, Scan
 from ptychodask.store import StoredPatterns
 
 ROWS = 256
-"""Rows of an object that are read at a time, where its own chunks do not say how many."""
+"""Rows of an object that are read at a time, if it is not chunked."""
 
 PATTERN_BYTES = 32 * 1024 * 1024
 """Bytes of patterns, as float32, that are read at a time."""
 
 UNSEEN = 0
-"""What stands for an unseen pixel in the formats of reconstruction programs, which take NaN for damage."""
+"""Value of unseen pixels in the formats of reconstruction programs, which cannot handle NaN."""
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """One method's object, as a result holds it (in memory, on disk or not yet computed), with a margin around it."""
+    """Object of one method with a margin around it.
+
+    It is in memory, on disk or not yet computed, like the result.
+    """
 
     ds: xr.Dataset
     """Data variables of a result (y, x), ``object`` among them; consecutive pixels."""
 
     margin: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
-    """Unseen pixels before and after it along y, and along x."""
+    """Unseen pixels added before and after the object, along y and along x."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Pixels (y, x), the margin included."""
+        """Pixels (y, x), including the margin."""
         return self.ds.sizes["y"] + sum(self.margin[0]), self.ds.sizes["x"] + sum(self.margin[1])
 
     @property
     def corner_yx_px(self) -> tuple[float, float]:
-        """Coordinates (y, x) of pixel [0, 0] in the scan's frame."""
+        """Scan coordinates (y, x) of pixel [0, 0]."""
         return float(self.ds["y"][0]) - self.margin[0][0], float(self.ds["x"][0]) - self.margin[1][0]
 
     @property
     def middle_yx_px(self) -> tuple[float, float]:
-        """Where a program that counts from the middle of the array has its origin: corner plus half the size.
+        """Scan coordinates (y, x) of the middle of the array.
 
-        A patch of N pixels at position p begins at pixel p − N/2 − corner, which is p − middle + (size − N)/2.
+        It is the corner plus half the size, the origin of programs that count from the middle. A patch of N pixels at
+        position p begins at pixel p − N/2 − corner, which is p − middle + (size − N)/2.
         """
         (y, x), (height, width) = self.corner_yx_px, self.shape
         return y + height / 2, x + width / 2
 
     def covering(self, scan: Scan) -> Picture:
-        """The picture with the margin that it takes for every patch of a scan to lie inside.
+        """Picture extended by a margin to contain every patch of a scan.
 
-        A patch that lies between pixels meets N + 1 of them. The object may be smaller: of a region of interest, or cut
-        where its patches have no light.
+        A patch at a fractional position touches N + 1 pixels. The object may be smaller than the scan: it may be a
+        region of interest, or cropped where its patches have no illumination.
         """
         first = np.floor(scan.position_yx_px.min(axis=0) - scan.n_pixels / 2)
         last = np.floor(scan.position_yx_px.max(axis=0) - scan.n_pixels / 2) + scan.n_pixels
@@ -72,22 +76,22 @@ class Picture:
     def rows(
         self, bar: Progress, names: Sequence[str] = ("object",), multiple: int = 1
     ) -> Iterator[tuple[slice, dict[str, NDArray[Any]]]]:
-        """Rows from top to bottom, a block of them in memory at a time.
+        """Rows from top to bottom, one block in memory at a time.
 
         Parameters
         ----------
         bar : Progress
             Advances by the rows that were used.
         names : sequence of str
-            Data variables that are read.
+            Data variables to read.
         multiple : int
-            Where there is no margin, each block begins at a multiple of so many rows.
+            Without a margin, each block begins at a multiple of this number of rows.
 
         Yields
         ------
         rows : slice
         arrays : dict of name to array (rows, x)
-            As stored: unseen pixels, the margin among them, are NaN in what is float or complex.
+            As stored: unseen pixels, including the margin, are NaN in float or complex arrays.
         """
         (top, _), (left, _) = self.margin
         (height, width), (inner, inner_width) = self.shape, (self.ds.sizes["y"], self.ds.sizes["x"])
@@ -110,7 +114,7 @@ class Picture:
             bar.advance(stop - start)
 
     def seen_rows(self, bar: Progress) -> Iterator[tuple[slice, NDArray[np.complex64], NDArray[np.bool_]]]:
-        """Rows of the object with `UNSEEN` in place of NaN, and where a pixel was seen."""
+        """Rows of the object, `UNSEEN` for NaN, and mask of seen pixels."""
         for rows, arrays in self.rows(bar):
             object_ = arrays["object"]
             seen = np.isfinite(object_)
@@ -119,16 +123,18 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Content:
-    """What one file is written from; a writer takes of it what its format has a place for."""
+    """Data to write into one file.
+
+    A writer uses the fields that its format supports."""
 
     name: str
-    """What the sample is called in formats that have a name for it."""
+    """Sample name, for formats that have one."""
 
     picture: Picture | None = None
-    """The object, of a result."""
+    """Object of a result."""
 
     scan: Scan | None = None
-    """The scan: positions, probe and, where it is exported itself, patterns."""
+    """Scan: positions, probe and, if the scan itself is exported, patterns."""
 
     pixel_size_m: float | None = None
     """Size of an object pixel, metres."""
@@ -141,18 +147,18 @@ class Content:
 
     @property
     def object(self) -> Picture:
-        """The object of a format that has one; `export` has seen that it is there."""
+        """Object, for formats that need it; `export` has checked that it exists."""
         assert self.picture is not None
         return self.picture
 
     @property
     def measured(self) -> Scan:
-        """The scan of a format that needs one; `export` has seen that it is there."""
+        """Scan, for formats that need it; `export` has checked that it exists."""
         assert self.scan is not None
         return self.scan
 
     def known(self, name: str) -> float:
-        """An optical quantity that a format needs; `export` has seen that it is there."""
+        """Required optical quantity; `export` has checked that it exists."""
         value = getattr(self, name)
         assert value is not None
         return float(value)
@@ -165,13 +171,16 @@ class Content:
 
     @property
     def detector_pixel_m(self) -> float:
-        """Size of a pixel of the patterns, metres: an object pixel is λz over the extent of a pattern."""
+        """Pixel size of the patterns, metres.
+
+        It follows from the object pixel size, λz over the extent of a pattern.
+        """
         extent_m = self.measured.n_pixels * self.known("pixel_size_m")
         return HC_EV_M / self.known("energy_ev") * self.known("distance_m") / extent_m
 
     @property
     def frame(self) -> NDArray[np.int64]:
-        """Row of each pattern in the file that it was ingested from, int64 (pattern,)."""
+        """Row of each pattern in its source file, int64 (pattern,)."""
         source = self.measured.source_index
         return np.arange(self.measured.n_patterns) if source is None else source
 
@@ -183,7 +192,10 @@ class Content:
 
 
 def pattern_rows(scan: Scan, bar: Progress) -> Iterator[slice]:
-    """Slices that cover a scan's patterns in order, each a whole number of stored chunks of about `PATTERN_BYTES`."""
+    """Consecutive slices over a scan's patterns.
+
+    Each is a whole number of stored chunks, of about `PATTERN_BYTES`.
+    """
     per_chunk = scan.diffraction.chunk_patterns if isinstance(scan.diffraction, StoredPatterns) else 1
     step = max(1, PATTERN_BYTES // (scan.n_pixels**2 * 4) // per_chunk) * per_chunk
     for start in range(0, scan.n_patterns, step):
@@ -193,34 +205,43 @@ def pattern_rows(scan: Scan, bar: Progress) -> Iterator[slice]:
 
 
 def counts(scan: Scan, rows: slice) -> NDArray[Any]:
-    """Counts of some patterns (k, N, N): as stored, or the squares of stored amplitudes as float32."""
+    """Counts of some patterns (k, N, N).
+
+    As stored, or the squares of stored amplitudes as float32.
+    """
     if scan.domain == "counts":
         return np.asarray(scan.diffraction[rows])
     return np.square(scan.diffraction[rows], dtype=np.float32)
 
 
 def counts_dtype(scan: Scan) -> np.dtype[Any]:
-    """Type of what `counts` gives."""
+    """Data type of the arrays from `counts`."""
     return scan.diffraction.dtype if scan.domain == "counts" else np.dtype(np.float32)
 
 
 def check_object(ds: xr.Dataset, method: str | None) -> xr.Dataset:
-    """The result of one method; raises `PtychodaskError` unless there is an object (y, x) of consecutive pixels."""
+    """Result of one method, with its object checked.
+
+    Raises
+    ------
+    PtychodaskError
+        If the method does not exist, or there is no object (y, x) of consecutive pixels.
+    """
     if "method" in ds.dims:
         methods = [str(label) for label in ds["method"].values]
         if method not in methods:
-            found = "none is named" if method is None else f"{method!r} is none of them"
+            problem = "none was chosen" if method is None else f"not {method!r}"
             raise PtychodaskError(
-                f"export: the result has the methods {', '.join(methods)}, and {found}; pass method= (--method)"
+                f"export: the result has the methods {', '.join(methods)}, but {problem}; pass method= (--method)"
             )
         ds = ds.sel({"method": method})
     elif method is not None:
-        raise PtychodaskError(f"export: the result has one method alone; leave method={method!r} out")
+        raise PtychodaskError(f"export: the result has only one method; leave out method={method!r}")
     if "object" not in ds or ds["object"].dims != ("y", "x"):
         raise PtychodaskError("export: the Dataset has no object (y, x); pass a result of reconstruct")
     for dim in ("y", "x"):
         if ds.sizes[dim] == 0 or (np.diff(ds[dim]) != 1).any():
             raise PtychodaskError(
-                f"export: pixels along {dim} are not consecutive, expected steps of 1; export the whole"
+                f"export: pixels along {dim} are not consecutive, expected steps of 1; export the complete result"
             )
     return ds

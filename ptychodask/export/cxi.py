@@ -1,8 +1,8 @@
-"""CXI: an HDF5 file in SI units, of the Coherent X-ray Imaging Data Bank.
+"""CXI, the HDF5 format of the Coherent X-ray Imaging Data Bank.
 
-Groups follow the CXI specification 1.6 (cxidb.org): ``image_1`` is the probe, ``image_2`` the object, each with the
-place of its middle; positions lie in ``sample_1/geometry_1/translation``. What the specification has no place for goes
-to ``entry_1/ptychodus``, where Ptychodus' own CXI files have it.
+Groups follow the CXI specification 1.6 (cxidb.org), in SI units: ``image_1`` is the probe, ``image_2`` the object, each
+with the coordinates of its middle; positions are in ``sample_1/geometry_1/translation``. Data that the specification
+does not cover are in ``entry_1/ptychodus``, as in CXI files from Ptychodus.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CXI_VERSION = 160
 """Version of the specification times 100."""
 
 INVALID = 1
-"""Bit of a CXI mask: the pixel says nothing."""
+"""Bit of a CXI mask for invalid pixels."""
 
 JOULE_PER_EV = 1.602176634e-19
 """Elementary charge, exact (CODATA 2018)."""
@@ -33,13 +33,13 @@ TRANSLATION = f"{ENTRY}/sample_1/geometry_1/translation"
 
 
 def write(content: Content, path: Path, bar: Progress) -> None:
-    """Write an object with its probe and positions, or, where there is none, a scan with its patterns.
+    """Write an object with probe and positions, or a scan with patterns.
 
     Notes
     -----
-    Translations (pattern, 3) are x, y, z of the probe in the scan's frame, metres, z = 0. Patterns are counts, as
-    stored or as the squares of amplitudes; the detector's mask is 0 where a pixel is good. Unseen pixels of the object
-    are 0, and marked in its mask. Energy is in joules.
+    Translations (pattern, 3) are x, y, z of the probe in scan coordinates, metres, z = 0. Patterns are counts, as
+    stored or as the squares of amplitudes; the detector's mask is 0 for good pixels. Unseen pixels of the object are 0,
+    and marked in its mask. Energy is in joules.
     """
     with Hdf5Disk(path) as disk, h5py.File(disk, "w") as file:
         file["cxi_version"] = CXI_VERSION
@@ -93,16 +93,16 @@ def _put_object(file: h5py.File, content: Content, disk: Hdf5Disk, bar: Progress
     for rows, values, seen in disk.between(content.object.seen_rows(bar)):
         data[rows] = values
         mask[rows] = np.where(seen, 0, INVALID)
-    place = dict(zip(("center_x", "center_y"), middle_xy_m, strict=True))
-    place |= dict.fromkeys(("pixel_width", "pixel_height"), content.known("pixel_size_m"))
-    for name, value in place.items():
+    geometry = dict(zip(("center_x", "center_y"), middle_xy_m, strict=True))
+    geometry |= dict.fromkeys(("pixel_width", "pixel_height"), content.known("pixel_size_m"))
+    for name, value in geometry.items():
         file[f"{ENTRY}/ptychodus/object_{name}_m"] = value
 
 
 def _image(
     file: h5py.File, name: str, shape: tuple[int, ...], middle_xy_m: tuple[float, float], content: Content
 ) -> h5py.Group:
-    """A group for an image in real space, with its place; `shape` is (y, x)."""
+    """Group for a real-space image, with its geometry; `shape` is (y, x)."""
     group = file.create_group(f"{ENTRY}/{name}")
     pixel_m = content.known("pixel_size_m")
     group["image_size"] = np.array([shape[1] * pixel_m, shape[0] * pixel_m, 0.0])

@@ -1,4 +1,4 @@
-"""NetCDF-4: all arrays of a result, for xarray and whatever else reads NetCDF."""
+"""NetCDF-4 files with all arrays of a result, for example for xarray."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from ptychodask.export.hdf5_disk import Hdf5Disk
 from ptychodask.progress import Progress
 
 PARTS = {"_real": "real", "_imag": "imag"}
-"""NetCDF has no complex numbers: endings of the two variables of a complex one, and which part each holds."""
+"""Name endings of the two variables for a complex one, and their parts: NetCDF has no complex numbers."""
 
 
 def write(content: Content, path: Path, bar: Progress) -> None:
-    """Write every data variable (y, x) of a result; unseen pixels stay NaN.
+    """Write the data variables (y, x) of a result.
+
+    Unseen pixels stay NaN.
 
     Notes
     -----
     A complex variable becomes two, ``object_real`` and ``object_imag``; ``object_real + 1j * object_imag`` is the
-    object. Attributes that are no numbers or texts are JSON.
+    object. Attributes other than numbers and strings are JSON.
     """
     ds = content.object.ds
     names = [str(name) for name in ds.data_vars if ds[name].dims == ("y", "x")]
@@ -32,8 +34,8 @@ def write(content: Content, path: Path, bar: Progress) -> None:
         file.attrs.update(_plain(ds.attrs))
         for name, coordinate in ds.coords.items():
             if coordinate.ndim == 1:
-                made = file.create_variable(str(name), coordinate.dims, coordinate.dtype, data=coordinate.values)
-                made.attrs.update(_plain(coordinate.attrs))
+                axis = file.create_variable(str(name), coordinate.dims, coordinate.dtype, data=coordinate.values)
+                axis.attrs.update(_plain(coordinate.attrs))
         variables = {name: _variables(file, name, ds[name].dtype, ds[name].attrs) for name in names}
         for rows, arrays in disk.between(content.object.rows(bar, names)):
             for name, parts in variables.items():
@@ -42,22 +44,25 @@ def write(content: Content, path: Path, bar: Progress) -> None:
 
 
 def _variables(file: h5netcdf.File, name: str, dtype: np.dtype[Any], attributes: dict[str, Any]) -> dict[str, Any]:
-    """Variables of the file by the part of a data variable that each holds: real and imaginary, or all as real."""
+    """File variables of a data variable, by part: "real" and "imag".
+
+    A real variable has only "real".
+    """
     endings = PARTS if dtype.kind == "c" else {"": "real"}
     kind = np.empty(0, dtype).real.dtype
     chunks = tuple(min(256, size.size) for size in (file.dimensions["y"], file.dimensions["x"]))
-    found = {}
+    variables = {}
     for ending, part in endings.items():
         variable = file.create_variable(
             f"{name}{ending}", ("y", "x"), kind, chunks=chunks, compression="gzip", compression_opts=1, shuffle=True
         )
         variable.attrs.update(_plain(attributes))
-        found[part] = variable
-    return found
+        variables[part] = variable
+    return variables
 
 
 def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Attributes as NetCDF holds them.
+    """Attributes in types that NetCDF supports.
 
     Examples
     --------

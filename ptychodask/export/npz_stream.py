@@ -1,4 +1,7 @@
-"""NumPy's NPZ, written array by array and block by block, so that no array need be whole in memory."""
+"""NPZ files written block by block.
+
+No array needs to fit into memory.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from numpy.typing import DTypeLike, NDArray
 
 
 class NpzWriter:
-    """An NPZ file that is being written, uncompressed as ``numpy.savez`` writes it; a context manager.
+    """Context manager that writes an uncompressed NPZ file, like ``numpy.savez``.
 
     Parameters
     ----------
     path : Path
-        File to make.
+        File to create.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,14 +37,14 @@ class NpzWriter:
         self._stack.__exit__(*raised)
 
     def put(self, name: str, values: Any) -> None:
-        """Write an array, a number or a text whole."""
+        """Write a complete array, a number or a string."""
         array = np.asarray(values)
         self.put_blocks(name, array.shape, array.dtype, [array])
 
     def put_blocks(self, name: str, shape: tuple[int, ...], dtype: DTypeLike, blocks: Iterable[NDArray[Any]]) -> None:
-        """Write an array of which blocks along its first axes come one after the other."""
+        """Write an array from consecutive blocks along its first axes."""
         header = {"descr": npy_format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-        # The length is not known to the archive beforehand, and may be beyond what its old format holds.
+        # The archive does not know the length in advance; it may exceed the 4 GiB limit of plain ZIP.
         with self._archive.open(f"{name}.npy", "w", force_zip64=True) as member:
             npy_format.write_array_header_1_0(member, header)
             for block in blocks:

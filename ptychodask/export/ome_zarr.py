@@ -1,4 +1,7 @@
-"""OME-Zarr 0.5: amplitude and phase as a pyramid of images in a Zarr store (format 3), for napari and its like."""
+"""OME-Zarr 0.5: amplitude and phase as an image pyramid, for napari.
+
+The store has Zarr format 3.
+"""
 
 from __future__ import annotations
 
@@ -15,34 +18,35 @@ from ptychodask.folders import StoreKind
 from ptychodask.progress import Progress
 from ptychodask.result import COARSEST_PIXELS, halve
 
-FORM = StoreKind("ptychodask-ome-zarr", 1, "OME-Zarr image", "export")
+KIND = StoreKind("ptychodask-ome-zarr", 1, "OME-Zarr image", "export")
 
 OME_VERSION = "0.5"
 
 CHANNELS = ("amplitude", "phase")
 
 CHUNK_PIXELS = 512
-"""Pixels across a chunk of a level: a file each, which viewers fetch one by one."""
+"""Pixels across a chunk of a level; each chunk is a file, and viewers fetch them separately."""
 
 SHOWN_PERCENTILES = (1.0, 99.0)
-"""Percentiles of the seen pixels of the coarsest level at the ends of the colour scale that viewers begin with."""
+"""Percentiles of the seen pixels of the coarsest level at the ends of the initial colour scale."""
 
 
 def write(content: Content, path: Path, bar: Progress) -> None:
-    """Write the amplitude and the phase (radians) of an object at full size and at 1/2, 1/4, ... of it; NaN where
-    unseen.
+    """Write amplitude and phase (radians) at full size, 1/2, 1/4, ...
+
+    Unseen pixels are NaN.
 
     Notes
     -----
-    A coarser pixel is the mean of the complex 2 x 2 below it, weighted by their weights (`halve`), and lies in their
-    middle: the translation of level k is (2^k − 1)/2 pixels further. The coarsest level is shorter than
-    `COARSEST_PIXELS` along both sides. A block of rows is halved down to it in memory, so no level is read again.
+    A coarser pixel is the weighted mean of 2 x 2 complex pixels of the finer level (`halve`), centred on them, so the
+    translation of level k is larger by (2^k − 1)/2 pixels. The coarsest level is shorter than `COARSEST_PIXELS` along
+    both sides. Each block of rows is halved down to the coarsest level in memory, so no level is read back.
     """
     scales = n_levels(content.object.shape)
     root = zarr.create_group(path, zarr_format=3)
     levels = [_create_level(root, level, content.object.shape) for level in range(scales)]
     names = [name for name in ("object", "weight") if name in content.object.ds]
-    # Both are powers of two: no chunk of the finest level is written twice.
+    # Blocks begin at chunk borders (both numbers are powers of two), so no chunk of the finest level is written twice.
     for rows, arrays in content.object.rows(bar, names, multiple=max(CHUNK_PIXELS, 2 ** (scales - 1))):
         object_ = arrays["object"]
         weight = arrays.get("weight", np.isfinite(object_).astype(np.float32))
@@ -53,12 +57,15 @@ def write(content: Content, path: Path, bar: Progress) -> None:
                 start //= 2
             _put_rows(array, start, object_)
     root.attrs.update(
-        {"format": FORM.name, "format_version": FORM.version, "ome": _metadata(content, scales, np.asarray(levels[-1]))}
+        {"format": KIND.name, "format_version": KIND.version, "ome": _metadata(content, scales, np.asarray(levels[-1]))}
     )
 
 
 def _put_rows(array: zarr.Array, start: int, object_: NDArray[np.complex64]) -> None:
-    """Write rows of a level chunk by chunk: of several at once, those that a full disk stops would be left running."""
+    """Write rows of a level chunk by chunk.
+
+    With several at once, writes would still be running after one fails on a full disk.
+    """
     width = array.chunks[-1]
     for channel, values in enumerate((np.abs(object_), np.angle(object_))):
         for x in range(0, array.shape[-1], width):
@@ -68,7 +75,7 @@ def _put_rows(array: zarr.Array, start: int, object_: NDArray[np.complex64]) -> 
 
 
 def n_levels(shape: tuple[int, int]) -> int:
-    """Levels of a pyramid, the full one included.
+    """Number of levels of a pyramid, including the full size.
 
     Examples
     --------
@@ -118,7 +125,7 @@ def _metadata(content: Content, scales: int, coarsest: NDArray[np.float32]) -> d
 
 
 def _shown(name: str, values: NDArray[np.float32]) -> dict[str, Any]:
-    """How a viewer shows a channel at first."""
+    """Initial display settings of a channel."""
     seen = values[np.isfinite(values)]
     low, high = np.percentile(seen, SHOWN_PERCENTILES) if seen.size else (0.0, 1.0)
     window = {"min": low, "max": high, "start": low, "end": high}

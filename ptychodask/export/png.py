@@ -1,4 +1,6 @@
-"""PNG: the figure that `plot` draws, which shows an object of any size by every k-th pixel."""
+"""PNG: the figure of `plot`.
+
+Large objects are shown by every k-th pixel."""
 
 from __future__ import annotations
 
@@ -10,6 +12,6 @@ from ptychodask.progress import Progress
 
 
 def write(content: Content, path: Path, bar: Progress) -> None:
-    """Draw amplitude, phase, weight and uncertainty."""
+    """Draw amplitude, phase, weight and uncertainty into a PNG."""
     plot(content.object.ds).savefig(path, dpi=DOTS_PER_INCH)
     bar.advance(content.object.shape[0])

@@ -1,8 +1,9 @@
-"""Ptychodus' own files, HDF5 or NPZ: a product (object, probe, positions), and the patterns of a scan.
+"""Ptychodus files (HDF5 or NPZ): products and patterns.
 
-Names and shapes are those of AdvancedPhotonSource/ptychodus, ``h5_product_file.py``, ``npz_product_file.py`` and
-``api/io.py``. Two attributes were renamed with its version 1.6 or so (``probe_energy_eV`` is ``photon_energy_eV`` now,
-``mass_attenuation_m2_kg`` is ``mass_attenuation_m2_per_kg``): both are written, so that every version reads the file.
+A product is object, probe and positions. Names and shapes are those of AdvancedPhotonSource/ptychodus,
+``h5_product_file.py``, ``npz_product_file.py`` and ``api/io.py``. Two attributes were renamed in about version 1.6
+(``probe_energy_eV`` is ``photon_energy_eV`` now, ``mass_attenuation_m2_kg`` is ``mass_attenuation_m2_per_kg``): both
+are written, so that every version reads the file.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from ptychodask.export.npz_stream import NpzWriter
 from ptychodask.progress import Progress
 
 UNKNOWN = 0.0
-"""What Ptychodus itself writes for a quantity that it does not know."""
+"""Value that Ptychodus itself writes for an unknown quantity."""
 
 
 def write(content: Content, path: Path, bar: Progress) -> None:
-    """Write a product where there is an object, else the patterns of a scan.
+    """Write a product if there is an object, else a scan's patterns.
 
     Notes
     -----
-    Positions are those of the scan times the pixel size. Ptychodus places the object by its centre: a patch of N pixels
-    at x_m begins at column (x_m − center_x_m) / pixel_width_m + (W − N) / 2, so the centre is that of
-    `Content.middle_xy_m`. Unseen pixels are 0. Losses are left empty: they are not part of a result.
+    Positions are those of the scan times the pixel size. Ptychodus records the centre of the object: a patch of N
+    pixels at x_m begins at column (x_m − center_x_m) / pixel_width_m + (W − N) / 2, so the centre is
+    `Content.middle_xy_m`. Unseen pixels are 0. Losses are empty: they are not part of a result.
     """
     if content.picture is None:
         _write_patterns(content, path, bar)
@@ -56,7 +57,10 @@ def _metadata(content: Content) -> dict[str, Any]:
 
 
 def _arrays(content: Content) -> dict[str, Any]:
-    """All arrays of a product but the object; the probe has an axis of OPR modes in front, of length one."""
+    """All arrays of a product except the object.
+
+    The probe has a leading axis of OPR modes, of length one.
+    """
     x_m, y_m = content.position_xy_m
     return {
         "probe_position_indexes": content.frame,
@@ -100,19 +104,22 @@ def _write_npz(content: Content, path: Path, bar: Progress) -> None:
 
 
 def _write_patterns(content: Content, path: Path, bar: Progress) -> None:
-    """Patterns as counts, with the row of each in its source, which pairs it with a position of a product."""
+    """Write patterns as counts, with their rows in the source.
+
+    The row pairs a pattern with a position of a product.
+    """
     scan = content.measured
     shape, dtype = (scan.n_patterns, scan.n_pixels, scan.n_pixels), counts_dtype(scan)
-    beside = {"indexes": content.frame, "bad_pixels": np.zeros(shape[1:], bool) if scan.mask is None else ~scan.mask}
+    others = {"indexes": content.frame, "bad_pixels": np.zeros(shape[1:], bool) if scan.mask is None else ~scan.mask}
     blocks = ((rows, counts(scan, rows)) for rows in pattern_rows(scan, bar))
     if path.suffix == ".npz":
         with NpzWriter(path) as npz:
-            for name, values in beside.items():
+            for name, values in others.items():
                 npz.put(name, values)
             npz.put_blocks("patterns", shape, dtype, (block for _, block in blocks))
         return
     with Hdf5Disk(path) as disk, h5py.File(disk, "w") as file:
-        for name, values in beside.items():
+        for name, values in others.items():
             file[name] = values
         patterns = file.create_dataset("patterns", shape, dtype, chunks=(1, *shape[1:]), compression="lzf")
         for side in ("width", "height"):

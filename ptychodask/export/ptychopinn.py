@@ -15,13 +15,14 @@ from ptychodask.progress import Progress
 
 
 def write(content: Content, path: Path, bar: Progress) -> None:
-    """Write a scan's patterns with the object of a result, with the scan's truth, or with a flat guess.
+    """Write patterns with the object: result, truth, or flat guess.
 
     Notes
     -----
-    ``diff3d`` is the amplitude, float32, bad pixels 0: the format has no mask. ``xcoords`` and ``ycoords`` are pixels
-    of ``objectGuess``, whose first pixel is their origin. A probe of one mode is (N, N), of several (mode, N, N); probe
-    and patterns share their units. Unseen pixels are 0; a scan of an unknown object gets one of ones that covers it.
+    ``diff3d`` is the amplitude, float32, with bad pixels 0, since the format has no mask. ``xcoords`` and ``ycoords``
+    are pixels of ``objectGuess``, with the origin at its first pixel. A probe of one mode is (N, N), of several
+    (mode, N, N); probe and patterns have the same units. Unseen pixels are 0; for an unknown object, ``objectGuess``
+    covers the scan and is 1 everywhere.
     """
     scan = content.measured
     corner_yx_px, shape, blocks = _object(content, bar)
@@ -40,7 +41,7 @@ def write(content: Content, path: Path, bar: Progress) -> None:
 def _object(
     content: Content, bar: Progress
 ) -> tuple[tuple[float, float], tuple[int, int], Iterator[NDArray[np.complex64]]]:
-    """Corner, shape and rows of the object that goes with a scan."""
+    """Corner, shape and rows of the object written with a scan."""
     if content.picture is not None:
         picture = content.picture
         return picture.corner_yx_px, picture.shape, (values for _, values, _ in picture.seen_rows(bar))

@@ -1,4 +1,4 @@
-"""TIFF: amplitude and phase as two 32-bit float channels, for ImageJ and whatever else opens TIFF."""
+"""TIFF: amplitude and phase as two 32-bit float channels, for ImageJ."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ptychodask.progress import Progress
 CHANNELS = ("amplitude", "phase")
 
 PLAIN_BYTES = 4 * 10**9
-"""Bytes of both channels up to which ImageJ's own kind of file is written: TIFF counts bytes with 32 bits."""
+"""Largest size of both channels for ImageJ's own variant: plain TIFF has 32-bit byte offsets."""
 
 
 def write(content: Content, path: Path, bar: Progress) -> None:
-    """Write the amplitude and the phase (radians) of an object, float32; unseen pixels stay NaN.
+    """Write amplitude and phase (radians), float32; unseen pixels stay NaN.
 
     Notes
     -----
-    The pixel size is in the resolution tags and in ImageJ's description, in nanometres, and so is the object's place:
-    ImageJ shows the coordinates of the scan's frame. From `PLAIN_BYTES` on it is an OME-TIFF with 64-bit offsets
-    (BigTIFF), which ImageJ opens with Bio-Formats. Rows are written where they belong as they come.
+    The pixel size is in the resolution tags and in ImageJ's description, in nanometres, and so is the origin of the
+    object: ImageJ shows scan coordinates. Above `PLAIN_BYTES` it is an OME-TIFF with 64-bit offsets (BigTIFF), which
+    ImageJ opens with Bio-Formats. Rows are written block by block, each at its offset in the file.
     """
     shape = (len(CHANNELS), *content.object.shape)
     plain = math.prod(shape) * 4 <= PLAIN_BYTES

@@ -1,4 +1,4 @@
-"""What a file or a store holds, and which way round its axes are."""
+"""Inspection of files and stores: contents, `ingest` command, orientation of the positions."""
 
 from ptychodask.inspection.files import inspect_file
 from ptychodask.inspection.findings import Finding, Inspection, plot_preview

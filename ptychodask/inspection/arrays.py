@@ -1,4 +1,7 @@
-"""Which array of a foreign file is what: by its shape, its type, and its name where several fit."""
+"""Roles of the arrays of a foreign file.
+
+The role follows from shape and type, and from the name if several arrays fit.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from ptychodask.io.source import Container, frame_axes
 from ptychodask.scan import PtychodaskError
 
 YX_WORDS = (("y", "x"), ("slow", "fast"), ("row", "col"), ("vertical", "horizontal"))
-"""Words by which the names of two arrays of positions differ, (y, x)."""
+"""Pairs of words (y, x) that distinguish the names of the two position arrays."""
 
 _POSITION = re.compile(r"pos|coord|scan|transl|point|stage|motor", re.IGNORECASE)
 _PROBE = re.compile(r"probe|prb|illum", re.IGNORECASE)
@@ -24,7 +27,7 @@ _PATTERNS = re.compile(r"diff|dp|data|pattern|frame|recip|intens|image|det", re.
 _SECOND_BEST = re.compile(r"start|nominal|true|offset|relative|err|std", re.IGNORECASE)
 
 _OPTICS = (
-    # option, its name in files, units, range that a plain number without unit must lie in, the unit it then has
+    # option, its name in files, units
     ("energy_ev", re.compile(r"energy", re.IGNORECASE), ELECTRONVOLTS),
     ("wavelength_m", re.compile(r"wavelength|lambda", re.IGNORECASE), METRES),
     ("distance_m", re.compile(r"distance|^z(_m)?$", re.IGNORECASE), METRES),
@@ -37,7 +40,7 @@ _GUESSED_UNITS = {
     "distance_m": ((1e-3, 50.0, "m"), (50.0, 5e4, "mm")),
     "detector_pixel_m": ((1e-7, 1e-3, "m"), (1.0, 500.0, "um")),
 }
-"""Lowest and highest value of an option without a unit, and the unit that it then likely has."""
+"""Ranges (low, high) of a number without a unit, and the likely unit in each."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +50,17 @@ class ArrayNote:
     key: str
     shape: tuple[int, ...]
     dtype: str
-    """Type of its values, or why it is left out."""
+    """Type of its values, or the reason why it is ignored."""
 
     unit: str | None = None
-    """What the file notes."""
+    """Unit recorded in the file."""
 
     role: str | None = None
-    """What it is taken for: a name of `IngestSpec.keys`, or one of its fields."""
+    """Assigned role: a name of `IngestSpec.keys`, or one of its fields."""
 
     @property
     def kind(self) -> str:
-        """Kind of the type as NumPy has it, or "" where the array is left out."""
+        """NumPy kind of the type, or "" if the array is ignored."""
         try:
             return np.dtype(self.dtype).kind
         except (TypeError, ValueError, SyntaxError):
@@ -65,18 +68,18 @@ class ArrayNote:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all values; 0 where the array is left out."""
+        """Bytes of all values; 0 if the array is ignored."""
         return int(np.prod(self.shape, dtype=object)) * np.dtype(self.dtype).itemsize if self.kind else 0
 
     @property
     def name(self) -> str:
-        """The last part of the key."""
+        """Last part of the key."""
         return self.key.rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True)
 class Optic:
-    """A number of the instrument, as a file has it."""
+    """An instrument parameter read from a file."""
 
     option: str
     """Field of `IngestSpec`."""
@@ -86,28 +89,28 @@ class Optic:
     """In the unit of the option."""
 
     unit: str
-    """Unit of the file."""
+    """Unit in the file."""
 
     is_guess: bool
-    """Whether that unit is guessed from the size of the number."""
+    """True if that unit is guessed from the size of the number."""
 
 
 def note_arrays(container: Container) -> list[ArrayNote]:
-    """All arrays of a file; those that cannot be read as numbers say why in place of a type."""
+    """All arrays of a file; `dtype` is the reason for unreadable ones."""
     return [_note(container, key) for key in container.keys()]  # noqa: SIM118 a container is no dict
 
 
 def _note(container: Container, key: str) -> ArrayNote:
     try:
         dtype = container.dtype(key)
-        told = "pickled objects or text, never loaded" if dtype.hasobject else str(dtype)
-        return ArrayNote(key, container.shape(key), told, container.unit(key))
+        type_name = "pickled objects or text, never loaded" if dtype.hasobject else str(dtype)
+        return ArrayNote(key, container.shape(key), type_name, container.unit(key))
     except PtychodaskError as error:
         return ArrayNote(key, (), f"unreadable: {error}")
 
 
 def find_patterns(notes: Sequence[ArrayNote]) -> ArrayNote | None:
-    """The array that holds the patterns: of three axes of real numbers, the likeliest name, the largest."""
+    """Array of the patterns: three axes, real; by name, then by size."""
     fitting = [note for note in notes if note.kind in set("buif") and len(_axes(note)) == 3 and min(_axes(note)) > 1]
     return max(fitting, key=lambda note: (bool(_PATTERNS.search(note.name)), note.n_bytes), default=None)
 
@@ -117,7 +120,7 @@ def _axes(note: ArrayNote) -> tuple[int, ...]:
 
 
 def find_keys(notes: Sequence[ArrayNote], patterns: ArrayNote) -> dict[str, str]:
-    """Names of `IngestSpec.keys` and the arrays of a file that fit them.
+    """Mapping from names of `IngestSpec.keys` to arrays of a file.
 
     Examples
     --------
@@ -129,10 +132,10 @@ def find_keys(notes: Sequence[ArrayNote], patterns: ArrayNote) -> dict[str, str]
     axes = _axes(patterns)
     keys = {"diffraction": patterns.key}
     n_patterns, frame = axes[0], axes[1:]
-    found = _find_positions(notes, n_patterns)
-    if not found and (found := _find_positions(notes, axes[2])):
+    position_keys = _find_positions(notes, n_patterns)
+    if not position_keys and (position_keys := _find_positions(notes, axes[2])):
         n_patterns, frame = axes[2], axes[:2]
-    keys |= found
+    keys |= position_keys
     keys |= _named("probe", [n for n in notes if n.kind == "c" and n.shape[-2:] == frame], _PROBE)
     masks = [n for n in notes if n.kind in set("biu") and n.shape == frame and "mask" in n.name.lower()]
     keys |= {"mask": masks[0].key} if len(masks) == 1 else {}
@@ -141,7 +144,7 @@ def find_keys(notes: Sequence[ArrayNote], patterns: ArrayNote) -> dict[str, str]
 
 
 def _find_positions(notes: Sequence[ArrayNote], n_patterns: int) -> dict[str, str]:
-    """Keys of the positions of so many patterns, the likeliest names first; none where none fit."""
+    """Keys of the likeliest arrays of `n_patterns` positions; empty if none fit."""
     numbers = [note for note in notes if note.kind in set("iuf")]
     columns = {n.key: n for n in numbers if max(n.shape, default=0) == n_patterns and np.prod(n.shape) == n_patterns}
     choices: list[tuple[tuple[bool, bool, int], dict[str, str]]] = [
@@ -167,39 +170,42 @@ def _pairs(keys: Sequence[str] | dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Pairs of keys that differ by one of `YX_WORDS`, (y, x)."""
     for key in keys:
         for y_word, x_word in YX_WORDS:
-            for found in re.finditer(y_word, key, re.IGNORECASE):
-                word = x_word.upper() if found.group().isupper() else x_word
-                other = key[: found.start()] + word + key[found.end() :]
+            for match in re.finditer(y_word, key, re.IGNORECASE):
+                word = x_word.upper() if match.group().isupper() else x_word
+                other = key[: match.start()] + word + key[match.end() :]
                 if other in keys:
                     yield key, other
 
 
 def _named(role: str, fitting: list[ArrayNote], name: re.Pattern[str]) -> dict[str, str]:
-    """The array of a role: the only one that fits, or the first of a fitting name."""
+    """Key of the only fitting array, or the first matching by name."""
     named = [note for note in fitting if name.search(note.key)]
     chosen = named or (fitting if len(fitting) == 1 and not _OBJECT.search(fitting[0].key) else [])
     return {role: chosen[0].key} if chosen else {}
 
 
 def find_optics(container: Container, notes: Sequence[ArrayNote]) -> list[Optic]:
-    """Energy, wavelength, distance and detector pixel of a file, in the units of `IngestSpec`."""
-    found: dict[str, Optic] = {}
+    """Energy, wavelength, distance and detector pixel size, in units of `IngestSpec`."""
+    optics: dict[str, Optic] = {}
     for note in notes:
         if note.kind not in set("iuf") or int(np.prod(note.shape)) != 1:
             continue
         for option, name, units in _OPTICS:
-            if option not in found and name.search(note.name):
+            if option not in optics and name.search(note.name):
                 value = float(container.array(note.key).reshape(-1)[0])
                 unit, is_guess = _unit_of(option, note, value, units)
                 if unit is not None and np.isfinite(value) and value > 0:
-                    found[option] = Optic(option, note.key, value * units[unit.lower()], unit, is_guess)
-    if "energy_ev" in found and "wavelength_m" in found:
-        del found["wavelength_m"]
-    return list(found.values())
+                    optics[option] = Optic(option, note.key, value * units[unit.lower()], unit, is_guess)
+    if "energy_ev" in optics and "wavelength_m" in optics:
+        del optics["wavelength_m"]
+    return list(optics.values())
 
 
 def _unit_of(option: str, note: ArrayNote, value: float, units: Mapping[str, float]) -> tuple[str | None, bool]:
-    """The unit that a file notes, a name ends in, or the size of the number suggests; and whether it is a guess."""
+    """Unit of a number, and True if it is guessed.
+
+    The unit is the one recorded in the file, the ending of the name, or a guess from the size of the number.
+    """
     ending = note.name.rsplit("_", 1)[-1]
     for noted in (note.unit, ending):
         if noted is not None and noted.strip().lower() in units:
@@ -211,6 +217,6 @@ def _unit_of(option: str, note: ArrayNote, value: float, units: Mapping[str, flo
 
 
 def wavelength_of(options: dict[str, Any]) -> float | None:
-    """Wavelength, metres, where options say it or the energy."""
+    """Wavelength in metres from the options; None without wavelength or energy."""
     energy_ev = options.get("energy_ev")
     return HC_EV_M / energy_ev if energy_ev else options.get("wavelength_m")

@@ -1,4 +1,4 @@
-"""The `ingest` that a file or a finding calls for, as a command to paste and as the YAML that `ingest` reads."""
+"""`ingest` commands for a file's options and a turn of its positions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ptychodask.io.raw import runs
 from ptychodask.scan import Domain, Scan
 
 DIGITS = 9
-"""Significant digits of numbers in a command."""
+"""Significant digits of the numbers in a command."""
 
 
 @dataclass(frozen=True)
 class PositionTurn:
-    """A matrix that turns positions (y, x).
+    """Linear map of positions (y, x), such as a rotation or reflection.
 
     Examples
     --------
@@ -33,40 +33,43 @@ class PositionTurn:
     """
 
     rows: tuple[float, float, float, float]
-    """Its rows one after the other, as `IngestSpec.affine` has them."""
+    """Matrix elements row by row, as in `IngestSpec.affine`."""
 
     @classmethod
     def of(cls, matrix: NDArray[Any]) -> PositionTurn:
         """From a matrix (2, 2)."""
-        # Adding 0 makes 0 of -0.
+        # Adding 0 turns -0 into 0.
         a, b, c, d = (float(value) for value in np.round(np.asarray(matrix, np.float64), DIGITS).ravel() + 0.0)
         return cls((a, b, c, d))
 
     @classmethod
     def by(cls, angle_deg: float, *, mirrored: bool = False) -> PositionTurn:
-        """A turn from +x toward +y (clockwise on a screen, where y points down), of x mirrored before if asked."""
+        """Rotation from +x toward +y, after x -> -x if `mirrored`.
+
+        It is clockwise on a screen, where y points down.
+        """
         sine, cosine = np.sin(np.deg2rad(angle_deg)), np.cos(np.deg2rad(angle_deg))
         return cls.of(np.array([[cosine, sine], [-sine, cosine]]) @ np.diag([1.0, -1.0 if mirrored else 1.0]))
 
     @property
     def matrix(self) -> NDArray[np.float64]:
-        """The matrix (2, 2)."""
+        """Matrix (2, 2)."""
         return np.reshape(self.rows, (2, 2))
 
     @property
     def is_mirrored(self) -> bool:
-        """Whether it turns a hand into the other hand."""
+        """True if the transform is a reflection (det < 0)."""
         return bool(np.linalg.det(self.matrix) < 0)
 
     @property
     def angle_deg(self) -> float:
-        """Angle as in `by`, 0 to 360 degrees."""
+        """Rotation angle as in `by`, 0 to 360 degrees."""
         sign = -1.0 if self.is_mirrored else 1.0
         return float(np.rad2deg(np.arctan2(sign * self.rows[1], self.rows[0])) % 360)
 
     @property
     def flags(self) -> dict[str, bool] | None:
-        """The options `swap_xy`, `flip_y` and `flip_x` that do the same; None where they cannot."""
+        """Equivalent options `swap_xy`, `flip_y`, `flip_x`; None if there are none."""
         size = np.abs(self.matrix)
         for swap, axes in ((False, np.eye(2)), (True, np.eye(2)[::-1])):
             if np.array_equal(size, axes):
@@ -77,25 +80,25 @@ class PositionTurn:
 
     @property
     def effort(self) -> int:
-        """How many flags it takes; more than any number of them where it takes a matrix."""
+        """Number of flags needed; 4 if it needs a matrix."""
         return 4 if self.flags is None else len(self.flags)
 
     @property
     def name(self) -> str:
-        """As flags of `ingest`, or in words."""
+        """Flags of `ingest`, or a description in words."""
         if self.flags is not None:
             return " ".join(f"--{name.replace('_', '-')}" for name in self.flags) or "as they are"
         mirrored = "--flip-x, then " if self.is_mirrored else ""
         return f"{mirrored}turned by {self.angle_deg:g} degrees"
 
     def inverts(self, other: PositionTurn) -> bool:
-        """Whether it is the other, and then half a turn."""
+        """True if it equals `other` followed by a rotation of 180°."""
         return bool(np.allclose(self.matrix, -other.matrix, atol=1e-6))
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a scan comes from: a file, its reader and what the reader was told."""
+    """Source of a scan: file, reader and options."""
 
     source: Path
     reader: str
@@ -107,34 +110,37 @@ class Origin:
 
     @classmethod
     def of(cls, scan: Scan) -> Origin | None:
-        """What a store says of its source; None for a simulated one."""
-        noted = scan.attributes.get("provenance")
-        if not isinstance(noted, dict) or not {"source", "reader", "options"} <= set(noted):
+        """Source recorded in a store; None for a simulated scan."""
+        provenance = scan.attributes.get("provenance")
+        if not isinstance(provenance, dict) or not {"source", "reader", "options"} <= set(provenance):
             return None
-        return cls(Path(noted["source"]), noted["reader"], noted["options"], scan.domain)
+        return cls(Path(provenance["source"]), provenance["reader"], provenance["options"], scan.domain)
 
     def turned(self, turn: PositionTurn) -> Origin:
-        """The same with its positions turned further."""
+        """The same source with its positions turned further."""
         options = dict(self.options)
         before = np.diag([-1.0 if options.pop(name, False) else 1.0 for name in ("flip_y", "flip_x")])
         before = before @ (np.eye(2)[::-1] if options.pop("swap_xy", False) else np.eye(2))
         total = PositionTurn.of(turn.matrix @ np.reshape(options.pop("affine", (1, 0, 0, 1)), (2, 2)) @ before)
         if total.flags == {}:
             return Origin(self.source, self.reader, options, self.domain)
-        named = self._mapped(options)
-        if total.flags is not None and "flip_y" in options_of(named.reader):
-            return Origin(self.source, named.reader, {**named.options, **total.flags}, self.domain)
-        return Origin(self.source, named.reader, {**named.options, "affine": total.rows}, self.domain)
+        mapped = self._mapped(options)
+        if total.flags is not None and "flip_y" in options_of(mapped.reader):
+            return Origin(self.source, mapped.reader, {**mapped.options, **total.flags}, self.domain)
+        return Origin(self.source, mapped.reader, {**mapped.options, "affine": total.rows}, self.domain)
 
     def _mapped(self, options: dict[str, Any]) -> Origin:
-        """By keys, without the object of a format that has one: positions that are turned leave it behind."""
+        """The same source read by keys, without the object of the file.
+
+        The object of a PtychoPINN file does not fit turned positions.
+        """
         if self.reader != "ptychopinn" or not self.source.is_file():
             return Origin(self.source, self.reader, options, self.domain)
         with ExitStack() as stack:
-            found = open_container(self.source, self.source.parent, stack).keys()
-        if "objectGuess" not in found:
+            file_keys = open_container(self.source, self.source.parent, stack).keys()
+        if "objectGuess" not in file_keys:
             return Origin(self.source, self.reader, options, self.domain)
-        patterns = "diff3d" if "diff3d" in found else "diffraction"
+        patterns = "diff3d" if "diff3d" in file_keys else "diffraction"
         keys = {
             "diffraction": patterns,
             "y": "ycoords",
@@ -142,7 +148,7 @@ class Origin:
             "probe": "probeGuess",
             "scan_index": "scan_index",
         }
-        keys = {name: key for name, key in keys.items() if key in found}
+        keys = {name: key for name, key in keys.items() if key in file_keys}
         scale = {"calibration": "as_given"} if "probe" in keys else {}
         return Origin(
             self.source,
@@ -152,19 +158,22 @@ class Origin:
         )
 
     def command(self, store: str | None = None) -> str:
-        """The `ingest` that makes a store of it, quoted for a shell."""
+        """`ingest` command that makes the store, quoted for a shell."""
         return ingest_command(self.source, store or store_name(self.source), self.options)
 
 
 def turned_command(origin: Origin | None, turn: PositionTurn) -> str | None:
-    """The `ingest` that turns positions further; None where nothing was ingested, or nothing is to be turned."""
+    """`ingest` command that turns positions further.
+
+    None if the scan was not ingested, or the positions are already right.
+    """
     if origin is None or turn.flags == {}:
         return None
     return origin.turned(turn).command()
 
 
 def store_name(source: Path) -> str:
-    """Name of the store to make of a file, in the folder where the command is run.
+    """Default name of the store for a file, in the current folder.
 
     Examples
     --------
@@ -175,7 +184,7 @@ def store_name(source: Path) -> str:
 
 
 def ingest_command(source: Path, store: str, options: Mapping[str, Any]) -> str:
-    """An `ingest` with fields of `IngestSpec` as its flags, quoted for a shell.
+    """`ingest` command with `IngestSpec` fields as flags, quoted for a shell.
 
     Examples
     --------
@@ -195,7 +204,7 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
         elif value is True:
             flags.append(flag)
         elif name == "affine":
-            # Behind an equals sign, for it may begin with a minus.
+            # After an equals sign, because the value may begin with a minus.
             flags.append(f"{flag}={_listed(value)}")
         else:
             flags += [flag, value if isinstance(value, str) else _listed(value)]
@@ -211,7 +220,7 @@ def _listed(value: Any) -> str:
 
 
 def as_rows(index: NDArray[np.int64]) -> str:
-    """Ascending rows as `drop_frames` reads them.
+    """Ascending rows as text in the syntax of `drop_frames`.
 
     Examples
     --------

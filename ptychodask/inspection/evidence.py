@@ -1,4 +1,7 @@
-"""What a sample of frames says: counts or amplitude, where the beam is, which pixels are bad, how wide the probe."""
+"""Properties estimated from a sample of frames.
+
+Counts or amplitude, position of the direct beam, bad pixels, diameter of the probe.
+"""
 
 from __future__ import annotations
 
@@ -15,44 +18,44 @@ from ptychodask.io.source import Dc, Frames
 from ptychodask.scan import Domain
 
 Certainty = Literal["defined", "noted", "measured", "guess", "open"]
-"""How a finding is known: the format defines it, the file notes it, the data show it, it is likely, nothing tells."""
+"""Basis of a finding: format definition, record in the file, the data, a guess, or none ("open")."""
 
 SAMPLE_FRAMES = 64
-"""Frames that are looked at, at the most."""
+"""Largest number of sampled frames."""
 
 SAMPLE_PIXELS = 2**23
-"""Pixels of them, at the most: 64 MiB once they are float64."""
+"""Largest number of sampled pixels: 64 MiB as float64."""
 
 RUN_FRAMES = 8
-"""Frames that are taken from one place of a file, so that a stored chunk of frames is read once."""
+"""Consecutive frames sampled together, so that a stored chunk of frames is read once."""
 
 STREAM_BYTES = 512 * 2**20
-"""Bytes of a stream that are read to sample it; what comes later is not looked at."""
+"""Bytes of a stream that are read to sample it; later frames are ignored."""
 
 FEWEST_PAIRS = 200
-"""Pairs of neighbouring pixels from which their scatter is told: to a tenth of it, √(2/200)."""
+"""Smallest number of pixel pairs for a variance estimate: its relative error is √(2/200), a tenth."""
 
 MOST_CLASSES = 40
-"""Classes of brightness that scatter is told for."""
+"""Largest number of brightness classes with a variance estimate each."""
 
 BELOW_POISSON = 0.7
-"""Variance of whole numbers over their mean below which they are no counts: structure adds to the 1 of Poisson's law,
-nothing takes from it."""
+"""Ratio of variance to mean below which whole numbers are not counts: it is 1 for Poisson noise, and structure in the
+pattern can only increase it."""
 
 NEAR_POISSON = (0.9, 1.3)
-"""Between these it is that law which is seen, for the dim pixels, where structure adds little."""
+"""Range of variance over mean of dim pixels that confirms Poisson noise; structure adds little there."""
 
 CENTRED_SHARE = 0.6
-"""Share of the light within a quarter of the frame around a place, from which on the beam is there."""
+"""Least share of the intensity within a quarter frame of a point for the direct beam to be there."""
 
 OFF_CENTRE = 0.02
-"""Distance of the centre of mass from the middle, in frames, from which on it is worth saying."""
+"""Distance of the centre of mass from the middle, as a fraction of the frame, above which it is reported."""
 
 HOT_FACTOR = 8.0
-"""Times that a pixel is brighter than the brightest of its neighbours, in the mean pattern, to be called hot."""
+"""Ratio of a hot pixel to its brightest neighbours in the mean pattern, at least."""
 
 DEAD_COUNTS = 12.0
-"""Counts that a pixel as bright as those around it has in all frames, for it not to be dark by chance (e⁻¹²)."""
+"""Expected counts over all frames above which a dark pixel is dead: dark by chance with probability e⁻¹²."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,27 +66,27 @@ class Sample:
     """Patterns (k, h, w)."""
 
     rows: NDArray[np.int64]
-    """Which (k,)."""
+    """Row of each frame in the file (k,)."""
 
     n_frames: int
-    """How many there are in all."""
+    """Frames in the file."""
 
     reached: int
-    """Frames from the start that could be had: all, but of a stream its beginning."""
+    """Frames from the start that were accessible: all, or only the first of a stream."""
 
     @property
-    def told(self) -> str:
-        """What the sample is, in words."""
+    def description(self) -> str:
+        """The size of the sample in words."""
         if len(self.rows) == self.n_frames:
             return f"all {self.n_frames} patterns"
-        where = "" if self.reached == self.n_frames else f" of the first {self.reached}, since the file is a stream"
-        return f"{len(self.rows)} of {self.n_frames} patterns{where}"
+        limit = "" if self.reached == self.n_frames else f" of the first {self.reached}, since the file is a stream"
+        return f"{len(self.rows)} of {self.n_frames} patterns{limit}"
 
 
 def take_sample(frames: Frames) -> Sample:
-    """A few frames from all over a file, or from the beginning of a stream, in runs of `RUN_FRAMES`.
+    """Sample of frames spread over a file, or a stream's beginning.
 
-    Memory holds `SAMPLE_PIXELS` of them, or one frame.
+    Frames are taken in runs of `RUN_FRAMES`, up to `SAMPLE_PIXELS` pixels but at least one frame.
     """
     n_frames = int(frames.shape[0])
     frame_pixels = int(frames.shape[1]) * int(frames.shape[2])
@@ -95,7 +98,7 @@ def take_sample(frames: Frames) -> Sample:
 
 
 def spread_rows(n_rows: int, wanted: int) -> NDArray[np.int64]:
-    """Rows spread over all, in runs of `RUN_FRAMES`.
+    """Rows spread over the scan, in runs of `RUN_FRAMES`.
 
     Examples
     --------
@@ -120,7 +123,7 @@ def _from_stream(frames: Frames, rows: NDArray[np.int64]) -> Iterator[NDArray[An
 
 
 def mean_pattern(sample: Sample, domain: Domain) -> NDArray[np.float64]:
-    """Mean counts (h, w) of the sampled patterns; what is negative or not finite counts as 0."""
+    """Mean counts (h, w) of a sample; negative or non-finite are 0."""
     total = np.zeros(sample.frames.shape[1:])
     for frame in sample.frames:
         counts = np.nan_to_num(frame.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
@@ -129,7 +132,7 @@ def mean_pattern(sample: Sample, domain: Domain) -> NDArray[np.float64]:
 
 
 def domain_of(frames: NDArray[Any]) -> tuple[Domain | None, Certainty, str]:
-    """Whether values are counts or amplitudes, how that is known, and the evidence.
+    """Unit of the patterns, counts or amplitude, with certainty and evidence.
 
     Parameters
     ----------
@@ -138,15 +141,15 @@ def domain_of(frames: NDArray[Any]) -> tuple[Domain | None, Certainty, str]:
     Returns
     -------
     domain : {"counts", "amplitude"} or None
-        None where the values do not tell.
+        None if the values fit neither.
     certainty : Certainty
     evidence : str
 
     Notes
     -----
-    Counts are whole numbers whose variance is their mean (Poisson) or more, where the pattern changes from one pixel to
-    the next. Amplitudes √n have squares that are whole numbers, and a variance near 1/4 whatever their mean, so that
-    whole numbers with less scatter than Poisson's law allows are rounded amplitudes, or counts that were averaged.
+    Counts are whole numbers whose variance equals their mean (Poisson), or exceeds it where the pattern changes from
+    one pixel to the next. Amplitudes √n have squares that are whole numbers, and a variance near 1/4 for any mean, so
+    whole numbers with a variance below Poisson's are rounded amplitudes, or averaged counts.
 
     Examples
     --------
@@ -166,26 +169,26 @@ def domain_of(frames: NDArray[Any]) -> tuple[Domain | None, Certainty, str]:
         (np.abs(squares - np.rint(squares)) <= 1e-4 * np.maximum(squares, 1)).all()
     ):
         return "amplitude", "measured", "values whose squares are whole numbers"
-    return None, "open", f"values that are no whole numbers, nor are their squares (up to {largest:.4g})"
+    return None, "open", f"neither the values nor their squares are whole numbers (up to {largest:.4g})"
 
 
-def _of_whole_numbers(frames: NDArray[Any], what: str) -> tuple[Domain | None, Certainty, str]:
+def _of_whole_numbers(frames: NDArray[Any], values: str) -> tuple[Domain | None, Certainty, str]:
     mean, ratio = scatter(frames)
     dim = (mean >= 1.5) & (mean <= 8)
     if not dim.any():
-        return "counts", "guess", f"{what}; too few dim pixels to compare their scatter with Poisson's law"
+        return "counts", "guess", f"{values}; too few dim pixels to compare their variance with Poisson noise"
     lowest = float(ratio[mean >= 1.5].min())
     if lowest < BELOW_POISSON:
-        where = f"{what}, but neighbouring pixels scatter less than Poisson's law allows (variance {lowest:.2f} x mean)"
-        return "amplitude", "guess", f"{where}: rounded amplitudes, or averaged counts"
+        evidence = f"{values}, but the variance of neighbouring pixels is below Poisson noise ({lowest:.2f} x mean)"
+        return "amplitude", "guess", f"{evidence}: rounded amplitudes, or averaged counts"
     dimmest = float(ratio[dim].min())
     low, high = NEAR_POISSON
     certainty: Certainty = "measured" if low <= dimmest <= high else "guess"
-    return "counts", certainty, f"{what}; the variance of dim pixels is {dimmest:.2f} x their mean (Poisson: 1)"
+    return "counts", certainty, f"{values}; the variance of dim pixels is {dimmest:.2f} x their mean (Poisson: 1)"
 
 
 def scatter(frames: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean of neighbouring pixels, and the variance of a pixel about it over that mean, from dim to bright.
+    """Mean of neighbouring pixels, and ratio of variance to mean.
 
     Parameters
     ----------
@@ -194,7 +197,7 @@ def scatter(frames: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float
     Returns
     -------
     mean, ratio : float64 array (bin,)
-        Pairs of horizontal neighbours, by their mean in classes of as many pairs.
+        Of pairs of horizontal neighbours, binned by their mean into classes of equal size, from dim to bright.
     """
     n_pairs = frames.shape[2] // 2
     means, variances = [], []
@@ -217,7 +220,9 @@ def scatter(frames: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float
 
 
 def beam_of(mean: NDArray[np.float64]) -> tuple[Dc | None, str]:
-    """Whether the direct beam is in the middle of a mean pattern or at [0, 0], and the evidence; None where unclear.
+    """Position of the direct beam, "centre" or "corner", and the evidence.
+
+    "corner" is [0, 0]; None if unclear.
 
     Examples
     --------
@@ -232,16 +237,17 @@ def beam_of(mean: NDArray[np.float64]) -> tuple[Dc | None, str]:
     rows, columns = (np.arange(n) - n // 2 for n in mean.shape)
     near = np.hypot(rows[:, None] / mean.shape[0], columns / mean.shape[1]) <= 0.25
     centre, corner = (float(image[near].sum() / total) for image in (mean, np.fft.fftshift(mean)))
-    evidence = f"{100 * centre:.0f} % of the light lies around the middle, {100 * corner:.0f} % around [0, 0]"
+    evidence = f"{100 * centre:.0f} % of the intensity is around the middle, {100 * corner:.0f} % around [0, 0]"
     if max(centre, corner) < CENTRED_SHARE:
         return None, evidence
     return ("centre" if centre > corner else "corner"), evidence
 
 
 def off_centre_px(mean: NDArray[np.float64]) -> tuple[float, float] | None:
-    """Centre of mass (y, x) of a mean pattern that has its beam near the middle, where it is worth saying.
+    """Centre of mass (y, x) of a mean pattern if off centre.
 
-    Only the light above a hundredth of the brightest pixels counts, so that a background does not pull it.
+    None if it is within `OFF_CENTRE` of the middle. The beam must be near the middle. Only pixels above a hundredth
+    of the brightest count, so that the background does not shift the result.
     """
     level = np.where(mean > 0.01 * np.quantile(mean, 0.999), mean, 0)
     if not level.sum() > 0:
@@ -255,44 +261,48 @@ def off_centre_px(mean: NDArray[np.float64]) -> tuple[float, float] | None:
 def bad_pixels(
     sample: Sample, mean: NDArray[np.float64], good: NDArray[np.bool_] | None = None
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which pixels (h, w) are hot in all frames, and which are dark in all though those around them are not.
+    """Masks (h, w) of hot and of dead pixels.
 
-    Those that a mask (h, w) marks as bad are neither.
+    Hot pixels are much brighter than their neighbours in all frames; dead pixels are 0 in all frames while their
+    neighbours are not. Pixels where `good` (h, w) is False are in neither.
     """
     good = np.ones(mean.shape, bool) if good is None else good
     brightest_around = scipy.ndimage.rank_filter(mean, rank=-2, size=3, mode="wrap")
     median_around = scipy.ndimage.median_filter(mean, size=5, mode="wrap")
-    lowest, highest = (np.nan_to_num(end(sample.frames, axis=0), nan=0.0) for end in (np.min, np.max))
+    lowest, highest = (np.nan_to_num(extreme(sample.frames, axis=0), nan=0.0) for extreme in (np.min, np.max))
     hot = (mean > HOT_FACTOR * np.maximum(brightest_around, mean.mean() / 100)) & (lowest > 0)
     dead = (highest <= 0) & (median_around * len(sample.frames) > DEAD_COUNTS)
     return hot & good, dead & good
 
 
 def n_saturated(frames: NDArray[Any]) -> int:
-    """Pixels of one frame, at the most, that hold the largest value of their type (k, h, w)."""
+    """Largest number of saturated pixels in a frame (k, h, w).
+
+    Saturated pixels have the largest value of their integer type; 0 for floats.
+    """
     if frames.dtype.kind not in "iu":
         return 0
     return int((frames == np.iinfo(frames.dtype).max).sum(axis=(1, 2)).max())
 
 
 def least_probe_diameter_px(patterns: NDArray[np.float64]) -> float | None:
-    """Diameter that a probe has at least, from the finest speckles of patterns of counts, object pixels.
+    """Lower bound of the probe diameter in object pixels, from speckle size.
 
     Parameters
     ----------
     patterns : float array (k, h, w)
-        Counts, wherever the beam is.
+        Counts; the beam may be anywhere.
 
     Returns
     -------
     float or None
-        None where no pattern has light.
+        None if all patterns are dark.
 
     Notes
     -----
-    The Fourier transform of a pattern is the autocorrelation of its exit wave, which reaches as far as the probe is
-    wide. The radius of a disc as large as the area where it stays above twice the noise, which is found far from the
-    middle, is a diameter of the probe; what is lost in the noise makes it too small.
+    The Fourier transform of a pattern is the autocorrelation of its exit wave, whose radius is the diameter of the
+    probe. It is estimated as the radius of a disc with the area where the autocorrelation exceeds twice the noise; the
+    noise is measured far from the middle. Parts below the noise make the estimate too small.
     """
     height, width = patterns.shape[1:]
     power = np.zeros((height, width))

@@ -1,4 +1,4 @@
-"""`inspect`: what a foreign file holds, how sure that is, and the `ingest` that it calls for."""
+"""`inspect` for files of other programs: contents, certainty, and `ingest` command."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ from ptychodask.places import S3Location, parse_location
 from ptychodask.scan import Domain, PtychodaskError, probe_diameter_px, with_fields
 
 USUAL_STEP = 0.3
-"""Step over diameter of the probe that a pixel size is guessed by where nothing tells it: the overlap of most scans."""
+"""Step over probe diameter assumed for guessing an unknown pixel size: the overlap of most scans."""
 
 METRES_BELOW = 0.1
-"""Extent of positions below which they are taken for metres: no scan is a tenth of a pixel or of a micrometre wide."""
+"""Extent below which positions are taken as metres: no scan is a tenth of a pixel or of a micrometre wide."""
 
 WIDEST_OVERLAPPING = 1.0
-"""Step over diameter of the probe from which on neighbours do not overlap."""
+"""Step over probe diameter from which neighbours do not overlap."""
 
 PREVIEW_PATTERNS = 4
-"""Patterns that a picture shows."""
+"""Patterns in the preview figure."""
 
 _AMPLITUDE = re.compile(r"amp|sqrt", re.IGNORECASE)
 
@@ -58,48 +58,50 @@ _AMPLITUDE = re.compile(r"amp|sqrt", re.IGNORECASE)
 def inspect_file(
     path: str | Path, *, format: str | None = None, recipe: str | Path | None = None, **reader_options: Any
 ) -> Inspection:
-    """Look at a file of another program, or at a store, and say what it holds and what to run next.
+    """Contents of a file or store, and the command to run next.
 
     Parameters
     ----------
     path : path
-        A file that `ingest` takes, or a store.
+        A file that `ingest` can read, or a store.
     format, recipe, **reader_options
-        As for `ingest`, for what is known of a file: it is checked, and becomes part of the command.
+        Known facts about a file, as for `ingest`: they are checked, and become part of the command.
 
     Returns
     -------
     Inspection
-        Prints as text; ``command``, ``options`` and ``as_yaml()`` are the `ingest` that the file calls for, ``refused``
-        why it would not succeed.
+        Prints as text; ``command``, ``options`` and ``as_yaml()`` are the proposed `ingest`, ``refused`` the reasons
+        why it would fail.
 
     Raises
     ------
     PtychodaskError
-        If there is no such file, it is damaged, or holds no array of numbers.
+        If there is no such file, it is damaged, or contains no array of numbers.
 
     Notes
     -----
-    A sample of `SAMPLE_FRAMES` patterns is read, positions and the probe whole, and no other array. Of a compressed
-    NPZ, which cannot be read in the middle, it is taken from the first `STREAM_BYTES`; an archive packed by bzip2 is
-    unpacked into a temporary folder (scratch=).
+    A sample of `SAMPLE_FRAMES` patterns is read, all positions, the probe, and no other array. A compressed NPZ has no
+    random access, so its sample is taken from the first `STREAM_BYTES`; an archive packed by bzip2 is unpacked into a
+    temporary folder (scratch=).
     """
-    named = parse_location(path)
-    if isinstance(named, S3Location) or named.is_dir():
+    location = parse_location(path)
+    if isinstance(location, S3Location) or location.is_dir():
         if format is not None or recipe is not None or reader_options:
-            said = {"format": format, "recipe": recipe, **reader_options}
-            options = ", ".join(sorted(name for name, value in said.items() if value is not None))
-            raise PtychodaskError(f"{named}: is a store, which has no {options} to choose; leave it out")
-        return inspect_store(named)
-    path = named
+            given = {"format": format, "recipe": recipe, **reader_options}
+            options = ", ".join(sorted(name for name, value in given.items() if value is not None))
+            raise PtychodaskError(
+                f"{location}: is a store; options of ingest ({options}) are for files; leave them out"
+            )
+        return inspect_store(location)
+    path = location
     spec = with_fields(IngestSpec(), with_recipe(recipe, reader_options))
     with tempfile.TemporaryDirectory(prefix="ptychodask-") as folder, ExitStack() as stack:
         container = open_container(path, Path(folder) if spec.scratch is None else Path(spec.scratch), stack)
-        return _Look(path, container, format, spec, Path(folder), stack).inspection()
+        return _Inspector(path, container, format, spec, Path(folder), stack).inspection()
 
 
-class _Look:
-    """One look at a file: what is found is added step by step."""
+class _Inspector:
+    """Inspects a file step by step, adding to options and findings."""
 
     def __init__(
         self, path: Path, container: Container, format: str | None, spec: IngestSpec, scratch: Path, stack: ExitStack
@@ -110,13 +112,13 @@ class _Look:
         self.refused: list[str] = []
         self.arrays = note_arrays(container)
         if not self.arrays:
-            raise PtychodaskError(f"{container.label}: holds no arrays")
+            raise PtychodaskError(f"{container.label}: contains no arrays; name a file with patterns")
         if not any(note.kind for note in self.arrays):
             raise PtychodaskError(
-                f"{container.label}: holds no array of numbers: '{self.arrays[0].key}' is {self.arrays[0].dtype}; "
+                f"{container.label}: contains no array of numbers: '{self.arrays[0].key}' is {self.arrays[0].dtype}; "
                 "save plain numbers"
             )
-        self.format = format or _recognised(container, spec)
+        self.format = format or _detected_format(container, spec)
 
     def inspection(self) -> Inspection:
         patterns = find_patterns(self.arrays)
@@ -128,77 +130,84 @@ class _Look:
         if guessed:
             self._propose(patterns, keys)
         self._mark(keys)
-        found = gridded = None
+        scan = gridded = None
         if "domain" in options_of(str(self.format)):
             sample = None if patterns is None else self._sample(patterns, keys)
             if sample is not None and self.format == "mapping" and {"y", "position"} & set(keys):
                 self._propose_units(keys, sample)
-            found = None if self.refused else self._read()
+            scan = None if self.refused else self._read()
         else:
-            # Such a format leaves nothing open of its patterns, and its reader alone knows where they are.
-            found = self._read()
-            sample = None if found is None else self._taken(found.frames)
-        if found is not None and not self.refused:
-            gridded = self._gridded(found)
+            # Such a format defines all properties of its patterns, and only its reader knows where they are.
+            scan = self._read()
+            sample = None if scan is None else self._take_sample(scan.frames)
+        if scan is not None and not self.refused:
+            gridded = self._gridded(scan)
         if sample is not None:
-            self._look_at_patterns(sample, found)
-        if found is not None and sample is not None:
-            self._look_at_positions(found, gridded, sample)
-        return self._told(guessed, sample, found)
+            self._check_patterns(sample, scan)
+        if scan is not None and sample is not None:
+            self._check_positions(scan, gridded, sample)
+        return self._result(guessed, sample, scan)
 
-    def _say(self, topic: str, statement: str, certainty: Certainty) -> None:
+    def _report(self, topic: str, statement: str, certainty: Certainty) -> None:
         self.findings.append(Finding(topic, statement, certainty))
 
     def _propose(self, patterns: ArrayNote | None, keys: dict[str, str]) -> None:
-        """A mapping for keys that no format knows."""
+        """Propose a mapping for keys that belong to no known format."""
         self.format = "mapping"
         if patterns is None:
             large = [note for note in self.arrays if len(frame_axes(note.shape)) > 3 and note.kind in set("iuf")]
-            hint = "".join(f"; '{n.key}' has shape {n.shape}: make one axis of the scan's" for n in large[:1])
-            self.refused.append(f"it holds no array of patterns, real numbers of shape (pattern, qy, qx){hint}")
+            hint = "".join(f"; '{n.key}' has shape {n.shape}: merge its scan axes into one" for n in large[:1])
+            self.refused.append(f"no array of patterns, expected real numbers of shape (pattern, qy, qx){hint}")
             return
         if not {"y", "position"} & set(keys):
             axes = frame_axes(patterns.shape)
             likely = [n for n in self.arrays if n.kind == "f" and axes[0] in n.shape and len(n.shape) == 2]
-            hint = "".join(f"; '{n.key}' has shape {n.shape}, which ingest does not take" for n in likely[:1])
+            hint = "".join(f"; '{n.key}' has shape {n.shape}, which ingest cannot read" for n in likely[:1])
             self.refused.append(
-                f"it holds no positions for {axes[0]} patterns: two arrays ({axes[0]},) or one ({axes[0]}, 2) "
+                f"no positions for {axes[0]} patterns, expected two arrays ({axes[0]},) or one ({axes[0]}, 2) "
                 f"in the order (y, x){hint}"
             )
         self.options["keys"] = keys
-        self._say("mapping", "its keys belong to no known format; shapes, types and names fit these", "guess")
+        self._report(
+            "mapping", "the keys belong to no known format; roles follow from shapes, types and names", "guess"
+        )
         if "position" in keys:
-            self._say("axes", f"'{keys['position']}' is taken as (y, x); check it with --check-axes", "guess")
+            self._report("axes", f"'{keys['position']}' is taken as (y, x); check it with --check-axes", "guess")
         elif "y" in keys:
-            told = f"y is '{keys['y']}' and x '{keys['x']}', by their names"
-            self._say("axes", f"{told}; check it with --check-axes", "guess")
+            statement = f"y is '{keys['y']}' and x '{keys['x']}', by their names"
+            self._report("axes", f"{statement}; check it with --check-axes", "guess")
         self._propose_mask(keys)
         for optic in find_optics(self.container, self.arrays):
             if optic.option not in self.options:
                 self.options[optic.option] = optic.value
-                told = f"{optic.option} {optic.value:.6g}, from '{optic.key}' in {optic.unit}"
-                self._say("optics", told, "guess" if optic.is_guess else "noted")
+                statement = f"{optic.option} {optic.value:.6g}, from '{optic.key}' in {optic.unit}"
+                self._report("optics", statement, "guess" if optic.is_guess else "noted")
 
     def _propose_mask(self, keys: dict[str, str]) -> None:
-        """Take a mask that is True on most pixels; leave out one that is not, since it marks the bad ones."""
+        """Use a mask only if most pixels are nonzero.
+
+        Any other mask marks the bad pixels instead.
+        """
         if "mask" not in keys:
             return
         good = float((self.container.array(keys["mask"]) != 0).mean())
         if good > 0.5:
-            self._say(
-                "mask", f"'{keys['mask']}' is not 0 on {100 * good:.1f} % of the pixels, so not 0 is good", "guess"
+            self._report(
+                "mask", f"'{keys['mask']}' is nonzero on {100 * good:.1f} % of the pixels, so nonzero is good", "guess"
             )
             return
         left_out = keys.pop("mask")
-        told = f"'{left_out}' is 0 on {100 - 100 * good:.1f} % of the pixels, so 0 seems good: invert it for --mask"
-        self._say("mask", f"left out: {told}", "guess")
+        statement = (
+            f"'{left_out}' is 0 on {100 - 100 * good:.1f} % of the pixels, so 0 seems good: invert it for --mask"
+        )
+        self._report("mask", f"left out: {statement}", "guess")
 
     def _mark(self, keys: dict[str, str]) -> None:
         roles = {key: name for name, key in keys.items()}
         self.arrays = [replace(note, role=roles.get(note.key)) for note in self.arrays]
 
     def _sample(self, patterns: ArrayNote, keys: dict[str, str]) -> Sample | None:
-        """Some patterns; settles what their values, axes and frames leave open."""
+        """Sample of the patterns; also settles their unit, axes and size."""
         axes = frame_axes(patterns.shape)
         positions = next((n for n in self.arrays if n.key == (keys.get("y") or keys.get("position"))), None)
         n_positions = None if positions is None else max(positions.shape)
@@ -208,15 +217,17 @@ class _Look:
         except PtychodaskError as error:
             self.refused.append(str(error))
             return None
-        sample = self._taken(frames)
+        sample = self._take_sample(frames)
         if sample is not None:
             self._settle_domain(patterns, sample)
         return sample
 
-    def _taken(self, frames: Frames) -> Sample | None:
-        """Some frames; settles their size."""
+    def _take_sample(self, frames: Frames) -> Sample | None:
+        """Sample of frames; also settles their size."""
         if max(frames.shape[1:]) > MOST_PIXELS:
-            self.refused.append(f"patterns have shape {tuple(frames.shape)}, which is wider than any detector")
+            self.refused.append(
+                f"patterns have shape {tuple(frames.shape)}, expected at most {MOST_PIXELS} pixels across"
+            )
             return None
         try:
             sample = take_sample(frames)
@@ -226,8 +237,8 @@ class _Look:
         height, width = sample.frames.shape[1:]
         if "n_pixels" not in self.options and "bin" not in self.options and (height != width or height % 4):
             self.options["n_pixels"] = min(height, width) // 4 * 4
-            told = f"frames are {height} x {width}: cropped to a square whose side 4 divides"
-            self._say("size", told, "measured")
+            statement = f"frames are {height} x {width}: cropped to a square with a side divisible by 4"
+            self._report("size", statement, "measured")
         return sample
 
     def _pattern_axis_is_last(self, axes: tuple[int, ...], n_positions: int | None) -> bool:
@@ -236,52 +247,55 @@ class _Look:
         first, last = axes[0] == n_positions, axes[-1] == n_positions
         if first and last and "axes" in options_of(str(self.format)):
             self.options["axes"] = "pattern,qy,qx"
-            self._say("axes", f"shape {axes} with {n_positions} positions fits two orders of axes", "open")
+            self._report("axes", f"shape {axes} with {n_positions} positions fits two orders of axes", "open")
         return last and not first
 
     def _settle_domain(self, patterns: ArrayNote, sample: Sample) -> None:
-        """Say whether patterns are counts or amplitudes; put it into the options where the format leaves it open."""
-        seen, certainty, evidence = domain_of(sample.frames)
+        """Report the unit of the patterns.
+
+        It goes into the options if the format leaves it open.
+        """
+        detected, certainty, evidence = domain_of(sample.frames)
         if "domain" in self.options:
-            self._say("values", f"{self.options['domain']}, as you say; the file has {evidence}", "noted")
+            self._report("values", f"{self.options['domain']}, as given; the file has {evidence}", "noted")
             return
         if "domain" not in options_of(str(self.format)):
-            return  # Told once the reader has said it.
+            return  # Reported in _check_patterns, with the unit from the reader.
         of_floats = self.format == "ptychopinn" and sample.frames.dtype.kind == "f"
-        if of_floats and seen != "counts":
-            self._say("values", f"amplitude, as the format defines for floats; the file has {evidence}", "defined")
+        if of_floats and detected != "counts":
+            self._report("values", f"amplitude, as the format defines for floats; the file has {evidence}", "defined")
             return
         named: Domain = "amplitude" if _AMPLITUDE.search(patterns.name) else "counts"
-        self.options["domain"] = seen or named
-        if seen is None:
-            evidence += f"; nothing tells, so the command says {named}: check it"
+        self.options["domain"] = detected or named
+        if detected is None:
+            evidence += f"; undetermined, so the command assumes {named}: check it"
         elif of_floats:
-            evidence += "; against the format, which has amplitudes in floats"
-        self._say("values", f"{self.options['domain']}: {evidence}", certainty)
+            evidence += "; this contradicts the format, which stores amplitudes as floats"
+        self._report("values", f"{self.options['domain']}: {evidence}", certainty)
 
     def _propose_units(self, keys: dict[str, str], sample: Sample) -> None:
-        """Unit of the positions, and a pixel size where they need one."""
+        """Propose the unit of the positions, and a pixel size if needed."""
         key = keys.get("position") or keys["y"]
-        noted = (self.container.unit(key) or "").strip().lower()
+        recorded = (self.container.unit(key) or "").strip().lower()
         if "units" in self.options:
             unit = self.options["units"]
-        elif noted in UNIT_NAMES:
-            unit = UNIT_NAMES[noted]
-            self._say("units", f"positions are in {unit}: '{key}' notes {noted}", "noted")
+        elif recorded in UNIT_NAMES:
+            unit = UNIT_NAMES[recorded]
+            self._report("units", f"positions are in {unit}: the unit of '{key}' is {recorded}", "noted")
         else:
             extent = float(np.nanmax(np.ptp(_finite_rows(self.container.array(key)), axis=0), initial=0.0))
             ending = UNIT_NAMES.get(key.rsplit("_", 1)[-1].lower()) if "_" in key else None
             unit = ending or ("m" if 0 < extent < METRES_BELOW else "px")
-            why = "its name ends so" if ending else "nothing notes a unit; micrometres look the same as pixels"
-            why = "so small a number is neither pixels nor micrometres" if not ending and unit == "m" else why
+            reason = "from the ending of the name" if ending else "no unit recorded; micrometres are possible too"
+            reason = "too small for pixels or micrometres" if not ending and unit == "m" else reason
             self.options["units"] = unit
-            self._say("units", f"positions are in {unit}: they extend over {extent:.3g}, {why}", "guess")
+            self._report("units", f"positions are in {unit}: they extend over {extent:.3g}, {reason}", "guess")
         optics = wavelength_of(self.options) and {"distance_m", "detector_pixel_m"} <= set(self.options)
         if unit != "px" and not optics and "pixel_size_m" not in self.options:
             self._guess_pixel_size(keys, unit, sample)
 
     def _guess_pixel_size(self, keys: dict[str, str], unit: str, sample: Sample) -> None:
-        """A pixel size that makes the command run; said to be no more than that."""
+        """Propose a placeholder pixel size, so that the command runs."""
         chosen = [keys["position"]] if "position" in keys else [keys["y"], keys["x"]]
         columns = [self.container.array(key) for key in chosen]
         step = median_step_px(_finite_rows(np.stack([np.squeeze(c) for c in columns], axis=-1).reshape(-1, 2)))
@@ -290,13 +304,12 @@ class _Look:
             return
         guess = float(f"{step * {'um': 1e-6, 'm': 1.0}[unit] / (USUAL_STEP * diameter):.2g}")
         self.options["pixel_size_m"] = guess
-        told = (
-            f"the file does not say it; {guess:g} m makes the step {USUAL_STEP:g} of the probe's diameter, a usual one"
-        )
-        self._say("pixel size", f"{told}. REPLACE it by yours, or pass energy, distance and detector pixel", "open")
+        statement = f"not in the file; with {guess:g} m the step is {USUAL_STEP:g} of the probe diameter, a usual value"
+        remedy = "REPLACE it by yours, or pass energy, distance and detector pixel size"
+        self._report("pixel size", f"{statement}. {remedy}", "open")
 
     def _read(self) -> SourceScan | None:
-        """What the reader makes of the options; a refusal is noted."""
+        """Scan as read with the options; an error is added to `refused`."""
         try:
             spec = with_fields(IngestSpec(), self.options)
             source = read_source(self.path, self.container, str(self.format), spec, self.scratch, self.stack)
@@ -304,131 +317,134 @@ class _Look:
             self.refused.append(str(error))
             return None
         if source.companion is not None:
-            self._say("files", f"the other one of the two is {source.companion}", "defined")
+            self._report("files", f"the scan is in two files; the other one is {source.companion}", "defined")
         return source.scan
 
-    def _gridded(self, found: SourceScan) -> GriddedSource | None:
-        """Where the patterns lie; a refusal is noted."""
-        lost = np.flatnonzero(~np.isfinite(found.position_yx).all(axis=1))
-        if found.rows is not None:
-            told = f"{len(found.rows)} of {len(found.position_yx)} patterns have one; the others are left out"
-            self._say("positions", told, "defined")
-        elif 0 < len(lost) < len(found.position_yx) and "drop_frames" not in self.options:
+    def _gridded(self, scan: SourceScan) -> GriddedSource | None:
+        """Positions on the pixel grid; an error is added to `refused`."""
+        lost = np.flatnonzero(~np.isfinite(scan.position_yx).all(axis=1))
+        if scan.rows is not None:
+            statement = f"{len(scan.rows)} of {len(scan.position_yx)} patterns have a position; the others are left out"
+            self._report("positions", statement, "defined")
+        elif 0 < len(lost) < len(scan.position_yx) and "drop_frames" not in self.options:
             self.options["drop_frames"] = as_rows(lost)
-            self._say("positions", f"{len(lost)} of them are not finite: their patterns are left out", "measured")
+            self._report("positions", f"{len(lost)} are not finite: their patterns are left out", "measured")
         try:
-            gridded = on_grid(found, with_fields(IngestSpec(), self.options), self.container.label)
-            self._look_at_shadows(found, gridded)
+            gridded = on_grid(scan, with_fields(IngestSpec(), self.options), self.container.label)
+            self._check_near_field(scan, gridded)
         except PtychodaskError as error:
             self.refused.append(str(error))
             return None
         return gridded
 
-    def _look_at_shadows(self, found: SourceScan, gridded: GriddedSource) -> None:
-        """Refuse patterns of the near field, where a few can be read from all over the file."""
-        if not found.frames.seekable or gridded.spec.far_field:
+    def _check_near_field(self, scan: SourceScan, gridded: GriddedSource) -> None:
+        """Refuse near-field patterns; a stream is not checked."""
+        if not scan.frames.seekable or gridded.spec.far_field:
             return
-        patterns = prepared(found, gridded, self.container.label)
-        reason = near_field(patterns, gridded.position_yx_px, gridded.grid.n_pixels, found.domain)
+        patterns = prepared(scan, gridded, self.container.label)
+        reason = near_field(patterns, gridded.position_yx_px, gridded.grid.n_pixels, scan.domain)
         if reason is not None:
-            self.refused.append(f"{reason}; --far-field takes it as it is")
+            self.refused.append(f"{reason}; --far-field skips this check")
 
-    def _look_at_patterns(self, sample: Sample, found: SourceScan | None) -> None:
-        frames, domain = sample.frames, self._domain(found)
+    def _check_patterns(self, sample: Sample, scan: SourceScan | None) -> None:
+        frames, domain = sample.frames, self._domain(scan)
         n, height, width = sample.n_frames, *frames.shape[1:]
         mean = mean_pattern(sample, domain)
-        if found is not None and "domain" not in options_of(str(self.format)):
-            seen, certainty, evidence = domain_of(frames)
-            clash = "; that is against it" if certainty == "measured" and seen != domain else ""
-            self._say("values", f"{domain}, as the format defines; the file has {evidence}{clash}", "defined")
-        told = f"{n} of {height} x {width} {frames.dtype}; {sample.told} looked at; mean counts of one {mean.sum():.4g}"
-        self._say("patterns", told, "measured")
-        self._look_at_beam(mean, found)
-        good = np.ones(mean.shape, bool) if found is None or found.mask is None else found.mask
+        if scan is not None and "domain" not in options_of(str(self.format)):
+            detected, certainty, evidence = domain_of(frames)
+            clash = "; this contradicts the format" if certainty == "measured" and detected != domain else ""
+            self._report("values", f"{domain}, as the format defines; the file has {evidence}{clash}", "defined")
+        size = f"{n} of {height} x {width} {frames.dtype}"
+        statement = f"{size}; {sample.description} sampled; mean counts per pattern {mean.sum():.4g}"
+        self._report("patterns", statement, "measured")
+        self._check_beam(mean, scan)
+        good = np.ones(mean.shape, bool) if scan is None or scan.mask is None else scan.mask
         if good.shape != mean.shape:
             return
         hot, dead = bad_pixels(sample, mean, good)
-        self._say(
+        self._report(
             "pixels", f"{hot.sum()} hot, {dead.sum()} dead, {n_saturated(frames)} saturated in one pattern", "measured"
         )
         values = frames[:, good]
-        for wrong, what in ((~np.isfinite(values), "not finite"), (values < 0, "negative")):
-            rows = sample.rows[wrong.any(axis=1)]
+        for invalid, description in ((~np.isfinite(values), "not finite"), (values < 0, "negative")):
+            rows = sample.rows[invalid.any(axis=1)]
             if len(rows):
                 listed = ",".join(map(str, rows[:5])) + (",..." if len(rows) > 5 else "")
                 self.refused.append(
-                    f"values that are {what} in {len(rows)} of {len(sample.rows)} patterns looked at (rows {listed}); "
-                    "leave them out with --drop-frames, or mark the pixels bad with --mask"
+                    f"values are {description} in {len(rows)} of {len(sample.rows)} sampled patterns (rows {listed}); "
+                    "leave these out with --drop-frames, or mark the pixels as bad with --mask"
                 )
 
-    def _look_at_beam(self, mean: NDArray[np.float64], found: SourceScan | None) -> None:
-        seen, evidence = beam_of(mean)
+    def _check_beam(self, mean: NDArray[np.float64], scan: SourceScan | None) -> None:
+        detected, evidence = beam_of(mean)
         if self.format == "mapping":
-            if "dc" not in self.options and seen == "corner":
+            if "dc" not in self.options and detected == "corner":
                 self.options["dc"] = "corner"
-            told = f"in the {self.options.get('dc', 'centre')}"
-            self._say("beam", f"{told}: {evidence}", "measured" if seen else "open")
-        elif found is not None:
-            clash = "; that is against it" if seen not in (None, found.dc) else ""
-            self._say("beam", f"in the {found.dc}, as the format defines; {evidence}{clash}", "defined")
-        off = off_centre_px(np.fft.fftshift(mean) if self._dc(found) == "corner" else mean)
+            statement = f"in the {self.options.get('dc', 'centre')}"
+            self._report("beam", f"{statement}: {evidence}", "measured" if detected else "open")
+        elif scan is not None:
+            clash = "; this contradicts the format" if detected not in (None, scan.dc) else ""
+            self._report("beam", f"in the {scan.dc}, as the format defines; {evidence}{clash}", "defined")
+        off = off_centre_px(np.fft.fftshift(mean) if self._dc(scan) == "corner" else mean)
         if off is not None and "centre" not in self.options:
             middle = tuple(n // 2 for n in mean.shape)
-            told = f"the centre of mass is at ({off[0]:.1f}, {off[1]:.1f}), the middle at {middle}"
-            self._say("beam", f"{told}; --centre {off[0]:.0f},{off[1]:.0f} would bring it there", "measured")
+            statement = f"the centre of mass is at ({off[0]:.1f}, {off[1]:.1f}), the middle at {middle}"
+            self._report("beam", f"{statement}; --centre {off[0]:.0f},{off[1]:.0f} would centre it", "measured")
 
-    def _look_at_positions(self, found: SourceScan, gridded: GriddedSource | None, sample: Sample) -> None:
-        position = found.position_yx
+    def _check_positions(self, scan: SourceScan, gridded: GriddedSource | None, sample: Sample) -> None:
+        position = scan.position_yx
         finite = np.isfinite(position).all(axis=1)
         repeated = int(finite.sum()) - len(np.unique(position[finite], axis=0))
         if finite.any():
             (y0, x0), (y1, x1) = position[finite].min(axis=0), position[finite].max(axis=0)
-            told = f"{len(position)}: y {y0:.4g} to {y1:.4g}, x {x0:.4g} to {x1:.4g} {found.unit}"
-            told += f"; {int((~finite).sum())} not finite, {repeated} repeat another"
-            self._say("positions", told, "measured")
+            statement = f"{len(position)}: y {y0:.4g} to {y1:.4g}, x {x0:.4g} to {x1:.4g} {scan.unit}"
+            statement += f"; {int((~finite).sum())} not finite, {repeated or 'no'} duplicates"
+            self._report("positions", statement, "measured")
         if gridded is None:
             return
         if gridded.truth is not None:
-            self._say("truth", "its object covers the scan and becomes the truth", "defined")
+            self._report("truth", "the file's object covers the scan and becomes the truth", "defined")
         if any(finding.topic == "pixel size" for finding in self.findings):
-            return  # Made up so that the overlap is a usual one.
-        if found.unit != "px" and gridded.pixel_size_m is not None:
+            return  # The pixel size was chosen to give a usual overlap, so reporting the overlap means nothing.
+        if scan.unit != "px" and gridded.pixel_size_m is not None:
             guessed = any(finding.topic == "optics" and finding.certainty == "guess" for finding in self.findings)
-            self._say("pixel size", f"{gridded.pixel_size_m:.4g} m in the object", "guess" if guessed else "noted")
-        self._look_at_overlap(found, gridded, sample)
+            self._report("pixel size", f"{gridded.pixel_size_m:.4g} m (object)", "guess" if guessed else "noted")
+        self._check_overlap(scan, gridded, sample)
 
-    def _look_at_overlap(self, found: SourceScan, gridded: GriddedSource, sample: Sample) -> None:
+    def _check_overlap(self, scan: SourceScan, gridded: GriddedSource, sample: Sample) -> None:
         step = median_step_px(gridded.position_yx_px)
         scale = gridded.grid.position_scale_yx[0]
-        if found.probe is not None and found.probe.shape[1:] == sample.frames.shape[1:]:
-            diameter, known = probe_diameter_px(found.probe) * scale, "the file's probe is"
+        if scan.probe is not None and scan.probe.shape[1:] == sample.frames.shape[1:]:
+            diameter, basis = probe_diameter_px(scan.probe) * scale, "the file's probe is"
         else:
-            counts = _as_counts(sample, found.domain)
-            # A hot pixel is the same in all patterns and drowns their speckles.
+            counts = _as_counts(sample, scan.domain)
+            # A hot pixel is the same in all patterns and would dominate their speckles.
             counts[:, bad_pixels(sample, counts.mean(axis=0))[0]] = 0
             least = least_probe_diameter_px(counts)
-            diameter, known = (least or 0.0) * scale, "judged by its speckles, the probe is at least"
+            diameter, basis = (least or 0.0) * scale, "judged by speckle size, the probe is at least"
         if not step or not diameter:
             return
         share = step / diameter
-        told = f"the median step is {step:.3g} px; {known} {diameter:.3g} px wide"
+        statement = f"the median step is {step:.3g} px; {basis} {diameter:.3g} px wide"
         if share < WIDEST_OVERLAPPING:
-            self._say("overlap", f"{told}: {100 * (1 - share):.0f} %", "measured")
+            self._report("overlap", f"{statement}: {100 * (1 - share):.0f} %", "measured")
         else:
-            self._say(
-                "overlap", f"{told}: neighbours do not overlap, or units, pixel size or probe are wrong", "measured"
+            self._report(
+                "overlap",
+                f"{statement}: neighbours do not overlap, or units, pixel size or probe are wrong",
+                "measured",
             )
 
-    def _domain(self, found: SourceScan | None) -> Domain:
-        return found.domain if found is not None else self.options.get("domain", "counts")
+    def _domain(self, scan: SourceScan | None) -> Domain:
+        return scan.domain if scan is not None else self.options.get("domain", "counts")
 
-    def _dc(self, found: SourceScan | None) -> str:
-        return found.dc if found is not None and self.format != "mapping" else self.options.get("dc", "centre")
+    def _dc(self, scan: SourceScan | None) -> str:
+        return scan.dc if scan is not None and self.format != "mapping" else self.options.get("dc", "centre")
 
-    def _told(self, guessed: bool, sample: Sample | None, found: SourceScan | None) -> Inspection:
-        what = "no format that is known by its keys" if guessed else f"format {self.format!r}"
-        runs = sample is not None and found is not None
-        origin = Origin(self.path, str(self.format), self.options, self._domain(found))
+    def _result(self, guessed: bool, sample: Sample | None, scan: SourceScan | None) -> Inspection:
+        what = "unknown format" if guessed else f"format {self.format!r}"
+        is_readable = sample is not None and scan is not None
+        origin = Origin(self.path, str(self.format), self.options, self._domain(scan))
         return Inspection(
             label=str(self.path),
             what=what,
@@ -436,23 +452,23 @@ class _Look:
             findings=self.findings,
             refused=self.refused,
             options=self.options,
-            command=origin.command(store_name(self.path)) if runs else None,
-            preview=None if sample is None else self._preview(sample, found),
+            command=origin.command(store_name(self.path)) if is_readable else None,
+            preview=None if sample is None else self._preview(sample, scan),
         )
 
-    def _preview(self, sample: Sample, found: SourceScan | None) -> Preview:
-        counts = _as_counts(sample, self._domain(found))
-        turned: Callable[[Any], Any] = np.fft.fftshift if self._dc(found) == "corner" else np.asarray
+    def _preview(self, sample: Sample, scan: SourceScan | None) -> Preview:
+        counts = _as_counts(sample, self._domain(scan))
+        centred: Callable[[Any], Any] = np.fft.fftshift if self._dc(scan) == "corner" else np.asarray
         chosen = np.unique(np.linspace(0, len(counts) - 1, PREVIEW_PATTERNS).astype(int))
         return Preview(
-            mean=turned(counts.mean(axis=0)),
-            patterns={int(sample.rows[k]): turned(counts[k]) for k in chosen},
-            position_yx=None if found is None else found.position_yx,
-            unit="px" if found is None else found.unit,
+            mean=centred(counts.mean(axis=0)),
+            patterns={int(sample.rows[k]): centred(counts[k]) for k in chosen},
+            position_yx=None if scan is None else scan.position_yx,
+            unit="px" if scan is None else scan.unit,
         )
 
 
-def _recognised(container: Container, spec: IngestSpec) -> str | None:
+def _detected_format(container: Container, spec: IngestSpec) -> str | None:
     try:
         return detect_format(container, spec)
     except PtychodaskError:
@@ -460,7 +476,7 @@ def _recognised(container: Container, spec: IngestSpec) -> str | None:
 
 
 def _finite_rows(position: NDArray[Any]) -> NDArray[np.float64]:
-    """Positions (k, ...) that are finite, at least one."""
+    """Finite positions (k, ...); one row of zeros if there are none."""
     rows = np.squeeze(np.asarray(position, np.float64))
     rows = rows.reshape(len(rows), -1) if rows.ndim else rows.reshape(1, 1)
     kept = rows[np.isfinite(rows).all(axis=1)]
@@ -468,6 +484,6 @@ def _finite_rows(position: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _as_counts(sample: Sample, domain: Domain) -> NDArray[np.float64]:
-    """Sampled patterns as counts (k, h, w); what is negative or not finite counts as 0."""
+    """Sampled patterns as counts (k, h, w); negative or non-finite are 0."""
     values = np.nan_to_num(sample.frames.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     return np.maximum(values, 0) if domain == "counts" else np.square(values)

@@ -1,4 +1,4 @@
-"""What `inspect` found: arrays, statements and how they are known, what is refused, and the command that follows."""
+"""Result of `inspect`: arrays, findings, problems, and the next command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ptychodask.io.recipe import as_yaml
 from ptychodask.plotting import plot_patterns
 
 WIDTH = 110
-"""Characters of a line of text."""
+"""Characters in a line of text."""
 
 MOST_ARRAYS = 40
 """Arrays that the text lists; the JSON lists all."""
@@ -25,7 +25,7 @@ MOST_ARRAYS = 40
 
 @dataclass(frozen=True)
 class Finding:
-    """A statement, and how it is known."""
+    """A statement and its basis."""
 
     topic: str
     statement: str
@@ -37,23 +37,23 @@ class Finding:
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """What a picture shows."""
+    """Arrays of the preview figure."""
 
     mean: NDArray[np.float64]
-    """Mean counts (h, w), the beam in the middle."""
+    """Mean counts (h, w), with the beam in the middle."""
 
     patterns: dict[int, NDArray[np.float64]]
-    """Counts (h, w) of some rows of the file."""
+    """Counts (h, w) by row of the file."""
 
     position_yx: NDArray[np.float64] | None
     """Positions (pattern, 2)."""
 
     unit: str
-    """Of the positions."""
+    """Unit of the positions."""
 
 
 def plot_preview(preview: Preview, path: str | Path) -> None:
-    """Write the picture of what was measured (see `plot_patterns`)."""
+    """Write the preview figure (see `plot_patterns`)."""
     plot_patterns(
         preview.mean,
         {f"row {row}": pattern for row, pattern in preview.patterns.items()},
@@ -65,25 +65,25 @@ def plot_preview(preview: Preview, path: str | Path) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """What a file or a store holds; prints as text."""
+    """Contents of a file or a store; prints as text."""
 
     label: str
     """The file or store."""
 
     what: str
-    """What it is, in a line."""
+    """Kind of file or store, in one line."""
 
     arrays: Sequence[ArrayNote]
     findings: Sequence[Finding]
 
     refused: Sequence[str] = ()
-    """Why `ingest` would refuse it."""
+    """Reasons why `ingest` would fail."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `IngestSpec` that the file calls for."""
+    """Fields of `IngestSpec` proposed for the file."""
 
     command: str | None = None
-    """What to run next."""
+    """Command to run next."""
 
     preview: Preview | None = field(default=None, repr=False)
 
@@ -97,12 +97,12 @@ class Inspection:
             yield f"  ... and {len(self.arrays) - MOST_ARRAYS} more"
         yield ""
         for finding in self.findings:
-            told = f"{finding.topic:<12}{finding.statement} [{finding.certainty}]"
-            yield from textwrap.wrap(told, WIDTH, subsequent_indent=" " * 12, break_long_words=False)
+            line = f"{finding.topic:<12}{finding.statement} [{finding.certainty}]"
+            yield from textwrap.wrap(line, WIDTH, subsequent_indent=" " * 12, break_long_words=False)
         for reason in self.refused:
             yield from textwrap.wrap(f"refused     {reason}", WIDTH, subsequent_indent=" " * 12)
         if self.command:
-            yield from ("", *(["once that is mended:"] if self.refused else []), f"  {self.command}")
+            yield from ("", *(["after fixing that:"] if self.refused else []), f"  {self.command}")
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for `json.dumps`."""
@@ -120,7 +120,7 @@ class Inspection:
         }
 
     def as_yaml(self) -> str:
-        """The options as YAML: plain fields of `IngestSpec`, with what is known of them as comments."""
+        """The options as a YAML recipe, with the findings as comments."""
         notes = [f"# {finding.topic}: {finding.statement} [{finding.certainty}]" for finding in self.findings]
         notes = [f"# {self.label}", *(line.replace("\n", " ") for line in notes)]
         return "\n".join(notes) + "\n" + (as_yaml(self.options) if self.options else "{}\n")

@@ -1,4 +1,4 @@
-"""The axis doctor: which way round the positions of a scan must be for neighbouring patterns to agree."""
+"""Check of the position axes: orientation in which overlapping patterns agree."""
 
 from __future__ import annotations
 
@@ -32,41 +32,42 @@ from ptychodask.scan import PtychodaskError, Scan, with_fields
 from ptychodask.store import open_scan
 
 FEWEST_PATTERNS = 40
-"""Patterns below which nothing is said: a handful explains itself whichever way round."""
+"""Smallest number of patterns for a verdict: an object can be fitted to fewer in any orientation."""
 
 HELD_OUT = 6
-"""One pattern of so many only judges."""
+"""Every `HELD_OUT`-th pattern is held out of the fit for scoring."""
 
 MARGIN = 0.03
-"""By how much the R of all others must exceed the lowest, relative to it, for that one to be named."""
+"""Least excess of R over the lowest, relative to it, for an orientation to be ruled out."""
 
 STANDARD_ERRORS = 3.0
-"""And by how many standard errors of the difference over the patterns that judge."""
+"""The same in standard errors of the difference over the held-out patterns; both must be exceeded."""
 
 PHASELESS = 0.9
-"""Likeness of a probe to its own conjugate mirror image from which on it cannot tell a scan from its inversion."""
+"""Twin similarity of the probe from which it cannot distinguish a scan from its point inversion."""
 
 COARSE_STEP_DEG = 15.0
-"""Step of the search of a rotation: overlap shows within about twice this angle of the right one."""
+"""Step of the rotation search: a rotation is detected within about twice this angle of the right one."""
 
 FINEST_STEP_DEG = 0.25
-"""Where that search ends."""
+"""Final step of the rotation search."""
 
 
 _ABOUT_A_TIE = (
-    "Patterns cannot tell these two: positions, object and probe turned by half a turn, the latter two conjugated,",
-    "make the same. A probe whose phase is known (the sign of its defocus) breaks the tie; this one is its own twin.",
+    "The patterns cannot distinguish these two: rotating positions, object and probe by 180 degrees and conjugating",
+    "object and probe gives the same patterns. A probe of known phase (sign of its defocus) decides; this one equals",
+    "its own twin.",
 )
 
 _ABOUT_THE_PROBE = (
-    "That it is not the point inversion rests on the phase of the probe, the sign of its defocus: with the probe's",
-    "conjugate, turned by half a turn, the point inversion explains the patterns as well.",
+    "This relies on the phase of the probe (sign of its defocus): with the conjugate probe, rotated by 180 degrees,",
+    "the point inversion fits the patterns equally well.",
 )
 
 
 @dataclass(frozen=True)
 class _Effort:
-    """How well an orientation is judged."""
+    """Number of patterns and sweeps in the fit of one orientation."""
 
     n_patterns: int
     n_sweeps: int
@@ -77,56 +78,56 @@ _COARSE, _FINE = _Effort(64, 4), _Effort(200, 6)
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One way to turn the positions, and how well overlapping patterns then agree."""
+    """One orientation of the positions, and its fit to the patterns."""
 
     turn: PositionTurn
-    """What the positions are multiplied with."""
+    """Matrix applied to the positions."""
 
     r_factor: float
-    """R of the patterns that were left out of the fit."""
+    """R of the held-out patterns."""
 
     excess: float = 0.0
-    """How far its R is above the lowest, relative to that."""
+    """Excess of R over the lowest, relative to the lowest."""
 
     standard_errors: float = 0.0
-    """The same in standard errors of the mean over the patterns that judge."""
+    """The same in standard errors of the mean over the held-out patterns."""
 
     misfit: NDArray[np.float64] = field(default_factory=lambda: np.empty(0), repr=False)
-    """R of each of these patterns (k,)."""
+    """R of each held-out pattern (k,)."""
 
     @property
     def is_apart(self) -> bool:
-        """Whether it is worse than the best beyond doubt."""
+        """True if it is significantly worse than the best."""
         return self.excess >= MARGIN and self.standard_errors >= STANDARD_ERRORS
 
 
 @dataclass(frozen=True, eq=False)
 class AxesVerdict:
-    """What `check_axes` found."""
+    """Result of `check_axes`."""
 
     label: str
     """The file or store."""
 
     candidates: tuple[Candidate, ...]
-    """From the lowest R to the highest."""
+    """Orientations from the lowest R to the highest."""
 
     n_patterns: int
-    """Patterns of the region that was looked at."""
+    """Patterns in the examined region."""
 
     probe_is_phaseless: bool
-    """Whether the probe cannot tell a scan from its point inversion."""
+    """True if the probe cannot distinguish a scan from its point inversion."""
 
     command: str | None
-    """The `ingest` that turns the positions as the best candidate does; None where nothing is named."""
+    """`ingest` command that applies the best orientation; None if it is uncertain or nothing changes."""
 
     @property
     def likely(self) -> tuple[Candidate, ...]:
-        """The best candidate and those that are not worse beyond doubt."""
+        """The best candidate and those not significantly worse."""
         return tuple(candidate for candidate in self.candidates if not candidate.is_apart)
 
     @property
     def is_certain(self) -> bool:
-        """Whether one candidate, or one and its point inversion, is better than all others."""
+        """True if one candidate, or one and its inversion, beats all others."""
         best, *others = self.likely
         return not others or (len(others) == 1 and others[0].turn.inverts(best.turn))
 
@@ -134,7 +135,7 @@ class AxesVerdict:
         return "\n".join([*self._table(), "", *self._conclusion()])
 
     def _table(self) -> Iterator[str]:
-        yield f"{self.label}: positions turned {len(self.candidates)} ways, {self.n_patterns} patterns of its middle"
+        yield f"{self.label}: {len(self.candidates)} orientations, fitted to {self.n_patterns} patterns of the middle"
         yield f"{'R':>8}  {'above':>7}  {'std errors':>10}  positions"
         for one in self.candidates:
             above, errors = (f"+{100 * one.excess:.0f} %", f"{one.standard_errors:.1f}") if one.excess else ("", "")
@@ -142,14 +143,15 @@ class AxesVerdict:
 
     def _conclusion(self) -> Iterator[str]:
         if not self.is_certain:
-            yield f"It cannot tell. About as good: {'; '.join(one.turn.name for one in self.likely)}."
-            yield "Too little overlap, contrast or light there, or a wrong probe, pixel size or scale of positions."
+            yield f"Undecided. These fit about equally well: {'; '.join(one.turn.name for one in self.likely)}."
+            yield "Causes: too little overlap, contrast or signal; or a wrong probe, pixel size or scale of positions."
             return
         best, *twin = (one.turn.name for one in self.likely)
-        yield f"One of two: {best}; or its point inversion, {twin[0]}." if twin else f"Right: {best}."
+        yield f"Best: {best}; or its point inversion, {twin[0]}." if twin else f"Best: {best}."
         worse = next((one for one in self.candidates if one.is_apart), None)
         if worse is not None:
-            yield f"The next is worse by {100 * worse.excess:.0f} % ({worse.standard_errors:.0f} standard errors)."
+            errors = f"{worse.standard_errors:.0f} standard errors"
+            yield f"The R of the next one is {100 * worse.excess:.0f} % higher ({errors})."
         yield from _ABOUT_A_TIE if twin else _ABOUT_THE_PROBE
         if self.command:
             yield f"\n  {self.command}"
@@ -185,16 +187,16 @@ def check_axes(
     format: str | None = None,
     **reader_options: Any,
 ) -> AxesVerdict:
-    """Find which way round the positions of a scan must be: swapped or flipped, and by what angle.
+    """Find the orientation of the positions: swap, flips and rotation.
 
     Parameters
     ----------
     source : path
-        A store, or a file that `ingest` takes.
+        A store, or a file that `ingest` can read.
     rotation : bool
-        Search the angle between stage and detector too, as 4D-STEM needs it; else the 8 orientations alone.
+        Also search the angle between stage and detector, as needed for 4D-STEM; otherwise only the 8 orientations.
     seed : int
-        Seed of the choice of the patterns that judge, and of the order of the others.
+        Seed of the choice of the held-out patterns, and of the order of the others.
     progress : bool, optional
         See `progress_bar`.
     format, **reader_options
@@ -207,27 +209,27 @@ def check_axes(
     Raises
     ------
     PtychodaskError
-        If the file or an option is not as `ingest` needs it, or the scan has fewer than `FEWEST_PATTERNS` patterns.
+        If `ingest` would refuse the file or an option, or the scan has fewer than `FEWEST_PATTERNS` patterns.
 
     Notes
     -----
-    Each orientation gets an object and a probe of its own, by `run_sweeps` from a flat object over the patterns nearest
-    to the middle of the scan, and is judged by R on every sixth pattern, which was left out. Where positions are wrong,
-    what one pattern says of the object contradicts what its neighbours say.
+    For each orientation, `run_sweeps` fits an object, initially flat, and the probe to the patterns nearest to the
+    middle of the scan. The score is R on every sixth pattern, held out of the fit. With wrong positions, overlapping
+    patterns contradict each other, and R is higher.
 
-    Two orientations that are point inversions of each other cannot be told apart by patterns alone. Let f(r) be an exit
-    wave: that of conj(f(−r)) has the same modulus in the far field. With P'(r) = conj(P(−r)) and O'(r) = conj(O(−r)),
-    the product P'(r) O'(r − R) is conj(f(−r)) for f(r) = P(r) O(r + R), so that positions −R go with the twins P' and
-    O'. The tie is broken by the probe that the sweeps start from, as far as it differs from its twin: they keep the
-    sign of its defocus. A probe that equals its twin (a disc, one estimated from the mean pattern) breaks none: then
-    the probe is tried at several defoci as well, and both inversions take the lower R of the two.
+    Two orientations that are point inversions of each other cannot be distinguished by patterns alone. Let f(r) be an
+    exit wave: conj(f(−r)) has the same modulus in the far field. With P'(r) = conj(P(−r)) and O'(r) = conj(O(−r)), the
+    product P'(r) O'(r − R) is conj(f(−r)) for f(r) = P(r) O(r + R), so positions −R belong to the twins P' and O'. The
+    initial probe decides if it differs from its twin, since the sweeps keep the sign of its defocus. A probe that
+    equals its twin (a disc, or one estimated from the mean pattern) cannot decide: it is then tried at several defoci
+    as well, and both inversions get the lower R of the two.
     """
     scan, origin = _part_of(Path(source), format, reader_options)
     judge = _Judge(scan, seed)
     phaseless = twin_similarity(judge.probe) >= PHASELESS
     turns = _angles() if rotation else _orientations()
     starts = defocus_starts(judge.probe) if phaseless else (0.0,)
-    # Out of focus one way is enough: the other way does the same for the inversion.
+    # One sign of the defocus is enough: the other does the same for the inversion.
     probes = [defocused(judge.probe, rad) for rad in starts if rad >= 0]
     probe = judge.probe
     with progress_bar("check axes", len(turns) * len(probes), "orientations", progress) as bar:
@@ -245,7 +247,9 @@ def check_axes(
 
 
 def twin_similarity(probe: NDArray[np.complex64]) -> float:
-    """How alike a probe is to its own conjugate mirror image, wherever that lies: 1 is the same.
+    """Similarity of a probe to its conjugate mirror image, 0 to 1.
+
+    1 means equal up to a shift.
 
     Parameters
     ----------
@@ -264,47 +268,47 @@ def twin_similarity(probe: NDArray[np.complex64]) -> float:
     >>> round(twin_similarity(disc), 6)
     1.0
     """
-    # The spectrum of conj(P(-r)) is the conjugate of that of P, up to the shift that is searched anyway.
+    # The spectrum of conj(P(-r)) is the conjugate of the spectrum of P, up to a shift, and all shifts are searched.
     overlap = np.abs(scipy.fft.ifft2(np.conj(scipy.fft.fft2(probe)) ** 2)).sum(axis=0)
     return float(overlap.max() / (np.abs(probe) ** 2).sum())
 
 
 class _Judge:
-    """Judges orientations on the patterns of the middle of a scan."""
+    """Scores orientations on patterns from the middle of a scan."""
 
     def __init__(self, scan: Scan, seed: int) -> None:
         self._scan, self._seed = scan, seed
         self.probe = scan.probe
-        """The probe that the sweeps start from (mode, N, N)."""
+        """Initial probe of the sweeps (mode, N, N)."""
 
     def n_patterns(self, effort: _Effort) -> int:
         return min(effort.n_patterns, self._scan.n_patterns)
 
     def __call__(self, turn: PositionTurn, probe: NDArray[np.complex64], effort: _Effort, bar: Progress) -> Candidate:
-        """Fit an object and a probe to most patterns, and predict the others."""
+        """Fit an object and a probe, and score them on held-out patterns."""
         n_patterns = self.n_patterns(effort)
         scan = replace(self._scan, position_yx_px=self._scan.position_yx_px @ turn.matrix.T)
         measured = measure(scan, np.arange(n_patterns))
         shuffled = np.random.default_rng(self._seed).permutation(n_patterns)
-        judging, fitted = np.split(shuffled, [n_patterns // HELD_OUT])
+        held_out, fitted = np.split(shuffled, [n_patterns // HELD_OUT])
         object_, refined = run_sweeps(
             _only(measured, fitted), probe, n_sweeps=effort.n_sweeps, update_probe=True, seed=self._seed
         )
         scan = replace(scan, probe=refined)
-        amplitude = scan.amplitude(judging)
-        made = np.stack([predicted_amplitude(object_, measured.corner_yx_px, scan, int(j)) for j in judging])
-        wrong = np.abs(made - amplitude).sum(axis=(1, 2), dtype=np.float64)
-        light = amplitude.sum(axis=(1, 2), dtype=np.float64)
-        if not light.all():
+        amplitude = scan.amplitude(held_out)
+        predicted = np.stack([predicted_amplitude(object_, measured.corner_yx_px, scan, int(j)) for j in held_out])
+        residual = np.abs(predicted - amplitude).sum(axis=(1, 2), dtype=np.float64)
+        total = amplitude.sum(axis=(1, 2), dtype=np.float64)
+        if not total.all():
             raise PtychodaskError(
-                f"{scan.store}: patterns of its middle have no light; leave them out with drop_frames="
+                f"{scan.store}: some patterns near the middle of the scan are all zero; exclude them with drop_frames="
             )
         bar.advance(1)
-        return Candidate(turn, float(wrong.sum() / light.sum()), misfit=wrong / light)
+        return Candidate(turn, float(residual.sum() / total.sum()), misfit=residual / total)
 
 
 def _only(measured: Measured, index: NDArray[np.int64]) -> Measured:
-    """Some of the patterns, with the object that covers all."""
+    """Subset of the patterns, with the object that covers all of them."""
     return replace(
         measured,
         amplitude=measured.amplitude[index],
@@ -314,25 +318,28 @@ def _only(measured: Measured, index: NDArray[np.int64]) -> Measured:
 
 
 def _orientations() -> list[PositionTurn]:
-    """The 8 ways to swap and flip."""
+    """The 8 combinations of swap and flips."""
     signs = (1.0, -1.0)
     axes = (np.eye(2), np.eye(2)[::-1])
     return [PositionTurn.of(np.diag([y, x]) @ axis) for axis in axes for y in signs for x in signs]
 
 
 def _angles() -> list[PositionTurn]:
-    """Rotations all the way round, of the positions and of their mirror image."""
+    """Rotations over 360 degrees, of the positions and of their mirror image."""
     angles = np.arange(0, 360, COARSE_STEP_DEG)
     return [PositionTurn.by(float(angle), mirrored=mirrored) for mirrored in (False, True) for angle in angles]
 
 
-def _refined(found: dict[PositionTurn, float], judge: Callable[[PositionTurn], Candidate]) -> list[PositionTurn]:
-    """The best rotation of the positions and of their mirror image, by ever smaller steps, and their inversions."""
+def _refined(r_factors: dict[PositionTurn, float], judge: Callable[[PositionTurn], Candidate]) -> list[PositionTurn]:
+    """Best rotation with and without mirroring, refined, and their inversions.
+
+    The angle is refined by steps that are halved down to `FINEST_STEP_DEG`.
+    """
     best = []
     for mirrored in (False, True):
-        mine = {turn: r for turn, r in found.items() if turn.is_mirrored == mirrored}
-        turn, step = min(mine, key=mine.__getitem__), COARSE_STEP_DEG / 2
-        lowest = mine[turn]
+        tried = {turn: r for turn, r in r_factors.items() if turn.is_mirrored == mirrored}
+        turn, step = min(tried, key=tried.__getitem__), COARSE_STEP_DEG / 2
+        lowest = tried[turn]
         while step >= FINEST_STEP_DEG:
             around = [PositionTurn.by(turn.angle_deg + sign * step, mirrored=mirrored) for sign in (-1, 1)]
             scores = [judge(one).r_factor for one in around]
@@ -344,8 +351,10 @@ def _refined(found: dict[PositionTurn, float], judge: Callable[[PositionTurn], C
 
 
 def _as_pairs(judged: Sequence[Candidate]) -> list[Candidate]:
-    """Each orientation with the better fit of itself and its inversion: what one probe's defocus suits, its twin's does
-    for the other."""
+    """Each orientation with the better fit of itself and its inversion.
+
+    A probe that fits one of them has a twin of opposite defocus that fits the other.
+    """
     better = [
         min((o for o in judged if o is one or o.turn.inverts(one.turn)), key=lambda o: o.r_factor) for one in judged
     ]
@@ -353,7 +362,10 @@ def _as_pairs(judged: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _ranked(judged: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """Candidates from the lowest R on, compared with it pattern by pattern; of equals the least turned comes first."""
+    """Candidates by increasing R, compared with the best pattern by pattern.
+
+    Of candidates with equal R, the one that needs the fewest flags comes first.
+    """
     ordered = sorted(judged, key=lambda one: (one.r_factor, one.turn.effort))
     best = ordered[0]
     return tuple(
@@ -365,17 +377,19 @@ def _ranked(judged: Sequence[Candidate]) -> tuple[Candidate, ...]:
 
 
 def _standard_errors(difference: NDArray[np.float64]) -> float:
-    """Mean of differences in units of its standard error; 0 where all are the same."""
+    """Mean difference in standard errors; 0 if all are equal."""
     error = difference.std(ddof=1) / np.sqrt(len(difference))
     return float(difference.mean() / error) if error > 0 else 0.0
 
 
 def _part_of(source: Path, format: str | None, reader_options: dict[str, Any]) -> tuple[Scan, Origin | None]:
-    """The patterns of the middle of a scan in memory, nearest first, and where it comes from."""
+    """Patterns from the middle of a scan, nearest first, and their source."""
     if source.is_dir():
         if format is not None or reader_options:
-            named = ", ".join(["format"] * (format is not None) + sorted(reader_options))
-            raise PtychodaskError(f"{source}: is a store, whose axes are fixed; leave out {named}, or name its source")
+            names = ", ".join(["format"] * (format is not None) + sorted(reader_options))
+            raise PtychodaskError(
+                f"{source}: is a store, whose axes are fixed; leave out {names}, or pass the file it was made from"
+            )
         scan = open_scan(source)
         return _middle(scan), Origin.of(scan)
     spec = with_fields(IngestSpec(), reader_options)
@@ -389,19 +403,19 @@ def _part_of(source: Path, format: str | None, reader_options: dict[str, Any]) -
 
 
 def _middle_rows(source: Path, format: str | None, spec: IngestSpec, scratch: Path) -> tuple[NDArray[np.int64], int]:
-    """Rows of a file whose patterns lie in the middle of its scan, ascending, and how many rows it has."""
+    """Rows of a scan's middle, ascending, and the number of rows."""
     with ExitStack() as stack:
         container = open_container(source, scratch if spec.scratch is None else Path(spec.scratch), stack)
         name = format or detect_format(container, spec)
-        found = read_source(source, container, name, spec, scratch, stack).scan
-        gridded = on_grid(found, spec, container.label)
-        scan_index = None if found.scan_index is None else found.scan_index[gridded.kept]
+        scan = read_source(source, container, name, spec, scratch, stack).scan
+        gridded = on_grid(scan, spec, container.label)
+        scan_index = None if scan.scan_index is None else scan.scan_index[gridded.kept]
         near = nearest_to_middle(gridded.position_yx_px, scan_index, str(source))
-        return np.sort(gridded.kept[near]), int(found.frames.shape[0])
+        return np.sort(gridded.kept[near]), int(scan.frames.shape[0])
 
 
 def _all_but(rows: NDArray[np.int64], n_frames: int) -> list[slice]:
-    """What lies between ascending rows."""
+    """Slices of all rows except the given ascending ones."""
     starts, stops = [0, *(rows + 1).tolist()], [*rows.tolist(), n_frames]
     return [slice(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
 
@@ -409,29 +423,29 @@ def _all_but(rows: NDArray[np.int64], n_frames: int) -> list[slice]:
 def nearest_to_middle(
     position_yx_px: NDArray[np.float64], scan_index: NDArray[np.int64] | None, label: str
 ) -> NDArray[np.int64]:
-    """The patterns around the middle of the largest experiment, nearest first.
+    """Patterns around the middle of the largest experiment, nearest first.
 
     Raises
     ------
     PtychodaskError
         If there are fewer than `FEWEST_PATTERNS`.
     """
-    mine = around_middle(position_yx_px, scan_index)
-    if len(mine) < FEWEST_PATTERNS:
+    near = around_middle(position_yx_px, scan_index)
+    if len(near) < FEWEST_PATTERNS:
         raise PtychodaskError(
-            f"{label}: {len(mine)} patterns are too few to tell the axes by, expected {FEWEST_PATTERNS} or more; "
-            "take a larger part of the scan"
+            f"{label}: {len(near)} patterns are too few to check the axes, expected {FEWEST_PATTERNS} or more; "
+            "use a larger part of the scan"
         )
-    return mine[: _FINE.n_patterns]
+    return near[: _FINE.n_patterns]
 
 
 def _middle(scan: Scan) -> Scan:
-    """The patterns around the middle of a scan, nearest first, in memory, with the probe as it was ingested."""
+    """Patterns around the middle in memory, nearest first, with the ingested probe."""
     near = nearest_to_middle(scan.position_yx_px, scan.scan_index, scan.store or "scan")
-    on_grid = np.sort(near)
-    order = np.searchsorted(on_grid, near)
+    ascending = np.sort(near)
+    order = np.searchsorted(ascending, near)
     return Scan(
-        diffraction=np.asarray(scan.diffraction[on_grid])[order],
+        diffraction=np.asarray(scan.diffraction[ascending])[order],
         position_yx_px=scan.position_yx_px[near],
         probe=scan.probe if scan.probe_initial is None else scan.probe_initial,
         domain=scan.domain,

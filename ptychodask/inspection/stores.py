@@ -1,4 +1,4 @@
-"""`inspect` of a store: what it holds, and what can be done with it."""
+"""`inspect` for stores: contents and the next command."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from ptychodask.store import open_groups, open_scan, stored_group_names
 
 
 def inspect_store(path: Location) -> Inspection:
-    """What a store holds: patterns and dose, positions and overlap, probe, truth, groups and models.
+    """Contents of a store, and the command to run next.
+
+    Patterns and dose, positions and overlap, probe, truth, groups and models.
 
     Parameters
     ----------
-    path : Place
+    path : Location
 
     Returns
     -------
     Inspection
-        Its command is the next thing to run.
+        Its `command` is the next one to run.
 
     Raises
     ------
@@ -66,64 +68,64 @@ def _arrays(scan: Scan) -> Iterator[ArrayNote]:
 
 
 def _on_data(scan: Scan, sample: Sample) -> Iterator[Finding]:
-    noted = scan.attributes
+    attributes = scan.attributes
     mean = mean_pattern(sample, "amplitude")
     hot, dead = bad_pixels(sample, mean, scan.mask)
-    yield Finding("values", f"{scan.domain}; mean counts of a pattern {float(noted['mean_counts']):.4g}", "noted")
-    yield Finding("beam", f"{sample.told} looked at: {beam_of(mean)[1]}", "measured")
+    yield Finding("values", f"{scan.domain}; mean counts per pattern {float(attributes['mean_counts']):.4g}", "noted")
+    yield Finding("beam", f"{sample.description} sampled: {beam_of(mean)[1]}", "measured")
     masked = 0 if scan.mask is None else int((~scan.mask).sum())
     yield Finding("pixels", f"{masked} masked; of the others {hot.sum()} hot, {dead.sum()} dead", "measured")
-    provenance = noted.get("provenance", {})
+    provenance = attributes.get("provenance", {})
     if "source" in provenance:
-        told = f"{provenance['source']}" + (f", read as {provenance['reader']!r}" if "reader" in provenance else "")
+        source = f"{provenance['source']}" + (f", read as {provenance['reader']!r}" if "reader" in provenance else "")
         options = ", ".join(f"{name}={value}" for name, value in provenance.get("options", {}).items())
-        yield Finding("source", told + (f" with {options}" if options else ""), "noted")
-    if "segments" in noted:
-        yield Finding("segments", f"{len(noted['segments'])}, the scan is {noted['state']}", "noted")
+        yield Finding("source", source + (f" with {options}" if options else ""), "noted")
+    if "segments" in attributes:
+        yield Finding("segments", f"{len(attributes['segments'])}, the scan is {attributes['state']}", "noted")
 
 
 def _on_positions(scan: Scan) -> Iterator[Finding]:
     (y0, x0), (y1, x1) = scan.position_yx_px.min(axis=0), scan.position_yx_px.max(axis=0)
     repeated = scan.n_patterns - len(np.unique(scan.position_yx_px, axis=0))
-    size = "" if scan.pixel_size_m is None else f"; a pixel is {scan.pixel_size_m:.4g} m"
-    told = f"y {y0:.1f} to {y1:.1f}, x {x0:.1f} to {x1:.1f} px; {repeated} repeat another{size}"
-    yield Finding("positions", told, "noted")
+    size = "" if scan.pixel_size_m is None else f"; pixel size {scan.pixel_size_m:.4g} m"
+    statement = f"y {y0:.1f} to {y1:.1f}, x {x0:.1f} to {x1:.1f} px; {repeated or 'no'} duplicates{size}"
+    yield Finding("positions", statement, "noted")
     step, diameter = median_step_px(scan.position_yx_px), probe_diameter_px(scan.probe)
     if step:
-        told = f"the median step is {step:.3g} px, the probe {diameter:.3g} px wide"
+        widths = f"the median step is {step:.3g} px, the probe {diameter:.3g} px wide"
         share = step / diameter
-        apart = "neighbours do not overlap" if share >= 1 else f"{100 * (1 - share):.0f} %"
-        yield Finding("overlap", f"{told}: {apart}", "measured")
+        overlap = "neighbours do not overlap" if share >= 1 else f"{100 * (1 - share):.0f} %"
+        yield Finding("overlap", f"{widths}: {overlap}", "measured")
     if scan.scan_index is not None and len(np.unique(scan.scan_index)) > 1:
         yield Finding("experiments", f"{len(np.unique(scan.scan_index))} in one store", "noted")
 
 
 def _on_probe(scan: Scan) -> Iterator[Finding]:
-    light = float((np.abs(scan.probe) ** 2).sum(dtype=np.float64))
+    intensity = float((np.abs(scan.probe) ** 2).sum(dtype=np.float64))
     modes = f"{len(scan.probe)} mode" + "s" * (len(scan.probe) > 1)
-    yield Finding("probe", f"{modes}, {scan.calibration}: its total is {light:.4g} counts", "noted")
+    yield Finding("probe", f"{modes}, {scan.calibration}: total intensity {intensity:.4g} counts", "noted")
     refined = scan.attributes.get("probe_refinement")
     if isinstance(refined, dict) and {"r_before", "r_after"} <= set(refined):
-        told = f"refined: R {refined['r_before']:.4f} to {refined['r_after']:.4f} on patterns it had not seen"
-        yield Finding("probe", told, "noted")
+        factors = f"R {refined['r_before']:.4f} to {refined['r_after']:.4f} on held-out patterns"
+        yield Finding("probe", f"refined: {factors}", "noted")
     elif isinstance(refined, dict) and {"held_out_loss_before", "held_out_loss_after"} <= set(refined):
         losses = [f"{refined[f'held_out_loss_{when}']:.4g}" for when in ("before", "after")]
         yield Finding("probe", f"fitted in training: held-out loss {losses[0]} to {losses[1]}", "noted")
     if scan.truth is not None:
-        yield Finding("truth", "the object is known, so that results can be judged by it", "noted")
+        yield Finding("truth", "the true object is stored, so results can be compared with it", "noted")
 
 
 def _on_work(scan: Scan, path: Location) -> Iterator[Finding]:
     tables = [table for name in stored_group_names(path) if (table := open_groups(path, name)) is not None]
-    told = ", ".join(f"'{table.name}' ({len(table)} of {table.spec.members})" for table in tables)
-    yield Finding("groups", told or "none stored; they are made when they are needed", "noted")
+    names = ", ".join(f"'{table.name}' ({len(table)} of {table.spec.members})" for table in tables)
+    yield Finding("groups", names or "none stored; they are made when needed", "noted")
     models = [model for model in scan.attributes.get("models", []) if isinstance(model, dict)]
-    told = ", ".join(f"{model.get('kind')} {model.get('path')}" for model in models)
-    yield Finding("models", told or "none trained on it", "noted")
+    paths = ", ".join(f"{model.get('kind')} {model.get('path')}" for model in models)
+    yield Finding("models", paths or "none trained on this scan", "noted")
 
 
 def _next(scan: Scan, path: Location) -> str:
-    """What to run next: the probe first, then a network, then the picture."""
+    """Command to run next: refine the probe, train, then reconstruct."""
     grows = scan.attributes["state"] == "growing"
     if scan.attributes.get("models"):
         return shlex.join(["ptychodask", "reconstruct", str(path), *(["--follow"] if grows else [])])
