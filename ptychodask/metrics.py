@@ -161,7 +161,7 @@ def seen_in_both(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _ramp_of(product: NDArray[np.complex128]) -> tuple[float, float]:
-    """Slopes (y, x), radians per pixel, of the ramp that maximises |Σ product| when removed."""
+    """Ramp (y, x), radians per pixel, that maximises |Σ product| when removed."""
     shape = np.array(product.shape)
     spectrum = np.abs(scipy.fft.fft2(product))
     peak = np.array(np.unravel_index(spectrum.argmax(), spectrum.shape))
@@ -179,7 +179,7 @@ def _ramp_of(product: NDArray[np.complex128]) -> tuple[float, float]:
 
 
 def _pixel_weights(estimate: NDArray[Any], truth: NDArray[Any], weight: NDArray[Any] | None) -> NDArray[np.float64]:
-    """Weight of each pixel (y, x), 0 where it is unseen in either array."""
+    """Weight of each pixel (y, x), 0 if unseen in either array."""
     seen = seen_in_both(estimate, truth)
     if weight is None:
         return seen.astype(np.float64)
@@ -199,7 +199,7 @@ def _mean(values: NDArray[Any], weights: NDArray[np.float64]) -> float:
 def correlation(
     estimate: NDArray[np.floating[Any]], truth: NDArray[np.floating[Any]], *, weight: NDArray[Any] | None = None
 ) -> float:
-    """Pearson correlation of real arrays (y, x) over seen pixels; NaN if constant.
+    """Pearson correlation of real arrays (y, x); NaN if one is constant.
 
     Examples
     --------
@@ -312,7 +312,7 @@ def ssim(
 
 
 def _complete_windows(seen: NDArray[np.bool_], n_pixels: int) -> NDArray[np.bool_]:
-    """True where the window around a pixel is inside the array and completely seen."""
+    """True where the window around a pixel is completely seen."""
     return binary_erosion(seen, np.ones((n_pixels, n_pixels)))
 
 
@@ -367,7 +367,10 @@ def ms_ssim(
 
 
 def _cells(values: NDArray[Any]) -> NDArray[Any]:
-    """Cells of 2 x 2 pixels (row, 2, column, 2), without an odd last row or column."""
+    """Cells of 2 x 2 pixels (row, 2, column, 2).
+
+    An odd last row or column is left out.
+    """
     height, width = (size // 2 for size in values.shape)
     return values[: 2 * height, : 2 * width].reshape(height, 2, width, 2)
 
@@ -435,7 +438,7 @@ def frc(
 
 
 def _ring_index(side: int) -> NDArray[np.int64]:
-    """Ring number (y, x) of each frequency of a square: its rounded distance from zero."""
+    """Rounded distance (y, x) of each frequency of a square from zero."""
     frequency = scipy.fft.fftfreq(side)
     return np.rint(np.hypot(frequency[:, None], frequency) * side).astype(np.int64)
 
@@ -511,7 +514,7 @@ def crossing(
 
 
 def frc50(estimate: NDArray[Any], truth: NDArray[Any]) -> float:
-    """Frequency, cycles per pixel, at which the `frc` falls below one half (`crossing`)."""
+    """Frequency, cycles per pixel, at which `frc` falls below one half (`crossing`)."""
     return crossing(*frc(estimate, truth), 0.5)
 
 
@@ -593,7 +596,7 @@ def contrast_radius(
     *,
     level: float = 0.5,
 ) -> float:
-    """Radius at which spoke contrast falls to a fraction of its outer value.
+    """Radius at which spoke contrast falls to a given level.
 
     Parameters
     ----------
@@ -603,7 +606,7 @@ def contrast_radius(
         Smallest and largest radius of the circles whose mean contrast is the outer value. Choose radii at which the
         spokes are wide, illuminated and complete.
     level : float
-        Fraction of the outer contrast, between 0 and 1.
+        Fraction of the mean outer contrast, between 0 and 1.
 
     Returns
     -------

@@ -315,7 +315,7 @@ def test_files_of_other_programs_are_compared_and_tables_written(run, store, jud
     code, out, err = run("compare", *results, "--truth", store, "--baseline", "PtyChi", *tables)
     assert code == 0, err
     assert "| ours | amplitude | 1 | 1 |" in out
-    assert "Less PtyChi:" in out
+    assert "Difference from PtyChi:" in out
     assert (judged / "t.md").read_text().strip() == out.strip()
     assert (judged / "t.csv").read_text().startswith("method,part,correlation,")
     assert (judged / "t.png").stat().st_size > 10_000
