@@ -250,8 +250,8 @@ def poisson_deviance(
 
     Notes
     -----
-    P. McCullagh, J. A. Nelder, Generalized Linear Models (1989), §2.3. Predictions are clipped from below at the float32
-    rounding error of the brightest pixel of the pattern: smaller ones are not accurate, and their logarithm would
+    P. McCullagh, J. A. Nelder, Generalized Linear Models (1989), §2.3. Predictions are at least the float32
+    rounding error of the brightest pixel of the pattern: smaller values are not accurate, and their logarithm would
     dominate the sum.
 
     Examples

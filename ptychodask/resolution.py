@@ -62,7 +62,7 @@ def resolution(
     -------
     xarray.Dataset
         ``frc`` (frequency), of the complex halves over their central square; ``threshold`` (frequency);
-        ``resolution_px``, the full period at the crossing; ``local_resolution_px`` (window_y, window_x), NaN if a window
+        ``resolution_px``, full period at the crossing; ``local_resolution_px`` (window_y, window_x), NaN if a window
         has too few well-lit pixels; coordinates ``frequency`` (cycles per pixel), ``window_y`` and ``window_x``, window
         centres in scan coordinates, pixels. If the pixel size is known also ``resolution_m`` and
         ``local_resolution_m``. The finest possible value is 2 pixels.

@@ -204,11 +204,11 @@ def test_what_cannot_be_judged_is_refused(scan, truth):
         outliers(residuals(truth, scan), n_mad=0)
 
 
-def test_a_result_of_other_data_is_told(scan, truth, caplog):
+def test_a_result_of_other_data_is_reported(scan, truth, caplog):
     residuals(truth.assign_attrs(data_hash=scan.data_hash), scan)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     residuals(truth.assign_attrs(data_hash="another"), scan)
-    assert "made of other data than" in caplog.text
+    assert "made from other data than" in caplog.text
 
 
 def test_a_scan_that_lies_in_no_store_is_judged_too(scan, truth):
