@@ -1,4 +1,4 @@
-"""Results beside each other: the same figures, on the same pixels, against a known object or one of them."""
+"""Comparison of results with the truth or each other on common pixels."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ from ptychodask.store import open_scan
 logger = logging.getLogger(__name__)
 
 METRICS = ("correlation", "ratio", "mae", "mse", "psnr", "ssim", "ms_ssim", "frc50", "frc_half_bit", "frc_1_7")
-"""Figures of each part of an object; `ratio` is of amplitudes alone, the last three are in cycles per pixel."""
+"""Metrics of each part of an object; `ratio` is for amplitudes only, the last three are in cycles per pixel."""
 
 PARTS = ("amplitude", "phase")
-"""Parts of an object that are judged apart."""
+"""Parts of an object that have separate metrics."""
 
 METHOD_OF_KIND = {"pinn": "PtychoPINN", "baseline": "Baseline"}
-"""Name of the method of a result, from the kind of model that it records."""
+"""Method name of a result, by the recorded kind of its model."""
 
 METHOD_OF_PROGRAM = {"pty-chi": "PtyChi"}
-"""Name of the method, from the program that a file of another one names."""
+"""Method name of a result of another program, by the program named in its file."""
 
-LIGHT_INSIDE = 0.99
-"""Share of the probe's light that must fall on seen pixels for a pattern to be judged by."""
+MIN_SEEN_LIGHT = 0.99
+"""Minimum fraction of the probe intensity on seen pixels for a pattern to count in R."""
 
 LEAST_PIXELS = 8
-"""Pixels along each side of the area that results are judged on, at the least."""
+"""Minimum pixels along each side of the area on which results are compared."""
 
 PIXEL_TOLERANCE = 1e-3
-"""By how much pixel sizes may differ, relative to one of them, between results that are compared."""
+"""Maximum relative difference of pixel sizes between compared results."""
 
 FURTHEST_PX = 2**31
-"""Pixels from the origin of the scan's frame that a result may lie, at the most."""
+"""Maximum distance, pixels, of a result from the origin of the scan coordinates."""
 
 Result = xr.Dataset | ForeignResult | str | Path
 
@@ -79,15 +79,15 @@ def compare(
     peak: float | Literal["range", "ptychopinn"] = "range",
     min_weight: float = 0.1,
 ) -> xr.Dataset:
-    """Judge results on the area that all of them have seen.
+    """Metrics of several results on the area seen in all of them.
 
     Parameters
     ----------
     results : dict of label to result, or list of results
-        Any number of: a result of `reconstruct` or `reconstruct_iterative`, a store or a file that holds one, also of
-        another program (`read_foreign_result`). One with a dimension ``method`` counts as several. Without labels,
-        the kind of model that a result records gives its name: ``PtychoPINN``, ``Baseline``; a file of pty-chi is
-        ``PtyChi``; else the name of the file, or ``Iterative``.
+        Results of `reconstruct` or `reconstruct_iterative`, their stores, or result files, also of other programs
+        (`read_foreign_result`). One with a dimension ``method`` counts as several. Without a label, a result is named
+        after the recorded kind of its model: ``PtychoPINN``, ``Baseline``; a file of pty-chi is ``PtyChi``; others are
+        named after the file, or ``Iterative``.
     truth : Truth, Scan or path, optional
         The known object, or a scan (store) that has one; without it the first result is the reference.
     scan : Scan or path, optional
@@ -95,33 +95,34 @@ def compare(
     baseline : str, optional
         Label of the result from which signed differences are taken.
     register : bool
-        Move each result to where it fits the reference best, to a fraction of a pixel. Results without a place in the
-        scan's frame are moved in any case.
+        Register each result to the reference with sub-pixel shifts. Results that are not in scan coordinates are
+        always registered.
     ramp, scale : bool
-        Remove a phase plane, a factor of the amplitude; the latter is a gauge only with calibration ``mean_counts``.
-        The global phase always is one.
+        Remove a phase ramp, and a factor of the amplitude; the latter is a gauge only with calibration
+        ``mean_counts``. The global phase is always removed.
     peak : float, "range" or "ptychopinn"
-        Peak of the PSNR: a number, the range of the reference's part, or PtychoPINN's 255.
+        Peak of the PSNR: a number, the range of the reference (per part), or PtychoPINN's 255.
     min_weight : float
-        Pixels whose weight is below this share of the median weight of their result count as unseen: the scan's rim.
+        Pixels whose weight is below this fraction of the median weight of their result count as unseen. This leaves
+        out the edge of the scan.
 
     Returns
     -------
     xarray.Dataset
         ``value`` (method, part, metric): correlation, ratio of the mean amplitudes, mean absolute and squared error,
         PSNR (dB), SSIM, MS-SSIM, and the frequencies (cycles per pixel) at which the ring correlation crosses one half,
-        the half-bit curve and 1/7, over the smallest rectangle that holds what all have seen (the latter three over its
-        middle square);
-        ``difference`` (method, part, metric), the same less that of `baseline`;
+        the half-bit curve and 1/7, over the smallest rectangle that contains the common area (the last three over its
+        central square);
+        ``difference`` (method, part, metric), the value minus that of `baseline`;
         ``frc`` (method, part, frequency), the curves, and ``half_bit`` (frequency);
         ``resolution_px`` and, where the pixel size is known, ``resolution_m`` (method, part, criterion), the inverse of
         the crossings: full periods;
-        ``data_range`` (part), the reference's range, over which SSIM is taken, and ``peak`` (part), that of the PSNR;
-        ``phase_rad``, ``ramp_rad_per_px``, ``scale``, the gauge that was removed (at the common area's first pixel),
-        and ``shift_px`` (method, axis), by how much a result was moved;
-        ``r_factor`` (method) with `scan`. Phases in radians. Attributes name the reference and the common area, and in
-        ``data_hash`` the data of each result (and of the scan) where these are not the same: see `other_data`.
-        Select with ``.sel({"method": label})``, for xarray's own `sel` has a keyword ``method``.
+        ``data_range`` (part), the reference's range, used for SSIM, and ``peak`` (part), used for PSNR;
+        ``phase_rad``, ``ramp_rad_per_px``, ``scale``, the removed gauge (at the first pixel of the common area), and
+        ``shift_px`` (method, axis), the shift of each result in registration;
+        ``r_factor`` (method) with `scan`. Phases in radians. Attributes name the reference and the common area, and
+        ``data_hash`` the data of each result (and of the scan) if these differ: see `other_data`.
+        Select with ``.sel({"method": label})``, because xarray's `sel` has a keyword ``method``.
 
     Raises
     ------
@@ -131,8 +132,8 @@ def compare(
 
     Notes
     -----
-    An estimate's phase is taken within π of the reference's, and that from the reference's mean phase on, so that only
-    objects that wrap themselves show wraps.
+    The phase of an estimate is taken within π of the reference's, and the reference's relative to its mean phase, so
+    that phases wrap only if those of the object span more than 2π.
     """
     known = None if truth is None else find_truth(truth)
     aligned_results = align(results, truth=known, register=register, min_weight=min_weight)
@@ -140,15 +141,15 @@ def compare(
         raise PtychodaskError(f"compare: {len(aligned_results)} results and no truth; pass truth=, or a second result")
     if baseline is not None and baseline not in aligned_results:
         raise PtychodaskError(
-            f"compare: no result {baseline!r} to be the baseline; the results are {', '.join(aligned_results)}"
+            f"compare: baseline is {baseline!r}, expected one of the results {', '.join(aligned_results)}"
         )
     objects, reference, y, x = _on_common_area(aligned_results, known, min_weight)
     aligned = [align_gauge(object_, reference, ramp=ramp, scale=scale) for object_ in objects.values()]
-    # Phases are taken from the reference's mean on, far from where they wrap.
+    # Relative to the reference's mean phase, phases are far from where they wrap.
     turn = np.exp(-1j * np.angle(np.nansum(reference)))
-    turned = {label: found * turn for label, (found, _) in zip(objects, aligned, strict=True)}
-    judged = _judged(turned, reference * turn, peak, _pixel_size_m(aligned_results))
-    comparison = _with_gauges(judged, [gauge for _, gauge in aligned], aligned_results)
+    turned = {label: object_ * turn for label, (object_, _) in zip(objects, aligned, strict=True)}
+    metrics = _metrics_of(turned, reference * turn, peak, _pixel_size_m(aligned_results))
+    comparison = _with_gauges(metrics, [gauge for _, gauge in aligned], aligned_results)
     comparison.attrs = {
         "reference": "truth" if known is not None else next(iter(objects)),
         "seen_pixels": int(np.isfinite(reference).sum()),
@@ -162,16 +163,15 @@ def compare(
         comparison["r_factor"] = ("method", list(r_factors(aligned_results, measured).values()))
         comparison.attrs["r_patterns"] = len(patterns_inside(aligned_results, measured))
     comparison.attrs |= _different_data(aligned_results, {"the scan": measured, "the truth": truth})
-    if told := other_data(comparison):
-        logger.warning("compare: %s", told)
+    if warning := other_data(comparison):
+        logger.warning("compare: %s", warning)
     return comparison if baseline is None else _with_differences(comparison, baseline)
 
 
 def _different_data(
     results: Mapping[str, xr.Dataset], beside: Mapping[str, Truth | Scan | str | Path | None]
 ) -> dict[str, dict[str, str]]:
-    """The attribute ``data_hash`` where results were made of different data, or not of the scans that they are judged
-    by; nothing elsewhere."""
+    """Attribute ``data_hash`` if the data of results and references differ, else empty."""
     hashes = {label: str(ds.attrs["data_hash"]) for label, ds in results.items() if "data_hash" in ds.attrs}
     for label, given in beside.items():
         scan = open_scan(given) if isinstance(given, str | Path) else given
@@ -181,7 +181,7 @@ def _different_data(
 
 
 def other_data(comparison: xr.Dataset) -> str:
-    """A sentence that says which results were made of which data; nothing where all were made of the same.
+    """Warning if results were made from different data, else an empty string.
 
     Parameters
     ----------
@@ -191,11 +191,11 @@ def other_data(comparison: xr.Dataset) -> str:
     Examples
     --------
     >>> other_data(xr.Dataset(attrs={"data_hash": {"a": "0123456789abcdef", "b": "fedcba9876543210"}}))
-    'Not all were made of one scan with one probe; data: a 0123456789ab, b fedcba987654.'
+    'Not all are from the same scan and probe; data hashes: a 0123456789ab, b fedcba987654.'
     """
     hashes = comparison.attrs.get("data_hash", {})
     listed = ", ".join(f"{label} {hash_[:12]}" for label, hash_ in hashes.items())
-    return f"Not all were made of one scan with one probe; data: {listed}." if hashes else ""
+    return f"Not all are from the same scan and probe; data hashes: {listed}." if hashes else ""
 
 
 def align(
@@ -205,7 +205,9 @@ def align(
     register: bool = False,
     min_weight: float = 0.1,
 ) -> dict[str, xr.Dataset]:
-    """Results of any program on the pixels of one frame: the scan's, or that of the first result if it has another.
+    """Results of any program, in common pixel coordinates.
+
+    These are the scan coordinates, or those of the first result if it is not in scan coordinates and there is no truth.
 
     Parameters
     ----------
@@ -215,8 +217,8 @@ def align(
     Returns
     -------
     dict of label to Dataset
-        As `reconstruct` gives them. One that was moved is in memory and says by how much in the attribute
-        ``shift_yx_px``; one on pixels that belong to no scan has the attribute ``frame`` = "own".
+        As from `reconstruct`. A registered result is in memory and has its shift in the attribute ``shift_yx_px``; one
+        that is not in scan coordinates has the attribute ``frame`` = "own".
 
     Raises
     ------
@@ -230,21 +232,24 @@ def align(
     first = next(iter(opened))
     frame = "scan" if truth is not None else _frame(opened[first])
     if truth is None:
-        reference = _known(opened[first], min_weight)
+        reference = _well_lit_part(opened[first], min_weight)
     else:
-        reference = _where_lit(find_truth(truth), opened, min_weight)
+        reference = _well_lit_truth(find_truth(truth), opened, min_weight)
     for label, ds in opened.items():
-        searched = _frame(ds) != frame
-        if (register or searched) and not (truth is None and label == first):
-            opened[label] = _registered(label, ds, reference, frame, min_weight, search=searched)
+        search = _frame(ds) != frame
+        if (register or search) and not (truth is None and label == first):
+            opened[label] = _registered(label, ds, reference, frame, min_weight, search=search)
     return opened
 
 
-def _where_lit(truth: Truth, results: Mapping[str, xr.Dataset], min_weight: float) -> Truth:
-    """The truth where the first result in the scan's frame is well lit: beyond, other programs' objects are guesses."""
+def _well_lit_truth(truth: Truth, results: Mapping[str, xr.Dataset], min_weight: float) -> Truth:
+    """Truth on the well-lit pixels of the first result in scan coordinates.
+
+    Elsewhere the objects of other programs are not fixed by the data, so they would spoil the registration.
+    """
     for ds in results.values():
         if _frame(ds) == "scan":
-            lit = _known(ds, min_weight)
+            lit = _well_lit_part(ds, min_weight)
             known = truth_on_pixels(truth, ds["y"].values, ds["x"].values)
             return Truth(np.where(np.isfinite(lit.object), known, np.complex64(np.nan)), lit.corner_yx_px)
     return truth
@@ -257,13 +262,13 @@ def _frame(ds: xr.Dataset) -> str:
 def _registered(
     label: str, ds: xr.Dataset, reference: Truth, frame: str, min_weight: float, *, search: bool
 ) -> xr.Dataset:
-    """A result moved to where it fits the reference best."""
+    """Result registered to the reference."""
     ds = _in_memory(ds)
-    known = _known(ds, min_weight)
-    before, origin = np.asarray(known.corner_yx_px), np.asarray(reference.corner_yx_px)
+    lit = _well_lit_part(ds, min_weight)
+    before, origin = np.asarray(lit.corner_yx_px), np.asarray(reference.corner_yx_px)
     start = None if search else tuple((before - origin).tolist())
     try:
-        after = np.asarray(find_corner(known.object, reference.object, start_yx_px=start)) + origin
+        after = np.asarray(find_corner(lit.object, reference.object, start_yx_px=start)) + origin
     except PtychodaskError as error:
         raise PtychodaskError(f"{label}: {error}") from error
     logger.info("%s: moved by (%.2f, %.2f) px", label, *(after - before))
@@ -280,7 +285,7 @@ def _dataset(
     pixel_size_m: float | None,
     attributes: dict[str, Any],
 ) -> xr.Dataset:
-    """A result of which nothing but object and weight is known."""
+    """Result from object and weight, with unknown uncertainty."""
     seen = np.isfinite(object_)
     uncertainty = np.full(seen.shape, np.nan, np.float32)
     weight = np.where(seen, weight, 0.0)
@@ -288,19 +293,19 @@ def _dataset(
 
 
 def results_by_label(results: Iterable[tuple[str | None, Result]]) -> dict[str, xr.Dataset]:
-    """Results under their labels, those of several methods taken apart.
+    """Results by label, one for each method.
 
     Parameters
     ----------
     results : iterable of (label or None, result)
-        See `compare` for the name of one without a label.
+        `compare` describes the names of results without a label.
 
     Returns
     -------
     dict of label to Dataset
-        One of another program has the attribute ``frame`` = "own" where its file says no place.
+        A result of another program has the attribute ``frame`` = "own" if its file has no scan coordinates.
     """
-    found: dict[str, xr.Dataset] = {}
+    by_label: dict[str, xr.Dataset] = {}
     for label, result in results:
         source = Path(result).stem if isinstance(result, str | Path) else None
         methods = _methods_of(result)
@@ -308,22 +313,27 @@ def results_by_label(results: Iterable[tuple[str | None, Result]]) -> dict[str, 
             name = method or source or "result"
             if label is not None:
                 name = f"{label} {method}" if len(methods) > 1 else label
-            elif name in found:
+            elif name in by_label:
                 name = f"{name} ({source})"
-            if name in found:
+            if name in by_label:
                 raise PtychodaskError(f"compare: two results are called {name}; give each a label (LABEL=PATH)")
-            found[name] = _checked(name, ds)
-    return found
+            by_label[name] = _checked(name, ds)
+    return by_label
 
 
 def _checked(label: str, ds: xr.Dataset) -> xr.Dataset:
     for name in ("object", "weight"):
         if name not in ds or ds[name].dims != ("y", "x"):
-            raise PtychodaskError(f"{label}: has no {name} (y, x); reconstruct it, or select pixels with isel")
+            raise PtychodaskError(
+                f"{label}: has no {name} (y, x); pass a reconstruction, and select pixels with slices"
+            )
     for dim in ("y", "x"):
         at = ds[dim].values
         if dim not in ds.coords or not at.size or abs(at[0]) > FURTHEST_PX or at[0] % 1 or (np.diff(at) != 1).any():
-            raise PtychodaskError(f"{label}: its pixels along {dim} lie at no consecutive whole numbers, expected such")
+            first = f"{at[:3].tolist()}, ..." if dim in ds.coords else "none"
+            raise PtychodaskError(
+                f"{label}: coordinates along {dim} are {first}, expected consecutive integers up to {FURTHEST_PX}"
+            )
     size = ds.attrs.get("pixel_size_m", 1.0)
     if not (isinstance(size, int | float) and 0 < size < np.inf):
         raise PtychodaskError(f"{label}: records {size!r} as pixel_size_m, expected a positive number of metres")
@@ -334,7 +344,7 @@ def _checked(label: str, ds: xr.Dataset) -> xr.Dataset:
 
 
 def _methods_of(result: Result) -> dict[str | None, xr.Dataset]:
-    """The results that one holds, by the names of the methods that it records."""
+    """Results contained in one, by recorded method name."""
     if isinstance(result, str | Path):
         path = parse_location(result)
         if isinstance(path, S3Location) or path.is_dir() or (not path.exists() and path.suffix in ("", ".zarr")):
@@ -353,8 +363,7 @@ def _methods_of(result: Result) -> dict[str | None, xr.Dataset]:
 
 
 def _from_foreign(result: ForeignResult) -> xr.Dataset:
-    own = result.corner_yx_px or (0.0, 0.0)
-    object_, corner = on_whole_pixels(result.object, own)
+    object_, corner = on_whole_pixels(result.object, result.corner_yx_px or (0.0, 0.0))
     attributes = {} if result.corner_yx_px else {"frame": "own"}
     return _dataset(object_, np.ones(object_.shape, np.float32), corner, result.pixel_size_m, attributes)
 
@@ -363,12 +372,12 @@ def _in_memory(ds: xr.Dataset) -> xr.Dataset:
     return ds[["object", "weight"]].ptycho.compute()
 
 
-def _known(ds: xr.Dataset, min_weight: float) -> Truth:
-    """The well-lit part of a result, as if it were known: NaN where its weight is too small."""
+def _well_lit_part(ds: xr.Dataset, min_weight: float) -> Truth:
+    """Well-lit part of a result, NaN where the weight is small."""
     ds = _in_memory(ds)
     weight = ds["weight"].values
-    enough = min_weight * float(np.median(weight[weight > 0])) if (weight > 0).any() else np.inf
-    object_ = np.where(weight >= enough, ds["object"].values, np.complex64(complex(np.nan, np.nan)))
+    threshold = min_weight * float(np.median(weight[weight > 0])) if (weight > 0).any() else np.inf
+    object_ = np.where(weight >= threshold, ds["object"].values, np.complex64(complex(np.nan, np.nan)))
     return Truth(object_, _corner(ds))
 
 
@@ -377,20 +386,20 @@ def _corner(ds: xr.Dataset) -> tuple[float, float]:
 
 
 def _pixel_size_m(results: Mapping[str, xr.Dataset]) -> float | None:
-    """Size of a pixel, on which all results that know theirs agree."""
+    """Common pixel size of the results that record one."""
     sizes = {label: ds.attrs["pixel_size_m"] for label, ds in results.items() if "pixel_size_m" in ds.attrs}
     for label, size in sizes.items():
         first_label, first = next(iter(sizes.items()))
         if abs(size / first - 1) > PIXEL_TOLERANCE:
             raise PtychodaskError(
-                f"compare: pixels of {first_label} are {first:g} m across and those of {label} {size:g} m; "
-                "bring the objects to one pixel size first"
+                f"compare: the pixel size of {first_label} is {first:g} m and that of {label} {size:g} m; "
+                "resample the objects to one pixel size first"
             )
     return next(iter(sizes.values()), None)
 
 
 def find_truth(truth: Truth | Scan | str | Path) -> Truth:
-    """The known object itself, of a scan, or of a store.
+    """Truth of a scan or a store; a `Truth` is returned unchanged.
 
     Raises
     ------
@@ -402,7 +411,7 @@ def find_truth(truth: Truth | Scan | str | Path) -> Truth:
     scan = truth if isinstance(truth, Scan) else open_scan(truth)
     if scan.truth is None:
         raise PtychodaskError(
-            f"{scan.store or 'scan'}: holds no truth; simulated scans do, others are compared without"
+            f"{scan.store or 'scan'}: has no truth (simulated scans have one); compare its results without"
         )
     return scan.truth
 
@@ -410,18 +419,18 @@ def find_truth(truth: Truth | Scan | str | Path) -> Truth:
 def truth_on_pixels(
     truth: Truth, y_px: NDArray[np.float64], x_px: NDArray[np.float64]
 ) -> NDArray[np.complexfloating[Any, Any]]:
-    """A known object on the pixels of a result.
+    """Known object on the pixels of a result.
 
     Parameters
     ----------
     truth : Truth
     y_px, x_px : float64 array
-        Coordinates of the pixels in the scan's frame, whole numbers.
+        Scan coordinates of the pixels, integers.
 
     Returns
     -------
     complex64 array (y, x)
-        NaN where the truth does not reach. A corner that lies between pixels is met by `on_whole_pixels`.
+        NaN outside of the truth. A truth with a fractional corner is interpolated by `on_whole_pixels`.
 
     Examples
     --------
@@ -430,64 +439,67 @@ def truth_on_pixels(
     [[4.0, 5.0], [nan, nan]]
     """
     known, corner = on_whole_pixels(truth.object, truth.corner_yx_px)
-    aligned_results = np.full((len(y_px), len(x_px)), complex(np.nan, np.nan), np.complex64)
+    on_grid = np.full((len(y_px), len(x_px)), complex(np.nan, np.nan), np.complex64)
     rows, columns = (np.asarray(axis).astype(int) - start for axis, start in zip((y_px, x_px), corner, strict=True))
     good_rows, good_columns = ((at >= 0) & (at < n) for at, n in zip((rows, columns), known.shape, strict=True))
-    aligned_results[np.ix_(good_rows, good_columns)] = known[np.ix_(rows[good_rows], columns[good_columns])]
-    return aligned_results
+    on_grid[np.ix_(good_rows, good_columns)] = known[np.ix_(rows[good_rows], columns[good_columns])]
+    return on_grid
 
 
 def _on_common_area(
     results: Mapping[str, xr.Dataset], truth: Truth | None, min_weight: float
 ) -> tuple[dict[str, NDArray[np.complex64]], NDArray[np.complex64], NDArray[np.float64], NDArray[np.float64]]:
-    """Objects by label and the reference, all NaN on the same pixels, and the coordinates y and x of these."""
-    y, x = _common_frame(results)
-    objects = {label: truth_on_pixels(_known(ds, min_weight), y, x) for label, ds in results.items()}
+    """Objects by label, reference, and y and x of the common area.
+
+    Objects and reference are NaN on the same pixels.
+    """
+    y, x = _common_pixels(results)
+    objects = {label: truth_on_pixels(_well_lit_part(ds, min_weight), y, x) for label, ds in results.items()}
     reference = next(iter(objects.values())) if truth is None else truth_on_pixels(truth, y, x)
     seen = np.isfinite(reference) & np.all([np.isfinite(object_) for object_ in objects.values()], axis=0)
     if not seen.any():
-        raise PtychodaskError("compare: no pixel is seen in all of the results and in the reference")
+        raise PtychodaskError("compare: no pixel is seen in all results and in the reference")
     box = seen_box(seen)
     if min(seen[box].shape) < LEAST_PIXELS:
         raise PtychodaskError(
-            f"compare: all results and the reference have seen {' x '.join(map(str, seen[box].shape))} pixels, "
-            f"expected {LEAST_PIXELS} or more along each side"
+            f"compare: the area seen in all results and in the reference is "
+            f"{' x '.join(map(str, seen[box].shape))} pixels, expected {LEAST_PIXELS} or more along each side"
         )
     unseen = np.complex64(complex(np.nan, np.nan))
     objects = {label: np.where(seen, object_, unseen)[box] for label, object_ in objects.items()}
     return objects, np.where(seen, reference, unseen)[box], y[box[0]], x[box[1]]
 
 
-def _common_frame(results: Mapping[str, xr.Dataset]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Coordinates y and x, pixels, of the rectangle that all results cover."""
+def _common_pixels(results: Mapping[str, xr.Dataset]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Coordinates y and x, pixels, of the rectangle covered by all results."""
     axes = []
     for dim in ("y", "x"):
         low = max(float(ds[dim][0]) for ds in results.values())
         high = min(float(ds[dim][-1]) for ds in results.values())
         if low > high:
             raise PtychodaskError(
-                f"compare: along {dim} one result begins at {low:g} px where another ends at {high:g} px; "
+                f"compare: along {dim} one result begins at {low:g} px but another ends at {high:g} px; "
                 "compare results of the same scan"
             )
         axes.append(np.arange(low, high + 1))
     return axes[0], axes[1]
 
 
-def _judged(
+def _metrics_of(
     objects: Mapping[str, NDArray[np.complexfloating[Any, Any]]],
     reference: NDArray[np.complexfloating[Any, Any]],
     peak: float | Literal["range", "ptychopinn"],
     pixel_size_m: float | None,
 ) -> xr.Dataset:
-    """Figures and ring correlations of aligned objects, all NaN on the same pixels."""
-    wanted = _parts(reference, reference)
+    """Metrics and ring correlations of objects aligned to the reference."""
+    reference_parts = _parts(reference, reference)
     data_range = {
-        "amplitude": _range(wanted["amplitude"], float(np.nanmax(wanted["amplitude"]))),
-        "phase": _range(wanted["phase"], np.pi),
+        "amplitude": _range(reference_parts["amplitude"], float(np.nanmax(reference_parts["amplitude"]))),
+        "phase": _range(reference_parts["phase"], np.pi),
     }
     peaks = {part: _peak(peak, data_range[part]) for part in PARTS}
-    found = [_parts(object_, reference) for object_ in objects.values()]
-    curves = [[frc(parts[part], wanted[part]) for part in PARTS] for parts in found]
+    all_parts = [_parts(object_, reference) for object_ in objects.values()]
+    curves = [[frc(parts[part], reference_parts[part]) for part in PARTS] for parts in all_parts]
     frequency = curves[0][0][0]
     thresholds: dict[str, float | NDArray[np.float64]] = {
         "frc50": 0.5,
@@ -497,10 +509,12 @@ def _judged(
     crossings = np.array(
         [[[crossing(*curve, level) for level in thresholds.values()] for curve in row] for row in curves]
     )
-    plain = np.array([[_figures(parts, wanted, part, data_range, peaks) for part in PARTS] for parts in found])
-    judged = xr.Dataset(
+    others = np.array(
+        [[_metrics_of_part(parts, reference_parts, part, data_range, peaks) for part in PARTS] for parts in all_parts]
+    )
+    metrics = xr.Dataset(
         {
-            "value": (("method", "part", "metric"), np.concatenate([plain, crossings], axis=2)),
+            "value": (("method", "part", "metric"), np.concatenate([others, crossings], axis=2)),
             "frc": (("method", "part", "frequency"), np.array([[c for _, c in row] for row in curves])),
             "half_bit": ("frequency", thresholds["frc_half_bit"]),
             "resolution_px": (("method", "part", "criterion"), 1 / crossings, {"units": "px"}),
@@ -516,25 +530,25 @@ def _judged(
         },
     )
     # A part that is constant in the reference, as the phase of an absorber, has no structure to correlate with.
-    structured = judged["data_range"] > 0
+    structured = metrics["data_range"] > 0
     for name in ("frc", "resolution_px"):
-        judged[name] = judged[name].where(structured)
-    judged["value"] = judged["value"].where(structured | judged["metric"].isin(["ratio", "mae", "mse", "psnr"]))
+        metrics[name] = metrics[name].where(structured)
+    metrics["value"] = metrics["value"].where(structured | metrics["metric"].isin(["ratio", "mae", "mse", "psnr"]))
     if pixel_size_m is not None:
-        judged["resolution_m"] = (judged["resolution_px"] * pixel_size_m).assign_attrs(units="m")
-    return judged
+        metrics["resolution_m"] = (metrics["resolution_px"] * pixel_size_m).assign_attrs(units="m")
+    return metrics
 
 
 def _parts(
     object_: NDArray[np.complexfloating[Any, Any]], reference: NDArray[np.complexfloating[Any, Any]]
 ) -> dict[str, NDArray[np.floating[Any]]]:
-    """Amplitude, and the phase within π of the reference's."""
+    """Amplitude, and phase within π of the reference's."""
     phase = np.angle(reference) + np.angle(object_ * np.conj(reference))
     return {"amplitude": np.abs(object_), "phase": phase}
 
 
 def _range(values: NDArray[np.floating[Any]], size: float) -> float:
-    """Largest less smallest; 0 where that is rounding."""
+    """Maximum minus minimum; 0 if that is only rounding error."""
     span = float(np.nanmax(values) - np.nanmin(values))
     return span if span > 1e-6 * size else 0.0
 
@@ -548,15 +562,15 @@ def _peak(peak: float | Literal["range", "ptychopinn"], data_range: float) -> fl
     return float(peak)
 
 
-def _figures(
-    found: Mapping[str, NDArray[np.floating[Any]]],
-    wanted: Mapping[str, NDArray[np.floating[Any]]],
+def _metrics_of_part(
+    parts: Mapping[str, NDArray[np.floating[Any]]],
+    reference_parts: Mapping[str, NDArray[np.floating[Any]]],
     part: str,
     data_range: Mapping[str, float],
     peaks: Mapping[str, float],
 ) -> list[float]:
-    """The figures of one part that are no crossings."""
-    pair, span, peak = (found[part], wanted[part]), data_range[part], peaks[part]
+    """Metrics of one part except the crossings, in the order of `METRICS`."""
+    pair, span, peak = (parts[part], reference_parts[part]), data_range[part], peaks[part]
     return [
         correlation(*pair),
         amplitude_ratio(*pair) if part == "amplitude" else np.nan,
@@ -568,9 +582,9 @@ def _figures(
     ]
 
 
-def _with_gauges(judged: xr.Dataset, gauges: list[Gauge], opened: Mapping[str, xr.Dataset]) -> xr.Dataset:
+def _with_gauges(metrics: xr.Dataset, gauges: list[Gauge], opened: Mapping[str, xr.Dataset]) -> xr.Dataset:
     shifts = [ds.attrs.get("shift_yx_px", [0.0, 0.0]) for ds in opened.values()]
-    return judged.assign(
+    return metrics.assign(
         {
             "phase_rad": ("method", [gauge.phase_rad for gauge in gauges]),
             "ramp_rad_per_px": (("method", "axis"), [gauge.ramp_yx_rad_per_px for gauge in gauges]),
@@ -581,57 +595,60 @@ def _with_gauges(judged: xr.Dataset, gauges: list[Gauge], opened: Mapping[str, x
 
 
 def r_factors(results: Mapping[str, Result] | Sequence[Result], scan: Scan | str | Path) -> dict[str, float]:
-    """How well whole objects explain the measured patterns.
+    """R-factor of each object over the measured patterns.
 
     Parameters
     ----------
     results : dict of label to result, or list of results
-        As in `compare`, in the scan's frame.
+        As in `compare`, in scan coordinates.
     scan : Scan or path
 
     Returns
     -------
     dict of label to float
-        R = Σ|√I_pred − √I| / Σ√I over the patterns of `patterns_inside` (`r_factor`); NaN where there are none.
+        R = Σ|√I_pred − √I| / Σ√I over the patterns of `patterns_inside` (`r_factor`); NaN if there are none.
 
     Raises
     ------
     PtychodaskError
-        If a result has no place in the scan's frame.
+        If a result is not in scan coordinates.
     """
     measured = scan if isinstance(scan, Scan) else open_scan(scan)
     opened = {label: _in_memory(ds) for label, ds in align(results).items()}
     index = patterns_inside(opened, measured)
     if not len(index):
-        logger.warning("compare: no pattern's light falls inside all results, so there is no R")
+        logger.warning("compare: no pattern illuminates only pixels seen in all results, so there is no R")
         return dict.fromkeys(opened, float("nan"))
     return {label: r_factor(ds["object"].values, _corner(ds), measured, index) for label, ds in opened.items()}
 
 
 def patterns_inside(results: Mapping[str, xr.Dataset], scan: Scan) -> NDArray[np.int64]:
-    """Patterns whose light falls on what all results have seen: `LIGHT_INSIDE` of it at the least.
+    """Patterns that illuminate only the area seen in all results.
 
     Parameters
     ----------
     results : dict of label to Dataset
-        In the scan's frame.
+        In scan coordinates.
     scan : Scan
 
     Returns
     -------
     int64 array (k,)
+        Indices of patterns with at least `MIN_SEEN_LIGHT` of the probe intensity on seen pixels of every result.
     """
     inside = np.ones(scan.n_patterns, bool)
-    light = (np.abs(scan.probe) ** 2).sum(axis=0, dtype=np.float64)
+    intensity = (np.abs(scan.probe) ** 2).sum(axis=0, dtype=np.float64)
     for label, ds in results.items():
         if _frame(ds) != "scan":
-            raise PtychodaskError(f"{label}: has no place in the scan's frame, so no R; pass truth= to find one")
+            raise PtychodaskError(
+                f"{label}: is not in scan coordinates, so R cannot be computed; pass truth= to register it"
+            )
         seen = np.pad(np.isfinite(ds["object"].values).astype(np.float64), scan.n_pixels)
-        share = fftconvolve(seen, light[::-1, ::-1] / light.sum(), mode="valid")
+        fraction = fftconvolve(seen, intensity[::-1, ::-1] / intensity.sum(), mode="valid")
         start = footprint_corners(scan.position_yx_px, scan.n_pixels) - np.asarray(_corner(ds), int) + scan.n_pixels
-        on = ((start >= 0) & (start < share.shape)).all(axis=1)
+        on = ((start >= 0) & (start < fraction.shape)).all(axis=1)
         inside &= on
-        inside[on] &= share[tuple(start[on].T)] >= LIGHT_INSIDE
+        inside[on] &= fraction[tuple(start[on].T)] >= MIN_SEEN_LIGHT
     return np.flatnonzero(inside)
 
 
@@ -644,7 +661,7 @@ def _with_differences(comparison: xr.Dataset, baseline: str) -> xr.Dataset:
 
 
 def to_markdown(comparison: xr.Dataset) -> str:
-    """A comparison as Markdown: a row for each method and part, and what the figures mean.
+    """Comparison as Markdown, a row per method and part, with a caption.
 
     Parameters
     ----------
@@ -654,29 +671,29 @@ def to_markdown(comparison: xr.Dataset) -> str:
     Returns
     -------
     str
-        One table; a second one of signed differences where there is a baseline.
+        One table, and a second one of signed differences if there is a baseline.
     """
     text = _table(comparison, "value", "{:.4g}")
     if "difference" in comparison:
-        text += f"\nLess {comparison.attrs['baseline']}:\n\n" + _table(comparison, "difference", "{:+.3g}")
+        text += f"\nDifference from {comparison.attrs['baseline']}:\n\n" + _table(comparison, "difference", "{:+.3g}")
     return f"{text}\n{_caption(comparison)}\n"
 
 
-def _table(comparison: xr.Dataset, variable: str, form: str) -> str:
+def _table(comparison: xr.Dataset, variable: str, number_format: str) -> str:
     header, *rows = _rows(comparison, variable)
-    shown = [[*row[:2], *("" if np.isnan(value) else form.format(value) for value in row[2:])] for row in rows]
-    lines = [header, ["---", "---", *("---:" for _ in header[2:])], *shown]
+    body = [[*row[:2], *("" if np.isnan(value) else number_format.format(value) for value in row[2:])] for row in rows]
+    lines = [header, ["---", "---", *("---:" for _ in header[2:])], *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _rows(comparison: xr.Dataset, variable: str) -> list[list[Any]]:
-    """Header and rows: method, part, figures, and R beside the values."""
-    scored = variable == "value" and "r_factor" in comparison
-    rows: list[list[Any]] = [["method", "part", *comparison["metric"].values, *(["r_factor"] if scored else [])]]
+    """Header and rows: method, part, metrics, and R beside ``value``."""
+    with_r = variable == "value" and "r_factor" in comparison
+    rows: list[list[Any]] = [["method", "part", *comparison["metric"].values, *(["r_factor"] if with_r else [])]]
     for method in comparison["method"].values:
         for part in comparison["part"].values:
-            figures = comparison[variable].loc[method, part].values.tolist()
-            rows.append([method, part, *figures, *([float(comparison["r_factor"].loc[method])] if scored else [])])
+            values = comparison[variable].loc[method, part].values.tolist()
+            rows.append([method, part, *values, *([float(comparison["r_factor"].loc[method])] if with_r else [])])
     return rows
 
 
@@ -688,19 +705,19 @@ def _caption(comparison: xr.Dataset) -> str:
         if shift.any()
     ]
     return (
-        f"Against {comparison.attrs['reference']} on {comparison.attrs['seen_pixels']} pixels; "
+        f"Reference: {comparison.attrs['reference']}, on {comparison.attrs['seen_pixels']} common pixels; "
         f"{', '.join(comparison.attrs['gauge_removed'])} removed; "
-        f"PSNR in dB at peak {peak['amplitude']:.4g} (amplitude) and {peak['phase']:.4g} (phase); "
-        f"SSIM over ranges of {span['amplitude']:.4g} and {span['phase']:.4g} rad; "
+        f"PSNR in dB with peak {peak['amplitude']:.4g} (amplitude) and {peak['phase']:.4g} (phase); "
+        f"SSIM with range {span['amplitude']:.4g} (amplitude) and {span['phase']:.4g} (phase); "
         "FRC crossings in cycles per pixel."
         + (f" R over {comparison.attrs['r_patterns']} patterns." if "r_factor" in comparison else "")
-        + (f" Moved (y, x), in pixels: {', '.join(moved)}." if moved else "")
-        + (f" {told}" if (told := other_data(comparison)) else "")
+        + (f" Registered by a shift (y, x) in pixels: {', '.join(moved)}." if moved else "")
+        + (f" {warning}" if (warning := other_data(comparison)) else "")
     )
 
 
 def to_csv(comparison: xr.Dataset) -> str:
-    """A comparison as CSV: a row for each method and part, all digits, nothing where there is no figure.
+    """Comparison as CSV with all digits, a row per method and part.
 
     Parameters
     ----------
@@ -710,7 +727,8 @@ def to_csv(comparison: xr.Dataset) -> str:
     Returns
     -------
     str
-        Columns: method, part, the metrics, r_factor with a scan, and ``<metric>_less_<baseline>`` with a baseline.
+        Columns: method, part, the metrics, r_factor with a scan, and ``<metric>_less_<baseline>`` with a
+        baseline; a NaN is an empty cell.
     """
     header, *rows = _rows(comparison, "value")
     if "difference" in comparison:

@@ -1,4 +1,4 @@
-"""Figures of results: what was found, how much light it rests on, how sure it is."""
+"""Figures of results, comparisons, residuals, studies and patterns."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ from ptychodask.metrics import align_gauge, frc, half_bit
 from ptychodask.scan import PtychodaskError, Scan, Truth
 
 LIMIT_PERCENTILES = (1.0, 99.0)
-"""Percentiles of the seen pixels at the ends of a colour scale."""
+"""Percentiles of the well-lit pixels at the ends of a colour scale."""
 
 LARGEST_PIXELS = 2048
-"""Pixels along one side of a picture; larger objects are shown by every second, third, ... pixel."""
+"""Maximum pixels along one side of a picture; larger objects are subsampled."""
 
 DOTS_PER_INCH = 120
-"""Of a figure that is written."""
+"""Resolution of figures written to a file."""
 
 UNSEEN_COLOUR = "lightsteelblue"
-"""Colour of pixels that no patch reached."""
+"""Colour of unseen pixels (covered by no patch)."""
 
 WELL_LIT = 0.1
-"""Share of the median weight below which a pixel has no say in a colour scale: the scan's rim."""
+"""Minimum weight, relative to the median, of pixels that set colour scales; excludes the scan's edge."""
 
 CONTOURS: dict[float, Literal["dashed", "solid"]] = {WELL_LIT: "dashed", 0.5: "solid"}
-"""Shares of the median weight along which a line is drawn, and its style."""
+"""Contour levels of the weight, relative to the median, and their line styles."""
 
 RESIDUALS = {"r_factor": "R-factor", "poisson_deviance": "Poisson deviance"}
-"""Residuals of single patterns that are drawn, and what they are called."""
+"""Residuals per pattern that are drawn, and their titles."""
 
 LONGEST_LABEL = 24
-"""Characters of a result's label that a figure shows."""
+"""Maximum characters of a result's label in a figure."""
 
 WORST_NAMED = 10
-"""Patterns with the highest residuals that a figure names."""
+"""Number of patterns with the highest residuals that a figure marks."""
 
 WIDEST_LINEAR = 10.0
-"""Highest residual over the median from which a figure has a logarithmic scale: a dark frame's R may be a hundred."""
+"""Ratio of highest to median residual above which the scale is logarithmic; R of a dark frame may be 100."""
 
 PATTERN_DECADES = 1e6
-"""Brightest pixel of patterns over the darkest that a figure tells apart."""
+"""Dynamic range of figures of patterns, brightest over darkest value."""
 
 MOST_POSITIONS = 20_000
-"""Positions that a figure draws; of more it draws every second, third, ..."""
+"""Maximum positions in a figure; more are subsampled."""
 
 FINEST_PX = 2.0
-"""Period, pixels, that no resolution can be below."""
+"""Finest possible resolution, a full period in pixels."""
 
 
 def plot(ds: xr.Dataset, *, path: str | Path | None = None) -> Figure:
@@ -68,25 +68,25 @@ def plot(ds: xr.Dataset, *, path: str | Path | None = None) -> Figure:
     ds : xarray.Dataset
         From `reconstruct`, `reconstruct_iterative` or `open_result`.
     path : path, optional
-        Where to write it too; the suffix gives the format (``.png``, ``.pdf``, ...).
+        File to write the figure to; the suffix sets the format (``.png``, ``.pdf``, ...).
 
     Returns
     -------
     matplotlib.figure.Figure
-        Four panels, each with a colour bar and a scale bar (in metres where the pixel size is known, else in pixels);
+        Four panels, each with a colour bar and a scale bar (in metres if the pixel size is known, else in pixels);
         +y down, +x right. Colour scales span the 1st to the 99th percentile of the well-lit pixels, which are those
-        with a tenth of the median weight or more; pixels that no patch reached are light blue. A phase that fills more
-        than half the circle is shown on a cyclic map over the whole of it.
+        with at least a tenth of the median weight; unseen pixels are light blue. A phase that spans more than π is
+        shown with a cyclic colour map from -π to π.
 
     Raises
     ------
     PtychodaskError
-        If the Dataset is no result, nothing in it is seen, or the figure cannot be written.
+        If the Dataset is not a result, has no seen pixel, or the figure cannot be written.
     """
     shown = thinned(ds)
     object_, weight, uncertainty = (shown[name].values for name in ("object", "weight", "uncertainty"))
     lit = _well_lit(shown)
-    phase = np.angle(object_ * _middle_phasor(object_[lit]))
+    phase = np.angle(object_ * _mean_phase_factor(object_[lit]))
     figure = _empty_figure(11, 9.5)
     axes = figure.subplots(2, 2)
     _panel(axes[0, 0], np.abs(object_), "amplitude", shown, _limits(np.abs(object_)[lit]))
@@ -94,30 +94,29 @@ def plot(ds: xr.Dataset, *, path: str | Path | None = None) -> Figure:
     _panel(axes[1, 0], np.where(np.isfinite(object_), weight, np.nan), "weight", shown, (0, weight.max()), "viridis")
     known = uncertainty[lit & np.isfinite(uncertainty)]
     _panel(axes[1, 1], uncertainty, "uncertainty", shown, _limits(known) if known.size else (0, 1), "magma")
-    return _written(figure, path)
+    return _saved(figure, path)
 
 
 def plot_complex(ds: xr.Dataset, *, path: str | Path | None = None) -> Figure:
-    """Figure of a result as complex numbers: phase as hue, amplitude as brightness, weight as lines.
+    """Figure of a complex object: phase as hue, amplitude as brightness.
 
     Parameters
     ----------
     ds : xarray.Dataset
-        As `plot` takes it.
+        As for `plot`.
     path : path, optional
-        Where to write it too.
+        File to write the figure to.
 
     Returns
     -------
     matplotlib.figure.Figure
-        The object and a wheel that tells its colours: phase around it, amplitude from its middle to its rim (the 99th
-        percentile of the well-lit pixels). The mean phase is turned to zero. Lines run where the weight is a tenth and
-        a half of its median.
+        The object and a colour wheel: phase as angle, amplitude from the centre to the rim (the 99th percentile of the
+        well-lit pixels). The mean phase is set to zero. Contour lines are at a weight of 0.1 and 0.5 of the median.
 
     Raises
     ------
     PtychodaskError
-        As `plot`.
+        As for `plot`.
     """
     shown = thinned(ds)
     lit = _well_lit(shown)
@@ -125,27 +124,27 @@ def plot_complex(ds: xr.Dataset, *, path: str | Path | None = None) -> Figure:
     full = float(np.percentile(np.abs(object_[lit]), LIMIT_PERCENTILES[1])) or 1.0
     figure = _empty_figure(9, 7)
     axes = figure.subplots()
-    colours = complex_colours(object_ * _middle_phasor(object_[lit]), full)
+    colours = complex_colours(object_ * _mean_phase_factor(object_[lit]), full)
     axes.imshow(colours, origin="upper", extent=_extent(shown))
     _frame(axes, "phase as hue, amplitude as brightness", shown)
     _add_contours(axes, shown)
     _draw_wheel(axes.inset_axes((1.08, 0.72, 0.24, 0.24)), full)
-    return _written(figure, path)
+    return _saved(figure, path)
 
 
 def complex_colours(object_: NDArray[np.complexfloating[Any, Any]], full: float) -> NDArray[np.float64]:
-    """Colours of complex numbers.
+    """Colours of a complex array.
 
     Parameters
     ----------
     object_ : complex array (y, x)
     full : float
-        Amplitude of full brightness; all above it are as bright.
+        Amplitude of full brightness; larger ones are clipped.
 
     Returns
     -------
     float64 array (y, x, 3)
-        Red, green and blue, 0 to 1: hue from the phase (0 is red, 2π/3 green, -2π/3 blue), value from the amplitude.
+        RGB from 0 to 1: hue from the phase (0 is red, 2π/3 green, -2π/3 blue), value from the amplitude.
         Unseen pixels (NaN) are light blue.
 
     Examples
@@ -154,15 +153,15 @@ def complex_colours(object_: NDArray[np.complexfloating[Any, Any]], full: float)
     [[[1.0, 0.0, 0.0], [0.5, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.5, 0.5]]]
     """
     seen = np.isfinite(object_)
-    found = np.where(seen, object_, 0)
-    hue = np.angle(found) / (2 * np.pi) % 1.0
-    value = np.minimum(np.abs(found) / full, 1.0)
+    filled = np.where(seen, object_, 0)
+    hue = np.angle(filled) / (2 * np.pi) % 1.0
+    value = np.minimum(np.abs(filled) / full, 1.0)
     colours = hsv_to_rgb(np.stack([hue, np.ones_like(hue), value], axis=-1))
     return np.asarray(np.where(seen[..., None], colours, to_rgb(UNSEEN_COLOUR)))
 
 
 def _draw_wheel(axes: Axes, full: float) -> None:
-    """The colours of all complex numbers up to an amplitude, as a disc: real part to the right, imaginary part up."""
+    """Draw a colour wheel: real part to the right, imaginary part up."""
     across = np.linspace(-1, 1, 201)
     disc = across + 1j * across[::-1, None]
     colours = complex_colours(disc, 1.0)
@@ -184,40 +183,40 @@ def plot_comparison(
     scale: bool = False,
     path: str | Path | None = None,
 ) -> Figure:
-    """Figure of several results side by side, and of what tells each from the reference.
+    """Figure of several results and their differences from the reference.
 
     Parameters
     ----------
     results : dict of label to Dataset
-        On the pixels of one frame: see `place`.
+        In common pixel coordinates: see `compare.align`.
     truth : Truth, Scan or path, optional
-        The known object, or a scan (store) that has one; it comes first. Without it the first result is the reference.
+        The known object, or a scan (store) that has one; drawn first. Without it the first result is the reference.
     comparison : xarray.Dataset, optional
-        From `compare`, of the same results: adds its ring correlations.
+        From `compare` of the same results: adds the ring correlations.
     ramp, scale : bool
-        Remove a phase plane, a factor of the amplitude, beside the global phase: from all towards the reference.
+        Remove a phase ramp and a factor of the amplitude, besides the global phase, relative to the reference.
     path : path, optional
-        Where to write it too.
+        File to write the figure to.
 
     Returns
     -------
     matplotlib.figure.Figure
-        One column for the truth and for each result, in the frame of the first result: amplitude, phase, and the
-        amplitude of the complex difference from the reference, each row on one scale. Below, with a comparison, the
-        Fourier ring correlation of amplitude and phase with the reference.
+        One column for the truth and for each result, on the pixels of the first result: amplitude, phase, and the
+        amplitude of the complex difference from the reference, with one colour scale per row. Below, with `comparison`,
+        the Fourier ring correlation of amplitude and phase with the reference.
 
     Raises
     ------
     PtychodaskError
-        If there is no result, or one shares no seen pixel with the reference.
+        If there is no result, or a result and the reference have no seen pixel in common.
     """
     if not results:
-        raise PtychodaskError("plot_comparison: found no result, expected one at least")
+        raise PtychodaskError("plot_comparison: found no result, expected at least one")
     first = thinned(next(iter(results.values())))
     objects = _aligned_objects(results, truth, first, ramp, scale)
     judged = _well_lit(first) & np.all([np.isfinite(object_) for object_ in objects.values()], axis=0)
     if not judged.any():
-        raise PtychodaskError("plot_comparison: no well-lit pixel of the first result is seen in all of them")
+        raise PtychodaskError("plot_comparison: no well-lit pixel of the first result is seen in all results")
     rows = 2 if len(objects) == 1 else 3
     figure = _empty_figure(4.2 * len(objects), 3.7 * rows + (0 if comparison is None else 3.7))
     grid = figure.add_gridspec(rows + (comparison is not None), 1)
@@ -228,7 +227,7 @@ def plot_comparison(
     if comparison is not None:
         panels = figure.add_subfigure(grid[rows:]).subplots(1, 2)
         _draw_frcs(panels, comparison, first.attrs.get("pixel_size_m"))
-    return _written(figure, path)
+    return _saved(figure, path)
 
 
 def _aligned_objects(
@@ -238,21 +237,24 @@ def _aligned_objects(
     ramp: bool,
     scale: bool,
 ) -> dict[str, NDArray[np.complex64]]:
-    """The truth, where given, and the results on the pixels of the first, all with the gauge of the foremost."""
+    """Truth, if given, and results on the pixels of the first result.
+
+    All have the gauge of the first object returned, which is the reference.
+    """
     y, x = first["y"].values, first["x"].values
     objects = {label: _on_pixels(ds, y, x) for label, ds in results.items()}
     if truth is not None:
         objects = {"truth": truth_on_pixels(find_truth(truth), y, x), **objects}
     reference = next(iter(objects.values()))
-    return {label: align_gauge(found, reference, ramp=ramp, scale=scale)[0] for label, found in objects.items()}
+    return {label: align_gauge(object_, reference, ramp=ramp, scale=scale)[0] for label, object_ in objects.items()}
 
 
 def _draw_objects(
     axes: NDArray[Any], objects: Mapping[str, NDArray[np.complex64]], judged: NDArray[np.bool_], first: xr.Dataset
 ) -> None:
-    """Amplitudes in the first row of axes, phases in the second, on the scales of the foremost object."""
+    """Draw amplitudes and phases in two rows, scaled to the first object."""
     reference = next(iter(objects.values()))
-    middle = _middle_phasor(reference[judged])
+    middle = _mean_phase_factor(reference[judged])
     amplitude_limits = _limits(np.abs(reference)[judged])
     phase_scale = _phase_scale(np.angle(reference * middle)[judged])
     for column, (label, object_) in enumerate(objects.items()):
@@ -264,18 +266,18 @@ def _draw_objects(
 def _draw_differences(
     axes: NDArray[Any], objects: Mapping[str, NDArray[np.complex64]], judged: NDArray[np.bool_], first: xr.Dataset
 ) -> None:
-    """How far each object is from the foremost, whose own axes stay empty."""
+    """Draw differences from the first object, whose axes stay empty."""
     (name, reference), *others = objects.items()
     differences = [np.abs(object_ - reference) for _, object_ in others]
-    limits = (0.0, _limits(np.concatenate([found[judged] for found in differences]))[1])
+    limits = (0.0, _limits(np.concatenate([difference[judged] for difference in differences]))[1])
     axes[0].set_axis_off()
-    for panel, (label, _), found in zip(axes[1:], others, differences, strict=True):
+    for panel, (label, _), difference in zip(axes[1:], others, differences, strict=True):
         title = f"|{drawn_label(label)} − {drawn_label(name)}|"
-        _panel(panel, found, title, first, limits, "magma")
+        _panel(panel, difference, title, first, limits, "magma")
 
 
 def _draw_frcs(axes: NDArray[Any], comparison: xr.Dataset, pixel_size_m: float | None) -> None:
-    """Curves of all results but the reference, amplitude and phase apart."""
+    """Draw ring correlations of all results but the reference, by part."""
     frequency = comparison["frequency"].values
     methods = [method for method in comparison["method"].values if method != comparison.attrs["reference"]]
     for panel, part in zip(axes, comparison["part"].values, strict=True):
@@ -290,8 +292,11 @@ def _draw_frc(
     title: str,
     pixel_size_m: float | None,
 ) -> None:
-    """Ring correlations over cycles per pixel, and the usual thresholds; periods where the pixel size is known."""
-    # The ring of zero frequency is ruled by the means.
+    """Draw ring correlations over frequency, with the usual thresholds.
+
+    If the pixel size is known, a second axis has periods.
+    """
+    # The ring of zero frequency is left out, since it depends on the means.
     for label, curve in curves.items():
         axes.plot(frequency[1:], curve[1:], label=drawn_label(label))
     axes.plot(frequency[1:], half_bit(frequency)[1:], color="gray", linewidth=0.8, linestyle="dotted", label="half bit")
@@ -307,45 +312,47 @@ def _draw_frc(
 
 
 def plot_residuals(residuals: xr.Dataset, *, path: str | Path | None = None) -> Figure:
-    """Figure of how badly a result explains each pattern: over the scan, and pattern after pattern.
+    """Figure of the residuals of patterns, over the scan and by index.
 
     Parameters
     ----------
     residuals : xarray.Dataset
         From `residuals`.
     path : path, optional
-        Where to write it too.
+        File to write the figure to.
 
     Returns
     -------
     matplotlib.figure.Figure
-        A row for R and one for the Poisson deviance, where it is known. Left, their colours over the positions, +y
-        down; patterns that were not judged are left out. Right, the values in the order of the source file where that
-        is known, else of the store (dots), and sorted (line). Rings are around the ten worst, which the title names by
-        their place in the store; an infinite R lies at the upper edge.
+        A row for R and, if known, one for the Poisson deviance. Left: values as colours at the positions, +y down,
+        without patterns that have no residual. Right: values in the order of the source file if known, else of the
+        store (dots), and sorted (line). Rings mark the ten worst, listed in the title by index in the store; an
+        infinite R is drawn at the upper edge.
 
     Raises
     ------
     PtychodaskError
-        If the Dataset holds no residuals, or the figure cannot be written.
+        If the Dataset has no residuals, or the figure cannot be written.
     """
     if missing := [name for name in (*RESIDUALS, "y_px", "x_px") if name not in residuals.variables]:
         raise PtychodaskError(f"plot_residuals: the Dataset has no {', '.join(missing)} (pattern)")
     known = {name: title for name, title in RESIDUALS.items() if np.isfinite(residuals[name]).any()}
     if not known:
-        raise PtychodaskError("plot_residuals: no pattern was judged, so there is nothing to show")
+        raise PtychodaskError("plot_residuals: no pattern has a residual, so there is nothing to show")
     figure = _empty_figure(12, 4.8 * len(known))
     for axes, (name, title) in zip(figure.subplots(len(known), 2, squeeze=False), known.items(), strict=True):
         values = residuals[name].values
         values = np.where(np.isposinf(values), 1.05 * values[np.isfinite(values)].max(), values)
         worst = worst_patterns(residuals, name)
         _draw_over_scan(axes[0], residuals, values, title, worst)
-        _draw_in_turn(axes[1], residuals, values, title, worst)
-    return _written(figure, path)
+        _draw_by_index(axes[1], residuals, values, title, worst)
+    return _saved(figure, path)
 
 
 def worst_patterns(residuals: xr.Dataset, name: str = "r_factor") -> list[int]:
-    """Places in the store of the patterns with the highest residuals, the worst first; ten at most, none dropped.
+    """Store indices of at most ten patterns with the highest residuals.
+
+    The worst is first; dropped patterns are left out.
 
     Examples
     --------
@@ -365,7 +372,7 @@ def _draw_over_scan(
     y, x = residuals["y_px"].values, residuals["x_px"].values
     judged = ~np.isnan(values)
     low, high = _limits(values[judged])
-    # The dots of a dense scan are small enough to stay apart.
+    # Dots of a dense scan are small enough not to overlap.
     size = float(np.clip(2e4 / len(values), 1, 60))
     dots = axes.scatter(x[judged], y[judged], c=values[judged], s=size, vmin=low, vmax=high, linewidths=0)
     axes.scatter(x[worst], y[worst], s=size + 60, facecolors="none", edgecolors="red", linewidths=1.2)
@@ -374,24 +381,24 @@ def _draw_over_scan(
     axes.figure.colorbar(dots, ax=axes, shrink=0.85, extend="both")
 
 
-def _draw_in_turn(
+def _draw_by_index(
     axes: Axes, residuals: xr.Dataset, values: NDArray[np.floating[Any]], title: str, worst: list[int]
 ) -> None:
     known = "source_index" in residuals.coords
-    turn = residuals["source_index"].values if known else np.arange(len(values))
+    index = residuals["source_index"].values if known else np.arange(len(values))
     ranked = np.sort(values[~np.isnan(values)])[::-1]
-    axes.plot(np.linspace(turn.min(), turn.max(), len(ranked)), ranked, color="tab:gray", label="sorted")
-    axes.plot(turn, values, ".", markersize=3, color="tab:blue", label="one pattern")
-    axes.plot(turn[worst], values[worst], "o", markerfacecolor="none", color="red", label=f"the {len(worst)} worst")
-    axes.set(xlabel="pattern, row in the source file" if known else "pattern, place in the store", ylabel=title)
+    axes.plot(np.linspace(index.min(), index.max(), len(ranked)), ranked, color="tab:gray", label="sorted")
+    axes.plot(index, values, ".", markersize=3, color="tab:blue", label="one pattern")
+    axes.plot(index[worst], values[worst], "o", markerfacecolor="none", color="red", label=f"the {len(worst)} worst")
+    axes.set(xlabel="pattern, row in the source file" if known else "pattern, index in the store", ylabel=title)
     if ranked[0] > WIDEST_LINEAR * np.median(ranked):
         axes.set_yscale("log")
-    axes.set_title(f"worst, by place in the store: {', '.join(map(str, worst))}", fontsize="small")
+    axes.set_title(f"worst, by index in the store: {', '.join(map(str, worst))}", fontsize="small")
     axes.legend(frameon=False)
 
 
 def plot_split_half(ds: xr.Dataset, *, resolution: xr.Dataset | None = None, path: str | Path | None = None) -> Figure:
-    """Figure of two objects that were each made of one half of the patterns, and of how far they agree.
+    """Figure of the objects from two half data sets and their correlation.
 
     Parameters
     ----------
@@ -400,29 +407,29 @@ def plot_split_half(ds: xr.Dataset, *, resolution: xr.Dataset | None = None, pat
     resolution : xarray.Dataset, optional
         From `resolution`: adds the map of the local resolution.
     path : path, optional
-        Where to write it too.
+        File to write the figure to.
 
     Returns
     -------
     matplotlib.figure.Figure
-        The phase of either half, the amplitude of their complex difference, and the Fourier ring correlation of the two
-        as complex objects, over the pixels that both have lit well. Neither half is aligned with the other.
+        The phase of each half, the amplitude of their complex difference, and the Fourier ring correlation of the
+        complex objects, over the pixels that are well lit in both. The halves are not aligned with each other.
 
     Raises
     ------
     PtychodaskError
-        If the Dataset has no halves, they share no well-lit pixel, or the figure cannot be written.
+        If the Dataset has no halves, these have no well-lit pixel in common, or the figure cannot be written.
     """
     missing = [name for name in ("object_half", "weight_half") if name not in ds]
     if missing:
         raise PtychodaskError(f"plot_split_half: the Dataset has no {', '.join(missing)} (half, y, x)")
     shown = ds[["object_half", "weight_half"]].ptycho.compute()
     one, other = shown["object_half"].values
-    lit = np.all([_above_share(weight) for weight in shown["weight_half"].values], axis=0)
+    lit = np.all([_is_well_lit(weight) for weight in shown["weight_half"].values], axis=0)
     lit &= np.isfinite(one) & np.isfinite(other)
     if not lit.any():
         raise PtychodaskError("plot_split_half: no pixel is well lit in both halves, so they cannot be compared")
-    middle = _middle_phasor(one[lit])
+    middle = _mean_phase_factor(one[lit])
     phases = [np.angle(half * middle) for half in (one, other)]
     n_columns = 2 if resolution is None else 3
     figure = _empty_figure(5.5 * n_columns, 10)
@@ -437,11 +444,14 @@ def plot_split_half(ds: xr.Dataset, *, resolution: xr.Dataset | None = None, pat
     if resolution is not None:
         _draw_local_resolution(axes[0, 2], resolution, shown)
         axes[1, 2].set_axis_off()
-    return _written(figure, path)
+    return _saved(figure, path)
 
 
 def _draw_local_resolution(axes: Axes, resolution: xr.Dataset, ds: xr.Dataset) -> None:
-    """The resolution of each window as a square of the step's size around its middle, from the finest there can be."""
+    """Draw the resolution of each window as a square.
+
+    Squares have the size of the step; the colour scale starts at the finest possible resolution.
+    """
     y, x, half = resolution["window_y"].values, resolution["window_x"].values, resolution.attrs["step_px"] / 2
     local = resolution["local_resolution_px"].values
     known = local[np.isfinite(local)]
@@ -469,12 +479,12 @@ def _empty_figure(width_in: float, height_in: float) -> Figure:
 
 
 def thinned(ds: xr.Dataset) -> xr.Dataset:
-    """The result in memory, by every k-th pixel where it is larger than a picture shows.
+    """Result in memory, subsampled if larger than `LARGEST_PIXELS`.
 
     Raises
     ------
     PtychodaskError
-        If the Dataset is no result of one method.
+        If the Dataset is not a result of one method.
     """
     missing = [name for name in ("object", "weight", "uncertainty") if name not in ds or ds[name].dims != ("y", "x")]
     if missing:
@@ -484,27 +494,27 @@ def thinned(ds: xr.Dataset) -> xr.Dataset:
 
 
 def _on_pixels(ds: xr.Dataset, y_px: NDArray[np.float64], x_px: NDArray[np.float64]) -> NDArray[np.complex64]:
-    """The object at the given coordinates, NaN where the result does not reach."""
+    """Object at the given coordinates, NaN outside of the result."""
     return ds[["object"]].reindex(y=y_px, x=x_px, fill_value=complex(np.nan, np.nan)).ptycho.compute()["object"].values
 
 
-def _middle_phasor(object_: NDArray[np.complexfloating]) -> np.complexfloating:
-    """Turns an object so that its mean phase is zero, which keeps the wrap far from its phases."""
+def _mean_phase_factor(object_: NDArray[np.complexfloating]) -> np.complexfloating:
+    """Phase factor that sets the mean phase to zero, against wraps."""
     return np.exp(-1j * np.angle(object_.sum()))
 
 
-def _above_share(weight: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Where the weight is `WELL_LIT` of its median or more; nowhere where there is no light."""
+def _is_well_lit(weight: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """True where the weight is at least `WELL_LIT` of its median."""
     lit = weight > 0
     return weight >= WELL_LIT * np.median(weight[lit]) if lit.any() else lit
 
 
 def _well_lit(ds: xr.Dataset) -> NDArray[np.bool_]:
-    """Pixels of a result that rule its colour scales."""
+    """Mask of the seen, well-lit pixels, which set the colour scales."""
     seen = np.isfinite(ds["object"].values)
     if not seen.any():
-        raise PtychodaskError("plot: no pixel of the object is seen, so there is nothing to show")
-    return seen & _above_share(np.where(seen, ds["weight"].values, 0))
+        raise PtychodaskError("plot: the object has no seen pixel, so there is nothing to show")
+    return seen & _is_well_lit(np.where(seen, ds["weight"].values, 0))
 
 
 def _step_px(ds: xr.Dataset) -> float:
@@ -513,19 +523,19 @@ def _step_px(ds: xr.Dataset) -> float:
 
 
 def _extent(ds: xr.Dataset) -> tuple[float, float, float, float]:
-    """Left, right, lower and upper edge of a picture, pixels of the scan's frame."""
+    """Left, right, lower and upper edge of a picture, scan coordinates."""
     y, x, half = ds["y"].values, ds["x"].values, _step_px(ds) / 2
     return x[0] - half, x[-1] + half, y[-1] + half, y[0] - half
 
 
 def _limits(values: NDArray[np.floating]) -> tuple[float, float]:
     low, high = (float(end) for end in np.percentile(values, LIMIT_PERCENTILES))
-    # A constant picture still needs a scale with two ends.
+    # A constant picture still needs a colour scale with distinct limits.
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
 def _phase_scale(phase: NDArray[np.floating]) -> tuple[tuple[float, float], str]:
-    """Ends of the colour scale and colour map of a phase."""
+    """Limits and colour map for a phase."""
     low, high = _limits(phase)
     return ((-np.pi, np.pi), "twilight") if high - low > np.pi else ((low, high), "gray")
 
@@ -538,7 +548,7 @@ def _panel(
     limits: tuple[float, float],
     colours: str = "gray",
 ) -> None:
-    """One picture with its colour bar and scale bar, axes in pixels of the scan's frame."""
+    """Draw a picture with colour bar, scale bar and axes in pixels."""
     image = axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], origin="upper", extent=_extent(ds))
     assert axes.figure is not None
     axes.figure.colorbar(image, ax=axes, shrink=0.85)
@@ -552,23 +562,23 @@ def _frame(axes: Axes, title: str, ds: xr.Dataset) -> None:
 
 
 def _add_contours(axes: Axes, ds: xr.Dataset) -> None:
-    """Lines of equal weight, and what they mean."""
+    """Draw contours of the weight, with a legend."""
     weight = ds["weight"].values
     relative = weight / np.median(weight[weight > 0])
-    inside = {share: style for share, style in CONTOURS.items() if relative.min() < share < relative.max()}
-    if min(weight.shape) < 2 or not inside:
+    levels = {level: style for level, style in CONTOURS.items() if relative.min() < level < relative.max()}
+    if min(weight.shape) < 2 or not levels:
         return
     axes.contour(
         ds["x"].values,
         ds["y"].values,
         relative,
-        levels=list(inside),
-        linestyles=list(inside.values()),
+        levels=list(levels),
+        linestyles=list(levels.values()),
         colors="white",
         linewidths=1.2,
     )
-    lines = [Line2D([], [], color="white", linestyle=style) for style in inside.values()]
-    labels = [f"{share:.0%} of the median weight" for share in inside]
+    lines = [Line2D([], [], color="white", linestyle=style) for style in levels.values()]
+    labels = [f"{level:.0%} of the median weight" for level in levels]
     axes.legend(lines, labels, loc="upper right", facecolor="black", labelcolor="white", fontsize="small")
 
 
@@ -594,7 +604,7 @@ def _add_scale_bar(axes: Axes, ds: xr.Dataset) -> None:
 
 
 def nice_length(longest: float) -> float:
-    """Largest of 1, 2, 5 times a power of ten that is not above `longest`.
+    """Largest round length up to `longest`: 1, 2 or 5 times 10ⁿ.
 
     Examples
     --------
@@ -607,7 +617,7 @@ def nice_length(longest: float) -> float:
 
 
 def length_label(length_m: float) -> str:
-    """A length in metres, written with the prefix that suits it.
+    """Text of a length with a suitable prefix of metre.
 
     Examples
     --------
@@ -621,7 +631,7 @@ def length_label(length_m: float) -> str:
 
 
 def drawn_label(label: str) -> str:
-    """A label as a figure shows it: in one line, not too long, and no formula whatever it holds.
+    """Label for a figure: one line, shortened, with $ escaped.
 
     Examples
     --------
@@ -633,43 +643,48 @@ def drawn_label(label: str) -> str:
 
 
 def check_figure_path(path: str | Path) -> None:
-    """Raise `PtychodaskError` unless a figure can be written there: a file in a folder, of a kind that is known."""
+    """Raise `PtychodaskError` unless the folder exists and the format is known."""
     path = Path(path)
-    kinds = sorted(FigureCanvasAgg.filetypes)
-    if path.suffix.lstrip(".").lower() not in kinds:
-        raise PtychodaskError(f"{path}: is no name of a figure; end it in one of: {', '.join(f'.{k}' for k in kinds)}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise PtychodaskError(f"{path}: is a folder, or lies in none that exists; name a file in a folder")
+    formats = sorted(FigureCanvasAgg.filetypes)
+    if path.suffix.lstrip(".").lower() not in formats:
+        raise PtychodaskError(
+            f"cannot write {path}: unknown figure format {path.suffix!r}, expected one of: "
+            f"{', '.join(f'.{suffix}' for suffix in formats)}"
+        )
+    if path.is_dir():
+        raise PtychodaskError(f"cannot write {path}: it is a folder; pass a file name")
+    if not path.parent.is_dir():
+        raise PtychodaskError(f"cannot write {path}: folder {path.parent} does not exist")
 
 
-def _written(figure: Figure, path: str | Path | None) -> Figure:
+def _saved(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
         check_figure_path(path)
         try:
             figure.savefig(path, dpi=DOTS_PER_INCH)
         except (OSError, ValueError) as error:
-            raise PtychodaskError(f"{path}: the figure cannot be written ({error}); name a .png in a folder") from error
+            raise PtychodaskError(f"cannot write {path} ({error}); pass a .png file in a writable folder") from error
     return figure
 
 
 def plot_study(study: xr.Dataset, metric: str, *, path: str | Path | None = None) -> Figure:
-    """Figure of one metric of a study over the dose.
+    """Figure of a study: one metric over the dose.
 
     Parameters
     ----------
     study : xarray.Dataset
         From `run_study`.
     metric : str
-        A name of its coordinate ``metric``.
+        A value of the coordinate ``metric``.
     path : path, optional
-        Where to write it too.
+        File to write the figure to.
 
     Returns
     -------
     matplotlib.figure.Figure
         A row for each part of the object, a column for each spacing, a line for each network and gridsize: the mean
-        over the seeds, from the lowest to the highest of them shaded. A network whose figures are the same for every
-        gridsize has one line.
+        over the seeds, with the range over the seeds shaded. A network with identical values for every gridsize has one
+        line.
 
     Raises
     ------
@@ -678,32 +693,32 @@ def plot_study(study: xr.Dataset, metric: str, *, path: str | Path | None = None
     """
     if metric not in study["metric"].values:
         listed = ", ".join(map(str, study["metric"].values))
-        raise PtychodaskError(f"plot_study: found no metric {metric}, expected one of: {listed}")
+        raise PtychodaskError(f"plot_study: metric is {metric}, expected one of: {listed}")
     spacing = "overlap" if "overlap" in study.dims else "step_px"
     parts = [part for part in study["part"].values if study["value"].sel(part=part, metric=metric).notnull().any()]
     if not parts:
-        raise PtychodaskError(f"plot_study: {metric} is known for no cell, so there is nothing to show")
+        raise PtychodaskError(f"plot_study: no cell has a value of {metric}, so there is nothing to show")
     figure = _empty_figure(4.5 * study.sizes[spacing] + 1.5, 3.5 * len(parts))
     panels = figure.subplots(len(parts), study.sizes[spacing], squeeze=False, sharex=True, sharey="row")
     for row, part in zip(panels, parts, strict=True):
-        for axes, place in zip(row, study[spacing].values, strict=True):
-            _draw_over_dose(axes, study["value"].sel({"part": part, "metric": metric, spacing: place}))
-            axes.set(xscale="log", title=f"{part}, {spacing.replace('_', ' ')} {place:g}")
+        for axes, step in zip(row, study[spacing].values, strict=True):
+            _draw_over_dose(axes, study["value"].sel({"part": part, "metric": metric, spacing: step}))
+            axes.set(xscale="log", title=f"{part}, {spacing.replace('_', ' ')} {step:g}")
         row[0].set_ylabel(metric)
     for axes in panels[-1]:
-        axes.set_xlabel("dose (photons in a pattern)")
+        axes.set_xlabel("dose (photons per pattern)")
     panels[0, 0].legend(frameon=False)
-    return _written(figure, path)
+    return _saved(figure, path)
 
 
 def _draw_over_dose(axes: Axes, values: xr.DataArray) -> None:
     for model in values["model"].values:
-        figures = values.loc[{"model": model}].transpose("gridsize", "dose", "seed")
-        alike = all(np.array_equal(one, figures[0], equal_nan=True) for one in figures)
-        for gridsize, one in zip(figures["gridsize"].values, figures[:1] if alike else figures, strict=False):
-            label = str(model) if alike else f"{model}, gridsize {gridsize}"
-            (line,) = axes.plot(one["dose"], one.mean("seed"), "o-", label=label)
-            axes.fill_between(one["dose"], one.min("seed"), one.max("seed"), color=line.get_color(), alpha=0.2)
+        curves = values.loc[{"model": model}].transpose("gridsize", "dose", "seed")
+        identical = all(np.array_equal(curve, curves[0], equal_nan=True) for curve in curves)
+        for gridsize, curve in zip(curves["gridsize"].values, curves[:1] if identical else curves, strict=False):
+            label = str(model) if identical else f"{model}, gridsize {gridsize}"
+            (line,) = axes.plot(curve["dose"], curve.mean("seed"), "o-", label=label)
+            axes.fill_between(curve["dose"], curve.min("seed"), curve.max("seed"), color=line.get_color(), alpha=0.2)
 
 
 def plot_patterns(
@@ -714,36 +729,36 @@ def plot_patterns(
     unit: str = "px",
     path: str | Path | None = None,
 ) -> Figure:
-    """Figure of what was measured: the mean pattern, some patterns, and where they were taken.
+    """Figure of measured data: mean pattern, single patterns and scan positions.
 
     Parameters
     ----------
     mean : float array (h, w)
         Counts of the mean pattern.
     patterns : dict of label to float array (h, w)
-        Counts of some patterns.
+        Counts of single patterns.
     position_yx : float array (pattern, 2), optional
-        Positions (y, x); those that are not finite are left out.
+        Positions (y, x); non-finite ones are left out.
     unit : str
-        Of the positions.
+        Unit of the positions.
     path : path, optional
-        Where to write it too.
+        File to write the figure to.
 
     Returns
     -------
     matplotlib.figure.Figure
-        Patterns in one logarithmic scale that ends at the brightest pixel of all; positions joined in the order of the
-        file, +y down.
+        Patterns on one logarithmic scale up to the brightest pixel; positions joined in the order of the file, +y
+        down.
 
     Raises
     ------
     PtychodaskError
-        If no pattern has light, or the figure cannot be written.
+        If all patterns are zero, or the figure cannot be written.
     """
     shown = {"mean": mean, **patterns}
     highest = max(float(np.nanmax(image)) for image in shown.values())
     if not highest > 0:
-        raise PtychodaskError("plot_patterns: no pattern has light, so there is nothing to show")
+        raise PtychodaskError("plot_patterns: all patterns are zero, so there is nothing to show")
     lowest = max(highest / PATTERN_DECADES, float(np.min(mean, where=mean > 0, initial=highest)))
     scale = LogNorm(lowest, highest) if lowest < highest else LogNorm(highest / 10, highest)
     n_panels = len(shown) + (position_yx is not None)
@@ -757,7 +772,7 @@ def plot_patterns(
         _draw_positions(panels[len(shown)], position_yx, unit)
     for axes in panels[n_panels:]:
         axes.set_axis_off()
-    return _written(figure, path)
+    return _saved(figure, path)
 
 
 def _draw_positions(axes: Axes, position_yx: NDArray[np.floating[Any]], unit: str) -> None:
@@ -772,14 +787,14 @@ def _draw_positions(axes: Axes, position_yx: NDArray[np.floating[Any]], unit: st
 def plot_contact_sheet(
     pictures: Mapping[tuple[str, str], NDArray[np.floating[Any]]], *, path: str | Path | None = None
 ) -> Figure:
-    """Figure of many small pictures in rows and columns.
+    """Contact sheet of small pictures in rows and columns.
 
     Parameters
     ----------
     pictures : dict of (row, column) to float array (y, x)
         Labels and pictures, NaN where unseen; a column has the colour scale of its first picture.
     path : path, optional
-        Where to write it too.
+        File to write the figure to.
 
     Returns
     -------
@@ -791,7 +806,7 @@ def plot_contact_sheet(
         If there is no picture, or the figure cannot be written.
     """
     if not pictures:
-        raise PtychodaskError("plot_contact_sheet: found no picture, expected one at least")
+        raise PtychodaskError("plot_contact_sheet: found no picture, expected at least one")
     rows, columns = (list(dict.fromkeys(labels)) for labels in zip(*pictures, strict=True))
     figure = _empty_figure(2.2 * len(columns) + 0.6, 2.3 * len(rows) + 0.3)
     panels = figure.subplots(len(rows), len(columns), squeeze=False)
@@ -806,4 +821,4 @@ def plot_contact_sheet(
         axes.set_title(column, fontsize="small")
     for axes, row in zip(panels[:, 0], rows, strict=True):
         axes.set_ylabel(row, fontsize="small")
-    return _written(figure, path)
+    return _saved(figure, path)

@@ -1,4 +1,8 @@
-"""Where one reconstruction lies on another: sub-pixel shifts, and objects moved onto whole pixels."""
+"""Registration of two reconstructions with sub-pixel shifts.
+
+Two steps: a masked cross-correlation of edge strengths to whole pixels, then the peak of the upsampled
+cross-correlation of the complex objects, repeated until the shift no longer changes.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +17,25 @@ from ptychodask.metrics import align_gauge
 from ptychodask.scan import PtychodaskError
 
 UPSAMPLING = 100
-"""Parts of a pixel to which a shift is found."""
+"""Subdivisions of a pixel: shifts have a resolution of 1/100 pixel."""
 
 MOST_STEPS = 5
-"""Times that a shift is found again with the object moved by what was found before."""
+"""Maximum iterations, each of which shifts the object by the previous estimate."""
 
 LARGEST_LAST_STEP_PX = 0.5
-"""A shift that changes by more at the last step has not been found."""
+"""Largest change of the shift at the last step for which it counts as converged."""
 
 LEAST_AGREEMENT = 0.2
-"""Correlation of the complex objects, gauge and means removed, below which they do not match."""
+"""Minimum correlation of matching complex objects, with gauge and means removed."""
 
 LEAST_OVERLAP = 0.3
-"""Share of the smaller object's seen pixels that must lie on the other's."""
+"""Minimum overlap, as a fraction of the seen pixels of the smaller object."""
 
 SMOOTHING_PX = 2.0
-"""Standard deviation of the Gaussian that objects are smoothed by before edges are looked for."""
+"""Standard deviation of the Gaussian smoothing before edge detection."""
 
 ROUNDING_PX = 1e-4
-"""Corners are taken to this part of a pixel, so that metres divided by a pixel size meet whole pixels."""
+"""Corners are rounded to this, since metres divided by a pixel size are not exact integers."""
 
 Complex = NDArray[np.complexfloating[Any, Any]]
 
@@ -39,33 +43,32 @@ Complex = NDArray[np.complexfloating[Any, Any]]
 def find_corner(
     moving: Complex, reference: Complex, *, start_yx_px: tuple[float, float] | None = None
 ) -> tuple[float, float]:
-    """Where an object's first pixel lies on the pixels of another.
+    """Location of an object's first pixel on the grid of another object.
 
     Parameters
     ----------
     moving, reference : complex array (y, x)
-        Of any shapes; NaN where unseen. Of the same pixel size, and neither turned nor mirrored.
+        Any shapes; NaN where unseen. Same pixel size and orientation.
     start_yx_px : (float, float), optional
-        Where the first pixel is thought to lie, to a few pixels; without it the whole of both is searched.
+        Estimate of the result, correct to a few pixels; by default all shifts are searched.
 
     Returns
     -------
     (float, float)
-        Row and column of the reference that pixel [0, 0] of the other lies on, to 1/`UPSAMPLING` pixel where there is
-        no noise.
+        Row and column in `reference` of pixel [0, 0] of `moving`, to 1/`UPSAMPLING` pixel without noise.
 
     Raises
     ------
     PtychodaskError
-        If no place is found where the two match.
+        If the two do not match at any shift.
 
     Notes
     -----
-    The search compares the strength of smoothed edges, which the gauge leaves alone, by masked normalised
-    cross-correlation (D. Padfield, IEEE Trans. Image Process. 21 (2012) 2706). The fraction is the peak of
-    the cross-correlation of the complex objects, gauge removed, sampled finely (M. Guizar-Sicairos et al., Opt. Lett.
-    33 (2008) 156), found again with the object moved there until it stays. The search of the whole takes about 500
-    bytes of memory for each pixel of the larger object, and finds objects that share `LEAST_OVERLAP` of the smaller.
+    The search compares the strength of smoothed edges, which does not depend on the gauge, by masked normalised
+    cross-correlation (D. Padfield, IEEE Trans. Image Process. 21 (2012) 2706). The sub-pixel shift is the peak of
+    the upsampled cross-correlation of the complex objects with the gauge removed (M. Guizar-Sicairos et al., Opt. Lett.
+    33 (2008) 156), repeated with the shifted object until it converges. The full search needs about 500 bytes of memory
+    per pixel of the larger object, and an overlap of `LEAST_OVERLAP` of the smaller one.
 
     Examples
     --------
@@ -75,41 +78,41 @@ def find_corner(
     (10.0, 20.0)
     """
     if not (np.isfinite(moving).any() and np.isfinite(reference).any()):
-        raise PtychodaskError("registration: no pixel of one of the objects is seen, so it cannot be placed")
+        raise PtychodaskError("registration: one of the objects has no seen pixel, so they cannot be registered")
     corner = np.asarray(_search(moving, reference) if start_yx_px is None else start_yx_px, np.float64)
     for _ in range(MOST_STEPS):
-        placed, whole = on_whole_pixels(moving, (float(corner[0]), float(corner[1])))
-        step, agreement = _offset(*_shared(placed, reference, whole))
+        shifted, whole_corner = on_whole_pixels(moving, (float(corner[0]), float(corner[1])))
+        step, agreement = _offset(*_overlapping(shifted, reference, whole_corner))
         corner = corner + step
         if np.abs(step).max() <= 1 / UPSAMPLING:
             break
-    same = "check that they are of one sample, pixel size and orientation"
+    remedy = "check that they are of one sample, pixel size and orientation"
     if not agreement >= LEAST_AGREEMENT:
         raise PtychodaskError(
-            f"registration: at its best place the object correlates with the other by {agreement:.2f}, expected "
-            f"{LEAST_AGREEMENT} or more; {same}"
+            f"registration: at the best shift the correlation of the two objects is {agreement:.2f}, expected "
+            f"{LEAST_AGREEMENT} or more; {remedy}"
         )
     if np.abs(step).max() > LARGEST_LAST_STEP_PX:
         raise PtychodaskError(
-            f"registration: the object's place still changes by {np.abs(step).max():.1f} px after {MOST_STEPS} steps, "
-            f"expected {LARGEST_LAST_STEP_PX} or less; {same}"
+            f"registration: the shift still changes by {np.abs(step).max():.1f} px after {MOST_STEPS} steps, "
+            f"expected {LARGEST_LAST_STEP_PX} or less; {remedy}"
         )
     return float(corner[0]), float(corner[1])
 
 
 def _search(moving: Complex, reference: Complex) -> NDArray[np.float64]:
-    """`find_corner` to whole pixels, from nothing."""
-    # Arrays of one shape, for the origin of shifts between different shapes is not documented.
+    """`find_corner` to whole pixels, without a start."""
+    # Padded to one shape, because the origin of shifts between different shapes is not documented.
     shape = np.maximum(reference.shape, moving.shape)
     (one, seen_one), (other, seen_other) = (_edges(object_, shape) for object_ in (reference, moving))
-    found, *_ = phase_cross_correlation(
+    corner, *_ = phase_cross_correlation(
         one, other, reference_mask=seen_one, moving_mask=seen_other, overlap_ratio=LEAST_OVERLAP
     )
-    return np.asarray(found, np.float64)
+    return np.asarray(corner, np.float64)
 
 
 def _edges(object_: Complex, shape: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """How strongly an object changes at each pixel, smoothed against noise, and where it is seen; padded to a shape."""
+    """Smoothed edge strength and mask of seen pixels, padded to a shape."""
     flat, _ = align_gauge(object_, np.ones_like(object_))
     wide = np.pad(flat, [(0, int(more)) for more in shape - object_.shape], constant_values=np.nan)
     seen = np.isfinite(wide)
@@ -118,17 +121,19 @@ def _edges(object_: Complex, shape: NDArray[np.int64]) -> tuple[NDArray[np.float
         gaussian_filter1d(gaussian_filter1d(filled, SMOOTHING_PX, axis=axis, order=1), SMOOTHING_PX, axis=1 - axis)
         for axis in (0, 1)
     ]
-    far = binary_erosion(seen, iterations=int(2 * SMOOTHING_PX))
-    seen = far if far.any() else seen
+    inner = binary_erosion(seen, iterations=int(2 * SMOOTHING_PX))
+    seen = inner if inner.any() else seen
     return np.where(seen, np.hypot(*np.abs(slopes)), 0.0), seen
 
 
-def _shared(moving: Complex, reference: Complex, corner: tuple[int, int]) -> tuple[Complex, Complex]:
-    """The smallest rectangle of both that holds all pixels which are seen in both."""
+def _overlapping(moving: Complex, reference: Complex, corner: tuple[int, int]) -> tuple[Complex, Complex]:
+    """Both objects on the smallest rectangle containing all pixels seen in both."""
     start = np.maximum(corner, 0)
     stop = np.minimum(np.add(corner, moving.shape), reference.shape)
     if (stop <= start).any():
-        raise PtychodaskError("registration: the objects share no pixel; leave out where one is thought to lie")
+        raise PtychodaskError(
+            "registration: with this start_yx_px the objects do not overlap; omit it to search all shifts"
+        )
     one = moving[tuple(slice(a - c, b - c) for a, b, c in zip(start, stop, corner, strict=True))]
     other = reference[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))]
     box = seen_box(np.isfinite(one) & np.isfinite(other))
@@ -136,23 +141,26 @@ def _shared(moving: Complex, reference: Complex, corner: tuple[int, int]) -> tup
 
 
 def _offset(moving: Complex, reference: Complex) -> tuple[NDArray[np.float64], float]:
-    """How far an object has to move to meet another of its shape, (y, x), and how well both correlate before."""
+    """Shift (y, x) of an object towards another, and their correlation.
+
+    Both have one shape. The correlation is that before the shift.
+    """
     aligned, _ = align_gauge(moving, reference)
     seen = np.isfinite(aligned) & np.isfinite(reference)
     taper = np.outer(*(np.hanning(size + 2)[1:-1] for size in seen.shape))
     one, other = (np.where(seen, object_ - object_[seen].mean(), 0) * taper for object_ in (reference, aligned))
-    found, *_ = phase_cross_correlation(one, other, upsample_factor=UPSAMPLING, normalization=None)
+    offset, *_ = phase_cross_correlation(one, other, upsample_factor=UPSAMPLING, normalization=None)
     agreement = np.abs(np.vdot(one, other)) / max(np.linalg.norm(one) * np.linalg.norm(other), np.finfo(float).tiny)
-    return np.asarray(found, np.float64), float(agreement)
+    return np.asarray(offset, np.float64), float(agreement)
 
 
 def seen_box(seen: NDArray[np.bool_]) -> tuple[slice, slice]:
-    """Rows and columns of the smallest rectangle that holds all True pixels of a mask (y, x).
+    """Bounding box of the True pixels of a mask (y, x).
 
     Raises
     ------
     PtychodaskError
-        If there is none.
+        If there are none.
 
     Examples
     --------
@@ -166,7 +174,7 @@ def seen_box(seen: NDArray[np.bool_]) -> tuple[slice, slice]:
 
 
 def on_whole_pixels(object_: Complex, corner_yx_px: tuple[float, float]) -> tuple[Complex, tuple[int, int]]:
-    """An object whose corner lies between pixels, moved onto whole pixels.
+    """Object with a fractional corner, interpolated onto whole pixels.
 
     Parameters
     ----------
@@ -178,8 +186,8 @@ def on_whole_pixels(object_: Complex, corner_yx_px: tuple[float, float]) -> tupl
     Returns
     -------
     object_ : complex array (y, x)
-        By cubic splines. A pixel is seen where both old ones that it lies between are, so that a row or column is
-        lost along an axis on which it moved.
+        By cubic splines. A pixel is seen if both old pixels next to it are seen, so a shift along an axis removes one
+        row or column.
     corner_yx_px : (int, int)
         Coordinates of its pixel [0, 0].
 
@@ -191,20 +199,20 @@ def on_whole_pixels(object_: Complex, corner_yx_px: tuple[float, float]) -> tupl
     """
     corner = np.round(np.asarray(corner_yx_px, np.float64) / ROUNDING_PX) * ROUNDING_PX
     whole = np.ceil(corner - ROUNDING_PX / 2)
-    before = np.where(np.abs(corner - whole) < ROUNDING_PX / 2, 0.0, corner - whole)
-    at = int(whole[0]), int(whole[1])
-    if not before.any():
-        return object_, at
+    fraction = np.where(np.abs(corner - whole) < ROUNDING_PX / 2, 0.0, corner - whole)
+    whole_corner = int(whole[0]), int(whole[1])
+    if not fraction.any():
+        return object_, whole_corner
     seen = np.isfinite(object_)
     if not seen.any():
-        raise PtychodaskError("registration: no pixel of an object is seen, so it cannot be moved")
+        raise PtychodaskError("registration: the object has no seen pixel, so it cannot be shifted")
     nearest = distance_transform_edt(~seen, return_distances=False, return_indices=True)
     filled = object_[tuple(nearest)]
-    moved = shift(filled.real, before, order=3, mode="nearest") + 1j * shift(
-        filled.imag, before, order=3, mode="nearest"
+    moved = shift(filled.real, fraction, order=3, mode="nearest") + 1j * shift(
+        filled.imag, fraction, order=3, mode="nearest"
     )
-    if before[0]:
+    if fraction[0]:
         moved, seen = moved[:-1], seen[:-1] & seen[1:]
-    if before[1]:
+    if fraction[1]:
         moved, seen = moved[:, :-1], seen[:, :-1] & seen[:, 1:]
-    return np.where(seen, moved, complex(np.nan, np.nan)).astype(object_.dtype), at
+    return np.where(seen, moved, complex(np.nan, np.nan)).astype(object_.dtype), whole_corner

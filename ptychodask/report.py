@@ -1,4 +1,4 @@
-"""A result as one HTML file: what was found, how well, where it comes from, and how it was made."""
+"""HTML report of a result: figures, metrics, methods text and provenance."""
 
 from __future__ import annotations
 
@@ -41,71 +41,71 @@ from ptychodask.store import open_scan
 logger = logging.getLogger(__name__)
 
 GENERATOR = '<meta name="generator" content="ptychodask">'
-"""What tells a report from another page, which is not overwritten."""
+"""Marks a page as a report; other pages are not overwritten."""
 
 FIGURE_WIDTH_PX = 1400
-"""Pixels across an embedded figure."""
+"""Width of an embedded figure, pixels."""
 
 RESOLUTION_WINDOW_PX = 64
-"""Pixels across a window of the map of the local resolution, where the object is so large."""
+"""Pixels across a window of the local resolution map; less for a smaller object."""
 
 LONGEST_LIST = 20
-"""Entries of a recorded list that are written out."""
+"""Maximum entries of a recorded list that are written out."""
 
 METRIC_NAMES = {
     "correlation": "correlation (Pearson)",
-    "ratio": "ratio of the means",
+    "ratio": "ratio of mean amplitudes",
     "mae": "mean absolute error",
     "mse": "mean squared error",
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
     "ms_ssim": "MS-SSIM",
     "frc50": "FRC crosses 1/2 (cycles per pixel)",
-    "frc_half_bit": "FRC crosses half a bit (cycles per pixel)",
+    "frc_half_bit": "FRC crosses the half-bit curve (cycles per pixel)",
     "frc_1_7": "FRC crosses 1/7 (cycles per pixel)",
 }
-"""Names of metrics for readers; others go by their own."""
+"""Display names of metrics; others keep their name."""
 
 NETWORK_NAMES = {
-    "pinn": "a physics-informed network (trained through the diffraction model, without known objects)",
-    "baseline": "a supervised network that reads one pattern at a time",
+    "pinn": "a physics-informed network (trained through the forward model of diffraction, without known objects)",
+    "baseline": "a supervised network that takes one pattern at a time",
 }
 
 CALIBRATION_NAMES = {
-    "as_given": "The probe and the patterns were taken to share one unit, as in the source.",
+    "as_given": "The probe was used in the unit of the source, assumed to be that of the patterns.",
     "incident": "The probe was scaled to the known incident flux.",
-    "mean_counts": "The probe was scaled to the mean counts per pattern, so the object's amplitude is relative to its "
-    "mean transmission.",
+    "mean_counts": "The probe was scaled to the mean counts per pattern, so the amplitude of the object is relative to "
+    "its mean transmission.",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Findings:
-    """What a report tells of a result."""
+class Content:
+    """Content of a report."""
 
     title: str
-    """What the report is called."""
+    """Title of the report."""
 
     label: str
-    """What the result is called beside others."""
+    """Label of the result among the compared ones."""
 
     result: xr.Dataset
-    """All of the result, its arrays where they lie."""
+    """Complete result, with lazy arrays if it was lazy."""
 
     shown: xr.Dataset
-    """The result in memory, thinned for pictures."""
+    """Result in memory, subsampled for pictures."""
 
     scan: Scan | None
-    """What was measured."""
+    """Measured scan."""
 
     truth: Truth | None
-    """The known object."""
+    """Known object."""
 
     training: Mapping[str, Any]
-    """How the network was trained; empty where that is not known."""
+    """Training record of the network; empty if unknown."""
 
     aligned_results: Mapping[str, xr.Dataset]
-    """All results that are compared, on the pixels of one frame."""
+    """All compared results, in common pixel coordinates."""
 
     comparison: xr.Dataset | None
     """From `compare`."""
@@ -124,24 +124,27 @@ def write_report(
     others: Iterable[tuple[str | None, xr.Dataset | str | Path]] = (),
     progress: bool | None = None,
 ) -> Path:
-    """Write a report of a result: one HTML file that needs no network and runs no script.
+    """Write a report of a result as one self-contained HTML file.
+
+    It loads nothing from the network and runs no script.
 
     Parameters
     ----------
     result : xarray.Dataset or path
-        From `reconstruct`, `reconstruct_iterative` or `open_result`. Of several methods the first is reported, the
-        others stand beside it.
+        From `reconstruct`, `reconstruct_iterative` or `open_result`. If it has several methods, the first is reported
+        and compared with the others.
     out : path
-        The file to write, ending in ``.html``; a report that is there is replaced, another file is not.
+        File to write, ending in ``.html``; an existing report is replaced, any other file is not.
     label : str, optional
-        What the result is called; by default the report is called as its store, and the result as `compare` names it.
+        Title of the report and label of the result; by default the name of its store, and the label that `compare`
+        uses.
     scan : Scan or path, optional
-        The scan that the result was made from: adds what was measured, the residual of each pattern and, where no other
-        is given, its truth.
+        The scan that the result was made from: adds a description of the measurement, the residual of each pattern and,
+        unless `truth` is given, its truth.
     truth : Truth, Scan or path, optional
         The known object, or a scan (store) that has one: adds a comparison with it.
     others : pairs of label or None and Dataset or path, optional
-        Results to compare with; those without a label are named as `compare` names them.
+        Results to compare with; those without a label are named as in `compare`.
     progress : bool, optional
         See `progress_bar`.
 
@@ -153,16 +156,16 @@ def write_report(
     Raises
     ------
     PtychodaskError
-        If the file cannot be a report, the result is none, or was made from another scan.
+        If `out` cannot be written as a report, `result` is not a result, or it was made from another scan.
     """
     path = Path(out)
     check_report_path(path)
     opened = results_by_label([(label, result), *others])
     store = None if isinstance(result, xr.Dataset) else Path(result).name.removesuffix(".zarr")
-    found = _find_out(label or store or next(iter(opened)), opened, scan, truth, progress)
+    content = _collect(label or store or next(iter(opened)), opened, scan, truth, progress)
     building = path.with_name(f".{path.name}.writing")
     try:
-        building.write_text(_page(found), encoding="utf-8")
+        building.write_text(_page(content), encoding="utf-8")
         os.replace(building, path)
     finally:
         building.unlink(missing_ok=True)
@@ -171,22 +174,29 @@ def write_report(
 
 
 def check_report_path(path: Path) -> None:
-    """Raise `PtychodaskError` unless a report can be written there: an .html file in a folder, new or a report."""
+    """Raise `PtychodaskError` unless a report can be written to this path.
+
+    It must end in .html and be in an existing folder, and a file there must be a report.
+    """
     if path.suffix.lower() not in (".html", ".htm"):
-        raise PtychodaskError(f"{path}: is no name of a report; end it in .html")
-    if path.is_dir() or not path.parent.is_dir():
-        raise PtychodaskError(f"{path}: is a folder, or lies in none that exists; name a file in a folder")
+        raise PtychodaskError(f"cannot write {path}: found suffix {path.suffix!r}, expected .html")
+    if path.is_dir():
+        raise PtychodaskError(f"cannot write {path}: it is a folder; pass a file name")
+    if not path.parent.is_dir():
+        raise PtychodaskError(f"cannot write {path}: folder {path.parent} does not exist")
     if path.exists() and GENERATOR.encode() not in path.read_bytes()[:4096]:
-        raise PtychodaskError(f"{path}: is there and no report of ptychodask; name another file, or remove it")
+        raise PtychodaskError(
+            f"cannot write {path}: it exists and is not a report of ptychodask; pass another name, or remove it"
+        )
 
 
-def _find_out(
+def _collect(
     title: str,
     results: Mapping[str, xr.Dataset],
     scan: Scan | str | Path | None,
     truth: Truth | Scan | str | Path | None,
     progress: bool | None,
-) -> Findings:
+) -> Content:
     measured = None if scan is None else scan if isinstance(scan, Scan) else open_scan(scan)
     label, result = next(iter(results.items()))
     result = _of_first_method(result)
@@ -194,9 +204,9 @@ def _find_out(
     if truth is None and measured is not None:
         truth = measured.truth
     known = None if truth is None else find_truth(truth)
-    compared = len(results) > 1 or known is not None
-    aligned_results = align(results, truth=known) if compared else {}
-    return Findings(
+    is_compared = len(results) > 1 or known is not None
+    aligned_results = align(results, truth=known) if is_compared else {}
+    return Content(
         title=title,
         label=label,
         result=result,
@@ -205,68 +215,79 @@ def _find_out(
         truth=known,
         training=_training(result.attrs),
         aligned_results=aligned_results,
-        comparison=compare(aligned_results, truth=known, scan=measured) if compared else None,
+        comparison=compare(aligned_results, truth=known, scan=measured) if is_compared else None,
         residuals=None if measured is None else _residuals(result, measured, progress),
     )
 
 
 def _residuals(result: xr.Dataset, scan: Scan, progress: bool | None) -> xr.Dataset:
-    """What each pattern says of the result, with those flagged that it was made without."""
+    """Residuals of all patterns, with those dropped in the reconstruction flagged."""
     dropped = recorded(result.attrs, "spec", "drop") or []
     if not (isinstance(dropped, list) and all(isinstance(pattern, int) for pattern in dropped)):
-        raise PtychodaskError(f"report: the result records {str(dropped)[:60]} as dropped, expected places of patterns")
+        raise PtychodaskError(
+            f"report: the result records {str(dropped)[:60]} as dropped, expected indices of patterns"
+        )
     return residuals(result, scan, drop=dropped, progress=progress)
 
 
 def _of_first_method(result: xr.Dataset) -> xr.Dataset:
-    """The result with what was recorded of its own method alone, where several methods were stored together."""
+    """Result with the attributes of its first method only.
+
+    Several methods that were stored together share one record.
+    """
     methods = recorded(result.attrs, "methods")
     if not isinstance(methods, list):
         return result
-    own = {name: recorded(result.attrs, name, methods[0]) for name in ("model", "plan")}
-    return result.assign_attrs({**own, "methods": methods[0]})
+    first = {name: recorded(result.attrs, name, methods[0]) for name in ("model", "plan")}
+    return result.assign_attrs({**first, "methods": methods[0]})
 
 
 def _check_same_data(label: str, result: xr.Dataset, scan: Scan | None) -> None:
     made_from = recorded(result.attrs, "data_hash")
     if scan is not None and made_from is not None and made_from != scan.data_hash:
         raise PtychodaskError(
-            f"report: {label} was made from data {str(made_from)[:12]}, {scan.store or 'the scan'} holds "
+            f"report: {label} was made from data with hash {str(made_from)[:12]}, but {scan.store or 'the scan'} has "
             f"{scan.data_hash[:12]}; pass the scan that it was made from"
         )
 
 
 def _training(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model's bundle says of its training, where it still lies at its path and is the same model."""
+    """Training record in the bundle of the model.
+
+    Empty if there is no bundle at the recorded path, or it contains another model by now.
+    """
     path, content_hash = recorded(attributes, "model", "path"), recorded(attributes, "model", "hash")
     if not isinstance(path, str):
         return {}
     try:
         folder = bundle_folder(path)
-        # Unlike Path.is_file, this is False for what is no possible path.
+        # Unlike Path.is_file, this returns False for impossible paths.
         if not os.path.isfile(os.path.join(folder, "model.json")):
             return {}
         description = read_description(folder)
         history = read_history(folder / "history.csv")
     except PtychodaskError as error:
-        logger.warning("the report says nothing of the training: %s", error)
+        logger.warning("the report omits the training: %s", error)
         return {}
     if description.get("content_hash") != content_hash:
         return {}
     return {**description.get("trained_on", {}), "history": history}
 
 
-# The methods paragraph: each function gives the sentences of one stage, none of what was not recorded.
+# The methods text: each function returns the sentences of one stage, and none for values that were not recorded.
 
 
-def methods_text(found: Findings) -> list[str]:
-    """Paragraphs of plain English: what was measured, how the object was made, how it was judged, what is not known."""
-    attributes = found.result.attrs
+def methods_text(content: Content) -> list[str]:
+    """Paragraphs of the methods text.
+
+    Measurement, reconstruction, evaluation, and what is unknown.
+    """
+    attributes = content.result.attrs
     paragraphs = [
-        [*_measured(found.scan), *_probe(found.scan)],
-        [*_network(attributes, found.training), *_stitched(attributes, found.result), *_polished(attributes)],
-        [*_explained(found), *_compared(found)],
-        _not_known(found),
+        [*_measured(content.scan), *_probe(content.scan)],
+        [*_network(attributes, content.training), *_stitched(attributes, content.result), *_polished(attributes)],
+        [*_explained(content), *_compared(content)],
+        _unknown(content),
     ]
     return [" ".join(sentences) for sentences in paragraphs if sentences]
 
@@ -276,19 +297,19 @@ def _measured(scan: Scan | None) -> list[str]:
         return []
     stored = {"counts": "photon counts", "amplitude": "amplitudes"}[scan.domain]
     mean = recorded(scan.attributes, "mean_counts")
-    light = f", with {number(mean)} counts per pattern on average" if isinstance(mean, float) else ""
+    brightness = f", with {number(mean)} counts per pattern on average" if isinstance(mean, float) else ""
     sentences = [
-        f"The scan holds {scan.n_patterns} diffraction patterns of {scan.n_pixels} × {scan.n_pixels} pixels, stored as "
-        f"{stored}{light}."
+        f"The scan consists of {scan.n_patterns} diffraction patterns of {scan.n_pixels} × {scan.n_pixels} pixels, "
+        f"stored as {stored}{brightness}."
     ]
-    setting = {
+    setup = {
         "photon energy": (scan.energy_ev, 1e-3, "keV"),
-        "distance from sample to detector": (scan.distance_m, 1.0, "m"),
-        "pixel size of the object": (scan.pixel_size_m, 1e9, "nm"),
+        "sample-detector distance": (scan.distance_m, 1.0, "m"),
+        "object pixel size": (scan.pixel_size_m, 1e9, "nm"),
     }
-    known = [f"the {name} {number(value * factor)} {unit}" for name, (value, factor, unit) in setting.items() if value]
+    known = [f"the {name} is {number(value * factor)} {unit}" for name, (value, factor, unit) in setup.items() if value]
     if known:
-        sentences.append(f"{_listed(known)[0].upper()}{_listed(known)[1:]} (as recorded in the store).")
+        sentences.append(f"According to its metadata, {_listed(known)}.")
     return [*sentences, *_source(scan.attributes)]
 
 
@@ -297,23 +318,23 @@ def _source(attributes: Mapping[str, Any]) -> list[str]:
     source, reader, object_, probe, dose, step_px = (recorded(attributes, "provenance", name) for name in names)
     if source == "simulation":
         return [
-            f"It was simulated: object “{object_}”, probe “{probe}”, {number(dose)} photons in a pattern, steps of "
-            f"{number(step_px)} pixels."
+            f"It was simulated with the object “{object_}”, the probe “{probe}”, {number(dose)} photons per pattern "
+            f"and a step of {number(step_px)} pixels."
         ]
-    return [] if source is None else [f"It was read from {Path(str(source)).name} as the format “{reader}”."]
+    return [] if source is None else [f"It was read from {Path(str(source)).name} in the format “{reader}”."]
 
 
 def _probe(scan: Scan | None) -> list[str]:
     if scan is None:
         return []
     sentences = [CALIBRATION_NAMES[scan.calibration]]
-    tried = recorded(scan.attributes, "probe_refinement")
+    refinement = recorded(scan.attributes, "probe_refinement")
     if recorded(scan.attributes, "probe_refinement", "r_after") is not None:
-        kept = "kept" if tried.get("stored", True) else "not kept"
+        kept = "kept" if refinement.get("stored", True) else "not kept"
         sentences.append(
-            f"A refinement of the probe by {tried.get('n_sweeps')} sweeps of rPIE changed R, on "
-            f"{tried.get('n_held_out')} patterns held out, from {number(tried.get('r_before'))} to "
-            f"{number(tried['r_after'])}, and was {kept}."
+            f"Refining the probe with {refinement.get('n_sweeps')} iterations of rPIE changed the R-factor of "
+            f"{refinement.get('n_held_out')} held-out patterns from {number(refinement.get('r_before'))} to "
+            f"{number(refinement['r_after'])}; the refined probe was {kept}."
         )
     return sentences
 
@@ -321,34 +342,34 @@ def _probe(scan: Scan | None) -> list[str]:
 def _network(attributes: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]:
     if recorded(attributes, "spec", "engine") == "iterative":
         sweeps, excluded = (recorded(attributes, "spec", name) for name in ("n_sweeps", "n_excluded"))
-        left_out = f", with {excluded} patterns left out" if excluded else ""
-        return [f"The object was reconstructed by {sweeps} sweeps of an iterative algorithm (rPIE){left_out}."]
+        left_out = f"; {excluded} patterns were excluded" if excluded else ""
+        return [f"The object was reconstructed with {sweeps} iterations of the rPIE algorithm{left_out}."]
     kind, content_hash = recorded(attributes, "model", "kind"), recorded(attributes, "model", "hash")
     if kind is None:
         return []
-    name = NETWORK_NAMES.get(str(kind), f"a network of the kind “{kind}”")
-    sentences = [f"The object was predicted by {name}, content hash {str(content_hash)[:12]}."]
+    name = NETWORK_NAMES.get(str(kind), f"a network of kind “{kind}”")
+    sentences = [f"The object was predicted by {name}; the content hash of the model is {str(content_hash)[:12]}."]
     if isinstance(recorded(training, "n_training"), int):
         same = training.get("data_hash") == attributes.get("data_hash")
-        where = "of this scan itself" if same else f"of another scan ({training.get('store')})"
+        source = "this scan" if same else f"another scan ({training.get('store')})"
         sentences.append(
-            f"It was trained on {training['n_training']} patterns {where}, with {training.get('n_held_out')} held out"
-            f"{_course(training.get('history') or [])}."
+            f"It was trained on {training['n_training']} patterns of {source}, with {training.get('n_held_out')} "
+            f"held-out patterns{_epochs(training.get('history') or [])}."
         )
         if recorded(training, "initial", "hash"):
-            sentences.append(f"The training started from {recorded(training, 'initial', 'path') or 'another model'}.")
+            sentences.append(f"Training started from {recorded(training, 'initial', 'path') or 'another model'}.")
     if is_pretrained(recorded(attributes, "model", "path")) and isinstance(recorded(training, "recipe"), str):
         sentences.append(
-            f"It came with the package ({training['recipe']}), trained on {training.get('n_patterns')} patterns of "
-            f"{training.get('n_scans')} simulated scans{_course(training.get('history') or [])}."
+            f"It is a model packaged with ptychodask ({training['recipe']}), trained on {training.get('n_patterns')} "
+            f"patterns of {training.get('n_scans')} simulated scans{_epochs(training.get('history') or [])}."
         )
     unlike = recorded(attributes, "model", "unlike_training")
     if isinstance(unlike, list) and unlike:
-        sentences.append(f"The scan lies outside of what it was trained on: {'; '.join(map(str, unlike))}.")
+        sentences.append(f"The scan is outside the range of the training scans: {'; '.join(map(str, unlike))}.")
     return sentences
 
 
-def _course(history: Sequence[Mapping[str, float]]) -> str:
+def _epochs(history: Sequence[Mapping[str, float]]) -> str:
     losses = [epoch["held_out_loss"] for epoch in history if "held_out_loss" in epoch]
     return f", for {len(history)} epochs; the lowest held-out loss was {number(min(losses))}" if losses else ""
 
@@ -365,11 +386,12 @@ def _stitched(attributes: Mapping[str, Any], result: xr.Dataset) -> list[str]:
     dropped = recorded(attributes, "spec", "drop")
     chunks = f"{n_chunks} chunks"
     if isinstance(dropped, list) and dropped:
-        chunks += f"; {len(dropped)} patterns were left out"
+        chunks += f"; {len(dropped)} patterns were excluded"
     return [
-        f"It read {n_groups} groups, made of {n_patterns} patterns (group table {groups}), in {chunks}.",
-        f"The middle {crop} pixels of each patch, weighted by the window “{window}”, were averaged at the measured "
-        f"positions into an object of {height} × {width} pixels.",
+        f"The model was applied to {n_groups} groups drawn from {n_patterns} patterns (group table {groups}), in "
+        f"{chunks}.",
+        f"The central region of each predicted patch ({crop} pixels across), weighted by the window “{window}”, was "
+        f"averaged with the others at the measured positions to form an object of {height} × {width} pixels.",
     ]
 
 
@@ -378,67 +400,70 @@ def _polished(attributes: Mapping[str, Any]) -> list[str]:
     if not sweeps or not isinstance(r_factors, Sequence) or not len(r_factors):
         return []
     return [
-        f"{sweeps} data-consistent sweeps over the patterns then changed R from {number(r_factors[0])} to "
-        f"{number(r_factors[-1])}."
+        f"Polishing with {sweeps} data-consistency iterations over the patterns then changed the R-factor from "
+        f"{number(r_factors[0])} to {number(r_factors[-1])}."
     ]
 
 
-def _explained(found: Findings) -> list[str]:
-    if found.residuals is None:
+def _explained(content: Content) -> list[str]:
+    if content.residuals is None:
         return []
-    own = found.residuals
-    r = own["r_factor"].values
+    fit = content.residuals
+    r = fit["r_factor"].values
     sentences = [
-        f"The object was pushed through the diffraction model and compared with {own.attrs['n_counted']} patterns: R, "
-        "the sum of the absolute differences of modelled and measured amplitude over the sum of the measured "
-        f"amplitude, is {number(own.attrs['r_factor'])} over all of them and {number(float(np.nanmedian(r)))} for the "
-        "median pattern."
+        f"Diffraction amplitudes calculated from the object were compared with {fit.attrs['n_counted']} measured "
+        "patterns. The R-factor, the sum of absolute differences between calculated and measured amplitudes divided by "
+        f"the sum of measured amplitudes, is {number(fit.attrs['r_factor'])} over all of them, with a median per "
+        f"pattern of {number(float(np.nanmedian(r)))}."
     ]
-    if own.attrs["n_unseen"]:
-        sentences.append(f"{own.attrs['n_unseen']} patterns reach beyond the object and were not judged.")
+    if fit.attrs["n_unseen"]:
+        sentences.append(
+            f"{fit.attrs['n_unseen']} patterns were excluded because they also illuminate pixels outside the "
+            "reconstructed object."
+        )
     return sentences
 
 
-def _compared(found: Findings) -> list[str]:
-    if found.comparison is None:
+def _compared(content: Content) -> list[str]:
+    if content.comparison is None:
         return []
-    reference, table = found.comparison.attrs["reference"], found.comparison
-    names = {"phase": "the global phase", "ramp": "a phase plane", "scale": "the scale of the amplitude"}
+    reference, table = content.comparison.attrs["reference"], content.comparison
+    names = {"phase": "a global phase offset", "ramp": "a linear phase ramp", "scale": "an amplitude factor"}
     removed = _listed([names.get(name, name) for name in table.attrs["gauge_removed"]])
     sentences = [
-        f"The results were compared with “{reference}” over {table.attrs['seen_pixels']} pixels that all have seen, "
-        f"after {removed} had been removed."
+        f"The results were compared with “{reference}” over the {table.attrs['seen_pixels']} pixels common to all, "
+        f"after removal of {removed}."
     ]
-    if found.label != reference:
+    if content.label != reference:
         for part in table["part"].values:
-            figures = table["value"].loc[found.label, part]
-            correlation, crossing = (number(float(figures.loc[name])) for name in ("correlation", "frc50"))
+            values = table["value"].loc[content.label, part]
+            correlation, crossing = (number(float(values.loc[name])) for name in ("correlation", "frc50"))
             sentences.append(
-                f"The {part} of “{found.label}” has a correlation of {correlation} with it, and its Fourier ring "
-                f"correlation falls below one half at {crossing} cycles per pixel."
+                f"For the {part} of “{content.label}” the Pearson correlation is {correlation}, and the Fourier ring "
+                f"correlation falls below 0.5 at {crossing} cycles per pixel."
             )
     return sentences
 
 
-def _not_known(found: Findings) -> list[str]:
+def _unknown(content: Content) -> list[str]:
     missing = []
-    if found.scan is None:
-        missing.append("the measurement itself (the scan was not given to this report)")
+    if content.scan is None:
+        missing.append("the measurement (no scan was passed to this report)")
     else:
-        setting = {
-            "the photon energy": found.scan.energy_ev,
-            "the distance to the detector": found.scan.distance_m,
-            "the pixel size, so lengths are in pixels": found.scan.pixel_size_m,
+        setup = {
+            "the photon energy": content.scan.energy_ev,
+            "the sample-detector distance": content.scan.distance_m,
+            "the pixel size (lengths are in pixels)": content.scan.pixel_size_m,
         }
-        missing += [name for name, value in setting.items() if value is None]
-    if recorded(found.result.attrs, "model") is not None and not found.training:
+        missing += [name for name, value in setup.items() if value is None]
+    if recorded(content.result.attrs, "model") is not None and not content.training:
         missing.append(
-            "how the network was trained (its bundle is not at the recorded path, is another by now, or cannot be read)"
+            "the training of the network (no bundle at the recorded path, or it is unreadable or another model by now)"
         )
-    sentences = [f"Not recorded, and so not stated here: {_listed(missing)}."] if missing else []
-    if found.truth is None:
-        sentences.append("No known object was given, so the accuracy of the object is not known.")
-    return [*sentences, "The phase is known up to a constant and a plane, which no pattern can tell."]
+    sentences = [f"Not recorded: {_listed(missing)}."] if missing else []
+    if content.truth is None:
+        sentences.append("No known object was available, so the accuracy of the reconstruction is unknown.")
+    return [*sentences, "The data do not determine a global phase offset and a linear phase ramp."]
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -446,7 +471,9 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def number(value: Any) -> str:
-    """A number for readers, four digits of it where it is none of things; anything else as it is.
+    """Text of a number: four significant digits for floats, integers in full.
+
+    NaN is empty, and other values are converted with `str`.
 
     Examples
     --------
@@ -455,44 +482,44 @@ def number(value: Any) -> str:
     """
     if not isinstance(value, float | np.floating):
         return str(value)
-    found = float(value)
-    if np.isnan(found):
+    real = float(value)
+    if np.isnan(real):
         return ""
-    return f"{found:,.0f}" if 1e4 <= abs(found) < 1e9 else f"{found:#.4g}".rstrip(".")
+    return f"{real:,.0f}" if 1e4 <= abs(real) < 1e9 else f"{real:#.4g}".rstrip(".")
 
 
-# The page: every text passes through `tag`, which escapes what is not markup already.
+# The page: every text passes through `tag`, which escapes all but `Markup`.
 
 
-def _page(found: Findings) -> str:
+def _page(content: Content) -> str:
     sections = {
-        "Summary": _summary(found),
-        "Object": _pictures(found),
-        "Comparison": _comparison(found),
-        "Patterns": _patterns(found),
-        "Methods": [tag("p", paragraph) for paragraph in methods_text(found)],
-        "Provenance": _provenance(found),
+        "Summary": _summary(content),
+        "Object": _pictures(content),
+        "Comparison": _comparison(content),
+        "Patterns": _patterns(content),
+        "Methods": [tag("p", paragraph) for paragraph in methods_text(content)],
+        "Provenance": _provenance(content),
     }
-    present = {title: content for title, content in sections.items() if content}
+    present = {title: elements for title, elements in sections.items() if elements}
     links = [tag("a", title, href=f"#{title.lower()}") for title in present]
-    made = f"ptychodask {version('ptychodask')}, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
+    generated = f"ptychodask {version('ptychodask')}, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
     body = tag(
         "body",
-        tag("header", tag("h1", found.title), tag("p", f"Report of a ptychographic reconstruction. {made}")),
+        tag("header", tag("h1", content.title), tag("p", f"Report of a ptychographic reconstruction. {generated}")),
         tag("nav", *links),
-        *(tag("section", tag("h2", title), *content, id=title.lower()) for title, content in present.items()),
+        *(tag("section", tag("h2", title), *elements, id=title.lower()) for title, elements in present.items()),
     )
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     return (
-        HEAD.format(style=STYLE, digest=digest, title=html.escape(found.title), generator=GENERATOR)
+        HEAD.format(style=STYLE, digest=digest, title=html.escape(content.title), generator=GENERATOR)
         + body
         + "\n</html>\n"
     )
 
 
-def _summary(found: Findings) -> list[Markup]:
-    ds, attributes = found.shown, found.result.attrs
-    height, width = found.result.sizes["y"], found.result.sizes["x"]
+def _summary(content: Content) -> list[Markup]:
+    ds, attributes = content.shown, content.result.attrs
+    height, width = content.result.sizes["y"], content.result.sizes["x"]
     size = f"{height} × {width} px"
     pixel_size_m = attributes.get("pixel_size_m")
     if isinstance(pixel_size_m, float):
@@ -503,13 +530,13 @@ def _summary(found: Findings) -> list[Markup]:
     spread = np.nanmedian(ds["uncertainty"].values[lit] / np.abs(ds["object"].values[lit])) if _has_spread(ds) else None
     facts = {
         "Object": size,
-        "Pixels seen": f"{seen.mean():.1%}",
+        "Reconstructed pixels": f"{seen.mean():.1%}",
         "Estimates per pixel, median": f"{np.median(ds['count'].values[seen]):.0f}" if "count" in ds else None,
-        "Spread of the estimates, median": None if spread is None else f"{spread:.2%} of the amplitude",
+        "Uncertainty, median": None if spread is None else f"{spread:.2%} of the amplitude",
         "Model": recorded(attributes, "model", "kind") or recorded(attributes, "spec", "engine"),
         "Patterns": recorded(attributes, "plan", "n_patterns"),
         "Time": _time(attributes),
-        "R over the scan": None if found.residuals is None else number(found.residuals.attrs["r_factor"]),
+        "R-factor of the scan": None if content.residuals is None else number(content.residuals.attrs["r_factor"]),
     }
     rows = [tag("div", tag("dt", name), tag("dd", str(value))) for name, value in facts.items() if value is not None]
     return [tag("dl", *rows, class_="facts")]
@@ -526,30 +553,30 @@ def _time(attributes: Mapping[str, Any]) -> str | None:
     return f"{total:.1f} s ({rate:,.0f} patterns/s)"
 
 
-def _pictures(found: Findings) -> list[Markup]:
+def _pictures(content: Content) -> list[Markup]:
     pictures = [
         _picture(
-            plot(found.shown),
-            "Amplitude, phase, weight (the light that the estimate rests on) and uncertainty (weighted standard "
-            "deviation of the overlapping estimates). Colours span the 1st to the 99th percentile of the pixels with a "
-            "tenth of the median weight or more; light blue pixels were not seen.",
+            plot(content.shown),
+            "Amplitude, phase, weight (sum of the averaging weights) and uncertainty (weighted standard deviation of "
+            "the overlapping estimates). Colours span the 1st to the 99th percentile of the pixels with at least a "
+            "tenth of the median weight; light blue pixels were not reconstructed.",
         ),
         _picture(
-            plot_complex(found.shown),
-            "The object as complex numbers: phase as hue, amplitude as brightness. Lines of equal weight bound what is "
-            "well lit.",
+            plot_complex(content.shown),
+            "The complex object, with phase as hue and amplitude as brightness. Contour lines of the weight mark the "
+            "well-illuminated area.",
         ),
     ]
-    if "object_half" in found.result:
-        window_px = min(RESOLUTION_WINDOW_PX, min(found.result.sizes[dim] for dim in ("y", "x")) // 2 * 2)
+    if "object_half" in content.result:
+        window_px = min(RESOLUTION_WINDOW_PX, min(content.result.sizes[dim] for dim in ("y", "x")) // 2 * 2)
         caption = (
-            "Two objects, each stitched from one half of the patches, and how far they agree at each frequency. What "
-            "both get wrong alike, as a network may, does not show; and were the groups not drawn from either half "
-            "alone, as they are by default, the agreement says nothing. "
-            f"The map has the resolution of each window of {window_px} pixels."
+            "Two objects, each stitched from one half of the patches, and their correlation at each spatial frequency. "
+            "Errors common to both halves, as of a network, do not lower the correlation. It is valid only if each "
+            "group was drawn from one half, as by default. "
+            f"The map shows the local resolution in windows of {window_px} pixels."
         )
-        shown = resolution(found.result, window_px=window_px)
-        pictures.append(_picture(plot_split_half(found.result, resolution=shown), caption))
+        shown = resolution(content.result, window_px=window_px)
+        pictures.append(_picture(plot_split_half(content.result, resolution=shown), caption))
     return pictures
 
 
@@ -561,10 +588,10 @@ def _picture(figure: Figure, caption: str) -> Markup:
     return tag("figure", image, tag("figcaption", caption))
 
 
-def _comparison(found: Findings) -> list[Markup]:
-    if found.comparison is None:
+def _comparison(content: Content) -> list[Markup]:
+    if content.comparison is None:
         return []
-    table = found.comparison
+    table = content.comparison
     methods = [str(method) for method in table["method"].values]
     rows = [
         [
@@ -576,77 +603,79 @@ def _comparison(found: Findings) -> list[Markup]:
         if np.isfinite(table["value"].loc[:, part, metric]).any()
     ]
     if "r_factor" in table:
-        rows.append([f"R over {table.attrs['r_patterns']} patterns", *map(number, table["r_factor"].values)])
+        rows.append([f"R-factor of {table.attrs['r_patterns']} patterns", *map(number, table["r_factor"].values)])
     peaks = _listed([f"{part} {number(float(table['peak'].loc[part]))}" for part in table["part"].values])
     note = (
-        f"Reference: {table.attrs['reference']}, over {table.attrs['seen_pixels']} pixels that all have seen. Removed "
-        f"first: {_listed(table.attrs['gauge_removed'])}. Peaks of the PSNR, ranges of the reference: {peaks}. "
+        f"Reference: {table.attrs['reference']}, over {table.attrs['seen_pixels']} pixels common to all. Removed "
+        f"gauge: {_listed(table.attrs['gauge_removed'])}. PSNR peaks (ranges of the reference): {peaks}. "
         f"{other_data(table)}"
     )
-    figure = plot_comparison(found.aligned_results, found.truth, comparison=table)
+    figure = plot_comparison(content.aligned_results, content.truth, comparison=table)
     caption = (
-        "Each result on the scales of the reference, its difference from it, and the Fourier ring correlation with it."
+        "Results on the colour scales of the reference, their differences from the reference, and their Fourier ring "
+        "correlation with it."
     )
     return [_table(["", *methods], rows), tag("p", note, class_="note"), _picture(figure, caption)]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
-    """A table whose first column is text and whose others are numbers."""
+    """Table with text in the first column and numbers in the others."""
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in header)))
     body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
     return tag("div", tag("table", head, tag("tbody", *body)), class_="wide")
 
 
-def _patterns(found: Findings) -> list[Markup]:
-    if found.residuals is None:
+def _patterns(content: Content) -> list[Markup]:
+    if content.residuals is None:
         return []
-    own = found.residuals
-    far = outliers(own)
-    words = (
-        f"R is {number(own.attrs['r_factor'])} over the {own.attrs['n_counted']} patterns that were judged. Those that "
-        f"stand out, by more than {OUTLIER_MAD:g} deviations above the median: {len(far) or 'none'}."
+    fit = content.residuals
+    far = outliers(fit)
+    text = (
+        f"The R-factor is {number(fit.attrs['r_factor'])} over {fit.attrs['n_counted']} patterns. Outliers, more than "
+        f"{OUTLIER_MAD:g} standard deviations above the median: {len(far) or 'none'}."
     )
-    header = ["pattern, place in the store", "y (px)", "x (px)", "R", "Poisson deviance"]
-    y, x, r, deviance = (own[name].values for name in ("y_px", "x_px", "r_factor", "poisson_deviance"))
-    rows = [[str(j), f"{y[j]:.1f}", f"{x[j]:.1f}", number(r[j]), number(deviance[j])] for j in worst_patterns(own)]
+    header = ["pattern, index in the store", "y (px)", "x (px)", "R", "Poisson deviance"]
+    y, x, r, deviance = (fit[name].values for name in ("y_px", "x_px", "r_factor", "poisson_deviance"))
+    rows = [[str(j), f"{y[j]:.1f}", f"{x[j]:.1f}", number(r[j]), number(deviance[j])] for j in worst_patterns(fit)]
     caption = (
-        "How far each pattern is from the one that the object makes, over the scan and in turn; the worst in rings."
+        "Residual of each measured pattern with respect to the one calculated from the object, at the scan positions "
+        "and by pattern index. Rings mark the worst."
     )
-    return [tag("p", words), _picture(plot_residuals(own), caption), tag("h3", "The worst"), _table(header, rows)]
+    return [tag("p", text), _picture(plot_residuals(fit), caption), tag("h3", "Worst patterns"), _table(header, rows)]
 
 
-def _provenance(found: Findings) -> list[Markup]:
-    tables = [tag("h3", "Result"), _facts_table(found.result.attrs)]
-    if found.scan is not None:
-        tables += [tag("h3", "Scan"), _facts_table(found.scan.attributes)]
-    if found.training:
-        trained_on = {name: value for name, value in found.training.items() if name != "history"}
+def _provenance(content: Content) -> list[Markup]:
+    tables = [tag("h3", "Result"), _facts_table(content.result.attrs)]
+    if content.scan is not None:
+        tables += [tag("h3", "Scan"), _facts_table(content.scan.attributes)]
+    if content.training:
+        trained_on = {name: value for name, value in content.training.items() if name != "history"}
         tables += [tag("h3", "Training"), _facts_table(trained_on)]
     return tables
 
 
 def _facts_table(values: Mapping[str, Any]) -> Markup:
     rows = [
-        tag("tr", tag("th", str(name), scope="row"), tag("td", in_words(value)))
+        tag("tr", tag("th", str(name), scope="row"), tag("td", _flat_text(value)))
         for name, value in values.items()
         if value is not None
     ]
     return tag("table", tag("tbody", *rows), class_="record")
 
 
-def in_words(value: Any) -> str:
-    """A value of nested attributes in one line, what is None or empty left out.
+def _flat_text(value: Any) -> str:
+    """One-line text of nested attributes, without None and empty values.
 
     Examples
     --------
-    >>> in_words({"tile": 256, "crop": None, "roi": [0, 5]}), in_words([{"kind": "pinn"}])
+    >>> _flat_text({"tile": 256, "crop": None, "roi": [0, 5]}), _flat_text([{"kind": "pinn"}])
     ('tile 256; roi 0, 5', 'kind pinn')
     """
     if isinstance(value, Mapping):
-        return "; ".join(f"{name} {in_words(item)}" for name, item in value.items() if item not in (None, [], {}))
+        return "; ".join(f"{name} {_flat_text(item)}" for name, item in value.items() if item not in (None, [], {}))
     if isinstance(value, list | tuple):
         more = f", ... ({len(value)} in all)" if len(value) > LONGEST_LIST else ""
-        return ", ".join(map(in_words, value[:LONGEST_LIST])) + more
+        return ", ".join(map(_flat_text, value[:LONGEST_LIST])) + more
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

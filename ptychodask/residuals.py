@@ -1,4 +1,4 @@
-"""How far each measured pattern is from the one that a reconstructed object makes: which patterns are wrong."""
+"""Residuals of measured patterns against those predicted from an object, and outliers."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from ptychodask.store import open_scan
 logger = logging.getLogger(__name__)
 
 MIN_SEEN_LIGHT = 0.99
-"""Share of the probe's light that must fall on seen pixels of the object for a pattern to be judged."""
+"""Minimum fraction of the probe intensity on seen pixels for a pattern to get residuals."""
 
 PART_PIXELS = 2**22
-"""Pixels of patterns that one task reads, at the most."""
+"""Maximum detector pixels that one task reads."""
 
 PARTS_AT_LEAST = 16
-"""Tasks that a scan is cut into where it has as many patterns."""
+"""Minimum number of tasks of a scan, if it has as many patterns."""
 
 OUTLIER_MAD = 8.0
-"""Deviations above the median from which a pattern's R stands out."""
+"""Standard deviations above the median R beyond which a pattern is an outlier."""
 
 MAD_TO_SIGMA = 1.4826
-"""Standard deviation of normally spread values in units of their median absolute deviation."""
+"""Ratio of standard deviation to median absolute deviation of a normal distribution."""
 
 
 def residuals(
@@ -48,18 +48,18 @@ def residuals(
     drop: Sequence[int] | NDArray[np.integer[Any]] = (),
     progress: bool | None = None,
 ) -> xr.Dataset:
-    """Push a reconstructed object through the forward model, against each measured pattern.
+    """Residuals of each measured pattern against the forward model of an object.
 
     Parameters
     ----------
     result : xarray.Dataset or path
-        With ``object`` (y, x): from `reconstruct` or `reconstruct_iterative`, or a store that holds such.
+        With ``object`` (y, x): from `reconstruct` or `reconstruct_iterative`, or the store of such a result.
     scan : Scan or path
         The measured scan: patterns, positions, probe, mask and flux.
     client : distributed.Client, optional
-        Where to run; by default the active client, else one in this process.
+        Dask client; by default the active one, else one in this process.
     drop : int array (k,), optional
-        Patterns of the store that are flagged as dropped and left out of the totals; they are judged all the same.
+        Patterns flagged as dropped and left out of the totals; their residuals are computed too.
     progress : bool, optional
         See `progress_bar`.
 
@@ -68,57 +68,57 @@ def residuals(
     xarray.Dataset
         Along ``pattern``, in the order of the store:
 
-        * ``r_factor`` float64, R = Σ|√I_pred − √I| / Σ√I over good pixels; infinite for a pattern without light;
-        * ``poisson_deviance`` float64, 2 Σ(I_pred − I + I log(I / I_pred)) / n over the n good pixels, about 1 where
-          photon noise is all that differs and pixels have a few photons or more; NaN for a scan of amplitudes, whose
+        * ``r_factor`` float64, R = Σ|√I_pred − √I| / Σ√I over good pixels; infinite for a pattern without counts;
+        * ``poisson_deviance`` float64, 2 Σ(I_pred − I + I log(I / I_pred)) / n over the n good pixels, about 1 if
+          photon noise is the only difference and pixels have a few photons or more; NaN for a scan of amplitudes, whose
           photon number is unknown;
-        * ``seen_light`` float64, share of the probe's light, the probe on the whole pixel at or before the position,
-          that falls on seen pixels of the object.
+        * ``seen_light`` float64, fraction of the probe intensity on seen pixels of the object, with the position
+          rounded down to whole pixels.
 
-        Where ``seen_light`` is below `MIN_SEEN_LIGHT` the first two are NaN: the object does not tell that pattern.
-        Coordinates ``pattern`` (place in the store), ``y_px``, ``x_px``, ``source_index`` where known, and ``dropped``
-        with `drop`. Attributes: totals over the patterns that were judged and not dropped (``r_factor`` is
-        ΣΣ|√I_pred − √I| / ΣΣ√I, ``poisson_deviance`` the mean over patterns), and how many those are.
+        If ``seen_light`` is below `MIN_SEEN_LIGHT` the first two are NaN, because the object does not determine that
+        pattern. Coordinates ``pattern`` (index in the store), ``y_px``, ``x_px``, ``source_index`` if known, and
+        ``dropped`` with `drop`. Attributes: totals over the patterns that have residuals and are not dropped
+        (``r_factor`` is ΣΣ|√I_pred − √I| / ΣΣ√I, ``poisson_deviance`` the mean over patterns), and their number.
 
     Raises
     ------
     PtychodaskError
-        If the result has no object (y, x) of consecutive pixels, cannot be read, no pixel of it is seen, a pattern to
-        drop does not exist, or no pattern can be judged.
+        If the result has no object (y, x) of consecutive pixels, cannot be read, or has no seen pixel; if a pattern to
+        drop does not exist, or no pattern can have residuals.
 
     Notes
     -----
-    The forward model is that of `r_factor`, pixels that were not seen counting as the mean amplitude of those that
-    were. A task reads consecutive patterns and the part of the object that they meet, so neither scan nor object is
-    ever whole in memory when both lie on disk. A pattern's residual does not depend on how the scan is cut.
-    A lazy result that lies on no disk (``compute=False``) is predicted twice: compute it, or write it, first. A result
-    of other data, or made with another probe than the scan has now, is judged all the same, and a warning logged.
+    The forward model is that of `r_factor`; unseen pixels are set to the mean amplitude of the seen ones. A task reads
+    consecutive patterns and the part of the object that they illuminate, so if both are on disk, neither scan nor
+    object is ever completely in memory. Residuals do not depend on how the scan is cut into tasks.
+    A lazy result that is not on disk (``compute=False``) is computed twice: compute or save it first. A result of other
+    data, or of another probe than the scan has now, is accepted with a logged warning.
     """
     measured = scan if isinstance(scan, Scan) else open_scan(parse_location(scan).resolve())
     opened = result if isinstance(result, xr.Dataset) else open_result(parse_location(result).resolve())
     object_ = _object_of(opened)
     if opened.attrs.get("data_hash", measured.data_hash) != measured.data_hash:
         logger.warning(
-            "the result was made of other data than %s, or with another probe", measured.store or "this scan"
+            "the result was made from other data than %s, or with another probe", measured.store or "this scan"
         )
     kept = patterns_without(measured, drop)
-    # Tasks need none of what else a scan knows; a truth may be as large as the object.
+    # Fields that the tasks do not need are not sent; a truth may be as large as the object.
     sent = replace(measured, truth=None, label=None, probe_initial=None, scan_index=None, source_index=None)
-    with client_for_run(client) as used, used.as_current(), reading_result():
+    with client_for_run(client) as run_client, run_client.as_current(), reading_result():
         fill = float(abs(object_).mean(dtype=np.float64))
         if not np.isfinite(fill):
-            raise PtychodaskError("residuals: no pixel of the object is seen, so nothing can be predicted from it")
-        sums = _run(used, sent, object_, fill, progress)
+            raise PtychodaskError("residuals: the object has no seen pixel, so no pattern can be predicted")
+        sums = _run(run_client, sent, object_, fill, progress)
     return _as_dataset(measured, sums, kept, flagged=len(drop) > 0)
 
 
 def _object_of(ds: xr.Dataset) -> xr.DataArray:
     if "object" not in ds or ds["object"].dims != ("y", "x"):
-        raise PtychodaskError("residuals: the result has no object (y, x); select one method of it, or reconstruct it")
+        raise PtychodaskError("residuals: the result has no object (y, x); select one method, or pass a reconstruction")
     for dim in ("y", "x"):
         if ds.sizes[dim] == 0 or (np.diff(ds[dim]) != 1).any():
             raise PtychodaskError(
-                f"residuals: the object's pixels along {dim} are not consecutive, expected steps of 1"
+                f"residuals: coordinates of the object along {dim} are not consecutive, expected steps of 1"
             )
     return ds["object"]
 
@@ -126,7 +126,7 @@ def _object_of(ds: xr.Dataset) -> xr.DataArray:
 def _run(
     client: distributed.Client, scan: Scan, object_: xr.DataArray, fill: float, progress: bool | None
 ) -> NDArray[np.float64]:
-    """What `judge_patterns` gives for all patterns, in their order."""
+    """`judge_patterns` of all patterns, in their order."""
     with broadcast(client, scan) as sent:
         return _judge_all(client, scan, sent, object_, fill, progress)
 
@@ -136,20 +136,20 @@ def _judge_all(
 ) -> NDArray[np.float64]:
     tasks = []
     for part in _parts(scan):
-        cut, corner = _object_under(object_, scan.position_yx_px[part], scan.n_pixels)
-        tasks.append(dask.delayed(_judge_sent, pure=False)(sent, part, cut.data, corner, fill))
-    # The graph of a lazy object is left as it was built: optimisation would drop the resources that its tasks ask for.
+        illuminated, corner = _illuminated_part(object_, scan.position_yx_px[part], scan.n_pixels)
+        tasks.append(dask.delayed(_judge_sent, pure=False)(sent, part, illuminated.data, corner, fill))
+    # The graph of a lazy object is not optimised, which would drop the resource annotations of its tasks.
     futures = client.compute(tasks, optimize_graph=False)
-    found: dict[distributed.Future, NDArray[np.float64]] = {}
+    done: dict[distributed.Future, NDArray[np.float64]] = {}
     logger.info("%s: %d patterns in %d tasks", scan.store or "scan", scan.n_patterns, len(futures))
     try:
         with progress_bar("residuals", scan.n_patterns, "patterns", progress) as bar:
             for future, sums in distributed.as_completed(futures, with_results=True, loop=client.loop):
-                found[future] = sums
+                done[future] = sums
                 bar.advance(len(sums))
     finally:
         client.cancel(futures)
-    return np.concatenate([found[future] for future in futures])
+    return np.concatenate([done[future] for future in futures])
 
 
 def _parts(scan: Scan) -> list[slice]:
@@ -159,16 +159,16 @@ def _parts(scan: Scan) -> list[slice]:
     return [slice(start, min(start + size, n_patterns)) for start in range(0, n_patterns, size)]
 
 
-def _object_under(
+def _illuminated_part(
     object_: xr.DataArray, position_yx_px: NDArray[np.float64], n_pixels: int
 ) -> tuple[xr.DataArray, tuple[int, int]]:
-    """The part of an object that frames at some positions meet, and the coordinates of its first pixel."""
+    """Part of an object under the probe footprints, and its corner."""
     corner = footprint_corners(position_yx_px, n_pixels)
     first = int(object_["y"][0]), int(object_["x"][0])
     low = np.clip(corner.min(axis=0) - first, 0, object_.shape).tolist()
     high = np.clip(corner.max(axis=0) + n_pixels - first, 0, object_.shape).tolist()
-    cut = object_.isel(y=slice(low[0], high[0]), x=slice(low[1], high[1]))
-    return cut, (first[0] + low[0], first[1] + low[1])
+    illuminated = object_.isel(y=slice(low[0], high[0]), x=slice(low[1], high[1]))
+    return illuminated, (first[0] + low[0], first[1] + low[1])
 
 
 def _judge_sent(sent: Broadcast, *arguments: Any) -> NDArray[np.float64]:
@@ -178,63 +178,63 @@ def _judge_sent(sent: Broadcast, *arguments: Any) -> NDArray[np.float64]:
 def judge_patterns(
     scan: Scan, part: slice, object_: NDArray[np.complex64], corner: tuple[int, int], fill: float
 ) -> NDArray[np.float64]:
-    """Compare consecutive patterns with those that an object makes.
+    """Compare consecutive patterns with those predicted from an object.
 
     Parameters
     ----------
     scan : Scan
     part : slice
-        Which patterns.
+        Range of patterns.
     object_ : complex64 array (y, x)
-        All of the object that their frames meet; NaN where unseen.
+        The object under all their probe footprints; NaN where unseen.
     corner : (int, int)
-        Coordinates of its pixel [0, 0] in the scan's frame.
+        Scan coordinates of its pixel [0, 0].
     fill : float
-        What unseen pixels, and all beyond the edges, count as.
+        Value of unseen pixels, and of all outside the object.
 
     Returns
     -------
     float64 array (pattern, 4)
-        Σ|√I_pred − √I| and Σ√I over good pixels, Poisson deviance for each good pixel, seen light (see `residuals`).
+        Σ|√I_pred − √I| and Σ√I over good pixels, Poisson deviance per good pixel, ``seen_light`` (see `residuals`).
     """
     corners = footprint_corners(scan.position_yx_px[part], scan.n_pixels)
-    whole, start = _around_frames(object_, corner, corners, scan.n_pixels)
-    seen = np.isfinite(whole)
-    whole[~seen] = fill
-    light = (np.abs(scan.probe) ** 2).sum(axis=0, dtype=np.float64)
-    light /= light.sum()
-    found = np.empty((len(corners), 4))
-    for row, (frame_corner, amplitude) in enumerate(zip(corners, scan.amplitude(part), strict=True)):
-        model = predicted_amplitude(whole, start, scan, part.start + row).astype(np.float64)
-        frame = tuple(slice(side, side + scan.n_pixels) for side in frame_corner - start)
-        found[row] = (
+    padded, start = _padded_to_footprints(object_, corner, corners, scan.n_pixels)
+    seen = np.isfinite(padded)
+    padded[~seen] = fill
+    intensity = (np.abs(scan.probe) ** 2).sum(axis=0, dtype=np.float64)
+    intensity /= intensity.sum()
+    sums = np.empty((len(corners), 4))
+    for row, (footprint_corner, amplitude) in enumerate(zip(corners, scan.amplitude(part), strict=True)):
+        model = predicted_amplitude(padded, start, scan, part.start + row).astype(np.float64)
+        footprint = tuple(slice(side, side + scan.n_pixels) for side in footprint_corner - start)
+        sums[row] = (
             np.abs(model - amplitude).sum(),
             amplitude.sum(dtype=np.float64),
             poisson_deviance(model**2, amplitude.astype(np.float64) ** 2, scan.mask),
-            light[seen[frame]].sum(),
+            intensity[seen[footprint]].sum(),
         )
     if scan.domain != "counts":
-        found[:, 2] = np.nan
-    return found
+        sums[:, 2] = np.nan
+    return sums
 
 
-def _around_frames(
+def _padded_to_footprints(
     object_: NDArray[np.complex64], corner: tuple[int, int], corners: NDArray[np.int64], n_pixels: int
 ) -> tuple[NDArray[np.complex64], tuple[int, int]]:
-    """The object on the box around all frames, NaN where it does not reach, and the coordinates of the first pixel."""
+    """Object padded with NaN to all probe footprints, and its corner."""
     low = corners.min(axis=0)
     start = int(low[0]), int(low[1])
-    whole = np.full(corners.max(axis=0) + n_pixels - low, complex(np.nan, np.nan), np.complex64)
+    padded = np.full(corners.max(axis=0) + n_pixels - low, complex(np.nan, np.nan), np.complex64)
     if object_.size:
         top, left = corner[0] - start[0], corner[1] - start[1]
-        whole[top : top + object_.shape[0], left : left + object_.shape[1]] = object_
-    return whole, start
+        padded[top : top + object_.shape[0], left : left + object_.shape[1]] = object_
+    return padded, start
 
 
 def poisson_deviance(
     predicted: NDArray[np.float64], counts: NDArray[np.float64], mask: NDArray[np.bool_] | None = None
 ) -> float:
-    """Deviance of counts from what was predicted, for each good pixel.
+    """Poisson deviance of counts from predicted ones, per good pixel.
 
     Parameters
     ----------
@@ -246,12 +246,13 @@ def poisson_deviance(
     Returns
     -------
     float
-        2 Σ(predicted − counts + counts log(counts / predicted)) / n; 0 where both are equal.
+        2 Σ(predicted − counts + counts log(counts / predicted)) / n; 0 if both are equal.
 
     Notes
     -----
-    P. McCullagh, J. A. Nelder, Generalized Linear Models (1989), §2.3. A prediction below the float32 rounding of the
-    pattern's brightest pixel counts as that: less is not known of it, and its logarithm would rule the sum.
+    P. McCullagh, J. A. Nelder, Generalized Linear Models (1989), §2.3. Predictions are at least the float32
+    rounding error of the brightest pixel of the pattern: smaller values are not accurate, and their logarithm would
+    dominate the sum.
 
     Examples
     --------
@@ -273,8 +274,8 @@ def _as_dataset(scan: Scan, sums: NDArray[np.float64], kept: NDArray[np.int64], 
     counted[np.setdiff1d(np.arange(scan.n_patterns), kept)] = False
     if not amplitude[counted].sum() > 0:
         raise PtychodaskError(
-            f"{scan.store or 'scan'}: no pattern that counts has light, {MIN_SEEN_LIGHT:.0%} of it on seen pixels of "
-            "the object; pass a result of this scan, and drop fewer"
+            f"{scan.store or 'scan'}: no pattern that is not dropped has counts and {MIN_SEEN_LIGHT:.0%} of the probe "
+            "intensity on seen pixels of the object; pass a result of this scan, and drop fewer"
         )
     with np.errstate(divide="ignore", invalid="ignore"):
         r_factor = np.where(judged, misfit / amplitude, np.nan)
@@ -291,16 +292,16 @@ def _as_dataset(scan: Scan, sums: NDArray[np.float64], kept: NDArray[np.int64], 
     totals = {"r_factor": float(misfit[counted].sum() / amplitude[counted].sum())}
     if known:
         totals["poisson_deviance"] = float(deviance[counted].mean())
-    note = {} if known else {"comment": "NaN: the store holds amplitudes, whose photon number is unknown"}
+    note = {} if known else {"comment": "NaN: the store contains amplitudes, whose photon number is unknown"}
     return xr.Dataset(
         {
             "r_factor": ("pattern", r_factor, {"long_name": "R factor"}),
             "poisson_deviance": (
                 "pattern",
                 np.where(judged, deviance, np.nan),
-                {"long_name": "Poisson deviance for each good pixel", **note},
+                {"long_name": "Poisson deviance per good pixel", **note},
             ),
-            "seen_light": ("pattern", seen_light, {"long_name": "share of the light on seen pixels"}),
+            "seen_light": ("pattern", seen_light, {"long_name": "fraction of the probe intensity on seen pixels"}),
         },
         coords=coords,
         attrs={
@@ -314,22 +315,22 @@ def _as_dataset(scan: Scan, sums: NDArray[np.float64], kept: NDArray[np.int64], 
     )
 
 
-def outliers(found: xr.Dataset, *, n_mad: float = OUTLIER_MAD) -> NDArray[np.int64]:
-    """Patterns whose R is far above that of most others, worst first.
+def outliers(residuals: xr.Dataset, *, n_mad: float = OUTLIER_MAD) -> NDArray[np.int64]:
+    """Patterns whose R is far above the median, worst first.
 
     Parameters
     ----------
-    found : xarray.Dataset
+    residuals : xarray.Dataset
         From `residuals`.
     n_mad : float
-        How far: more than the median of R by so many times 1.4826 median absolute deviations, which is the standard
-        deviation where R is normally spread.
+        Threshold above the median of R, in units of 1.4826 median absolute deviations (the standard deviation if R is
+        normally distributed).
 
     Returns
     -------
     int64 array (k,)
-        Places in the store, as ``drop`` of `reconstruct` takes them. Patterns that were not judged or are flagged as
-        dropped neither count nor are named.
+        Indices in the store, as for ``drop`` of `reconstruct`. Patterns without residuals or flagged as dropped are
+        ignored.
 
     Raises
     ------
@@ -338,20 +339,20 @@ def outliers(found: xr.Dataset, *, n_mad: float = OUTLIER_MAD) -> NDArray[np.int
 
     Notes
     -----
-    Bad patterns spoil the object where they lie, and with it the R of their neighbours: drop the worst, reconstruct,
-    and look again. At the rim of a scan, where few patterns overlap, R is larger than inside with nothing wrong.
+    Bad patterns damage the object around them and so raise the R of their neighbours: drop the worst, reconstruct,
+    and check again. At the edge of a scan, where few patterns overlap, R is larger than inside even for good patterns.
 
     Examples
     --------
-    >>> found = xr.Dataset({"r_factor": ("pattern", [0.1, 0.12, np.inf, 0.11, np.nan, 0.5])})
-    >>> outliers(found).tolist()
+    >>> residuals = xr.Dataset({"r_factor": ("pattern", [0.1, 0.12, np.inf, 0.11, np.nan, 0.5])})
+    >>> outliers(residuals).tolist()
     [2, 5]
     """
     if not n_mad > 0:
         raise PtychodaskError(f"outliers: n_mad is {n_mad}, expected a positive number")
-    r_factor = found["r_factor"].values
-    if "dropped" in found.coords:
-        r_factor = np.where(found["dropped"].values, np.nan, r_factor)
+    r_factor = residuals["r_factor"].values
+    if "dropped" in residuals.coords:
+        r_factor = np.where(residuals["dropped"].values, np.nan, r_factor)
     middle = np.nanmedian(r_factor)
     spread = MAD_TO_SIGMA * np.nanmedian(np.abs(r_factor - middle))
     far = np.flatnonzero(r_factor > middle + n_mad * spread)

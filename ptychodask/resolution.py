@@ -1,4 +1,4 @@
-"""How fine an object is known, from two halves of the patterns: no truth is needed."""
+"""Resolution from the ring correlation of two half-data objects, without truth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ptychodask.result import open_result
 from ptychodask.scan import PtychodaskError, check_choice
 
 Criterion = Literal["1/7", "half-bit", "1/2"]
-"""Where a ring correlation of halves is said to end."""
+"""Threshold of the ring correlation of halves that defines the resolution."""
 
 THRESHOLDS: dict[Criterion, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
     "1/7": lambda frequency: np.full_like(frequency, 1 / 7),
@@ -24,16 +24,16 @@ THRESHOLDS: dict[Criterion, Callable[[NDArray[np.float64]], NDArray[np.float64]]
 }
 
 WINDOWS_ACROSS = 64
-"""Windows along the longer side that an automatic step comes close to, at the most."""
+"""Approximate maximum number of windows along the longer side for an automatic step."""
 
 LARGEST_SQUARE = 4096
-"""Pixels across the middle of the object over which the whole correlation is taken, at the most."""
+"""Maximum pixels across the central square used for the global correlation."""
 
 SEEN_SHARE = 0.9
-"""Share of a window's pixels that both halves must have lit well."""
+"""Minimum fraction of a window's pixels that are well lit in both halves."""
 
 LIT_SHARE = 0.1
-"""A pixel is lit well where its weight is this share of the median weight, or more."""
+"""Minimum weight of a well-lit pixel, as a fraction of the median weight."""
 
 
 def resolution(
@@ -43,14 +43,16 @@ def resolution(
     window_px: int = 64,
     step_px: int | None = None,
 ) -> xr.Dataset:
-    """Fourier ring correlation of the halves of a result, over its middle and in a window that moves over it.
+    """Resolution of a result, global and local, from its two halves.
+
+    Global: Fourier ring correlation over the central square. Local: the same in a moving window.
 
     Parameters
     ----------
     result : xarray.Dataset or path
         From ``reconstruct(..., split_half=True)``: ``object_half`` and ``weight_half`` (half, y, x).
     criterion : {"1/7", "half-bit", "1/2"}
-        Correlation at which a frequency counts as lost.
+        Threshold of the correlation.
     window_px : int
         Pixels across the moving window, even.
     step_px : int, optional
@@ -59,11 +61,11 @@ def resolution(
     Returns
     -------
     xarray.Dataset
-        ``frc`` (frequency), of the complex halves over their middle square; ``threshold`` (frequency);
-        ``resolution_px``, a full period at the crossing; ``local_resolution_px`` (window_y, window_x), NaN where a
-        window is not seen well; coordinates ``frequency`` (cycles per pixel), ``window_y`` and ``window_x``, middles of
-        the windows in pixels of the scan's frame. Where the pixel size is known also ``resolution_m`` and
-        ``local_resolution_m``. The finest that can be said is 2 pixels.
+        ``frc`` (frequency), of the complex halves over their central square; ``threshold`` (frequency);
+        ``resolution_px``, full period at the crossing; ``local_resolution_px`` (window_y, window_x), NaN if a window
+        has too few well-lit pixels; coordinates ``frequency`` (cycles per pixel), ``window_y`` and ``window_x``, window
+        centres in scan coordinates, pixels. If the pixel size is known also ``resolution_m`` and
+        ``local_resolution_m``. The finest possible value is 2 pixels.
 
     Raises
     ------
@@ -73,18 +75,19 @@ def resolution(
     Notes
     -----
     1/7 for halves: P. Rosenthal, R. Henderson, J. Mol. Biol. 333 (2003) 721; local: G. Cardone, J. Heymann,
-    A. Steven, J. Struct. Biol. 184 (2013) 226. A small window has few frequencies in its inner rings, so its figure is
-    coarse, and one without detail has nothing to agree on. What a network adds by itself it adds to both halves.
+    A. Steven, J. Struct. Biol. 184 (2013) 226. A small window has few frequencies in its inner rings, so its value is
+    coarse, and one without detail has nothing to correlate. Artefacts that a network adds to both halves alike do not
+    lower the correlation.
     """
     check_choice("criterion", criterion, get_args(Criterion), "resolution")
     ds = result if isinstance(result, xr.Dataset) else open_result(result)
     _check_halves(ds, window_px, step_px)
     step = step_px or max(window_px // 4, -(-max(ds.sizes["y"], ds.sizes["x"]) // WINDOWS_ACROSS))
-    frequency, correlation = frc(*_halves(_middle(ds)))
+    frequency, correlation = frc(*_halves(_central_square(ds)))
     threshold = THRESHOLDS[criterion](frequency)
     starts_y, starts_x = (np.arange(0, ds.sizes[dim] - window_px + 1, step) for dim in ("y", "x"))
-    local = np.stack([_along_a_band(ds, int(y), starts_x, window_px, criterion) for y in starts_y])
-    found = xr.Dataset(
+    local = np.stack([_row_of_windows(ds, int(y), starts_x, window_px, criterion) for y in starts_y])
+    resolutions = xr.Dataset(
         {
             "frc": ("frequency", correlation),
             "threshold": ("frequency", threshold),
@@ -100,11 +103,11 @@ def resolution(
     )
     pixel_size_m = ds.attrs.get("pixel_size_m")
     if pixel_size_m is None:
-        return found
+        return resolutions
     in_metres = {
-        name.replace("_px", "_m"): found[name] * pixel_size_m for name in ("resolution_px", "local_resolution_px")
+        name.replace("_px", "_m"): resolutions[name] * pixel_size_m for name in ("resolution_px", "local_resolution_px")
     }
-    return found.assign(in_metres).assign_attrs(pixel_size_m=pixel_size_m)
+    return resolutions.assign(in_metres).assign_attrs(pixel_size_m=pixel_size_m)
 
 
 def _check_halves(ds: xr.Dataset, window_px: int, step_px: int | None) -> None:
@@ -123,14 +126,14 @@ def _check_halves(ds: xr.Dataset, window_px: int, step_px: int | None) -> None:
         raise PtychodaskError(f"resolution: step_px is {step_px}, expected 1 or more")
 
 
-def _middle(ds: xr.Dataset) -> xr.Dataset:
+def _central_square(ds: xr.Dataset) -> xr.Dataset:
     side = min(ds.sizes["y"], ds.sizes["x"], LARGEST_SQUARE)
     starts = {dim: (ds.sizes[dim] - side) // 2 for dim in ("y", "x")}
     return ds.isel({dim: slice(start, start + side) for dim, start in starts.items()})
 
 
 def _halves(ds: xr.Dataset) -> list[NDArray[np.complex64]]:
-    """The two objects in memory, NaN where either is dim."""
+    """Both objects in memory, NaN where either is poorly lit or unseen."""
     shown = ds[["object_half", "weight_half"]].ptycho.compute()
     objects, weights = shown["object_half"].values, shown["weight_half"].values
     lit = [
@@ -142,10 +145,13 @@ def _halves(ds: xr.Dataset) -> list[NDArray[np.complex64]]:
     return [np.where(seen, object_, np.complex64(np.nan)) for object_ in objects]
 
 
-def _along_a_band(
+def _row_of_windows(
     ds: xr.Dataset, y: int, starts_x: NDArray[np.int64], window_px: int, criterion: Criterion
 ) -> NDArray[np.float64]:
-    """Resolution in each window of a row of them, which alone is in memory."""
+    """Resolution of each window in a row of windows.
+
+    Only this row is loaded into memory.
+    """
     band = ds.isel(y=slice(y, y + window_px))
     if not (band["weight_half"].values > 0).all(axis=0).any():
         return np.full(len(starts_x), np.nan)

@@ -315,7 +315,7 @@ def test_files_of_other_programs_are_compared_and_tables_written(run, store, jud
     code, out, err = run("compare", *results, "--truth", store, "--baseline", "PtyChi", *tables)
     assert code == 0, err
     assert "| ours | amplitude | 1 | 1 |" in out
-    assert "Less PtyChi:" in out
+    assert "Difference from PtyChi:" in out
     assert (judged / "t.md").read_text().strip() == out.strip()
     assert (judged / "t.csv").read_text().startswith("method,part,correlation,")
     assert (judged / "t.png").stat().st_size > 10_000
@@ -331,7 +331,7 @@ def test_what_cannot_be_compared_is_one_line(refused, store, judged):
         ((ours, judged / "no.npz"), "no.npz: no such file"),
         ((theirs, "--key", "B=a", "--truth", store), "--key B=a: no result has this label"),
         ((f"A={theirs}", "--key", "A=a", "--truth", store), "holds no array 'a'; keys found: reconstructed_object"),
-        ((ours, theirs, "--baseline", "Nobody"), "no result 'Nobody' to be the baseline"),
+        ((ours, theirs, "--baseline", "Nobody"), "baseline is 'Nobody', expected one of the results"),
         ((ours, theirs, "--peak", "high"), "peak is 'high', expected a positive number"),
         ((ours, theirs, "--csv", judged / "none" / "t.csv"), "none does not exist; make it first"),
         ((ours, theirs, "--csv", judged), "it is a folder; name a file"),

@@ -349,8 +349,8 @@ def test_bad_options_end_in_one_line(measured, run, tmp_path):
     np.savez(tmp_path / "scan.npz", dp=measured.diffraction[:], pos=measured.position_yx_px)
     for options, line in (
         (["--rotation"], "--rotation: needs --check-axes"),
-        (["--png", tmp_path / "none" / "a.png"], "lies in none that exists"),
-        (["--png", tmp_path / "a.txt"], "no name of a figure"),
+        (["--png", tmp_path / "none" / "a.png"], "none does not exist"),
+        (["--png", tmp_path / "a.txt"], "unknown figure format '.txt'"),
         (["--domain", "photons"], "domain is 'photons'"),
         (["--affine", "1,2,2,4"], "singular"),
         (["--affine", "1,2"], "expected 4 numbers"),
@@ -383,7 +383,7 @@ def test_the_picture_shows_the_beam_in_the_middle(measured, tmp_path):
 
 def test_dark_patterns_have_no_picture(measured, tmp_path):
     np.savez(tmp_path / "dark.npz", dp=np.zeros((60, 16, 16), np.uint16), pos=measured.position_yx_px[:60])
-    with pytest.raises(PtychodaskError, match="no pattern has light"):
+    with pytest.raises(PtychodaskError, match="all patterns are zero"):
         plot_preview(inspect_file(tmp_path / "dark.npz").preview, tmp_path / "dark.png")
 
 

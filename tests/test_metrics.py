@@ -126,7 +126,7 @@ def test_weights_are_the_say_of_pixels():
     assert amplitude_ratio(estimate, truth, weight=weight) == pytest.approx((3 * 1 + 5) / 3)
     with pytest.raises(PtychodaskError, match=r"weight has shape \(1, 2\), expected that of the arrays, \(1, 3\)"):
         mae(estimate, truth, weight=weight[:, 1:])
-    with pytest.raises(PtychodaskError, match="no pixel that is seen in both arrays has a weight"):
+    with pytest.raises(PtychodaskError, match="no pixel seen in both arrays has a positive weight"):
         mae(estimate, truth, weight=np.zeros((1, 3)))
 
 
@@ -288,7 +288,7 @@ def test_patch_r_factor_is_zero_for_exact_patches_and_leaves_bad_pixels_out(rng)
     amplitude[:, ~mask] = 0
     assert patch_r_factor(patches, probe, amplitude, flux=flux, mask=mask) < 1e-6
     assert patch_r_factor(patches, probe, amplitude, flux=flux) > 0.05
-    with pytest.raises(PtychodaskError, match="have no light"):
+    with pytest.raises(PtychodaskError, match="all measured patterns are zero"):
         patch_r_factor(patches, probe, np.zeros_like(amplitude))
 
 
@@ -346,7 +346,7 @@ def test_circles_that_are_mostly_unseen_have_no_contrast():
     values = np.where(np.hypot(*(np.indices((61, 61)) - 30)) < 19.6, 1.0, np.nan)
     radius, contrast = spoke_contrast(values, (30, 30), 6)
     np.testing.assert_array_equal(np.isnan(contrast), radius >= 20)
-    with pytest.raises(PtychodaskError, match=r"no circle with a contrast lies in outer_px \(25, 30\).* 2 to 30 px"):
+    with pytest.raises(PtychodaskError, match=r"outer_px \(25, 30\) contains no circle with a contrast.* 2 to 30 px"):
         contrast_radius(radius, contrast, (25, 30))
 
 
@@ -358,7 +358,7 @@ def test_contrast_that_never_falls_has_the_smallest_radius():
 
 @pytest.mark.parametrize(
     ("centre", "n_spokes", "message"),
-    [((30, 30), 0, "n_spokes is 0"), ((30, 30), 100, "need a circle of 32 pixels"), ((2, 30), 20, "holds one of 2")],
+    [((30, 30), 0, "n_spokes is 0"), ((30, 30), 100, "need a radius of 32 pixels"), ((2, 30), 20, "has room for 2")],
 )
 def test_a_star_without_a_circle_to_judge_is_refused(centre, n_spokes, message):
     with pytest.raises(PtychodaskError, match=message):

@@ -204,7 +204,7 @@ def test_residuals_are_drawn_over_the_scan_and_in_turn_and_the_worst_named():
     assert len(dots.get_offsets()) == 29
     np.testing.assert_array_equal(rings.get_offsets()[:2], [[51, 34], [12, 8]])
     assert over_scan.yaxis_inverted()
-    assert in_turn.get_title().startswith("worst, by place in the store: 17, 4, 29, 28, ")
+    assert in_turn.get_title().startswith("worst, by index in the store: 17, 4, 29, 28, ")
     worst = {line.get_label(): line for line in in_turn.lines}["the 10 worst"]
     np.testing.assert_array_equal(worst.get_xdata()[:2], turn[[17, 4]])
     np.testing.assert_allclose(worst.get_ydata()[:2], [1.05 * 0.9, 0.9])
@@ -259,19 +259,19 @@ def test_what_cannot_be_shown_is_refused(object_, tmp_path):
         plot(result(np.full((4, 4), np.nan + 0j)))
     with pytest.raises(PtychodaskError, match=r"the Dataset has no weight, uncertainty \(y, x\)"):
         plot(ds[["object"]])
-    with pytest.raises(PtychodaskError, match=r"is no name of a figure; end it in one of: .*\.png"):
+    with pytest.raises(PtychodaskError, match=r"unknown figure format .*, expected one of: .*\.png"):
         plot(ds, path=tmp_path / "result.xyz")
     with pytest.raises(PtychodaskError, match="found no result"):
         plot_comparison({})
     dark = result(object_)
     dark["weight"][:, 30:] = 1e-3
-    with pytest.raises(PtychodaskError, match="no well-lit pixel of the first result is seen in all of them"):
+    with pytest.raises(PtychodaskError, match="no well-lit pixel of the first result is seen in all results"):
         plot_comparison({"dark": dark, "other": result(object_[:, 30:], corner=(-10, 35))})
     with pytest.raises(PtychodaskError, match=r"no object_half, weight_half \(half, y, x\)"):
         plot_split_half(ds)
     with pytest.raises(PtychodaskError, match=r"plot_residuals: the Dataset has no r_factor, poisson_deviance, y_px"):
         plot_residuals(ds)
-    with pytest.raises(PtychodaskError, match="no pattern was judged"):
+    with pytest.raises(PtychodaskError, match="no pattern has a residual"):
         plot_residuals(some_residuals(np.full(3, np.nan), np.full(3, np.nan)))
 
 

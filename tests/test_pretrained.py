@@ -74,7 +74,10 @@ def test_a_scan_without_a_model_takes_the_packaged_one(store, tmp_path):
     found = compare({"packaged": ds}, truth=scan)["value"].sel({"method": "packaged", "metric": "correlation"})
     assert float(found.sel(part="amplitude")) > 0.9
     report = write_report(ds, tmp_path / "report.html").read_text()
-    assert "It came with the package (pinn-n64-c4), trained on 16384 patterns of 64 simulated scans" in report
+    assert (
+        "It is a model packaged with ptychodask (pinn-n64-c4), trained on 16384 patterns of 64 simulated scans"
+        in report
+    )
 
 
 def test_a_packaged_model_travels_by_its_name(store):
@@ -110,7 +113,7 @@ def test_a_scan_that_is_unlike_the_lessons_is_warned_of_and_the_report_says_so(t
     sparser = unlike_training(load_model("pretrained:pinn-n64-c4"), ScanReader(path))
     assert [line.split(" is ")[0] for line in sparser] == [line.split(" is ")[0] for line in unlike]
     report = write_report(ds, tmp_path / "report.html").read_text()
-    assert "The scan lies outside of what it was trained on: " in report
+    assert "The scan is outside the range of the training scans: " in report
 
 
 def test_ranges_hold_the_scans_that_they_are_of_and_a_little_more(store):

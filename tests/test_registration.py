@@ -72,15 +72,13 @@ def test_a_start_saves_the_search():
 def test_what_does_not_match_is_refused():
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(60, 70)) + 1j * rng.normal(size=(60, 70))
-    with pytest.raises(
-        PtychodaskError, match=r"at its best place the object correlates with the other by 0\.\d\d, exp"
-    ):
+    with pytest.raises(PtychodaskError, match=r"at the best shift the correlation of the two objects is 0\.\d\d, exp"):
         find_corner(noise, OBJECTS["field"]())
-    with pytest.raises(PtychodaskError, match=r"the object's place still changes by \d\.\d px after 5 steps"):
+    with pytest.raises(PtychodaskError, match=r"the shift still changes by \d\.\d px after 5 steps"):
         find_corner(crossing_lines((60, 70), np.random.default_rng(8)), OBJECTS["field"]())
-    with pytest.raises(PtychodaskError, match="no pixel of one of the objects is seen, so it cannot be placed"):
+    with pytest.raises(PtychodaskError, match="one of the objects has no seen pixel, so they cannot be registered"):
         find_corner(np.full((50, 60), NAN), OBJECTS["field"]())
-    with pytest.raises(PtychodaskError, match="the objects share no pixel"):
+    with pytest.raises(PtychodaskError, match="with this start_yx_px the objects do not overlap"):
         find_corner(OBJECTS["star"](), OBJECTS["star"](), start_yx_px=(500.0, 0.0))
 
 

@@ -109,7 +109,7 @@ def test_report_holds_summary_figures_metrics_methods_and_provenance(folder):
         assert len(picture["alt"]) > 40
     for fact in (
         "amplitude: SSIM",
-        "R over 60 patterns",
+        "R-factor of 60 patterns",
         "Again",
         open_scan(folder / "scan.zarr").data_hash,
         "engine iterative; n_sweeps 3",
@@ -121,21 +121,21 @@ def test_methods_say_what_was_done_with_which_numbers_and_what_is_not_known(fold
     text = page_of(folder / "report.html").text
     methods = text[text.rindex("Methods") : text.rindex("Provenance")]
     for sentence in (
-        "The scan holds 60 diffraction patterns of 16 × 16 pixels, stored as photon counts",
-        "It was simulated: object “lines”, probe “zone_plate”, 100,000 photons in a pattern, steps of 3.000 pixels.",
-        "reconstructed by 3 sweeps of an iterative algorithm (rPIE).",
-        "after the global phase and a phase plane had been removed",
-        "The phase is known up to a constant and a plane, which no pattern can tell.",
+        "The scan consists of 60 diffraction patterns of 16 × 16 pixels, stored as photon counts",
+        "It was simulated with the object “lines”, the probe “zone_plate”, 100,000 photons per pattern and a step",
+        "reconstructed with 3 iterations of the rPIE algorithm.",
+        "after removal of a global phase offset and a linear phase ramp.",
+        "The data do not determine a global phase offset and a linear phase ramp.",
     ):
         assert sentence in methods
-    assert "accuracy of the object is not known" not in methods
+    assert "accuracy of the reconstruction is unknown" not in methods
 
 
 def test_methods_without_a_scan_say_so(ds, tmp_path):
     text = page_of(write_report(ds, tmp_path / "report.html")).text
-    assert "the measurement itself (the scan was not given to this report)" in text
-    assert "how the network was trained (its bundle is not at the recorded path" in text
-    assert "No known object was given, so the accuracy of the object is not known." in text
+    assert "the measurement (no scan was passed to this report)" in text
+    assert "the training of the network (no bundle at the recorded path" in text
+    assert "No known object was available, so the accuracy of the reconstruction is unknown." in text
 
 
 def test_training_is_told_where_the_bundle_is_the_one_that_was_used(ds, tmp_path):
@@ -152,8 +152,8 @@ def test_training_is_told_where_the_bundle_is_the_one_that_was_used(ds, tmp_path
     ds.attrs["model"] = {"kind": "baseline", "hash": "abc", "path": str(bundle)}
     text = page_of(write_report(ds, tmp_path / "report.html")).text
     assert (
-        "It was trained on 90 patterns of another scan (lesson.zarr), with 10 held out, for 2 epochs; the lowest "
-        "held-out loss was 0.2500." in text
+        "It was trained on 90 patterns of another scan (lesson.zarr), with 10 held-out patterns, for 2 epochs; the "
+        "lowest held-out loss was 0.2500." in text
     )
     ds.attrs["model"]["hash"] = "another"
     assert "It was trained on" not in page_of(write_report(ds, tmp_path / "report.html")).text
@@ -170,7 +170,10 @@ def test_of_several_methods_the_first_is_told_and_the_others_stand_beside_it(ds,
     }
     text = page_of(write_report(both, tmp_path / "report.html")).text
     assert "predicted by a physics-informed network" in text
-    assert "It read 12 groups, made of 20 patterns (group table c4), in 3 chunks; 2 patterns were left out." in text
+    assert (
+        "The model was applied to 12 groups drawn from 20 patterns (group table c4), in 3 chunks; 2 patterns "
+        "were excluded." in text
+    )
     assert "PtychoPINN Baseline amplitude: correlation" in text
     assert "99" not in text[text.rindex("Methods") : text.rindex("Provenance")]
 
@@ -204,16 +207,16 @@ def test_patterns_that_a_result_was_made_without_do_not_count(folder, tmp_path):
     ds = reconstruct_iterative(folder / "scan.zarr", n_sweeps=1, exclude=[3, 7], progress=False)
     ds.attrs["spec"] = {"drop": [3, 7]}
     text = page_of(write_report(ds, tmp_path / "report.html", scan=folder / "scan.zarr", progress=False)).text
-    assert "over the 58 patterns that were judged. Those that stand out, by more than 8 deviations above" in text
+    assert "over 58 patterns. Outliers, more than 8 standard deviations above the median:" in text
     ds.attrs["spec"] = {"drop": ["3"]}
-    with pytest.raises(PtychodaskError, match=r"records \['3'\] as dropped, expected places of patterns"):
+    with pytest.raises(PtychodaskError, match=r"records \['3'\] as dropped, expected indices of patterns"):
         write_report(ds, tmp_path / "report.html", scan=folder / "scan.zarr", progress=False)
 
 
 def test_a_truth_of_its_own_is_compared_with(ds, tmp_path):
     truth = Truth(ds["object"].values, (0.0, 0.0))
     text = page_of(write_report(ds, tmp_path / "report.html", label="mine", truth=truth)).text
-    assert "The amplitude of “mine” has a correlation of 1.000 with it" in text
+    assert "For the amplitude of “mine” the Pearson correlation is 1.000" in text
 
 
 def test_halves_get_a_picture(ds, tmp_path):
@@ -227,12 +230,12 @@ def test_only_a_report_is_replaced_and_nothing_half_written_is_left(ds, folder, 
     write_report(ds, path)
     write_report(ds, path)
     path.write_text("<html>my notes</html>")
-    with pytest.raises(PtychodaskError, match=r"report\.html: is there and no report of ptychodask"):
+    with pytest.raises(PtychodaskError, match=r"report\.html: it exists and is not a report of ptychodask"):
         write_report(ds, path)
     assert path.read_text() == "<html>my notes</html>"
-    with pytest.raises(PtychodaskError, match=r"is no name of a report; end it in \.html"):
+    with pytest.raises(PtychodaskError, match=r"found suffix '\.pdf', expected \.html"):
         check_report_path(tmp_path / "report.pdf")
-    with pytest.raises(PtychodaskError, match="lies in none that exists"):
+    with pytest.raises(PtychodaskError, match="no does not exist"):
         check_report_path(tmp_path / "no" / "report.html")
     with pytest.raises(PtychodaskError, match="pass the scan that it was made from"):
         write_report(ds, tmp_path / "other.html", scan=folder / "scan.zarr")

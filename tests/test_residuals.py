@@ -190,22 +190,25 @@ def test_what_cannot_be_judged_is_refused(scan, truth):
         residuals(truth[["weight"]], scan)
     with pytest.raises(PtychodaskError, match=r"along y are not consecutive"):
         residuals(truth.isel(y=slice(None, None, 2)), scan)
-    with pytest.raises(PtychodaskError, match=r"no pixel of the object is seen"):
+    with pytest.raises(PtychodaskError, match=r"the object has no seen pixel"):
         residuals(truth.where(truth["y"] > 1e6), scan)
     with pytest.raises(PtychodaskError, match=r"expected indices 0..59"):
         residuals(truth, scan, drop=[60])
     far = as_result(truth["object"].values, (10_000, 10_000))
-    with pytest.raises(PtychodaskError, match=r"no pattern that counts has light, 99% of it on seen pixels"):
+    with pytest.raises(
+        PtychodaskError,
+        match=r"no pattern that is not dropped has counts and 99% of the probe intensity on seen pixels",
+    ):
         residuals(far, scan)
     with pytest.raises(PtychodaskError, match=r"n_mad is 0"):
         outliers(residuals(truth, scan), n_mad=0)
 
 
-def test_a_result_of_other_data_is_told(scan, truth, caplog):
+def test_a_result_of_other_data_is_reported(scan, truth, caplog):
     residuals(truth.assign_attrs(data_hash=scan.data_hash), scan)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     residuals(truth.assign_attrs(data_hash="another"), scan)
-    assert "made of other data than" in caplog.text
+    assert "made from other data than" in caplog.text
 
 
 def test_a_scan_that_lies_in_no_store_is_judged_too(scan, truth):

@@ -311,7 +311,7 @@ def test_figures_have_a_line_for_each_network_and_gridsize(fake, tmp_path):
     labels = [line.get_label() for line in figure.axes[0].lines]
     assert labels == ["pinn, gridsize 1", "pinn, gridsize 2", "baseline"]
     np.testing.assert_array_equal(figure.axes[0].lines[1].get_ydata(), [4, 4])
-    with pytest.raises(PtychodaskError, match=r"no metric mse, expected one of: ssim, psnr"):
+    with pytest.raises(PtychodaskError, match=r"metric is mse, expected one of: ssim, psnr"):
         plot_study(found, "mse")
     with pytest.raises(PtychodaskError, match="no picture"):
         plot_contact_sheet({})
