@@ -172,7 +172,7 @@ def read_source(
     Raises
     ------
     PtychodaskError
-        If the format is unknown, it defines what an option sets, or the file does not follow it.
+        If the format is unknown, an option does not apply to it, or the file does not follow it.
     """
     check_choice("format", name, tuple(READERS), container.label)
     module = importlib.import_module(READERS[name])

@@ -25,7 +25,7 @@ from ptychodask.io.source import Frames, frame_axes, missing_key, pattern_axes
 from ptychodask.scan import PtychodaskError
 
 with suppress(ImportError):
-    # Registers the compression filters of detectors where it is installed.
+    # Registers the compression filters of detectors, if installed.
     import hdf5plugin  # noqa: F401
 
 

@@ -489,7 +489,7 @@ def as_probe(values: NDArray[Any], label: str) -> NDArray[np.complex64]:
 
 
 def as_mask(values: NDArray[Any], label: str) -> NDArray[np.bool_]:
-    """Mask from booleans or integers, True where a pixel is good."""
+    """Mask from booleans or integers, True (or not 0) where good."""
     if values.ndim != 2 or values.dtype.kind not in "biu":
         raise PtychodaskError(
             f"{label}: the mask has shape {values.shape} and type {values.dtype}, "
