@@ -1,7 +1,8 @@
-"""A reconstructor for Ptychodus: what its interface hands over becomes a scan, and the result a product.
+"""Reconstructor for Ptychodus.
 
-The interface is that of AdvancedPhotonSource/ptychodus 1.7, ``ptychodus.api.reconstruct``. Ptychodus is imported when
-`reconstructor_library` is called, and only then.
+The input from Ptychodus is written as a scan, and the result is returned as a product. The interface is that of
+AdvancedPhotonSource/ptychodus 1.7, ``ptychodus.api.reconstruct``. Ptychodus is imported only when
+`reconstructor_library` is called.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from ptychodask.training import train
 logger = logging.getLogger(__name__)
 
 MODULES = ("geometry", "object", "probe", "product", "reconstruct")
-"""Modules of ``ptychodus.api`` that are used."""
+"""Modules of ``ptychodus.api`` that are imported."""
 
 NEEDED = ("LossValue", "Object", "ObjectCenter", "ProbeSequence", "ReconstructOutput", "ReconstructorLibrary",
           "TrainableReconstructor", "TrainOutput")  # fmt: skip
-"""Names of theirs that are used: an older Ptychodus has no such modules, or not all of these."""
+"""Names from these modules that are used; older versions of Ptychodus lack some of them."""
 
 NAME = "ptychodask"
 
 MODEL_SUFFIX = ".model"
-"""Ending of a bundle, which is a folder."""
+"""Suffix of a model bundle, which is a folder."""
 
 
 def reconstructor_library(
@@ -52,34 +53,34 @@ def reconstructor_library(
     training: dict[str, Any] | None = None,
     **spec_fields: Any,
 ) -> Any:
-    """ptychodask as a library of reconstructors of Ptychodus, with one of them.
+    """Library for Ptychodus with one reconstructor, ptychodask's network.
 
     Parameters
     ----------
     model : path or model, optional
-        What to predict with, as `reconstruct` takes it; else the user opens or trains one there.
+        Model to predict with, as for `reconstruct`; by default the user opens or trains one in Ptychodus.
     calibration : {"mean_counts", "as_given"}
-        ``mean_counts`` scales the product's probe to the patterns, the object is then relative to the mean
-        transmission; ``as_given`` is for a probe in photons of the patterns.
+        ``mean_counts`` scales the product's probe to the patterns, so that the object is relative to the mean
+        transmission; ``as_given`` is for a probe with the photon counts of the patterns.
     training : dict, optional
-        Fields of `TrainingSpec` for training there.
+        Fields of `TrainingSpec` for training in Ptychodus.
     **spec_fields
         Fields of `ReconstructionSpec`.
 
     Returns
     -------
     ptychodus.api.reconstruct.ReconstructorLibrary
-        Its reconstructor is a ``TrainableReconstructor``. Ptychodus lists its libraries where it is put together
-        (``model/core.py``); it finds none by itself.
+        Its reconstructor is a ``TrainableReconstructor``. Ptychodus does not discover libraries: add this one to the
+        list in ``model/core.py``.
 
     Raises
     ------
     PtychodaskError
-        If there is no Ptychodus, or one with another interface.
+        If Ptychodus is not installed, or has another interface.
 
     Examples
     --------
-    In place of Ptychodus' own libraries, or beside them::
+    Instead of Ptychodus' libraries, or in addition to them::
 
         ProcessingCore(task_manager, settings, product_api, [reconstructor_library("scan.pinn.model")])
     """
@@ -91,21 +92,21 @@ def reconstructor_library(
 
 
 def _interface() -> SimpleNamespace:
-    """The names of Ptychodus that are used."""
-    found: dict[str, Any] = {}
+    """Classes of Ptychodus that are used."""
+    available: dict[str, Any] = {}
     try:
         for module in MODULES:
-            found |= vars(importlib.import_module(f"ptychodus.api.{module}"))
+            available |= vars(importlib.import_module(f"ptychodus.api.{module}"))
     except ModuleNotFoundError as error:
         raise PtychodaskError(f"ptychodus: no module {error.name}; install Ptychodus 1.7 or newer (pip)") from error
-    missing = [name for name in NEEDED if name not in found]
+    missing = [name for name in NEEDED if name not in available]
     if missing:
         raise PtychodaskError(f"ptychodus: its interface has no {', '.join(missing)}; install Ptychodus 1.7 or newer")
-    return SimpleNamespace(**{name: found[name] for name in NEEDED})
+    return SimpleNamespace(**{name: available[name] for name in NEEDED})
 
 
 class _Library:
-    """The methods of a ``ReconstructorLibrary``."""
+    """Methods of a ``ReconstructorLibrary``."""
 
     def __init__(self, reconstructor: Any) -> None:
         super().__init__(NAME)  # type: ignore[call-arg]
@@ -120,7 +121,7 @@ class _Library:
 
 
 class _Reconstructor:
-    """The methods of a ``TrainableReconstructor``."""
+    """Methods of a ``TrainableReconstructor``."""
 
     def __init__(
         self,
@@ -141,9 +142,9 @@ class _Reconstructor:
         return 1
 
     def reconstruct(self, parameters: Any) -> Iterator[Any]:
-        """Predict the object of a ``ReconstructInput`` at once: one ``ReconstructOutput``."""
+        """Predict the object of a ``ReconstructInput``; yields one ``ReconstructOutput``."""
         if self._model is None:
-            raise PtychodaskError("ptychodask: no model is open; open one, or train one")
+            raise PtychodaskError("ptychodask: no model is open; open or train one")
         with tempfile.TemporaryDirectory() as folder:
             scan = scan_of(parameters, Path(folder) / "scan.zarr", self._calibration)
             result = reconstruct(str(scan.store), self._model, progress=False, **self._spec_fields)
@@ -151,7 +152,7 @@ class _Reconstructor:
         yield self._api.ReconstructOutput(product=product, progress=self.get_progress_goal())
 
     def _product(self, given: Any, result: xr.Dataset, scan: Scan) -> Any:
-        """The given product with the object of a result, and the probe that it was predicted with."""
+        """Product with the object of a result and the scan's probe."""
         pixel = given.object_.get_pixel_geometry()
         picture = Picture(result).covering(scan)
         with progress_bar("object", picture.shape[0], "rows", progress=False) as bar:
@@ -171,7 +172,10 @@ class _Reconstructor:
         return "ptychodask or PtychoPINN models (model.json *.zip)"
 
     def load_model_from_file(self, file_path: Path) -> None:
-        """Open a bundle, named by its folder or the ``model.json`` in it, or an archive of PtychoPINN."""
+        """Open a bundle or an archive of PtychoPINN.
+
+        A bundle is given by its folder or the ``model.json`` in it.
+        """
         path = Path(file_path)
         self._model = load_model(path.parent if path.name == "model.json" else path)
 
@@ -181,26 +185,32 @@ class _Reconstructor:
     def save_model(self, file_path: Path) -> None:
         """Write the open model as a bundle, which is a folder."""
         if not isinstance(self._model, Model):
-            raise PtychodaskError(f"{file_path}: only a model of ptychodask's own networks is saved; open or train one")
+            raise PtychodaskError(f"{file_path}: only a model of ptychodask's networks can be saved; open or train one")
         self._model = save_model(self._model, file_path, overwrite=True)
 
     def get_training_data_file_filter(self) -> str:
         return "NumPy Zipped Archive (*.npz)"
 
     def export_training_data(self, file_path: Path, parameters: Any) -> None:
-        """Write a ``ReconstructInput`` as PtychoPINN's NPZ, which `train` takes and ``ptychodask ingest`` reads."""
+        """Write a ``ReconstructInput`` as an NPZ of PtychoPINN.
+
+        `train` and ``ptychodask ingest`` read this file.
+        """
         with tempfile.TemporaryDirectory() as folder:
             scan = scan_of(parameters, Path(folder) / "scan.zarr", self._calibration)
             export(scan, file_path, format="ptychopinn", overwrite=True, progress=False)
 
     def train(self, input_path: Path, output_path: Path) -> Iterator[Any]:
-        """Train a network on an NPZ, or on all that a folder holds, and open it; its bundle goes into `output_path`."""
+        """Train a network and open it as the model.
+
+        Trained on an NPZ, or on all in a folder; the bundle is written to `output_path`.
+        """
         source = Path(input_path)
         files = sorted(source.glob("*.npz")) if source.is_dir() else [source]
         if not files:
-            raise PtychodaskError(f"{source}: holds no .npz to train on; export training data into it")
+            raise PtychodaskError(f"{source}: contains no .npz to train on; export training data into it")
         with tempfile.TemporaryDirectory() as folder:
-            stores = [Path(folder) / f"{place}.zarr" for place in range(len(files))]
+            stores = [Path(folder) / f"{index}.zarr" for index in range(len(files))]
             for file, store in zip(files, stores, strict=True):
                 ingest(file, store, format="ptychopinn", progress=False)
             out = Path(output_path) / f"{NAME}{MODEL_SUFFIX}"
@@ -215,38 +225,38 @@ class _Reconstructor:
 
 
 def scan_of(parameters: Any, store: Path, calibration: Calibration) -> Scan:
-    """What Ptychodus hands to a reconstructor, as a scan in a store.
+    """Write the input of a Ptychodus reconstructor as a scan.
 
     Parameters
     ----------
     parameters : ptychodus.api.reconstruct.ReconstructInput
-        Patterns (pattern, h, w) of counts with DC in the middle; bad pixels; a product whose positions are those of
-        the patterns, one for one.
+        Patterns (pattern, h, w) of counts with DC in the middle; bad pixels; a product with one position per pattern,
+        in the same order.
     store : Path
-        Store to make.
+        Store to write.
     calibration : str
         See `calibrate_probe`.
 
     Returns
     -------
     Scan
-        Positions are metres over the size of the object's pixel; the probe is the first one where it varies (OPR).
+        Positions are in object pixels (metres over the pixel size); of a probe that varies (OPR), the first.
 
     Raises
     ------
     PtychodaskError
-        If the object's pixels are not square, or `write_scan` refuses the rest.
+        If the object's pixels are not square, or `write_scan` refuses the scan.
     """
     product = parameters.product
     pixel = product.object_.get_pixel_geometry()
     if not (pixel.height_m > 0 and abs(pixel.width_m / pixel.height_m - 1) <= SQUARENESS):
         raise PtychodaskError(
             f"ptychodus: the object's pixels are {pixel.height_m:g} x {pixel.width_m:g} m, expected square ones; "
-            "bring them to one size"
+            "resample it to square pixels"
         )
     positions, probe = product.probe_positions, np.asarray(product.probes.get_array())
     if len(probe) > 1:
-        logger.warning("the product has %d OPR modes of the probe, of which the first is used", len(probe))
+        logger.warning("the product has %d OPR modes of the probe; only the first is used", len(probe))
     bad = np.asarray(parameters.bad_pixels, bool)
     flux = positions.get_probe_photon_counts()
     return write_scan(

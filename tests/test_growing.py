@@ -257,7 +257,7 @@ def test_files_that_do_not_fit_are_refused_by_name(files, tmp_path):
     counts = whole.diffraction[part]
     cases = {
         "type of the patterns: float32 in": {"diff3d": np.sqrt(counts).astype(np.float16)},
-        "n_pixels is 12, and was 16": {
+        "n_pixels is 12, expected 16 as in the first segment": {
             "diff3d": np.ones((20, 12, 12), np.float32),
             "probeGuess": whole.probe[0, :12, :12],
         },

@@ -211,7 +211,7 @@ def test_a_file_without_a_probe_gets_the_estimate_and_says_so(tmp_path, caplog):
     patterns = frames()
     with caplog.at_level(logging.INFO):
         scan = read(save(tmp_path, patterns))
-    assert "holds no probe; it is estimated from the mean pattern" in caplog.text
+    assert "has no probe; it is estimated from the mean pattern" in caplog.text
     assert scan.calibration == "mean_counts"
     np.testing.assert_allclose(np.abs(to_far_field(scan.probe[0])) ** 2, patterns.mean(axis=0), rtol=1e-4)
 
@@ -270,7 +270,7 @@ def test_a_probe_is_read_from_a_file_of_its_own(tmp_path, name):
 def test_light_lost_by_the_probe_on_its_new_grid_is_noted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         read(save(tmp_path, frames(), p=disc_probe(24, diameter_px=22)), keys=KEYS | {"probe": "p"}, n_pixels=8, bin=2)
-    assert "of the probe's light lies outside its new grid" in caplog.text
+    assert "of the probe's intensity is outside its new grid" in caplog.text
 
 
 def test_a_known_flux_sets_the_scale_of_the_probe(tmp_path):
@@ -317,30 +317,30 @@ def test_a_bad_frame_may_be_dropped(tmp_path):
     [
         ({"n_pixel": 64}, "no field n_pixel; the fields are: keys, domain, axes"),
         ({"n_pixels": 18}, "18 pixels wide, expected a multiple of 4"),
-        ({"n_pixels": 2}, "n_pixels is 2, expected a whole number of 8..16384"),
+        ({"n_pixels": 2}, "n_pixels is 2, expected an integer in 8..16384"),
         ({"bin": 0}, "bin is 0"),
         ({"bin": 4}, "6 pixels wide"),
         ({"centre": "middle"}, "centre is 'middle', expected one of: dc, auto"),
         ({"centre": (30, 5)}, r"centre is \(30, 5\), expected a pixel of the 24 x 24 frame"),
         ({"energy_ev": -1.0}, "energy_ev is -1.0, expected a positive number"),
-        ({"energy_ev": 8e3, "wavelength_m": 1e-10}, "say the same thing"),
-        ({"pixel_size_m": 1e-8, **OPTICS}, "pixel_size_m is 1e-08 but wavelength, distance and detector pixel make it"),
+        ({"energy_ev": 8e3, "wavelength_m": 1e-10}, "energy_ev and wavelength_m are both given"),
+        ({"pixel_size_m": 1e-8, **OPTICS}, "pixel_size_m is 1e-08, but .* by wavelength, distance and detector pixel"),
         ({"incident_counts": 5.0}, "incident_counts has no meaning with calibration=None"),
         ({"calibration": "incident"}, "needs incident_counts="),
-        ({"calibration": "as_given"}, "a probe made by 'estimate' has no scale of its own"),
-        ({"n_pixels": 10**6}, "n_pixels is 1000000, expected a whole number of 8..16384"),
+        ({"calibration": "as_given"}, "a probe from 'estimate' has an arbitrary scale"),
+        ({"n_pixels": 10**6}, "n_pixels is 1000000, expected an integer in 8..16384"),
         ({"centre": None}, "centre is None, expected 'dc', 'auto'"),
         ({"centre": ("3", 4)}, r"centre is \('3', 4\), expected 'dc', 'auto'"),
-        ({"probe": np.ones((24, 24))}, "probe is a ndarray, expected the name of a model, or the path"),
+        ({"probe": np.ones((24, 24))}, "probe is a ndarray, expected the name of a model or the path"),
         ({"probe": "disc"}, "probe='disc' needs probe_diameter_px="),
         ({"probe_diameter_px": 5}, "probe_diameter_px has no meaning with probe=None"),
         ({"probe": "disc", "probe_diameter_px": 50}, "at most the frame's 24 pixels"),
         ({"probe": "zone_plate", "probe_diameter_px": 9}, "needs one of probe_defocus="),
         ({"probe": "zone_plate", "probe_diameter_px": 9, "probe_defocus_m": 1e-5}, "probe_defocus_m needs energy_ev="),
-        ({"probe": "file"}, "holds no probe; pass probe="),
-        ({"probe": "none.npy"}, "none.npy: no such file; probe= is a path or one of: file, disc"),
+        ({"probe": "file"}, "has no probe; pass probe="),
+        ({"probe": "none.npy"}, "none.npy: no such file; pass probe= a path or one of: file, disc"),
         ({"mask": "none.npy"}, "none.npy: no such file"),
-        ({"drop_frames": "5:50"}, r"the part '5:50', expected rows of 0..11"),
+        ({"drop_frames": "5:50"}, r"the part '5:50', expected rows in 0..11"),
         ({"drop_frames": "a"}, "the part 'a', expected a row or a range"),
         ({"drop_frames": "0:"}, "leaves none of 12 frames"),
         ({"scratch": "nowhere"}, "the scratch folder does not exist"),
@@ -361,7 +361,7 @@ def test_an_option_that_cannot_be_followed_is_refused(tmp_path, options, message
         (frames()[:0], {}, "none of them 0"),
         (frames() * 1j, {}, "patterns have type complex128, expected counts or amplitudes"),
         (frames(), {"y": np.zeros(11), "x": np.zeros(11)}, "12 patterns but 11 positions"),
-        (frames(), {"y": np.zeros(11)}, "11 positions y but 12 positions x"),
+        (frames(), {"y": np.zeros(11)}, "11 y positions but 12 x positions"),
         (frames(), {"x": np.full(12, np.inf)}, "12 of 12 positions are not finite"),
         (frames() * 0, {}, "every pattern is zero"),
         (np.where(np.arange(24) > 4, 1.0, np.nan) * frames(), {}, "not finite in 12 patterns"),
@@ -413,7 +413,7 @@ def test_too_little_scratch_space_is_said_before_it_is_used(tmp_path, monkeypatc
     path = save(tmp_path, frames())
     usage = shutil.disk_usage(tmp_path)._replace(free=5000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)
-    with pytest.raises(PtychodaskError, match=r"needs 0\.0 MB of scratch space and 0\.0 MB are free.*scratch="):
+    with pytest.raises(PtychodaskError, match=r"needs 0\.0 MB of scratch space, but only 0\.0 MB are free.*scratch="):
         read(path)
     assert [p.name for p in tmp_path.iterdir()] == ["source.npz"]
 

@@ -300,7 +300,7 @@ def test_positions_that_are_not_finite_are_left_out_by_the_command(measured, tmp
         ({"dp": poisson(5, (60, 16, 16))}, "no positions for 60 patterns"),
         ({"dp": poisson(5, (60, 16, 16)), "points": np.ones((2, 60))}, "'points' has shape \\(2, 60\\)"),
         ({"cube": poisson(5, (6, 10, 16, 16))}, "no array of patterns.*merge its scan axes into one"),
-        ({"X_full": np.ones((9, 8, 8, 4))}, "grouped already"),
+        ({"X_full": np.ones((9, 8, 8, 4))}, "already grouped"),
         ({"diff3d": poisson(5, (60, 16, 16)), "ycoords": np.ones(60)}, "'xcoords' is missing"),
     ],
 )

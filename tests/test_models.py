@@ -252,7 +252,7 @@ def test_a_pickle_among_the_weights_does_not_run(model, tmp_path):
 
     save_model(model, tmp_path / "a.model")
     np.savez(tmp_path / "a.model" / "weights.npz", w0000=np.array([Malicious()], dtype=object), allow_pickle=True)
-    with pytest.raises(PtychodaskError, match="holds pickled Python objects, which are never loaded"):
+    with pytest.raises(PtychodaskError, match="contains pickled Python objects, which are never loaded"):
         load_model(tmp_path / "a.model")
     assert not canary.exists()
 

@@ -230,7 +230,9 @@ def test_matrices_that_cannot_be_are_refused(affine, reason, measured, tmp_path)
 
 def test_a_matrix_is_refused_together_with_an_object(measured, tmp_path):
     path = save(tmp_path / "scan.npz", measured, EIGHT[0], obj=np.ones((99, 99), np.complex64))
-    with pytest.raises(PtychodaskError, match="affine turns positions away from the object that the file holds"):
+    with pytest.raises(
+        PtychodaskError, match="affine= changes the positions, so that they no longer fit the object in the file"
+    ):
         ingest(path, tmp_path / "a.zarr", **MAPPED | {"keys": KEYS | {"object": "obj"}, "affine": (0, 1, 1, 0)})
 
 

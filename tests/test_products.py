@@ -89,15 +89,15 @@ def test_what_is_no_object_is_refused(tmp_path, field):
     for name, key, message in (
         ("none.npz", None, "none.npz: no such file"),
         ("text.npz", None, "expected an NPZ or HDF5 file"),
-        ("two.npz", None, r"holds 2 complex arrays, expected one, .*; keys found: a, b; name the object's with key="),
-        ("two.npz", "c", "two.npz: holds no array 'c'; keys found: a, b"),
+        ("two.npz", None, r"has 2 complex arrays, expected one, .*; keys found: a, b; pass that of the object as key="),
+        ("two.npz", "c", "two.npz: has no array 'c'; keys found: a, b"),
         ("real.npz", None, r"found float32 of shape \(30, 41\), expected a complex object"),
-        ("pickled.npz", None, "holds pickled Python objects, which are never loaded"),
+        ("pickled.npz", None, "contains pickled Python objects, which are never loaded"),
     ):
         with pytest.raises(PtychodaskError, match=message):
             read_foreign_result(tmp_path / name, key=key)
     np.save(tmp_path / "a.npy", field)
-    with pytest.raises(PtychodaskError, match="holds one array without a name"):
+    with pytest.raises(PtychodaskError, match="contains one array without a name"):
         read_foreign_result(tmp_path / "a.npy", key="a")
 
 
@@ -106,5 +106,5 @@ def test_a_product_whose_place_makes_no_sense_is_refused(tmp_path, field):
         read_foreign_result(
             write_npz_product(tmp_path / "a.npz", field, **{k: v for k, v in numbers().items() if k != "center_x_m"})
         )
-    with pytest.raises(PtychodaskError, match=r"pixels of 5e-09 x 6e-09 m .*, expected square ones"):
+    with pytest.raises(PtychodaskError, match=r"pixels of 5e-09 x 6e-09 m .*, expected square pixels"):
         read_foreign_result(write_hdf5_product(tmp_path / "a.h5", field, **numbers(pixel_width_m=6e-9)))

@@ -293,9 +293,9 @@ def test_pixels_that_are_not_square_are_refused(api, scan, tmp_path):
 def test_without_a_model_nothing_is_predicted(api, scan):
     reconstructor = only(reconstructor_library())
     assert not reconstructor.is_model_loaded()
-    with pytest.raises(PtychodaskError, match="no model is open; open one, or train one"):
+    with pytest.raises(PtychodaskError, match="no model is open; open or train one"):
         next(reconstructor.reconstruct(input_of(api, scan)))
-    with pytest.raises(PtychodaskError, match="only a model of ptychodask's own networks is saved"):
+    with pytest.raises(PtychodaskError, match="only a model of ptychodask's networks can be saved"):
         reconstructor.save_model("a.model")
 
 
@@ -314,7 +314,7 @@ def test_models_are_saved_and_opened(api, scan, tmp_path):
 def test_a_network_is_trained_on_what_was_exported_and_opened(api, scan, tmp_path):
     reconstructor = only(reconstructor_library(training={"epochs": 1, "levels": 2, "members": 1}))
     (tmp_path / "data").mkdir()
-    with pytest.raises(PtychodaskError, match=r"data: holds no .npz to train on"):
+    with pytest.raises(PtychodaskError, match=r"data: contains no .npz to train on"):
         next(reconstructor.train(tmp_path / "data", tmp_path / "out"))
     reconstructor.export_training_data(tmp_path / "data" / "train_data.npz", input_of(api, scan))
     (output,) = reconstructor.train(tmp_path / "data", tmp_path / "out")

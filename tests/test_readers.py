@@ -108,7 +108,7 @@ def test_an_ambiguous_order_of_axes_is_asked_for(tmp_path):
 def test_integers_are_not_taken_for_amplitudes_or_counts_unasked(tmp_path):
     path = save(tmp_path, pinn(diff3d=COUNTS))
     with pytest.raises(
-        PtychodaskError, match="patterns are uint16, which the format leaves open; pass domain='counts'"
+        PtychodaskError, match="patterns are uint16, which may be counts or amplitudes; pass domain='counts'"
     ):
         read(path)
     assert read(path, domain="counts").domain == "counts"
@@ -119,11 +119,11 @@ def test_integers_are_not_taken_for_amplitudes_or_counts_unasked(tmp_path):
     ("arrays", "what"),
     [
         (pinn(diff3d=np.zeros((3, N, N, 4), np.float32)), r"diff3d has shape \(3, 16, 16, 4\)"),
-        ({"X_full": np.zeros((3, N, N, 4), np.float32), "nn_indices": np.zeros((3, 4))}, "key 'X_full' is there"),
+        ({"X_full": np.zeros((3, N, N, 4), np.float32), "nn_indices": np.zeros((3, 4))}, "it has the key 'X_full'"),
     ],
 )
 def test_a_grouped_file_is_refused_with_the_way_out(tmp_path, arrays, what):
-    with pytest.raises(PtychodaskError, match=f"grouped already .{what}.; ingest the scan that it was made from"):
+    with pytest.raises(PtychodaskError, match=f"already grouped .{what}.; ingest the ungrouped scan"):
         read(save(tmp_path, arrays))
 
 
@@ -180,8 +180,8 @@ def test_pickled_metadata_are_read_around_and_never_unpickled(tmp_path):
     ("key", "message"),
     [
         ("diff3d", "values have type object, expected numbers"),
-        ("xcoords", "holds pickled Python objects, which are never loaded"),
-        ("probeGuess", "holds pickled Python objects, which are never loaded"),
+        ("xcoords", "contains pickled Python objects, which are never loaded"),
+        ("probeGuess", "contains pickled Python objects, which are never loaded"),
     ],
 )
 def test_a_pickled_array_that_is_needed_is_refused(tmp_path, key, message):
@@ -331,17 +331,17 @@ def test_everything_that_can_be_mapped_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"domain": None}, "nothing says whether 'dp' holds counts or amplitudes; pass domain='counts'"),
-        ({"units": None}, r"the unit of the positions 'py' is not noted, expected one of: px, um, m; pass units="),
+        ({"domain": None}, "'dp' may contain counts or amplitudes; pass domain='counts'"),
+        ({"units": None}, r"the unit of the positions 'py' is not recorded, expected one of: px, um, m; pass units="),
         ({"units": "mm"}, "units is 'mm', expected one of: px, um, m"),
         ({"keys": KEYS | {"y": "yy"}}, "key 'yy' is missing; keys found: dp, py, px"),
         ({"keys": {"diffraction": "dp", "y": "py"}}, r"keys= names diffraction, y, expected.*'position'; keys found"),
         ({"keys": KEYS | {"position": "py"}}, "expected 'diffraction' and either 'y' and 'x' or 'position'"),
-        ({"keys": KEYS | {"prob": "p"}}, "keys has no name 'prob', expected some of: diffraction, y, x"),
+        ({"keys": KEYS | {"prob": "p"}}, "keys has the unknown name 'prob', expected some of: diffraction, y, x"),
         ({"keys": None, "format": "mapping"}, r"keys= names \(none\).*keys found in the file: dp, py, px"),
-        ({"keys": None}, r"its keys belong to no known format; keys found: dp, py, px; map them with keys="),
-        ({"units": "um"}, "positions are in um and the object pixel is not known; pass pixel_size_m="),
-        ({"keys": KEYS | {"object": "dp"}, "flip_y": True}, "an object can be placed only with positions in px"),
+        ({"keys": None}, r"its keys match no known format; keys found: dp, py, px; map them with keys="),
+        ({"units": "um"}, "positions are in um, but the size of an object pixel is unknown; pass pixel_size_m="),
+        ({"keys": KEYS | {"object": "dp"}, "flip_y": True}, "key 'object' needs positions in object pixels"),
         ({"keys": KEYS | {"mask": "dp"}}, r"the mask has shape \(9, 16, 16\)"),
         ({"keys": KEYS | {"label": "py"}}, r"\[py\]: has shape \(9,\), expected \(pattern, qy, qx\)"),
         ({"keys": KEYS | {"x": "dp"}}, r"values have shape \(9, 16, 16\)"),
@@ -361,9 +361,9 @@ def test_a_mapping_that_leaves_something_open_is_refused(tmp_path, hdf5, options
 @pytest.mark.parametrize(
     ("arrays", "options", "message"),
     [
-        (pinn(), {"dc": "corner"}, "dc has no meaning for format 'ptychopinn'"),
-        (pinn(), {"units": "m"}, "units has no meaning for format 'ptychopinn'"),
-        (tike_arrays(), {"domain": "counts"}, "domain has no meaning for format 'tike'"),
+        (pinn(), {"dc": "corner"}, "dc does not apply to format 'ptychopinn'"),
+        (pinn(), {"units": "m"}, "units does not apply to format 'ptychopinn'"),
+        (tike_arrays(), {"domain": "counts"}, "domain does not apply to format 'tike'"),
         (tike_arrays(), {"format": "ptychopinn"}, "key 'diff3d' is missing; keys found: data, scan, probe"),
         (pinn(), {"format": "pinn"}, "format is 'pinn', expected one of: ptychopinn, tike, "),
     ],

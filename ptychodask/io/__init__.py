@@ -1,4 +1,7 @@
-"""Foreign formats: one file each behind a table; renaming, flips, cropping, binning and units end here."""
+"""Readers of foreign formats, one module each.
+
+Renaming, flips, cropping, binning and conversion of units happen here and nowhere else.
+"""
 
 from ptychodask.io.ingestion import ingest
 from ptychodask.io.products import ForeignResult, read_foreign_result

@@ -1,4 +1,7 @@
-"""CXI files (Coherent X-ray Imaging Data Bank, version 1.6): SI units, energy in joules, mask 0 where good."""
+"""Reader of CXI files (Coherent X-ray Imaging Data Bank, version 1.6).
+
+SI units, energy in joules, mask 0 where a pixel is good.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.io.quantities import DETECTOR_PIXEL, DISTANCE, ENERGY, WAVELENGTH, Optic, metres_of, read_optics
-from ptychodask.io.source import Container, IngestSpec, SourceScan, as_probe, missing_key, turned
+from ptychodask.io.source import Container, IngestSpec, SourceScan, apply_flips, as_probe, missing_key
 from ptychodask.scan import PtychodaskError
 
 logger = logging.getLogger(__name__)
@@ -37,14 +40,14 @@ OPTICS: tuple[tuple[Optic, tuple[str, ...], str], ...] = (
     (DISTANCE, (f"{DETECTOR}/distance",), "m"),
     (DETECTOR_PIXEL, (f"{DETECTOR}/x_pixel_size",), "m"),
 )
-"""What a file may hold, where, and the unit that the format defines."""
+"""Numbers of the instrument, their keys, and their unit by the format."""
 
 WIDEST_M = 0.1
-"""Extent of positions that cannot be metres: no stage scans a tenth of one."""
+"""Largest extent of positions in metres: no stage scans further."""
 
 
 def recognises(keys: Sequence[str]) -> bool:
-    """Whether a file with these keys is of this format."""
+    """True if a file with these keys is of this format."""
     return any(key in keys for key in DATA) and any(key in keys for key in TRANSLATION)
 
 
@@ -53,9 +56,9 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
 
     Notes
     -----
-    The translation of the sample is (x, y, z) in the laboratory's axes, and its negative is where the probe is on the
-    sample. Rows and columns of a frame run along the columns of ``basis_vectors``, (slow, fast); where there are none,
-    along -y and -x, as the standard detector has them, so that x goes along columns and y along rows as they are.
+    The translation of the sample is (x, y, z) in laboratory axes; the position of the probe on the sample is its
+    negative. The rows and columns of a frame run along the columns of ``basis_vectors``, (slow, fast). Without these,
+    they run along -y and -x, as in the standard detector, so that position y is translation y and x is x.
     """
     data = _first(container, DATA)
     key = _first(container, TRANSLATION)
@@ -65,12 +68,12 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
     extent_m = float(np.ptp(position_yx_m[np.isfinite(position_yx_m).all(axis=1)], axis=0).max(initial=0.0))
     if extent_m > WIDEST_M:
         raise PtychodaskError(
-            f"{container.label}[{key}]: positions extend over {extent_m:.4g} m, so metres are not their unit; "
-            "pass units= (--units)"
+            f"{container.label}[{key}]: positions span {extent_m:.4g} m, expected at most {WIDEST_M} m, so their unit "
+            "is not metres; pass units= (--units)"
         )
     return SourceScan(
         frames=container.frames(data),
-        position_yx=turned(position_yx_m, spec),
+        position_yx=apply_flips(position_yx_m, spec),
         unit="m",
         domain="counts",
         dc=spec.dc or "centre",
@@ -89,11 +92,14 @@ def _first(container: Container, keys: Sequence[str]) -> str:
 
 
 def as_translation(values: NDArray[Any], label: str) -> NDArray[np.float64]:
-    """Translations as float64 (pattern, 3), (x, y, z), from two or three numbers each, in the file's unit."""
+    """Translations (x, y, z) as float64 (pattern, 3), in the file's unit.
+
+    From two or three numbers for each pattern; z is 0 if there are two.
+    """
     if values.ndim != 2 or values.shape[1] not in (2, 3) or values.dtype.kind not in "iuf":
         raise PtychodaskError(
             f"{label}: has shape {values.shape} and type {values.dtype}, "
-            "expected (pattern, 3) in the order (x, y, z); turn it in the file"
+            "expected numbers (pattern, 3) in the order (x, y, z); transpose it in the file"
         )
     xyz = np.zeros((len(values), 3))
     xyz[:, : values.shape[1]] = values
@@ -101,15 +107,15 @@ def as_translation(values: NDArray[Any], label: str) -> NDArray[np.float64]:
 
 
 def _on_detector_axes(container: Container, translation_xyz: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Where the probe is on the sample, along rows and columns of the detector (pattern, 2), (y, x)."""
+    """Positions (pattern, 2) of the probe on the sample along detector axes."""
     key = f"{DETECTOR}/basis_vectors"
     if not container.has(key):
         return translation_xyz[:, 1::-1].copy()
     basis = container.array(key)
     if basis.shape != (3, 2) or basis.dtype.kind not in "iuf" or not (np.linalg.norm(basis, axis=0) > 0).all():
         raise PtychodaskError(
-            f"{container.label}[{key}]: has shape {basis.shape}, expected (3, 2), vectors along slow and fast axis; "
-            "mend it, or map the file's arrays with keys="
+            f"{container.label}[{key}]: has shape {basis.shape}, expected (3, 2), nonzero vectors along the slow and "
+            "the fast axis; correct them, or map the file's arrays with keys="
         )
     along = basis / np.linalg.norm(basis, axis=0)
     # Adding 0 makes 0 of -0.
@@ -117,7 +123,7 @@ def _on_detector_axes(container: Container, translation_xyz: NDArray[np.float64]
 
 
 def illumination(container: Container, keys: Sequence[str]) -> NDArray[np.complex64] | None:
-    """The probe of a file, where it holds a complex one."""
+    """Probe of a file, if it contains a complex one."""
     for key in keys:
         if container.has(key) and container.dtype(key).kind == "c":
             return as_probe(container.array(key), f"{container.label}[{key}]")
@@ -125,7 +131,7 @@ def illumination(container: Container, keys: Sequence[str]) -> NDArray[np.comple
 
 
 def good_pixels(container: Container, key: str) -> NDArray[np.bool_] | None:
-    """A mask of CXI or NeXus: True where all bits of a pixel are 0."""
+    """Mask of CXI or NeXus, True where a pixel is 0."""
     if not container.has(key):
         return None
     values = container.array(key)
@@ -133,7 +139,7 @@ def good_pixels(container: Container, key: str) -> NDArray[np.bool_] | None:
         values = values[0]
     if values.ndim != 2 or values.dtype.kind not in "biu":
         logger.warning(
-            "%s[%s]: left out a mask of shape %s and type %s", container.label, key, values.shape, values.dtype
+            "%s[%s]: ignored a mask of shape %s and type %s", container.label, key, values.shape, values.dtype
         )
         return None
     good: NDArray[np.bool_] = values == 0

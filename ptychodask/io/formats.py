@@ -1,4 +1,4 @@
-"""The table of formats, and what a file's content says about its own."""
+"""Table of formats, and detection of a file's format by its content."""
 
 from __future__ import annotations
 
@@ -23,40 +23,45 @@ READERS = {
     "hxn": "ptychodask.io.hxn",
     "mapping": "ptychodask.io.mapping",
 }
-"""Format -> module with `read(container, spec)`, `recognises(keys)` and `OPTIONS`; tried in this order. A format of two
-files has `companion(path, keys, spec)` and `read_pair(container, other, spec)` in place of `read`."""
+"""Format -> module with `read(container, spec)`, `recognises(keys)` and `OPTIONS`; tried in this order.
+
+A format of two files has `companion(path, keys, spec)` and `read_pair(container, other, spec)` in place of `read`.
+"""
 
 CONTAINERS = {
     b"PK\x03\x04": ("ptychodask.io.npy_stream", "NpzFile"),
     b"\x89HDF\r\n\x1a\n": ("ptychodask.io.hdf5_stream", "Hdf5File"),
 }
-"""First bytes of a file -> module and class that opens it."""
+"""First bytes of a file -> module and class to open it."""
 
 UNPACKED_AT_MOST = 1000
-"""Times that a file is larger than its bzip2, at the most: patterns almost without light come close."""
+"""Largest accepted compression ratio of bzip2: patterns with hardly any photons come close to it."""
 
 SMALL_BYTES = 2**26
-"""Files up to this size are unpacked whatever packed them so well."""
+"""Unpacked files up to this size are accepted at any compression ratio."""
 
 MATLAB_HEADER_BYTES = 512
-"""A MATLAB 7.3 file is HDF5 behind a header of this length."""
+"""Length of the header of a MATLAB 7.3 file, which is followed by HDF5."""
 
 
 def open_container(path: Path, scratch: Path, stack: ExitStack) -> Container:
-    """Open a file of named arrays by its first bytes; a bzip2 archive is unpacked into scratch first.
+    """Open an NPZ or HDF5 file, recognised by its first bytes.
+
+    A bzip2 archive is first unpacked into a scratch file.
 
     Parameters
     ----------
     path : Path
+        The file.
     scratch : Path
-        Folder for what has to be unpacked or turned.
+        Folder for scratch files with unpacked or transposed arrays.
     stack : ExitStack
-        Closes the file and removes the scratch.
+        Closes the file and removes the scratch files.
 
     Raises
     ------
     PtychodaskError
-        If there is no such file, it is empty, or it is neither NPZ nor HDF5.
+        If the file does not exist, is empty, or is neither NPZ nor HDF5.
     """
     if not path.exists():
         raise PtychodaskError(f"{path}: no such file")
@@ -77,7 +82,8 @@ def open_container(path: Path, scratch: Path, stack: ExitStack) -> Container:
             opened: Container = getattr(importlib.import_module(module), name)(file, str(path), scratch, stack)
             return opened
     raise PtychodaskError(
-        f"{path}: begins with {start[:8]!r}, expected an NPZ or HDF5 file; convert it, or copy it again if it is one"
+        f"{path}: begins with {start[:8]!r}, expected an NPZ or HDF5 file; convert it, or copy it again "
+        "if it should be one"
     )
 
 
@@ -90,8 +96,8 @@ def _unbzipped(path: Path, scratch: Path, stack: ExitStack) -> IO[bytes]:
                 file.write(piece)
             if file.tell() > max(SMALL_BYTES, UNPACKED_AT_MOST * n_bytes):
                 raise PtychodaskError(
-                    f"{path}: {n_bytes} bytes unpack to more than {UNPACKED_AT_MOST} times as many; it does not hold "
-                    "what is measured: unpack it yourself if you trust it"
+                    f"{path}: {n_bytes} bytes unpack to more than {UNPACKED_AT_MOST} times as many, which measured "
+                    "data do not; unpack the file yourself if you trust it"
                 )
     with writing_scratch(scratch):
         file.seek(0)
@@ -99,73 +105,80 @@ def _unbzipped(path: Path, scratch: Path, stack: ExitStack) -> IO[bytes]:
 
 
 def detect_format(container: Container, spec: IngestSpec) -> str:
-    """Name of the format that a file's keys belong to; `keys` in the spec means a mapping.
+    """Name of a file's format; "mapping" if `spec.keys` is given.
 
     Raises
     ------
     PtychodaskError
-        If no format knows these keys; the message lists them.
+        If the keys match no format; the message lists them.
     """
     if spec.keys is not None:
         return "mapping"
-    found = container.keys()
+    keys = container.keys()
     for name, module in READERS.items():
-        if importlib.import_module(module).recognises(found):
+        if importlib.import_module(module).recognises(keys):
             return name
     raise PtychodaskError(
-        f"{container.label}: its keys belong to no known format; keys found: {listed_keys(found)}; "
+        f"{container.label}: its keys match no known format; keys found: {listed_keys(keys)}; "
         "map them with keys= (--key diffraction=... --key y=... --key x=...)"
     )
 
 
 def options_of(name: str) -> tuple[str, ...]:
-    """Those of `FORMAT_OPTIONS` that a format leaves open."""
+    """Options of `FORMAT_OPTIONS` for properties that a format does not define."""
     options: tuple[str, ...] = importlib.import_module(READERS[name]).OPTIONS
     return options
 
 
 @dataclass(frozen=True)
 class Source:
-    """A foreign file, open."""
+    """An open foreign file and its content."""
 
     container: Container
+    """The file."""
+
     format: str
+    """Name of its format."""
+
     scan: SourceScan
-    """What the reader found."""
+    """Its content."""
 
     companion: Path | None
-    """The second file of a format of two."""
+    """The second file, if the format has two."""
 
 
 def read_source(
     path: Path, container: Container, name: str, spec: IngestSpec, scratch: Path, stack: ExitStack
 ) -> Source:
-    """What the reader of a format finds in a file, after a check that each given option means something to it.
+    """Read a file with the reader of its format.
+
+    Given options must have a meaning for the format.
 
     Parameters
     ----------
     path : Path
-        Of the file.
+        Path of the file.
     container : Container
         The file, open.
     name : str
-        Of the format.
+        Name of the format.
     spec : IngestSpec
+        Options.
     scratch : Path
-        Folder for what has to be unpacked or turned, of a second file.
+        Folder for scratch files of a second file.
     stack : ExitStack
-        Closes that.
+        Closes the second file and removes its scratch files.
 
     Raises
     ------
     PtychodaskError
-        If there is no such format, an option has no meaning for it, or the file is not as it must be.
+        If the format is unknown, an option does not apply to it, or the file does not follow it.
     """
     check_choice("format", name, tuple(READERS), container.label)
     module = importlib.import_module(READERS[name])
     for option in sorted(set(spec.given()) & (set(FORMAT_OPTIONS) - set(module.OPTIONS))):
         raise PtychodaskError(
-            f"{container.label}: {option} has no meaning for format {name!r}, which fixes it; leave it out, "
+            f"{container.label}: {option} does not apply to format {name!r}, which defines it; leave it out, "
             "or map the file's keys with keys="
         )
     if not hasattr(module, "companion"):

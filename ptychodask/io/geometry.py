@@ -1,4 +1,7 @@
-"""From a file's detector frame to the N x N patterns of a scan: where the beam is, crop, pad, bin and what follows."""
+"""Crop, padding and binning of detector frames to N x N patterns.
+
+Also their effect on the mask, the probe, positions and the object pixel.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ HC_EV_M = 1.239841984332e-6
 
 @dataclass(frozen=True, kw_only=True)
 class FrameGrid:
-    """How a frame (h, w) becomes a pattern (N, N): first `dc`, then crop or pad about `centre_yx`, then bin.
+    """Conversion of frames (h, w) to patterns (N, N).
+
+    First `dc` is shifted to the middle, then the frame is cropped or padded about `centre_yx`, then binned.
 
     Examples
     --------
@@ -29,16 +34,16 @@ class FrameGrid:
     """
 
     frame_shape: tuple[int, int]
-    """Pixels of a frame of the file (h, w)."""
+    """Shape of a frame of the file (h, w)."""
 
     n_pixels: int
     """Pixels across a pattern, N."""
 
     bin: int
-    """Frame pixels along each axis in one pattern pixel."""
+    """Frame pixels along each axis per pattern pixel."""
 
     dc: Dc
-    """Where the direct beam lies in the file."""
+    """Pixel of the direct beam in a frame of the file."""
 
     centre_yx: tuple[int, int]
     """Frame pixel that becomes [N//2, N//2], after `dc`; with an even `bin` it is the first pixel of that bin."""
@@ -50,15 +55,15 @@ class FrameGrid:
 
     @property
     def changes_the_object_grid(self) -> bool:
-        """Whether the patterns' object grid or field differs from that of the file's frames."""
+        """True if the patterns' object grid or field differs from the frames'."""
         return self.bin != 1 or self.frame_shape != (self.extent, self.extent)
 
     @property
     def position_scale_yx(self) -> tuple[float, float]:
-        """Factors from object pixels of the file's grid to those of the scan.
+        """Factors from object pixels of the file to those of the scan.
 
         An object pixel is λz/(extent of the detector), so cropping from h to N·bin pixels makes it h/(N·bin) times
-        larger, and numbers of pixels that many times smaller.
+        larger, and lengths in pixels that many times smaller.
 
         Examples
         --------
@@ -68,9 +73,10 @@ class FrameGrid:
         return self.extent / self.frame_shape[0], self.extent / self.frame_shape[1]
 
     def patterns(self, frames: NDArray[Any], domain: Domain) -> NDArray[Any]:
-        """Patterns (k, N, N) from frames (k, h, w): counts are summed over a bin, amplitudes as √Σ amplitude².
+        """Patterns (k, N, N) from frames (k, h, w).
 
-        Integer counts are summed as int64, floats as float64; without binning the type stays.
+        A bin is the sum of its counts, or √Σ amplitude² of its amplitudes. Integer counts are summed as int64, floats
+        as float64; without binning the type is kept.
         """
         cut = self._cut(frames)
         if self.bin == 1:
@@ -80,9 +86,9 @@ class FrameGrid:
         return self._binned(cut.astype(np.float64 if cut.dtype.kind == "f" else np.int64))
 
     def mask(self, mask: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
-        """Mask (N, N) from a mask (h, w): a bin is good when all its pixels are; padding was not measured.
+        """Mask (N, N) from a mask (h, w), or None.
 
-        Without a mask and without padding there is none.
+        A bin is good if all its pixels are; padding is bad. None if there is neither a mask nor padding.
         """
         good = self._cut((np.ones(self.frame_shape, bool) if mask is None else mask)[None])[0]
         if self.bin > 1:
@@ -91,11 +97,10 @@ class FrameGrid:
         return None if mask is None and good.all() else good
 
     def probe(self, probe: NDArray[np.complex64]) -> NDArray[np.complex64]:
-        """Probe (mode, N, N) from a probe (mode, h, w) on the file's grid.
+        """Probe (mode, N, N) from a probe (mode, h, w).
 
-        Its far field is cropped or padded to the detector's extent N·bin (unitary transforms on both sides, so that
-        the photons of each detector pixel stay), and its middle N pixels are kept: a binned detector sees a field
-        that is smaller by `bin`.
+        Its far field is cropped or padded to the detector's extent N·bin (both transforms are unitary, so the photons
+        of each detector pixel are kept), and its middle N pixels are kept: binning reduces the field of view by `bin`.
         """
         middle = FrameGrid(
             frame_shape=self.frame_shape,
@@ -110,7 +115,7 @@ class FrameGrid:
         return np.ascontiguousarray(wave[:, kept, kept], dtype=np.complex64)
 
     def _cut(self, frames: NDArray[Any]) -> NDArray[Any]:
-        """Frames (k, h, w) with the beam in the middle, cropped and padded with 0 to (k, N·bin, N·bin)."""
+        """Frames (k, N·bin, N·bin), centred, cropped or zero-padded, from (k, h, w)."""
         if self.dc == "corner":
             frames = np.fft.fftshift(frames, axes=(1, 2))
         into: list[slice] = []
@@ -133,7 +138,9 @@ class FrameGrid:
 
 
 def stored_dtype(dtype: np.dtype[Any], domain: Domain, bin: int) -> np.dtype[Any]:
-    """Type in which patterns are stored: as measured, 8-byte types in 4 bytes, sums of a bin with room.
+    """Type in which patterns are stored.
+
+    The type of the file, with 8-byte types reduced to 4 bytes and 4 bytes for sums over bins.
 
     Examples
     --------
@@ -150,7 +157,13 @@ def stored_dtype(dtype: np.dtype[Any], domain: Domain, bin: int) -> np.dtype[Any
 
 
 def as_stored(patterns: NDArray[Any], dtype: np.dtype[Any], mask: NDArray[np.bool_] | None, label: str) -> NDArray[Any]:
-    """Patterns in the type they are stored in; a good pixel that does not fit is refused, a bad one becomes 0."""
+    """Patterns converted to the type they are stored in.
+
+    Raises
+    ------
+    PtychodaskError
+        If the value of a good pixel does not fit; a bad pixel becomes 0.
+    """
     if patterns.dtype == dtype:
         return patterns
     if dtype.kind in "iu" and patterns.dtype.kind in "iu" and not np.can_cast(patterns.dtype, dtype):
@@ -164,19 +177,22 @@ def as_stored(patterns: NDArray[Any], dtype: np.dtype[Any], mask: NDArray[np.boo
                 f"{label}: values up to {patterns.max()} do not fit {dtype}; mark those pixels bad with mask="
             )
     with np.errstate(over="ignore"):
-        # A float64 beyond float32 becomes infinite, which the store refuses.
+        # A float64 out of the range of float32 becomes infinite, which the store refuses.
         return patterns.astype(dtype)
 
 
 def mean_counts(blocks: Iterable[NDArray[Any]], domain: Domain) -> NDArray[np.float64]:
-    """Mean counts (h, w) over the frames of all blocks (k, h, w); negative and non-finite values count as 0."""
+    """Mean counts (h, w) over the frames of blocks (k, h, w).
+
+    Negative and non-finite values count as 0.
+    """
     total: NDArray[np.float64] | float = 0.0
     n_frames = 0
     for block in blocks:
         counts = block.astype(np.float64)
         np.nan_to_num(counts, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
         with np.errstate(over="ignore"):
-            # What overflows is refused when it is stored.
+            # An overflow here needs values that are refused when they are stored.
             counts = np.maximum(counts, 0, out=counts) if domain == "counts" else np.square(counts, out=counts)
             total = total + counts.sum(axis=0)
         n_frames += len(block)
@@ -212,7 +228,9 @@ def pixel_size_m(wavelength_m: float, distance_m: float, detector_pixel_m: float
 def rim_phase(
     defocus_m: float, *, wavelength_m: float, distance_m: float, pattern_pixel_m: float, outer_px: float
 ) -> float:
-    """Phase of a defocus at the rim of a pupil, π Δz θ²/λ with θ the rim's angle, radians.
+    """Phase of a defocus at the rim of a pupil, radians.
+
+    π Δz θ²/λ with θ the angle of the rim.
 
     Examples
     --------

@@ -19,21 +19,21 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.io.npy_stream import check_whole, reading
+from ptychodask.io.npy_stream import check_compression, reading
 from ptychodask.io.raw import block_ranges, runs
 from ptychodask.io.source import Frames, frame_axes, missing_key, pattern_axes
 from ptychodask.scan import PtychodaskError
 
 with suppress(ImportError):
-    # Registers the compression filters of detectors where it is installed.
+    # Registers the compression filters of detectors, if installed.
     import hdf5plugin  # noqa: F401
 
 
 STUCK_S = 5.0
-"""How long the HDF5 library may take for one object of a file."""
+"""Seconds that the HDF5 library may take for one object of a file."""
 
 START_S = 120.0
-"""How long a process may take to start, on a busy machine or from a slow disk."""
+"""Seconds that a process may take to start, on a busy machine or from a slow disk."""
 
 LOOK = """
 import sys
@@ -51,7 +51,7 @@ def follow(name, link):
         try:
             look(name, file[name])
         except (KeyError, OSError):
-            pass  # it leads nowhere
+            pass  # a broken link
 
 try:
     with h5py.File(sys.argv[1] if len(sys.argv) > 1 else sys.stdin.buffer, "r") as file:
@@ -59,28 +59,30 @@ try:
         file.visititems(look)
         file.visititems_links(follow)
 except Exception:
-    pass  # who reads the file will say what is wrong with it
+    pass  # the error is reported when the file is read
 """
-"""What a process of its own does with a file, a line for each object."""
+"""Code of the separate process, which prints a line for each object of a file."""
 
 
-def look_from_afar(file: IO[bytes], label: str) -> None:
-    """Walk through the objects of an HDF5 file, and those that its links lead to, in a process of its own.
+def check_in_subprocess(file: IO[bytes], label: str) -> None:
+    """Open every object of an HDF5 file in a separate process.
+
+    Targets of external links are opened too.
 
     Parameters
     ----------
     file : binary file
-        On disk, with a name or without one; it may be anywhere after that.
+        A file on disk, with or without a name; its position is changed.
     label : str
-        Its name, for messages.
+        Name of the file, for messages.
 
     Raises
     ------
     PtychodaskError
-        If the HDF5 library gets stuck on the file or crashes, which damaged ones make it do: no Python code could stop
-        that in this process.
+        If the HDF5 library hangs or crashes, as it does on some damaged files: in this process no Python code could
+        stop that.
     """
-    # Links to files beside it are followed from its name.
+    # Links to files in the same folder are resolved from the name.
     named = [file.name] if isinstance(file.name, str) else []
     file.seek(0)
     with subprocess.Popen(
@@ -92,11 +94,11 @@ def look_from_afar(file: IO[bytes], label: str) -> None:
             ready, _, _ = select.select([child.stdout], [], [], patience_s)
             if not ready:
                 child.kill()
-                raise PtychodaskError(f"{label}: the HDF5 library gets stuck on it; the file is damaged: copy it again")
+                raise PtychodaskError(f"{label}: the HDF5 library hangs on it; the file is damaged: copy it again")
             if not os.read(child.stdout.fileno(), 2**16):
                 break
             patience_s = STUCK_S
-    # The process moved the place in the file that both share; from its end on, Python asks for it again.
+    # The process moved the file position, which both share; seeking to the end makes Python query it again.
     file.seek(0, os.SEEK_END)
     if child.returncode < 0:
         raise PtychodaskError(
@@ -104,62 +106,65 @@ def look_from_afar(file: IO[bytes], label: str) -> None:
         )
 
 
-def look_into(content: bytes, label: str) -> None:
-    """As `look_from_afar`, for a file in memory."""
+def check_bytes_in_subprocess(content: bytes, label: str) -> None:
+    """Open every object of an in-memory HDF5 file in a separate process.
+
+    See `check_in_subprocess`.
+    """
     with tempfile.TemporaryFile() as file:
         file.write(content)
         file.flush()
-        look_from_afar(file, label)
+        check_in_subprocess(file, label)
 
 
 SMALL_BYTES = 2**26
-"""Arrays up to this size are read whatever is stored of them: HDF5 leaves out what was never written."""
+"""Arrays up to this size are read even if hardly any bytes are stored: HDF5 does not store what was never written."""
 
 LARGEST_CHUNK = 2**29
-"""Bytes of the largest chunk of frames that is read: one frame of it needs all of it in memory."""
+"""Largest accepted chunk of frames, bytes: reading one frame needs its complete chunk in memory."""
 
 COMPRESSED_AT_MOST = 2**16
-"""Times that a dataset is larger than what is stored of it, at the most: a frame without light packs well."""
+"""Largest accepted compression ratio of a dataset: frames without photons compress very well."""
 
 
 class Hdf5File:
-    """The datasets of an HDF5 file, by their paths: see `Container`.
+    """Datasets of an HDF5 file by their paths, as a `Container`.
 
     Parameters
     ----------
     file : binary file
-        Open and seekable; whoever opened it closes it.
+        Open and seekable; the caller closes it.
     label : str
-        Its name, for messages.
+        Name of the file, for messages.
     scratch : Path
-        Not needed by this format: HDF5 reads any order of axes.
+        Not used: HDF5 reads any order of axes.
     stack : ExitStack
-        What is opened here is closed with it.
+        Closes what is opened here.
     """
 
     def __init__(self, file: IO[bytes], label: str, scratch: Path, stack: ExitStack) -> None:
         self.label = label
-        look_from_afar(file, label)
+        check_in_subprocess(file, label)
         with reading(label):
-            # By its name where it has one, so that links to files beside it are followed.
+            # Opened by name if it has one, so that links to files in the same folder are followed.
             self._file = stack.enter_context(h5py.File(file.name if isinstance(file.name, str) else file, "r"))
 
     def keys(self) -> list[str]:
-        """Names of the datasets, those that links lead to in other files among them."""
+        """Names of the datasets, including linked ones in other files."""
         links: list[bytes] = []
         with reading(self.label):
-            found = _datasets_in(self._file)
-            # The lower level of h5py, for the other one decodes the names of files, which may be damaged.
+            names = _datasets_in(self._file)
+            # h5py's low-level interface, since the high-level one decodes the names of files, which may be damaged.
             self._file.id.links.visit(
                 lambda name, link: links.append(name) if link.type == h5py.h5l.TYPE_EXTERNAL else None, info=True
             )
             for name in (link.decode(errors="replace") for link in links):
                 item = self._item(name)
                 if isinstance(item, h5py.Group):
-                    found += [f"{name}/{below}" for below in _datasets_in(item)]
+                    names += [f"{name}/{below}" for below in _datasets_in(item)]
                 elif item is not None:
-                    found.append(name)
-        return found
+                    names.append(name)
+        return names
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._dataset(key).shape or ())
@@ -169,27 +174,29 @@ class Hdf5File:
 
     def has(self, key: str) -> bool:
         with reading(f"{self.label}[{key}]"):
-            return isinstance(self._item(key), h5py.Dataset) or self._lost(key) is not None
+            return isinstance(self._item(key), h5py.Dataset) or self._broken_link(key) is not None
 
     def unit(self, key: str) -> str | None:
         with reading(f"{self.label}[{key}]"):
-            noted = self._dataset(key).attrs.get("units")
-            return noted.decode() if isinstance(noted, bytes) else None if noted is None else str(noted)
+            unit = self._dataset(key).attrs.get("units")
+            return unit.decode() if isinstance(unit, bytes) else None if unit is None else str(unit)
 
     def numbers(self, key: str) -> dict[str, float]:
         with reading(f"{self.label}[{key}]"):
-            holder = self._dataset(key) if key else self._file
-            noted = {name: np.asarray(value) for name, value in holder.attrs.items()}
+            item = self._dataset(key) if key else self._file
+            attributes = {name: np.asarray(value) for name, value in item.attrs.items()}
         return {
-            name: float(value.item()) for name, value in noted.items() if value.size == 1 and value.dtype.kind in "iuf"
+            name: float(value.item())
+            for name, value in attributes.items()
+            if value.size == 1 and value.dtype.kind in "iuf"
         }
 
     def array(self, key: str) -> NDArray[Any]:
         label = f"{self.label}[{key}]"
         if self.dtype(key).hasobject:
-            raise PtychodaskError(f"{label}: holds text or references, expected numbers")
+            raise PtychodaskError(f"{label}: contains text or references, expected numbers")
         dataset = self._dataset(key)
-        check_whole((dataset.size or 0) * dataset.dtype.itemsize, check_claim(dataset, label), label)
+        check_compression((dataset.size or 0) * dataset.dtype.itemsize, check_storage(dataset, label), label)
         _check_readable(dataset, label)
         with reading(label):
             return np.asarray(self._dataset(key)[()]).astype(self.dtype(key), copy=False)
@@ -199,42 +206,43 @@ class Hdf5File:
         if dataset.dtype.kind not in "buifc":
             raise PtychodaskError(f"{self.label}[{key}]: values have type {dataset.dtype}, expected numbers")
         label = f"{self.label}[{key}]"
-        check_claim(dataset, label)
+        check_storage(dataset, label)
         _check_readable(dataset, label)
         if dataset.chunks is not None and (chunk := prod(dataset.chunks) * dataset.dtype.itemsize) > LARGEST_CHUNK:
             raise PtychodaskError(
                 f"{label}: is stored in chunks of {dataset.chunks}, {chunk} bytes each, expected at most "
-                f"{LARGEST_CHUNK}; store it in smaller ones (h5repack -l CHUNK=...)"
+                f"{LARGEST_CHUNK}; store it in smaller chunks (h5repack -l CHUNK=...)"
             )
         if raster and len(frame_axes(self.shape(key))) == 4:
             return _RasterFrames(dataset, label)
         return _DatasetFrames(dataset, pattern_axes(self.shape(key), label, last=pattern_last), label, pattern_last)
 
     def _dataset(self, key: str) -> h5py.Dataset:
-        lost = None
+        target = None
         with reading(f"{self.label}[{key}]"):
             dataset = self._item(key)
             if isinstance(dataset, h5py.Dataset):
-                _ = dataset.shape, dataset.dtype, dataset.chunks  # what is damaged shows here
+                _ = dataset.shape, dataset.dtype, dataset.chunks  # raises if these are damaged
             else:
-                lost = self._lost(key)
-        if lost is not None:
+                target = self._broken_link(key)
+        if target is not None:
             raise PtychodaskError(
-                f"{self.label}[{key}]: leads to {lost}, which is not there; put it where the link looks for it"
+                f"{self.label}[{key}]: is a link to {target}, which does not exist; put the target where the link "
+                "points"
             )
         if not isinstance(dataset, h5py.Dataset):
             raise missing_key(self, key)
         return dataset
 
     def _item(self, key: str) -> h5py.Group | h5py.Dataset | None:
-        """What a name leads to; None where it leads nowhere."""
+        """Group or dataset with a name; None if there is none."""
         try:
             return self._file.get(key)
         except (KeyError, OSError, UnicodeError):
             return None
 
-    def _lost(self, key: str) -> str | None:
-        """What a link on the way to a name leads to, where that is not there."""
+    def _broken_link(self, key: str) -> str | None:
+        """Target of the first broken link in a path, or None."""
         parts = key.strip("/").split("/")
         for n_parts in range(1, len(parts) + 1):
             path = "/".join(parts[:n_parts])
@@ -247,83 +255,87 @@ class Hdf5File:
 
 
 def _datasets_in(group: h5py.Group) -> list[str]:
-    """Names of the datasets in a group and below it."""
-    found: list[str | bytes] = []
-    group.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
-    # h5py gives a name that is no UTF-8 as bytes.
-    return [name if isinstance(name, str) else name.decode(errors="replace") for name in found]
+    """Names of the datasets in a group and its subgroups."""
+    names: list[str | bytes] = []
+    group.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    # h5py returns a name that is not UTF-8 as bytes.
+    return [name if isinstance(name, str) else name.decode(errors="replace") for name in names]
 
 
 FILTERS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle (bslz4)", 32013: "zfp", 32015: "zstd", 32026: "blosc2"}
-"""Compression filters that detectors use, by the numbers that The HDF Group registered them under."""
+"""Compression filters that detectors use, by their number in The HDF Group's registry."""
 
 
 def _check_readable(dataset: h5py.Dataset, label: str) -> None:
-    """Raise `PtychodaskError` where a filter is not there, or a file that a virtual dataset is made of.
+    """Raise `PtychodaskError` if a compression filter or a source file is missing.
 
-    HDF5 itself gives the fill value for what a missing file holds.
+    Without this check HDF5 returns the fill value for a missing source file of a virtual dataset.
     """
     with reading(label):
-        made_by = dataset.id.get_create_plist()
-        filters = [made_by.get_filter(n) for n in range(made_by.get_nfilters())]
-        lost = [name for name, files in _source_files(dataset).items() if not files] if dataset.is_virtual else []
+        creation = dataset.id.get_create_plist()
+        filters = [creation.get_filter(n) for n in range(creation.get_nfilters())]
+        missing = [name for name, files in _source_files(dataset).items() if not files] if dataset.is_virtual else []
     for number, _, _, name in filters:
         if not h5py.h5z.filter_avail(number):
-            called = FILTERS.get(number) or name.decode(errors="replace") or "of unknown name"
+            filter_name = FILTERS.get(number) or name.decode(errors="replace") or "of unknown name"
             raise PtychodaskError(
-                f"{label}: is compressed by the HDF5 filter {called}, number {number}, which is not installed; install "
-                "ptychodask with its extra 'detectors' (the package hdf5plugin)"
+                f"{label}: is compressed by the HDF5 filter {filter_name}, number {number}, which is not installed; "
+                "install ptychodask with the extra 'detectors' (package hdf5plugin)"
             )
-    if lost:
+    if missing:
         raise PtychodaskError(
-            f"{label}: is made of {len(lost)} files that are not there, {lost[0]!r} among them; put them beside it"
+            f"{label}: is a virtual dataset, and {len(missing)} of its source files are missing, for example "
+            f"{missing[0]!r}; put them beside the file"
         )
 
 
-def check_claim(dataset: h5py.Dataset, label: str) -> int:
-    """Bytes that are stored of a dataset.
+def check_storage(dataset: h5py.Dataset, label: str) -> int:
+    """Number of bytes stored for a dataset.
 
     Raises
     ------
     PtychodaskError
-        Where it is larger than they can become, or names files whose bytes, of whatever kind, shall be its values.
+        If the dataset is larger than these bytes can decompress to, or its values are the raw bytes of other files
+        (external storage), which may be any files.
     """
     with reading(label):
         if dataset.external:
             raise PtychodaskError(
-                f"{label}: takes its values from the bytes of {dataset.external[0][0]!r}, which may be any file; "
-                "store them in the file itself"
+                f"{label}: its values are the raw bytes of {dataset.external[0][0]!r}, which may be any file; "
+                "store them in the HDF5 file itself"
             )
-        claimed = (dataset.size or 0) * dataset.dtype.itemsize
+        n_bytes = (dataset.size or 0) * dataset.dtype.itemsize
         stored = _bytes_of_sources(dataset) if dataset.is_virtual else dataset.id.get_storage_size()
-    if claimed > SMALL_BYTES and claimed > COMPRESSED_AT_MOST * stored:
+    if n_bytes > SMALL_BYTES and n_bytes > COMPRESSED_AT_MOST * stored:
         raise PtychodaskError(
-            f"{label}: has shape {dataset.shape}, and the file holds {stored} of the {claimed} bytes that it claims; "
-            "it was never written, or is truncated: copy it again"
+            f"{label}: shape {dataset.shape} needs {n_bytes} bytes, but the file contains {stored}; the array was "
+            "never written, or the file is truncated: copy it again"
         )
     return stored
 
 
 def _source_files(dataset: h5py.Dataset) -> dict[str, set[str]]:
-    """Names of the other files that a virtual dataset is made of -> paths of those that are there."""
-    beside = Path(glob.escape(os.path.dirname(os.fsdecode(dataset.file.filename))))
-    found = {}
+    """Source files of a virtual dataset: name -> paths that exist."""
+    folder = Path(glob.escape(os.path.dirname(os.fsdecode(dataset.file.filename))))
+    paths = {}
     for name in {source.file_name for source in dataset.virtual_sources()} - {"."}:
-        # HDF5 looks for a name as it is and beside the file; one with %b in it stands for as many files as there are.
-        text = re.sub("%[0-9]*b", "*", glob.escape(name))
-        places = {str(place) for place in (text, beside / text, beside / Path(text).name)}
-        found[name] = {os.path.realpath(path) for place in places for path in glob.iglob(place) if os.path.isfile(path)}
-    return found
+        # HDF5 tries the name as given and in the folder of the file; %b in it is a running number of files.
+        pattern = re.sub("%[0-9]*b", "*", glob.escape(name))
+        patterns = {str(path) for path in (pattern, folder / pattern, folder / Path(pattern).name)}
+        paths[name] = {os.path.realpath(path) for one in patterns for path in glob.iglob(one) if os.path.isfile(path)}
+    return paths
 
 
 def _bytes_of_sources(dataset: h5py.Dataset) -> int:
-    """Length of the files that a virtual dataset is made of, together."""
-    of_own = any(source.file_name == "." for source in dataset.virtual_sources())
-    own = dataset.file.id.get_filesize() if of_own else 0
-    return own + sum(os.path.getsize(path) for path in set[str]().union(*_source_files(dataset).values()))
+    """Total length of the source files of a virtual dataset."""
+    is_own_source = any(source.file_name == "." for source in dataset.virtual_sources())
+    file_bytes = dataset.file.id.get_filesize() if is_own_source else 0
+    return file_bytes + sum(os.path.getsize(path) for path in set[str]().union(*_source_files(dataset).values()))
 
 
 class _DatasetFrames:
+    """Frames (pattern, h, w) of a dataset."""
+
     seekable = True
 
     def __init__(self, dataset: h5py.Dataset, shape: tuple[int, ...], label: str, pattern_last: bool) -> None:
@@ -331,7 +343,7 @@ class _DatasetFrames:
         leading = dataset.shape.index(frame_axes(dataset.shape)[0])
         self._axis = leading + (2 if pattern_last else 0)
         self._chunk_frames = 1 if dataset.chunks is None else int(dataset.chunks[self._axis])
-        # A chunk of many frames would be decompressed again for each of them.
+        # A chunk of several frames would be decompressed again for each of them.
         self.random_access = not pattern_last and self._chunk_frames == 1
 
     @property
@@ -353,16 +365,16 @@ class _DatasetFrames:
         return frames
 
     def _read(self, start: int, stop: int) -> NDArray[Any]:
-        label = tuple(slice(start, stop) if axis == self._axis else slice(None) for axis in range(self._dataset.ndim))
+        rows = tuple(slice(start, stop) if axis == self._axis else slice(None) for axis in range(self._dataset.ndim))
         with reading(self._label):
-            frames = np.asarray(self._dataset[label]).astype(self.dtype, copy=False)
+            frames = np.asarray(self._dataset[rows]).astype(self.dtype, copy=False)
         if self._pattern_last:
             return np.ascontiguousarray(frames.reshape(*self._shape[1:], -1).transpose(2, 0, 1))
         return frames.reshape(-1, *self._shape[1:])
 
 
 class _RasterFrames(_DatasetFrames):
-    """A dataset (row, column, h, w) as frames (pattern, h, w), row after row."""
+    """Frames of a raster dataset (row, column, h, w), row after row."""
 
     def __init__(self, dataset: h5py.Dataset, label: str) -> None:
         self._dataset, self._label = dataset, label

@@ -1,4 +1,4 @@
-"""`ingest`: a foreign file becomes a store, block by block."""
+"""`ingest`: conversion of a foreign file to a store, block by block."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ from ptychodask.store import SCAN, open_scan, write_scan
 logger = logging.getLogger(__name__)
 
 OF_EACH_SEGMENT = ("diffraction", "drop_frames", "scratch")
-"""Options that each segment of a growing scan has for itself."""
+"""Options that may differ between the segments of a growing scan."""
 
 OF_FIRST_SEGMENT = (
     "probe",
@@ -75,10 +75,10 @@ OF_FIRST_SEGMENT = (
     "incident_counts",
     "mask",
 )
-"""Options about what the first segment of a growing scan gives to all."""
+"""Options for properties that all segments of a growing scan have from the first."""
 
-LOST_LIGHT_NOTED = 0.01
-"""Share of a probe's light outside its new grid from which on the loss is a warning."""
+LOST_INTENSITY_WARNED = 0.01
+"""Fraction of a probe's intensity outside its new grid from which on a warning is logged."""
 
 
 def ingest(
@@ -92,24 +92,24 @@ def ingest(
     progress: bool | None = None,
     **reader_options: Any,
 ) -> Scan:
-    """Make a store from a file of another program, or add it to a scan that grows.
+    """Convert a foreign file to a store, or append it to one.
 
     Parameters
     ----------
     source : path
         An NPZ (also .npz.bz2) or HDF5 file.
     store : path
-        The store to make; it appears when it is whole. With `append`, one that is there may have a segment added.
+        Store to write; it appears when it is complete. With `append`, a segment is added to an existing store.
     format : {"ptychopinn", "tike", "ptychodus", "nexus", "cxi", "hxn", "mapping"}, optional
-        By default what the file's keys say; "mapping" when `keys` is given.
+        Format of the file; by default detected from its keys, or "mapping" if `keys` is given.
     recipe : path, optional
-        A YAML file of options, as `inspect` writes it; what is passed here goes before it.
+        A YAML file of options, as `inspect` writes it; options passed here take precedence.
     append : bool
-        The file is one segment of a scan that grows (its first, where there is no store yet), until `finish_scan`.
+        The file is one segment of a growing scan (the first if there is no store yet), until `finish_scan`.
     overwrite : bool
         Replace an existing store.
     progress : bool, optional
-        True shows a bar, False does not; None shows it in a terminal and in Jupyter.
+        True shows a progress bar, False does not; None shows it in a terminal and in Jupyter.
     **reader_options
         Fields of `IngestSpec`; other names are refused.
 
@@ -121,16 +121,18 @@ def ingest(
     Raises
     ------
     PtychodaskError
-        If the file, an option or the disk is not as it must be; then no store is written and an earlier one stays.
+        If the file or an option is invalid, or the disk cannot be written; no store is written, and an existing one is
+        kept.
 
     Notes
     -----
-    A scan that grows keeps what its first segment had: probe, mask, normalisation, calibration, unit of the patterns,
-    pixel size. Options need not be passed again; `drop_frames` and `scratch` alone may differ from the first time.
-    Readers see whole segments (see `append_segment`).
+    A growing scan keeps the properties of its first segment: probe, mask, normalisation, calibration, unit of the
+    patterns, pixel size. Options need not be passed again; only `diffraction`, `drop_frames` and `scratch` may differ
+    between segments. Readers see complete segments only (see `append_segment`).
 
-    Memory holds a few blocks of frames, however large the file. A file that cannot be read at random (compressed, or
-    with patterns along its last axis) is first unpacked into a scratch file, cropped already where it is compressed.
+    Only a few blocks of frames are in memory, however large the file. A file that cannot be read in any order
+    (compressed, or with patterns along its last axis) is first written to a scratch file; compressed frames are already
+    cropped there.
     """
     source, store = Path(source), parse_location(store)
     spec = with_fields(IngestSpec(), with_recipe(recipe, reader_options))
@@ -138,15 +140,16 @@ def ingest(
         raise PtychodaskError(f"{store}: append=True adds to the scan, overwrite=True replaces it; pass one of them")
     if append and isinstance(store, S3Location):
         raise PtychodaskError(
-            f"{store}: a scan grows on a disk alone; append to a store there, and copy it when it is whole"
+            f"{store}: append=True needs a store on disk, not in an object store; append to one on disk, and copy it "
+            "when the scan is complete"
         )
     if append and isinstance(store, Path) and store.exists():
         return _append(source, store, format, spec, progress)
     check_vacant(store, overwrite=overwrite, kind=SCAN)
-    with _opened(source, store, format, spec) as (read, scratch, stack):
-        gridded = on_grid(read.scan, spec, read.container.label)
-        scan_parts = _prepare(read, gridded, scratch, stack, progress)
-        provenance = _provenance(source, read, spec)
+    with _opened(source, store, format, spec) as (opened, scratch, stack):
+        gridded = on_grid(opened.scan, spec, opened.container.label)
+        scan_parts = _prepare(opened, gridded, scratch, stack, progress)
+        provenance = _provenance(source, opened, spec)
         if append:
             provenance["centre_yx"] = list(gridded.grid.centre_yx)
         return write_scan(
@@ -158,7 +161,7 @@ def ingest(
 def _opened(
     source: Path, store: Location, format: str | None, spec: IngestSpec
 ) -> Iterator[tuple[Source, Path, ExitStack]]:
-    """A file for as long as it is read: what its reader found, and the folder for scratch."""
+    """Open a file with its reader; yields its scratch folder too."""
     with ExitStack() as stack:
         scratch = _scratch(spec, store, stack)
         container = open_container(source, scratch, stack)
@@ -167,83 +170,84 @@ def _opened(
 
 
 def _append(source: Path, store: Path, format: str | None, spec: IngestSpec, progress: bool | None) -> Scan:
-    """Add a file to a scan that grows, as one more segment."""
+    """Append a file to a growing scan, as one more segment."""
     scan = open_scan(store)
     recorded = scan.attributes.get("provenance", {})
     if scan.attributes["state"] != "growing" or not {"options", "reader"} <= recorded.keys():
         raise PtychodaskError(
-            f"{store}: the scan is complete, and append=True (--append) adds to one that it began itself; name another "
-            "store"
+            f"{store}: the scan is complete, or was not started with append=True (--append), which only adds to "
+            "growing scans; pass another store"
         )
-    spec = _as_first(spec, recorded, str(store))
-    with _opened(source, store, format or recorded["reader"], spec) as (read, scratch, stack):
-        label = read.container.label
-        provenance = _provenance(source, read, spec)
-        found = _with_mask_of(scan, read.scan, spec, label)
-        gridded = on_grid(found, spec, label)
-        _check_kept(scan, recorded, found, gridded, read.format, label)
+    spec = _with_first_options(spec, recorded, str(store))
+    with _opened(source, store, format or recorded["reader"], spec) as (opened, scratch, stack):
+        label = opened.container.label
+        provenance = _provenance(source, opened, spec)
+        file_scan = _without_mask(opened.scan, scan, spec, label)
+        gridded = on_grid(file_scan, spec, label)
+        _check_same_scan(scan, recorded, file_scan, gridded, opened.format, label)
         gridded = replace(gridded, mask=scan.mask)
         return append_segment(
             store,
-            **_pattern_parts(found, gridded, label, scratch, stack, progress),
+            **_pattern_parts(file_scan, gridded, label, scratch, stack, progress),
             provenance=provenance,
             progress=progress,
         )
 
 
-def _as_first(spec: IngestSpec, recorded: dict[str, Any], label: str) -> IngestSpec:
-    """The options of a scan's first segment, with those that each segment has for itself."""
+def _with_first_options(spec: IngestSpec, recorded: dict[str, Any], label: str) -> IngestSpec:
+    """Options of a scan's first segment, with `OF_EACH_SEGMENT` of this one."""
     first, given = recorded["options"], {key: _plain(value) for key, value in spec.given().items()}
     for name, value in given.items():
         if name not in OF_EACH_SEGMENT and value != first.get(name):
             raise PtychodaskError(
                 f"{label}: {name} was {first.get(name, 'not given')!r} for the first segment and is {value!r} now; a "
-                "scan keeps the options of its first segment: leave it out, or ingest into a store of its own"
+                "scan keeps the options of its first segment: leave it out, or ingest into another store"
             )
     kept = {name: value for name, value in first.items() if name not in (*OF_EACH_SEGMENT, *OF_FIRST_SEGMENT)}
-    own = {name: getattr(spec, name) for name in OF_EACH_SEGMENT}
-    # What was found once is not looked for again: another centre would shift the patterns.
+    of_segment = {name: getattr(spec, name) for name in OF_EACH_SEGMENT}
+    # The centre of the first segment is reused: another one would shift the patterns.
     centre = {"centre": tuple(recorded["centre_yx"])} if "centre_yx" in recorded and "centre" in kept else {}
-    return with_fields(IngestSpec(), {**kept, **centre, **own})
+    return with_fields(IngestSpec(), {**kept, **centre, **of_segment})
 
 
-def _with_mask_of(scan: Scan, found: SourceScan, spec: IngestSpec, label: str) -> SourceScan:
-    """What a reader found, its mask set aside once it is sure to be that of the first segment."""
-    if found.mask is None:
-        return found
-    mask = on_grid(replace(found, probe=None, label=None), spec, label).mask
+def _without_mask(file_scan: SourceScan, scan: Scan, spec: IngestSpec, label: str) -> SourceScan:
+    """Content of a file without its mask, which must be the scan's."""
+    if file_scan.mask is None:
+        return file_scan
+    mask = on_grid(replace(file_scan, probe=None, label=None), spec, label).mask
     if scan.mask is None or mask is None or not np.array_equal(mask, scan.mask):
         raise PtychodaskError(
-            f"{label}: its mask is not that of the first segment of {scan.store}, which the scan keeps"
+            f"{label}: its mask differs from that of the first segment of {scan.store}, which the scan keeps; ingest "
+            "into another store"
         )
-    return replace(found, mask=None)
+    return replace(file_scan, mask=None)
 
 
-def _check_kept(
-    scan: Scan, recorded: dict[str, Any], found: SourceScan, gridded: GriddedSource, name: str, label: str
+def _check_same_scan(
+    scan: Scan, recorded: dict[str, Any], file_scan: SourceScan, gridded: GriddedSource, name: str, label: str
 ) -> None:
-    """Raise `PtychodaskError`, naming what differs, unless a file fits the first segment of a scan."""
-    kinds: dict[str, tuple[Any, Any]] = {
+    """Raise `PtychodaskError` if a file does not fit a scan's first segment."""
+    properties: dict[str, tuple[Any, Any]] = {
         "format": (recorded["reader"], name),
-        "domain": (scan.domain, found.domain),
+        "domain": (scan.domain, file_scan.domain),
         "n_pixels": (scan.n_pixels, gridded.grid.n_pixels),
         "pixel_size_m": (_rounded(scan.pixel_size_m), _rounded(gridded.pixel_size_m)),
     }
-    for what, (first, now) in kinds.items():
+    for property_name, (first, now) in properties.items():
         if first != now:
             raise PtychodaskError(
-                f"{label}: {what} is {now!r}, and was {first!r} in the first segment of {scan.store}; a scan keeps "
-                "what its first segment had: ingest into a store of its own"
+                f"{label}: {property_name} is {now!r}, expected {first!r} as in the first segment of {scan.store}; "
+                "ingest into another store"
             )
 
 
 def _rounded(size_m: float | None) -> str | None:
-    """A length as text, so that rounding does not tell two apart."""
+    """Length as text, so that sizes that differ by rounding are equal."""
     return None if size_m is None else f"{size_m:.9g}"
 
 
 def _scratch(spec: IngestSpec, store: Location, stack: ExitStack) -> Path:
-    """Folder for what has to be unpacked: beside the store, where that is on a disk."""
+    """Folder for scratch files; by default the store's, if on disk."""
     if spec.scratch is not None:
         return Path(spec.scratch)
     if isinstance(store, S3Location):
@@ -253,7 +257,7 @@ def _scratch(spec: IngestSpec, store: Location, stack: ExitStack) -> Path:
 
 @dataclass(frozen=True)
 class _Preparation:
-    """What happens to a block of frames on its way into the store."""
+    """Conversion of a block of frames to patterns as stored."""
 
     grid: FrameGrid
     domain: Domain
@@ -267,7 +271,7 @@ class _Preparation:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Kept frames of a file with random access, prepared as they are read."""
+    """Kept frames of a file, converted to patterns as they are read."""
 
     frames: Frames
     kept: NDArray[np.int64]
@@ -285,15 +289,26 @@ class _Prepared:
         return self.prepare(self.frames[self.kept[index]])
 
 
-def prepared(found: SourceScan, gridded: GriddedSource, label: str) -> _Prepared:
-    """The kept frames of a file as patterns, which are read by index where the file can be."""
-    dtype = stored_dtype(found.frames.dtype, found.domain, gridded.grid.bin)
-    return _Prepared(found.frames, gridded.kept, _Preparation(gridded.grid, found.domain, dtype, gridded.mask, label))
+def prepared(file_scan: SourceScan, gridded: GriddedSource, label: str) -> _Prepared:
+    """Kept frames of a file as patterns, converted when they are read.
+
+    Parameters
+    ----------
+    file_scan : SourceScan
+        Content of the file.
+    gridded : GriddedSource
+        Its geometry, from `on_grid`.
+    label : str
+        Name of the file, for messages.
+    """
+    dtype = stored_dtype(file_scan.frames.dtype, file_scan.domain, gridded.grid.bin)
+    preparation = _Preparation(gridded.grid, file_scan.domain, dtype, gridded.mask, label)
+    return _Prepared(file_scan.frames, gridded.kept, preparation)
 
 
 @dataclass(frozen=True)
 class _Labels:
-    """Kept labels of a file with random access, as complex64."""
+    """Supervised labels of the kept frames of a file, as complex64."""
 
     frames: Frames
     kept: NDArray[np.int64]
@@ -311,15 +326,15 @@ class _Labels:
 
 
 def _prepare(
-    read: Source, gridded: GriddedSource, scratch: Path, stack: ExitStack, progress: bool | None
+    opened: Source, gridded: GriddedSource, scratch: Path, stack: ExitStack, progress: bool | None
 ) -> dict[str, Any]:
-    """Keyword arguments of `write_scan` from what a reader found."""
-    found, label, spec = read.scan, read.container.label, gridded.spec
-    parts = _pattern_parts(found, gridded, label, scratch, stack, progress)
-    probe, calibration = _probe(found, spec, gridded.grid, parts["diffraction"], gridded.mask, label)
+    """Keyword arguments of `write_scan` from the content of a file."""
+    file_scan, label, spec = opened.scan, opened.container.label, gridded.spec
+    parts = _pattern_parts(file_scan, gridded, label, scratch, stack, progress)
+    probe, calibration = _probe(file_scan, spec, gridded.grid, parts["diffraction"], gridded.mask, label)
     return parts | {
         "probe": probe,
-        "domain": found.domain,
+        "domain": file_scan.domain,
         "calibration": calibration,
         "incident_counts": spec.incident_counts,
         "mask": gridded.mask,
@@ -331,71 +346,87 @@ def _prepare(
 
 
 def _pattern_parts(
-    found: SourceScan, gridded: GriddedSource, label: str, scratch: Path, stack: ExitStack, progress: bool | None
+    file_scan: SourceScan, gridded: GriddedSource, label: str, scratch: Path, stack: ExitStack, progress: bool | None
 ) -> dict[str, Any]:
-    """What a file says of each of its patterns: keyword arguments of `write_scan` and `append_segment`."""
+    """Keyword arguments of `write_scan` and `append_segment` with values per pattern."""
     kept = gridded.kept
-    diffraction = _at_random(prepared(found, gridded, label), scratch, stack, progress)
+    diffraction = _random_access(prepared(file_scan, gridded, label), scratch, stack, progress)
     if not gridded.spec.far_field:
-        check_far_field(diffraction, gridded.position_yx_px, gridded.grid.n_pixels, found.domain, label)
+        check_far_field(diffraction, gridded.position_yx_px, gridded.grid.n_pixels, file_scan.domain, label)
     return {
         "diffraction": diffraction,
         "position_yx_px": gridded.position_yx_px,
-        "flux": None if found.flux is None else found.flux[kept],
-        "scan_index": None if found.scan_index is None else found.scan_index[kept],
+        "flux": None if file_scan.flux is None else file_scan.flux[kept],
+        "scan_index": None if file_scan.scan_index is None else file_scan.scan_index[kept],
         "source_index": kept,
-        "label": None if found.label is None else _labels(found.label, kept, scratch, stack, progress, label),
+        "label": None if file_scan.label is None else _labels(file_scan.label, kept, scratch, stack, progress, label),
     }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GriddedSource:
-    """What is known of a scan before its patterns are read."""
+    """Geometry of a scan on its grid, known before patterns are read."""
 
     kept: NDArray[np.int64]
-    """Rows of the file that stay (pattern,)."""
+    """Rows of the file that are kept (pattern,)."""
 
     grid: FrameGrid
-    """How frames become patterns."""
+    """Conversion of frames to patterns."""
 
     mask: NDArray[np.bool_] | None
     """True where a pixel of a pattern is good (N, N)."""
 
     position_yx_px: NDArray[np.float64]
-    """Positions of the kept patterns (pattern, 2)."""
+    """Positions of the kept patterns (pattern, 2), (y, x), object pixels."""
 
     pixel_size_m: float | None
-    """Object pixel, metres."""
+    """Size of an object pixel, metres; None if unknown."""
 
     truth: Truth | None
-    """The known object, where it fits."""
+    """The known object; None if there is none or it does not fit the grid."""
 
     spec: IngestSpec
-    """What was asked for, and what the file says of the optics."""
+    """The options, completed with the optics in the file."""
 
 
-def on_grid(found: SourceScan, spec: IngestSpec, label: str) -> GriddedSource:
-    """Bring what a reader found onto the scan's grid; no pattern is read, but for ``centre="auto"``.
+def on_grid(file_scan: SourceScan, spec: IngestSpec, label: str) -> GriddedSource:
+    """Positions, mask and object of a file on the scan's grid.
+
+    No pattern is read, except with ``centre="auto"``.
+
+    Parameters
+    ----------
+    file_scan : SourceScan
+        Content of the file.
+    spec : IngestSpec
+        Options.
+    label : str
+        Name of the file, for messages.
+
+    Returns
+    -------
+    GriddedSource
+        Kept rows, conversion of frames, mask, positions, pixel size and truth.
 
     Raises
     ------
     PtychodaskError
-        If arrays do not fit each other or the spec, or something that is needed is not known.
+        If arrays do not fit each other or the spec, or a quantity that is needed is unknown.
     """
-    _check_lengths(found, label)
-    spec = _with_optics(found, spec)
-    kept = _with_position(found, kept_frames(found.frames.shape[0], spec.drop_frames, label), label)
-    check_positions(found.position_yx[kept], len(kept), label)
-    frame_mask = _frame_mask(found, spec, label)
-    grid = _grid(found, spec, frame_mask, label)
+    _check_lengths(file_scan, label)
+    spec = _with_optics(file_scan, spec)
+    kept = _with_position(file_scan, kept_frames(file_scan.frames.shape[0], spec.drop_frames, label), label)
+    check_positions(file_scan.position_yx[kept], len(kept), label)
+    frame_mask = _frame_mask(file_scan, spec, label)
+    grid = _grid(file_scan, spec, frame_mask, label)
     mask = grid.mask(frame_mask)
     if mask is not None and not mask.any():
         raise PtychodaskError(f"{label}: the mask leaves no good pixel; it is True where a pixel is good")
-    pixel_m = _object_pixel_m(found, spec, grid, label)
-    found = _turned(found, spec, label)
-    position_yx_px = _position_yx_px(found, grid, pixel_m, label)[kept]
-    truth = _truth(found, grid, position_yx_px, label)
-    _check_label(found, grid, label)
+    pixel_m = _object_pixel_m(file_scan, spec, grid, label)
+    file_scan = _with_affine(file_scan, spec, label)
+    position_yx_px = _position_yx_px(file_scan, grid, pixel_m, label)[kept]
+    truth = _truth(file_scan, grid, position_yx_px, label)
+    _check_label(file_scan, grid, label)
     return GriddedSource(
         kept=kept,
         grid=grid,
@@ -407,75 +438,78 @@ def on_grid(found: SourceScan, spec: IngestSpec, label: str) -> GriddedSource:
     )
 
 
-def _with_optics(found: SourceScan, spec: IngestSpec) -> IngestSpec:
-    """The spec, and what the file says of the optics where the user says nothing."""
+def _with_optics(file_scan: SourceScan, spec: IngestSpec) -> IngestSpec:
+    """Options, completed with the optics in the file."""
     given = spec.given()
-    says_wavelength = {"energy_ev", "wavelength_m"} & set(given)
+    is_wavelength_given = {"energy_ev", "wavelength_m"} & set(given)
     optics: dict[str, Any] = {
         name: value
-        for name, value in found.optics.items()
-        if name not in given and not (says_wavelength and name in ("energy_ev", "wavelength_m"))
+        for name, value in file_scan.optics.items()
+        if name not in given and not (is_wavelength_given and name in ("energy_ev", "wavelength_m"))
     }
     return replace(spec, **optics)
 
 
-def _with_position(found: SourceScan, kept: NDArray[np.int64], label: str) -> NDArray[np.int64]:
+def _with_position(file_scan: SourceScan, kept: NDArray[np.int64], label: str) -> NDArray[np.int64]:
     """Kept frames that have a position."""
-    if found.rows is None:
+    if file_scan.rows is None:
         return kept
-    kept = np.intersect1d(kept, found.rows)
+    kept = np.intersect1d(kept, file_scan.rows)
     if not len(kept):
-        raise PtychodaskError(f"{label}: drop_frames leaves none of the {len(found.rows)} frames that have a position")
+        raise PtychodaskError(
+            f"{label}: drop_frames leaves none of the {len(file_scan.rows)} frames that have a position"
+        )
     return kept
 
 
-def _turned(found: SourceScan, spec: IngestSpec, label: str) -> SourceScan:
-    """What a reader found, its positions turned by the affine matrix."""
+def _with_affine(file_scan: SourceScan, spec: IngestSpec, label: str) -> SourceScan:
+    """Content of a file with its positions transformed by the affine matrix."""
     if spec.affine is None:
-        return found
-    if found.object is not None:
+        return file_scan
+    if file_scan.object is not None:
         raise PtychodaskError(
-            f"{label}: affine turns positions away from the object that the file holds; leave affine= out, or name the "
-            "file's arrays with keys=, without 'object'"
+            f"{label}: affine= changes the positions, so that they no longer fit the object in the file; leave it out, "
+            "or map the file's arrays with keys= without 'object'"
         )
-    return replace(found, position_yx=found.position_yx @ as_matrix(spec.affine).T)
+    return replace(file_scan, position_yx=file_scan.position_yx @ as_matrix(spec.affine).T)
 
 
-def _check_lengths(found: SourceScan, label: str) -> None:
-    shape = found.frames.shape
-    if found.frames.dtype.kind not in "buif":
-        raise PtychodaskError(f"{label}: patterns have type {found.frames.dtype}, expected counts or amplitudes")
-    if len(found.position_yx) != shape[0]:
+def _check_lengths(file_scan: SourceScan, label: str) -> None:
+    shape = file_scan.frames.shape
+    if file_scan.frames.dtype.kind not in "buif":
+        raise PtychodaskError(f"{label}: patterns have type {file_scan.frames.dtype}, expected counts or amplitudes")
+    if len(file_scan.position_yx) != shape[0]:
         raise PtychodaskError(
-            f"{label}: {shape[0]} patterns but {len(found.position_yx)} positions (patterns of shape {shape}); "
-            "every pattern needs exactly one: mend the file, or say its order of axes with axes= (--axes)"
+            f"{label}: {shape[0]} patterns but {len(file_scan.position_yx)} positions (patterns of shape {shape}); "
+            "every pattern needs one: correct the file, or pass the order of its axes with axes= (--axes)"
         )
     for name in ("flux", "scan_index"):
-        values = getattr(found, name)
+        values = getattr(file_scan, name)
         if values is not None and len(values) != shape[0]:
-            raise PtychodaskError(f"{label}: {shape[0]} patterns but {len(values)} values of {name}; mend the file")
+            raise PtychodaskError(f"{label}: {shape[0]} patterns but {len(values)} values of {name}; correct the file")
 
 
 def kept_frames(n_frames: int, drop: str | Sequence[int | slice] | None, label: str) -> NDArray[np.int64]:
-    """Rows of a file that stay when some are dropped.
+    """Rows of a file that are kept when some are dropped.
 
     Parameters
     ----------
     n_frames : int
+        Number of frames in the file.
     drop : str or sequence of int and slice, optional
-        "3,10:20" means row 3 and rows 10 to 19.
+        Rows to drop; "3,10:20" means row 3 and rows 10 to 19.
     label : str
-        The file, for messages.
+        Name of the file, for messages.
 
     Returns
     -------
     int64 array
-        Ascending.
+        Kept rows, ascending.
 
     Raises
     ------
     PtychodaskError
-        If a part is no row or range of the file, or nothing stays.
+        If a part is not a row or range of the file, or no row is kept.
 
     Examples
     --------
@@ -505,58 +539,63 @@ def _rows(part: str | int | slice, n_frames: int, label: str) -> slice:
             f"{label}: drop_frames has the part {part!r}, expected a row or a range '10:20'"
         ) from error
     if not 0 <= start < stop <= n_frames:
-        raise PtychodaskError(f"{label}: drop_frames has the part {part!r}, expected rows of 0..{n_frames - 1}")
+        raise PtychodaskError(f"{label}: drop_frames has the part {part!r}, expected rows in 0..{n_frames - 1}")
     return slice(start, stop, rows.step)
 
 
-def _frame_mask(found: SourceScan, spec: IngestSpec, label: str) -> NDArray[np.bool_] | None:
-    if spec.mask is not None and found.mask is not None:
-        raise PtychodaskError(f"{label}: mask= and a mask among keys= say the same thing; pass one of them")
-    mask = found.mask if spec.mask is None else as_mask(read_npy(spec.mask), str(spec.mask))
-    if mask is not None and mask.shape != found.frames.shape[1:]:
+def _frame_mask(file_scan: SourceScan, spec: IngestSpec, label: str) -> NDArray[np.bool_] | None:
+    if spec.mask is not None and file_scan.mask is not None:
+        raise PtychodaskError(f"{label}: there is a mask in the file and in mask=; leave mask= out, or map no mask")
+    mask = file_scan.mask if spec.mask is None else as_mask(read_npy(spec.mask), str(spec.mask))
+    if mask is not None and mask.shape != file_scan.frames.shape[1:]:
         raise PtychodaskError(
-            f"{label}: the mask has shape {mask.shape}, expected {found.frames.shape[1:]} as the frames"
+            f"{label}: the mask has shape {mask.shape}, expected {file_scan.frames.shape[1:]} like the frames"
         )
     return mask
 
 
-def _grid(found: SourceScan, spec: IngestSpec, mask: NDArray[np.bool_] | None, label: str) -> FrameGrid:
-    height, width = (int(n) for n in found.frames.shape[1:])
+def _grid(file_scan: SourceScan, spec: IngestSpec, mask: NDArray[np.bool_] | None, label: str) -> FrameGrid:
+    height, width = (int(n) for n in file_scan.frames.shape[1:])
     if spec.n_pixels is None and height != width:
-        check_pattern_shape(found.frames.shape, label)
+        check_pattern_shape(file_scan.frames.shape, label)
     n_pixels = height // spec.bin if spec.n_pixels is None else int(spec.n_pixels)
-    check_pattern_shape((found.frames.shape[0], n_pixels, n_pixels), label)
+    check_pattern_shape((file_scan.frames.shape[0], n_pixels, n_pixels), label)
     if spec.centre == "dc":
         centre = (height // 2, width // 2)
     elif spec.centre == "auto":
-        centre = _found_centre(found, mask, label)
-        logger.info("%s: the beam's centre is at (y, x) = %s of %s", label, centre, (height, width))
+        centre = _measured_centre(file_scan, mask, label)
+        logger.info("%s: the beam centre is at (y, x) = %s of %s", label, centre, (height, width))
     else:
         centre = (round(float(spec.centre[0])), round(float(spec.centre[1])))
     if not (0 <= centre[0] < height and 0 <= centre[1] < width):
         raise PtychodaskError(f"{label}: centre is {centre}, expected a pixel of the {height} x {width} frame")
-    return FrameGrid(frame_shape=(height, width), n_pixels=n_pixels, bin=int(spec.bin), dc=found.dc, centre_yx=centre)
+    return FrameGrid(
+        frame_shape=(height, width), n_pixels=n_pixels, bin=int(spec.bin), dc=file_scan.dc, centre_yx=centre
+    )
 
 
-def _found_centre(found: SourceScan, mask: NDArray[np.bool_] | None, label: str) -> tuple[int, int]:
-    mean = mean_counts(found.frames.blocks(), found.domain)
+def _measured_centre(file_scan: SourceScan, mask: NDArray[np.bool_] | None, label: str) -> tuple[int, int]:
+    mean = mean_counts(file_scan.frames.blocks(), file_scan.domain)
     if mask is not None:
         mean = mean * mask
-    return centre_of_mass(np.fft.fftshift(mean) if found.dc == "corner" else mean, label)
+    return centre_of_mass(np.fft.fftshift(mean) if file_scan.dc == "corner" else mean, label)
 
 
-def _object_pixel_m(found: SourceScan, spec: IngestSpec, grid: FrameGrid, label: str) -> float | None:
-    """Object pixel as the user says, or the file, or λz/(extent of the detector); None where none of them is known."""
+def _object_pixel_m(file_scan: SourceScan, spec: IngestSpec, grid: FrameGrid, label: str) -> float | None:
+    """Size of an object pixel, metres; None if unknown.
+
+    The one that the user passes, else the one in the file, else λz/(extent of the detector).
+    """
     wavelength_m = _wavelength_m(spec)
     computed = None
     if wavelength_m and spec.distance_m and spec.detector_pixel_m:
         computed = pixel_size_m(wavelength_m, spec.distance_m, spec.detector_pixel_m, grid.extent)
     if spec.pixel_size_m and computed and not np.isclose(spec.pixel_size_m, computed, rtol=0.01):
         raise PtychodaskError(
-            f"{label}: pixel_size_m is {spec.pixel_size_m:.4g} but wavelength, distance and detector pixel make it "
-            f"{computed:.4g}; leave pixel_size_m out, or correct the optics"
+            f"{label}: pixel_size_m is {spec.pixel_size_m:.4g}, but {computed:.4g} by wavelength, distance and "
+            "detector pixel; leave pixel_size_m out, or correct the optics"
         )
-    of_file = found.pixel_size_m / grid.position_scale_yx[0] if found.pixel_size_m else None
+    of_file = file_scan.pixel_size_m / grid.position_scale_yx[0] if file_scan.pixel_size_m else None
     return spec.pixel_size_m or of_file or computed
 
 
@@ -565,51 +604,51 @@ def _wavelength_m(spec: IngestSpec) -> float | None:
 
 
 def _position_yx_px(
-    found: SourceScan, grid: FrameGrid, object_pixel_m: float | None, label: str
+    file_scan: SourceScan, grid: FrameGrid, object_pixel_m: float | None, label: str
 ) -> NDArray[np.float64]:
-    if found.unit == "px":
-        return found.position_yx * np.array(grid.position_scale_yx)
+    if file_scan.unit == "px":
+        return file_scan.position_yx * np.array(grid.position_scale_yx)
     if object_pixel_m is None:
         raise PtychodaskError(
-            f"{label}: positions are in {found.unit} and the object pixel is not known; "
+            f"{label}: positions are in {file_scan.unit}, but the size of an object pixel is unknown; "
             "pass pixel_size_m=, or energy_ev=, distance_m= and detector_pixel_m="
         )
-    return found.position_yx * ({"um": 1e-6, "m": 1.0}[found.unit] / object_pixel_m)
+    return file_scan.position_yx * ({"um": 1e-6, "m": 1.0}[file_scan.unit] / object_pixel_m)
 
 
-def _truth(found: SourceScan, grid: FrameGrid, position_yx_px: NDArray[np.float64], label: str) -> Truth | None:
-    if found.object is None:
+def _truth(file_scan: SourceScan, grid: FrameGrid, position_yx_px: NDArray[np.float64], label: str) -> Truth | None:
+    if file_scan.object is None:
         return None
     half = grid.n_pixels / 2
-    inside = (position_yx_px >= half).all() and (position_yx_px <= np.array(found.object.shape) - half).all()
+    inside = (position_yx_px >= half).all() and (position_yx_px <= np.array(file_scan.object.shape) - half).all()
     for left_out, reason in (
-        (grid.changes_the_object_grid, "crop, padding or bin changes the object's grid"),
+        (grid.changes_the_object_grid, "crop, padding or binning changes the object's grid"),
         (not inside, "it does not cover the scan"),
-        (not np.isfinite(found.object).all(), "it has values that are not finite"),
-        (bool((found.object == found.object.flat[0]).all()), "it is constant, a placeholder"),
+        (not np.isfinite(file_scan.object).all(), "it has values that are not finite"),
+        (bool((file_scan.object == file_scan.object.flat[0]).all()), "it is constant, a placeholder"),
     ):
         if left_out:
-            logger.info("%s: left out its object as truth: %s", label, reason)
+            logger.info("%s: did not use its object as truth: %s", label, reason)
             return None
-    return Truth(found.object)
+    return Truth(file_scan.object)
 
 
-def _check_label(found: SourceScan, grid: FrameGrid, label: str) -> None:
-    if found.label is None:
+def _check_label(file_scan: SourceScan, grid: FrameGrid, label: str) -> None:
+    if file_scan.label is None:
         return
-    if found.label.shape != found.frames.shape:
+    if file_scan.label.shape != file_scan.frames.shape:
         raise PtychodaskError(
-            f"{label}: labels have shape {found.label.shape}, expected {found.frames.shape} as the patterns"
+            f"{label}: labels have shape {file_scan.label.shape}, expected {file_scan.frames.shape} like the patterns"
         )
     if grid.changes_the_object_grid:
         raise PtychodaskError(
             f"{label}: its labels do not fit patterns of another size; leave n_pixels= and bin= out, "
-            "or name the file's arrays with keys=, without 'label'"
+            "or map the file's arrays with keys= without 'label'"
         )
 
 
-def _at_random(patterns: _Prepared, scratch: Path, stack: ExitStack, progress: bool | None) -> PatternSource:
-    """Prepared patterns that can be read in any order: through scratch where the file itself cannot."""
+def _random_access(patterns: _Prepared, scratch: Path, stack: ExitStack, progress: bool | None) -> PatternSource:
+    """Patterns readable in any order, from a scratch file if necessary."""
     if patterns.frames.random_access:
         return patterns
     label, n_bytes = patterns.prepare.label, prod(patterns.shape) * patterns.dtype.itemsize
@@ -619,46 +658,46 @@ def _at_random(patterns: _Prepared, scratch: Path, stack: ExitStack, progress: b
 
 
 def _labels(
-    label: Frames, kept: NDArray[np.int64], scratch: Path, stack: ExitStack, progress: bool | None, source_name: str
+    frames: Frames, kept: NDArray[np.int64], scratch: Path, stack: ExitStack, progress: bool | None, label: str
 ) -> PatternSource:
-    if label.random_access:
-        return _Labels(label, kept)
-    n_bytes = len(kept) * label.shape[1] * label.shape[2] * 8
-    file = stack.enter_context(scratch_file(scratch, n_bytes, f"{source_name}: unpacking labels"))
-    spill(label, kept, lambda block: block.astype(np.complex64), file, folder=scratch, progress=progress)
-    return RawFrames(file, 0, (len(kept), *label.shape[1:]), np.dtype(np.complex64), label=source_name)
+    if frames.random_access:
+        return _Labels(frames, kept)
+    n_bytes = len(kept) * frames.shape[1] * frames.shape[2] * 8
+    file = stack.enter_context(scratch_file(scratch, n_bytes, f"{label}: unpacking labels"))
+    spill(frames, kept, lambda block: block.astype(np.complex64), file, folder=scratch, progress=progress)
+    return RawFrames(file, 0, (len(kept), *frames.shape[1:]), np.dtype(np.complex64), label=label)
 
 
 def _probe(
-    found: SourceScan,
+    file_scan: SourceScan,
     spec: IngestSpec,
     grid: FrameGrid,
     diffraction: PatternSource,
     mask: NDArray[np.bool_] | None,
     label: str,
 ) -> tuple[NDArray[np.complex64], Calibration]:
-    """The initial probe on the scan's grid, and its calibration."""
-    kind = spec.probe or ("file" if found.probe is not None else "estimate")
+    """Initial probe on the scan's grid, and its calibration."""
+    kind = spec.probe or ("file" if file_scan.probe is not None else "estimate")
     if spec.probe is None and kind == "estimate":
-        logger.info("%s: holds no probe; it is estimated from the mean pattern (probe=)", label)
-    calibration = spec.calibration or (found.calibration if kind == "file" else "mean_counts")
+        logger.info("%s: has no probe; it is estimated from the mean pattern (see probe=)", label)
+    calibration = spec.calibration or (file_scan.calibration if kind == "file" else "mean_counts")
     if calibration == "as_given" and kind in ("disc", "zone_plate", "estimate"):
         raise PtychodaskError(
-            f"{label}: a probe made by {kind!r} has no scale of its own; "
+            f"{label}: calibration is 'as_given', but a probe from {kind!r} has an arbitrary scale; "
             "pass calibration='mean_counts', or 'incident' with incident_counts="
         )
     if kind == "file":
-        if found.probe is None:
-            raise PtychodaskError(f"{label}: holds no probe; pass probe= 'disc', 'zone_plate', 'estimate' or a path")
-        return _on_grid(found.probe, grid, label), calibration
+        if file_scan.probe is None:
+            raise PtychodaskError(f"{label}: has no probe; pass probe= 'disc', 'zone_plate', 'estimate' or a path")
+        return _probe_on_grid(file_scan.probe, grid, label), calibration
     if kind == "disc":
         return disc_probe(grid.n_pixels, diameter_px=float(spec.probe_diameter_px or 0)), calibration
     if kind == "zone_plate":
         return _zone_plate(spec, grid, label), calibration
     if kind == "estimate":
-        mean = mean_counts(_stored_blocks(diffraction), found.domain)
+        mean = mean_counts(_stored_blocks(diffraction), file_scan.domain)
         return estimate_probe(np.sqrt(mean if mask is None else mean * mask)), calibration
-    return _on_grid(_probe_file(kind), grid, kind), calibration
+    return _probe_on_grid(_probe_file(kind), grid, kind), calibration
 
 
 def _stored_blocks(diffraction: PatternSource) -> Iterator[NDArray[Any]]:
@@ -666,20 +705,20 @@ def _stored_blocks(diffraction: PatternSource) -> Iterator[NDArray[Any]]:
         yield diffraction[np.arange(start, stop)]
 
 
-def _on_grid(probe: NDArray[np.complex64], grid: FrameGrid, label: str) -> NDArray[np.complex64]:
-    """A probe on the file's grid or on the scan's, on the scan's."""
+def _probe_on_grid(probe: NDArray[np.complex64], grid: FrameGrid, label: str) -> NDArray[np.complex64]:
+    """Probe on the scan's grid, from the file's grid or the scan's."""
     if probe.shape[1:] == (grid.n_pixels, grid.n_pixels):
         return probe
     if probe.shape[1:] != grid.frame_shape:
         raise PtychodaskError(
             f"{label}: the probe has shape {probe.shape}, expected (mode, {grid.n_pixels}, {grid.n_pixels}) "
-            f"or (mode, {grid.frame_shape[0]}, {grid.frame_shape[1]}) as the frames"
+            f"or (mode, {grid.frame_shape[0]}, {grid.frame_shape[1]}) like the frames"
         )
     resampled = grid.probe(probe)
     before = float((np.abs(probe) ** 2).sum(dtype=np.float64))
     kept = float((np.abs(resampled) ** 2).sum(dtype=np.float64)) / before if before > 0 else 1.0
-    if kept < 1 - LOST_LIGHT_NOTED:
-        logger.warning("%s: %.0f %% of the probe's light lies outside its new grid", label, 100 * (1 - kept))
+    if kept < 1 - LOST_INTENSITY_WARNED:
+        logger.warning("%s: %.0f %% of the probe's intensity is outside its new grid", label, 100 * (1 - kept))
     return resampled
 
 
@@ -703,9 +742,12 @@ def _zone_plate(spec: IngestSpec, grid: FrameGrid, label: str) -> NDArray[np.com
 
 
 def _probe_file(path: str) -> NDArray[np.complex64]:
-    """A probe from a .npy, or from the only key, `probe` or `probeGuess` of a .npz."""
+    """Probe from a .npy or a .npz.
+
+    In a .npz it is the only array, or the one at `probe` or `probeGuess`.
+    """
     if not Path(path).is_file():
-        raise PtychodaskError(f"{path}: no such file; probe= is a path or one of: {', '.join(PROBE_MODELS)}")
+        raise PtychodaskError(f"{path}: no such file; pass probe= a path or one of: {', '.join(PROBE_MODELS)}")
     if Path(path).suffix != ".npz":
         return as_probe(read_npy(path), path)
     with reading(path), ExitStack() as stack:
@@ -720,14 +762,14 @@ def _probe_file(path: str) -> NDArray[np.complex64]:
         return as_probe(npz.array(named[0]), path)
 
 
-def _provenance(source: Path, read: Source, spec: IngestSpec) -> dict[str, Any]:
+def _provenance(source: Path, opened: Source, spec: IngestSpec) -> dict[str, Any]:
     packages = ("ptychodask", "numpy", "zarr")
-    second = read.companion
+    second = opened.companion
     return {
         "source": str(source.resolve()),
         "sha256": _sha256(source),
         **({} if second is None else {"second_source": str(second.resolve()), "second_sha256": _sha256(second)}),
-        "reader": read.format,
+        "reader": opened.format,
         "options": {key: _plain(value) for key, value in spec.given().items()},
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -735,7 +777,7 @@ def _provenance(source: Path, read: Source, spec: IngestSpec) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value of an option as JSON holds it."""
+    """Value of an option as JSON types."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, dict):

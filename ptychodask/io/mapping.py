@@ -1,4 +1,4 @@
-"""Any NPZ or HDF5 file, by a mapping from our names to the file's own."""
+"""Reader of any NPZ or HDF5 file by a mapping of keys."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ptychodask.io.source import (
     IngestSpec,
     SourceScan,
     Unit,
+    apply_flips,
     as_mask,
     as_probe,
     as_vector,
@@ -21,7 +22,6 @@ from ptychodask.io.source import (
     frame_axes,
     listed_keys,
     pattern_axis_is_last,
-    turned,
 )
 from ptychodask.scan import PtychodaskError
 
@@ -43,30 +43,35 @@ UNIT_NAMES: dict[str, Unit] = {
 
 
 def recognises(keys: Sequence[str]) -> bool:
-    """A mapping is always asked for."""
+    """False: this format is only used on request, with `keys`."""
     return False
 
 
 def read(container: Container, spec: IngestSpec) -> SourceScan:
-    """Read the arrays that `spec.keys` names; what neither the file nor the spec says is asked for.
+    """Read the arrays at `spec.keys`.
 
     Notes
     -----
     ``position`` is (pattern, 2) in the order (y, x), in place of ``y`` and ``x``; ``mask`` is True where a pixel is
-    good; ``object`` has its pixel [0, 0] at position (0, 0) and needs positions in pixels, not turned.
+    good; ``object`` has its pixel [0, 0] at position (0, 0) and needs positions in pixels, neither flipped nor swapped.
+
+    Raises
+    ------
+    PtychodaskError
+        If an array does not fit, or neither the file nor the spec gives a unit.
     """
-    keys = _complete(container, spec)
+    keys = _checked_keys(container, spec)
     label = container.label
     unit = _unit(container, keys, spec)
-    turned = spec.flip_y or spec.flip_x or spec.swap_xy
-    if "object" in keys and (turned or unit != "px"):
+    is_flipped = spec.flip_y or spec.flip_x or spec.swap_xy
+    if "object" in keys and (is_flipped or unit != "px"):
         raise PtychodaskError(
-            f"{label}: an object can be placed only with positions in px of its own, neither flipped nor swapped; "
-            "leave key 'object' out"
+            f"{label}: key 'object' needs positions in object pixels (units='px'), neither flipped nor swapped; "
+            "leave it out"
         )
     if spec.domain is None:
         raise PtychodaskError(
-            f"{label}: nothing says whether '{keys['diffraction']}' holds counts or amplitudes; "
+            f"{label}: '{keys['diffraction']}' may contain counts or amplitudes; "
             "pass domain='counts' or domain='amplitude' (--domain)"
         )
     position_yx = _positions(container, keys, spec)
@@ -93,7 +98,7 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
     )
 
 
-def _complete(container: Container, spec: IngestSpec) -> dict[str, str]:
+def _checked_keys(container: Container, spec: IngestSpec) -> dict[str, str]:
     keys = dict(spec.keys or {})
     pair, single = "y" in keys and "x" in keys, "position" in keys
     if "diffraction" not in keys or pair == single or ("y" in keys) != ("x" in keys):
@@ -102,7 +107,7 @@ def _complete(container: Container, spec: IngestSpec) -> dict[str, str]:
             f"'y' and 'x' or 'position'; keys found in the file: {listed_keys(container.keys())}"
         )
     for key in keys.values():
-        container.shape(key)  # refuses a key that is not there
+        container.shape(key)  # raises if the key is missing
     return keys
 
 
@@ -110,11 +115,11 @@ def _unit(container: Container, keys: dict[str, str], spec: IngestSpec) -> Unit:
     if spec.units is not None:
         return spec.units
     key = keys.get("position") or keys["y"]
-    noted = container.unit(key)
-    if noted is not None and noted.strip().lower() in UNIT_NAMES:
-        return UNIT_NAMES[noted.strip().lower()]
+    recorded = container.unit(key)
+    if recorded is not None and recorded.strip().lower() in UNIT_NAMES:
+        return UNIT_NAMES[recorded.strip().lower()]
     raise PtychodaskError(
-        f"{container.label}: the unit of the positions '{key}' is {noted or 'not noted'}, "
+        f"{container.label}: the unit of the positions '{key}' is {recorded or 'not recorded'}, "
         f"expected one of: {', '.join(get_args(Unit))}; pass units= (--units)"
     )
 
@@ -127,18 +132,18 @@ def _positions(container: Container, keys: dict[str, str], spec: IngestSpec) -> 
         if position.ndim != 2 or position.shape[1] != 2:
             raise PtychodaskError(
                 f"{container.label}[{keys['position']}]: positions have shape {position.shape}, expected (pattern, 2) "
-                "in the order (y, x)"
+                "in the order (y, x); save them so, or map keys 'y' and 'x'"
             )
     else:
         y, x = (as_vector(container.array(keys[name]), f"{container.label}[{keys[name]}]") for name in ("y", "x"))
         if len(y) != len(x):
             raise PtychodaskError(
-                f"{container.label}: {len(y)} positions y but {len(x)} positions x; name matching keys"
+                f"{container.label}: {len(y)} y positions but {len(x)} x positions; map keys of the same length"
             )
         position = np.stack([y, x], axis=1)
     if position.dtype.kind not in "iuf":
         raise PtychodaskError(f"{container.label}: positions have type {position.dtype}, expected numbers")
-    return turned(position.astype(np.float64), spec)
+    return apply_flips(position.astype(np.float64), spec)
 
 
 def _as_object(values: NDArray[Any], label: str) -> NDArray[np.complex64]:

@@ -1,7 +1,8 @@
-"""NeXus files of the definition NXcxi_ptycho: like CXI, but numbers say their unit, and rasters have four axes.
+"""Reader of NeXus files of the definition NXcxi_ptycho.
 
-Names and meanings: nexusformat/definitions, ``NXcxi_ptycho.nxdl.xml``. ``source_1/energy`` is the energy of the machine
-there; the photons' is that of the beam.
+Like CXI, but numbers have a ``units`` attribute, and patterns of a raster have four axes. Keys and their meaning:
+nexusformat/definitions, ``NXcxi_ptycho.nxdl.xml``. There ``source_1/energy`` is the energy of the storage ring; the
+photon energy is that of the beam.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from ptychodask.io.cxi import as_translation, good_pixels, illumination
 from ptychodask.io.quantities import DETECTOR_PIXEL, DISTANCE, ENERGY, Optic, metres_of, read_optics
-from ptychodask.io.source import Container, IngestSpec, SourceScan, as_vector, frame_axes, missing_key, turned
+from ptychodask.io.source import Container, IngestSpec, SourceScan, apply_flips, as_vector, frame_axes, missing_key
 from ptychodask.scan import PtychodaskError
 
 OPTIONS = ("units", "dc", "flip_y", "flip_x", "swap_xy")
@@ -25,15 +26,18 @@ _BEAM = re.compile(rf"^([^/]+)/.*beam_1/({'|'.join(BEAM_ENERGY)}|extent)$")
 
 
 def recognises(keys: Sequence[str]) -> bool:
-    """Whether a file with these keys is of this format: the beam's group tells it from CXI."""
+    """True if a file with these keys is of this format.
+
+    The group of the beam distinguishes it from CXI.
+    """
     return _entry(keys) is not None
 
 
 def _entry(keys: Sequence[str]) -> str | None:
-    found = next((match for key in keys if (match := _BEAM.match(key))), None)
-    if found is None:
+    beam = next((match for key in keys if (match := _BEAM.match(key))), None)
+    if beam is None:
         return None
-    entry = found.group(1)
+    entry = beam.group(1)
     return entry if any(key.startswith(f"{entry}/instrument_1/detector_1/") for key in keys) else None
 
 
@@ -42,15 +46,15 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
 
     Notes
     -----
-    Frames are (pattern, h, w), or (npts_x, npts_y, h, w) of a raster, row after row. Positions are ``translation``
-    (pattern, 3), or else ``sample_1/transformations`` x and y, each as long as the patterns, or npts_x and npts_y of
-    them. x goes along columns and y along rows as they are; what else holds is said by the flips, which
-    `inspect --check-axes` finds.
+    Frames are (pattern, h, w), or (npts_x, npts_y, h, w) for a raster, row after row. Positions are ``translation``
+    (pattern, 3), or else x and y of ``sample_1/transformations``: one of each per pattern, or npts_x and npts_y of
+    them. By default +x is along columns and +y along rows; other orientations need the flips, which
+    `inspect --check-axes` determines.
     """
     entry = _entry(container.keys())
     if entry is None:
         raise PtychodaskError(
-            f"{container.label}: has no group beam_1 with an energy, by which NXcxi_ptycho is known; "
+            f"{container.label}: has no group beam_1 with an energy or extent, expected by NXcxi_ptycho; "
             "map the file's arrays with keys="
         )
     detector, sample = f"{entry}/instrument_1/detector_1", f"{entry}/sample_1"
@@ -69,7 +73,7 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
     )
     return SourceScan(
         frames=frames,
-        position_yx=turned(position_yx_m, spec),
+        position_yx=apply_flips(position_yx_m, spec),
         unit="m",
         domain="counts",
         dc=spec.dc or "centre",
@@ -98,8 +102,8 @@ def _positions(
         x, y = (grid.ravel() for grid in np.meshgrid(x, y, indexing="ij"))
     if len(y) != len(x):
         raise PtychodaskError(
-            f"{container.label}[{transformations}]: {len(y)} positions y and {len(x)} x for patterns {raster}, "
-            "expected as many of each as patterns, or npts_x and npts_y of them"
+            f"{container.label}[{transformations}]: {len(y)} y and {len(x)} x positions for patterns {raster}, "
+            "expected one of each per pattern, or npts_x and npts_y of them; correct the file"
         )
     return np.stack([y, x], axis=1)
 

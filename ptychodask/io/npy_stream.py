@@ -1,4 +1,7 @@
-"""NumPy's NPY and NPZ files, read as streams: no pickles, no allocation that the file's length does not bear out."""
+"""NPY and NPZ files, read as streams.
+
+No pickles are loaded, and memory is allocated only for arrays that the length of the file allows.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +27,19 @@ from ptychodask.io.raw import (
     oriented,
     read_exactly,
     scratch_file,
-    turn_patterns_first,
+    transpose_patterns_first,
 )
 from ptychodask.io.source import BLOCK_BYTES, Frames, pattern_axes, require_keys
 from ptychodask.scan import PtychodaskError
 
 DEFLATE_LIMIT = 1032
-"""A deflated byte stands for this many bytes at most (zlib's technical notes)."""
+"""Largest compression ratio of deflate (zlib's technical notes)."""
 
 WHOLE_BYTES = 2**27
-"""Arrays up to this size are read whole, however small the file makes them."""
+"""Arrays up to this size may be read at once at any compression ratio."""
 
 WHOLE_PACKED_AT_MOST = 100
-"""Times that a larger array that is read whole exceeds its bytes in the file, at the most: measured numbers hardly
-pack."""
+"""Largest accepted compression ratio of a larger array that is read at once: measured numbers hardly compress."""
 
 _DAMAGE = (
     OSError,
@@ -58,7 +60,7 @@ _DAMAGE = (
 
 @contextmanager
 def reading(label: str) -> Iterator[None]:
-    """Turn what a damaged file makes the standard library raise into one clear line."""
+    """Convert errors that damaged files cause to a one-line `PtychodaskError`."""
     try:
         yield
     except PtychodaskError:
@@ -72,13 +74,13 @@ def reading(label: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class NpyHeader:
-    """What an NPY stream says about its array."""
+    """Header of an NPY stream."""
 
     shape: tuple[int, ...]
     """Shape of the array."""
 
     fortran: bool
-    """First axis fastest."""
+    """True if the first axis varies fastest (Fortran order)."""
 
     dtype: np.dtype[Any]
     """Type of the values, byte order included."""
@@ -93,7 +95,7 @@ class NpyHeader:
 
 
 def read_header(stream: IO[bytes], n_bytes: int, label: str) -> NpyHeader:
-    """Read an NPY header and check it against the length of the stream.
+    """Read an NPY header and check it against the stream's length.
 
     Parameters
     ----------
@@ -102,20 +104,20 @@ def read_header(stream: IO[bytes], n_bytes: int, label: str) -> NpyHeader:
     n_bytes : int
         Length of the NPY data, header included.
     label : str
-        The array's name, for messages.
+        Name of the array, for messages.
 
     Raises
     ------
     PtychodaskError
-        If it is no NPY header, or the values it announces do not fill the rest of the stream exactly.
+        If it is not an NPY header, or its values do not fill the rest of the stream exactly.
     """
     with reading(label), warnings.catch_warnings():
-        # Headers written by Python 2 or with old type names draw warnings, no harm.
+        # Headers written by Python 2 or with old type names cause harmless warnings.
         warnings.simplefilter("ignore")
         version = npy_format.read_magic(stream)
         readers = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
         if version not in readers:
-            raise PtychodaskError(f"{label}: NPY version {version} is not read, expected (1, 0) or (2, 0)")
+            raise PtychodaskError(f"{label}: NPY version {version} is not supported, expected (1, 0) or (2, 0)")
         shape, fortran, dtype = readers[version](stream)
         header = NpyHeader(tuple(int(n) for n in shape), bool(fortran), dtype, stream.tell())
     if not dtype.hasobject and (min(header.shape, default=0) < 0 or header.length + header.n_bytes != n_bytes):
@@ -126,17 +128,17 @@ def read_header(stream: IO[bytes], n_bytes: int, label: str) -> NpyHeader:
     return header
 
 
-def check_whole(n_bytes: int, stored_bytes: int, label: str) -> None:
-    """Raise `PtychodaskError` where so much would be read into memory from so little of a file that it is a bomb."""
+def check_compression(n_bytes: int, stored_bytes: int, label: str) -> None:
+    """Raise `PtychodaskError` if an array's compression ratio indicates a decompression bomb."""
     if n_bytes > WHOLE_BYTES and n_bytes > WHOLE_PACKED_AT_MOST * stored_bytes:
         raise PtychodaskError(
-            f"{label}: {n_bytes} bytes would be read from {stored_bytes} compressed ones; it does not hold what is "
-            "measured: make it again, or save it without compression"
+            f"{label}: {n_bytes} bytes would be read from {stored_bytes} compressed ones, expected at most "
+            f"{WHOLE_PACKED_AT_MOST} times as many; save it without compression if the data are right"
         )
 
 
 def check_member(member: zipfile.ZipInfo, file_bytes: int, label: str) -> None:
-    """Raise `PtychodaskError` where a member of an archive claims more than a file of a length can hold."""
+    """Raise `PtychodaskError` if an archive member claims an impossible size."""
     if member.compress_size > file_bytes or member.file_size > DEFLATE_LIMIT * member.compress_size + 1024:
         raise PtychodaskError(
             f"{label}: {member.file_size} bytes cannot come from {member.compress_size} compressed ones "
@@ -144,10 +146,10 @@ def check_member(member: zipfile.ZipInfo, file_bytes: int, label: str) -> None:
         )
 
 
-def readopen_values(stream: IO[bytes], header: NpyHeader, label: str) -> NDArray[Any]:
-    """All values behind a header, in native byte order; pickled objects are refused."""
+def read_values(stream: IO[bytes], header: NpyHeader, label: str) -> NDArray[Any]:
+    """All values after a header, in native byte order; no pickled objects."""
     if header.dtype.hasobject:
-        raise PtychodaskError(f"{label}: holds pickled Python objects, which are never loaded; save plain numbers")
+        raise PtychodaskError(f"{label}: contains pickled Python objects, which are never loaded; save plain numbers")
     with reading(label):
         values = np.empty(prod(header.shape), header.dtype)
         read_exactly(stream, values, label)
@@ -161,43 +163,45 @@ def read_npy(path: str | Path) -> NDArray[Any]:
     Raises
     ------
     PtychodaskError
-        If there is no such file, or it is no whole NPY file of plain numbers.
+        If the file does not exist, or is not a complete NPY file of plain numbers.
     """
     path = Path(path)
     if not path.is_file():
         raise PtychodaskError(f"{path}: no such file")
     with reading(str(path)), path.open("rb") as file:
-        return readopen_values(file, read_header(file, path.stat().st_size, str(path)), str(path))
+        return read_values(file, read_header(file, path.stat().st_size, str(path)), str(path))
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a small NPZ file, whole, by their names.
+    """All arrays of a small NPZ file, by name.
 
     Raises
     ------
     PtychodaskError
-        If it cannot be read, or an array claims more than the file holds; pickled objects are never loaded.
+        If it cannot be read, or an array claims more than the file can contain; pickled objects are never loaded.
     """
     with reading(str(path)), ExitStack() as stack:
         npz = NpzFile(stack.enter_context(path.open("rb")), str(path), path.parent, stack)
         names = npz.keys()
-        check_whole(sum(prod(npz.shape(name)) * npz.dtype(name).itemsize for name in names), npz.n_bytes, str(path))
+        check_compression(
+            sum(prod(npz.shape(name)) * npz.dtype(name).itemsize for name in names), npz.n_bytes, str(path)
+        )
         return {name: npz.array(name) for name in names}
 
 
 class NpzFile:
-    """The arrays of an NPZ file: see `Container`.
+    """Arrays of an NPZ file by their names, as a `Container`.
 
     Parameters
     ----------
     file : binary file
-        Open and seekable; whoever opened it closes it.
+        Open and seekable; the caller closes it.
     label : str
-        Its name, for messages.
+        Name of the file, for messages.
     scratch : Path
-        Folder for what has to be turned before it can be read by pattern.
+        Folder for arrays that must be transposed before they can be read by pattern.
     stack : ExitStack
-        What is opened here is closed with it.
+        Closes what is opened here.
     """
 
     def __init__(self, file: IO[bytes], label: str, scratch: Path, stack: ExitStack) -> None:
@@ -237,9 +241,9 @@ class NpzFile:
 
     def array(self, key: str) -> NDArray[Any]:
         header, label = self._header(key), f"{self.label}[{key}]"
-        check_whole(header.n_bytes, self._members[key].compress_size, label)
+        check_compression(header.n_bytes, self._members[key].compress_size, label)
         with self.open_values(key) as stream:
-            return readopen_values(stream, header, label)
+            return read_values(stream, header, label)
 
     def frames(self, key: str, *, pattern_last: bool = False, raster: bool = False) -> Frames:
         header, label = self._header(key), f"{self.label}[{key}]"
@@ -247,12 +251,12 @@ class NpzFile:
             raise PtychodaskError(f"{label}: values have type {header.dtype}, expected numbers")
         shape = pattern_axes(header.shape, label, last=pattern_last)
         if pattern_last != header.fortran:
-            return self._turned(key, shape, transposed=header.fortran)
+            return self._transposed(key, shape, transposed=header.fortran)
         if self._members[key].compress_type != zipfile.ZIP_STORED:
             return _StreamedFrames(self, key, shape, header)
         with self.open_values(key) as stream, reading(label):
             while stream.read(BLOCK_BYTES):
-                pass  # read to its end once, so that the archive's checksum is compared
+                pass  # read completely once, so that zipfile verifies the checksum
         offset = self._member_offset(key) + header.length
         return RawFrames(self._file, offset, shape, header.dtype, label=label, transposed=header.fortran)
 
@@ -267,7 +271,7 @@ class NpzFile:
 
     @contextmanager
     def open_values(self, key: str) -> Iterator[IO[bytes]]:
-        """An array as a stream, at its first value."""
+        """Stream of an array's values."""
         header, label = self._header(key), f"{self.label}[{key}]"
         with reading(label):
             stream = self._archive.open(self._members[key])
@@ -276,25 +280,25 @@ class NpzFile:
             yield stream
 
     def _member_offset(self, key: str) -> int:
-        """Byte of the file where a stored member begins (PKWARE APPNOTE, section 4.3.7)."""
+        """Offset in the file of a member's data (PKWARE APPNOTE, section 4.3.7)."""
         start = self._members[key].header_offset
         with reading(self.label):
             self._file.seek(start + 26)
             name_length, extra_length = struct.unpack("<HH", self._file.read(4))
         return start + 30 + name_length + extra_length
 
-    def _turned(self, key: str, shape: tuple[int, ...], *, transposed: bool) -> RawFrames:
+    def _transposed(self, key: str, shape: tuple[int, ...], *, transposed: bool) -> RawFrames:
         header, label = self._header(key), f"{self.label}[{key}]"
-        what = f"{label}: turning (qy, qx, pattern) into (pattern, qy, qx)"
-        file = self._stack.enter_context(scratch_file(self._scratch, header.n_bytes, what))
+        purpose = f"{label}: transposing (qy, qx, pattern) to (pattern, qy, qx)"
+        file = self._stack.enter_context(scratch_file(self._scratch, header.n_bytes, purpose))
         with self.open_values(key) as stream, reading(label):
             n_frame = shape[1] * shape[2]
-            turn_patterns_first(stream, n_frame, shape[0], header.dtype, file, folder=self._scratch, label=label)
+            transpose_patterns_first(stream, n_frame, shape[0], header.dtype, file, folder=self._scratch, label=label)
         return RawFrames(file, 0, shape, header.dtype, label=label, transposed=transposed)
 
 
 class _StreamedFrames:
-    """Frames of a compressed member: in order only."""
+    """Frames of a compressed member, which can only be read in order."""
 
     random_access = seekable = False
 

@@ -1,4 +1,4 @@
-"""Models of the probe, for scans whose file holds none; pure functions of a few numbers."""
+"""Models of the probe, for files that contain none."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ptychodask.scan import PtychodaskError
 
 
 def disc_probe(n_pixels: int, *, diameter_px: float, edge_px: float = 1.0) -> NDArray[np.complex64]:
-    """A disc of light with a flat phase, as behind a pinhole.
+    """Probe that is a disc with constant phase, as behind a pinhole.
 
     Parameters
     ----------
     n_pixels : int
         Pixels across the probe, N.
     diameter_px : float
-        Diameter where the amplitude is one half, object pixels.
+        Diameter at half amplitude, object pixels.
     edge_px : float
-        Width of the edge, over which the amplitude falls linearly from 1 to 0, object pixels.
+        Width of the linear edge from amplitude 1 to 0, object pixels.
 
     Returns
     -------
@@ -30,7 +30,7 @@ def disc_probe(n_pixels: int, *, diameter_px: float, edge_px: float = 1.0) -> ND
     Raises
     ------
     PtychodaskError
-        If the disc is empty or wider than the frame.
+        If the disc is empty or wider than the frame, or the edge has no width.
 
     Examples
     --------
@@ -45,7 +45,7 @@ def disc_probe(n_pixels: int, *, diameter_px: float, edge_px: float = 1.0) -> ND
 
 
 def zone_plate_probe(n_pixels: int, *, outer_px: float, stop_px: float, defocus: float = 0.0) -> NDArray[np.complex64]:
-    """The light of a zone plate with a central stop, at or near its focus.
+    """Probe of a zone plate with central stop, in or near focus.
 
     Parameters
     ----------
@@ -54,18 +54,18 @@ def zone_plate_probe(n_pixels: int, *, outer_px: float, stop_px: float, defocus:
     outer_px, stop_px : float
         Outer diameter of the annular pupil and diameter of its central stop, detector pixels.
     defocus : float
-        Phase of the quadratic wavefront at the pupil's rim, radians; 0 is in focus. From some tens on the probe is a
-        donut, the pupil's own shadow.
+        Phase of the quadratic wavefront at the pupil's rim, radians; 0 is in focus. For some tens and more the probe is
+        a ring, the shadow of the pupil.
 
     Returns
     -------
     complex64 array (1, N, N)
-        Centred on [N//2, N//2]; Σ|P|² is the pupil's number of pixels.
+        Centred on [N//2, N//2]; Σ|P|² is the number of pixels in the pupil.
 
     Raises
     ------
     PtychodaskError
-        If the pupil is empty or wider than the detector.
+        If the pupil is empty or wider than the detector, or the defocus is not finite.
 
     Notes
     -----
@@ -87,13 +87,13 @@ def zone_plate_probe(n_pixels: int, *, outer_px: float, stop_px: float, defocus:
     pupil = ((radius <= outer_px / 2) & (radius >= stop_px / 2)) * np.exp(1j * defocus * (radius * 2 / outer_px) ** 2)
     if not pupil.any():
         raise PtychodaskError(
-            f"zone plate: no pixel lies between stop_px={stop_px} and outer_px={outer_px}; make the pupil wider"
+            f"zone plate: no pixel is between stop_px={stop_px} and outer_px={outer_px}; make the pupil wider"
         )
     return to_real_space(pupil).astype(np.complex64)[None]
 
 
 def estimate_probe(mean_amplitude: NDArray[np.floating[Any]]) -> NDArray[np.complex64]:
-    """A first probe from the patterns alone: the mean pattern, taken back with zero phase.
+    """Initial probe from the mean pattern, back-propagated with zero phase.
 
     Parameters
     ----------
@@ -107,8 +107,8 @@ def estimate_probe(mean_amplitude: NDArray[np.floating[Any]]) -> NDArray[np.comp
 
     Notes
     -----
-    Averaging over a scan washes out most of the object, so the mean pattern is near the probe's own far field; its
-    phase stays unknown, and zero phase is the probe in focus.
+    Averaging over a scan removes most of the object's structure, so the mean pattern is close to the probe's far field.
+    Its phase is unknown; zero phase is a probe in focus.
 
     Examples
     --------
@@ -120,13 +120,19 @@ def estimate_probe(mean_amplitude: NDArray[np.floating[Any]]) -> NDArray[np.comp
 
 
 def to_real_space(far_field: NDArray[Any]) -> NDArray[np.complex128]:
-    """Unitary inverse Fourier transform of the last two axes, DC and origin at [N//2, N//2]."""
+    """Unitary inverse Fourier transform of the last two axes.
+
+    DC and origin at [N//2, N//2].
+    """
     axes = (-2, -1)
     return np.fft.fftshift(np.fft.ifft2(np.fft.ifftshift(far_field, axes=axes), norm="ortho"), axes=axes)
 
 
 def to_far_field(wave: NDArray[Any]) -> NDArray[np.complex128]:
-    """Unitary Fourier transform of the last two axes, origin and DC at [N//2, N//2]."""
+    """Unitary Fourier transform of the last two axes.
+
+    Origin and DC at [N//2, N//2].
+    """
     axes = (-2, -1)
     return np.fft.fftshift(np.fft.fft2(np.fft.ifftshift(wave, axes=axes), norm="ortho"), axes=axes)
 

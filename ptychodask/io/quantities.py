@@ -1,4 +1,4 @@
-"""Numbers with a unit, as HDF5 files note them."""
+"""Numbers with a unit in HDF5 files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ METRES: Mapping[str, float] = {
     "angstrom": 1e-10,
     "angstroms": 1e-10,
 }
-"""Units of length, in small letters -> metres."""
+"""Units of length in lower case -> metres."""
 
 EV_PER_JOULE = 1 / 1.602176634e-19
 """Electronvolts in a joule (SI, exact)."""
@@ -42,69 +42,89 @@ ELECTRONVOLTS: Mapping[str, float] = {
     "joule": EV_PER_JOULE,
     "joules": EV_PER_JOULE,
 }
-"""Units of energy, in small letters -> electronvolts."""
+"""Units of energy in lower case -> electronvolts."""
 
 
 SQUARENESS = 1e-3
-"""By how much the sides of a pixel may differ, relative to one of them."""
+"""Largest relative difference between the sides of a square pixel."""
 
 
 @dataclass(frozen=True)
 class Optic:
-    """A number of the instrument that a file may hold."""
+    """A quantity of the instrument that a file may contain."""
 
     name: str
+    """Name, for messages."""
+
     option: str
-    """Field of `IngestSpec` that can take its place."""
+    """Field of `IngestSpec` that replaces it."""
 
     units: Mapping[str, float]
-    """Units that it may have, and what they are in that of the option."""
+    """Accepted units -> factor to the unit of the option."""
 
     low: float
+    """Smallest plausible value, in the unit of the option; outside, the recorded unit is wrong."""
+
     high: float
-    """What it can be; beyond, the file has another unit than it or its format says."""
+    """Largest plausible value."""
 
     @property
-    def way_out(self) -> str:
-        """What to do where a file does not say it well."""
+    def expected(self) -> str:
+        """Plausible values, for messages."""
+        return f"{self.name} of {self.low:g} to {self.high:g} {self.option.rpartition('_')[2].replace('ev', 'eV')}"
+
+    @property
+    def remedy(self) -> str:
+        """Remedy in an error about the value in a file."""
         return f"pass {self.option}= (--{self.option.replace('_', '-')})"
 
 
 ENERGY = Optic("photon energy", "energy_ev", ELECTRONVOLTS, 1.0, 1e7)
 WAVELENGTH = Optic("wavelength", "wavelength_m", METRES, 1e-13, 2e-6)
-DISTANCE = Optic("distance of a detector", "distance_m", METRES, 1e-4, 1e3)
+DISTANCE = Optic("detector distance", "distance_m", METRES, 1e-4, 1e3)
 DETECTOR_PIXEL = Optic("detector pixel", "detector_pixel_m", METRES, 1e-7, 1e-2)
 
 
-def optic(container: Container, keys: Sequence[str], what: Optic, *, defined: str | None) -> float | None:
-    """The first of `keys` that a file has, in the unit of the option; None where it has none of them.
+def optic(container: Container, keys: Sequence[str], quantity: Optic, *, defined: str | None) -> float | None:
+    """Value of an instrument quantity, in the unit of the option.
 
     Parameters
     ----------
     container : Container
+        The file.
     keys : sequence of str
-    what : Optic
+        Keys of the quantity; the first that the file has is read.
+    quantity : Optic
+        The quantity.
     defined : str, optional
-        The unit that the format defines, where the file notes none; None where the format leaves it open.
+        Unit that the format defines, used if the file records none; None if the format defines none.
+
+    Returns
+    -------
+    float or None
+        None if the file has none of the keys.
 
     Raises
     ------
     PtychodaskError
-        If it is no positive number, its unit is not known, or it cannot be what it is said to be.
+        If it is not a positive number, its unit is unknown, or the value is not plausible.
     """
     key = next((key for key in keys if container.has(key)), None)
     if key is None:
         return None
     label = f"{container.label}[{key}]"
-    unit = _unit(container, key, what.units, defined, what.way_out)
+    unit = _unit(container, key, quantity.units, defined, quantity.remedy)
     values = np.unique(container.array(key)) if container.dtype(key).kind in "iuf" else np.zeros(0)
     if len(values) != 1 or not (np.isfinite(values[0]) and values[0] > 0):
-        found = f"is {values[0]}" if len(values) == 1 else f"holds {len(values)} different numbers"
-        raise PtychodaskError(f"{label}: {found}, expected one positive number, the {what.name}; {what.way_out}")
-    value = float(values[0]) * what.units[unit]
-    if not what.low <= value <= what.high:
+        content = f"is {values[0]}" if len(values) == 1 else f"contains {len(values)} different numbers"
         raise PtychodaskError(
-            f"{label}: {values[0]:.6g} {unit} is no {what.name}, so the number has another unit; {what.way_out}"
+            f"{label}: {content}, expected one positive number, the {quantity.name}; {quantity.remedy}"
+        )
+    value = float(values[0]) * quantity.units[unit]
+    if not quantity.low <= value <= quantity.high:
+        raise PtychodaskError(
+            f"{label}: is {values[0]:.6g} {unit}, expected a {quantity.expected}, so its unit is wrong; "
+            f"{quantity.remedy}"
         )
     return value
 
@@ -112,38 +132,45 @@ def optic(container: Container, keys: Sequence[str], what: Optic, *, defined: st
 def read_optics(
     container: Container, spec: IngestSpec, optics: Sequence[tuple[Optic, Sequence[str], str | None]]
 ) -> dict[str, float]:
-    """Numbers of the instrument that the user does not say; an energy makes a wavelength needless."""
-    found: dict[str, float] = {}
-    for what, keys, defined in optics:
-        if getattr(spec, what.option) is not None or (what is WAVELENGTH and ("energy_ev" in found or spec.energy_ev)):
+    """Quantities of the instrument that the user does not pass.
+
+    No wavelength is read if the energy is known.
+    """
+    values: dict[str, float] = {}
+    for quantity, keys, defined in optics:
+        if getattr(spec, quantity.option) is not None or (
+            quantity is WAVELENGTH and ("energy_ev" in values or spec.energy_ev)
+        ):
             continue
-        value = optic(container, keys, what, defined=defined)
+        value = optic(container, keys, quantity, defined=defined)
         if value is not None:
-            found[what.option] = value
-    return found
+            values[quantity.option] = value
+    return values
 
 
-def metres_of(container: Container, key: str, said: Unit | None, *, defined: str | None) -> float:
-    """Metres in the unit of an array of lengths: what the user says, else the file, else its format.
+def metres_of(container: Container, key: str, given: Unit | None, *, defined: str | None) -> float:
+    """Unit of an array of lengths, in metres.
+
+    The unit that the user passes, else the one in the file, else the one that the format defines.
 
     Raises
     ------
     PtychodaskError
-        If none of them does, or the unit is none of length.
+        If there is none, or it is not a unit of length.
     """
-    if said == "px":
+    if given == "px":
         raise PtychodaskError(
-            f"{container.label}[{key}]: is a length by its format; pass units='um' or 'm', or leave it out"
+            f"{container.label}[{key}]: is a length, but units='px'; pass units='um' or units='m', or leave units= out"
         )
-    if said is not None:
-        return METRES[said]
+    if given is not None:
+        return METRES[given]
     return METRES[_unit(container, key, METRES, defined, "pass units= (--units)")]
 
 
-def _unit(container: Container, key: str, units: Mapping[str, float], defined: str | None, way_out: str) -> str:
-    noted = container.unit(key)
-    unit = (defined or "" if noted is None else noted).strip().lower()
+def _unit(container: Container, key: str, units: Mapping[str, float], defined: str | None, remedy: str) -> str:
+    recorded = container.unit(key)
+    unit = (defined or "" if recorded is None else recorded).strip().lower()
     if unit not in units:
-        found = "the file notes no unit" if noted is None else f"the file notes the unit {noted!r}"
-        raise PtychodaskError(f"{container.label}[{key}]: {found}, expected one of: {', '.join(units)}; {way_out}")
+        content = "has no unit" if recorded is None else f"has the unit {recorded!r}"
+        raise PtychodaskError(f"{container.label}[{key}]: {content}, expected one of: {', '.join(units)}; {remedy}")
     return unit

@@ -1,4 +1,7 @@
-"""Frames as plain bytes in a file: read at random, and the scratch file that makes a stream so."""
+"""Frames as uncompressed bytes in a file, and scratch files of them.
+
+Frames that can only be read in order are written to a scratch file, which can be read in any order.
+"""
 
 from __future__ import annotations
 
@@ -21,22 +24,22 @@ logger = logging.getLogger(__name__)
 
 
 class RawFrames:
-    """Frames that lie one after the other in an open file.
+    """Frames stored contiguously in an open file.
 
     Parameters
     ----------
     file : binary file
-        Open for reading; whoever opened it closes it.
+        Open for reading; the caller closes it.
     offset : int
-        Byte where frame 0 begins.
+        Byte at which frame 0 begins.
     shape : (pattern, h, w)
-        As the frames are handed out.
+        Shape of the frames as returned.
     dtype : dtype
-        As in the file, byte order included; handed out in native order.
+        Type in the file, byte order included; frames are returned in native byte order.
     transposed : bool
-        The file holds each frame as (w, h).
+        The file stores each frame as (w, h).
     label : str
-        The file's name, for messages.
+        Name of the file, for messages.
     """
 
     random_access = seekable = True
@@ -79,7 +82,10 @@ class RawFrames:
 
 
 def oriented(frames: NDArray[Any], shape: tuple[int, ...], *, transposed: bool) -> NDArray[Any]:
-    """Frames (k, h*w) as (k, h, w) in native byte order; `transposed` ones were stored (w, h)."""
+    """Frames (k, h*w) as (k, h, w) in native byte order.
+
+    With `transposed` each was stored as (w, h).
+    """
     native = frames.astype(frames.dtype.newbyteorder("="), copy=False)
     if transposed:
         return np.ascontiguousarray(native.reshape(-1, shape[2], shape[1]).transpose(0, 2, 1))
@@ -87,7 +93,7 @@ def oriented(frames: NDArray[Any], shape: tuple[int, ...], *, transposed: bool) 
 
 
 def runs(index: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """First and past-the-last place of each stretch of an index whose rows follow each other.
+    """Start and stop of each run of consecutive rows in an index.
 
     Examples
     --------
@@ -99,14 +105,17 @@ def runs(index: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
 
 
 def block_ranges(shape: tuple[int, ...], itemsize: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """First and past-the-last frame of each block of about `BLOCK_BYTES`, in steps of a `multiple` of frames."""
+    """Start and stop of blocks of frames of about `BLOCK_BYTES`.
+
+    The length of a block is a multiple of `multiple` frames, but for the last.
+    """
     step = max(1, BLOCK_BYTES // max(1, shape[1] * shape[2] * itemsize * multiple)) * multiple
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
 
 
 def read_exactly(stream: IO[bytes], out: NDArray[Any], label: str) -> None:
-    """Fill a contiguous array from a stream, or refuse the file as truncated."""
+    """Fill a contiguous array from a stream; raise if it is truncated."""
     view = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
     while len(view):
         piece = stream.read(min(len(view), BLOCK_BYTES))
@@ -117,33 +126,33 @@ def read_exactly(stream: IO[bytes], out: NDArray[Any], label: str) -> None:
 
 
 @contextmanager
-def scratch_file(folder: Path, needed_bytes: int, what: str) -> Iterator[IO[bytes]]:
-    """A nameless file that is gone when the block ends, however it ends.
+def scratch_file(folder: Path, needed_bytes: int, purpose: str) -> Iterator[IO[bytes]]:
+    """Temporary file without a name, deleted when the block ends.
 
     Parameters
     ----------
     folder : Path
-        Where it takes its disk space from.
+        Folder of the file.
     needed_bytes : int
-        How much it will hold; 0 where nobody knows.
-    what : str
-        What it is for, for the log and for messages.
+        Expected size of the file; 0 if unknown.
+    purpose : str
+        Purpose of the file, for the log and for messages.
 
     Raises
     ------
     PtychodaskError
-        If the folder is missing, has too little space, or refuses the writing.
+        If the folder does not exist, has too little free space, or cannot be written to.
     """
     if not folder.is_dir():
-        raise PtychodaskError(f"{folder}: the scratch folder does not exist; make it, or pass another scratch=")
+        raise PtychodaskError(f"{folder}: the scratch folder does not exist; create it, or pass another scratch=")
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
         raise PtychodaskError(
-            f"{folder}: {what} needs {megabytes(needed_bytes)} of scratch space and {megabytes(free)} are free; "
-            "free some, or pass another folder with scratch="
+            f"{folder}: {purpose} needs {megabytes(needed_bytes)} of scratch space, but only {megabytes(free)} are "
+            "free; free some space, or pass another folder with scratch="
         )
-    size = megabytes(needed_bytes) if needed_bytes else "a size that the file does not say"
-    logger.info("%s: takes %s of scratch in %s", what, size, folder)
+    size = megabytes(needed_bytes) if needed_bytes else "an unknown amount"
+    logger.info("%s: uses %s of scratch in %s", purpose, size, folder)
     with writing_scratch(folder):
         file = tempfile.TemporaryFile(dir=folder, prefix=".ptychodask-")  # noqa: SIM115
     with file:
@@ -152,7 +161,7 @@ def scratch_file(folder: Path, needed_bytes: int, what: str) -> Iterator[IO[byte
 
 @contextmanager
 def writing_scratch(folder: Path) -> Iterator[None]:
-    """Turn a refusal of the scratch disk into one clear line."""
+    """Convert write errors of the scratch disk to a one-line `PtychodaskError`."""
     try:
         yield
     except OSError as error:
@@ -163,7 +172,7 @@ def writing_scratch(folder: Path) -> Iterator[None]:
 
 
 def megabytes(n_bytes: int) -> str:
-    """A number of bytes for a message.
+    """Text of a number of bytes, in MB.
 
     Examples
     --------
@@ -182,20 +191,20 @@ def spill(
     folder: Path,
     progress: bool | None,
 ) -> None:
-    """Write the kept frames, prepared, one after the other into a scratch file.
+    """Convert the kept frames and write them to a scratch file.
 
     Parameters
     ----------
     frames : Frames
-        Read once, in order.
+        Frames of the file; read once, in order.
     kept : int64 array
         Rows to keep, ascending.
     prepare : callable
-        From a block of the file's frames to a block as it is stored.
+        Converts a block of frames to a block of patterns as stored.
     file : binary file
         Open for writing, at its start.
     folder : Path
-        Of the scratch file, for messages.
+        Folder of the scratch file, for messages.
     progress : bool, optional
         See `progress_bar`.
     """
@@ -212,10 +221,13 @@ def spill(
         file.flush()
 
 
-def turn_patterns_first(
+def transpose_patterns_first(
     stream: IO[bytes], n_frame: int, n_patterns: int, dtype: np.dtype[Any], file: IO[bytes], *, folder: Path, label: str
 ) -> None:
-    """Copy values stored (pixel, pattern) into a scratch file as (pattern, pixel), a slab of pixels at a time."""
+    """Transpose values (pixel, pattern) to (pattern, pixel) in a scratch file.
+
+    A slab of pixels is copied at a time.
+    """
     step = max(1, SLAB_BYTES // max(1, n_patterns * dtype.itemsize))
     for first in range(0, n_frame, step):
         slab = np.empty((min(step, n_frame - first), n_patterns), dtype)

@@ -1,4 +1,7 @@
-"""Options of `ingest` as a YAML file: what `inspect` proposes, to be looked at, changed and kept."""
+"""Options of `ingest` as a YAML file.
+
+`inspect` proposes such a file, for the user to check, change and keep.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from ptychodask.io.source import IngestSpec
 from ptychodask.scan import PtychodaskError
 
 LONGEST_BYTES = 2**20
-"""Of a file of options, which has a few lines."""
+"""Largest accepted size of a file of options, which has a few lines."""
 
 
 def as_yaml(options: Mapping[str, Any]) -> str:
@@ -50,47 +53,46 @@ def read_options(path: str | Path) -> dict[str, Any]:
     Parameters
     ----------
     path : path
+        The file.
 
     Returns
     -------
     dict
-        Name -> value; lists that stand for a tuple are tuples.
+        Name -> value; lists are converted to tuples for fields that are tuples.
 
     Raises
     ------
     PtychodaskError
-        If there is no such file, it is no YAML of names and values, or a name is no field.
+        If the file cannot be read, is not YAML of names and values, or has a name that is not a field.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
             text = file.read(LONGEST_BYTES + 1)
-        # Only plain values are made: no tag of YAML calls anything.
-        found = yaml.safe_load(text) if len(text) <= LONGEST_BYTES else None
+        # safe_load creates plain values only: no YAML tag runs code.
+        options = yaml.safe_load(text) if len(text) <= LONGEST_BYTES else None
     except OSError as error:
         raise PtychodaskError(
             f"{path}: cannot be read ({error.strerror or error}); pass a YAML file of options"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise PtychodaskError(
-            f"{path}: is no YAML ({' '.join(str(error).split())[:200]}); write lines of NAME: VALUE"
+            f"{path}: is not valid YAML ({' '.join(str(error).split())[:200]}); write lines of NAME: VALUE"
         ) from error
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise PtychodaskError(
-            f"{path}: holds no names and values, expected lines of NAME: VALUE, as inspect writes them"
-        )
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise PtychodaskError(f"{path}: contains no options, expected lines of NAME: VALUE, as inspect writes them")
     known = {field.name for field in fields(IngestSpec)}
-    unknown = sorted(set(found) - known)
+    unknown = sorted(set(options) - known)
     if unknown:
         raise PtychodaskError(
-            f"{path}: ingest has no option {unknown[0]!r}, expected some of: {', '.join(sorted(known))}"
+            f"{path}: ingest has no option {unknown[0]!r}; the options are: {', '.join(sorted(known))}"
         )
     return {
         name: tuple(value) if name in ("centre", "affine") and isinstance(value, list) else value
-        for name, value in found.items()
+        for name, value in options.items()
     }
 
 
 def with_recipe(recipe: str | Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options, and those of a file where they leave something open."""
+    """Options merged with those of a recipe; `options` take precedence."""
     return dict(options) if recipe is None else {**read_options(recipe), **options}

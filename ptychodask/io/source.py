@@ -1,4 +1,4 @@
-"""What `ingest` is asked for, and what a reader of one format hands over to it."""
+"""Options of `ingest`, and the interface between it and readers of formats."""
 
 from __future__ import annotations
 
@@ -16,74 +16,77 @@ Unit = Literal["px", "um", "m"]
 """Unit of positions in a file."""
 
 Dc = Literal["centre", "corner"]
-"""Where a file keeps the direct beam: [h//2, w//2] or [0, 0]."""
+"""Pixel of the direct beam in a file: [h//2, w//2] or [0, 0]."""
 
 Axes = Literal["pattern,qy,qx", "qy,qx,pattern"]
 """Order of the axes of patterns in a file."""
 
 MAPPED_KEYS = ("diffraction", "y", "x", "position", "probe", "mask", "object", "label", "flux", "scan_index")
-"""Names that `keys` can map to a file's own."""
+"""Names that `keys` can map to keys of a file."""
 
 PROBE_MODELS = ("file", "disc", "zone_plate", "estimate")
-"""Where an initial probe comes from, beside a path."""
+"""Sources of an initial probe, other than the path of a file."""
 
 MOST_SHEARED = 1e6
-"""Condition number of an affine matrix from which on it is taken for singular."""
+"""Condition number from which on an affine matrix counts as singular."""
 
 MOST_PIXELS = 2**14
-"""Pixels across a pattern, at the most: wider than any detector."""
+"""Largest number of pixels across a pattern: more than any detector has."""
 
 BLOCK_BYTES = 4 * 2**20
 """Bytes of frames read from a file at a time."""
 
 SLAB_BYTES = 32 * 2**20
-"""Bytes of an array with patterns along its last axis that are turned at a time: the more, the longer the writes."""
+"""Bytes that are transposed at a time of an array with patterns along its last axis.
+
+Larger slabs make longer contiguous writes.
+"""
 
 FORMAT_OPTIONS = ("keys", "domain", "axes", "dc", "units", "flip_y", "flip_x", "swap_xy", "diffraction")
-"""Options that say what a file leaves open; a format that fixes one refuses it."""
+"""Options for properties that not all formats define; a format that defines one refuses the option."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IngestSpec:
-    """How a foreign file becomes a scan."""
+    """Options for converting a foreign file to a scan."""
 
     keys: Mapping[str, str] | None = None
-    """Names of the file's own arrays, for example ``{"diffraction": "dp", "y": "pos_y", "x": "pos_x"}``."""
+    """Keys of the arrays in the file, for example ``{"diffraction": "dp", "y": "pos_y", "x": "pos_x"}``."""
 
     domain: Domain | None = None
-    """Unit of the patterns, where the format leaves it open."""
+    """Unit of the patterns, if the format does not define it."""
 
     axes: Axes | None = None
-    """Order of the patterns' axes, where their shape leaves it open."""
+    """Order of the patterns' axes, if their shape is ambiguous."""
 
     dc: Dc | None = None
-    """Where the direct beam lies in the file; the middle unless said."""
+    """Pixel of the direct beam in the file; the middle by default."""
 
     units: Unit | None = None
     """Unit of the positions."""
 
     flip_y: bool = False
-    """Positions: y becomes -y (after `swap_xy`), for files whose y points up."""
+    """Positions: y becomes -y (after `swap_xy`), for files where +y is up."""
 
     flip_x: bool = False
-    """Positions: x becomes -x (after `swap_xy`), for files whose x points left."""
+    """Positions: x becomes -x (after `swap_xy`), for files where +x is left."""
 
     swap_xy: bool = False
-    """Positions: the two axes change places."""
+    """Positions: exchange the two axes."""
 
     affine: tuple[float, float, float, float] | None = None
     """Positions: (y, x) becomes (a·y + b·x, c·y + d·x) with (a, b, c, d), after `swap_xy` and the flips and before
-    units are changed: a stage that is turned, scaled or sheared against the detector. For every format."""
+    conversion of units. Corrects a stage that is rotated, scaled or sheared against the detector. For every format."""
 
     n_pixels: int | None = None
-    """Pixels across a stored pattern, N; crops or pads about the beam's centre. The file's own divided by `bin`."""
+    """Pixels across a stored pattern, N; crops or pads about the beam centre. By default the frame size over `bin`."""
 
     bin: int = 1
-    """Detector pixels, along each axis, that are summed into one."""
+    """Detector pixels along each axis that are summed into one."""
 
     centre: Literal["dc", "auto"] | tuple[float, float] = "dc"
-    """Where the beam's centre is in a frame (after `dc`): "dc" is [h//2, w//2], "auto" the centre of mass of the mean
-    pattern, or (y, x) in pixels of the frame; rounded to whole pixels."""
+    """Beam centre in a frame (after `dc`): "dc" is [h//2, w//2], "auto" the centre of mass of the mean pattern, or
+    (y, x) in pixels of the frame; rounded to whole pixels."""
 
     energy_ev: float | None = None
     """Photon energy, electronvolts."""
@@ -92,17 +95,17 @@ class IngestSpec:
     """Wavelength, metres, in place of `energy_ev`."""
 
     distance_m: float | None = None
-    """Sample to detector, metres."""
+    """Distance from sample to detector, metres."""
 
     detector_pixel_m: float | None = None
     """Size of a detector pixel of the file, metres."""
 
     pixel_size_m: float | None = None
-    """Size of an object pixel of the scan as it is stored, after `n_pixels` and `bin`, metres."""
+    """Size of an object pixel of the stored scan, after `n_pixels` and `bin`, metres."""
 
     probe: str | None = None
-    """One of "file", "disc", "zone_plate" and "estimate", or the path of a .npy or .npz that holds it on the file's
-    grid or on the stored one; the file's own by default, else the estimate."""
+    """One of "file", "disc", "zone_plate" and "estimate", or the path of a .npy or .npz with a probe on the grid of the
+    file or of the store. By default the probe in the file, or the estimate if it has none."""
 
     probe_diameter_px: float | None = None
     """Disc: diameter in object pixels. Zone plate: outer diameter of its pupil in pixels of the stored patterns."""
@@ -117,25 +120,25 @@ class IngestSpec:
     """Zone plate: distance from the focus, metres, in place of `probe_defocus`; needs the optics."""
 
     calibration: Calibration | None = None
-    """How the probe gets its scale; the format's own by default, "mean_counts" for a modelled probe."""
+    """Scale of the probe; by default that of the format, or "mean_counts" for a modelled probe."""
 
     incident_counts: float | None = None
-    """Photons per pattern that meet the sample, for calibration "incident"."""
+    """Photons per pattern incident on the sample, for calibration "incident"."""
 
     diffraction: str | Path | None = None
-    """The file with the patterns, for formats that keep them apart from the positions."""
+    """File with the patterns, for formats that store them in a separate file from the positions."""
 
     far_field: bool = False
-    """Take the patterns for far-field ones even where they look like shadows in the near field."""
+    """Accept the patterns as far-field patterns even if they look like near-field shadows."""
 
     mask: str | Path | None = None
-    """A .npy of the file's frame, True (or not 0) where a detector pixel is good."""
+    """A .npy with the shape of a frame, True (or not 0) where a detector pixel is good."""
 
     drop_frames: str | Sequence[int | slice] | None = None
-    """Frames to leave out, rows in the file: "3,10:20" or a list of numbers and slices."""
+    """Frames to leave out, by row in the file: "3,10:20" or a list of numbers and slices."""
 
     scratch: str | Path | None = None
-    """Folder for what has to be unpacked or turned before it is stored; beside the store by default."""
+    """Folder for temporary files with unpacked or transposed arrays; by default the folder of the store."""
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -156,9 +159,9 @@ class IngestSpec:
         for name, low in (("n_pixels", 8), ("bin", 1)):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | np.integer) and low <= value <= MOST_PIXELS):
-                raise PtychodaskError(f"ingest: {name} is {value!r}, expected a whole number of {low}..{MOST_PIXELS}")
+                raise PtychodaskError(f"ingest: {name} is {value!r}, expected an integer in {low}..{MOST_PIXELS}")
         if self.energy_ev is not None and self.wavelength_m is not None:
-            raise PtychodaskError("ingest: energy_ev and wavelength_m say the same thing; pass one of them")
+            raise PtychodaskError("ingest: energy_ev and wavelength_m are both given; pass one of them")
         if self.incident_counts is not None and self.calibration != "incident":
             raise PtychodaskError(
                 f"ingest: incident_counts has no meaning with calibration={self.calibration!r}; "
@@ -170,7 +173,7 @@ class IngestSpec:
             raise PtychodaskError(f"ingest: centre is {self.centre!r}, expected 'dc', 'auto' or (y, x)")
         if self.probe is not None and not isinstance(self.probe, str):
             raise PtychodaskError(
-                f"ingest: probe is a {type(self.probe).__name__}, expected the name of a model, or the path of a file"
+                f"ingest: probe is a {type(self.probe).__name__}, expected the name of a model or the path of a file"
             )
         if self.affine is not None:
             as_matrix(self.affine)
@@ -181,16 +184,16 @@ class IngestSpec:
         unknown = sorted(set(self.keys or ()) - set(MAPPED_KEYS))
         if unknown:
             raise PtychodaskError(
-                f"ingest: keys has no name {unknown[0]!r}, expected some of: {', '.join(MAPPED_KEYS)}"
+                f"ingest: keys has the unknown name {unknown[0]!r}, expected some of: {', '.join(MAPPED_KEYS)}"
             )
 
     def _check_probe_options(self) -> None:
-        meant = {
+        needed = {
             "disc": ("probe_diameter_px",),
             "zone_plate": ("probe_diameter_px", "probe_stop_px", "probe_defocus", "probe_defocus_m"),
         }.get(self.probe or "", ())
         for name in ("probe_diameter_px", "probe_stop_px", "probe_defocus", "probe_defocus_m"):
-            if getattr(self, name) is not None and name not in meant:
+            if getattr(self, name) is not None and name not in needed:
                 raise PtychodaskError(f"ingest: {name} has no meaning with probe={self.probe!r}; leave it out")
         if self.probe in ("disc", "zone_plate") and self.probe_diameter_px is None:
             raise PtychodaskError(f"ingest: probe={self.probe!r} needs probe_diameter_px=")
@@ -213,12 +216,12 @@ def _is_pair(centre: Any) -> bool:
 
 
 def as_matrix(affine: Sequence[float]) -> NDArray[np.float64]:
-    """The matrix (2, 2) that turns positions (y, x), from its rows one after the other.
+    """Matrix (2, 2) of positions (y, x) from `affine`.
 
     Raises
     ------
     PtychodaskError
-        If they are not four finite numbers, or positions would fall on one line.
+        If it is not four finite numbers, or the matrix is nearly singular, so that positions would fall on one line.
 
     Examples
     --------
@@ -238,7 +241,10 @@ def as_matrix(affine: Sequence[float]) -> NDArray[np.float64]:
 
 
 class Frames(Protocol):
-    """Frames of a file (pattern, h, w): readable in order always, at random where `random_access` is True."""
+    """Frames of a file (pattern, h, w).
+
+    They can always be read in order, and in any order if `random_access` is True.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -251,13 +257,13 @@ class Frames(Protocol):
 
     @property
     def seekable(self) -> bool:
-        """Whether a few frames from anywhere can be had without reading what lies before them."""
+        """True if frames can be read without reading all frames before them."""
 
     def blocks(self) -> Iterator[NDArray[Any]]:
         """All frames in order, a block of about `BLOCK_BYTES` at a time."""
 
     def __getitem__(self, index: NDArray[np.int64], /) -> NDArray[Any]:
-        """Frames at an integer array of rows; only where seekable."""
+        """Frames at an integer array of rows; only if seekable."""
 
 
 class Container(Protocol):
@@ -265,7 +271,7 @@ class Container(Protocol):
 
     @property
     def label(self) -> str:
-        """The file's name, for messages."""
+        """Name of the file, for messages."""
 
     def keys(self) -> list[str]:
         """Names of the arrays."""
@@ -277,25 +283,28 @@ class Container(Protocol):
         """Type of an array's values, in native byte order."""
 
     def has(self, key: str) -> bool:
-        """Whether there is such an array, also behind a link."""
+        """True if the key is an array or a link to one."""
 
     def unit(self, key: str) -> str | None:
-        """The unit that the file notes beside an array."""
+        """Unit that the file records for an array."""
 
     def numbers(self, key: str) -> dict[str, float]:
-        """Single numbers that the file notes beside an array, or of itself for ""."""
+        """Scalar attributes of an array, or of the file for ""."""
 
     def array(self, key: str) -> NDArray[Any]:
-        """A small array, whole."""
+        """A small array, read at once."""
 
     def frames(self, key: str, *, pattern_last: bool = False, raster: bool = False) -> Frames:
-        """An array (pattern, h, w), or (h, w, pattern) turned, after axes of length 1 in front or behind are cut; of a
-        raster also (row, column, h, w), row after row."""
+        """Frames (pattern, h, w) of an array.
+
+        The array is (pattern, h, w), or with `pattern_last` (h, w, pattern), after leading and trailing axes of length
+        1 are removed. With `raster` it may also be (row, column, h, w), which is read row after row.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SourceScan:
-    """What a reader found in a file, on the file's own grid and in the file's own order."""
+    """Content of a foreign file, on its grid and in its order."""
 
     frames: Frames
     """Patterns (pattern, h, w)."""
@@ -304,25 +313,25 @@ class SourceScan:
     """Positions (pattern, 2), (y, x), +y down and +x right, in `unit`."""
 
     unit: Unit
-    """Unit of the positions; "px" are object pixels of the file's own grid."""
+    """Unit of the positions; "px" are object pixels of the file's grid."""
 
     domain: Domain
     """Unit of the patterns."""
 
     dc: Dc
-    """Where the direct beam lies."""
+    """Pixel of the direct beam in a frame."""
 
     calibration: Calibration
-    """How the probe of the file gets its scale, unless the user says otherwise."""
+    """Scale of the probe in the file, unless the user passes another."""
 
     probe: NDArray[np.complex64] | None = None
     """Probe (mode, h, w), centred on [h//2, w//2]."""
 
     mask: NDArray[np.bool_] | None = None
-    """True where a detector pixel is good (h, w), arranged as the frames."""
+    """True where a detector pixel is good (h, w), with `dc` as in the frames."""
 
     object: NDArray[np.complex64] | None = None
-    """The known object (y, x), its pixel [0, 0] at position (0, 0)."""
+    """The known object (y, x), with pixel [0, 0] at position (0, 0)."""
 
     label: Frames | None = None
     """Supervised labels (pattern, h, w)."""
@@ -337,18 +346,18 @@ class SourceScan:
     """Frames that have a position, ascending; all by default. Positions of the others are NaN."""
 
     optics: Mapping[str, float] = field(default_factory=dict)
-    """What the file says of `energy_ev`, `wavelength_m`, `distance_m` and `detector_pixel_m`."""
+    """Values in the file for `energy_ev`, `wavelength_m`, `distance_m` and `detector_pixel_m`."""
 
     pixel_size_m: float | None = None
-    """Size of an object pixel on the file's own grid, metres, where the file says it."""
+    """Size of an object pixel on the file's grid, metres, if the file records it."""
 
 
-def turned(position_yx: NDArray[np.float64], spec: IngestSpec) -> NDArray[np.float64]:
+def apply_flips(position_yx: NDArray[np.float64], spec: IngestSpec) -> NDArray[np.float64]:
     """Positions (pattern, 2) after `swap_xy` and the flips.
 
     Examples
     --------
-    >>> turned(np.array([[1.0, 2.0]]), IngestSpec(swap_xy=True, flip_y=True))
+    >>> apply_flips(np.array([[1.0, 2.0]]), IngestSpec(swap_xy=True, flip_y=True))
     array([[-2.,  1.]])
     """
     position_yx = position_yx[:, ::-1] if spec.swap_xy else position_yx
@@ -356,23 +365,23 @@ def turned(position_yx: NDArray[np.float64], spec: IngestSpec) -> NDArray[np.flo
 
 
 def require_keys(container: Container, keys: Sequence[str]) -> None:
-    """Raise `PtychodaskError` unless the file has every key; the message lists those it has."""
-    found = container.keys()
-    missing = [key for key in keys if key not in found]
+    """Raise `PtychodaskError` if the file lacks a key, listing its keys."""
+    available = container.keys()
+    missing = [key for key in keys if key not in available]
     if missing:
         raise missing_key(container, missing[0])
 
 
 def missing_key(container: Container, key: str) -> PtychodaskError:
-    """The error that says which key is missing and which are there."""
+    """Error for a missing key, which lists the keys of the file."""
     return PtychodaskError(
         f"{container.label}: key {key!r} is missing; keys found: {listed_keys(container.keys())}; "
-        "map the file's own names with keys= (--key diffraction=... --key y=... --key x=...)"
+        "map the file's keys with keys= (--key diffraction=... --key y=... --key x=...)"
     )
 
 
 def listed_keys(keys: Sequence[str]) -> str:
-    """The first keys of a file in one line."""
+    """Keys of a file in one line, cut after the first 30."""
     if not keys:
         return "(none)"
     return ", ".join(" ".join(key.split()) for key in keys[:30]) + (
@@ -381,7 +390,9 @@ def listed_keys(keys: Sequence[str]) -> str:
 
 
 def frame_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without axes of length 1 in front or behind, as long as it has more than three.
+    """Shape without leading and trailing axes of length 1.
+
+    Only as many are removed as leave three axes.
 
     Examples
     --------
@@ -396,7 +407,14 @@ def frame_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def pattern_axes(shape: tuple[int, ...], label: str, *, last: bool) -> tuple[int, ...]:
-    """Shape (pattern, h, w) of an array that is stored so, or (h, w, pattern) when `last`; others are refused.
+    """Shape (pattern, h, w) of an array.
+
+    With `last` the array is stored (h, w, pattern).
+
+    Raises
+    ------
+    PtychodaskError
+        If it has not three axes, or one of them is 0.
 
     Examples
     --------
@@ -405,27 +423,30 @@ def pattern_axes(shape: tuple[int, ...], label: str, *, last: bool) -> tuple[int
     """
     axes = frame_axes(shape)
     if len(axes) != 3 or 0 in axes:
-        raise PtychodaskError(f"{label}: has shape {shape}, expected (pattern, qy, qx) and none of them 0")
+        raise PtychodaskError(f"{label}: has shape {shape}, expected (pattern, qy, qx), none of them 0")
     return (axes[2], *axes[:2]) if last else axes
 
 
 def pattern_axis_is_last(shape: tuple[int, ...], n_positions: int, axes: Axes | None, label: str) -> bool:
-    """Whether patterns are stored (h, w, pattern): by what the user says, else by the number of positions.
+    """True if patterns are stored (h, w, pattern).
+
+    Decided by `axes` if given, else by the number of positions.
 
     Parameters
     ----------
     shape : tuple of int
-        Of the patterns, three axes.
+        Shape of the patterns, three axes.
     n_positions : int
+        Number of positions.
     axes : Axes, optional
-        What the user says.
+        Order of the axes that the user passes.
     label : str
-        The file, for messages.
+        Name of the file, for messages.
 
     Raises
     ------
     PtychodaskError
-        If there are not three axes, or both orders fit and none is said.
+        If there are not three axes, or both orders fit and `axes` is not given.
 
     Examples
     --------
@@ -448,7 +469,10 @@ def pattern_axis_is_last(shape: tuple[int, ...], n_positions: int, axes: Axes | 
 
 
 def as_probe(values: NDArray[Any], label: str) -> NDArray[np.complex64]:
-    """A probe (mode, h, w) from (h, w), (mode, h, w), (h, w, 1) or more axes of length 1 in front."""
+    """Probe as complex64 (mode, h, w).
+
+    From (h, w), (mode, h, w) or (h, w, 1), with or without leading axes of length 1.
+    """
     probe = values
     while probe.ndim > 3 and probe.shape[0] == 1:
         probe = probe[0]
@@ -465,7 +489,7 @@ def as_probe(values: NDArray[Any], label: str) -> NDArray[np.complex64]:
 
 
 def as_mask(values: NDArray[Any], label: str) -> NDArray[np.bool_]:
-    """A mask from booleans or whole numbers, True (or not 0) where a pixel is good."""
+    """Mask from booleans or integers, True (or not 0) where good."""
     if values.ndim != 2 or values.dtype.kind not in "biu":
         raise PtychodaskError(
             f"{label}: the mask has shape {values.shape} and type {values.dtype}, "
@@ -475,7 +499,7 @@ def as_mask(values: NDArray[Any], label: str) -> NDArray[np.bool_]:
 
 
 def as_vector(values: NDArray[Any], label: str) -> NDArray[np.float64]:
-    """Numbers as float64 (n,), whatever axes of length 1 they had."""
+    """Numbers as float64 (n,), without axes of length 1."""
     if values.dtype.kind not in "iuf" or values.size != max(values.shape, default=1):
         raise PtychodaskError(
             f"{label}: values have shape {values.shape} and type {values.dtype}, expected one number for each pattern"
@@ -484,8 +508,8 @@ def as_vector(values: NDArray[Any], label: str) -> NDArray[np.float64]:
 
 
 def as_whole_numbers(values: NDArray[Any], label: str) -> NDArray[np.int64]:
-    """Whole numbers as int64 (n,)."""
+    """Integers as int64 (n,), from integers or floats."""
     vector = as_vector(values, label)
     if not np.isfinite(vector).all() or (vector != np.rint(vector)).any():
-        raise PtychodaskError(f"{label}: values are not whole numbers, expected the experiment of each pattern")
+        raise PtychodaskError(f"{label}: values are not whole numbers, expected one for each pattern")
     return vector.astype(np.int64)

@@ -1,4 +1,7 @@
-"""The archives of tike's tests: `data`, `scan` and `probe`, each with a leading axis of angles."""
+"""Reader of the archives in tike's tests.
+
+`data`, `scan` and `probe`, each with a leading axis of angles.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +18,24 @@ _KEYS = ("data", "scan", "probe")
 
 
 def recognises(keys: Sequence[str]) -> bool:
-    """Whether a file with these keys is of this format."""
+    """True if a file with these keys is of this format."""
     return all(key in keys for key in _KEYS)
 
 
 def read(container: Container, spec: IngestSpec) -> SourceScan:
-    """Read one angle: counts with the direct beam at [0, 0], positions (row, column) in object pixels.
+    """Read patterns, positions and probe of one angle.
 
     Notes
     -----
-    The probe is a first guess in a scale of its own, so its calibration is "mean_counts".
+    Patterns are counts with the direct beam at [0, 0], positions (row, column) in object pixels. The probe is a first
+    guess of arbitrary scale, so its calibration is "mean_counts".
     """
     require_keys(container, _KEYS)
     shape = container.shape("data")
     if len(frame_axes(shape)) != 3:
         raise PtychodaskError(
             f"{container.label}[data]: patterns have shape {shape}, expected one angle, (1, pattern, qy, qx); "
-            "save the angles one by one"
+            "save each angle to a separate file"
         )
     scan = container.array("scan")
     position_yx = (scan[0] if scan.ndim == 3 and len(scan) == 1 else scan).astype(np.float64)

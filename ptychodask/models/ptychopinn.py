@@ -26,8 +26,8 @@ import numpy as np
 from keras import layers, ops
 from numpy.typing import NDArray
 
-from ptychodask.io.hdf5_stream import look_into
-from ptychodask.io.npy_stream import check_member, check_whole
+from ptychodask.io.hdf5_stream import check_bytes_in_subprocess
+from ptychodask.io.npy_stream import check_compression, check_member
 from ptychodask.models.model import CompiledCall, check_n_pixels, compiled_call, one_line, predict_in_batches
 from ptychodask.models.networks import convolution_dtype
 from ptychodask.models.physics import ComplexPair, Tensor
@@ -184,7 +184,7 @@ def _read_model(source: Path) -> PtychoPinnModel:
         config = json.loads(_member(archive, "config.json", n_bytes, source))
         weights_file = _member(archive, "model.weights.h5", n_bytes, source)
     for name, content in (("model.weights.h5", weights_file), ("model.h5", parts["model.h5"])):
-        look_into(content, f"{source}[{name}]")
+        check_bytes_in_subprocess(content, f"{source}[{name}]")
     entries = _layers(config, source)
     n_pixels, members = _input_shape(entries, source)
     weights = _read_weights(weights_file, entries, source)
@@ -241,7 +241,7 @@ def _member(archive: zipfile.ZipFile, name: str, n_bytes: int, source: Path) -> 
     """One member of an archive of so many bytes, in memory: nothing goes to disk, so no name in it leads anywhere."""
     member = archive.getinfo(name)
     check_member(member, n_bytes, f"{source}[{name}]")
-    check_whole(member.file_size, member.compress_size, f"{source}[{name}]")
+    check_compression(member.file_size, member.compress_size, f"{source}[{name}]")
     _check_size(member.file_size, name, source)
     return archive.read(name)
 
