@@ -331,7 +331,7 @@ def test_the_command_line_follows(whole, tmp_path, refused):
     told = refused(
         "reconstruct", store, "--model", "none.model", "--follow", "--follow-timeout-s", "0.05", "--live", "a.jpg"
     )
-    assert "a.jpg: live= is the name of a .png" in told
+    assert "a.jpg: live= must be the path of a .png" in told
 
 
 def test_appending_while_it_is_predicted_disturbs_nothing(whole, finished, client, tmp_path, quick):

@@ -217,7 +217,7 @@ def test_a_worker_with_too_little_memory_is_named_before_the_first_task(store, c
         "ptychodask.reconstruction.running.workers_of",
         lambda client: {"tcp://x": {"name": "small", "memory_limit": 2**20, "nthreads": 2, "resources": {}}},
     )
-    with pytest.raises(PtychodaskError, match=r"worker small may take 1 MiB, its 2 threads need .*pass memory_bytes="):
+    with pytest.raises(PtychodaskError, match=r"worker small may use 1 MiB, its 2 threads need .*pass memory_bytes="):
         reconstruct(store, model, client=client)
     assert model.calls == []
 

@@ -280,7 +280,7 @@ def test_the_overlap_is_one_less_the_spacing_in_diameters_of_the_probe():
 def test_a_wrong_study_is_refused_by_name_before_anything_runs(tmp_path, text, message):
     path = tmp_path / "study.toml"
     path.write_text(text)
-    with pytest.raises(PtychodaskError, match=said):
+    with pytest.raises(PtychodaskError, match=message):
         run_study(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
