@@ -1,4 +1,4 @@
-"""What `ptychodask bench` does: times a whole reconstruction, stage by stage, against the bare network."""
+"""Benchmark of a reconstruction, stage by stage, against the bare network."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ from ptychodask.simulate import simulate
 from ptychodask.store import open_scan, read_groups
 
 Network = Literal["pinn", "ptychopinn"]
-"""Network that is built where no model is given: ours, or one of PtychoPINN's layer sizes."""
+"""Network that is built if no model is given: ours, or one of PtychoPINN's layer sizes."""
 
 SIMULATED: dict[str, Any] = {"object": "lines", "probe": "zone_plate", "dose": 6e4, "step_px": 6.0}
-"""The scan that is simulated where no store is given; counts with photon noise, stored as uint16."""
+"""Scan that is simulated if no store is given; counts with photon noise, stored as uint16."""
 
 BARE_SHARE = 1 / 8
-"""Part of the groups that each of the two bare loops predicts."""
+"""Fraction of the groups that each of the two bare loops predicts."""
 
 BARE_BATCHES_AT_LEAST = 16
-"""Batches of a bare loop on each worker, at the least."""
+"""Smallest number of batches of a bare loop on each worker."""
 
 DISTINCT_BATCHES = 8
-"""Batches that a bare loop holds in memory and takes in turn."""
+"""Batches that a bare loop keeps in memory and predicts in turn."""
 
 PACKAGES = ("ptychodask", "keras", "tensorflow", "jax", "torch", "numpy", "numba", "dask", "distributed", "zarr")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSpec:
-    """What is made where no store or no model is given."""
+    """Scan and network that are made if none is given."""
 
     n_groups: int = 20_000
-    """Groups, and patterns, of the simulated scan."""
+    """Number of groups, and of patterns, of the simulated scan."""
 
     n_pixels: int = 64
     """Pixels across a pattern, N, of the simulated scan."""
 
     network: Network = "pinn"
-    """Network that is built, its weights untrained."""
+    """Network that is built, with untrained weights."""
 
     members: int = 4
     """Patterns in one group, C, of that network."""
@@ -70,23 +70,23 @@ class BenchSpec:
 
 @dataclass(frozen=True, eq=False)
 class BareJob:
-    """A loop over the network alone."""
+    """Loop over the bare network."""
 
     prediction: PredictionJob
-    """Model, scan, groups and batch size, as the reconstruction has them."""
+    """Model, scan, groups and batch size of the reconstruction."""
 
     n_batches: int
 
 
 @dataclass(frozen=True)
 class BareRun:
-    """What a loop over the network alone took on one worker."""
+    """Times of a bare loop on one worker."""
 
     start_up_s: float
-    """To load the model, compile its call and make the first one."""
+    """Time to load the model, compile its call and make the first one."""
 
     seconds: float
-    """In the loop."""
+    """Time of the loop."""
 
     n_groups: int
 
@@ -101,22 +101,24 @@ def bench(
     folder: str | Path | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Time a reconstruction from disk to disk, and the bare network before and after it, on the same workers.
+    """Time a reconstruction from disk to disk, and the bare network.
+
+    The bare network is timed before and after it, on the same workers.
 
     Parameters
     ----------
     store : path, optional
-        By default a scan is simulated and removed again.
+        By default a scan is simulated, and removed at the end.
     model : path or model, optional
-        By default the one that the store records; where there is none, one is built.
+        By default the one that the store records; if there is none, one is built.
     spec : BenchSpec
-        What is simulated and built.
+        Scan that is simulated and network that is built.
     reconstruction : ReconstructionSpec
-        How the scan becomes an object.
+        Options of the reconstruction.
     client : distributed.Client, optional
-        Where to run; by default the active client, else one in this process.
+        Client to run on; by default the active client, else one in this process.
     folder : path, optional
-        Folder that all workers see, for what is made meanwhile; by default the system's for temporary files.
+        Folder that all workers see, for temporary files; by default that of the system.
     progress : bool, optional
         See `progress_bar`.
 
@@ -124,8 +126,8 @@ def bench(
     -------
     dict
         Plain values for JSON: ``scan``, ``model``, ``plan``, ``workers``, ``start_up_s``, ``bare``, ``end_to_end``
-        (its ``seconds`` are wall time of the whole and, for each stage, the time summed over the tasks) and
-        ``memory``; `describe` prints them as a table.
+        (its ``seconds`` are the total wall time and, for each stage, the time summed over the tasks) and
+        ``memory``; `describe` formats them as a table.
 
     Raises
     ------
@@ -135,17 +137,16 @@ def bench(
     Notes
     -----
     In order: each worker loads the model and makes one call (``start_up_s``); the bare loop; a small part of the
-    object, so that the engine is warm; the reconstruction; the bare loop again. A bare loop runs on all workers at
-    once, on arrays in memory, with the batch size and in the processes of the reconstruction, so that two bare
-    figures which differ tell of another load on the machine. Efficiency is groups/s of the reconstruction over the
-    mean of the two.
+    object as a warm-up; the reconstruction; the bare loop again. A bare loop runs on all workers at once, on arrays in
+    memory, with the batch size and in the processes of the reconstruction: if its two rates differ, the machine had
+    another load meanwhile. Efficiency is groups/s of the reconstruction over the mean of the two.
     """
-    with _place(folder) as place, client_for_run(client) as used:
+    with _scratch_folder(folder) as scratch, client_for_run(client) as used:
         workers = sorted(used.scheduler_info(n_workers=-1)["workers"])
         if not workers:
             raise PtychodaskError("bench: the cluster has no worker; start some first")
-        scan = _scan(store, spec, place, progress)
-        network = _network(scan, model, spec, place)
+        scan = _scan(store, spec, scratch, progress)
+        network = _network(scan, model, spec, scratch)
         started = time.perf_counter()
         planned = plan(str(scan.store), network, reconstruction)
         plan_s = time.perf_counter() - started
@@ -156,7 +157,7 @@ def bench(
         on_all(used, forget_peak)
         started = time.perf_counter()
         result = reconstruct(
-            str(scan.store), network, reconstruction, out=place / "object.zarr", client=used, progress=progress
+            str(scan.store), network, reconstruction, out=scratch / "object.zarr", client=used, progress=progress
         )
         total = time.perf_counter() - started
         peaks = on_all(used, peak_above_baseline)
@@ -181,49 +182,52 @@ def bench(
 
 
 @contextmanager
-def _place(folder: str | Path | None) -> Iterator[Path]:
-    """A folder of its own that vanishes in the end."""
+def _scratch_folder(folder: str | Path | None) -> Iterator[Path]:
+    """Temporary folder, removed at the end."""
     if folder is not None and not Path(folder).is_dir():
         raise PtychodaskError(f"{folder}: no such folder; make it first, where all workers see it")
-    with tempfile.TemporaryDirectory(prefix="ptychodask-bench-", dir=folder, ignore_cleanup_errors=True) as place:
-        yield Path(place).resolve()
+    with tempfile.TemporaryDirectory(prefix="ptychodask-bench-", dir=folder, ignore_cleanup_errors=True) as scratch:
+        yield Path(scratch).resolve()
 
 
-def _scan(store: str | Path | None, spec: BenchSpec, place: Path, progress: bool | None) -> Scan:
+def _scan(store: str | Path | None, spec: BenchSpec, scratch: Path, progress: bool | None) -> Scan:
     if store is not None:
         return open_scan(store)
     return simulate(
-        place / "scan.zarr", n_patterns=spec.n_groups, n_pixels=spec.n_pixels, progress=progress, **SIMULATED
+        scratch / "scan.zarr", n_patterns=spec.n_groups, n_pixels=spec.n_pixels, progress=progress, **SIMULATED
     )
 
 
-def _network(scan: Scan, model: str | Path | PatchModel | None, spec: BenchSpec, place: Path) -> PatchModel:
-    """The model that is given or recorded, else one that is built; bound to the scan."""
-    found: PatchModel
+def _network(scan: Scan, model: str | Path | PatchModel | None, spec: BenchSpec, scratch: Path) -> PatchModel:
+    """Given or recorded model, else a new one, bound to the scan."""
+    network: PatchModel
     if model is not None or recorded_model(scan) is not None:
-        found = resolve_model(scan, model)
+        network = resolve_model(scan, model)
     elif spec.network == "ptychopinn":
-        found = models.untrained_ptychopinn(scan.n_pixels, spec.members, spec.n_filters_scale)
+        network = models.untrained_ptychopinn(scan.n_pixels, spec.members, spec.n_filters_scale)
     else:
-        described = models.ModelSpec(n_pixels=scan.n_pixels, members=spec.members, n_filters_scale=spec.n_filters_scale)
-        found = models.save_model(models.untrained_model(described, models.Optics.of(scan)), place / "bench.model")
-    return found.bind(scan)
+        model_spec = models.ModelSpec(
+            n_pixels=scan.n_pixels, members=spec.members, n_filters_scale=spec.n_filters_scale
+        )
+        untrained = models.untrained_model(model_spec, models.Optics.of(scan))
+        network = models.save_model(untrained, scratch / "bench.model")
+    return network.bind(scan)
 
 
 def _bare_job(prediction: PredictionJob, n_groups: int, n_workers: int) -> BareJob:
-    wanted = n_groups * BARE_SHARE / (prediction.batch_size * n_workers)
-    return BareJob(prediction, max(BARE_BATCHES_AT_LEAST, round(wanted)))
+    n_batches = n_groups * BARE_SHARE / (prediction.batch_size * n_workers)
+    return BareJob(prediction, max(BARE_BATCHES_AT_LEAST, round(n_batches)))
 
 
 def _bare(client: Any, workers: list[str], job: BareJob) -> list[BareRun]:
-    """The bare loop on all workers at once."""
-    sent = client.scatter(job, hash=False, broadcast=True)
-    futures = [client.submit(run_bare, sent, workers=[worker], pure=False) for worker in workers]
+    """Run the bare loop on all workers at once."""
+    job_reference = client.scatter(job, hash=False, broadcast=True)
+    futures = [client.submit(run_bare, job_reference, workers=[worker], pure=False) for worker in workers]
     return list(client.gather(futures))
 
 
 def run_bare(job: BareJob) -> BareRun:
-    """Call a network again and again on arrays in memory; runs in a worker.
+    """Call a network repeatedly on arrays in memory, in a worker.
 
     Parameters
     ----------
@@ -234,19 +238,22 @@ def run_bare(job: BareJob) -> BareRun:
     BareRun
     """
     started = time.perf_counter()
-    own = job.prediction
-    scan = open_scan(own.store)
-    predict = compile_model(own.model.load().bind(scan), own.batch_size, own.precision)
-    batches = _batches(own, scan, min(DISTINCT_BATCHES, job.n_batches))
+    prediction = job.prediction
+    scan = open_scan(prediction.store)
+    predict = compile_model(prediction.model.load().bind(scan), prediction.batch_size, prediction.precision)
+    batches = _batches(prediction, scan, min(DISTINCT_BATCHES, job.n_batches))
     np.asarray(predict(*batches[0]))
     ready = time.perf_counter()
     for index in range(job.n_batches):
         np.asarray(predict(*batches[index % len(batches)]))
-    return BareRun(ready - started, time.perf_counter() - ready, job.n_batches * own.batch_size)
+    return BareRun(ready - started, time.perf_counter() - ready, job.n_batches * prediction.batch_size)
 
 
 def _batches(job: PredictionJob, scan: Scan, n_batches: int) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """X (batch, N, N, C) and offsets (batch, C, 2) of the first groups of the scan, each a whole batch."""
+    """Batches of network input from the first groups of the scan.
+
+    Each is X (batch, N, N, C) and offsets (batch, C, 2), all of full size.
+    """
     groups = read_groups(job.store, job.groups)
     assert groups is not None
     batches = []
@@ -268,7 +275,7 @@ def _rate(runs: list[BareRun]) -> float:
 def _warm_up(
     store: str, network: PatchModel, spec: ReconstructionSpec, planned: Plan, client: Any, n_workers: int
 ) -> None:
-    """Reconstruct a small part of the object that takes at least a chunk for each worker, where there are as many."""
+    """Reconstruct a small part of the object, a chunk for each worker."""
     middles = np.array([(sum(chunk.box[:2]) // 2, sum(chunk.box[2:]) // 2) for chunk in planned.chunks[:n_workers]])
     (y0, x0), (y1, x1) = middles.min(axis=0).tolist(), middles.max(axis=0).tolist()
     reconstruct(store, network, replace(spec, roi=(y0, y1 + 1, x0, x1 + 1)), client=client, progress=False)
@@ -304,7 +311,7 @@ def _about_model(network: PatchModel) -> dict[str, Any]:
 
 
 def _convolution_flop(network: Any) -> int:
-    """Multiplications and additions that the convolutions of a Keras network take for one group."""
+    """Multiplications and additions of a network's convolutions for one group."""
     total = 0
     for layer in network.layers:
         if len(getattr(layer, "kernel", np.empty(0)).shape) == 4:
@@ -314,18 +321,18 @@ def _convolution_flop(network: Any) -> int:
 
 
 def _about_workers(client: Any) -> dict[str, Any]:
-    found = client.scheduler_info(n_workers=-1)["workers"].values()
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
     machines = client.run(describe_machine).values()
     different = {str(machine): machine for machine in machines}
     return {
-        "n_workers": len(found),
-        "n_threads": sum(worker["nthreads"] for worker in found),
+        "n_workers": len(workers),
+        "n_threads": sum(worker["nthreads"] for worker in workers),
         "machines": list(different.values()),
     }
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, memory, GPUs and versions of the machine that it runs on, as plain values."""
+    """Processor, memory, GPUs and package versions of this machine."""
     return {
         "system": platform.platform(),
         "processor": _first_of(Path("/proc/cpuinfo"), "model name") or platform.processor(),
@@ -338,17 +345,17 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _first_of(path: Path, field: str) -> str | None:
-    """Value of the first line ``field: value`` of a file of the system's; None where there is no such."""
+    """Value of the first line ``field: value`` of a file, or None."""
     if path.is_file():
         for line in path.read_text().splitlines():
             name, _, value = line.partition(":")
@@ -365,7 +372,7 @@ class ProcessMemory:
     """Host and process id."""
 
     peak_above_baseline: int | None
-    """Most resident memory since `forget_peak` over what was resident then, bytes; None where it is not told."""
+    """Peak resident memory since `forget_peak` minus the resident memory then, bytes; None if not available."""
 
 
 _BASELINES: dict[int, int] = {}
@@ -373,18 +380,18 @@ _STATUS = Path("/proc/self/status")
 
 
 def forget_peak() -> None:
-    """Take the resident memory of this process as the baseline, and let its peak start anew."""
+    """Reset this process's memory peak, and record its baseline."""
     if _STATUS.is_file():
         Path("/proc/self/clear_refs").write_text("5")
         _BASELINES[os.getpid()] = _resident_bytes("VmRSS")
 
 
 def peak_above_baseline() -> ProcessMemory:
-    """The peak since `forget_peak`; Linux tells it."""
-    own = os.getpid()
-    baseline = _BASELINES.get(own)
+    """Memory peak since `forget_peak`; only on Linux."""
+    process = os.getpid()
+    baseline = _BASELINES.get(process)
     peak = None if baseline is None else _resident_bytes("VmHWM") - baseline
-    return ProcessMemory(f"{socket.gethostname()}:{own}", peak)
+    return ProcessMemory(f"{socket.gethostname()}:{process}", peak)
 
 
 def _resident_bytes(field: str) -> int:
@@ -392,18 +399,21 @@ def _resident_bytes(field: str) -> int:
 
 
 def on_all(client: Any, function: Any) -> dict[str, Any]:
-    """What a function gives in the client's process, the scheduler's and each worker's."""
+    """Results of a function in client, scheduler and each worker, by role."""
     return {"client": function(), "scheduler": client.run_on_scheduler(function), **client.run(function)}
 
 
 def _about_memory(peaks: dict[str, ProcessMemory]) -> dict[str, Any]:
-    """Peaks by role, the largest of the workers; a process that has several roles is told once."""
+    """Memory peaks by role, the largest of the workers.
+
+    One entry if a single process has all roles.
+    """
     workers = [memory for role, memory in peaks.items() if role not in ("client", "scheduler")]
-    told = [memory.peak_above_baseline for memory in peaks.values()]
-    if None in told:
+    all_peaks = [memory.peak_above_baseline for memory in peaks.values()]
+    if None in all_peaks:
         return {}
     if len({memory.process for memory in peaks.values()}) == 1:
-        return {"client, scheduler and worker in one process": told[0]}
+        return {"client, scheduler and worker in one process": all_peaks[0]}
     return {
         "client": peaks["client"].peak_above_baseline,
         "scheduler": peaks["scheduler"].peak_above_baseline,
@@ -412,27 +422,27 @@ def _about_memory(peaks: dict[str, ProcessMemory]) -> dict[str, Any]:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """What `bench` found, as a table for the terminal."""
-    scan, plan_, bare, whole = (report[name] for name in ("scan", "plan", "bare", "end_to_end"))
+    """Report of `bench` as a table for the terminal."""
+    scan, plan_, bare, run = (report[name] for name in ("scan", "plan", "bare", "end_to_end"))
     rows = {
         "scan": f"{scan['n_patterns']:,} patterns of {scan['n_pixels']} x {scan['n_pixels']}, {scan['dtype']}, "
         f"{scan['stored_bytes'] / MIB:,.0f} MiB on disk{', simulated' if scan['simulated'] else ''}",
         "model": _model_row(report["model"]),
         "plan": f"{plan_['n_groups']:,} groups in {plan_['n_chunks']:,} chunks of {plan_['groups_per_chunk']:,} onto "
         f"{plan_['n_tiles']:,} tiles, batches of {plan_['batch_size']} in {plan_['precision']}; "
-        f"made in {plan_['seconds']:.1f} s",
+        f"planned in {plan_['seconds']:.1f} s",
         "workers": _workers_row(report["workers"]),
-        "start-up": f"{report['start_up_s']:.1f} s to load the model and to make the first call",
+        "start-up": f"{report['start_up_s']:.1f} s to load the model and make the first call",
         "bare": f"{bare['before_groups_per_s']:,.1f} groups/s before and {bare['after_groups_per_s']:,.1f} after, "
         f"{bare['batches']} batches on each worker",
-        "end to end": f"{whole['groups_per_s']:,.1f} groups/s, {whole['patterns_per_s']:,.1f} patterns/s, "
-        f"{whole['seconds']['total']:.1f} s",
-        "efficiency": f"{whole['efficiency']:.3f} of the bare network, "
-        f"{whole['efficiency_with_start_up']:.3f} with start-up",
+        "end to end": f"{run['groups_per_s']:,.1f} groups/s, {run['patterns_per_s']:,.1f} patterns/s, "
+        f"{run['seconds']['total']:.1f} s",
+        "efficiency": f"{run['efficiency']:.3f} of the bare network, "
+        f"{run['efficiency_with_start_up']:.3f} with start-up",
     }
     lines = [f"{name:<11} {value}" for name, value in rows.items()]
     lines += ["", f"{'stage':<11} {'seconds':>9} {'µs/pattern':>11} {'of the run':>11}"]
-    lines += _stage_rows(whole["seconds"], plan_["n_patterns"], report["workers"]["n_workers"])
+    lines += _stage_rows(run["seconds"], plan_["n_patterns"], report["workers"]["n_workers"])
     lines += ["", "peak memory above the loaded model's", *_memory_rows(report["memory"])]
     return "\n".join(lines)
 
@@ -457,7 +467,10 @@ def _workers_row(workers: dict[str, Any]) -> str:
 
 
 def _stage_rows(seconds: dict[str, float], n_patterns: int, n_workers: int) -> list[str]:
-    """Stages in the order of the run; a worker's two threads overlap, so their shares may sum to more than one."""
+    """Rows of the stages, in the order of the run.
+
+    A worker's two threads overlap, so the fractions may sum to more than one.
+    """
     total = seconds["total"]
     return [
         f"{name:<11} {value:>9.2f} {1e6 * value / n_patterns:>11.1f} {value / (total * n_workers):>11.3f}"
@@ -468,5 +481,5 @@ def _stage_rows(seconds: dict[str, float], n_patterns: int, n_workers: int) -> l
 
 def _memory_rows(memory: dict[str, int]) -> list[str]:
     if not memory:
-        return ["  not told by this system"]
+        return ["  not available on this system"]
     return [f"  {role}: {n_bytes / MIB:,.0f} MiB" for role, n_bytes in memory.items()]

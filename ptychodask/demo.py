@@ -1,4 +1,4 @@
-"""What `ptychodask demo` does: the packaged networks on a simulated scan, from the file to the judged picture."""
+"""Demonstration of the packaged networks on a simulated scan."""
 
 from __future__ import annotations
 
@@ -26,43 +26,43 @@ SCAN: dict[str, Any] = {
     "step_px": 6.0,
     "seed": 1,
 }
-"""The scan that is reconstructed."""
+"""Arguments of `simulate` for the scan."""
 
 MODELS = {"PtychoPINN": "pretrained:pinn-n64-c4", "Baseline": "pretrained:baseline-n64-c1"}
-"""The networks, which were trained on other simulated scans."""
+"""Packaged networks, trained on other simulated scans."""
 
 
 def run_demo(folder: str | Path, *, overwrite: bool = False, progress: bool | None = None) -> str:
-    """Simulate a scan, ingest it, reconstruct it with both networks and compare them with the truth.
+    """Simulate, ingest and reconstruct a scan, and compare with the truth.
 
     Parameters
     ----------
     folder : path
-        What to make: ``simulated.zarr``, ``scan.npz`` (the same as a foreign file), ``scan.zarr`` (ingested from that),
+        Output: ``simulated.zarr``, ``scan.npz`` (the same as a PtychoPINN file), ``scan.zarr`` (ingested from that),
         ``scan.object.zarr`` with the results of both networks, ``pinn.png``, ``comparison.png`` and ``comparison.md``.
     overwrite : bool
-        Make them again where they are there.
+        Replace existing files.
     progress : bool, optional
         See `progress_bar`.
 
     Returns
     -------
     str
-        The table of the comparison, where everything lies, and what to try next.
+        Table of the comparison, the files written, and commands to try next.
 
     Raises
     ------
     PtychodaskError
-        If the folder is there and not empty, without `overwrite`.
+        If the folder exists and is not empty, without `overwrite`.
 
     Notes
     -----
-    Both networks come with the package (`ptychodask.models.recipes` says how they were made): neither saw this object,
-    this probe or these positions.
+    Both networks come with the package (their training is in `ptychodask.models.recipes`): neither was trained on this
+    object, this probe or these positions.
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise PtychodaskError(f"{folder}: is there and not empty; pass --overwrite, or another --out")
+        raise PtychodaskError(f"{folder}: exists and is not empty; pass --overwrite, or another --out")
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     store = folder / "scan.zarr"
@@ -81,7 +81,10 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: bool | No
 
 
 def write_ptychopinn_npz(scan: Scan, path: Path) -> None:
-    """Write a scan with truth as PtychoPINN's users hold theirs, counts in ``diff3d``, positions from the corner."""
+    """Write a scan with truth as a PtychoPINN file.
+
+    Counts are in ``diff3d``, and positions are relative to the corner of the object.
+    """
     if scan.truth is None:
         raise PtychodaskError(f"{scan.store or 'scan'}: has no truth to write as objectGuess")
     position = scan.position_yx_px - np.asarray(scan.truth.corner_yx_px)

@@ -1,4 +1,4 @@
-"""A study: one simulated scan after another over dose, overlap, gridsize and network, each reconstructed and judged."""
+"""Studies over dose, overlap, gridsize and network on simulated scans."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SIMULATE_KEYS: dict[str, type | tuple[type, ...]] = {
     "n_patterns": int,
     "path": str,
 }
-"""What the table [simulate] may hold: arguments of `simulate` that the matrix does not set."""
+"""Keys of the table [simulate]: arguments of `simulate` that the matrix does not set."""
 
 COMPARE_KEYS: dict[str, type | tuple[type, ...]] = {
     "register": bool,
@@ -55,33 +55,33 @@ COMPARE_KEYS: dict[str, type | tuple[type, ...]] = {
     "peak": (int, float, str),
     "min_weight": (int, float),
 }
-"""What the table [compare] may hold: arguments of `compare`."""
+"""Keys of the table [compare]: arguments of `compare`."""
 
 SET_BY_MATRIX = ("model", "members", "seed")
 """Fields of `TrainingSpec` that the matrix sets."""
 
 TRAINING_SEED = 1000
-"""Added to the seed of the scan that a baseline learns from: the same instrument, another object."""
+"""Added to the seed for the scan that a baseline is trained on: the same instrument, another object."""
 
 SPEC_FILE, RECORD_FILE = "spec.json", "record.json"
-"""In the folder of a cell: what it is, written first, and its figures, written last."""
+"""Files in the folder of a cell: its specification, written first, and its metrics, written last."""
 
 DRAWN_METRICS = ("psnr", "ssim", "frc50")
-"""Metrics that are drawn over the dose."""
+"""Metrics that are plotted over the dose."""
 
 THUMBNAIL_PIXELS = 128
-"""Pixels along one side of a picture in the contact sheet, at the most."""
+"""Largest number of pixels along one side of a picture in the contact sheet."""
 
-# Keras keeps state of its own for the whole process, and several trainings would share the cores anyway.
+# Keras has state that is global in a process, and several trainings would share the cores anyway.
 _ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudySpec:
-    """Which simulated scans are reconstructed, and how: every combination of the six axes."""
+    """Axes and options of a study: every combination of six axes."""
 
     dose: tuple[float, ...]
-    """Photons of the probe in one pattern."""
+    """Photons in the probe for one pattern."""
 
     overlap: tuple[float, ...] | None = None
     """1 − spacing / diameter of the probe (`probe_diameter_px`), between 0 and 1; or give `step_px`."""
@@ -90,7 +90,7 @@ class StudySpec:
     """Mean spacing of the positions, pixels, below the diameter of the probe; or give `overlap`."""
 
     gridsize: tuple[int, ...] = (2,)
-    """A PINN takes gridsize² patterns at once; a baseline always takes one."""
+    """A PINN reads gridsize² patterns at once; a baseline always one."""
 
     model: tuple[str, ...] = get_args(Kind)
     """Networks: pinn, baseline."""
@@ -99,16 +99,16 @@ class StudySpec:
     """Seeds of object, positions, noise and training."""
 
     simulate: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of `simulate`: `SIMULATE_KEYS`."""
+    """Further arguments of `simulate` (`SIMULATE_KEYS`)."""
 
     train: dict[str, Any] = field(default_factory=dict)
-    """Fields of `TrainingSpec`, but for `SET_BY_MATRIX`."""
+    """Fields of `TrainingSpec`, except `SET_BY_MATRIX`."""
 
     reconstruct: dict[str, Any] = field(default_factory=dict)
     """Fields of `ReconstructionSpec`."""
 
     compare: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of `compare`: `COMPARE_KEYS`."""
+    """Further arguments of `compare` (`COMPARE_KEYS`)."""
 
     def __post_init__(self) -> None:
         if (self.overlap is None) == (self.step_px is None):
@@ -136,7 +136,7 @@ class StudySpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One scan, one network: everything that its figures depend on, as plain values."""
+    """One scan and network: all inputs of its metrics, as plain values."""
 
     name: str
     """Name of its folder."""
@@ -153,8 +153,8 @@ def read_study(path: str | Path) -> StudySpec:
     Parameters
     ----------
     path : path
-        With the tables ``[matrix]`` (`dose`, `overlap` or `step_px`, `gridsize`, `model`, `seed`: lists) and, where
-        wanted, ``[simulate]``, ``[train]``, ``[reconstruct]`` and ``[compare]``.
+        With the table ``[matrix]`` (`dose`, `overlap` or `step_px`, `gridsize`, `model`, `seed`: lists) and optionally
+        ``[simulate]``, ``[train]``, ``[reconstruct]`` and ``[compare]``.
 
     Returns
     -------
@@ -163,7 +163,7 @@ def read_study(path: str | Path) -> StudySpec:
     Raises
     ------
     PtychodaskError
-        If the file cannot be read, or holds what a study does not know.
+        If the file cannot be read, or has an unknown or wrong entry.
 
     Examples
     --------
@@ -193,7 +193,7 @@ def read_study(path: str | Path) -> StudySpec:
         with path.open("rb") as file:
             given = tomllib.load(file)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise PtychodaskError(f"{path}: is no TOML ({error}); mend that line") from error
+        raise PtychodaskError(f"{path}: is no TOML ({error}); correct that line") from error
     except OSError as error:
         raise PtychodaskError(
             f"{path}: cannot be read ({error.strerror or error}); pass a study's TOML file"
@@ -201,7 +201,7 @@ def read_study(path: str | Path) -> StudySpec:
     tables = ("matrix", "simulate", "train", "reconstruct", "compare")
     for name, table in given.items():
         if name not in tables or not isinstance(table, dict):
-            raise PtychodaskError(f"{path}: {name} is none of the tables of a study: {', '.join(tables)}")
+            raise PtychodaskError(f"{path}: {name} is no table of a study; the tables are: {', '.join(tables)}")
     axes = [each.name for each in fields(StudySpec) if each.name not in tables]
     matrix = given.pop("matrix", {})
     _check_names("matrix", matrix, axes)
@@ -217,32 +217,32 @@ def read_study(path: str | Path) -> StudySpec:
 def _check_axis(name: str, values: tuple[Any, ...], kinds: type | tuple[type, ...]) -> None:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, kinds):
-            raise PtychodaskError(f"study: {name} holds {value!r}, expected {_told(kinds)}")
+            raise PtychodaskError(f"study: {name} contains {value!r}, expected {_kind_name(kinds)}")
     if not values or len(set(values)) < len(values):
-        raise PtychodaskError(f"study: {name} is {list(values)}, expected one or more values, each once")
+        raise PtychodaskError(f"study: {name} is {list(values)}, expected one or more different values")
 
 
 def _check_positive(name: str, values: tuple[float, ...]) -> None:
     for value in values:
         if not (math.isfinite(value) and value > 0):
-            raise PtychodaskError(f"study: {name} holds {value}, expected positive numbers")
+            raise PtychodaskError(f"study: {name} contains {value}, expected positive numbers")
 
 
 def _check_names(table: str, given: dict[str, Any], allowed: Sequence[str]) -> None:
     for name in given:
         if name not in allowed:
-            raise PtychodaskError(f"study: [{table}] has no {name}; it may have: {', '.join(allowed)}")
+            raise PtychodaskError(f"study: [{table}] has no key {name}; its keys are: {', '.join(allowed)}")
 
 
 def _check_keys(table: str, given: dict[str, Any], kinds: dict[str, type | tuple[type, ...]]) -> None:
     _check_names(table, given, list(kinds))
     for name, value in given.items():
-        wanted = kinds[name]
-        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-            raise PtychodaskError(f"study: [{table}] {name} is {value!r}, expected {_told(wanted)}")
+        expected = kinds[name]
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+            raise PtychodaskError(f"study: [{table}] {name} is {value!r}, expected {_kind_name(expected)}")
 
 
-def _told(kinds: type | tuple[type, ...]) -> str:
+def _kind_name(kinds: type | tuple[type, ...]) -> str:
     names = {
         str: "text",
         int: "a whole number",
@@ -263,14 +263,14 @@ def cells_of(spec: StudySpec) -> dict[tuple[Any, ...], Cell]:
     Returns
     -------
     dict of (dose, spacing, gridsize, model, seed) to Cell
-        Every combination of the axes. A baseline takes one pattern at a time, so its cells are the same for every
+        Every combination of the axes. A baseline reads one pattern at a time, so its cells are the same for every
         gridsize.
 
     Raises
     ------
     PtychodaskError
-        If a spacing is beyond what the probe allows, or the scan whose positions are taken, or a field of training or
-        reconstruction is wrong.
+        If a spacing is impossible for the probe or for the path of positions, or a field of training or reconstruction
+        is wrong.
     """
     steps = dict(zip(getattr(spec, spec.spacing), steps_px(spec), strict=True))
     _checked("reconstruct", ReconstructionSpec, spec.reconstruct)
@@ -303,38 +303,38 @@ def _checked(table: str, kind: Callable[..., Any], values: dict[str, Any]) -> An
     try:
         return kind(**values)
     except TypeError as error:
-        raise PtychodaskError(f"study: [{table}] holds a value of the wrong kind: {error}") from error
+        raise PtychodaskError(f"study: [{table}] has a value of the wrong type: {error}") from error
 
 
 def steps_px(spec: StudySpec) -> list[float]:
-    """Mean spacing of the positions for each spacing that a study asks for, pixels.
+    """Mean spacing of the positions for each spacing of a study, pixels.
 
     Raises
     ------
     PtychodaskError
-        If neighbours would not overlap, or lie on one place.
+        If neighbouring probes would not overlap, or would coincide.
     """
     diameter = _diameter_px(spec)
     if spec.step_px is not None:
         for step in spec.step_px:
             if not 0 < step < diameter:
                 raise PtychodaskError(
-                    f"study: step_px holds {step}, expected more than 0 and less than {diameter:.4g}, the diameter of "
-                    "the probe: from there on neighbours do not overlap"
+                    f"study: step_px contains {step}, expected more than 0 and less than {diameter:.4g}, the diameter "
+                    "of the probe: at larger steps neighbours do not overlap"
                 )
         return [float(step) for step in spec.step_px]
     assert spec.overlap is not None
     for overlap in spec.overlap:
         if not 0 < overlap < 1:
             raise PtychodaskError(
-                f"study: overlap holds {overlap}, expected more than 0 and less than 1, for a spacing between 0 and "
+                f"study: overlap contains {overlap}, expected more than 0 and less than 1, for a spacing between 0 and "
                 f"{diameter:.4g} px, the diameter of the probe"
             )
     return [(1 - overlap) * diameter for overlap in spec.overlap]
 
 
 def _simulate_arguments(spec: StudySpec) -> dict[str, Any]:
-    """What [simulate] says, else the defaults."""
+    """Arguments of [simulate], completed with the defaults."""
     return {name: parameter.default for name, parameter in signature(simulate).parameters.items()} | spec.simulate
 
 
@@ -358,39 +358,39 @@ def run_study(
     study : StudySpec or path
         The study, or its TOML file (`read_study`).
     out : path
-        Folder for what it makes: ``cells/<name>/`` with scan, network, result and ``record.json``; ``metrics.csv`` (a
-        row for each cell, part and metric), ``table.md``, a figure for each of `DRAWN_METRICS`, and the objects side by
-        side in ``amplitude.png`` and ``phase.png``. The same call again, all cells finished, gives the Dataset again.
+        Output folder: ``cells/<name>/`` with scan, network, result and ``record.json``; ``metrics.csv`` (a row for each
+        cell, part and metric), ``table.md``, a figure for each of `DRAWN_METRICS`, and the objects side by side in
+        ``amplitude.png`` and ``phase.png``. If all cells are finished, the same call only returns the Dataset again.
     recompute : sequence of str
-        Names of cells to compute again, ``*`` and ``?`` standing for any characters.
+        Names of cells to compute again, with the wildcards ``*`` and ``?``.
     client : distributed.Client, optional
-        Where to run, one cell for each worker at a time; by default the active client, else this thread.
+        Client to run on, one cell for each worker at a time; by default the active client, else this thread.
     progress : bool, optional
         See `progress_bar`.
 
     Returns
     -------
     xarray.Dataset
-        ``value`` (dose, overlap or step_px, gridsize, model, seed, part, metric), as `compare` gives it against the
-        truth, and ``r_factor`` without part and metric. The other measure of the spacing is a coordinate beside it.
+        ``value`` (dose, overlap or step_px, gridsize, model, seed, part, metric), as `compare` returns it against
+        the truth, and ``r_factor`` without part and metric. The other measure of the spacing is a further coordinate.
 
     Raises
     ------
     PtychodaskError
-        If the study is wrong, a finished or begun cell was something else and is not named in `recompute`, or cells
-        fail (after the others are done).
+        If the study is wrong, a finished cell had other values and is not named in `recompute`, or cells fail (after
+        the others are done).
 
     Notes
     -----
-    Objects that are drawn (``lines``, ...) depend on the size of the field, so scans of different spacing see different
-    ones; a picture (``object = "picture.png"``) is the same for all.
+    Generated objects (``lines``, ...) depend on the size of the field, so they differ between spacings; a picture
+    (``object = "picture.png"``) is the same for all.
 
-    A cell that has its record is not computed again; one that was begun goes on with what it has, a training from its
-    last epoch. So a study that was stopped, or lost a worker, is started again by the same call.
+    A cell that has its record is not computed again; an unfinished one continues from its finished steps, a training
+    from its last epoch. So the same call resumes a study that was stopped, or lost a worker.
 
-    A PINN learns from the scan that it reconstructs, without its truth. A baseline learns from a second scan with the
-    same probe, dose and spacing and another object. Each cell simulates its scan for itself: the same scan in all cells
-    of one dose, spacing and seed, and no two tasks write to one store. A process trains one network at a time.
+    A PINN is trained on the scan that it reconstructs, without its truth; a baseline on a second scan with the same
+    probe, dose and spacing and another object. Each cell simulates its own scan, so that no two tasks write to one
+    store: it is the same scan in all cells of one dose, spacing and seed. A process trains one network at a time.
     """
     spec = study if isinstance(study, StudySpec) else read_study(study)
     out = Path(out).resolve()
@@ -403,27 +403,27 @@ def run_study(
             _run_here(pending, out / "cells", bar)
         else:
             _run_on(used, pending, out / "cells", bar)
-    found = _gathered(spec, cells, out / "cells")
-    _write_all(spec, found, cells, out)
-    return found
+    results = _gather(spec, cells, out / "cells")
+    _write_all(spec, results, cells, out)
+    return results
 
 
 def _unfinished(cells: dict[str, Cell], folder: Path, recompute: Sequence[str]) -> list[Cell]:
-    """Cells without a record; what is there must be of the same cells."""
+    """Cells without a record; raises `PtychodaskError` if a finished one differs."""
     for pattern in recompute:
         if not any(fnmatchcase(name, pattern) for name in cells):
             raise PtychodaskError(f"study: no cell is named {pattern}; the cells are: {', '.join(cells)}")
     again = {name for name in cells if any(fnmatchcase(name, pattern) for pattern in recompute)}
     for name, cell in cells.items():
-        found = _read_json(folder / name / SPEC_FILE)
-        if found is None or found == _plain(cell) or name in again:
+        recorded = _read_json(folder / name / SPEC_FILE)
+        if recorded is None or recorded == _plain(cell) or name in again:
             continue
         if (folder / name / RECORD_FILE).exists():
             raise PtychodaskError(
-                f"{folder / name}: was computed with {_difference(found, _plain(cell))}; "
+                f"{folder / name}: was computed with {_difference(recorded, _plain(cell))}; "
                 f"recompute it by name (--recompute '{name}', or '*' for all), or give another --out"
             )
-        # Nothing finished is lost with a cell that was begun with other values.
+        # An unfinished cell with other values is computed anew: nothing finished is lost.
         again.add(name)
     for name in again:
         if (folder / name / SPEC_FILE).exists():
@@ -435,15 +435,15 @@ def _plain(cell: Cell) -> Any:
     return json.loads(json.dumps(asdict(cell)))
 
 
-def _difference(found: Any, wanted: Any) -> str:
-    """Which values differ, such as "train.epochs 5, now 20"."""
-    told = []
+def _difference(recorded: Any, expected: Any) -> str:
+    """Differing values of a cell, such as "train.epochs 5, now 20"."""
+    differences = []
     for table in ("simulate", "train", "reconstruct", "compare"):
-        before, now = found.get(table, {}), wanted[table]
+        before, now = recorded.get(table, {}), expected[table]
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
-                told.append(f"{table}.{name} {before.get(name, 'not given')}, now {now.get(name, 'not given')}")
-    return "; ".join(told) or "another format"
+                differences.append(f"{table}.{name} {before.get(name, 'not given')}, now {now.get(name, 'not given')}")
+    return "; ".join(differences) or "another format"
 
 
 def _run_here(cells: list[Cell], folder: Path, bar: Progress) -> None:
@@ -459,7 +459,10 @@ def _run_here(cells: list[Cell], folder: Path, bar: Progress) -> None:
 
 
 def _run_on(client: distributed.Client, cells: list[Cell], folder: Path, bar: Progress) -> None:
-    """As many cells at a time as there are workers, each of which trains one network at a time."""
+    """Run as many cells at a time as there are workers.
+
+    Each worker trains one network at a time.
+    """
     waiting = iter(cells)
     running: dict[distributed.Future, Cell] = {}
     failed = {}
@@ -482,7 +485,9 @@ def _run_on(client: distributed.Client, cells: list[Cell], folder: Path, bar: Pr
             except PtychodaskError as error:
                 failed[cell.name] = str(error)
             except KilledWorker:
-                failed[cell.name] = "the workers that it ran on died; give them more memory, or ask for less"
+                failed[cell.name] = (
+                    "the workers that it ran on died; give them more memory, or choose a smaller network or scan"
+                )
             bar.note(cell.name)
             bar.advance()
             submit(1)
@@ -493,20 +498,20 @@ def _run_on(client: distributed.Client, cells: list[Cell], folder: Path, bar: Pr
 
 def _check_failed(failed: dict[str, str], n_cells: int) -> None:
     if failed:
-        name, said = next(iter(failed.items()))
+        name, message = next(iter(failed.items()))
         raise PtychodaskError(
-            f"study: {len(failed)} of {n_cells} cells failed, the others are done; the first is {name}: {said}"
+            f"study: {len(failed)} of {n_cells} cells failed, the others are done; the first is {name}: {message}"
         )
 
 
 def run_cell(cell: Cell, folder: Path) -> None:
-    """Compute one cell into its folder, from where it was left.
+    """Compute one cell into its folder, or resume it.
 
     Parameters
     ----------
     cell : Cell
     folder : Path
-        Takes spec.json first and record.json last.
+        Gets spec.json first and record.json last.
     """
     store, bundle = folder / "scan.zarr", folder / "network.model"
     training_store = folder / "lesson.zarr" if cell.train["model"] == "baseline" else store
@@ -530,25 +535,25 @@ def run_cell(cell: Cell, folder: Path) -> None:
                 progress=False,
                 **cell.reconstruct,
             )
-        found = compare({cell.name: result}, truth=store, scan=store, **cell.compare)
+        comparison = compare({cell.name: result}, truth=store, scan=store, **cell.compare)
     record = {
-        "r_factor": float(found["r_factor"][0]),
-        "part": found["part"].values.tolist(),
-        "metric": found["metric"].values.tolist(),
-        "value": found["value"][0].transpose("part", "metric").values.tolist(),
+        "r_factor": float(comparison["r_factor"][0]),
+        "part": comparison["part"].values.tolist(),
+        "metric": comparison["metric"].values.tolist(),
+        "value": comparison["value"][0].transpose("part", "metric").values.tolist(),
     }
     _write_json(folder / RECORD_FILE, record)
 
 
 def _write_json(path: Path, values: Any) -> None:
-    """Write a file that is whole whenever it is there."""
+    """Write a JSON file atomically."""
     building = path.with_name(f".{path.name}")
     building.write_text(json.dumps(values, indent=1) + "\n")
     building.replace(path)
 
 
 def _read_json(path: Path) -> Any:
-    """What a file holds, None where there is none."""
+    """Content of a JSON file, None if there is none."""
     try:
         return read_json(path)
     except FileNotFoundError:
@@ -557,8 +562,8 @@ def _read_json(path: Path) -> Any:
         raise PtychodaskError(f"{path}: cannot be read ({error}); remove its folder, or give another --out") from error
 
 
-def _gathered(spec: StudySpec, cells: dict[tuple[Any, ...], Cell], folder: Path) -> xr.Dataset:
-    """The figures of all cells."""
+def _gather(spec: StudySpec, cells: dict[tuple[Any, ...], Cell], folder: Path) -> xr.Dataset:
+    """Metrics of all cells."""
     axes = _axes(spec)
     shape = [len(values) for values in axes.values()]
     records = [_read_json(folder / cell.name / RECORD_FILE) for cell in cells.values()]
@@ -566,21 +571,23 @@ def _gathered(spec: StudySpec, cells: dict[tuple[Any, ...], Cell], folder: Path)
     value = np.array([record["value"] for record in records]).reshape(*shape, len(parts), len(metrics))
     r_factor = np.array([record["r_factor"] for record in records]).reshape(shape)
     diameter, steps = _diameter_px(spec), np.array(steps_px(spec))
-    beside = {"step_px": steps} if spec.spacing == "overlap" else {"overlap": 1 - steps / diameter}
+    other_spacing = {"step_px": steps} if spec.spacing == "overlap" else {"overlap": 1 - steps / diameter}
     return xr.Dataset(
         {"value": ([*axes, "part", "metric"], value), "r_factor": (list(axes), r_factor)},
         coords={
             **{name: list(values) for name, values in axes.items()},
             "part": parts,
             "metric": metrics,
-            **{name: (spec.spacing, values) for name, values in beside.items()},
+            **{name: (spec.spacing, values) for name, values in other_spacing.items()},
         },
         attrs={"probe_diameter_px": diameter, "study": json.dumps(asdict(spec))},
     )
 
 
 def to_markdown(study: xr.Dataset) -> str:
-    """A study as a Markdown table, one row for each cell and part; a baseline's with gridsize 1 alone.
+    """Markdown table of a study, one row for each cell and part.
+
+    Baselines appear once, with gridsize 1.
 
     Parameters
     ----------
@@ -598,40 +605,43 @@ def to_markdown(study: xr.Dataset) -> str:
         dose, spacing, gridsize, model, seed = key
         if model == "baseline" and gridsize != study["gridsize"].values[0]:
             continue
-        told = [f"{dose:g}", f"{spacing:g}", "1" if model == "baseline" else str(gridsize), model, str(seed)]
+        labels = [f"{dose:g}", f"{spacing:g}", "1" if model == "baseline" else str(gridsize), model, str(seed)]
         for part in study["part"].values:
             figures = [*study["value"].loc[(*key, part)].values, study["r_factor"].loc[key].values]
-            rows.append([*told, str(part), *("" if np.isnan(figure) else f"{figure:.4g}" for figure in figures)])
+            rows.append([*labels, str(part), *("" if np.isnan(figure) else f"{figure:.4g}" for figure in figures)])
     rows.insert(1, [*("---" for _ in (*axes, "part")), *("---:" for _ in (*metrics, "r_factor"))])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _write_all(spec: StudySpec, found: xr.Dataset, cells: dict[tuple[Any, ...], Cell], out: Path) -> None:
-    """Metrics, table and figures of a study."""
-    found.to_dataframe().reset_index().dropna(subset="value").to_csv(out / "metrics.csv", index=False)
-    (out / "table.md").write_text(to_markdown(found))
+def _write_all(spec: StudySpec, results: xr.Dataset, cells: dict[tuple[Any, ...], Cell], out: Path) -> None:
+    """Write metrics, table and figures of a study."""
+    results.to_dataframe().reset_index().dropna(subset="value").to_csv(out / "metrics.csv", index=False)
+    (out / "table.md").write_text(to_markdown(results))
     for metric in DRAWN_METRICS:
-        plot_study(found, metric, path=out / f"{metric}.png")
+        plot_study(results, metric, path=out / f"{metric}.png")
     pictures = _thumbnails(spec, cells, out / "cells")
     for part, picture_of in (("amplitude", np.abs), ("phase", np.angle)):
-        plot_contact_sheet({key: picture_of(one) for key, one in pictures.items()}, path=out / f"{part}.png")
+        plot_contact_sheet({key: picture_of(picture) for key, picture in pictures.items()}, path=out / f"{part}.png")
 
 
 def _thumbnails(
     spec: StudySpec, cells: dict[tuple[Any, ...], Cell], folder: Path
 ) -> dict[tuple[str, str], NDArray[np.complexfloating[Any, Any]]]:
-    """Objects of the first seed by (network, scan), each scan's truth above; every k-th pixel, gauge removed."""
-    found: dict[tuple[str, str], NDArray[np.complexfloating[Any, Any]]] = {}
+    """Objects of the first seed by (network, scan), with each scan's truth.
+
+    Every k-th pixel, gauge removed.
+    """
+    pictures: dict[tuple[str, str], NDArray[np.complexfloating[Any, Any]]] = {}
     for (dose, spacing, gridsize, model, seed), cell in cells.items():
         row = model if model == "baseline" else f"{model}, gridsize {gridsize}"
         column = f"dose {dose:g}, {spec.spacing.replace('_', ' ')} {spacing:g}"
-        if seed != spec.seed[0] or (row, column) in found:
+        if seed != spec.seed[0] or (row, column) in pictures:
             continue
         ds = open_result(folder / cell.name / "object.zarr")[["object", "weight"]]
         step = -(-max(ds.sizes.values()) // THUMBNAIL_PIXELS)
         ds = ds.isel(y=slice(None, None, step), x=slice(None, None, step)).compute()
         lit = ds["weight"] >= WELL_LIT * ds["weight"].where(ds["weight"] > 0).median()
         truth = truth_on_pixels(find_truth(folder / cell.name / "scan.zarr"), ds["y"].values, ds["x"].values)
-        found.setdefault(("truth", column), truth)
-        found[row, column] = align_gauge(ds["object"].where(lit).values, truth)[0]
-    return found
+        pictures.setdefault(("truth", column), truth)
+        pictures[row, column] = align_gauge(ds["object"].where(lit).values, truth)[0]
+    return pictures

@@ -71,7 +71,7 @@ def test_the_scan_and_the_machine_are_described(report):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells and forgets the peak of a process")
-def test_one_process_that_has_all_roles_is_told_once(report):
+def test_one_process_with_all_roles_is_reported_once(report):
     (only,) = report["memory"].items()
     assert only[0] == "client, scheduler and worker in one process"
     assert only[1] >= 0

@@ -36,7 +36,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     """The store is looked at all the time."""
-    monkeypatch.setattr(following, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(following, "POLL_S", 0.01)
 
 
 def part_of(whole, number):
@@ -217,7 +217,7 @@ def test_no_segment_for_long_ends_the_run_and_resume_goes_on(whole, finished, cl
     begin(store, whole)
     options = {"out": out, "client": client, "follow": True}
     with pytest.raises(
-        PtychodaskError, match=r"no segment came for follow_timeout_s=0.05 s after 1 .* go on with resume=True"
+        PtychodaskError, match=r"no new segment within follow_timeout_s=0.05 s after 1 .* continue with resume=True"
     ):
         reconstruct(store, model, follow_timeout_s=0.05, **options)
     n_calls = len(model.calls)
@@ -246,9 +246,9 @@ def test_a_run_that_followed_goes_on_while_the_scan_still_grows(whole, finished,
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"out": None}, "waits on a disk for its end; pass out="),
-        ({"verify": 1}, "verify is for a whole scan"),
-        ({"cache": "patches.zarr"}, "cache is for a whole scan"),
+        ({"out": None}, "kept on a disk until it is finished; pass out="),
+        ({"verify": 1}, "verify needs a complete scan"),
+        ({"cache": "patches.zarr"}, "cache needs a complete scan"),
         ({"out": None, "compute": False}, "nothing to follow"),
         ({"follow_timeout_s": 0.0}, "a time above 0"),
     ],
@@ -331,7 +331,7 @@ def test_the_command_line_follows(whole, tmp_path, refused):
     told = refused(
         "reconstruct", store, "--model", "none.model", "--follow", "--follow-timeout-s", "0.05", "--live", "a.jpg"
     )
-    assert "a.jpg: live= is the name of a .png" in told
+    assert "a.jpg: live= must be the path of a .png" in told
 
 
 def test_appending_while_it_is_predicted_disturbs_nothing(whole, finished, client, tmp_path, quick):

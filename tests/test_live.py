@@ -112,7 +112,7 @@ def test_an_error_of_the_users_function_costs_the_picture_alone(store, client, t
     expected = reconstruct(store, LinearModel(), client=client, **FIELDS)
     np.testing.assert_array_equal(ds["object"].values, expected["object"].values)
     assert [text for text in told if text.startswith("live:")] == [
-        "live: a picture could not be shown (ValueError: no such window); the run goes on without"
+        "live: a picture could not be shown (ValueError: no such window); the run continues without pictures"
     ]
 
 
@@ -152,8 +152,8 @@ def test_neither_result_nor_ledger_knows_of_it(store, client, tmp_path):
     ("value", "message"),
     [
         (True, "this is none; pass the path of a PNG"),
-        ("live.jpg", r"live.jpg: live= is the name of a .png"),
-        ("no/such/folder/live.png", "in a folder that exists"),
+        ("live.jpg", r"live.jpg: live= must be the path of a .png"),
+        ("no/such/folder/live.png", "in an existing folder"),
         (3, "live is 3, expected True"),
     ],
 )

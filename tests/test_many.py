@@ -85,8 +85,8 @@ def test_lazy_results_compute_nothing(stores, client):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"cache": "patches.zarr"}, "cache speaks of one scan, and 2 are given"),
-        ({"drop": [1]}, "drop speaks of one scan"),
+        ({"cache": "patches.zarr"}, "cache refers to one scan, and 2 are given"),
+        ({"drop": [1]}, "drop refers to one scan"),
         ({"out": "no/such/folder"}, "does not exist; make it first"),
     ],
 )
@@ -102,7 +102,7 @@ def test_names_tell_scans_apart(stores, client, tmp_path):
         reconstruct([stores[0], tmp_path / "first.zarr"], LinearModel(), client=client)
     with pytest.raises(PtychodaskError, match="no scan is given"):
         reconstruct([], LinearModel(), client=client)
-    with pytest.raises(PtychodaskError, match="results of several scans go into a folder"):
+    with pytest.raises(PtychodaskError, match="results of several scans need a folder"):
         reconstruct(stores, LinearModel(), client=client, out=stores[0])
 
 

@@ -280,7 +280,9 @@ class StoppingModel(LinearModel):
 @needs_ceph
 def test_a_stopped_run_goes_on_from_its_ledger_in_the_bucket(stored, on_disk, client) -> None:
     out, model = "s3://scans/resumed.zarr", StoppingModel()
-    with pytest.raises(PtychodaskError, match=r"stopped by a test; what is finished is kept: go on with resume=True"):
+    with pytest.raises(
+        PtychodaskError, match=r"stopped by a test; what is finished is kept: continue with resume=True"
+    ):
         reconstruct(stored, model, out=out, client=client, **FIELDS)
     with pytest.raises(PtychodaskError, match=r"the result is unfinished \(state is 'writing'"):
         open_result(out)

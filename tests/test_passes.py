@@ -165,9 +165,9 @@ def test_cached_patches_can_be_dropped_and_moved(store, client, tmp_path):
 
 def test_a_cache_of_something_else_or_with_holes_is_refused(store, client, tmp_path):
     cache = tmp_path / "patches.zarr"
-    with pytest.raises(PtychodaskError, match="would leave it with holes; fill it with the whole scan first"):
+    with pytest.raises(PtychodaskError, match="would leave it with holes; fill it with the complete scan first"):
         reconstruct(store, LinearModel(), client=client, cache=cache, drop=[1])
-    with pytest.raises(PtychodaskError, match="is named as the result and as the cache of patches"):
+    with pytest.raises(PtychodaskError, match="is the path of both the result and the cache of patches"):
         reconstruct(store, LinearModel(), client=client, cache=cache, out=cache)
     with pytest.raises(PtychodaskError, match="compute=False cannot fill the cache"):
         reconstruct(store, LinearModel(), compute=False, cache=cache)
@@ -198,7 +198,7 @@ def test_a_failing_run_leaves_no_cache(store, client, tmp_path):
         ({"position_yx_px": np.zeros((150, 2))}, "position_yx_px without cache="),
         ({"precision": "float16"}, "precision is 'float16', expected one of: float32, mixed"),
         ({"precision": "mixed"}, "the linear computes in: float32; leave precision away"),
-        ({"pyramid": True}, "pyramid=True is for a result on disk"),
+        ({"pyramid": True}, "pyramid=True needs a result on disk"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused(store, fields, message):
@@ -207,7 +207,7 @@ def test_what_cannot_be_asked_for_is_refused(store, fields, message):
 
 
 def test_several_models_go_without_polishing(store):
-    with pytest.raises(PtychodaskError, match="several models with polish or cache, which go with one"):
+    with pytest.raises(PtychodaskError, match="polish and cache need a single model, and several are given"):
         reconstruct(store, {"a": LinearModel(), "b": LinearModel()}, polish=1)
 
 
@@ -217,7 +217,7 @@ def test_a_worker_with_too_little_memory_is_named_before_the_first_task(store, c
         "ptychodask.reconstruction.running.workers_of",
         lambda client: {"tcp://x": {"name": "small", "memory_limit": 2**20, "nthreads": 2, "resources": {}}},
     )
-    with pytest.raises(PtychodaskError, match=r"worker small may take 1 MiB, its 2 threads need .*pass memory_bytes="):
+    with pytest.raises(PtychodaskError, match=r"worker small may use 1 MiB, its 2 threads need .*pass memory_bytes="):
         reconstruct(store, model, client=client)
     assert model.calls == []
 

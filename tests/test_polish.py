@@ -351,7 +351,7 @@ def test_excluded_patterns_have_no_say_in_the_iterative_engine(scan, tmp_path):
         ({"polish": -1}, "polish is -1, expected a whole number of sweeps, 0 or more"),
         ({"polish": 1.5}, "polish is 1.5, expected a whole number"),
         ({"polish": 2, "roi": (0, 9, 0, 9)}, r"polish=2 with roi \(0, 9, 0, 9\): patterns at its rim reach beyond it"),
-        ({"polish": 2, "compute": False}, "compute=False with polish=2: each sweep needs the whole object"),
+        ({"polish": 2, "compute": False}, "compute=False with polish=2: each sweep needs the complete object"),
         ({"drop": [-1]}, "expected indices of patterns, 0 or more"),
         ({"drop": [0.5]}, "drop has shape .* expected indices of patterns"),
         ({"drop": [N_PATTERNS]}, f"patterns {N_PATTERNS}..{N_PATTERNS} are to be left out, expected indices 0..119"),

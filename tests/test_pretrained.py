@@ -105,7 +105,7 @@ def test_a_scan_that_is_unlike_the_lessons_is_warned_of_and_the_report_says_so(t
     simulate(path, probe="disc", n_patterns=40, dose=200.0, step_px=21.0, seed=3)
     with caplog.at_level(logging.WARNING):
         ds = reconstruct(path)
-    assert "sparse.zarr: lies outside of what pretrained:pinn-n64-c4 was trained on" in caplog.text
+    assert "sparse.zarr: is outside the training range of pretrained:pinn-n64-c4" in caplog.text
     unlike = ds.attrs["model"]["unlike_training"]
     assert any(line.startswith("photons in a pattern is ") for line in unlike)
     assert any(line.startswith("probe overlap, 1 - step / diameter is ") for line in unlike)

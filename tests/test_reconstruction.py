@@ -292,7 +292,7 @@ def test_outputs_are_not_replaced_unasked(store, client, tmp_path):
 def test_what_cannot_be_asked_for_is_refused(store):
     with pytest.raises(PtychodaskError, match=r"no field chunk; the fields are: groups, window, crop, .*memory_bytes"):
         reconstruct(store, LinearModel(), chunk=3)
-    with pytest.raises(PtychodaskError, match=r"compute=False writes nothing; leave out= away"):
+    with pytest.raises(PtychodaskError, match=r"compute=False writes nothing; remove out="):
         reconstruct(store, LinearModel(), compute=False, out="object.zarr")
     with pytest.raises(PtychodaskError, match=r"patterns are 16 pixels wide, the linear takes 32"):
         reconstruct(store, LinearModel(n_pixels=32))

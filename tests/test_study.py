@@ -203,7 +203,7 @@ def test_a_cell_that_fails_stops_no_other(fake, tmp_path, monkeypatch, cluster):
     assert fake == ["dose1000-step4-g2-pinn-s0"]
 
 
-def test_a_cell_whose_workers_die_is_told(fake, tmp_path, monkeypatch):
+def test_a_cell_whose_workers_die_is_reported(fake, tmp_path, monkeypatch):
     def killed(cell, folder):
         raise KilledWorker(cell.name, SimpleNamespace(address="tcp://gone"), 3)
 
@@ -226,55 +226,61 @@ def test_the_overlap_is_one_less_the_spacing_in_diameters_of_the_probe():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("[matrix]\ndose = [1e4]\noverlap = [1.0]", r"overlap holds 1.0, .* between 0 and 22.35 px, the diameter"),
-        ("[matrix]\ndose = [1e4]\noverlap = [-0.2]", r"overlap holds -0.2, expected more than 0"),
-        ("[matrix]\ndose = [1e4]\nstep_px = [30]", r"step_px holds 30, .* less than 22.35, the diameter of the probe"),
+        ("[matrix]\ndose = [1e4]\noverlap = [1.0]", r"overlap contains 1.0, .* between 0 and 22.35 px, the diameter"),
+        ("[matrix]\ndose = [1e4]\noverlap = [-0.2]", r"overlap contains -0.2, expected more than 0"),
+        (
+            "[matrix]\ndose = [1e4]\nstep_px = [30]",
+            r"step_px contains 30, .* less than 22.35, the diameter of the probe",
+        ),
         ("[matrix]\ndose = [1e4]\nstep_px = [3]\noverlap = [0.5]", r"needs overlap or step_px, and not both"),
         ("[matrix]\ndose = [1e4]", r"needs overlap or step_px"),
         ("[matrix]\noverlap = [0.5]", r"\[matrix\] has no dose"),
         ("[matrix]\ndose = 1e4\noverlap = [0.5]", r"dose is 10000.0, expected a list"),
-        ("[matrix]\ndose = []\noverlap = [0.5]", r"dose is \[\], expected one or more values"),
-        ("[matrix]\ndose = [1e4, 1e4]\noverlap = [0.5]", r"each once"),
-        ("[matrix]\ndose = [-1]\noverlap = [0.5]", r"dose holds -1, expected positive"),
-        ("[matrix]\ndose = ['1e4']\noverlap = [0.5]", r"dose holds '1e4', expected a number"),
-        ("[matrix]\ndose = [[1e4]]\noverlap = [0.5]", r"dose holds \[10000.0\], expected a number"),
+        ("[matrix]\ndose = []\noverlap = [0.5]", r"dose is \[\], expected one or more different values"),
+        ("[matrix]\ndose = [1e4, 1e4]\noverlap = [0.5]", r"expected one or more different values"),
+        ("[matrix]\ndose = [-1]\noverlap = [0.5]", r"dose contains -1, expected positive"),
+        ("[matrix]\ndose = ['1e4']\noverlap = [0.5]", r"dose contains '1e4', expected a number"),
+        ("[matrix]\ndose = [[1e4]]\noverlap = [0.5]", r"dose contains \[10000.0\], expected a number"),
         (
             "[matrix]\ndose = [1e4]\noverlap = [0.5]\nmodel = ['gan']",
             r"model is 'gan', expected one of: pinn, baseline",
         ),
         (
             "[matrix]\ndose = [1e4]\noverlap = [0.5]\nphotons = [1]",
-            r"\[matrix\] has no photons; it may have: dose, over",
+            r"\[matrix\] has no key photons; its keys are: dose, over",
         ),
-        ("[matrix]\ndose = [1e4]\noverlap = [0.5]\n[sim]\n", r"sim is none of the tables of a study"),
+        ("[matrix]\ndose = [1e4]\noverlap = [0.5]\n[sim]\n", r"sim is no table of a study"),
         (
             "[matrix]\ndose = [1e4]\noverlap = [0.5]\n[simulate]\ndose = 3",
-            r"\[simulate\] has no dose; it may have: obj",
+            r"\[simulate\] has no key dose; its keys are: obj",
         ),
         ("[matrix]\ndose = [1e4]\noverlap = [0.5]\n[simulate]\nn_pixels = 64.0", r"n_pixels is 64.0, expected a whole"),
         (
             "[matrix]\ndose = [1e4]\noverlap = [0.5]\n[simulate]\nprobe = 'pin'",
             r"probe is 'pin', expected one of: disc",
         ),
-        ("[matrix]\ndose = [1e4]\noverlap = [0.5]\n[train]\nmodel = 'pinn'", r"\[train\] has no model; it may have"),
+        (
+            "[matrix]\ndose = [1e4]\noverlap = [0.5]\n[train]\nmodel = 'pinn'",
+            r"\[train\] has no key model; its keys are",
+        ),
         ("[matrix]\ndose = [1e4]\noverlap = [0.5]\n[train]\nepochs = 0", r"epochs is 0, expected 1 or more"),
         (
             "[matrix]\ndose = [1e4]\noverlap = [0.5]\n[train]\nepochs = 'x'",
-            r"\[train\] holds a value of the wrong kind",
+            r"\[train\] has a value of the wrong type",
         ),
         ("[matrix]\ndose = [1e4]\noverlap = [0.5]\ngridsize = [3]", r"neighbours is 7 for groups of 9 members"),
-        ("[matrix]\ndose = [1e4]\noverlap = [0.5]\n[reconstruct]\npolich = 5", r"\[reconstruct\] has no polich"),
+        ("[matrix]\ndose = [1e4]\noverlap = [0.5]\n[reconstruct]\npolich = 5", r"\[reconstruct\] has no key polich"),
         ("[matrix]\ndose = [1e4]\noverlap = [0.5]\n[reconstruct]\npolish = -5", r"polish is -5"),
         ("[matrix]\ndose = [1e4]\noverlap = [0.5]\n[compare]\nramp = 1", r"ramp is 1, expected true or false"),
         ("[matrix\n", r"is no TOML"),
     ],
 )
-def test_a_wrong_study_is_refused_by_name_before_anything_runs(tmp_path, text, said):
+def test_a_wrong_study_is_refused_by_name_before_anything_runs(tmp_path, text, message):
     path = tmp_path / "study.toml"
     path.write_text(text)
-    with pytest.raises(PtychodaskError, match=said):
+    with pytest.raises(PtychodaskError, match=message):
         run_study(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""`reconstruct`: the tasks of a plan, their run on a Dask client, and the Dataset they give."""
+"""Reconstruction of a scan (`reconstruct`): planned, run on Dask, returned as Dataset."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from ptychodask.plan import (
 )
 from ptychodask.prediction import PatchModel, resolve_model, unlike_training, whole_path
 from ptychodask.reconstruction.caching import patch_cache
-from ptychodask.reconstruction.following import Following, first_work
+from ptychodask.reconstruction.following import FollowedScan, first_run
 from ptychodask.reconstruction.lazy import lazy_result
 from ptychodask.reconstruction.live import screen_for
 from ptychodask.reconstruction.many import FailedScansError, reconstruct_each
 from ptychodask.reconstruction.stitching import start_yx
 from ptychodask.reconstruction.tasks import MethodJob, StitchingJob, TileReport
-from ptychodask.reconstruction.work import Work, rates, run_work
+from ptychodask.reconstruction.work import Run, rates, run_reconstruction
 from ptychodask.reconstruction.written import write_result
 from ptychodask.result import (
     Layers,
@@ -56,7 +56,7 @@ __all__ = ["FailedScansError", "reconstruct"]
 logger = logging.getLogger(__name__)
 
 Models = str | Path | PatchModel | Mapping[str, str | Path | PatchModel] | None
-"""A model, or several by their labels; None is what the store records, else the packaged one that fits."""
+"""A model, or several by label; None for the one the store records, else a packaged one that fits."""
 
 
 @overload
@@ -80,7 +80,9 @@ def reconstruct(
     progress: bool | None = None,
     **spec_fields: Any,
 ) -> xr.Dataset | dict[str, xr.Dataset]:
-    """Turn a scan into an object: predict its groups chunk by chunk, and reassemble them tile by tile.
+    """Reconstruct the object of a scan.
+
+    The groups are predicted chunk by chunk, and the object is reassembled tile by tile.
 
     Parameters
     ----------
@@ -90,21 +92,21 @@ def reconstruct(
     model : path or model, or dict of label to such, optional
         By default the latest `pinn` that the store records, else the latest `baseline`, else the packaged model for
         patterns of N pixels (``pretrained:<name>``). Several models predict from one reading of the patterns, and the
-        result has a dimension ``method``. A scan outside of what a model was trained on is warned of.
+        result has a dimension ``method``. A warning is logged if the scan is outside the training range of a model.
     spec : ReconstructionSpec
-        How; its group table is by default the stored one with the model's members, else made by the default spec.
+        Options. The group table is by default the stored one with the model's members, else made by the default spec.
     out : path, optional
         Store to write the result into, tile by tile, on a disk or in a bucket; by default it stays in memory. For
         several scans a folder, which gets a ``<name>.object.zarr`` for each.
     client : distributed.Client, optional
-        Where to run; by default the active client, else one in this process.
+        Client to run on; by default the active client, else one in this process.
     overwrite : bool
         Replace what is at `out`, and what a stopped run left of it.
     resume : bool
-        Go on with what a stopped run left of `out`: finished tiles and chunks are not computed again. The result of
-        the same run that is whole already is opened.
+        Resume a stopped run into `out`: finished tiles and chunks are not computed again. If the result of the same run
+        is complete already, it is opened.
     compute : bool
-        False gives a lazy Dataset: a region of it predicts only the chunks that meet the tiles it touches.
+        False returns a lazy Dataset: a region of it predicts only the chunks that meet the tiles it touches.
     progress : bool, optional
         See `progress_bar`.
     **spec_fields
@@ -113,16 +115,16 @@ def reconstruct(
     Returns
     -------
     xarray.Dataset
-        ``object``, ``weight``, ``uncertainty`` and ``count`` (y, x), see `make_dataset`; lazy when `out` is given or
+        ``object``, ``weight``, ``uncertainty`` and ``count`` (y, x), see `make_dataset`; lazy if `out` is given or
         `compute` is False. With ``split_half`` also ``object_half`` and ``weight_half`` (half, y, x); with several
         models each array has ``method`` as its first axis. For several scans a dict of these by the names of the
-        stores, less ``.zarr``.
+        stores, without ``.zarr``.
 
     Raises
     ------
     PtychodaskError
         If a field is unknown, no model fits, the plan is refused (see `plan`), a worker has too little memory, a task
-        fails, `out` exists, or what is to be gone on with was made by another scan, model, spec or plan.
+        fails, `out` exists, or the run to be resumed had another scan, model, spec or plan.
     FailedScansError
         If some of several scans failed, once all others are done; its attribute ``results`` has those.
 
@@ -132,37 +134,37 @@ def reconstruct(
     With `out` the sums of a chunk wait for their tiles in a file beside it, or in an object of the same bucket, so that
     no worker's memory depends on the size of the scan.
 
-    A run into `out` that ends early, however it ends, keeps what it finished: the tiles, and the sums of chunks, each
-    with its checksum in a ledger. A task that fails is tried once more, on another worker where the first is gone; a
-    chunk that ends its workers is set aside until all others are done, and tried alone before it is given up; a task
-    that is out far longer than any other is given to a second worker as well. With ``on_error="skip"`` what cannot be
-    used is left out as if it were in ``drop``, and the attribute ``skipped`` lists it by the reason.
+    A run into `out` that ends early, however it ends, keeps its finished tiles and the sums of its finished chunks,
+    each with its checksum in a ledger. A task that fails is tried once more, on another worker if the first is gone; a
+    chunk that crashes its workers is set aside until all others are done, and tried alone before it is given up; a task
+    much slower than any other is also started on a second worker. With ``on_error="skip"`` unusable patterns are left
+    out as if they were in ``drop``, and the attribute ``skipped`` lists them by reason.
 
     The halves take every other pattern as they are stored: the patches of even ones and of odd ones (of a patch per
-    group, its seed counts). By default their groups are drawn from one half alone (`GroupingSpec.halves`), so that the
+    group, its seed counts). By default their groups are drawn from one half only (`GroupingSpec.halves`), so that the
     halves share no pattern; members are then farther apart than in the groups that a network was trained on. With a
-    table of other groups each patch rests on both halves, and their correlation says nothing.
+    table of other groups each patch depends on both halves, and their correlation is meaningless.
 
-    A live picture is made of what finished tiles hand over with their reports: means over cells of some pixels, never
-    more than 512 cells across. It is shown at most twice a second, by the thread that waits for the run. What its
-    function raises ends in a warning, and the run goes on.
+    A live picture is assembled from reductions of finished tiles that come with their reports: means over cells of some
+    pixels, never more than 512 cells across. It is shown at most twice a second, by the thread that waits for the run.
+    An error of the function that shows it is logged as a warning, and the run continues without pictures.
 
-    A scan that grows (see `ingest`) is reconstructed as it is now, or followed: with ``follow=True`` its store is
-    looked at once a second, the chunks of each new segment are predicted, and the object is stitched when the scan is
-    finished. Chunks never lie in two segments and their sizes follow from the first, so the result is, to the bit, that
-    of the finished scan. A run that hears of no segment for ``follow_timeout_s`` ends, and ``follow=True`` with
-    ``resume=True`` goes on with it.
+    A growing scan (see `ingest`) is reconstructed from its present segments, or followed: with ``follow=True`` its
+    store is polled once a second, the chunks of each new segment are predicted, and the object is stitched when the
+    scan is finished. No chunk spans two segments, and chunk sizes follow from the first, so the result is, to the bit,
+    that of the finished scan. A run ends if no segment comes for ``follow_timeout_s``; ``follow=True`` with
+    ``resume=True`` resumes it.
 
-    A cache holds the patches as float16, 11 bits of each number.
+    A cache stores the patches as float16, 11 bits of each number.
 
     Polishing fits the stitched object to the amplitudes of the patterns, with the store's probe: it lowers
-    Σ(√I_pred − √I)² + Σ hold |object − stitched|², where the hold keeps pixels that met less light than the brightest
-    of one exposure near the network's answer. All patterns are projected at once in each sweep (their shares are
-    summed), and the step follows the summed change and the step before (`StepProducts.mix`), so the result depends on
-    chunks no more than the stitching does. A task reads the part of the object that its patterns meet. Between sweeps
-    the object's tiles, 68 bytes a pixel in all, are spread over the workers. Pixels that no patch reached stay NaN;
-    ``weight``, ``uncertainty`` and ``count`` stay those of the network's patches. The attribute ``polish`` records R of
-    the patterns that were not dropped before the first sweep and after each.
+    Σ(√I_pred − √I)² + Σ h |object − stitched|², where the proximal weight h keeps pixels that received less intensity
+    than the brightest of one exposure near the network's prediction. All patterns are projected at once in each sweep
+    (their contributions are summed), and the step follows the summed change and the step before (`StepProducts.mix`),
+    so the result depends on chunks no more than the stitching does. A task reads the part of the object that its
+    patterns cover. Between sweeps the object's tiles, 68 bytes a pixel in all, are spread over the workers. Pixels that
+    no patch covers stay NaN; ``weight``, ``uncertainty`` and ``count`` stay those of the network's patches. The
+    attribute ``polish`` records R of the patterns that were not dropped before the first sweep and after each.
     """
     spec = with_fields(spec, spec_fields)
     options: dict[str, Any] = {
@@ -178,7 +180,7 @@ def reconstruct(
             store,
             None if out is None else parse_location(out),
             spec,
-            lambda one, path: _reconstruct_one(one, model, spec, out=path, client=used, **options),
+            lambda path, result: _reconstruct_one(path, model, spec, out=result, client=used, **options),
         )
 
 
@@ -197,45 +199,46 @@ def _reconstruct_one(
     """`reconstruct` for one scan."""
     started = time.perf_counter()
     several = isinstance(model, Mapping)
-    _check_asked(spec, out, compute=compute, several=several, resume=resume)
+    _check_options(spec, out, compute=compute, several=several, resume=resume)
     reader = ScanReader(store)
     reader.check()
     scan = reader.first()
     spec = in_pixels(spec, scan.pixel_size_m, str(store))
     models = model if isinstance(model, Mapping) else {"": model}
-    networks = {str(label): resolve_model(scan, one) for label, one in models.items()}
-    _warn_of_other_scans(networks, reader)
+    networks = {str(label): resolve_model(scan, given) for label, given in models.items()}
+    _warn_outside_training_range(networks, reader)
     result = None if out is None else parse_location(out)
-    plan_now = partial(_planned_now, store, networks, spec, several=several)
+    plan_run = partial(_plan_stored, store, networks, spec, several=several)
     if spec.follow:
-        work = first_work(plan_now, str(store), spec.follow_timeout_s)
+        run = first_run(plan_run, str(store), spec.follow_timeout_s)
     else:
-        work = _planned(reader, scan, networks, spec, several=several)
-    scan, plan = work.scan, work.plan
-    grows = scan.attributes["state"] == "growing"
-    goes_on = resume and "segments" in scan.attributes and result is not None and is_resumable(result)
-    if spec.follow and (grows or goes_on):
-        where = _check_followed(spec, result, plan.store)
+        run = _plan_run(reader, scan, networks, spec, several=several)
+    scan, plan = run.scan, run.plan
+    is_growing = scan.attributes["state"] == "growing"
+    # A run that followed the scan may have been stopped after the last segment: its ledger is that of a growing scan.
+    is_resumed = resume and "segments" in scan.attributes and result is not None and is_resumable(result)
+    if spec.follow and (is_growing or is_resumed):
+        path = _check_followed(spec, result, plan.store)
         with client_for_run(client) as used:
-            following = Following(plan_now, used, progress)
+            followed = FollowedScan(plan_run, used, progress)
             return write_result(
-                work, where, used, started, progress, overwrite=overwrite, resume=resume, following=following
+                run, path, used, started, progress, overwrite=overwrite, resume=resume, followed=followed
             )
     with patch_cache(scan, networks, plan, spec, result, overwrite=overwrite, resume=resume) as patches:
-        work = replace(work, job=replace(work.job, **patches))
+        run = replace(run, job=replace(run.job, **patches))
         if not compute:
-            return lazy_result(work.job, plan, scan.pixel_size_m, work.attributes)
+            return lazy_result(run.job, plan, scan.pixel_size_m, run.attributes)
         if result is None:
-            return _in_memory(work, client, started, progress)
-        return write_result(work, result, client, started, progress, overwrite=overwrite, resume=resume)
+            return _in_memory(run, client, started, progress)
+        return write_result(run, result, client, started, progress, overwrite=overwrite, resume=resume)
 
 
-def _warn_of_other_scans(networks: Mapping[str, PatchModel], reader: ScanReader) -> None:
+def _warn_outside_training_range(networks: Mapping[str, PatchModel], reader: ScanReader) -> None:
     for model in networks.values():
         unlike = unlike_training(model, reader)
         if unlike:
             logger.warning(
-                "%s: lies outside of what %s was trained on (%s): look at the result with care, and polish it "
+                "%s: is outside the training range of %s (%s): check the result with care, and polish it "
                 "(polish=10, --polish 10) or train on the scan",
                 reader.label,
                 model.path or f"the {model.kind}",
@@ -243,19 +246,19 @@ def _warn_of_other_scans(networks: Mapping[str, PatchModel], reader: ScanReader)
             )
 
 
-def _planned_now(
+def _plan_stored(
     store: str | Path | S3Location, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
-) -> Work:
-    """The work on what a store holds now."""
+) -> Run:
+    """Plan the run over the present content of a store."""
     reader = ScanReader(store)
     reader.check()
-    return _planned(reader, reader.first(), networks, spec, several=several)
+    return _plan_run(reader, reader.first(), networks, spec, several=several)
 
 
-def _planned(
+def _plan_run(
     reader: ScanReader, scan: Scan, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
-) -> Work:
-    """The work on what a reader sees."""
+) -> Run:
+    """Plan the run over the scan of a reader."""
     plans = plan_together(reader, networks, spec) if several else {"": plan_for(reader, networks[""], spec)}
     methods = tuple(
         MethodJob(prediction_job(plans[label], network, scan, spec), plans[label].window, plans[label].crop)
@@ -263,89 +266,91 @@ def _planned(
     )
     layers = Layers(tuple(networks) if several else (), spec.split_half)
     job = StitchingJob(methods, layers, position_yx_px=spec.position_yx_px)
-    return Work(scan, job, next(iter(plans.values())), spec, _attributes(networks, reader, plans, spec))
+    return Run(scan, job, next(iter(plans.values())), spec, _attributes(networks, reader, plans, spec))
 
 
 def _check_followed(spec: ReconstructionSpec, result: Location | None, store: str) -> Path:
-    """Where the result goes; raises `PtychodaskError` for wishes that a scan which grows cannot be followed with."""
+    """Path of a followed scan's result; raises `PtychodaskError` for incompatible options."""
     if not isinstance(result, Path):
         raise PtychodaskError(
-            f"{store}: still grows, and what is predicted of it waits on a disk for its end; pass out= (--out) on one"
+            f"{store}: is still growing, and its predicted chunks are kept on a disk until it is finished; pass out= "
+            "(--out) with a path on a disk"
         )
     for name in ("cache", "verify", "position_yx_px"):
         if getattr(spec, name) not in (None, 0):
             raise PtychodaskError(
-                f"{store}: is followed while it grows, and {name} is for a whole scan; leave it away, or reconstruct "
-                "once more when the scan is finished"
+                f"{store}: is followed while it grows, and {name} needs a complete scan; remove it, or reconstruct "
+                "again when the scan is finished"
             )
     return result
 
 
-def _check_asked(
+def _check_options(
     spec: ReconstructionSpec, out: str | Path | S3Location | None, *, compute: bool, several: bool, resume: bool
 ) -> None:
-    """Raise `PtychodaskError` for wishes that exclude each other."""
+    """Raise `PtychodaskError` for options that exclude each other."""
     if resume and out is None:
-        raise PtychodaskError("reconstruct: resume=True goes on with a result on disk; pass out= (--out)")
+        raise PtychodaskError("reconstruct: resume=True needs a result on disk; pass out= (--out)")
     if not compute and (spec.on_error == "skip" or spec.verify):
         raise PtychodaskError(
-            "reconstruct: compute=False cannot list what is skipped or verified; compute, or leave on_error and verify "
-            "away"
+            "reconstruct: compute=False cannot list what is skipped or verified; compute, or remove on_error and verify"
         )
     if spec.cache is not None and spec.on_error == "skip":
         raise PtychodaskError(
-            "reconstruct: on_error='skip' would leave a cache of patches with holes; leave cache or on_error away"
+            "reconstruct: on_error='skip' would leave a cache of patches with holes; remove cache or on_error"
         )
     if spec.follow and not compute:
-        raise PtychodaskError("reconstruct: compute=False has nothing to follow; compute, or leave follow away")
+        raise PtychodaskError("reconstruct: compute=False has nothing to follow; compute, or remove follow")
     if out is not None and not compute:
-        raise PtychodaskError("reconstruct: compute=False writes nothing; leave out= away, or compute")
+        raise PtychodaskError("reconstruct: compute=False writes nothing; remove out=, or compute")
     if spec.pyramid and out is None:
-        raise PtychodaskError("reconstruct: pyramid=True is for a result on disk; pass out= (--out)")
+        raise PtychodaskError("reconstruct: pyramid=True needs a result on disk; pass out= (--out)")
     screen_for(spec.live)
     if spec.live not in (None, False) and not compute:
-        raise PtychodaskError("reconstruct: compute=False has nothing to show live; compute, or leave live away")
+        raise PtychodaskError("reconstruct: compute=False has nothing to show live; compute, or remove live")
     if spec.polish and not compute:
         raise PtychodaskError(
-            f"reconstruct: compute=False with polish={spec.polish}: each sweep needs the whole object; compute, "
-            "or leave polish away"
+            f"reconstruct: compute=False with polish={spec.polish}: each sweep needs the complete object; compute, "
+            "or remove polish"
         )
     if several and (spec.polish or spec.cache is not None):
         raise PtychodaskError(
-            "reconstruct: several models with polish or cache, which go with one; reconstruct with one model at a time"
+            "reconstruct: polish and cache need a single model, and several are given; reconstruct with one at a time"
         )
     if (
         spec.cache is not None
         and out is not None
         and parse_location(spec.cache).resolve() == parse_location(out).resolve()
     ):
-        raise PtychodaskError(f"reconstruct: {out} is named as the result and as the cache of patches; name two places")
+        raise PtychodaskError(
+            f"reconstruct: {out} is the path of both the result and the cache of patches; name two paths"
+        )
     if spec.cache is not None and not compute and not parse_location(spec.cache).exists():
         raise PtychodaskError(f"reconstruct: compute=False cannot fill the cache {spec.cache}; compute first")
 
 
-def _in_memory(work: Work, client: distributed.Client | None, started: float, progress: bool | None) -> xr.Dataset:
-    plan = work.plan
-    _check_in_memory(work)
+def _in_memory(run: Run, client: distributed.Client | None, started: float, progress: bool | None) -> xr.Dataset:
+    plan = run.plan
+    _check_in_memory(run)
     arrays: TileArrays = {
-        name: np.full(work.job.layers.shape(name, plan.box.shape), fill, dtype)
-        for name, (dtype, fill, _) in work.job.layers.variables.items()
+        name: np.full(run.job.layers.shape(name, plan.box.shape), fill, dtype)
+        for name, (dtype, fill, _) in run.job.layers.variables.items()
     }
 
-    def place(tile: Tile, report: TileReport) -> None:
+    def copy_tile(tile: Tile, report: TileReport) -> None:
         assert report.arrays is not None
         y, x = start_yx(plan, tile)
         height, width = tile.box.shape
         for name, part in report.arrays.items():
             arrays[name][..., y : y + height, x : x + width] = part
 
-    told = run_work(work, client, None, place, progress=progress, screen=screen_for(work.spec.live))
+    report = run_reconstruction(run, client, None, copy_tile, progress=progress, screen=screen_for(run.spec.live))
     return make_dataset(
         **arrays,
         corner=plan.box.corner,
-        pixel_size_m=work.scan.pixel_size_m,
-        attributes=work.attributes | rates(plan, told, started),
-        layers=work.job.layers,
+        pixel_size_m=run.scan.pixel_size_m,
+        attributes=run.attributes | rates(plan, report, started),
+        layers=run.job.layers,
     )
 
 
@@ -354,8 +359,8 @@ def _attributes(
 ) -> dict[str, Any]:
     packages = ("ptychodask", "numpy", "numba", "dask", "distributed", "xarray", "zarr")
     first = next(iter(plans.values()))
-    made_by = {label: _made_by(one, reader) for label, one in networks.items()}
-    summaries = {label: one.summary() for label, one in plans.items()}
+    made_by = {label: _made_by(network, reader) for label, network in networks.items()}
+    summaries = {label: plan.summary() for label, plan in plans.items()}
     return {
         "store": first.store,
         "data_hash": first.data_hash,
@@ -367,14 +372,17 @@ def _attributes(
 
 
 def _made_by(model: PatchModel, reader: ScanReader) -> dict[str, Any]:
-    """What a result records of its model; in what the scan lies outside of its training only where it does."""
-    found = {"kind": model.kind, "hash": model.content_hash, "path": model.path and whole_path(model.path)}
+    """Model attributes of a result.
+
+    With `unlike_training` if the scan is outside the training range.
+    """
+    recorded = {"kind": model.kind, "hash": model.content_hash, "path": model.path and whole_path(model.path)}
     unlike = unlike_training(model, reader)
-    return {**found, "unlike_training": unlike} if unlike else found
+    return {**recorded, "unlike_training": unlike} if unlike else recorded
 
 
 def _plain(value: Any) -> Any:
-    """A spec's values as JSON has them; of an array its hash."""
+    """Value of a spec for JSON; an array by its hash."""
     if isinstance(value, np.ndarray):
         return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
     if isinstance(value, tuple | list):
@@ -386,8 +394,8 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
-def _check_in_memory(work: Work) -> None:
-    plan, layers = work.plan, work.job.layers
+def _check_in_memory(run: Run) -> None:
+    plan, layers = run.plan, run.job.layers
     per_pixel = RESULT_PIXEL_BYTES * max(1, len(layers.methods)) * (2 if layers.split_half else 1)
     n_bytes = plan.box.n_pixels * per_pixel
     if n_bytes > plan.memory_bytes:

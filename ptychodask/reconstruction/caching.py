@@ -1,4 +1,4 @@
-"""The cache of patches of a run: read, or filled while it is at work."""
+"""Cache of patches of a run, read or filled."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ def patch_cache(
     overwrite: bool,
     resume: bool,
 ) -> Iterator[dict[str, Any]]:
-    """The cache of patches of a run; one that is not there yet becomes whole with the block.
+    """Context with the cache of patches of a run.
+
+    A cache that does not exist yet is complete when the block ends.
 
     Parameters
     ----------
-    scan, networks, todo, spec
-        Of the run; one network.
-    result : Place or None
-        What the run writes. When the block fails, a cache that was being filled is kept as long as what is finished
-        of that.
+    scan, networks, plan, spec
+        Those of the run; one network.
+    result : Location or None
+        Result that the run writes. If the block fails, a partly filled cache is kept only if the result can be resumed.
     overwrite, resume : bool
-        Of what a stopped run left.
+        Replace, or complete, a cache that a stopped run left.
 
     Yields
     ------
@@ -45,7 +46,7 @@ def patch_cache(
     Raises
     ------
     PtychodaskError
-        If the cache is of something else, or would be left with holes.
+        If the cache is of another scan, model or group table, or would be left with holes.
     """
     if spec.cache is None:
         yield {}
@@ -65,7 +66,7 @@ def patch_cache(
     if spec.roi is not None or len(spec.drop) or spec.position_yx_px is not None:
         raise PtychodaskError(
             f"{path}: no such cache of patches, and roi, drop and position_yx_px would leave it with holes; fill it "
-            "with the whole scan first"
+            "with the complete scan first"
         )
     if resume and result is not None and is_resumable(result) and not is_resumable(path):
         raise PtychodaskError(
@@ -74,6 +75,7 @@ def patch_cache(
         )
     shape = (plan.n_pixels, plan.n_pixels)
     with atomic_folder(path, overwrite=overwrite, kind=PATCHES, resume=resume) as building:
+        # The name of a ledger makes `atomic_folder` keep an unfinished cache, for the run that is resumed.
         marker = building.parent / LEDGER
         if marker.exists():
             check_patches(building, made_by, finished=False)

@@ -1,4 +1,4 @@
-"""A result that computes nothing until asked: Dask arrays over the tasks of a plan."""
+"""Lazy result: Dask arrays over the tasks of a plan."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from ptychodask.result import make_dataset
 
 
 def lazy_result(job: StitchingJob, plan: Plan, pixel_size_m: float | None, attributes: dict[str, Any]) -> xr.Dataset:
-    """The Dataset of Dask arrays: one task per chunk, one per tile, which gives all arrays of the tile together."""
+    """Dataset of Dask arrays, computed on demand.
+
+    One task for each chunk, and one for each tile, which returns all arrays of the tile.
+    """
     predictions = [method.prediction for method in job.methods]
     token = tokenize(
         [
-            (one.store, one.data_hash, one.groups, one.model.content_hash, one.drop, one.precision)
-            for one in predictions
+            (each.store, each.data_hash, each.groups, each.model.content_hash, each.drop, each.precision)
+            for each in predictions
         ],
         plan.summary(),
         plan.box,
@@ -56,13 +59,13 @@ def lazy_result(job: StitchingJob, plan: Plan, pixel_size_m: float | None, attri
     arrays = {}
     for variable, (dtype, _, _) in job.layers.variables.items():
         name = f"{variable}-{token}"
-        whole = tuple((size,) for size in job.layers.shape(variable, (0, 0))[:-2])
+        leading = tuple((size,) for size in job.layers.shape(variable, (0, 0))[:-2])
         picks = {}
         for i in range(len(plan.tiles)):
-            key = (name, *[0] * len(whole), i // len(planes[1]), i % len(planes[1]))
+            key = (name, *[0] * len(leading), i // len(planes[1]), i % len(planes[1]))
             picks[key] = Task(key, getitem, TaskRef((tiles, i)), variable)
         graph = HighLevelGraph({**layers, name: MaterializedLayer(picks)}, {**dependencies, name: {tiles}})
-        arrays[variable] = da.Array(graph, name, (*whole, *planes), dtype=dtype)
+        arrays[variable] = da.Array(graph, name, (*leading, *planes), dtype=dtype)
     return make_dataset(
         **arrays, corner=plan.box.corner, pixel_size_m=pixel_size_m, attributes=attributes, layers=job.layers
     )

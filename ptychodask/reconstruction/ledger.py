@@ -1,4 +1,7 @@
-"""What of a run is finished: a file beside the data, a line for each chunk and tile, that a later run goes on from."""
+"""Ledger of the finished chunks and tiles of a run.
+
+A text file beside the data, with one line for each of them, from which a stopped run is resumed.
+"""
 
 from __future__ import annotations
 
@@ -17,29 +20,31 @@ FORMAT = "ptychodask-ledger"
 FORMAT_VERSION = 1
 
 HEADER = "0"
-"""Name of the first line where lines are objects: it sorts before the others."""
+"""Name of the header where lines are objects: it sorts before the others."""
 
 
 class Ledger:
-    """The finished chunks and tiles of a run, each with what is needed to check it.
+    """The finished chunks and tiles of a run, with their checksums.
 
     Parameters
     ----------
-    folder : Place
-        Beside what is being written. The file appears with the first line, so a run that finished nothing leaves none.
+    folder : Location
+        Beside the data that are being written. The file appears with the first line, so a run that finished nothing
+        leaves none.
     made_by : dict
-        What the run's data depend on: hashes, spec, plan; plain values for JSON.
+        Everything the run's data depend on: hashes, spec, plan; plain values for JSON.
 
     Notes
     -----
-    Lines are added and reach the disk one by one. Each ends with a checksum, so that one that was cut short is known.
-    An object store adds nothing to an object: there each line is one of its own, below the name of the file.
+    Lines are appended one by one, each flushed to the disk. Each ends with a checksum, which shows if it was cut short.
+    Nothing can be appended to an object in a bucket: there each line is an object, below the name of the file.
     """
 
     def __init__(self, folder: Location, made_by: dict[str, Any]) -> None:
         self._path = folder / LEDGER
+        # Through JSON, as the recorded one went: tuples become lists, or nothing that was resumed would compare equal.
         self._made_by = json.loads(json.dumps(made_by))
-        self._begun = False
+        self._has_header = False
         self.chunks: dict[int, dict[str, Any]] = {}
         """Records of finished chunks, by their index."""
         self.tiles: dict[int, dict[str, Any]] = {}
@@ -47,22 +52,24 @@ class Ledger:
 
     @property
     def exists(self) -> bool:
-        """Whether anything was ever noted."""
+        """True if anything was ever recorded."""
         return self._path.exists()
 
     def read(self) -> None:
-        """Take what an earlier run of the same kind noted.
+        """Read the records of an earlier run with the same `made_by`.
 
         Raises
         ------
         PtychodaskError
             If the file is no ledger, or that of another scan, model, spec or plan, which are named.
         """
-        header, *records = _whole_lines(self._path)
+        header, *records = _valid_records(self._path)
         if header.get("format") != FORMAT or header.get("format_version") != FORMAT_VERSION:
             raise self._foreign()
+        # Sums of another scan, model or plan have the same file names and valid checksums: only this finds them.
         check_same(header.get("made_by"), self._made_by, str(self._path.parent))
         try:
+            # The last record of an index counts: one that was found damaged was computed and recorded again.
             for record in records:
                 (self.tiles if record["kind"] == "tile" else self.chunks)[int(record["index"])] = record
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -75,20 +82,24 @@ class Ledger:
         )
 
     def add(self, kind: str, index: int, record: Mapping[str, Any]) -> None:
-        """Note that a chunk or a tile is finished; on disk when this returns."""
+        """Record a finished chunk or tile; on disk when this returns."""
+        # Called after the task has written its files, never before: a run that is killed in between computes
+        # one chunk again, while a line without its data would be a promise that resuming has to find broken.
         if isinstance(self._path, S3Location):
             self._add_object(self._path, kind, index, record)
             return
-        # A line before, so that what a full disk cut short does not spoil this one.
+        # A newline first, so that a line which a full disk cut short does not spoil this one.
         text = "\n" if self.exists else self._header()
         text += _line({"kind": kind, "index": index, **record})
         with self._path.open("a") as file:
             file.write(text)
+            # Finished work is to survive a power cut. The data are not synced: if they are lost although the line is
+            # not, the checksum in the line shows it, and they are computed again.
             file.flush()
             os.fsync(file.fileno())
 
     def begin_anew(self, made_by: dict[str, Any]) -> None:
-        """Forget all; what follows depends on something else."""
+        """Remove all records, and start with another `made_by`."""
         self.forget()
         self.chunks.clear()
         self.tiles.clear()
@@ -98,13 +109,14 @@ class Ledger:
         return _line({"format": FORMAT, "format_version": FORMAT_VERSION, "made_by": self._made_by})
 
     def _add_object(self, path: S3Location, kind: str, index: int, record: Mapping[str, Any]) -> None:
-        if not self._begun:
+        # The header first: records without one are no ledger, and nothing could be resumed.
+        if not self._has_header:
             (path / HEADER).write_bytes(self._header().encode())
-            self._begun = True
+            self._has_header = True
         (path / f"{kind}-{index}").write_bytes(_line({"kind": kind, "index": index, **record}).encode())
 
     def forget(self) -> None:
-        """Remove it: nothing of the run is to be gone on with."""
+        """Remove the ledger, so that nothing of the run can be resumed."""
         if isinstance(self._path, S3Location):
             remove(self._path)
         else:
@@ -117,14 +129,18 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _lines(path: Location) -> list[str]:
+    # Damaged bytes are replaced rather than an error: their line fails its checksum, and all others still count.
     if isinstance(path, S3Location):
-        keys = sorted((found for found, _ in path.below()), key=str)
+        keys = sorted((key for key, _ in path.below()), key=str)
         return [key.read_bytes().decode(errors="replace").strip() for key in keys]
     return path.read_text(errors="replace").splitlines()
 
 
-def _whole_lines(path: Location) -> list[dict[str, Any]]:
-    """Records of a ledger, the header first; lines that are none, or whose checksum is not theirs, are left out."""
+def _valid_records(path: Location) -> list[dict[str, Any]]:
+    """Records of a ledger, the header first.
+
+    Lines that are no JSON object or fail their checksum are left out.
+    """
     records = []
     try:
         lines = _lines(path)
@@ -133,6 +149,7 @@ def _whole_lines(path: Location) -> list[dict[str, Any]]:
             f"{path}: cannot be read ({error.strerror or error}); pass overwrite=True (--overwrite), without resume, "
             "to start again"
         ) from error
+    # A bad line costs no more than its chunk or tile, which is computed again; a bad header makes it no ledger.
     for line in lines:
         text, _, checksum = line.rpartition("\t")
         if checksum == f"{zlib.crc32(text.encode(errors='replace')):08x}":
@@ -141,42 +158,43 @@ def _whole_lines(path: Location) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record, dict)] or [{}]
 
 
-def check_same(found: Any, expected: dict[str, Any], label: str) -> None:
-    """Raise `PtychodaskError` unless what made some data is what would make them now; the differences are named.
+def check_same(recorded: Any, expected: dict[str, Any], label: str) -> None:
+    """Raise `PtychodaskError` if data were made from other inputs.
 
     Parameters
     ----------
-    found : dict
-        Nested plain values that were recorded.
+    recorded : dict
+        Inputs recorded with the data, as nested plain values.
     expected : dict
+        Inputs of this run.
     label : str
         The data, for messages.
     """
-    differing = differences(found, expected)
+    differing = differences(recorded, expected)
     if differing:
-        told = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
+        listed = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
         raise PtychodaskError(
-            f"{label}: was made by another run: {told}; ask as that run did to go on with it, or pass overwrite=True "
-            "(--overwrite), without resume, to start again"
+            f"{label}: was made by another run: {listed}; repeat the options of that run to resume it, or pass "
+            "overwrite=True (--overwrite), without resume, to start again"
         )
 
 
-def differences(found: Any, expected: Any, name: str = "") -> list[str]:
-    """Where nested plain values differ, in words.
+def differences(recorded: Any, expected: Any, name: str = "") -> list[str]:
+    """Differences between nested plain values, in words.
 
     Examples
     --------
     >>> differences({"spec": {"tile": 256, "crop": None}}, {"spec": {"tile": 512, "crop": None}})
     ['spec.tile was 256, is 512']
     """
-    if isinstance(found, dict) and isinstance(expected, dict):
-        names = sorted(found.keys() | expected.keys())
+    if isinstance(recorded, dict) and isinstance(expected, dict):
+        names = sorted(recorded.keys() | expected.keys())
         return [
-            told
+            difference
             for key in names
-            for told in differences(found.get(key), expected.get(key), f"{name}.{key}" if name else key)
+            for difference in differences(recorded.get(key), expected.get(key), f"{name}.{key}" if name else key)
         ]
-    return [] if found == expected else [f"{name} was {_brief(found)}, is {_brief(expected)}"]
+    return [] if recorded == expected else [f"{name} was {_brief(recorded)}, is {_brief(expected)}"]
 
 
 def _brief(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""A coarse picture of the object that fills in while tiles finish: what workers hand over, and where it is shown."""
+"""Live picture: a coarse object that fills in during a run."""
 
 from __future__ import annotations
 
@@ -23,45 +23,47 @@ from ptychodask.scan import PtychodaskError, in_brief
 logger = logging.getLogger(__name__)
 
 ACROSS_PX = 512
-"""Pixels across the picture, at the most."""
+"""Largest number of pixels across the picture."""
 
 REFRESH_S = 0.5
-"""Time between two pictures, at the least; the last one alone may come sooner."""
+"""Shortest time between two pictures; only the last may come sooner."""
 
-FRAME_PX = 512
-"""Screen pixels across a picture in a notebook."""
+WIDTH_PX = 512
+"""Screen pixels of a picture's longer side in a notebook."""
 
 
 @dataclass(frozen=True, eq=False)
 class CoarsePart:
-    """Part of the object, reduced: means over cells of `step` x `step` pixels."""
+    """Part of the object, reduced to means over cells of pixels."""
 
     start_yx: tuple[int, int]
-    """Row and column of its first cell in the whole picture."""
+    """Row and column of its first cell in the picture."""
 
     object: NDArray[np.complex64]
-    """Mean over the pixels of a cell that patches reached (..., y, x); NaN where none did."""
+    """Mean over the pixels of a cell that patches cover (..., y, x); NaN if none is covered."""
 
     amplitude: NDArray[np.float32]
-    """Mean of their moduli (..., y, x)."""
+    """Mean of the modulus of the same pixels (..., y, x)."""
 
 
 def coarse_part(object: NDArray[np.complex64], start_yx: tuple[int, int], step: int) -> CoarsePart:
-    """Reduce a part of the object to the cells of a grid that begins at the object's first pixel.
+    """Reduce a part of the object to means over cells.
+
+    The cells form a grid that begins at the object's first pixel.
 
     Parameters
     ----------
     object : complex64 array (..., y, x)
-        NaN where no patch reached.
+        NaN where no patch contributes.
     start_yx : (int, int)
-        Row and column of its first pixel in the whole object.
+        Row and column of its first pixel in the complete object.
     step : int
         Pixels across a cell.
 
     Returns
     -------
     CoarsePart
-        Cells at its rim that it holds in part are means over that part.
+        Cells that it covers in part are means over that part.
 
     Examples
     --------
@@ -78,14 +80,16 @@ def coarse_part(object: NDArray[np.complex64], start_yx: tuple[int, int], step: 
     n_seen = summed(seen.astype(np.int64))
     filled = np.where(seen, object, 0)
     with np.errstate(invalid="ignore"):
-        # 0/0 is the NaN of a cell that nothing reached.
+        # 0/0 is the NaN of a cell that no patch covers.
         means = summed(filled) / n_seen, summed(np.abs(filled)) / n_seen
     start = int(cells[0][0]), int(cells[1][0])
     return CoarsePart(start, means[0].astype(np.complex64), means[1].astype(np.float32))
 
 
 def cell_size(shape: tuple[int, int]) -> int:
-    """Pixels across a cell, so that the picture of an object stays within `ACROSS_PX`: a power of two, as tiles are.
+    """Pixels across a cell of the picture, for an object (y, x).
+
+    The smallest power of two (as tiles are) that keeps the picture within `ACROSS_PX`.
 
     Examples
     --------
@@ -99,39 +103,41 @@ def cell_size(shape: tuple[int, int]) -> int:
 
 
 class Screen:
-    """Where pictures are shown, at most one each `REFRESH_S`.
+    """Output of pictures, at most one each `REFRESH_S`.
 
     Parameters
     ----------
     live : True, path of a PNG, or callable that takes a Dataset
-        True is the notebook that this process serves.
+        True shows them in the notebook that this process serves.
 
     Raises
     ------
     PtychodaskError
-        If there is no notebook, or the path cannot be that of a PNG.
+        If this is no notebook, or the path is not that of a PNG in an existing folder.
 
     Notes
     -----
-    What goes wrong while a picture is shown is logged as a warning, and no other is shown: no run is lost for its
-    picture.
+    An error while a picture is shown is logged as a warning, and the run continues without pictures.
     """
 
     def __init__(self, live: Live) -> None:
-        self._show: Callable[[xr.Dataset], Any] | None = _way_to_show(live)
+        self._show: Callable[[xr.Dataset], Any] | None = _display_for(live)
         self._shown = -REFRESH_S
 
     def show(self, picture: Callable[[], xr.Dataset], *, last: bool = False) -> bool:
-        """Show what `picture` gives; False where one was shown a moment ago and this is not the last."""
+        """Show the picture that the callable returns.
+
+        False if it was skipped, because the previous one is too recent and this is not the last.
+        """
         if self._show is None:
             return True
         if not last and time.monotonic() - self._shown < REFRESH_S:
             return False
         try:
             self._show(picture())
-        except Exception as error:  # noqa: BLE001  (whatever the user's function raises, the run is worth more)
+        except Exception as error:  # noqa: BLE001  (no error of the user's function is worth losing the run)
             logger.warning(
-                "live: a picture could not be shown (%s: %s); the run goes on without",
+                "live: a picture could not be shown (%s: %s); the run continues without pictures",
                 type(error).__name__,
                 in_brief(error),
             )
@@ -141,12 +147,12 @@ class Screen:
 
 
 class LivePicture:
-    """The picture of one object, part by part.
+    """Picture of one object, filled part by part.
 
     Parameters
     ----------
     screen : Screen
-    todo : Plan
+    plan : Plan
     layers : Layers
     pixel_size_m : float or None
     """
@@ -162,21 +168,21 @@ class LivePicture:
         self._n_parts, self._is_new = 0, False
 
     def add(self, part: CoarsePart | None) -> None:
-        """Put a part where it belongs, in place of what was there, and show the picture."""
+        """Put a part into the picture, replacing earlier values, and show it."""
         if part is None:
             return
         y, x = part.start_yx
         height, width = part.amplitude.shape[-2:]
-        place = (..., slice(y, y + height), slice(x, x + width))
-        # A cell may lie in two tiles, where their size is not automatic: the one that saw nothing leaves it alone.
+        region = (..., slice(y, y + height), slice(x, x + width))
+        # With a tile size set by the user a cell may span two tiles: one without data there leaves it unchanged.
         seen = np.isfinite(part.amplitude)
-        self._object[place] = np.where(seen, part.object, self._object[place])
-        self._amplitude[place] = np.where(seen, part.amplitude, self._amplitude[place])
+        self._object[region] = np.where(seen, part.object, self._object[region])
+        self._amplitude[region] = np.where(seen, part.amplitude, self._amplitude[region])
         self._n_parts, self._is_new = self._n_parts + 1, True
         self._show()
 
     def finish(self) -> None:
-        """Show the picture as it is in the end."""
+        """Show the final picture."""
         self._show(last=True)
 
     def _show(self, *, last: bool = False) -> None:
@@ -193,28 +199,28 @@ class LivePicture:
                 coordinates[f"{dim}_m"] = (dim, pixels * self._pixel_size_m, {"units": "m"})
         arrays = {"object": (dims, self._object.copy()), "amplitude": (dims, self._amplitude.copy())}
         # Polishing delivers each tile a second time.
-        told = {"n_tiles": len(self._plan.tiles), "tiles_done": min(self._n_parts, len(self._plan.tiles))}
-        return xr.Dataset(arrays, coordinates, {"store": self._plan.store, "step_px": self.step, **told})
+        progress = {"n_tiles": len(self._plan.tiles), "tiles_done": min(self._n_parts, len(self._plan.tiles))}
+        return xr.Dataset(arrays, coordinates, {"store": self._plan.store, "step_px": self.step, **progress})
 
 
 def screen_for(live: Live) -> Screen | None:
-    """The screen that a spec asks for, if it asks for one; raises `PtychodaskError` as `Screen`."""
+    """Screen for a spec's `live`, or None; raises `PtychodaskError` as `Screen`."""
     return None if live is None or live is False else Screen(live)
 
 
-def _way_to_show(live: Live) -> Callable[[xr.Dataset], Any]:
+def _display_for(live: Live) -> Callable[[xr.Dataset], Any]:
     if callable(live):
         return live
     if live is True:
         if not in_notebook():
             raise PtychodaskError(
-                "reconstruct: live=True shows a picture in notebooks, and this is none; pass the path of a PNG, or a "
-                "function that takes the picture as a Dataset"
+                "reconstruct: live=True needs a notebook, and this is none; pass the path of a PNG, or a function that "
+                "takes the picture as a Dataset"
             )
         return _InNotebook()
     path = Path(str(live))
     if path.suffix.lower() != ".png" or path.is_dir() or not path.parent.is_dir():
-        raise PtychodaskError(f"{path}: live= is the name of a .png in a folder that exists; name another file")
+        raise PtychodaskError(f"{path}: live= must be the path of a .png in an existing folder; name another file")
     return lambda picture: _write(path, picture)
 
 
@@ -224,13 +230,13 @@ def _write(path: Path, picture: xr.Dataset) -> None:
 
 
 def as_png(picture: xr.Dataset) -> bytes:
-    """A PNG file of the amplitude of a picture, methods side by side."""
+    """PNG file of the amplitude of a picture, methods side by side."""
     amplitude = picture["amplitude"].values
     return grey_png(amplitude if amplitude.ndim == 2 else np.concatenate(list(amplitude), axis=1))
 
 
 class _InNotebook:
-    """One output of a notebook's cell, whose picture is replaced."""
+    """Output of a notebook cell, updated with each picture."""
 
     def __init__(self) -> None:
         self._handle: Any = None
@@ -239,7 +245,7 @@ class _InNotebook:
         from IPython.display import Image, display
 
         height, width = picture["amplitude"].shape[-2:]
-        shown = Image(as_png(picture), format="png", width=round(FRAME_PX * width / max(height, width)))
+        shown = Image(as_png(picture), format="png", width=round(WIDTH_PX * width / max(height, width)))
         if self._handle is None:
             self._handle = display(shown, display_id=True)
         else:

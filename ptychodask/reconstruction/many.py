@@ -1,4 +1,4 @@
-"""Several scans as one job: the same client, one result after the other, and what failed told in the end."""
+"""Reconstruction of several scans, one after the other on one client."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ptychodask.scan import PtychodaskError, in_brief
 
 logger = logging.getLogger(__name__)
 
-OF_ONE_SCAN = ("cache", "position_yx_px", "drop")
-"""Fields of a spec that speak of one scan's patterns."""
+SINGLE_SCAN_FIELDS = ("cache", "position_yx_px", "drop")
+"""Fields of a spec that refer to the patterns of one scan."""
 
 
 class FailedScansError(PtychodaskError):
@@ -26,16 +26,17 @@ class FailedScansError(PtychodaskError):
     errors : dict of name to exception
     results : dict of name to Dataset
     kept_in : Path, S3Location or None
+        Folder of the results.
     """
 
     def __init__(self, errors: dict[str, Exception], results: dict[str, xr.Dataset], kept_in: Location | None) -> None:
-        told = "; ".join(f"{name}: {in_brief(error)}" for name, error in errors.items())
+        failures = "; ".join(f"{name}: {in_brief(error)}" for name, error in errors.items())
         kept = "" if not results else f" (kept: {', '.join(results)}" + (f" in {kept_in})" if kept_in else ")")
-        super().__init__(f"reconstruct: {len(errors)} of {len(errors) + len(results)} scans failed{kept}: {told}")
+        super().__init__(f"reconstruct: {len(errors)} of {len(errors) + len(results)} scans failed{kept}: {failures}")
         self.errors = errors
-        """What each of them raised."""
+        """Error of each failed scan."""
         self.results = results
-        """Results of the others."""
+        """Results of the other scans."""
 
     def __reduce__(self) -> tuple[type[FailedScansError], tuple[dict[str, Exception], dict[str, xr.Dataset], None]]:
         return type(self), (self.errors, self.results, None)
@@ -45,18 +46,18 @@ def reconstruct_each(
     stores: Sequence[str | Path | S3Location],
     out: Location | None,
     spec: ReconstructionSpec,
-    run: Callable[[str | Path | S3Location, Location | None], xr.Dataset],
+    reconstruct_one: Callable[[str | Path | S3Location, Location | None], xr.Dataset],
 ) -> dict[str, xr.Dataset]:
-    """Run one scan after the other.
+    """Reconstruct one scan after the other.
 
     Parameters
     ----------
     stores : sequence of path
     out : Path or S3Location, optional
-        Folder for the results, made where it is not there.
+        Folder for the results, created if missing.
     spec : ReconstructionSpec
-    run : callable
-        Reconstructs a store into a path, or in memory where that is None.
+    reconstruct_one : callable
+        Reconstructs a store into a path, or in memory if that is None.
 
     Returns
     -------
@@ -66,21 +67,21 @@ def reconstruct_each(
     Raises
     ------
     PtychodaskError
-        If there is no scan, two have one name, a field of `spec` speaks of one scan, or `out` is no folder.
+        If there is no scan, two have the same name, a field of `spec` refers to one scan, or `out` is no folder.
     FailedScansError
-        In the end, if some scans failed; it has the results of the others.
+        After all scans, if some failed; it has the results of the others.
     """
     names = scan_names(stores)
-    for field in OF_ONE_SCAN:
+    for field in SINGLE_SCAN_FIELDS:
         if getattr(spec, field) not in (None, ()):
-            raise PtychodaskError(f"reconstruct: {field} speaks of one scan, and {len(names)} are given; leave it away")
+            raise PtychodaskError(f"reconstruct: {field} refers to one scan, and {len(names)} are given; remove it")
     if out is not None:
         _make_folder(out)
     results: dict[str, xr.Dataset] = {}
     errors: dict[str, Exception] = {}
     for name, store in zip(names, stores, strict=True):
         try:
-            results[name] = run(store, None if out is None else result_path(out, name))
+            results[name] = reconstruct_one(store, None if out is None else result_path(out, name))
         except (PtychodaskError, OSError) as error:
             logger.info("%s failed: %s", store, in_brief(error))
             errors[name] = error
@@ -90,7 +91,7 @@ def reconstruct_each(
 
 
 def scan_names(stores: Sequence[str | Path | S3Location]) -> list[str]:
-    """Names of scans, which tell their results apart; raises `PtychodaskError` where they do not.
+    """Names of scans, from their stores; raises `PtychodaskError` if two agree.
 
     Examples
     --------
@@ -99,18 +100,18 @@ def scan_names(stores: Sequence[str | Path | S3Location]) -> list[str]:
     """
     names = [parse_location(store).name.removesuffix(".zarr") for store in stores]
     if not names:
-        raise PtychodaskError("reconstruct: no scan is given, expected the path of a store, or several")
+        raise PtychodaskError("reconstruct: no scan is given, expected the paths of one or more stores")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise PtychodaskError(
-            f"reconstruct: several scans are called {', '.join(twice)}, and results take the names of their scans; "
+            f"reconstruct: several scans are called {', '.join(twice)}, and results are named after their scans; "
             "rename stores, or reconstruct them one by one"
         )
     return names
 
 
 def result_path(folder: Location, name: str) -> Location:
-    """Where the result of one of several scans lies."""
+    """Path of the result of one of several scans."""
     return folder / f"{name}.object.zarr"
 
 
@@ -118,7 +119,7 @@ def _make_folder(out: Location) -> None:
     if isinstance(out, S3Location):
         return  # a bucket has no folders
     if out.is_file() or (out / "zarr.json").exists():
-        raise PtychodaskError(f"{out}: is a file or a store, and results of several scans go into a folder; name one")
+        raise PtychodaskError(f"{out}: is a file or a store, and results of several scans need a folder; name one")
     if not out.parent.is_dir():
         raise PtychodaskError(f"{out}: its folder {out.parent} does not exist; make it first")
     out.mkdir(exist_ok=True)

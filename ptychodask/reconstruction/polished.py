@@ -1,4 +1,4 @@
-"""The client's side of polishing: sweeps over the patterns, the object's tiles staying with the workers."""
+"""Client side of polishing: sweeps over the patterns, tiles on the workers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ptychodask.polishing import (
 from ptychodask.prediction import PredictionJob
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.reconstruction.live import LivePicture
-from ptychodask.reconstruction.running import Run, Tasks, check_done
+from ptychodask.reconstruction.running import Scheduler, TaskGraph, check_done
 from ptychodask.reconstruction.stitching import Stitching, start_yx
 from ptychodask.reconstruction.tasks import TileReport, deliver_polished, stored_tile
 from ptychodask.scan import Scan
@@ -36,46 +36,48 @@ from ptychodask.scan import Scan
 def stitch_on_workers(
     client: distributed.Client, stitching: Stitching, plan: Plan, progress: bool | None
 ) -> list[distributed.Future]:
-    """Stitch a plan; gives a `TileReport` for each tile, which stays with the workers."""
-    done: dict[int, distributed.Future] = {}
-    told: dict[int, distributed.Future] = {}
+    """Stitch a plan; returns a future `TileReport` for each tile.
 
-    def take(index: int, future: distributed.Future) -> None:
-        done[index] = future
-        told[index] = client.submit(_without_arrays, future, priority=1, pure=False)
-        if stitching.live is not None:
-            for one in [one for one in told if one not in shown and told[one].status == "finished"]:
-                shown.add(one)
-                stitching.live.add(told[one].result().coarse)
-
+    The arrays stay in the memory of the workers.
+    """
+    tiles: dict[int, distributed.Future] = {}
+    reports: dict[int, distributed.Future] = {}
     shown: set[int] = set()
+
+    def on_tile(index: int, future: distributed.Future) -> None:
+        tiles[index] = future
+        reports[index] = client.submit(_without_arrays, future, priority=1, pure=False)
+        if stitching.live is not None:
+            for ready in [ready for ready in reports if ready not in shown and reports[ready].status == "finished"]:
+                shown.add(ready)
+                stitching.live.add(reports[ready].result().coarse)
+
     with (
         progress_bar("reconstruct", plan.n_groups, "groups", progress) as bar,
-        Run(client, stitching.tasks(every_tile=True)).guarded() as run,
+        Scheduler(client, stitching.graph(every_tile=True)).cancelling_on_exit() as scheduler,
     ):
-        run.complete(take, bar, take_check=stitching.verified)
-    reports = gather_results(client, [told[index] for index in range(len(plan.tiles))])
-    for index, report in enumerate(reports):
-        stitching.told.add_tile(plan.tiles[index], report)
+        scheduler.complete(on_tile, bar, on_verification=stitching.add_verification)
+    for index, report in enumerate(gather_results(client, [reports[index] for index in range(len(plan.tiles))])):
+        stitching.report.add_tile(plan.tiles[index], report)
         if stitching.live is not None and index not in shown:
             stitching.live.add(report.coarse)
-    return [done[index] for index in range(len(plan.tiles))]
+    return [tiles[index] for index in range(len(plan.tiles))]
 
 
 def tiles_from_disk(client: distributed.Client, out: Location, plan: Plan) -> list[distributed.Future]:
-    """Tiles that lie in a result store: a `TileReport` of each, which stays with the workers."""
+    """Tiles of a result store, read by the workers: futures of `TileReport`."""
     return [client.submit(stored_tile, out, tile, start_yx(plan, tile), priority=1, pure=False) for tile in plan.tiles]
 
 
 class Polishing:
-    """The client's side of polishing: the tiles of the object, which stay with the workers from sweep to sweep.
+    """Polishing of an object whose tiles stay on the workers between sweeps.
 
     Parameters
     ----------
     client : distributed.Client
     job : PredictionJob
         Names the store.
-    todo : Plan
+    plan : Plan
     scan : Scan
     stitched : list of Future
         `TileReport` of each tile.
@@ -94,7 +96,7 @@ class Polishing:
     ) -> None:
         self._client, self._plan, self._stitched = client, plan, stitched
         self._boxes, self._parts = plan_polishing(scan, plan, drop)
-        # The model stays behind: sweeps need the scan alone.
+        # Without the model: sweeps only need the scan.
         self._job = replace(job, drop=drop, model=replace(job.model, model=None))
         self._parts_of = [
             tuple(index for index, part in enumerate(self._parts) if tile in part.tiles)
@@ -104,72 +106,72 @@ class Polishing:
         self._objects: list[distributed.Future] = []
 
     def sweep(self, n_sweeps: int, progress: bool | None) -> list[float]:
-        """Sweep over the patterns; R before the first sweep and after each."""
+        """Sweep over the patterns; returns R before and after each sweep."""
         stitched = self._on_tiles(_object_of, self._stitched)
         summed = gather_results(self._client, self._on_tiles(amplitude_sum, stitched))
         mean = sum(total for total, _ in summed) / sum(count for _, count in summed)
-        places = [tile.box for tile in self._plan.tiles]
-        hold = partial(prepare_tile, self._job, mean=mean)
-        held = self._on_tiles(hold, places, self._boxes, stitched)
-        objects = before = self._on_tiles(attrgetter("start"), held)
-        changes: list[Any] = [None] * len(held)
+        boxes = [tile.box for tile in self._plan.tiles]
+        prepare = partial(prepare_tile, self._job, mean=mean)
+        weights = self._on_tiles(prepare, boxes, self._boxes, stitched)
+        objects = before = self._on_tiles(attrgetter("start"), weights)
+        changes: list[Any] = [None] * len(weights)
         r_factors: list[float] = []
-        most = 0.0
+        initial = 0.0
         with progress_bar("polish", (n_sweeps + 1) * self.n_patterns, "patterns", progress) as bar:
             for sweep in range(n_sweeps + 1):
-                earlier, changes = changes, self._changes(held, objects, before, changes, bar)
+                earlier, changes = changes, self._changes(weights, objects, before, changes, bar)
                 reports = gather_results(self._client, self._on_tiles(attrgetter("report"), changes))
                 misfit = misfit_in_all(reports)
                 r_factors.append(misfit.r_factor)
                 bar.note(f"{sweep} of {n_sweeps} sweeps, R {misfit.r_factor:.4f}")
                 if sweep == n_sweeps:
                     break
-                missed = misfit.square + sum(report.held for report in reports)
-                most = missed if sweep == 0 else most
-                # The plain step never raises what is to be lowered, so it brings back a run that has strayed.
+                objective = misfit.square + sum(report.held for report in reports)
+                initial = objective if sweep == 0 else initial
+                # The plain step never raises the objective, so it recovers a run that has diverged.
                 products = sum((report.products for report in reports), StepProducts())
-                mix = products.mix() if missed <= most else StepProducts().mix()
+                mix = products.mix() if objective <= initial else StepProducts().mix()
                 step = partial(step_tile, mix=mix)
-                before, objects = objects, self._on_tiles(step, held, objects, before, changes, earlier)
+                before, objects = objects, self._on_tiles(step, weights, objects, before, changes, earlier)
         self._objects = objects
         return r_factors
 
     def _changes(
         self,
-        held: list[distributed.Future],
+        weights: list[distributed.Future],
         objects: list[distributed.Future],
         before: list[distributed.Future],
         earlier: list[Any],
         bar: Progress,
     ) -> list[distributed.Future]:
-        """What all patterns call for, tile by tile."""
+        """Change of the object for all patterns, tile by tile."""
         parts, boxes = self._parts, self._boxes
-        done: dict[int, distributed.Future] = {}
+        changes: dict[int, distributed.Future] = {}
 
         def part_task(index: int) -> tuple[Any, ...]:
             return change_part, self._job, parts[index], [objects[tile] for tile in parts[index].tiles]
 
-        def tile_task(index: int, given: list[distributed.Future]) -> tuple[Any, ...]:
-            known = held[index], objects[index], before[index], earlier[index]
-            return change_tile, boxes[index], *known, given, self._parts_of[index]
+        def tile_task(index: int, part_changes: list[distributed.Future]) -> tuple[Any, ...]:
+            state = weights[index], objects[index], before[index], earlier[index]
+            return change_tile, boxes[index], *state, part_changes, self._parts_of[index]
 
-        tasks = Tasks(
+        graph = TaskGraph(
             chunks_of=self._parts_of,
-            amounts=[len(part.index) for part in parts],
-            chunk=part_task,
-            tile=tile_task,
+            n_units=[len(part.index) for part in parts],
+            chunk_task=part_task,
+            tile_task=tile_task,
             chunk_name=lambda index: f"polishing with the patterns over {tuple(parts[index].box)}",
             tile_name=lambda index: f"polishing the tile {tuple(boxes[index])}",
             every_tile=True,
         )
-        with Run(self._client, tasks).guarded() as run:
-            run.complete(done.__setitem__, bar)
-        return [done[index] for index in range(len(boxes))]
+        with Scheduler(self._client, graph).cancelling_on_exit() as scheduler:
+            scheduler.complete(changes.__setitem__, bar)
+        return [changes[index] for index in range(len(boxes))]
 
     def deliver(
-        self, out: Location | None, take: Callable[[Tile, TileReport], None], live: LivePicture | None = None
+        self, out: Location | None, on_tile: Callable[[Tile, TileReport], None], live: LivePicture | None = None
     ) -> None:
-        """Write the tiles, or hand them to `take`; the live picture gets each."""
+        """Write the tiles, or pass them to `on_tile`, and show them."""
         plan = self._plan
         coarse_step = 0 if live is None else live.step
 
@@ -178,31 +180,34 @@ class Polishing:
             box, stitched, polished = self._boxes[index], self._stitched[index], self._objects[index]
             return deliver_polished, tile, box, stitched, polished, out, start_yx(plan, tile), coarse_step
 
-        def take_tile(index: int, future: distributed.Future) -> None:
+        def deliver(index: int, future: distributed.Future) -> None:
             report = future.result()
             if live is not None:
                 live.add(report.coarse)
-            take(plan.tiles[index], report)
+            on_tile(plan.tiles[index], report)
 
-        tasks = Tasks(
+        graph = TaskGraph(
             chunks_of=[()] * len(plan.tiles),
-            amounts=[],
-            chunk=lambda index: (),
-            tile=tile_task,
+            n_units=[],
+            chunk_task=lambda index: (),
+            tile_task=tile_task,
             chunk_name=lambda index: "",
             tile_name=lambda index: f"delivering the tile {tuple(plan.tiles[index].box)}",
             every_tile=True,
         )
-        with progress_bar("deliver", 0, "tiles", False) as bar, Run(self._client, tasks).guarded() as run:
-            run.complete(take_tile, bar)
+        with (
+            progress_bar("deliver", 0, "tiles", False) as bar,
+            Scheduler(self._client, graph).cancelling_on_exit() as scheduler,
+        ):
+            scheduler.complete(deliver, bar)
 
     def _on_tiles(self, function: Callable[..., Any], *columns: Sequence[Any]) -> list[distributed.Future]:
-        """One task for each tile, with its place in each column."""
+        """Submit one task for each tile, with its element of each column."""
         return [self._client.submit(function, *row, priority=1, pure=False) for row in zip(*columns, strict=True)]
 
 
 def gather_results(client: distributed.Client, futures: list[distributed.Future]) -> list[Any]:
-    """What small tasks give; raises what one raised."""
+    """Gather results of small tasks, raising the first error."""
     for future in distributed.as_completed(futures, loop=client.loop):
         check_done(future, "polishing")
     return list(client.gather(futures))

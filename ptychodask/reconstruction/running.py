@@ -1,4 +1,14 @@
-"""The client's side of a run: which tasks are out, what tiles still wait for, what becomes of those that fail."""
+"""Scheduler of a run's chunk and tile tasks on a Dask client.
+
+The graph has two levels: chunks are independent of each other, and a tile is ready once all chunks that touch it are
+done. The client submits it piece by piece instead of all at once, because much is decided only while it runs. A loop
+waits for any attempt in flight (an attempt is one Dask future), records its result, submits the tiles which that makes
+ready, and refills the chunks in flight up to a bound. An attempt that fails is repeated. An attempt far slower than all
+others gets a second one on another worker, and the first to finish counts; both would return the same bits. A chunk
+whose workers died is set aside until no other chunk is in flight, and then runs alone: only then does a death show that
+this chunk is the cause. The loop ends when nothing is in flight: each task is then finished, replaced, or reported as
+lost.
+"""
 
 from __future__ import annotations
 
@@ -23,424 +33,464 @@ DEVICE_SHARE = 0.5
 """Part of a worker's `GPU` that a predict task asks for: two overlap, one reading while the other predicts."""
 
 WRITERS_WAIT_S = 60
-"""How long a run that ends early waits for tiles that are being written."""
+"""Longest time that a run which ends early waits for tiles that are being written."""
 
 IN_FLIGHT_PER_THREAD = 3
-"""Chunks that are out for each thread: one at work, one at hand, and one whose end the client has yet to hear of."""
+"""Chunks in flight for each thread: one running, one ready to start, one whose end the client has yet to learn of."""
 
 IN_FLIGHT_AT_LEAST = 4
-"""Chunks that are out at a time, however few threads there are yet."""
+"""Chunks in flight at least, however few threads there are yet."""
 
-LOOK_AGAIN_S = 1.0
-"""How often the client asks the scheduler for its workers: some join late, some go."""
+WORKERS_POLL_S = 1.0
+"""Time between two looks at the list of workers: some join late, some leave."""
 
 WAKE_S = 0.1
-"""How often a waiting client looks up, at the least."""
+"""Longest time that the client sleeps while it waits for results."""
 
 TRIES = 2
-"""Times that a task which fails is tried as it is; a worker's disk or device may be at fault."""
+"""Attempts at a failing task with the same arguments; the disk or device of a worker may be at fault."""
 
 STRAGGLER_S = 60.0
-"""A task that is out longer than this, and `STRAGGLER_TIMES` longer than any that ended, goes to a second worker."""
+"""A task in flight longer than this, and `STRAGGLER_TIMES` the slowest finished one, is also run on a second worker."""
 
 STRAGGLER_TIMES = 4.0
 
 NO_WORKER_S = 30.0
-"""How long a run waits for workers before it says so."""
+"""Time without any worker after which a warning is logged."""
 
-DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-"""Errors of a disk that another try would meet again; `atomic_folder` names them."""
+PERMANENT_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+"""Disk errors that another attempt would meet again; `atomic_folder` gives their message."""
 
 
 @dataclass(frozen=True)
-class Tasks:
-    """Tasks of two kinds: each chunk gives something that the tiles which it touches take."""
+class TaskGraph:
+    """Chunk tasks, and tile tasks that take the results of their chunks."""
 
     chunks_of: list[tuple[int, ...]]
-    """Chunks of each tile, ascending."""
+    """Chunks that touch each tile, ascending."""
 
-    amounts: list[int]
+    n_units: list[int]
     """Units of progress in each chunk."""
 
-    chunk: Callable[[int], tuple[Any, ...]]
+    chunk_task: Callable[[int], tuple[Any, ...]]
     """Function and arguments of a chunk's task."""
 
-    tile: Callable[[int, list[Any]], tuple[Any, ...]]
-    """Function and arguments of a tile's task, given what its chunks give: futures, or the things themselves."""
+    tile_task: Callable[[int, list[Any]], tuple[Any, ...]]
+    """Function and arguments of a tile's task, from the results of its chunks: futures, or values if they are
+    fetched."""
 
     chunk_name: Callable[[int], str]
-    """What a chunk's task does, for messages."""
+    """Description of a chunk's task, for messages."""
 
     tile_name: Callable[[int], str]
-    """What a tile's task does, for messages."""
+    """Description of a tile's task, for messages."""
 
     on_device: bool = False
-    """Chunks ask for a share of a GPU where workers advertise one."""
+    """Chunk tasks ask for a share of a GPU if workers advertise one."""
 
     every_tile: bool = False
     """Tiles that no chunk touches have a task too."""
 
-    on_disk: bool = False
-    """What tasks give is small, their data lie on disk: the client fetches it, so that no worker's loss takes it."""
+    fetch_results: bool = False
+    """Results are small, with their data on disk: the client fetches them, so that losing a worker loses none."""
 
-    tolerant_chunk: Callable[[int], tuple[Any, ...]] | None = None
-    """A chunk's task that leaves out what it cannot use, for one that failed; without it the run fails."""
+    tolerant_chunk_task: Callable[[int], tuple[Any, ...]] | None = None
+    """Task of a failed chunk that leaves out unusable patterns; without it the run fails."""
 
-    without_chunk: Callable[[int, str], Any] | None = None
-    """What stands for a chunk that no worker survives, and why; without it the run fails once all else is done."""
+    lost_chunk_result: Callable[[int, str], Any] | None = None
+    """Result used for a chunk that no worker survives, given the reason; without it the run fails once the rest is
+    done."""
 
-    checked: frozenset[int] = frozenset()
+    verified: frozenset[int] = frozenset()
     """Chunks that a second worker computes again."""
 
-    check: Callable[[int, Any], tuple[Any, ...]] | None = None
-    """Function and arguments of the task that does so, given what the chunk gave."""
+    verify_task: Callable[[int, Any], tuple[Any, ...]] | None = None
+    """Function and arguments of a chunk's verification, from its result."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What an earlier run left."""
+    """Results of an earlier run."""
 
     chunks: Mapping[int, Any] = field(default_factory=dict)
-    """What chunks gave."""
+    """Results of chunks."""
 
     tiles: Collection[int] = ()
     """Tiles that are done."""
 
 
-class _Item(NamedTuple):
-    """A task that is out."""
+class _TaskId(NamedTuple):
+    """Identity of a task, shared by all attempts at it."""
 
-    kind: Literal["chunk", "tile", "check"]
+    kind: Literal["chunk", "tile", "verification"]
     number: int
     """Index of the chunk or tile."""
 
 
-class _Out(NamedTuple):
-    """One attempt at a task."""
+class _Attempt(NamedTuple):
+    """One submission of a task."""
 
-    item: _Item
+    task_id: _TaskId
     task: tuple[Any, ...]
-    since: float
+    submitted_at: float
 
 
 _PENDING = object()
+"""Outcome of an attempt that failed while the task goes to another one."""
 
 
-def _nothing(index: int, given: Any) -> None:
+def _ignore(index: int, result: Any) -> None:
     pass
 
 
-class Run:
-    """The client's side of a run.
+class Scheduler:
+    """Client side of a run: submits tasks, and handles failures.
 
     Parameters
     ----------
     client : distributed.Client
-    tasks : Tasks
+    graph : TaskGraph
     finished : Finished
-        Chunks and tiles that have no task any more.
-
-    Notes
-    -----
-    A chunk whose workers died is set aside and tried alone when all others are done: only then is it sure that it is
-    the one they die of. A task that is out far longer than any other is given to a second worker too, since the first
-    may hang; both would give the same.
+        Chunks and tiles that need no task any more.
     """
 
-    def __init__(self, client: distributed.Client, tasks: Tasks, finished: Finished = Finished()) -> None:
-        self._client, self._tasks = client, tasks
+    def __init__(self, client: distributed.Client, graph: TaskGraph, finished: Finished = Finished()) -> None:
+        self._client, self._graph = client, graph
         self._name = uuid.uuid4().hex[:12]
-        self._given: dict[int, Any] = dict(finished.chunks)
-        self._open_tiles = [index for index in range(len(tasks.chunks_of)) if index not in set(finished.tiles)]
-        self._tiles_of: list[list[int]] = [[] for _ in tasks.amounts]
-        self._missing = [0] * len(tasks.chunks_of)
+        self._results: dict[int, Any] = dict(finished.chunks)
+        self._open_tiles = [index for index in range(len(graph.chunks_of)) if index not in set(finished.tiles)]
+        self._tiles_of: list[list[int]] = [[] for _ in graph.n_units]
+        self._n_missing = [0] * len(graph.chunks_of)
         for tile in self._open_tiles:
-            for chunk in tasks.chunks_of[tile]:
+            for chunk in graph.chunks_of[tile]:
                 self._tiles_of[chunk].append(tile)
-                self._missing[tile] += chunk not in self._given
-        self._unused = [len(tiles) for tiles in self._tiles_of]
-        self._queue = deque(index for index, tiles in enumerate(self._tiles_of) if tiles and index not in self._given)
-        self._out: dict[distributed.Future, _Out] = {}
-        self._attempts: dict[_Item, list[distributed.Future]] = {}
-        self._submitted: Counter[_Item] = Counter()
-        self._failures: Counter[_Item] = Counter()
-        self._tolerant: set[_Item] = set()
-        self._set_aside: deque[_Item] = deque()
-        self._alone: set[_Item] = set()
+                self._n_missing[tile] += chunk not in self._results
+        self._n_uses_left = [len(tiles) for tiles in self._tiles_of]
+        # A chunk whose tiles are all done has no use left, even if its own result was lost.
+        self._queue = deque(index for index, tiles in enumerate(self._tiles_of) if tiles and index not in self._results)
+        self._in_flight: dict[distributed.Future, _Attempt] = {}
+        self._futures_of: dict[_TaskId, list[distributed.Future]] = {}
+        self._n_submitted: Counter[_TaskId] = Counter()
+        self._n_failures: Counter[_TaskId] = Counter()
+        self._tolerant: set[_TaskId] = set()
+        self._set_aside: deque[_TaskId] = deque()
+        self._alone: set[_TaskId] = set()
         self._lost: list[int] = []
-        self._limit = IN_FLIGHT_AT_LEAST
+        self._max_chunks_in_flight = IN_FLIGHT_AT_LEAST
         self._resources: dict[str, float] | None = None
-        self._looked = -LOOK_AGAIN_S
-        self._last_seen = time.monotonic()
-        self._longest = 0.0
-        # Fetched as they come, side by side: one after the other, the way to the workers would hold the run up.
-        self._completed = distributed.as_completed(loop=client.loop, with_results=tasks.on_disk, raise_errors=False)
+        self._polled_at = -WORKERS_POLL_S
+        self._worker_seen_at = time.monotonic()
+        self._longest_s = 0.0
+        # Dask fetches results in the background, side by side. Fetched one by one in the loop, they would slow it down.
+        self._completed = distributed.as_completed(
+            loop=client.loop, with_results=graph.fetch_results, raise_errors=False
+        )
 
     @contextmanager
-    def guarded(self) -> Iterator[Run]:
-        """The run; whatever ends it early, no task is left behind, and none writes any more."""
+    def cancelling_on_exit(self) -> Iterator[Scheduler]:
+        """Context that yields this scheduler; no task outlives it, however it ends."""
         try:
             yield self
         finally:
-            writing = [future for future, out in self._out.items() if out.item.kind == "tile"]
-            # Without a scheduler there is nobody to call off, and its workers end by themselves.
+            # Cancelling does not stop a task that is already running. One that writes a tile is waited for: it could
+            # otherwise write into the store after the next run has begun there.
+            writing = [future for future, attempt in self._in_flight.items() if attempt.task_id.kind == "tile"]
+            # If the scheduler is gone there is nothing to cancel with: its workers end without it.
             with suppress(TimeoutError, OSError, distributed.CancelledError):
-                self._call_off([future for future in self._out if future not in writing])
+                self._cancel([future for future in self._in_flight if future not in writing])
                 if writing and self._client.status == "running":
                     with self._client.as_current():
                         distributed.wait(writing, timeout=WRITERS_WAIT_S)
-            self._call_off(writing)
+            self._cancel(writing)
 
-    def _call_off(self, futures: list[distributed.Future]) -> None:
+    def _cancel(self, futures: list[distributed.Future]) -> None:
         if futures and self._client.status == "running":
             with suppress(OSError):
                 self._client.cancel(futures)
 
     def complete(
         self,
-        take: Callable[[int, Any], None],
+        on_tile: Callable[[int, Any], None],
         bar: Progress,
         *,
-        take_chunk: Callable[[int, Any], None] = _nothing,
-        take_check: Callable[[int, Any], None] = _nothing,
+        on_chunk: Callable[[int, Any], None] = _ignore,
+        on_verification: Callable[[int, Any], None] = _ignore,
     ) -> None:
-        """Run all tasks; `take` gets each tile, by its index, as it is done: its future, or what it gave.
+        """Run all tasks, and pass each result to its callback.
 
-        So do `take_chunk` and `take_check` with chunks and their checks.
+        Parameters
+        ----------
+        on_tile, on_chunk, on_verification : callable
+            Take the index of a tile or chunk, and its future, or its result where results are fetched.
+        bar : Progress
+
+        Raises
+        ------
+        PtychodaskError
+            If a task fails, or (after all others) if a chunk crashes every worker.
+        OSError
+            If the disk is full or refuses writing.
         """
-        takers = {"chunk": take_chunk, "tile": take, "check": take_check}
-        tiles_left = {tile for tile in self._open_tiles if self._tasks.every_tile or self._tasks.chunks_of[tile]}
+        callbacks = {"chunk": on_chunk, "tile": on_tile, "verification": on_verification}
+        tiles_left = {tile for tile in self._open_tiles if self._graph.every_tile or self._graph.chunks_of[tile]}
         self._start(bar)
-        while self._out:
-            for future, given in self._next_done():
-                out = self._out.pop(future, None)
-                outcome = _PENDING if out is None else self._outcome(future, out, given)
-                if out is not None and outcome is not _PENDING:
-                    self._done(future, out, outcome, bar)
-                    tiles_left.discard(out.item.number if out.item.kind == "tile" else -1)
-                    takers[out.item.kind](out.item.number, outcome)
+        while self._in_flight:
+            for future, result in self._wait_for_results():
+                # None: another attempt at the task finished first, and this one was cancelled.
+                attempt = self._in_flight.pop(future, None)
+                outcome = _PENDING if attempt is None else self._outcome(future, attempt, result)
+                if attempt is not None and outcome is not _PENDING:
+                    self._record(future, attempt, outcome, bar)
+                    tiles_left.discard(attempt.task_id.number if attempt.task_id.kind == "tile" else -1)
+                    callbacks[attempt.task_id.kind](attempt.task_id.number, outcome)
             self._submit_chunks()
         if self._lost:
-            names = " and ".join(self._tasks.chunk_name(index) for index in sorted(self._lost))
+            names = " and ".join(self._graph.chunk_name(index) for index in sorted(self._lost))
             raise PtychodaskError(
-                f"reconstruct: {names} ended every worker that took it, alone too; all else is done: give workers more "
-                "memory, or leave these groups out with on_error='skip' (--on-error skip)"
+                f"reconstruct: {names} crashed every worker, also when run alone; the rest is complete: give workers "
+                "more memory, or leave these groups out with on_error='skip' (--on-error skip)"
             )
         assert not tiles_left, "every tile has a task until it is done"
 
     def _start(self, bar: Progress) -> None:
         waiting = set(self._queue)
-        bar.advance(sum(amount for index, amount in enumerate(self._tasks.amounts) if index not in waiting))
+        bar.advance(sum(n_units for index, n_units in enumerate(self._graph.n_units) if index not in waiting))
+        # A resumed run may have all chunks of a tile already: no chunk that finishes would ever make it ready.
         for tile in self._open_tiles:
-            if self._missing[tile] == 0 and (self._tasks.every_tile or self._tasks.chunks_of[tile]):
+            if self._n_missing[tile] == 0 and (self._graph.every_tile or self._graph.chunks_of[tile]):
                 self._submit_tile(tile)
         self._submit_chunks()
 
-    def _next_done(self) -> list[tuple[distributed.Future, Any]]:
-        """Tasks that are done by now, one at least, and what they gave."""
+    def _wait_for_results(self) -> list[tuple[distributed.Future, Any]]:
+        """Attempts that have ended, each with its result or future."""
+        # The wait is cut into short ones, since workers that hang or leave end no task: only polling notices them.
         while not self._completed.has_ready():
             with self._completed.thread_condition:
                 self._completed.thread_condition.wait(timeout=WAKE_S)
-            self._look_at_workers()
+            self._poll_workers()
         batch = self._completed.next_batch(block=False)
-        return list(batch) if self._tasks.on_disk else [(future, future) for future in batch]
+        return list(batch) if self._graph.fetch_results else [(future, future) for future in batch]
 
     def _submit_chunks(self) -> None:
-        """Keep each thread busy, and no more: what tasks give would pile up."""
-        self._look_at_workers()
-        chunks_out = sum(item.kind == "chunk" for item in self._attempts)
-        while self._queue and chunks_out < self._limit:
+        """Submit chunks up to the bound on those in flight."""
+        # Enough to keep each thread busy, and no more. Dask would otherwise predict far ahead of the tiles, and the
+        # sums of chunks, each as large as its part of the object, would fill the memory of the workers.
+        self._poll_workers()
+        n_in_flight = sum(task_id.kind == "chunk" for task_id in self._futures_of)
+        while self._queue and n_in_flight < self._max_chunks_in_flight:
             index = self._queue.popleft()
-            self._submit(_Item("chunk", index), self._tasks.chunk(index))
-            chunks_out += 1
-        if self._set_aside and not chunks_out:
-            item = self._set_aside.popleft()
-            self._alone.add(item)
-            self._submit(item, self._tasks.chunk(item.number))
+            self._submit(_TaskId("chunk", index), self._graph.chunk_task(index))
+            n_in_flight += 1
+        # One at a time, so that the next death has only one possible cause among the chunks.
+        if self._set_aside and not n_in_flight:
+            task_id = self._set_aside.popleft()
+            self._alone.add(task_id)
+            self._submit(task_id, self._graph.chunk_task(task_id.number))
 
-    def _look_at_workers(self) -> None:
+    def _poll_workers(self) -> None:
         now = time.monotonic()
-        if now - self._looked < LOOK_AGAIN_S:
+        if now - self._polled_at < WORKERS_POLL_S:
             return
-        self._looked = now
+        self._polled_at = now
         try:
             workers = workers_of(self._client)
         except OSError:
-            # The scheduler is gone: the tasks that are out will say so.
+            # The scheduler is gone: the tasks in flight fail with that, and their error names the cause.
             return
         if workers:
-            self._last_seen = now
-        elif now - self._last_seen > NO_WORKER_S:
-            logger.warning("no worker has been there for %.0f s: waiting for one", NO_WORKER_S)
-            self._last_seen = now
+            self._worker_seen_at = now
+        elif now - self._worker_seen_at > NO_WORKER_S:
+            logger.warning("no worker for %.0f s: waiting for one", NO_WORKER_S)
+            self._worker_seen_at = now
         threads = sum(worker["nthreads"] for worker in workers.values())
-        self._limit = max(IN_FLIGHT_AT_LEAST, IN_FLIGHT_PER_THREAD * threads)
-        if self._tasks.on_device:
+        self._max_chunks_in_flight = max(IN_FLIGHT_AT_LEAST, IN_FLIGHT_PER_THREAD * threads)
+        if self._graph.on_device:
             self._resources = device_share(worker["resources"] for worker in workers.values())
-        self._help_stragglers(now, list(workers))
+        self._duplicate_stragglers(now, list(workers))
 
-    def _help_stragglers(self, now: float, workers: list[str]) -> None:
-        """Give tasks that take far longer than others did to a second worker: theirs may hang."""
-        limit = max(STRAGGLER_S, STRAGGLER_TIMES * self._longest)
+    def _duplicate_stragglers(self, now: float, workers: list[str]) -> None:
+        """Submit tasks far slower than others to a second worker too."""
+        # The worker may hang. Dask gives its tasks to others only when it is declared dead, minutes later, or never if
+        # only the task hangs (a stuck disk or GPU). One duplicate at most, which is all that a merely long task costs.
+        limit = max(STRAGGLER_S, STRAGGLER_TIMES * self._longest_s)
         late = [
-            (future, out)
-            for future, out in self._out.items()
-            if now - out.since > limit and len(self._attempts[out.item]) == 1
+            (future, attempt)
+            for future, attempt in self._in_flight.items()
+            if now - attempt.submitted_at > limit and len(self._futures_of[attempt.task_id]) == 1
         ]
-        if not late or self._longest == 0:
+        # Before any task has ended there is nothing to compare with: the first may all be slow, compiling the network.
+        if not late or self._longest_s == 0:
             return
-        at_work = self._client.processing()
-        # A worker that hangs does not hand over what it has done, either.
+        processing = self._client.processing()
+        # A hanging worker does not hand over finished results either, so holders of results count as well.
         done_by = self._client.who_has([future for future, _ in late])
-        for future, out in late:
-            has_it = {worker for worker in workers if future.key in at_work.get(worker, ())}
-            has_it.update(done_by.get(future.key, ()))
-            others = [worker for worker in workers if worker not in has_it]
-            if has_it and others:
-                logger.warning("%s takes longer than others: a second worker gets it", self._name_of(out.item))
-                self._submit(out.item, out.task, others)
+        for future, attempt in late:
+            holders = {worker for worker in workers if future.key in processing.get(worker, ())}
+            holders.update(done_by.get(future.key, ()))
+            others = [worker for worker in workers if worker not in holders]
+            # Without a holder the task only waits for a free worker.
+            if holders and others:
+                logger.warning(
+                    "%s takes longer than other tasks: started on a second worker too", self._name_of(attempt.task_id)
+                )
+                self._submit(attempt.task_id, attempt.task, others)
 
     def _submit_tile(self, index: int) -> None:
-        chunks = self._tasks.chunks_of[index]
-        self._submit(_Item("tile", index), self._tasks.tile(index, [self._given[chunk] for chunk in chunks]))
+        chunks = self._graph.chunks_of[index]
+        self._submit(_TaskId("tile", index), self._graph.tile_task(index, [self._results[chunk] for chunk in chunks]))
         for chunk in chunks:
-            self._used(chunk)
+            self._release(chunk)
 
-    def _used(self, chunk: int) -> None:
-        """The tasks that were submitted hold what a chunk gave; it goes with the last of them."""
-        self._unused[chunk] -= 1
-        if self._unused[chunk] == 0:
-            del self._given[chunk]
+    def _release(self, chunk: int) -> None:
+        """Drop a chunk's result after its last use."""
+        # Dask keeps what a submitted task depends on, and frees it once no task and no future of ours refers to it.
+        self._n_uses_left[chunk] -= 1
+        if self._n_uses_left[chunk] == 0:
+            del self._results[chunk]
 
-    def _submit(self, item: _Item, task: tuple[Any, ...], workers: list[str] | None = None) -> None:
+    def _submit(self, task_id: _TaskId, task: tuple[Any, ...], workers: list[str] | None = None) -> None:
         function, *arguments = task
-        attempt = self._submitted[item]
+        n_before = self._n_submitted[task_id]
         future = self._client.submit(
             function,
             *arguments,
-            key=f"{function.__name__}-{self._name}-{item.number}" + (f"-{attempt}" if attempt else ""),
-            resources=None if item.kind == "tile" else self._resources,
-            priority=0 if item.kind == "chunk" else 1,
+            # A key of its own for each run and attempt: for a known key Dask would return the earlier future.
+            key=f"{function.__name__}-{self._name}-{task_id.number}" + (f"-{n_before}" if n_before else ""),
+            resources=None if task_id.kind == "tile" else self._resources,
+            # Tiles and verifications first: they free the sums of chunks, and another chunk adds to them.
+            priority=0 if task_id.kind == "chunk" else 1,
             workers=workers,
             pure=False,
         )
-        self._submitted[item] += 1
-        self._out[future] = _Out(item, task, time.monotonic())
-        self._attempts.setdefault(item, []).append(future)
+        self._n_submitted[task_id] += 1
+        self._in_flight[future] = _Attempt(task_id, task, time.monotonic())
+        self._futures_of.setdefault(task_id, []).append(future)
         self._completed.add(future)
 
-    def _outcome(self, future: distributed.Future, out: _Out, given: Any) -> Any:
-        """What a task gives, or `_PENDING` where it failed and another attempt is out; raises what it raised else."""
-        item = out.item
+    def _outcome(self, future: distributed.Future, attempt: _Attempt, result: Any) -> Any:
+        """Result of an attempt, or `_PENDING` if another one follows.
+
+        Raises the error of the last attempt.
+        """
+        task_id = attempt.task_id
         if future.status == "finished":
-            return given
-        self._attempts[item].remove(future)
+            return result
+        self._futures_of[task_id].remove(future)
         error = future.exception() if future.status == "error" else None
-        if self._attempts[item]:
+        if self._futures_of[task_id]:
             return _PENDING
-        del self._attempts[item]
-        if isinstance(error, distributed.KilledWorker) and item.kind == "chunk":
-            return self._after_deaths(item, error)
-        self._failures[item] += 1
-        task = self._next_attempt(out, error)
+        del self._futures_of[task_id]
+        if isinstance(error, distributed.KilledWorker) and task_id.kind == "chunk":
+            return self._after_worker_deaths(task_id, error)
+        self._n_failures[task_id] += 1
+        task = self._next_task(attempt, error)
         if task is None:
-            check_done(future, self._name_of(item))
+            check_done(future, self._name_of(task_id))
         assert task is not None
         assert error is not None
-        logger.info("%s failed and is tried again: %s", self._name_of(item), in_brief(error))
-        self._submit(item, task)
+        logger.info("%s failed and is tried again: %s", self._name_of(task_id), in_brief(error))
+        self._submit(task_id, task)
         return _PENDING
 
-    def _after_deaths(self, item: _Item, error: Exception) -> Any:
-        """Set a chunk aside whose workers died; when it was alone, it is given up."""
-        if item not in self._alone:
-            logger.warning("%s is set aside until all others are done: %s", self._name_of(item), in_brief(error))
-            self._set_aside.append(item)
+    def _after_worker_deaths(self, task_id: _TaskId, error: Exception) -> Any:
+        """Set a chunk aside, or give it up if it ran alone."""
+        # Dask blames every task that was on a worker when it died, so a chunk may be blamed for its neighbour. Tried
+        # again among others, the guilty one would kill more workers, and more innocent chunks would fail with it.
+        if task_id not in self._alone:
+            logger.warning("%s is set aside until all others are done: %s", self._name_of(task_id), in_brief(error))
+            self._set_aside.append(task_id)
             return _PENDING
-        if self._tasks.without_chunk is not None:
-            return self._tasks.without_chunk(item.number, "ended every worker that took them")
-        self._lost.append(item.number)
+        if self._graph.lost_chunk_result is not None:
+            return self._graph.lost_chunk_result(task_id.number, "ended every worker that took them")
+        self._lost.append(task_id.number)
         return _PENDING
 
-    def _next_attempt(self, out: _Out, error: BaseException | None) -> tuple[Any, ...] | None:
-        item = out.item
-        if error is None or _is_refusal(error):
+    def _next_task(self, attempt: _Attempt, error: BaseException | None) -> tuple[Any, ...] | None:
+        """Task to submit after a failure; None to end the run."""
+        task_id = attempt.task_id
+        if error is None or _is_permanent(error):
             return None
-        if self._failures[item] < TRIES:
-            return out.task
-        if item.kind != "chunk" or self._tasks.tolerant_chunk is None or item in self._tolerant:
+        if self._n_failures[task_id] < TRIES:
+            return attempt.task
+        # Last, so that no pattern is left out because of a worker that fails once.
+        if task_id.kind != "chunk" or self._graph.tolerant_chunk_task is None or task_id in self._tolerant:
             return None
-        self._tolerant.add(item)
-        return self._tasks.tolerant_chunk(item.number)
+        self._tolerant.add(task_id)
+        return self._graph.tolerant_chunk_task(task_id.number)
 
-    def _done(self, future: distributed.Future, out: _Out, given: Any, bar: Progress) -> None:
-        item = out.item
-        others = [future for future in self._attempts.pop(item, []) if future in self._out]
+    def _record(self, future: distributed.Future, attempt: _Attempt, result: Any, bar: Progress) -> None:
+        """Record a finished task, and submit the tasks it makes ready."""
+        task_id = attempt.task_id
+        others = [future for future in self._futures_of.pop(task_id, []) if future in self._in_flight]
         for future in others:
-            del self._out[future]
+            del self._in_flight[future]
         self._client.cancel(others)
-        self._longest = max(self._longest, time.monotonic() - out.since)
-        if item.kind != "chunk":
+        self._longest_s = max(self._longest_s, time.monotonic() - attempt.submitted_at)
+        if task_id.kind != "chunk":
             return
-        index = item.number
-        bar.advance(self._tasks.amounts[index])
-        self._given[index] = given
-        if index in self._tasks.checked and self._tasks.check is not None:
-            self._unused[index] += 1
-            self._submit(_Item("check", index), self._tasks.check(index, given), self._others_than(future))
-            self._used(index)
+        index = task_id.number
+        bar.advance(self._graph.n_units[index])
+        self._results[index] = result
+        if index in self._graph.verified and self._graph.verify_task is not None:
+            # On the same worker a fault of its memory or device would repeat, and go unnoticed.
+            workers = self._workers_without(future)
+            self._submit(_TaskId("verification", index), self._graph.verify_task(index, result), workers)
         for tile in self._tiles_of[index]:
-            self._missing[tile] -= 1
-            if self._missing[tile] == 0:
+            self._n_missing[tile] -= 1
+            if self._n_missing[tile] == 0:
                 self._submit_tile(tile)
 
-    def _others_than(self, future: distributed.Future) -> list[str] | None:
-        """Workers that did not make what a task gave; None where there are none."""
-        made_by = self._client.who_has([future]).get(future.key, ())
-        return [worker for worker in workers_of(self._client) if worker not in made_by] or None
+    def _workers_without(self, future: distributed.Future) -> list[str] | None:
+        """Workers without the result of a task; None if all have it."""
+        holders = self._client.who_has([future]).get(future.key, ())
+        return [worker for worker in workers_of(self._client) if worker not in holders] or None
 
-    def _name_of(self, item: _Item) -> str:
-        if item.kind == "tile":
-            return self._tasks.tile_name(item.number)
-        return ("checking " if item.kind == "check" else "") + self._tasks.chunk_name(item.number)
+    def _name_of(self, task_id: _TaskId) -> str:
+        if task_id.kind == "tile":
+            return self._graph.tile_name(task_id.number)
+        return ("checking " if task_id.kind == "verification" else "") + self._graph.chunk_name(task_id.number)
 
 
-def _is_refusal(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in DISK_REFUSES
+def _is_permanent(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in PERMANENT_DISK_ERRORS
 
 
 def workers_of(client: distributed.Client) -> dict[str, dict[str, Any]]:
-    """What the scheduler knows of each worker, by its address."""
+    """Scheduler's description of each worker, by its address."""
     return dict(client.scheduler_info(n_workers=-1)["workers"])
 
 
 def check_workers(client: distributed.Client, task_bytes: int) -> None:
-    """Raise `PtychodaskError` when a worker that is there could not hold a task in each of its threads."""
+    """Raise `PtychodaskError` if a worker has too little memory for its threads."""
+    # Checked before any task runs: Dask kills a worker over its limit, and the error would then blame a chunk.
     for worker in workers_of(client).values():
         limit, threads = worker["memory_limit"], worker["nthreads"]
         if limit and threads * task_bytes > limit:
             raise PtychodaskError(
-                f"reconstruct: worker {worker['name']} may take {limit / 2**20:,.0f} MiB, its {threads} threads need "
+                f"reconstruct: worker {worker['name']} may use {limit / 2**20:,.0f} MiB, its {threads} threads need "
                 f"{threads * task_bytes / 2**20:,.0f} MiB; pass memory_bytes= below {limit // threads}, start workers "
                 "with more memory, or with fewer threads"
             )
 
 
 def device_share(resources: Any) -> dict[str, float] | None:
-    """What a predict task asks of a worker: a share of its GPU where workers advertise one."""
-    return {"GPU": DEVICE_SHARE} if any("GPU" in found for found in resources) else None
+    """Dask resources of a predict task: a share of an advertised GPU."""
+    return {"GPU": DEVICE_SHARE} if any("GPU" in offered for offered in resources) else None
 
 
-def check_done(future: distributed.Future, what: str) -> None:
-    """Raise what a task raised, if it did: as it is where it says what there is to say, or named in one line."""
+def check_done(future: distributed.Future, task_name: str) -> None:
+    """Raise the error of a task that did not finish.
+
+    A `PtychodaskError` and a permanent disk error are raised unchanged, others as one line with the task's name.
+    """
     if future.status == "finished":
         return
     if future.status != "error":
         raise PtychodaskError(
-            f"reconstruct: {what} was {future.status}: the Dask client, its scheduler or its workers ended; start "
-            "again, with resume=True (--resume) where out= is given"
+            f"reconstruct: {task_name} was {future.status}: the Dask client, its scheduler or its workers ended; start "
+            "again, with resume=True (--resume) if out= is given"
         )
     error = future.exception()
-    if isinstance(error, PtychodaskError) or _is_refusal(error):
+    if isinstance(error, PtychodaskError) or _is_permanent(error):
         raise error
-    raise PtychodaskError(f"reconstruct: {what} failed: {type(error).__name__}: {in_brief(error)}") from error
+    raise PtychodaskError(f"reconstruct: {task_name} failed: {type(error).__name__}: {in_brief(error)}") from error

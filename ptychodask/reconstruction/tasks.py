@@ -1,4 +1,4 @@
-"""What a worker does: a chunk of groups becomes sums over its box, the sums become a tile."""
+"""Tasks of workers: predict a chunk into sums, reassemble sums into tiles."""
 
 from __future__ import annotations
 
@@ -43,45 +43,45 @@ CACHED_GROUPS = 64
 
 @dataclass(frozen=True, eq=False)
 class MethodJob:
-    """How the patches of one model are made and stitched."""
+    """Prediction and stitching of one model's patches."""
 
     prediction: PredictionJob
 
     window: Window
-    """Weights of a patch."""
+    """Weights of the pixels of a patch."""
 
     crop: int
-    """Elements across the middle of a patch that are used, M."""
+    """Pixels across the middle of a patch that are used, M."""
 
 
 @dataclass(frozen=True, eq=False)
 class StitchingJob:
-    """All that a task needs to know beside its chunk or tile."""
+    """Inputs that all tasks of a run share."""
 
     methods: tuple[MethodJob, ...]
     """One for each model, all of one store."""
 
     layers: Layers
-    """What the result has."""
+    """Arrays of the result."""
 
     patches: str | None = None
-    """Cache of patches of the only model, or None."""
+    """Path of the cache of patches, or None; with one model only."""
 
     fill: bool = False
-    """The cache is being filled; else it is read in place of the network."""
+    """The cache is being filled; otherwise its patches are read, and nothing is predicted."""
 
     position_yx_px: NDArray[np.float64] | None = None
-    """Where cached patches are stitched, float64 (pattern, 2), in place of the stored positions."""
+    """Positions to stitch cached patches at, float64 (pattern, 2); None for the stored positions."""
 
     @property
     def n_canvases(self) -> int:
-        """Canvases that the sums of a chunk fill: one for each method, or for each of its halves."""
+        """Canvases of a chunk: one per method, or per half of it."""
         return (2 if self.layers.split_half else 1) * len(self.methods)
 
 
 @dataclass(frozen=True)
 class ChunkReport:
-    """What is told of a chunk beside its sums."""
+    """Report of a chunk's prediction."""
 
     seconds: dict[str, float]
     """Wall time of the stages."""
@@ -90,7 +90,7 @@ class ChunkReport:
     """Patterns that were left out."""
 
     checksums: tuple[int, ...] = ()
-    """Of its canvases (see `checksum`)."""
+    """Checksum of each canvas (see `checksum`)."""
 
     worker: str = ""
     """Address of the worker that predicted it."""
@@ -98,13 +98,16 @@ class ChunkReport:
 
 @dataclass(frozen=True, eq=False)
 class ChunkSums:
-    """What predicting one chunk gives: sums over its box for each method, or for each of its halves."""
+    """Sums of one chunk over its box.
+
+    One canvas for each method, or for each half of it.
+    """
 
     canvases: tuple[Canvas, ...] | tuple[Location, ...]
-    """In memory, or files of them; none where the whole chunk was left out."""
+    """In memory, or their files; empty if the complete chunk was left out."""
 
     corner: tuple[int, int]
-    """Coordinates (y, x) of their first pixel."""
+    """Coordinates (y, x) of the first pixel of the canvases."""
 
     report: ChunkReport
 
@@ -112,57 +115,57 @@ class ChunkSums:
         """One of the canvases."""
         if not self.canvases:
             return empty_canvas(self.corner, (0, 0))
-        found = self.canvases[number]
-        return found if isinstance(found, Canvas) else open_canvas(found, self.corner)
+        canvas = self.canvases[number]
+        return canvas if isinstance(canvas, Canvas) else open_canvas(canvas, self.corner)
 
 
 @dataclass(frozen=True, eq=False)
 class TileReport:
-    """What reassembling one tile gives to the client."""
+    """Result of reassembling one tile, as sent to the client."""
 
     arrays: TileArrays | None
-    """The tile; None once it is written."""
+    """Arrays of the tile; None if it was written."""
 
     seconds: dict[str, float]
     """Wall time of its stages."""
 
     chunks: list[ChunkReport]
-    """What its chunks told, in their order."""
+    """Reports of its chunks, in their order."""
 
     checksum: int = 0
-    """Of the arrays (see `tile_checksum`)."""
+    """Checksum of the arrays (see `tile_checksum`)."""
 
     coarse: CoarsePart | None = None
-    """The object for a live picture, where one is shown."""
+    """The object for the live picture, if one is shown."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How a chunk that was computed twice compares."""
+    """Comparison of a chunk that was computed twice."""
 
     same_bits: bool
 
     largest_difference: float
-    """Of the objects that the sums make, relative to the median of their modulus; infinite where other pixels are
-    seen."""
+    """Largest difference of the two objects, relative to the median of their modulus; infinite if they cover other
+    pixels."""
 
     workers: tuple[str, str]
-    """Addresses of those that computed it, first and again."""
+    """Addresses of the workers that computed it, first and again."""
 
 
 def predict_chunk(
     job: StitchingJob | Broadcast, chunk: Chunk, folder: Location | None = None, tolerant: bool = False
 ) -> ChunkSums:
-    """Predict one chunk and sum its patches over its own box, batch by batch.
+    """Predict one chunk, and sum its patches batch by batch.
 
     Parameters
     ----------
-    job : StitchingJob, or Parcel of one
+    job : StitchingJob, or Broadcast of one
     chunk : Chunk
-    folder : Place, optional
-        Where the sums are kept; by default in memory.
+    folder : Location, optional
+        Folder to write the sums into; by default they stay in memory.
     tolerant : bool
-        Leave out patterns that cannot be used, and groups whose patches are not finite, where they would be an error.
+        Leave out unusable patterns, and groups whose patches are not finite, instead of raising an error.
 
     Returns
     -------
@@ -180,16 +183,16 @@ def predict_chunk(
         crop = job.methods[number].crop
         with stage(seconds, "splat"):
             for half in range(per_method):
-                mine = slice(None) if per_method == 1 else batch.pattern % 2 == half
+                selected = slice(None) if per_method == 1 else batch.pattern % 2 == half
                 add_patches(
                     canvases[number * per_method + half],
-                    crop_middle(batch.patches[mine], crop),
-                    batch.position_yx_px[mine] - crop / 2,
+                    crop_middle(batch.patches[selected], crop),
+                    batch.position_yx_px[selected] - crop / 2,
                     windows[number],
                 )
     with stage(seconds, "splat"):
         checksums = tuple(map(checksum, canvases))
-    report = ChunkReport(seconds, tuple(skipped or ()), checksums, own_address())
+    report = ChunkReport(seconds, tuple(skipped or ()), checksums, worker_address())
     if folder is None:
         return ChunkSums(tuple(canvases), chunk.box.corner, report)
     paths = sums_files(folder, chunk, len(canvases))
@@ -200,12 +203,12 @@ def predict_chunk(
 
 
 def sums_files(folder: Location, chunk: Chunk, n_canvases: int) -> tuple[Location, ...]:
-    """Files that the sums of a chunk are kept in."""
+    """Files of the sums of a chunk."""
     return tuple(folder / f"{chunk.start}-{number}.npy" for number in range(n_canvases))
 
 
-def own_address() -> str:
-    """Address of the Dask worker that runs this task; "here" outside of any."""
+def worker_address() -> str:
+    """Address of this Dask worker; "here" outside of workers."""
     try:
         return str(distributed.get_worker().address)
     except ValueError:
@@ -213,9 +216,9 @@ def own_address() -> str:
 
 
 def prepare_device(job: StitchingJob) -> None:
-    """Take the GPU that was given to this process; raises `PtychodaskError` where one is wanted and there is none.
+    """Set up the GPU of this process.
 
-    A worker that advertises ``GPU`` is wanted to have one, and so is each process when the job says so.
+    Raises `PtychodaskError` if there is none although the worker advertises ``GPU`` or the job asks for one.
     """
     try:
         advertised = "GPU" in distributed.get_worker().state.total_resources
@@ -226,11 +229,11 @@ def prepare_device(job: StitchingJob) -> None:
 
 
 def verify_chunk(job: StitchingJob | Broadcast, chunk: Chunk, sums: ChunkSums) -> Verification:
-    """Predict a chunk once more and compare its sums with those that were made before.
+    """Predict a chunk again and compare the sums with the first ones.
 
     Parameters
     ----------
-    job : StitchingJob, or Parcel of one
+    job : StitchingJob, or Broadcast of one
     chunk : Chunk
     sums : ChunkSums
 
@@ -254,32 +257,33 @@ def _difference(first: Canvas, second: Canvas) -> float:
 
 
 def sums_are_intact(folder: Location, chunk: Chunk, checksums: Sequence[int]) -> bool:
-    """Whether the kept sums of a chunk are those that were noted of it.
+    """True if the stored sums of a chunk have their recorded checksums.
 
     Parameters
     ----------
-    folder : Place
+    folder : Location
     chunk : Chunk
     checksums : sequence of int
-        Of each canvas.
+        Recorded checksum of each canvas.
     """
     try:
-        found = [checksum(open_canvas(path, chunk.box.corner)) for path in sums_files(folder, chunk, len(checksums))]
+        stored = [checksum(open_canvas(path, chunk.box.corner)) for path in sums_files(folder, chunk, len(checksums))]
     except (OSError, ValueError, IndexError):
         return False
-    return found == list(checksums)
+    return stored == list(checksums)
 
 
 def tile_is_intact(out: Location, tile: Tile, start_yx: tuple[int, int], expected: int) -> bool:
-    """Whether a tile of a result store is the one whose checksum was noted.
+    """True if a tile of a result store has its recorded checksum.
 
     Parameters
     ----------
-    out : Place
+    out : Location
     tile : Tile
     start_yx : (int, int)
-        Row and column of its first pixel in the whole object.
+        Row and column of its first pixel in the complete object.
     expected : int
+        Recorded checksum.
     """
     try:
         return tile_checksum(read_tile(out, start_yx, tile.box.shape)) == expected
@@ -288,15 +292,15 @@ def tile_is_intact(out: Location, tile: Tile, start_yx: tuple[int, int], expecte
 
 
 def tile_checksum(arrays: TileArrays) -> int:
-    """CRC-32 of the arrays of a tile, in the order of their names."""
-    found = 0
+    """CRC-32 of the arrays of a tile, in order of their names."""
+    crc = 0
     for name in sorted(arrays):
-        found = zlib.crc32(np.ascontiguousarray(arrays[name]).data.cast("B"), found)
-    return found
+        crc = zlib.crc32(np.ascontiguousarray(arrays[name]).data.cast("B"), crc)
+    return crc
 
 
 def coarse_stored_tile(out: Location, tile: Tile, start_yx: tuple[int, int], coarse_step: int) -> CoarsePart:
-    """A tile that was written before, for the live picture.
+    """A stored tile, reduced for the live picture.
 
     Parameters
     ----------
@@ -307,7 +311,7 @@ def coarse_stored_tile(out: Location, tile: Tile, start_yx: tuple[int, int], coa
 
 
 def stored_tile(out: Location, tile: Tile, start_yx: tuple[int, int]) -> TileReport:
-    """A tile that was written before, as `deliver_tile` would send it.
+    """A stored tile, as `deliver_tile` would send it.
 
     Parameters
     ----------
@@ -348,8 +352,8 @@ def _cached_patches(job: StitchingJob, chunk: Chunk, seconds: dict[str, float]) 
             if job.position_yx_px is not None:
                 position = job.position_yx_px[member]
             else:
-                wanted, place = np.unique(member, return_inverse=True)
-                position = reader.position_yx_px(wanted.astype(np.int64))[place.reshape(member.shape)]
+                patterns, index = np.unique(member, return_inverse=True)
+                position = reader.position_yx_px(patterns.astype(np.int64))[index.reshape(member.shape)]
         if patches.ndim == 4:
             yield 0, PatchBatch(patches.reshape(-1, *patches.shape[-2:]), position.reshape(-1, 2), member.reshape(-1))
         else:
@@ -357,7 +361,7 @@ def _cached_patches(job: StitchingJob, chunk: Chunk, seconds: dict[str, float]) 
 
 
 def reassemble_tile(layers: Layers, tile: Tile, parts: Sequence[ChunkSums]) -> TileArrays:
-    """One tile of the object from the sums that touch it.
+    """Arrays of one tile, from the sums of its chunks.
 
     Parameters
     ----------
@@ -377,8 +381,8 @@ def reassemble_tile(layers: Layers, tile: Tile, parts: Sequence[ChunkSums]) -> T
 
 
 def _reassemble_method(layers: Layers, tile: Tile, parts: Sequence[ChunkSums], number: int) -> TileArrays:
-    def merged(place: int) -> Canvas:
-        return merge(empty_canvas(tile.box.corner, tile.box.shape), *(part.canvas(place) for part in parts))
+    def merged(canvas: int) -> Canvas:
+        return merge(empty_canvas(tile.box.corner, tile.box.shape), *(part.canvas(canvas) for part in parts))
 
     if not layers.split_half:
         return _finished(merged(number))
@@ -408,12 +412,12 @@ def deliver_tile(
     layers : Layers
     tile : Tile
     parts : sequence of ChunkSums
-    out : Place or None
+    out : Location or None
         Result store to write into; None sends the tile.
     start_yx : (int, int)
-        Row and column of the tile's first pixel in the whole object.
+        Row and column of the tile's first pixel in the complete object.
     coarse_step : int
-        Pixels across a cell of the live picture; 0 where there is none.
+        Pixels across a cell of the live picture; 0 if there is none.
 
     Returns
     -------
@@ -422,18 +426,18 @@ def deliver_tile(
     seconds: dict[str, float] = {}
     with stage(seconds, "merge"):
         arrays = reassemble_tile(layers, tile, parts)
-        found = tile_checksum(arrays)
+        crc = tile_checksum(arrays)
     if out is not None:
         with stage(seconds, "write"):
             write_tile(out, start_yx, arrays)
     coarse = coarse_part(arrays["object"], start_yx, coarse_step) if coarse_step else None
-    return TileReport(arrays if out is None else None, seconds, [part.report for part in parts], found, coarse)
+    return TileReport(arrays if out is None else None, seconds, [part.report for part in parts], crc, coarse)
 
 
 def show_tile(
     layers: Layers, tile: Tile, parts: Sequence[ChunkSums], start_yx: tuple[int, int], coarse_step: int
 ) -> TileReport:
-    """Reassemble one tile for the live picture alone.
+    """Reassemble one tile for the live picture only.
 
     Parameters
     ----------
@@ -460,14 +464,16 @@ def deliver_polished(
     start_yx: tuple[int, int],
     coarse_step: int = 0,
 ) -> TileReport:
-    """Put the polished object into a stitched tile, unseen pixels left NaN, and write it or send it to the client.
+    """Replace a tile's object by the polished one, and deliver the tile.
+
+    It is written, or sent to the client; unseen pixels stay NaN.
 
     Parameters
     ----------
     tile, out, start_yx, coarse_step
         See `deliver_tile`.
     box : Box
-        What `polished` holds.
+        Extent of `polished`.
     stitched : TileReport
     polished : complex64 array (y, x)
 

@@ -1,4 +1,4 @@
-"""A reconstruction that is ready to run, and its run: stitching, then polishing."""
+"""A planned reconstruction and its execution: stitching, then polishing."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
-    """A reconstruction that is ready to run."""
+class Run:
+    """A reconstruction that is planned and ready to run."""
 
     scan: Scan
-    """Its first pattern alone, with all that the store records."""
+    """Only its first pattern, with all metadata of the store."""
 
     job: StitchingJob
-    """What its tasks know."""
+    """Inputs that all tasks share."""
 
     plan: Plan
     spec: ReconstructionSpec
 
     attributes: dict[str, Any]
-    """Of the result: what makes it."""
+    """Provenance attributes of the result."""
 
 
 @dataclass(frozen=True)
 class RunFolders:
-    """Where a run into a result store puts things."""
+    """Paths that a run into a result store writes to."""
 
     result: Location
     """Store that is being written."""
 
     stitched: Location
-    """Store of the tiles as they are stitched: the result, unless they are polished before they come there."""
+    """Store of the stitched tiles: the result itself, or a store beside it if they are polished afterwards."""
 
     sums: Location
     """Folder of the sums of chunks."""
@@ -60,33 +60,37 @@ class RunFolders:
     ledger: Ledger
 
 
-OF_NO_EFFECT = ("memory_bytes", "on_error", "verify", "device", "pyramid")
-"""Fields of a spec that two runs may differ in and give the same tiles."""
+FIELDS_WITHOUT_EFFECT = ("memory_bytes", "on_error", "verify", "device", "pyramid")
+"""Fields of a spec that do not change the pixels of tiles."""
 
 
 def identity(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What the tiles of a run depend on, from its attributes."""
-    spec = {name: value for name, value in attributes["spec"].items() if name not in OF_NO_EFFECT}
+    """Attributes of a run that its tiles depend on."""
+    # All else is left out, so that a stopped run can be resumed with other memory, another device, or patterns skipped.
+    # The plan, which memory does change, is compared in full: it decides which sums and tiles there are.
+    spec = {name: value for name, value in attributes["spec"].items() if name not in FIELDS_WITHOUT_EFFECT}
     return {
         "data_hash": attributes["data_hash"],
-        "model": _what_predicts(attributes["model"]),
+        "model": _model_identity(attributes["model"]),
         "spec": spec,
         "plan": attributes["plan"],
     }
 
 
-def _what_predicts(value: Any) -> Any:
-    """Descriptions of models, less where they lie and what is said of their training."""
+def _model_identity(value: Any) -> Any:
+    """Descriptions of models without their paths and training ranges."""
+    # The hash identifies the weights: a bundle that was moved is the same model. The warning that the scan is outside
+    # of the training range follows from model and scan, and its words may change between versions.
     if not isinstance(value, Mapping):
         return value
-    return {name: _what_predicts(item) for name, item in value.items() if name not in ("path", "unlike_training")}
+    return {name: _model_identity(item) for name, item in value.items() if name not in ("path", "unlike_training")}
 
 
-def run_work(
-    work: Work,
+def run_reconstruction(
+    run: Run,
     client: distributed.Client | None,
     folders: RunFolders | None,
-    take: Callable[[Tile, TileReport], None],
+    on_tile: Callable[[Tile, TileReport], None],
     *,
     progress: bool | None,
     screen: Screen | None,
@@ -95,69 +99,76 @@ def run_work(
 
     Parameters
     ----------
-    work : Work
+    run : Run
     client : distributed.Client, optional
         See `client_for_run`.
-    places : Places, optional
-        Where the result is written; without it tiles are sent.
-    take : callable
-        Gets each tile of the result, with what it gave.
+    folders : RunFolders, optional
+        Paths the result is written to; without them tiles are sent to the client.
+    on_tile : callable
+        Takes each tile of the result, with its report.
     progress : bool, optional
         See `progress_bar`.
     screen : Screen or None
-        Where the live picture is shown.
+        Shows the live picture.
 
     Returns
     -------
     dict
-        Attributes that tell of it: wall time of each stage, what was left out and verified, R of the sweeps.
+        Attributes of the run: wall time of each stage, skipped patterns, verified chunks, R of the sweeps.
     """
-    job, plan, spec = work.job, work.plan, work.spec
+    job, plan, spec = run.job, run.plan, run.spec
     n_chunks, n_tiles = len(plan.chunks), len(plan.tiles)
     logger.info("%s: %d groups in %d chunks onto %d tiles", plan.store, plan.n_groups, n_chunks, n_tiles)
-    kept: dict[str, Any] = (
+    storage: dict[str, Any] = (
         {} if folders is None else {"out": folders.stitched, "folder": folders.sums, "ledger": folders.ledger}
     )
-    live = None if screen is None else LivePicture(screen, plan, job.layers, work.scan.pixel_size_m)
-    with client_for_run(client) as used, broadcast_job(used, job) as sent:
+    live = None if screen is None else LivePicture(screen, plan, job.layers, run.scan.pixel_size_m)
+    with client_for_run(client) as used, broadcast_job(used, job) as job_reference:
         preflight_jobs(used, [method.prediction for method in job.methods])
         check_workers(used, max(plan.predict_bytes, plan.reassemble_bytes))
         stitching = Stitching(
-            used, job, sent, plan, tolerant=spec.on_error == "skip", n_verified=int(spec.verify), live=live, **kept
+            used,
+            job,
+            job_reference,
+            plan,
+            tolerant=spec.on_error == "skip",
+            n_verified=int(spec.verify),
+            live=live,
+            **storage,
         )
         if not spec.polish:
-            stitching.run(take, progress)
+            stitching.run(on_tile, progress)
             if live is not None:
                 live.finish()
-            return _told(stitching.told, plan.store)
+            return _report_attributes(stitching.report, plan.store)
         if folders is None:
             stitched = stitch_on_workers(used, stitching, plan, progress)
         else:
             stitching.run(lambda tile, report: None, progress)
             stitched = tiles_from_disk(used, folders.stitched, plan)
-        told = _told(stitching.told, plan.store)
-        return told | _polish(
-            work, used, stitched, told, None if folders is None else folders.result, take, progress, live
+        report = _report_attributes(stitching.report, plan.store)
+        return report | _polish(
+            run, used, stitched, report, None if folders is None else folders.result, on_tile, progress, live
         )
 
 
 def _polish(
-    work: Work,
+    run: Run,
     client: distributed.Client,
     stitched: list[distributed.Future],
-    told: dict[str, Any],
+    report: dict[str, Any],
     out: Location | None,
-    take: Callable[[Tile, TileReport], None],
+    on_tile: Callable[[Tile, TileReport], None],
     progress: bool | None,
     live: LivePicture | None,
 ) -> dict[str, Any]:
-    """Sweep over the patterns that stitching used, and deliver the tiles; R of the sweeps."""
-    plan, spec = work.plan, work.spec
-    drop = tuple(sorted({*spec.drop, *(one for patterns in told["skipped"].values() for one in patterns)}))
-    polishing = Polishing(client, work.job.methods[0].prediction, plan, open_scan(plan.store), stitched, drop)
-    with stage(told["seconds"], "polish"):
+    """Sweep over the stitched patterns and deliver the tiles; returns R."""
+    plan, spec = run.plan, run.spec
+    drop = tuple(sorted({*spec.drop, *(index for patterns in report["skipped"].values() for index in patterns)}))
+    polishing = Polishing(client, run.job.methods[0].prediction, plan, open_scan(plan.store), stitched, drop)
+    with stage(report["seconds"], "polish"):
         r_factors = polishing.sweep(int(spec.polish), progress)
-    polishing.deliver(out, take, live)
+    polishing.deliver(out, on_tile, live)
     if live is not None:
         live.finish()
     logger.info(
@@ -166,29 +177,33 @@ def _polish(
     return {"polish": {"sweeps": int(spec.polish), "n_patterns": polishing.n_patterns, "r_factor": r_factors}}
 
 
-def _told(told: StitchingReport, store: str) -> dict[str, Any]:
-    """Attributes that tell of a stitching; what was left out is logged too."""
-    skipped = told.skipped()
+def _report_attributes(report: StitchingReport, store: str) -> dict[str, Any]:
+    """Attributes of a stitching; skipped patterns are logged too."""
+    skipped = report.skipped()
     for reason, patterns in skipped.items():
-        logger.warning("%s: left out %d patterns, which %s: %s", store, len(patterns), reason, _some(patterns))
+        logger.warning("%s: left out %d patterns, which %s: %s", store, len(patterns), reason, _first_of(patterns))
+    verifications = report.verifications.values()
     verified = {
-        "chunks": sorted(told.verifications),
-        "same_bits": sum(found.same_bits for found in told.verifications.values()),
-        "largest_difference": max((found.largest_difference for found in told.verifications.values()), default=0.0),
-        "elsewhere": sum(len(set(found.workers)) == 2 for found in told.verifications.values()),
+        "chunks": sorted(report.verifications),
+        "same_bits": sum(verification.same_bits for verification in verifications),
+        "largest_difference": max((verification.largest_difference for verification in verifications), default=0.0),
+        "elsewhere": sum(len(set(verification.workers)) == 2 for verification in verifications),
     }
-    return {"seconds": told.seconds(), "skipped": skipped} | ({"verified": verified} if told.verifications else {})
+    return {"seconds": report.seconds(), "skipped": skipped} | ({"verified": verified} if verifications else {})
 
 
-def _some(patterns: list[int]) -> str:
+def _first_of(patterns: list[int]) -> str:
     return ", ".join(map(str, patterns[:20])) + (", ..." if len(patterns) > 20 else "")
 
 
-def rates(plan: Plan, told: dict[str, Any], started: float) -> dict[str, Any]:
-    """What a run told, with its wall time in all since `started` (`time.perf_counter`) and the speed that follows."""
+def rates(plan: Plan, report: dict[str, Any], started: float) -> dict[str, Any]:
+    """Attributes of a run with its total wall time and speed.
+
+    The time is counted from `started` (`time.perf_counter`).
+    """
     total = time.perf_counter() - started
-    return told | {
-        "seconds": {"total": total, **told["seconds"]},
+    return report | {
+        "seconds": {"total": total, **report["seconds"]},
         "groups_per_s": plan.n_groups / total,
         "patterns_per_s": plan.n_patterns / total,
     }

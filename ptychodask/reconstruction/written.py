@@ -1,4 +1,7 @@
-"""A reconstruction into a stored result, on a disk or in a bucket, which goes on with what a stopped run left."""
+"""Reconstruction into a result store on a disk or in a bucket.
+
+A stopped run is resumed from its ledger.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,24 @@ import xarray as xr
 from ptychodask.places import Location, Writing, is_complete, is_resumable, remove, written
 from ptychodask.plan import ReconstructionSpec
 from ptychodask.prediction import stage
-from ptychodask.reconstruction.following import Following, growing_identity
+from ptychodask.reconstruction.following import FollowedScan, growing_identity
 from ptychodask.reconstruction.ledger import Ledger, check_same, differences
 from ptychodask.reconstruction.live import Screen, screen_for
-from ptychodask.reconstruction.work import RunFolders, Work, identity, rates, run_work
+from ptychodask.reconstruction.work import Run, RunFolders, identity, rates, run_reconstruction
 from ptychodask.result import PYRAMID, RESULT, create_result, finish_result, open_result, write_pyramid
 from ptychodask.scan import PtychodaskError
 
 logger = logging.getLogger(__name__)
 
 SUMS_FOLDER = "sums"
-"""Folder beside a result that is being written where sums of chunks wait for their tiles."""
+"""Folder of the sums of chunks, beside a result that is being written."""
 
 STITCHED_FOLDER = "stitched"
-"""Store beside a result that is being written, of the tiles that are still to be polished."""
+"""Store of the tiles that are still to be polished, beside a result that is being written."""
 
 
 def write_result(
-    work: Work,
+    run: Run,
     path: Location,
     client: distributed.Client | None,
     started: float,
@@ -38,93 +41,93 @@ def write_result(
     *,
     overwrite: bool,
     resume: bool,
-    following: Following | None = None,
+    followed: FollowedScan | None = None,
 ) -> xr.Dataset:
-    """Reconstruct into a result store, tile by tile; gives it, opened.
+    """Reconstruct into a result store, tile by tile, and open it.
 
     Parameters
     ----------
-    work : Work
-    path : Place
+    run : Run
+    path : Location
     client, progress, overwrite, resume
         As for `reconstruct`.
     started : float
-        `time.perf_counter` at the beginning of it.
-    following : Following, optional
-        For a scan that grows: what is done until it is complete.
+        `time.perf_counter` at the beginning of the run.
+    followed : FollowedScan, optional
+        For a growing scan: completes it before the tiles are stitched.
     """
-    if str(path.resolve()) == work.plan.store:
-        raise PtychodaskError(f"{path}: is the store of the scan itself; name another place with out=")
+    if str(path.resolve()) == run.plan.store:
+        raise PtychodaskError(f"{path}: is the store of the scan itself; name another path with out=")
     if resume and is_complete(path) and not is_resumable(path):
-        whole = open_result(path)
+        stored = open_result(path)
         if not overwrite:
-            check_same(identity(whole.attrs), identity(work.attributes), str(path))
-        if not differences(identity(whole.attrs), identity(work.attributes)):
-            logger.info("%s: is whole already", path)
-            return whole
+            check_same(identity(stored.attrs), identity(run.attributes), str(path))
+        if not differences(identity(stored.attrs), identity(run.attributes)):
+            logger.info("%s: is complete already", path)
+            return stored
     with written(path, overwrite=overwrite, kind=RESULT, resume=resume) as writing:
-        screen = screen_for(work.spec.live)
-        made_by = identity(work.attributes) if following is None else growing_identity(work)
+        screen = screen_for(run.spec.live)
+        made_by = identity(run.attributes) if followed is None else growing_identity(run)
         ledger = Ledger(writing.beside, made_by)
         try:
-            if following is not None:
+            if followed is not None:
                 assert isinstance(writing.beside, Path)
-                work = following.complete(work, ledger, writing.beside / SUMS_FOLDER, screen)
-            told = _into(work, writing, ledger, client, progress, screen)
+                run = followed.complete(run, ledger, writing.beside / SUMS_FOLDER, screen)
+            report = _run_into(run, writing, ledger, client, progress, screen)
         except PtychodaskError as error:
             if not ledger.exists:
                 raise
             raise PtychodaskError(
-                f"{error}; what is finished is kept: go on with resume=True (--resume), or start again with "
+                f"{error}; what is finished is kept: continue with resume=True (--resume), or start again with "
                 "overwrite=True (--overwrite)"
             ) from error
-        if work.spec.pyramid:
-            with stage(told["seconds"], "pyramid"):
+        if run.spec.pyramid:
+            with stage(report["seconds"], "pyramid"):
                 write_pyramid(writing.whole)
         writing.check_held()
-        finish_result(writing.whole, work.attributes | rates(work.plan, told, started))
+        finish_result(writing.whole, run.attributes | rates(run.plan, report, started))
     return open_result(path)
 
 
-def _into(
-    work: Work,
+def _run_into(
+    run: Run,
     writing: Writing,
     ledger: Ledger,
     client: distributed.Client | None,
     progress: bool | None,
     screen: Screen | None,
 ) -> dict[str, Any]:
-    """Run into a result store that is being written, or go on with it; gives what `run_work` gives."""
+    """Run, or resume, into a result store; returns the attributes of `run_reconstruction`."""
     result, beside = writing.whole, writing.beside
-    stitched = beside / STITCHED_FOLDER if work.spec.polish else result
+    stitched = beside / STITCHED_FOLDER if run.spec.polish else result
     folders = RunFolders(result, stitched, beside / SUMS_FOLDER, ledger)
     if ledger.exists:
         ledger.read()
-        _check_nothing_skipped(ledger, work.spec)
+        _check_nothing_skipped(ledger, run.spec)
     if not ledger.tiles:
         for path in {result, stitched}:
             _empty(path)
             create_result(
                 path,
-                work.plan.box.shape,
-                work.plan.box.corner,
-                work.plan.tile,
-                pixel_size_m=work.scan.pixel_size_m,
-                layers=work.job.layers,
+                run.plan.box.shape,
+                run.plan.box.corner,
+                run.plan.tile,
+                pixel_size_m=run.scan.pixel_size_m,
+                layers=run.job.layers,
             )
         if isinstance(folders.sums, Path):
             folders.sums.mkdir(exist_ok=True)
-    if work.spec.pyramid:
+    if run.spec.pyramid:
         remove(result / PYRAMID)
-    return run_work(work, client, folders, lambda tile, report: None, progress=progress, screen=screen)
+    return run_reconstruction(run, client, folders, lambda tile, report: None, progress=progress, screen=screen)
 
 
-def _empty(place: Location) -> None:
-    """Leave nothing in a place, which may not exist; a folder itself stays."""
-    if not isinstance(place, Path):
-        place.remove()
+def _empty(location: Location) -> None:
+    """Remove the content of a location, if any; a folder itself stays."""
+    if not isinstance(location, Path):
+        location.remove()
         return
-    for path in place.glob("*"):
+    for path in location.glob("*"):
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -135,5 +138,5 @@ def _check_nothing_skipped(ledger: Ledger, spec: ReconstructionSpec) -> None:
     if spec.on_error == "raise" and any(record["skipped"] for record in ledger.chunks.values()):
         raise PtychodaskError(
             "reconstruct: the stopped run left patterns out with on_error='skip', which on_error='raise' does not; "
-            "pass on_error='skip' (--on-error skip) to go on with it"
+            "pass on_error='skip' (--on-error skip) to resume it"
         )
