@@ -71,17 +71,16 @@ def check_vacant(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool =
     resume : bool
         What a stopped writer left is not in the way.
     """
-    old = _replaced_path(path)
-    if old.exists() and not path.exists() and is_locked(building_path(path)) is False:
-        # A writer was killed between two renames.
-        old.rename(path)
-    if path.exists() and not overwrite:
-        raise PtychodaskError(f"{path}: exists already; pass overwrite=True (--overwrite), or another name")
-    if path.exists() and not (
-        path.is_dir() and (not any(path.iterdir()) or recorded_folder_format(path) in (kind.name, DAMAGED))
+    # A writer that was killed between its two renames left the previous version under another name: `path` is not free,
+    # and the next writer brings that version back. A check changes nothing on the disk.
+    previous = path if path.exists() or not replaced_path(path).exists() else replaced_path(path)
+    if previous.exists() and not overwrite:
+        raise _exists(path)
+    if previous.exists() and not (
+        previous.is_dir() and (not any(previous.iterdir()) or recorded_folder_format(previous) in (kind.name, DAMAGED))
     ):
         raise PtychodaskError(
-            f"{path}: is {recorded_folder_format(path) or 'something of another kind'}, and overwrite=True "
+            f"{previous}: is {recorded_folder_format(previous) or 'something of another kind'}, and overwrite=True "
             f"(--overwrite) replaces a {kind.name} alone; pass another name, or remove it first"
         )
     if not path.parent.is_dir():
@@ -102,6 +101,11 @@ def check_vacant(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool =
             f"{path}: another run is writing it, or was stopped before its end ({building} is there); "
             "wait for it, or pass overwrite=True (--overwrite) to start again"
         )
+
+
+def _exists(path: Path) -> PtychodaskError:
+    kept = "" if path.exists() else f" (as {replaced_path(path)}, since its writer was stopped)"
+    return PtychodaskError(f"{path}: exists already{kept}; pass overwrite=True (--overwrite), or another name")
 
 
 def _at_work(path: Path) -> PtychodaskError:
@@ -224,14 +228,20 @@ def building_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.writing")
 
 
-def _replaced_path(path: Path) -> Path:
-    """Where what had the name is while the new one takes it."""
+def replaced_path(path: Path) -> Path:
+    """Path the previous version is moved to while the new one is renamed."""
     return path.with_name(f".{path.name}.replaced")
+
+
+def _restore_previous(path: Path) -> None:
+    """Rename the previous version back to `path` if a writer was killed between its two renames."""
+    if replaced_path(path).exists() and not path.exists():
+        replaced_path(path).rename(path)
 
 
 def _take_place(new: Path, path: Path) -> None:
     """Give `new` the name `path`; what had it goes, but comes back if the new one cannot take its place."""
-    old = _replaced_path(path)
+    old = replaced_path(path)
     _remove(old)
     if path.exists():
         path.rename(old)
@@ -292,6 +302,10 @@ def atomic_folder(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool 
     try:
         with _held(path, resume=resume) as building:
             try:
+                # Under the lock, no other writer can be between its two renames. It may have finished since the check.
+                _restore_previous(path)
+                if path.exists() and not overwrite:
+                    raise _exists(path)
                 yield building / WHOLE
                 _take_place(building / WHOLE, path)
             finally:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.errors import ZarrUserWarning
 
-from ptychodask.folders import StoreKind, atomic_file, building_path, folder_lock, read_json
+from ptychodask.folders import StoreKind, atomic_file, building_path, folder_lock, read_json, replaced_path
 from ptychodask.grouping import GroupingSpec, Groups, curve_order, group_positions
 from ptychodask.places import Location, S3Location, location_of, parse_location, stored_sizes, written, zarr_store
 from ptychodask.progress import Progress, progress_bar
@@ -897,6 +897,11 @@ def open_root(path: Location, kind: StoreKind, mode: str = "r") -> zarr.Group:
     make = f"make one with 'ptychodask {kind.maker}'"
     again = f"{kind.maker} again with overwrite=True (--overwrite)"
     if not path.exists():
+        if isinstance(path, Path) and replaced_path(path).exists():
+            raise PtychodaskError(
+                f"{path}: its writer is at work, or was stopped, while it replaced the {kind.noun}; the previous one "
+                f"is {replaced_path(path)}: wait for the writer, or rename that folder to {path.name}"
+            )
         if isinstance(path, Path) and building_path(path).exists():
             raise PtychodaskError(
                 f"{path}: the {kind.noun} is unfinished: its writer is still at work, or was stopped "
