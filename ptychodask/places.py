@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -200,14 +201,17 @@ class S3Location:
                 return False
         return True
 
-    def unlink(self, *, missing_ok: bool = True) -> None:
-        """Remove an object; one that is not there is no error."""
+    def unlink(self, *, missing_ok: bool = False) -> None:
+        """Remove an object; raises `FileNotFoundError` if there is none, unless `missing_ok`."""
+        # S3 answers the delete of a missing object as that of an existing one; only a head request can tell them apart.
+        if not missing_ok and not self._is_object():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
         with naming(self), suppress(FileNotFoundError):
             _bucket(self).delete(self.key)
 
     def remove(self) -> None:
         """Remove all objects below this name, the root of a Zarr store first: no reader takes the rest for a store."""
-        (self / "zarr.json").unlink()
+        (self / "zarr.json").unlink(missing_ok=True)
         keys = [found.key for found, _ in self.below()]
         with naming(self):
             if keys:
@@ -502,7 +506,7 @@ class Writing:
             if not self._is_held():
                 return
             if (self.beside / LEDGER).exists():
-                (self.beside / CLAIM).unlink()
+                (self.beside / CLAIM).unlink(missing_ok=True)
                 return
             self.whole.remove()
             self.beside.remove()
@@ -554,7 +558,7 @@ def _claimed(location: S3Location, *, overwrite: bool, kind: StoreKind, resume: 
     beside, claim = _beside(location), uuid4().hex.encode()
     going_on = resume and is_resumable(location)
     if going_on:
-        (beside / CLAIM).unlink()
+        (beside / CLAIM).unlink(missing_ok=True)
     else:
         beside.remove()
     if not (beside / CLAIM).create(claim):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import shutil
@@ -120,6 +121,26 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch) -> None:
 def test_a_model_in_a_bucket_is_refused() -> None:
     with pytest.raises(PtychodaskError, match=r"s3://scans/a.model: a model cannot lie in an object store"):
         load_model("s3://scans/a.model")
+
+
+def check_unlink(found: S3Location) -> None:
+    """A missing object is an error as for `pathlib.Path`, unless `missing_ok`."""
+    found.write_bytes(b"content")
+    found.unlink()
+    assert not found.exists()
+    with pytest.raises(FileNotFoundError) as raised:
+        found.unlink()
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOENT, str(found))
+    found.unlink(missing_ok=True)
+
+
+def test_unlink_of_a_missing_object_raises_as_for_a_path(monkeypatch) -> None:
+    stores = pytest.importorskip("obstore.store", reason="needs the package obstore")
+    bucket = stores.MemoryStore()
+    monkeypatch.setattr(places, "_bucket", lambda location: bucket)
+    check_unlink(S3Location("scans", "folder/object"))
+    # A folder without a Zarr root is no error.
+    S3Location("scans", "folder/missing.zarr").remove()
 
 
 @pytest.mark.parametrize(
@@ -313,6 +334,11 @@ def test_a_ledger_of_objects_reads_back_and_refuses_another_run(gateway) -> None
         Ledger(beside, {"plan": 2}).read()
     again.forget()
     assert not (beside / LEDGER).exists()
+
+
+@needs_ceph
+def test_unlink_of_a_missing_object_raises_with_a_gateway(gateway) -> None:
+    check_unlink(S3Location("scans", "unlink-one"))
 
 
 @needs_ceph
