@@ -322,7 +322,7 @@ def test_a_read_only_target_leaves_the_earlier_result(store, client, small_disk,
     out = small_disk / "object.zarr"
     reconstruct(store, LinearModel(), out=out, client=client, **FIELDS)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(PtychodaskError, match=r"cannot be written \(Read-only file system\); nothing was kept"):
+    with pytest.raises(PtychodaskError, match=r"cannot be written \(Read-only file system\); nothing of it was kept"):
         reconstruct(store, LinearModel(), out=out, client=client, overwrite=True, **FIELDS)
     assert_same_bits(open_result(out), whole)
     assert [path.name for path in small_disk.iterdir()] == ["object.zarr"]

@@ -119,7 +119,7 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch) -> None:
 
 
 def test_a_model_in_a_bucket_is_refused() -> None:
-    with pytest.raises(PtychodaskError, match=r"s3://scans/a.model: a model cannot lie in an object store"):
+    with pytest.raises(PtychodaskError, match=r"s3://scans/a.model: a model cannot be stored in an object store"):
         load_model("s3://scans/a.model")
 
 
@@ -307,7 +307,7 @@ def test_a_stopped_run_goes_on_from_its_ledger_in_the_bucket(stored, on_disk, cl
         open_result(out)
     with pytest.raises(
         PtychodaskError,
-        match=r"stopped before its end, and what it finished is kept; go on with resume=True \(--resume\)",
+        match=r"a stopped run left finished parts; continue it with resume=True \(--resume\)",
     ):
         reconstruct(stored, model, out=out, client=client, **FIELDS)
     model.stops = False
@@ -348,7 +348,7 @@ def test_what_exists_is_replaced_only_when_asked_and_by_its_kind(stored, on_disk
     with pytest.raises(PtychodaskError, match=r"there.zarr: exists already"):
         on_disk[1].ptycho.save(out)
     with pytest.raises(
-        PtychodaskError, match=r"is ptychodask-result, and overwrite=True .* replaces a ptychodask-scan"
+        PtychodaskError, match=r"is ptychodask-result, and overwrite=True .* replaces only a ptychodask-scan"
     ):
         simulate(out, overwrite=True, **SIZES)
     on_disk[1].ptycho.save(out, overwrite=True)
@@ -384,7 +384,7 @@ def test_a_second_writer_is_refused_and_one_that_lost_its_claim_completes_nothin
     goal, claim = parse_location("s3://scans/two.zarr"), S3Location("scans", ".two.zarr.writing") / CLAIM
     assert claim.create(b"another run")
     assert not claim.create(b"this run")
-    with pytest.raises(PtychodaskError, match=r"two.zarr: another run is writing it, or was killed before its end"):
+    with pytest.raises(PtychodaskError, match=r"two.zarr: another run is writing it, or was killed \("):
         on_disk[1].ptycho.save("s3://scans/two.zarr")
     patterns = TakenOver(np.ones((10, 16, 16), np.float32), claim)
     given = {"position_yx_px": np.zeros((10, 2)), "probe": np.ones((1, 16, 16), np.complex64)}

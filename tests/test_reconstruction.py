@@ -271,7 +271,7 @@ def test_an_interrupt_stops_the_run_which_then_goes_on(store, client, tmp_path, 
         reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr", **fields)
     monkeypatch.undo()
     assert client.submit(sum, [1, 2]).result() == 3
-    with pytest.raises(PtychodaskError, match="was stopped before its end, and what it finished is kept"):
+    with pytest.raises(PtychodaskError, match="a stopped run left finished parts"):
         reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr", **fields)
     model = LinearModel()
     resumed = reconstruct(store, model, client=client, out=tmp_path / "object.zarr", resume=True, **fields)

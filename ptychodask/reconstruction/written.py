@@ -10,7 +10,7 @@ from typing import Any
 import distributed
 import xarray as xr
 
-from ptychodask.places import Location, Writing, is_complete, is_resumable, remove, written
+from ptychodask.places import Location, Writing, atomic_store, is_complete, is_resumable, remove
 from ptychodask.plan import ReconstructionSpec
 from ptychodask.prediction import stage
 from ptychodask.reconstruction.following import Following, growing_identity
@@ -62,7 +62,7 @@ def write_result(
         if not differences(identity(whole.attrs), identity(work.attributes)):
             logger.info("%s: is whole already", path)
             return whole
-    with written(path, overwrite=overwrite, kind=RESULT, resume=resume) as writing:
+    with atomic_store(path, overwrite=overwrite, kind=RESULT, resume=resume) as writing:
         screen = screen_for(work.spec.live)
         made_by = identity(work.attributes) if following is None else growing_identity(work)
         ledger = Ledger(writing.beside, made_by)
