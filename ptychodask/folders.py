@@ -2,7 +2,8 @@
 
 A folder (scan, result, model or cache) is written as ``.NAME.writing/whole`` and renamed to ``NAME`` when it is
 complete. The lock, the ledger and other files of its writer are beside ``whole``, so that the rename leaves them out. A
-reader sees the complete folder or none."""
+reader sees the complete folder or none.
+"""
 
 from __future__ import annotations
 
@@ -68,12 +69,12 @@ def check_vacant(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool =
     path : Path
         Folder to be written; its parent must exist.
     overwrite : bool
-        True if an existing folder of the same kind, and what a stopped writer left, may be replaced; a folder of
-        another kind never is.
+        True if an existing folder of the same kind, and files of a stopped writer, may be replaced; a folder of another
+        kind never is.
     kind : StoreKind
         Kind of the new folder.
     resume : bool
-        True if what a stopped writer left may be continued.
+        True if the finished parts of a stopped writer may be continued.
     """
     # A writer killed between its two renames left the previous version under another name: `path` is not free, and the
     # next writer restores that version under its lock. A check may run beside any writer, so it changes nothing on
@@ -81,7 +82,7 @@ def check_vacant(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool =
     previous = path if path.exists() or not replaced_path(path).exists() else replaced_path(path)
     if previous.exists() and not overwrite:
         raise _exists(path)
-    # Never delete data of others: a mistyped --out must not cost a folder that this package did not write.
+    # A mistyped --out must never cost the user a folder that this package did not write.
     if previous.exists() and not (
         previous.is_dir() and (not any(previous.iterdir()) or recorded_folder_format(previous) in (kind.name, DAMAGED))
     ):
@@ -271,7 +272,7 @@ def _restore_previous(path: Path) -> None:
 def _rename_into_place(new: Path, path: Path) -> None:
     """Rename `new` to `path`; the previous version returns if that fails."""
     old = replaced_path(path)
-    # Left by a writer that was killed while it removed it: `path` exists, so this is no version that anyone needs.
+    # Left by a writer that was killed while it removed this folder; its new version has the name `path`.
     _remove(old)
     # No rename replaces a folder that is not empty, so it takes two. The previous version is deleted last: a writer
     # that is killed anywhere leaves either version complete.
@@ -295,7 +296,7 @@ def _remove(path: Path) -> None:
 
 def _clear_away(building: Path) -> None:
     """Remove a building folder, even if a task still writes to it."""
-    # A task on a worker may not have heard yet that the run has ended; rmtree fails where it adds a file meanwhile.
+    # A task on a worker may still run after the run has failed; rmtree fails if it adds a file at that moment.
     for _ in range(CLEAR_ATTEMPTS):
         shutil.rmtree(building, ignore_errors=True)
         if not building.exists():
@@ -314,7 +315,7 @@ def atomic_folder(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool 
     path : Path
         Final path of the folder.
     overwrite : bool
-        Replace an existing folder (only once the new one is complete), and what a stopped writer left.
+        Replace an existing folder (only once the new one is complete), and files of a stopped writer.
     kind : StoreKind
         Kind of the new folder; one of another kind is never replaced.
     resume : bool
@@ -336,8 +337,8 @@ def atomic_folder(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool 
     try:
         with _locked_building(path, resume=resume) as building:
             try:
-                # Only under the lock is it sure that no writer is between its two renames just now. Another one may
-                # have finished since the check, and its result is not replaced unasked.
+                # Under the lock, no other writer can be between its two renames. One may have finished since the check,
+                # and its result is not replaced unless the user allowed it.
                 _restore_previous(path)
                 if path.exists() and not overwrite:
                     raise _exists(path)

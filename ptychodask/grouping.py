@@ -27,7 +27,8 @@ class GroupingSpec:
 
     neighbours: int = 7
     """Nearest positions from which the members other than the seed are drawn, K; at least `members` if `members` >
-    1."""
+    1.
+    """
 
     oversampling: int = 1
     """Groups that each pattern seeds; above 1 only with `members` > 1 and `neighbours` > `members`."""

@@ -55,7 +55,8 @@ RETRY_PAUSE_S = 5
 
 FIRST_RETRY_S = 10
 """Retry time of the first request to a bucket, seconds: short, so that a wrong address fails soon. Workers use
-`RETRY_S`, since their client has had an answer."""
+`RETRY_S`, since their client has had an answer.
+"""
 
 REQUEST_S = 60
 """Time limit of one attempt, seconds."""
@@ -75,7 +76,8 @@ CAUSES = {
 }
 """Cause and remedy for the error codes of S3.
 
-Source: Amazon S3 API Reference, "Error responses"."""
+Source: Amazon S3 API Reference, "Error responses".
+"""
 
 
 class _Settings(NamedTuple):
@@ -268,18 +270,18 @@ def parse_location(named: str | Path | S3Location) -> Location:
     return S3Location(bucket, "/".join(names))
 
 
-def on_disk(named: str | Path, what: str) -> Path:
+def on_disk(named: str | Path, noun: str) -> Path:
     """Path on a disk; raises `PtychodaskError` for an ``s3://`` URL.
 
     Parameters
     ----------
     named : str or path
-    what : str
-        Noun for the message.
+    noun : str
+        Word for it in the message, with its article.
     """
     location = parse_location(named)
     if isinstance(location, S3Location):
-        raise PtychodaskError(f"{location}: {what} cannot be stored in an object store; name a folder on a disk")
+        raise PtychodaskError(f"{location}: {noun} cannot be stored in an object store; name a folder on a disk")
     return location
 
 

@@ -199,13 +199,13 @@ def _create_variable(
 ) -> zarr.Array:
     dtype, fill, meaning = layers.variables[name]
     chunk = CHUNK_PIXELS if tile % CHUNK_PIXELS == 0 else tile
-    whole = layers.shape(name, shape)
+    full_shape = layers.shape(name, shape)
     array = root.create_array(
         name,
-        shape=whole,
+        shape=full_shape,
         dtype=dtype,
-        chunks=(*[1] * (len(whole) - 2), chunk, chunk),
-        shards=(*whole[:-2], tile, tile),
+        chunks=(*[1] * (len(full_shape) - 2), chunk, chunk),
+        shards=(*full_shape[:-2], tile, tile),
         fill_value=dtype(fill),
         compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.bitshuffle),
         dimension_names=layers.dims(name),
@@ -293,7 +293,8 @@ def write_pyramid(path: Location) -> None:
     -----
     A pixel of level k is the mean of 2 x 2 pixels of level k - 1, weighted by their weights; its weight is the mean of
     theirs. It is centred between them, so its coordinate is that of the first plus half a pixel. One tile is in memory
-    at a time."""
+    at a time.
+    """
     root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3)
     finer, level = root, 1
     while level == 1 or max(_array(finer, "object").shape[-2:]) >= COARSEST_PIXELS:

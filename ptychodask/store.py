@@ -1,7 +1,8 @@
 """Scans and their group tables in a Zarr store, read lazily.
 
 A store appears only when complete, or, in a bucket, is refused until then. What it records is checked before it is
-used, since Zarr takes metadata on trust and reads a missing file as fill values."""
+used, since Zarr takes metadata on trust and reads a missing file as fill values.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +112,7 @@ def damage_errors(label: str | Location, problem: str, remedy: str) -> Iterator[
     label : path
         The store, for messages.
     problem : str
-        The part of it, and what cannot be done with it.
+        The affected part of the store and the failed operation.
     remedy : str
     """
     try:
@@ -185,7 +186,7 @@ class StoredPatterns:
 
 def _rows(array: zarr.Array, wanted: NDArray[np.integer[Any]], gap: int = SLICE_GAP) -> NDArray[Any]:
     """Rows of a stored array by ascending indices, read in slices."""
-    # Rows of one chunk read one by one would decompress it as often.
+    # Rows read one by one would decompress their chunk each time.
     ends = [0, *(np.flatnonzero(np.diff(wanted) >= gap * array.chunks[0]) + 1).tolist(), len(wanted)]
     rows = np.empty((len(wanted), *array.shape[1:]), array.dtype)
     for start, stop in pairwise(ends):
@@ -328,7 +329,8 @@ def write_scan(
     optics = {"pixel_size_m": pixel_size_m, "energy_ev": energy_ev, "distance_m": distance_m}
     with atomic_store(path, overwrite=overwrite, kind=SCAN) as writing:
         root = zarr.create_group(zarr_store(writing.whole), zarr_format=3)
-        # First: whoever finds this store unfinished, in a bucket or after a kill, sees from the root what it is.
+        # First, so that readers and later writers recognise an unfinished store, in a bucket or after a kill, as a
+        # scan.
         root.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "state": "writing"})
         patterns = _create_patterns(root, "diffraction", diffraction, ("pattern", "qy", "qx"), growing=growing)
         with progress_bar("ingest", n_patterns, "patterns", progress) as bar:
@@ -405,7 +407,7 @@ def fill_patterns(
         Stored patterns; long enough for the new ones.
     first : int
     source, source_rows, domain, mask
-        As `write_scan` takes them.
+        As for `write_scan`.
     order : int64 array
     bar : Progress
     label : str
@@ -859,7 +861,7 @@ def _array(root: zarr.Group, name: str, label: str) -> zarr.Array:
             raise PtychodaskError(f"{label}: array '{name}' is missing; {INGEST_AGAIN}")
         check_codecs(array, label, INGEST_AGAIN)
         # A `scan_index` of zeros has no file at all, so the size of a table is not judged by its files; `_read`
-        # compares its rows with the patterns. Of any other array, one chunk is what a read takes into memory.
+        # compares its rows with the patterns. Of any other array, at least one chunk is in memory during a read.
         of_patterns = array.ndim == 1 and array.metadata.dimension_names == ("pattern",)  # type: ignore[union-attr]
         sides = array.chunks if of_patterns else map(max, array.shape, array.chunks)
         check_stored([array], prod(sides) * array.dtype.itemsize, label, INGEST_AGAIN)
@@ -879,7 +881,8 @@ def check_codecs(array: zarr.Array, label: str | Location, remedy: str) -> None:
     Notes
     -----
     Stores come from anywhere. A group of format 3 may list arrays of format 2, whose codecs can unpickle, and so run,
-    what they read; only `CODECS` may run."""
+    what they read; only `CODECS` may run.
+    """
     name = f"{label}: array '{array.path}'"
     metadata = array.metadata
     if metadata.zarr_format != 3:

@@ -334,7 +334,7 @@ def test_a_full_disk_leaves_the_earlier_result_and_what_was_finished(store, clie
     free = shutil.disk_usage(small_disk).free
     (small_disk / "ballast").write_bytes(bytes(free - 400_000))
     with pytest.raises(
-        PtychodaskError, match=r"cannot be written \(No space left on device\); what was finished is kept"
+        PtychodaskError, match=r"cannot be written \(No space left on device\); its finished parts are kept"
     ):
         reconstruct(store, LinearModel(), out=out, client=client, overwrite=True, **FIELDS)
     assert open_result(out).attrs["model"]["hash"] == "earlier"

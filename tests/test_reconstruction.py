@@ -243,7 +243,7 @@ def test_a_full_disk_keeps_what_was_finished(store, client, tmp_path, monkeypatc
     monkeypatch.setattr(tasks, "write_tile", refuse)
     out = tmp_path / "object.zarr"
     with pytest.raises(
-        PtychodaskError, match=r"cannot be written \(No space left.*; what was finished is kept.*resume"
+        PtychodaskError, match=r"cannot be written \(No space left.*; its finished parts are kept.*resume"
     ):
         reconstruct(store, LinearModel(), client=client, out=out)
     assert [path.name for path in tmp_path.iterdir()] == [".object.zarr.writing"]
