@@ -1,4 +1,9 @@
-"""What appears whole or not at all: folders of a form that they record (scans, results, models, caches), and files."""
+"""Atomic creation of folders and files, with locks against a second writer.
+
+A folder (scan, result, model or cache) is written as ``.NAME.writing/whole`` and renamed to ``NAME`` when it is
+complete. The lock, the ledger and other files of its writer are beside ``whole``, so that the rename leaves them out. A
+reader sees the complete folder or none.
+"""
 
 from __future__ import annotations
 
@@ -24,24 +29,24 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 WHOLE = "whole"
-"""What takes its name in the end, inside the folder in which it is written."""
+"""Subfolder of the building folder that is renamed to the final path."""
 
 LOCK = "lock"
-"""File beside it; its writer holds it locked, and the lock goes with the process."""
+"""File in the building folder, locked by the writer; the lock ends with its process."""
 
 LEDGER = "ledger.jsonl"
-"""File beside it that says what of it is finished: where it is, the writing can be gone on with."""
+"""File in the building folder that lists the finished parts; with it, the writing can be resumed."""
 
 DAMAGED = "damaged"
-"""What stands for the form of a folder whose root file cannot be read."""
+"""Format reported for a folder whose root file cannot be read."""
 
 CLEAR_ATTEMPTS = 50
-"""Times that the remains of a store are removed, a tenth of a second apart, until they are gone."""
+"""Attempts to remove the building folder, 0.1 s apart."""
 
 
 @dataclass(frozen=True)
 class StoreKind:
-    """What tells one kind of folder that this package writes from another, and how its users speak of it."""
+    """Kind of folder this package writes: format, version, words for messages."""
 
     name: str
     """The root attribute ``format``."""
@@ -50,39 +55,40 @@ class StoreKind:
     """The newest ``format_version`` that is read."""
 
     noun: str
-    """What it is called."""
+    """Word for it in messages."""
 
     maker: str
-    """The command that makes one."""
+    """Subcommand that makes one."""
 
 
 def check_vacant(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> None:
-    """Raise `PtychodaskError` unless `path` can be written: its folder is there, and nothing is in the way.
+    """Raise `PtychodaskError` unless `path` can be written.
 
     Parameters
     ----------
     path : Path
-        What shall be written.
+        Folder to be written; its parent must exist.
     overwrite : bool
-        Whether what is there and of the same form, and what a stopped writer left, may be replaced; never anything
-        else.
+        True if an existing folder of the same kind, and files of a stopped writer, may be replaced; a folder of another
+        kind never is.
     kind : StoreKind
-        What it shall be: a scan, a result or a model.
+        Kind of the new folder.
     resume : bool
-        What a stopped writer left is not in the way.
+        True if the finished parts of a stopped writer may be continued.
     """
-    old = _replaced_path(path)
-    if old.exists() and not path.exists() and is_locked(building_path(path)) is False:
-        # A writer was killed between two renames.
-        old.rename(path)
-    if path.exists() and not overwrite:
-        raise PtychodaskError(f"{path}: exists already; pass overwrite=True (--overwrite), or another name")
-    if path.exists() and not (
-        path.is_dir() and (not any(path.iterdir()) or recorded_folder_format(path) in (kind.name, DAMAGED))
+    # A writer killed between its two renames left the previous version under another name: `path` is not free, and the
+    # next writer restores that version under its lock. A check may run beside any writer, so it changes nothing on
+    # disk.
+    previous = path if path.exists() or not replaced_path(path).exists() else replaced_path(path)
+    if previous.exists() and not overwrite:
+        raise _exists(path)
+    # A mistyped --out must never cost the user a folder that this package did not write.
+    if previous.exists() and not (
+        previous.is_dir() and (not any(previous.iterdir()) or recorded_folder_format(previous) in (kind.name, DAMAGED))
     ):
         raise PtychodaskError(
-            f"{path}: is {recorded_folder_format(path) or 'something of another kind'}, and overwrite=True "
-            f"(--overwrite) replaces a {kind.name} alone; pass another name, or remove it first"
+            f"{previous}: is {recorded_folder_format(previous) or 'something of another kind'}, and overwrite=True "
+            f"(--overwrite) replaces only a {kind.name}; pass another name, or remove it first"
         )
     if not path.parent.is_dir():
         raise PtychodaskError(f"{path}: its folder {path.parent} does not exist; make it first")
@@ -94,30 +100,36 @@ def check_vacant(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool =
         raise _at_work(path)
     if is_resumable(path) and not (overwrite or resume):
         raise PtychodaskError(
-            f"{path}: a run was stopped before its end, and what it finished is kept ({building}); go on with "
-            "resume=True (--resume), or pass overwrite=True (--overwrite) to start again"
+            f"{path}: a stopped run left finished parts ({building}); continue it with resume=True (--resume), or "
+            "start again with overwrite=True (--overwrite)"
         )
+    # Without locks a running writer looks like a killed one; only the user knows.
     if locked is None and not (overwrite or resume):
         raise PtychodaskError(
-            f"{path}: another run is writing it, or was stopped before its end ({building} is there); "
-            "wait for it, or pass overwrite=True (--overwrite) to start again"
+            f"{path}: another run is writing it, or was stopped ({building} exists); wait for it, or start again with "
+            "overwrite=True (--overwrite)"
         )
+
+
+def _exists(path: Path) -> PtychodaskError:
+    kept = "" if path.exists() else f" (as {replaced_path(path)}, since its writer was stopped)"
+    return PtychodaskError(f"{path}: exists already{kept}; pass overwrite=True (--overwrite), or another name")
 
 
 def _at_work(path: Path) -> PtychodaskError:
     return PtychodaskError(
-        f"{path}: another run is writing it ({building_path(path)}); wait for its end, or pass another name"
+        f"{path}: another run is writing it ({building_path(path)}); wait until it has finished, or pass another name"
     )
 
 
 def is_resumable(path: Path) -> bool:
-    """Whether a stopped writer of `path` left something to go on with."""
+    """True if a stopped writer left a ledger and its data."""
     building = building_path(path)
     return (building / LEDGER).exists() and (building / WHOLE).exists()
 
 
 def is_locked(building: Path) -> bool | None:
-    """Whether a process that is at work holds a folder that is being written; None where that cannot be known."""
+    """True if a process has locked a building folder; None if unknown."""
     try:
         with (building / LOCK).open() as file:
             return not _lock(file)
@@ -128,7 +140,13 @@ def is_locked(building: Path) -> bool | None:
 
 
 def _lock(file: IO[str]) -> bool:
-    """Lock a file for as long as it is open; False where another one holds it. Raises `OSError` where none can be."""
+    """Lock an open file; False if another process has locked it.
+
+    Raises
+    ------
+    OSError
+        If the system or file system has no locks.
+    """
     if fcntl is None:
         raise OSError(errno.ENOTSUP, "files cannot be locked on this system")
     try:
@@ -139,16 +157,18 @@ def _lock(file: IO[str]) -> bool:
 
 
 @contextmanager
-def _held(path: Path, *, resume: bool) -> Iterator[Path]:
-    """The folder that `path` is written in, for this process alone: empty, or with what a stopped writer finished."""
+def _locked_building(path: Path, *, resume: bool) -> Iterator[Path]:
+    """Building folder of `path`, locked for this process: empty, or resumed."""
     building = building_path(path)
-    going_on = resume and is_resumable(path)
-    if not going_on:
+    resuming = resume and is_resumable(path)
+    if not resuming:
         _remove(building)
+    # Of two writers that start together, mkdir lets one through; of two that resume, the lock below does.
     try:
-        building.mkdir(exist_ok=going_on)
+        building.mkdir(exist_ok=resuming)
     except FileExistsError:
         raise _at_work(path) from None
+    # The kernel frees the lock when the process ends, however it ends: no process id or time limit can be mistaken.
     with (building / LOCK).open("a") as file:
         try:
             if not _lock(file):
@@ -161,23 +181,24 @@ def _held(path: Path, *, resume: bool) -> Iterator[Path]:
 
 @contextmanager
 def folder_lock(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Hold a folder that is there already for this process alone; the hold goes with the process.
+    """Lock an existing folder until the block or the process ends.
 
     Parameters
     ----------
     folder : Path
     wait : bool
-        Wait until another one lets go of it.
+        Wait until another process has released it.
 
     Raises
     ------
     BlockingIOError
-        If another one holds it, and this one does not wait.
+        If another process has locked it, and `wait` is False.
     """
     if fcntl is None:
         logger.warning("%s: cannot be locked on this system: a second writer would not be noticed", folder)
         yield
         return
+    # The folder itself is locked, so that no lock file is left in a store that others copy and list.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -192,27 +213,40 @@ def folder_lock(folder: Path, *, wait: bool) -> Iterator[None]:
 
 
 def recorded_folder_format(path: Path) -> str | None:
-    """The format that a folder records of itself in the root of a Zarr store or a model bundle; None without such."""
+    """Format in the root of a store or bundle; None without one."""
     for name, parents in (("zarr.json", ("attributes",)), ("model.json", ())):
         if (path / name).is_file():
             try:
-                found = read_json(path / name)
+                attributes = read_json(path / name)
                 for parent in parents:
-                    found = found[parent]
-                return str(found["format"]) if "format" in found else None
+                    attributes = attributes[parent]
+                return str(attributes["format"]) if "format" in attributes else None
             except (OSError, ValueError, KeyError, TypeError):
                 return DAMAGED
     return None
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; raises `OSError`, or `ValueError` where it is no JSON that can be read."""
+    """Content of a JSON file.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    ValueError
+        If it is not valid JSON.
+    """
     return from_json(path.read_text())
 
 
 def from_json(text: str) -> Any:
-    """What a JSON text says; raises `ValueError` where it is none, or has more brackets inside each other than Python
-    follows."""
+    """Value of a JSON text.
+
+    Raises
+    ------
+    ValueError
+        If it is not valid JSON, or nested deeper than Python's parser allows.
+    """
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -220,19 +254,28 @@ def from_json(text: str) -> Any:
 
 
 def building_path(path: Path) -> Path:
-    """Where a folder is written before it takes its name."""
+    """Path of the building folder, on the same file system as `path`."""
     return path.with_name(f".{path.name}.writing")
 
 
-def _replaced_path(path: Path) -> Path:
-    """Where what had the name is while the new one takes it."""
+def replaced_path(path: Path) -> Path:
+    """Path of the previous version while the new one is renamed."""
     return path.with_name(f".{path.name}.replaced")
 
 
-def _take_place(new: Path, path: Path) -> None:
-    """Give `new` the name `path`; what had it goes, but comes back if the new one cannot take its place."""
-    old = _replaced_path(path)
+def _restore_previous(path: Path) -> None:
+    """Restore the previous version if its writer was killed between renames."""
+    if replaced_path(path).exists() and not path.exists():
+        replaced_path(path).rename(path)
+
+
+def _rename_into_place(new: Path, path: Path) -> None:
+    """Rename `new` to `path`; the previous version returns if that fails."""
+    old = replaced_path(path)
+    # Left by a writer that was killed while it removed this folder; its new version has the name `path`.
     _remove(old)
+    # No rename replaces a folder that is not empty, so it takes two. The previous version is deleted last: a writer
+    # that is killed anywhere leaves either version complete.
     if path.exists():
         path.rename(old)
     try:
@@ -252,7 +295,8 @@ def _remove(path: Path) -> None:
 
 
 def _clear_away(building: Path) -> None:
-    """Remove what was being written, also while a task that was not reached in time still adds a file to it."""
+    """Remove a building folder, even if a task still writes to it."""
+    # A task on a worker may still run after the run has failed; rmtree fails if it adds a file at that moment.
     for _ in range(CLEAR_ATTEMPTS):
         shutil.rmtree(building, ignore_errors=True)
         if not building.exists():
@@ -262,72 +306,81 @@ def _clear_away(building: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> Iterator[Path]:
-    """A folder to write into that becomes `path` when the block ends well, and vanishes when it does not.
+    """Folder to write into, renamed to `path` if the block succeeds.
+
+    It is removed if the block fails.
 
     Parameters
     ----------
     path : Path
-        What shall exist in the end.
+        Final path of the folder.
     overwrite : bool
-        Replace what is there (only once the new one is whole), and what a stopped writer left.
+        Replace an existing folder (only once the new one is complete), and files of a stopped writer.
     kind : StoreKind
-        What it shall be; something of another form is never replaced.
+        Kind of the new folder; one of another kind is never replaced.
     resume : bool
-        Go on in the folder that a stopped writer left, where there is a file `LEDGER` beside it.
+        Continue in the folder that a stopped writer left, if there is a file `LEDGER` beside it.
 
     Yields
     ------
     Path
-        The folder to write into. The one that it lies in is the writer's too; it goes in the end. A process that is
-        killed leaves both; so does a block that fails once there is a file `LEDGER` in the latter, which says what is
-        finished.
+        The folder to write into. Its parent is the writer's too, and is removed at the end. Both stay if the process is
+        killed, or if the block fails once the parent contains a file `LEDGER`, which lists the finished parts.
 
     Raises
     ------
     PtychodaskError
-        If `path` exists already, is of another form, another writer is at work on it, a stopped one left finished
-        work, its parent folder is missing, or the disk refuses the writing.
+        If `path` exists already or is of another kind, another writer is running, a stopped one left finished parts,
+        the parent folder is missing, or writing fails.
     """
     check_vacant(path, overwrite=overwrite, kind=kind, resume=resume)
     try:
-        with _held(path, resume=resume) as building:
+        with _locked_building(path, resume=resume) as building:
             try:
+                # Under the lock, no other writer can be between its two renames. One may have finished since the check,
+                # and its result is not replaced unless the user allowed it.
+                _restore_previous(path)
+                if path.exists() and not overwrite:
+                    raise _exists(path)
                 yield building / WHOLE
-                _take_place(building / WHOLE, path)
+                _rename_into_place(building / WHOLE, path)
             finally:
+                # After the rename nothing is resumable. The lock is released only when the folder is gone.
                 if not is_resumable(path):
                     _clear_away(building)
     except OSError as error:
-        kept, way_out = "nothing was kept of it", "free space"
+        kept, remedy = "nothing of it was kept", "free space"
         if is_resumable(path):
-            kept = "what was finished is kept"
-            way_out = "free space and go on with resume=True (--resume)"
+            kept = "its finished parts are kept"
+            remedy = "free space and continue with resume=True (--resume)"
         raise PtychodaskError(
-            f"{path}: cannot be written ({error.strerror or error}); {kept}, and what was there before is untouched: "
-            f"{way_out}, or name another place"
+            f"{path}: cannot be written ({error.strerror or error}); {kept}, and an earlier version is unchanged: "
+            f"{remedy}, or choose another location"
         ) from error
 
 
 @contextmanager
 def atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A path to write a file to, which takes the name `path` when the block ends well and vanishes when it does not.
+    """Path to write to, renamed to `path` if the block succeeds.
+
+    It is removed if the block fails.
 
     Parameters
     ----------
     path : Path
-        The file that shall exist in the end.
+        Final path of the file.
     overwrite : bool
-        Replace a file that is there (only once the new one is whole); never a folder.
+        Replace an existing file (only once the new one is complete); never a folder.
 
     Yields
     ------
     Path
-        Beside `path`, with its suffix; of this process alone, so that two writers do not meet before the end.
+        In the same folder, with the suffix of `path`.
 
     Raises
     ------
     PtychodaskError
-        If a file is there already, `path` is a folder or lies in none, or the disk refuses the writing.
+        If the file exists already, `path` is a folder, its parent folder is missing, or writing fails.
     """
     if path.is_dir():
         raise PtychodaskError(f"{path}: is a folder, expected the name of a file; name a file in it")
@@ -335,6 +388,8 @@ def atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
         raise PtychodaskError(f"{path}: exists already; pass overwrite=True (--overwrite), or another name")
     if not path.parent.is_dir():
         raise PtychodaskError(f"{path}: its folder {path.parent} does not exist; make it first")
+    # The process id keeps two writers apart until the rename, which the later one wins; the suffix stays, for some
+    # libraries choose the format by it.
     building = path.with_name(f".{path.stem}.{os.getpid()}.writing{path.suffix}")
     try:
         try:
@@ -344,6 +399,6 @@ def atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
             building.unlink(missing_ok=True)
     except OSError as error:
         raise PtychodaskError(
-            f"{path}: cannot be written ({error.strerror or error}); nothing was kept of it, and what was there before "
-            "is untouched: free space, or name another place"
+            f"{path}: cannot be written ({error.strerror or error}); nothing of it was kept, and an earlier version is "
+            "unchanged: free space, or choose another location"
         ) from error

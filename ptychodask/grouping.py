@@ -1,4 +1,4 @@
-"""How scan positions are gathered into the groups a network takes: pure functions of the positions."""
+"""Grouping of scan positions for the networks: pure functions of the positions."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from ptychodask.display import card
 from ptychodask.scan import PtychodaskError
 
 CURVE_BITS = 16
-"""Cells along one side of the curve's grid: 2**CURVE_BITS."""
+"""The grid of the curve has 2**CURVE_BITS cells along each side."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupingSpec:
-    """How scan positions are gathered into the groups a network takes."""
+    """Options of the grouping of scan positions."""
 
     members: int = 4
-    """Patterns in one group, C; equals the network's input channels."""
+    """Patterns in one group, C; equals the input channels of the network."""
 
     neighbours: int = 7
-    """Nearest positions the members beside the seed are drawn from, K; at least `members` when `members` > 1."""
+    """Nearest positions from which the members other than the seed are drawn, K; at least `members` if `members` >
+    1.
+    """
 
     oversampling: int = 1
     """Groups that each pattern seeds; above 1 only with `members` > 1 and `neighbours` > `members`."""
@@ -35,7 +37,7 @@ class GroupingSpec:
     """Seed of the generator that draws the members."""
 
     halves: bool = False
-    """The patterns of a group are all even in the store, or all odd, so that two halves of a result share none."""
+    """True: the patterns of a group have all even or all odd indices, so that two halves of a result share none."""
 
     def __post_init__(self) -> None:
         for name in ("members", "neighbours", "oversampling", "seed"):
@@ -45,7 +47,7 @@ class GroupingSpec:
         if self.halves not in (0, 1) or (self.halves and self.members == 1):
             raise PtychodaskError(
                 f"grouping: halves is {self.halves!r} with members={self.members}, expected True or False, and True "
-                "with members > 1 alone: single patterns are apart already"
+                "only with members > 1: single patterns need no halves"
             )
         if self.seed < 0:
             raise PtychodaskError(f"grouping: seed is {self.seed}, expected 0 or more")
@@ -66,7 +68,7 @@ class GroupingSpec:
 
     @property
     def name(self) -> str:
-        """Name of the group table that this spec makes in a store.
+        """Default name of the group table in a store.
 
         Examples
         --------
@@ -82,13 +84,13 @@ class GroupingSpec:
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """The member table of a scan and the spec that made it."""
+    """Member table of a scan, and its spec."""
 
     member: NDArray[np.int32]
     """Indices into the patterns, int32 (group, channel); channel 0 is the seed."""
 
     spec: GroupingSpec
-    """The spec that made the table."""
+    """Spec of the table."""
 
     name: str
     """Name of the table in its store."""
@@ -104,12 +106,12 @@ class Groups:
         return card(f"Groups {self.name}", {"groups": f"{len(self):,}"} | recorded)
 
     def attributes(self) -> dict[str, int]:
-        """The spec as plain numbers, as it is recorded beside the table."""
+        """The spec as plain numbers, for the attributes of the stored table."""
         return {name: int(value) for name, value in asdict(self.spec).items()}
 
 
 def curve_order(position_yx_px: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Order that walks positions along a Hilbert curve, so that neighbours in the order are neighbours in space.
+    """Order of positions along a Hilbert curve, which keeps neighbours together.
 
     Parameters
     ----------
@@ -122,8 +124,8 @@ def curve_order(position_yx_px: NDArray[np.float64]) -> NDArray[np.int64]:
 
     Notes
     -----
-    D. Hilbert, Math. Ann. 38 (1891) 459: each bit of (y, x), highest first, picks a quadrant, whose own axes are
-    then swapped or flipped; here for all positions at once.
+    D. Hilbert, Math. Ann. 38 (1891) 459: each bit of (y, x), highest first, selects a quadrant, whose axes are then
+    swapped or flipped; here for all positions at once.
 
     Examples
     --------
@@ -142,7 +144,7 @@ def curve_order(position_yx_px: NDArray[np.float64]) -> NDArray[np.int64]:
         distance = distance << 2 | (3 * right ^ upper)
         x &= below
         y &= below
-        # Both coordinates are mirrored in the lower right quadrant, and change places in the two lower ones.
+        # Both coordinates are mirrored in the lower right quadrant, and swapped in the two lower ones.
         mirrored = (right & (1 - upper)) * below
         x ^= mirrored
         y ^= mirrored
@@ -153,12 +155,12 @@ def curve_order(position_yx_px: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def mean_spacing_px(position_yx_px: NDArray[np.float64]) -> float:
-    """Square root of the area for each position, over their convex hull, pixels.
+    """Square root of the area per position, within the convex hull, pixels.
 
     Raises
     ------
     PtychodaskError
-        If the positions lie on one line, or are fewer than three.
+        If the positions are collinear, or fewer than three.
 
     Examples
     --------
@@ -169,12 +171,12 @@ def mean_spacing_px(position_yx_px: NDArray[np.float64]) -> float:
         return float(np.sqrt(ConvexHull(position_yx_px).volume / len(position_yx_px)))
     except (QhullError, ValueError) as error:
         raise PtychodaskError(
-            f"{len(position_yx_px)} positions span no area, expected three or more that do not lie on one line"
+            f"{len(position_yx_px)} positions span no area, expected three or more that are not collinear"
         ) from error
 
 
 def median_step_px(position_yx_px: NDArray[np.float64]) -> float | None:
-    """Median distance from a position to the nearest other one, in the unit of the positions.
+    """Median distance from a position to the nearest other one.
 
     Parameters
     ----------
@@ -184,7 +186,7 @@ def median_step_px(position_yx_px: NDArray[np.float64]) -> float | None:
     Returns
     -------
     float or None
-        None where there are not two different positions.
+        In the unit of the positions; None if no two of them differ.
 
     Examples
     --------
@@ -199,12 +201,18 @@ def median_step_px(position_yx_px: NDArray[np.float64]) -> float | None:
 
 
 def nearest_neighbour(position_yx_px: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Distance and index of the nearest other position of each, float64 and int64 (n,); 0 where one repeats.
+    """Distance to the nearest other position of each, and its index.
 
     Parameters
     ----------
     position_yx_px : float64 array (n, 2)
         Two or more.
+
+    Returns
+    -------
+    distance : float64 array (n,)
+        0 where a position repeats.
+    index : int64 array (n,)
 
     Examples
     --------
@@ -212,7 +220,7 @@ def nearest_neighbour(position_yx_px: NDArray[np.float64]) -> tuple[NDArray[np.f
     array([1, 0, 1])
     """
     distance, index = KDTree(position_yx_px).query(position_yx_px, k=2, workers=-1)
-    # Of two at the same place, either may be the first.
+    # Of two equal positions, the tree may list either first.
     itself_first = index[:, 0] == np.arange(len(index))
     return distance[:, 1], np.where(itself_first, index[:, 1], index[:, 0])
 
@@ -230,14 +238,14 @@ def group_positions(
         Positions (y, x), pixels.
     spec : GroupingSpec
     scan_index : int64 array (pattern,), optional
-        Experiment of each pattern; members of a group always share it.
+        Experiment of each pattern; the same for all members of a group.
 
     Returns
     -------
     int32 array (group, channel)
-        Channel 0 is the seed and each pattern seeds `spec.oversampling` groups (fewer when chance draws one group
-        twice); the other members are drawn from the seed's `spec.neighbours` nearest, ordered by distance. Groups
-        follow the curve of `curve_order` through their seeds.
+        Channel 0 is the seed, and each pattern seeds `spec.oversampling` groups (fewer if a group is drawn twice); the
+        other members are drawn from the `spec.neighbours` nearest of the seed, ordered by distance. Groups are ordered
+        by `curve_order` of their seeds.
 
     Raises
     ------
@@ -254,7 +262,7 @@ def group_positions(
     if spec.members == 1:
         return order[:, None].astype(np.int32)
     if spec.halves:
-        # Drawn apart as two experiments are.
+        # The halves are drawn separately, as if they were two experiments.
         half = np.arange(len(position_yx_px)) % 2
         scan_index = half if scan_index is None else 2 * scan_index + half
     nearest = _nearest(position_yx_px, spec, scan_index)
@@ -272,22 +280,22 @@ def group_positions(
 
 
 def check_drop(label: str, n_patterns: int, drop: Sequence[int] | NDArray[np.integer[Any]]) -> None:
-    """Raise `PtychodaskError` unless patterns to leave out exist, and some are left."""
-    found = np.asarray(drop)
-    if found.size and found.dtype.kind not in "iu":
-        raise PtychodaskError(f"{label}: patterns to leave out have type {found.dtype}, expected whole numbers")
-    left_out = found.astype(np.int64)
+    """Raise `PtychodaskError` unless patterns to leave out exist, and others remain."""
+    indices = np.asarray(drop)
+    if indices.size and indices.dtype.kind not in "iu":
+        raise PtychodaskError(f"{label}: patterns to leave out have type {indices.dtype}, expected whole numbers")
+    left_out = indices.astype(np.int64)
     if left_out.size and not 0 <= left_out.min() <= left_out.max() < n_patterns:
         raise PtychodaskError(
             f"{label}: patterns {left_out.min()}..{left_out.max()} are to be left out, expected "
-            f"indices 0..{n_patterns - 1}; give the places of patterns in the store"
+            f"indices 0..{n_patterns - 1}; pass indices of patterns in the store"
         )
     if len(np.unique(left_out)) == n_patterns:
-        raise PtychodaskError(f"{label}: every pattern is left out; leave some in")
+        raise PtychodaskError(f"{label}: every pattern is left out; keep some")
 
 
 def groups_kept(member: NDArray[np.int32], drop: Sequence[int]) -> NDArray[np.bool_]:
-    """Which groups of a member table have none of some patterns.
+    """True for each group that contains none of the dropped patterns.
 
     Parameters
     ----------
@@ -310,7 +318,7 @@ def groups_kept(member: NDArray[np.int32], drop: Sequence[int]) -> NDArray[np.bo
 def _nearest(
     position_yx_px: NDArray[np.float64], spec: GroupingSpec, scan_index: NDArray[np.int64] | None
 ) -> NDArray[np.int32]:
-    """Indices (pattern, 1 + neighbours): the pattern itself, then its nearest by distance."""
+    """Indices (pattern, 1 + neighbours): the pattern, then its nearest by distance."""
     neighbours = spec.neighbours
     nearest = np.empty((len(position_yx_px), min(neighbours, len(position_yx_px)) + 1), np.int32)
     for experiment in [None] if scan_index is None else np.unique(scan_index):
@@ -321,23 +329,29 @@ def _nearest(
                 f"grouping: neighbours={neighbours} needs {neighbours + 1} patterns, found {len(mine)}; "
                 f"pass {fewer}members=1"
             )
-        _, found = KDTree(position_yx_px[mine]).query(position_yx_px[mine], k=neighbours + 1, workers=-1)
-        _put_seed_first(found)
-        nearest[mine] = found if experiment is None else mine[found]
+        _, index = KDTree(position_yx_px[mine]).query(position_yx_px[mine], k=neighbours + 1, workers=-1)
+        _put_seed_first(index)
+        nearest[mine] = index if experiment is None else mine[index]
     return nearest
 
 
-def _put_seed_first(found: NDArray[np.int64]) -> None:
-    """Where positions repeat, a tree may list a twin before (or instead of) the position itself."""
-    row = np.flatnonzero(found[:, 0] != np.arange(len(found)))
-    itself = found[row] == row[:, None]
+def _put_seed_first(index: NDArray[np.int64]) -> None:
+    """Move each position to the front of its own neighbours, in place.
+
+    Where positions repeat, a tree may list an equal one before (or instead of) the position itself.
+    """
+    row = np.flatnonzero(index[:, 0] != np.arange(len(index)))
+    itself = index[row] == row[:, None]
     itself[~itself.any(axis=1), -1] = True
-    others = found[row][~itself].reshape(len(row), found.shape[1] - 1)
-    found[row] = np.column_stack([row, others])
+    others = index[row][~itself].reshape(len(row), index.shape[1] - 1)
+    index[row] = np.column_stack([row, others])
 
 
 def _draw_members(nearest: NDArray[np.int32], members: int, rng: np.random.Generator) -> NDArray[np.int32]:
-    """One group for each seed, int32 (pattern, members): the seed, then a draw from its nearest by distance."""
+    """Draw one group for each seed, int32 (pattern, members).
+
+    The seed is first, then members drawn from its nearest, ordered by distance.
+    """
     keys = rng.random((len(nearest), nearest.shape[1] - 1), dtype=np.float32)
     drawn = np.sort(np.argpartition(keys, members - 2, axis=1)[:, : members - 1], axis=1) + 1
     return np.take_along_axis(nearest, np.column_stack([np.zeros(len(nearest), np.int64), drawn]), axis=1)

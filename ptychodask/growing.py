@@ -1,4 +1,8 @@
-"""Scans that are written while they are measured: segment after segment, of which readers see whole ones alone."""
+"""Growing scans: segments are appended during the measurement.
+
+All data of a segment are written beyond the shapes that readers know; then one rename of the root metadata makes the
+complete segment visible.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +38,13 @@ from ptychodask.store import (
     relative_to_mean,
     segment_groups,
     storage_order,
-    take_node,
+    update_node,
 )
 
 logger = logging.getLogger(__name__)
 
 OF_PATTERNS = ("diffraction", "y_px", "x_px", "scan_index", "source_index", "flux", "label")
-"""Arrays that grow with the patterns."""
+"""Names of the arrays that have one row for each pattern."""
 
 
 def append_segment(
@@ -55,18 +59,18 @@ def append_segment(
     provenance: dict[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Scan:
-    """Add patterns to a growing scan as one more segment, sorted along the curve in itself.
+    """Append patterns to a growing scan as a new segment.
 
     Parameters
     ----------
     store : path
         A store whose state is `growing`.
     diffraction : array or lazy source (pattern, N, N)
-        As `write_scan` takes it; of the type, size and unit of the patterns that are there.
+        As for `write_scan`; of the same type, size and unit as the stored patterns.
     position_yx_px : float64 array (pattern, 2)
-        In the frame of the earlier segments.
+        In the same scan coordinates as the earlier segments.
     flux, scan_index, source_index, label, provenance, progress
-        As `write_scan` takes them; flux is relative to the first segment's mean.
+        As for `write_scan`; flux is relative to the mean of the first segment.
 
     Returns
     -------
@@ -76,18 +80,19 @@ def append_segment(
     Raises
     ------
     PtychodaskError
-        If the scan does not grow any more, another writer is at work, patterns are not as they must be or do not fit
-        those that are there, or a stored group table cannot be drawn for so few.
+        If the scan is finished, another writer is appending, patterns are not valid or do not fit the stored ones, or
+        they are too few for the groups of a stored table.
 
     Notes
     -----
-    Probe, mask, normalisation and calibration stay those of the first segment. All data are written first, beyond what
-    readers know of; then the root's metadata are replaced in one piece. A writer that is stopped before leaves the
-    earlier segments as they are, and the next one writes over what it left.
+    Probe, mask, normalisation and calibration stay those of the first segment, and each segment is sorted along the
+    curve separately. All data are written first, beyond the shapes that readers know; then the root metadata are
+    replaced in one step. A writer that is stopped before that leaves the earlier segments unchanged, and the next one
+    overwrites what it left.
 
-    The hash of the patterns is, from the second segment on, that of the segments' hashes in their order.
+    From the second segment on, the hash of the patterns is that of the segments' hashes in their order.
     """
-    path = on_disk(store, "a scan that grows")
+    path = on_disk(store, "a growing scan")
     with _appending(path):
         scan = open_scan(path)
         _check_fits(scan, diffraction, flux, label)
@@ -112,7 +117,7 @@ def append_segment(
         if label is not None:
             fill_labels(arrays["label"], scan.n_patterns, label, order, str(path))
         with progress_bar("append", n_new, "patterns", progress) as bar:
-            _, found_hash = fill_patterns(
+            _, diffraction_hash = fill_patterns(
                 arrays["diffraction"],
                 scan.n_patterns,
                 diffraction,
@@ -123,18 +128,18 @@ def append_segment(
                 bar,
                 str(path),
             )
-        _publish(path, scan, position, columns["scan_index"], found_hash, provenance)
+        _publish(path, scan, position, columns["scan_index"], diffraction_hash, provenance)
     logger.info("%s: appended %d patterns to %d", path, n_new, scan.n_patterns)
     return open_scan(path)
 
 
 def finish_scan(store: str | Path) -> Scan:
-    """Say that a growing scan is whole: nothing is appended any more.
+    """Mark a growing scan as complete.
 
     Parameters
     ----------
     store : path
-        A store that `ingest` made with ``append=True``; one that is complete stays as it is.
+        A store made by `ingest` with ``append=True``; a complete one stays unchanged.
 
     Returns
     -------
@@ -146,76 +151,78 @@ def finish_scan(store: str | Path) -> Scan:
     PtychodaskError
         If there is no such store, or a writer is appending to it.
     """
-    path = on_disk(store, "a scan that grows")
+    path = on_disk(store, "a growing scan")
     if open_root(path, SCAN).attrs["state"] == "growing":
         with _appending(path):
             scan = open_scan(path)
             arrays = _arrays(path)
-            # What stopped writers left that readers do not know goes: the metadata are made of what is on disk again.
+            # What stopped writers left beyond the known segments goes first, since the metadata are then taken from
+            # disk.
             _resize(arrays, scan.n_patterns)
             with changing_root(path) as root:
-                known = _tables(root)
+                tables = _tables(root)
                 for folder in (path / "groups").glob("*/"):
-                    if f"groups/{folder.name}" not in known:
+                    if f"groups/{folder.name}" not in tables:
                         shutil.rmtree(folder)
-                for table, recorded in known.items():
-                    _write_table(path, table, recorded["segment_groups"])
+                for table, attributes in tables.items():
+                    _resized_table(path, table, attributes["segment_groups"])
                 for name in arrays:
-                    take_node(root, path, name)
+                    update_node(root, path, name)
                 root["attributes"]["state"] = "complete"
     return open_scan(path)
 
 
 def growth(store: str | Path) -> tuple[str, int]:
-    """State of a store ("growing" or "complete"), and how many segments readers see."""
+    """State of a store ("growing" or "complete") and its number of segments."""
     attributes = ScanReader(store).attributes
     return attributes["state"], len(attributes.get("segments", (None,)))
 
 
 @contextmanager
 def _appending(path: Path) -> Iterator[None]:
-    """Hold a growing store as its only writer; an error of its disk is named."""
+    """Lock a growing store for appending; disk errors become `PtychodaskError`."""
     state = open_root(path, SCAN).attrs["state"]
     if state != "growing":
         raise PtychodaskError(
-            f"{path}: the scan is {state}, expected one that grows (made by append=True, --append, and not finished); "
+            f"{path}: the scan is {state}, expected a growing one (made with append=True, --append, and not finished); "
             "name another store"
         )
     try:
-        # The patterns' folder is held for long; the root's, for each change of its metadata.
+        # Two locks: that of the patterns for the complete append, which keeps a second writer out; that of the root,
+        # taken by `changing_root` for moments only, so that `group` and `record_model` need not wait for an append.
         with folder_lock(path / "diffraction", wait=False):
             yield
     except BlockingIOError as error:
-        raise PtychodaskError(f"{path}: another writer is appending to it; wait for its end") from error
+        raise PtychodaskError(f"{path}: another writer is appending to it; wait until it has finished") from error
     except OSError as error:
         raise PtychodaskError(
-            f"{path}: cannot be written ({error.strerror or error}); the segments that were there are untouched: free "
-            "space, and append again"
+            f"{path}: cannot be written ({error.strerror or error}); the earlier segments are unchanged: free space, "
+            "and append again"
         ) from error
 
 
 def _check_fits(scan: Scan, diffraction: PatternSource, flux: NDArray[Any] | None, label: PatternSource | None) -> None:
-    """Raise `PtychodaskError`, naming what differs, unless patterns fit those of a scan."""
-    kinds: dict[str, tuple[Any, Any]] = {
+    """Raise `PtychodaskError` unless new patterns fit those of a scan."""
+    compared: dict[str, tuple[Any, Any]] = {
         "pixels": (tuple(scan.diffraction.shape[1:]), tuple(diffraction.shape[1:])),
         "type of the patterns": (str(scan.diffraction.dtype), str(diffraction.dtype)),
         "flux": (_presence(scan.flux), _presence(flux)),
         "labels": (_presence(scan.label), _presence(label)),
     }
-    for name, (first, found) in kinds.items():
-        if first != found:
+    for name, (stored, new) in compared.items():
+        if stored != new:
             raise PtychodaskError(
-                f"{scan.store}: {name}: {first} in the segments that are there, {found} in this one; a scan keeps what "
-                "its first segment had: mend the file, or ingest it into a store of its own"
+                f"{scan.store}: {name}: {stored} in the stored segments, {new} in this one; segments must "
+                "agree: correct the file, or ingest it into another store"
             )
 
 
 def _mean_flux(scan: Scan) -> float:
-    """What the flux of the first segment was divided by."""
-    found = scan.attributes.get("mean_flux")
-    if not isinstance(found, int | float) or not found > 0:
-        raise PtychodaskError(f"{scan.store}: attribute 'mean_flux' is {found!r}; {INGEST_AGAIN}")
-    return float(found)
+    """Mean flux of the first segment, by which its flux was divided."""
+    mean = scan.attributes.get("mean_flux")
+    if not isinstance(mean, int | float) or not mean > 0:
+        raise PtychodaskError(f"{scan.store}: attribute 'mean_flux' is {mean!r}; {INGEST_AGAIN}")
+    return float(mean)
 
 
 def _presence(values: Any) -> str:
@@ -223,10 +230,10 @@ def _presence(values: Any) -> str:
 
 
 def _arrays(path: Path) -> dict[str, zarr.Array]:
-    """Arrays of patterns as they are on disk."""
+    """Arrays of patterns, with their shapes on disk."""
     root = zarr.open_group(path, mode="r+", zarr_format=3, use_consolidated=False)
-    found = {name: root.get(name) for name in OF_PATTERNS}
-    return {name: array for name, array in found.items() if isinstance(array, zarr.Array)}
+    nodes = {name: root.get(name) for name in OF_PATTERNS}
+    return {name: array for name, array in nodes.items() if isinstance(array, zarr.Array)}
 
 
 def _resize(arrays: dict[str, zarr.Array], n_patterns: int) -> None:
@@ -242,7 +249,7 @@ def _publish(
     diffraction_hash: str,
     provenance: dict[str, Any] | None,
 ) -> None:
-    """Draw the segment's groups for each stored table, and let readers see all of it."""
+    """Extend the stored group tables and make the segment visible."""
     n_new = len(position_yx_px)
     with changing_root(path) as root:
         attributes: dict[str, Any] = root["attributes"]
@@ -255,14 +262,14 @@ def _publish(
                 **({"provenance": provenance} if provenance else {}),
             },
         ]
-        digest = hashlib.sha256("".join(one["diffraction_hash"] for one in segments).encode())
+        digest = hashlib.sha256("".join(segment["diffraction_hash"] for segment in segments).encode())
         attributes["diffraction_hash"] = digest.hexdigest()
         position = np.concatenate([scan.position_yx_px, position_yx_px])
         attributes["data_hash"] = data_hash(attributes["diffraction_hash"], position, scan.mask, scan.probe)
         segments[-1]["data_hash"] = attributes["data_hash"]
         attributes["segments"] = segments
         for name in _arrays(path):
-            take_node(root, path, name)
+            update_node(root, path, name)
         indices = None if scan.scan_index is None else np.concatenate([scan.scan_index, scan_index])
         _extend_groups(path, root, position, indices, n_new)
 
@@ -274,30 +281,30 @@ def _extend_groups(
     scan_index: NDArray[np.int64] | None,
     n_new: int,
 ) -> None:
-    """Add the groups of the last segment to each table that readers know."""
+    """Add the groups of the last segment to each table."""
     n_patterns = len(position_yx_px)
-    for table, recorded in _tables(root).items():
-        spec = GroupingSpec(**recorded["spec"])
+    for table, attributes in _tables(root).items():
+        spec = GroupingSpec(**attributes["spec"])
         drawn = segment_groups(str(path), position_yx_px, scan_index, spec, n_patterns - n_new, n_patterns)
-        before = recorded["segment_groups"]
-        _write_table(path, table, [*before, len(drawn)])[sum(before) :] = drawn
+        before = attributes["segment_groups"]
+        _resized_table(path, table, [*before, len(drawn)])[sum(before) :] = drawn
         for name in (table, f"{table}/member"):
-            take_node(root, path, name)
+            update_node(root, path, name)
 
 
 def _tables(root: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Attributes of the group tables that readers know, by their paths in the store."""
-    known = root["consolidated_metadata"]["metadata"]
-    names = [name.removesuffix("/member") for name in known if name.startswith("groups/") and name.endswith("/member")]
-    found = {name: known[name]["attributes"] for name in names}
-    for name, attributes in found.items():
+    """Attributes of the group tables that readers know, by path."""
+    nodes = root["consolidated_metadata"]["metadata"]
+    names = [name.removesuffix("/member") for name in nodes if name.startswith("groups/") and name.endswith("/member")]
+    tables = {name: nodes[name]["attributes"] for name in names}
+    for name, attributes in tables.items():
         if not isinstance(attributes.get("segment_groups"), list):
             raise PtychodaskError(f"{name}: attribute 'segment_groups' is missing; {INGEST_AGAIN}")
-    return found
+    return tables
 
 
-def _write_table(path: Path, table: str, segments: list[int]) -> zarr.Array:
-    """Bring a group table to the length of its segments; gives its array."""
+def _resized_table(path: Path, table: str, segments: list[int]) -> zarr.Array:
+    """Resize a group table to its segments; returns its array."""
     zarr.open_group(path / table, mode="r+", zarr_format=3).attrs["segment_groups"] = segments
     member = zarr.open_array(path / table / "member", mode="r+", zarr_format=3)
     member.resize((sum(segments), *member.shape[1:]))

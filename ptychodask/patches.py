@@ -1,4 +1,7 @@
-"""Predicted patches kept on disk, so that another window, crop, drop or position needs no network."""
+"""Cache of predicted patches on disk.
+
+With it, another window, crop, drop or position needs no network.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from zarr.codecs import Crc32cCodec
 
 from ptychodask.folders import StoreKind
 from ptychodask.scan import PtychodaskError
-from ptychodask.store import check_codecs, naming_damage, open_root
+from ptychodask.store import check_codecs, damage_errors, open_root
 
 FILL_AGAIN = "remove the cache and fill it again"
-"""The way out where a cache is damaged."""
+"""Remedy for a damaged cache."""
 
 PATCHES = StoreKind("ptychodask-patches", 1, "cache of patches", "reconstruct")
 
@@ -24,20 +27,20 @@ PATCHES = StoreKind("ptychodask-patches", 1, "cache of patches", "reconstruct")
 def create_patches(
     path: Path, patch_shape: tuple[int, ...], n_groups: int, rows: tuple[int, ...], made_by: dict[str, Any]
 ) -> None:
-    """An empty cache for patches to be written into; it stays unfinished until `finish_patches`.
+    """Create an empty cache of patches, unfinished until `finish_patches`.
 
     Parameters
     ----------
     path : Path
-        Folder that exists and is empty (see `atomic_folder`).
+        Existing, empty folder (see `atomic_folder`).
     patch_shape : ints
-        What the network gives for one group: (C, N, N) or (N, N).
+        Shape of the network's output for one group: (C, N, N) or (N, N).
     n_groups : int
         Rows of the group table.
     rows : ints
-        Groups in a task and in a batch, and where tasks begin: what is written at a time never shares a file.
+        Groups in a task and in a batch, and first rows of tasks: writes of different batches never share a file.
     made_by : dict
-        What the patches depend on; plain values for JSON.
+        All that the patches depend on; plain values for JSON.
     """
     root = zarr.create_group(path, zarr_format=3)
     root.attrs.update({"format": PATCHES.name, "format_version": PATCHES.version, "state": "writing", **made_by})
@@ -46,7 +49,7 @@ def create_patches(
         shape=(n_groups, *patch_shape, 2),
         chunks=(min(math.gcd(*rows), n_groups), *patch_shape, 2),
         dtype=np.float16,
-        # Noise-like float16 hardly compresses; a checksum tells of damage.
+        # Noise-like float16 hardly compresses; a checksum reveals damage.
         compressors=Crc32cCodec(),
         dimension_names=("group", *(("channel",) if len(patch_shape) == 3 else ()), "py", "px", "part"),
     )
@@ -58,40 +61,50 @@ def finish_patches(path: Path) -> None:
 
 
 def check_patches(path: Path, made_by: dict[str, Any], *, finished: bool = True) -> None:
-    """Raise `PtychodaskError` unless a cache, whole or being filled, was made by the same data and model."""
+    """Raise `PtychodaskError` unless a cache is of the same data and model."""
     root = open_root(path, PATCHES) if finished else zarr.open_group(path, mode="r", zarr_format=3)
-    found = dict(root.attrs)
-    other = [
-        f"{name} is {found.get(name)!r}, expected {value!r}"
+    attributes = dict(root.attrs)
+    differences = [
+        f"{name} is {attributes.get(name)!r}, expected {value!r}"
         for name, value in made_by.items()
-        if found.get(name) != value
+        if attributes.get(name) != value
     ]
-    if other:
+    if differences:
         raise PtychodaskError(
-            f"{path}: holds patches of something else: {'; '.join(other)}; "
-            "name another cache=, or ask as when it was filled"
+            f"{path}: contains patches of another run: {'; '.join(differences)}; name another cache=, or repeat the "
+            "arguments of that run"
         )
 
 
 class StoredPatches:
-    """The patches of a cache, by rows of its group table.
+    """Patches in a cache, by rows of the group table.
 
     Parameters
     ----------
     path : Path
-        What `create_patches` made.
+        Cache made by `create_patches`.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with naming_damage(path, "cannot be opened", FILL_AGAIN):
+        with damage_errors(path, "cannot be opened", FILL_AGAIN):
             array = zarr.open_group(path, mode="r+", zarr_format=3)["patches"]
             assert isinstance(array, zarr.Array)
             check_codecs(array, path, FILL_AGAIN)
         self._array = array
 
     def write(self, start: int, patches: NDArray[np.complex64]) -> int:
-        """Write the patches (n, N, N) of consecutive groups from row `start` on; gives the row after the last.
+        """Write patches of consecutive groups from row `start`.
+
+        Parameters
+        ----------
+        start : int
+        patches : complex64 array (n, N, N)
+
+        Returns
+        -------
+        int
+            The row after the last.
 
         Raises
         ------
@@ -104,7 +117,7 @@ class StoredPatches:
             halves = values.astype(np.float16)
         if not np.isfinite(halves).all():
             raise PtychodaskError(
-                f"{self._path}: a patch has the modulus {np.abs(patches).max():.3g}, which float16 cannot hold; "
+                f"{self._path}: a patch has the modulus {np.abs(patches).max():.3g}, too large for float16; "
                 "reconstruct without cache="
             )
         stop = start + len(values)
@@ -112,17 +125,26 @@ class StoredPatches:
         return stop
 
     def read(self, start: int, stop: int) -> NDArray[np.complex64]:
-        """Patches of the groups in rows `start` to `stop`, complex64 (group, C, N, N) or (group, N, N)."""
-        with naming_damage(self._path, f"patches of groups {start}..{stop - 1} cannot be read", FILL_AGAIN):
+        """Patches of the groups in rows `start` to `stop`.
+
+        Returns
+        -------
+        complex64 array (group, C, N, N) or (group, N, N)
+
+        Raises
+        ------
+        PtychodaskError
+            If they cannot be read, or their files are missing.
+        """
+        with damage_errors(self._path, f"patches of groups {start}..{stop - 1} cannot be read", FILL_AGAIN):
             halves = np.asarray(self._array[start:stop])
-            # What is no longer the float16 pairs that were written does not fit.
+            # Damaged metadata may give another type or shape than the float16 pairs that were written.
             assert halves.dtype == np.float16 and halves.ndim in (4, 5) and halves.shape[-1] == 2  # noqa: PT018
-        # Zarr reads a missing file as zeros, which no network gives all along the middle of a patch.
+        # Zarr reads a missing file as zeros; no network predicts zeros in the complete middle row of a patch.
         middle = halves[..., halves.shape[-3] // 2, :, :]
         if not middle.any(axis=tuple(range(1, middle.ndim))).all():
             raise PtychodaskError(
-                f"{self._path}: patches of some of groups {start}..{stop - 1} are missing; remove the cache and "
-                "fill it again"
+                f"{self._path}: patches of some of groups {start}..{stop - 1} are missing; {FILL_AGAIN}"
             )
         values = halves.astype(np.float32)
         return values.view(np.complex64)[..., 0]

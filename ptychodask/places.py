@@ -1,7 +1,12 @@
-"""Where scans and results lie: folders on a disk, or below a name in a bucket of an object store (``s3://``)."""
+"""Storage locations of scans and results: folders, or ``s3://`` URLs.
+
+An object store has no folders, no rename and no locks. A store in a bucket is written under its final name; the root
+attribute ``state``, put last, makes it complete, and a conditional put of an object `CLAIM` keeps a second writer out.
+"""
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -43,38 +48,40 @@ logger = logging.getLogger(__name__)
 SCHEME = "s3:"
 
 RETRY_S = 150
-"""How long a request is tried again: longer than a gateway takes to restart."""
+"""Retry time of a request, seconds: longer than a gateway takes to restart."""
 
 RETRY_PAUSE_S = 5
-"""Longest pause between two tries."""
+"""Longest pause between two attempts, seconds."""
 
 FIRST_RETRY_S = 10
-"""How long the first request to a bucket is tried again: a wrong address is told of soon. Workers wait longer: their
-client was answered."""
+"""Retry time of the first request to a bucket, seconds: short, so that a wrong address fails soon. Workers use
+`RETRY_S`, since their client has had an answer.
+"""
 
 REQUEST_S = 60
-"""How long one try may take."""
+"""Time limit of one attempt, seconds."""
 
 CONNECT_S = 10
-"""How long one try waits for a connection."""
+"""Time limit of one attempt to connect, seconds."""
 
 CLAIM = "claim"
-"""Object beside what is being written; it holds a text that its writer alone knows."""
+"""Object beside an unfinished store; its content is a random text that only its writer knows."""
 
 CAUSES = {
-    "NoSuchBucket": "there is no such bucket; make it first, or name another",
+    "NoSuchBucket": "there is no such bucket; create it first, or name another",
     "InvalidAccessKeyId": "the object store does not know the access key; set AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "the secret key is not that of the access key; set AWS_SECRET_ACCESS_KEY",
-    "AccessDenied": "the access key may not do this; ask for the right to read and write the bucket",
+    "AccessDenied": "the access key lacks a permission; ask for read and write access to the bucket",
     "RequestTimeTooSkewed": "the clock of this machine is wrong; set it",
 }
-"""What the error codes of S3 mean for its user.
+"""Cause and remedy for the error codes of S3.
 
-Source: Amazon S3 API Reference, "Error responses"."""
+Source: Amazon S3 API Reference, "Error responses".
+"""
 
 
 class _Settings(NamedTuple):
-    """How an object store is reached, as the environment has it; never logged, never sent."""
+    """Endpoint and credentials from the environment; never logged, never sent."""
 
     endpoint: str | None
     key: str | None
@@ -84,23 +91,24 @@ class _Settings(NamedTuple):
     unsigned: bool
 
     @classmethod
-    def now(cls) -> _Settings:
-        found = os.environ.get
+    def from_environment(cls) -> _Settings:
+        variable = os.environ.get
         return cls(
-            found("AWS_ENDPOINT_URL_S3") or found("AWS_ENDPOINT_URL"),
-            found("AWS_ACCESS_KEY_ID"),
-            found("AWS_SECRET_ACCESS_KEY"),
-            found("AWS_SESSION_TOKEN"),
-            found("AWS_REGION") or found("AWS_DEFAULT_REGION") or "us-east-1",
-            found("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true"),
+            variable("AWS_ENDPOINT_URL_S3") or variable("AWS_ENDPOINT_URL"),
+            variable("AWS_ACCESS_KEY_ID"),
+            variable("AWS_SECRET_ACCESS_KEY"),
+            variable("AWS_SESSION_TOKEN"),
+            variable("AWS_REGION") or variable("AWS_DEFAULT_REGION") or "us-east-1",
+            variable("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true"),
         )
 
+    # Logs and tracebacks show the repr of an argument, so the secrets stay out of it.
     def __repr__(self) -> str:
         return f"settings for {self.address}"
 
     @property
     def address(self) -> str:
-        """The endpoint without a user or a password that may be in it."""
+        """The endpoint, without any user and password in it."""
         if self.endpoint is None:
             return f"Amazon S3 ({self.region})"
         parts = urlsplit(self.endpoint)
@@ -109,9 +117,9 @@ class _Settings(NamedTuple):
 
 @dataclass(frozen=True)
 class S3Location:
-    """What a name in a bucket stands for: an object, or all objects below it. It answers as `pathlib.Path` does.
+    """Object or prefix in a bucket, with methods of `pathlib.Path`.
 
-    It knows no credentials: each process that it is sent to takes those of its own environment.
+    It contains no credentials: each process that receives it uses those of its environment.
 
     Examples
     --------
@@ -123,7 +131,7 @@ class S3Location:
     bucket: str
 
     key: str
-    """Names joined by slashes; none at either end."""
+    """Names joined by slashes, without one at either end."""
 
     def __str__(self) -> str:
         return f"{SCHEME}//{self.bucket}/{self.key}".rstrip("/")
@@ -154,15 +162,15 @@ class S3Location:
         return self
 
     def exists(self) -> bool:
-        """Whether there is an object of this name, or any below it."""
+        """True if there is an object of this name or below it."""
         return self._is_object() or self.is_dir()
 
     def is_dir(self) -> bool:
-        """Whether there is any object below this name."""
+        """True if there is any object below this name."""
         return next(self.below(), None) is not None
 
     def _is_object(self) -> bool:
-        with naming(self):
+        with s3_errors(self):
             try:
                 _bucket(self).head(self.key)
             except FileNotFoundError:
@@ -171,60 +179,69 @@ class S3Location:
 
     def below(self) -> Iterator[tuple[S3Location, int]]:
         """Objects below this name, each with its size in bytes."""
-        with naming(self):
+        with s3_errors(self):
             for batch in _bucket(self).list(prefix=self.key or None):
-                for found in batch:
-                    yield S3Location(self.bucket, found["path"]), int(found["size"])
+                for entry in batch:
+                    yield S3Location(self.bucket, entry["path"]), int(entry["size"])
 
     def read_bytes(self) -> bytes:
-        """An object's content; raises `FileNotFoundError` where there is none."""
-        with naming(self):
+        """Content of an object; raises `FileNotFoundError` if there is none."""
+        with s3_errors(self):
             return bytes(_bucket(self).get(self.key).bytes())
 
     def write_bytes(self, content: bytes) -> None:
-        """Make or replace an object; it appears when it is whole."""
-        with naming(self):
+        """Create or replace an object; it appears only when complete."""
+        with s3_errors(self):
             _bucket(self).put(self.key, content)
 
     def create(self, content: bytes) -> bool:
-        """Make an object where there is none; False where there is one (a conditional put, ``If-None-Match: *``)."""
+        """Create an object; False if one exists already.
+
+        A conditional put (``If-None-Match: *``): of several writers, exactly one succeeds.
+        """
         from obstore.exceptions import AlreadyExistsError
 
-        with naming(self):
+        with s3_errors(self):
             try:
                 _bucket(self).put(self.key, content, mode="create")
             except AlreadyExistsError:
-                # A put whose answer was lost is tried again, and then meets itself.
+                # If the answer to a put was lost, its second attempt finds the object of the first.
                 with suppress(FileNotFoundError):
                     return self.read_bytes() == content
                 return False
         return True
 
-    def unlink(self, *, missing_ok: bool = True) -> None:
-        """Remove an object; one that is not there is no error."""
-        with naming(self), suppress(FileNotFoundError):
+    def unlink(self, *, missing_ok: bool = False) -> None:
+        """Remove an object; raises `FileNotFoundError` if there is none, unless `missing_ok`."""
+        # S3 answers the delete of a missing object as that of an existing one; only a head request
+        # shows the difference.
+        if not missing_ok and not self._is_object():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+        with s3_errors(self), suppress(FileNotFoundError):
             _bucket(self).delete(self.key)
 
     def remove(self) -> None:
-        """Remove all objects below this name, the root of a Zarr store first: no reader takes the rest for a store."""
-        (self / "zarr.json").unlink()
-        keys = [found.key for found, _ in self.below()]
-        with naming(self):
+        """Remove all objects below this name."""
+        # Removal is not atomic, and Zarr reads a missing chunk as fill values. Without its root, the rest is no store
+        # to any reader, however far the removal got.
+        (self / "zarr.json").unlink(missing_ok=True)
+        keys = [location.key for location, _ in self.below()]
+        with s3_errors(self):
             if keys:
                 _bucket(self).delete(keys)
 
 
 Location = Path | S3Location
-"""What a scan or a result is named by, once `parse_location` has read it."""
+"""Storage location of a scan or a result, as `parse_location` returns it."""
 
 
 def parse_location(named: str | Path | S3Location) -> Location:
-    """What a user named: a path, or a place in a bucket.
+    """Location from a path or an ``s3://`` URL.
 
     Parameters
     ----------
     named : str or path
-        ``s3://bucket/name`` is in a bucket; also where `pathlib.Path` has made one slash of the two.
+        ``s3://bucket/name`` is in a bucket, also after `pathlib.Path` has merged the two slashes.
 
     Returns
     -------
@@ -233,7 +250,7 @@ def parse_location(named: str | Path | S3Location) -> Location:
     Raises
     ------
     PtychodaskError
-        If the name has no bucket, or nothing after it.
+        If the URL has no bucket, or no name after it.
 
     Examples
     --------
@@ -253,17 +270,24 @@ def parse_location(named: str | Path | S3Location) -> Location:
     return S3Location(bucket, "/".join(names))
 
 
-def on_disk(named: str | Path, what: str) -> Path:
-    """A path; raises `PtychodaskError` for a place in a bucket, where `what` cannot lie."""
-    found = parse_location(named)
-    if isinstance(found, S3Location):
-        raise PtychodaskError(f"{found}: {what} cannot lie in an object store; name a folder on a disk")
-    return found
+def on_disk(named: str | Path, noun: str) -> Path:
+    """Path on a disk; raises `PtychodaskError` for an ``s3://`` URL.
+
+    Parameters
+    ----------
+    named : str or path
+    noun : str
+        Word for it in the message, with its article.
+    """
+    location = parse_location(named)
+    if isinstance(location, S3Location):
+        raise PtychodaskError(f"{location}: {noun} cannot be stored in an object store; name a folder on a disk")
+    return location
 
 
 @contextmanager
-def naming(location: S3Location) -> Iterator[None]:
-    """Raise what an object store refuses, or does not answer, in a block as a `PtychodaskError` of one line."""
+def s3_errors(location: S3Location) -> Iterator[None]:
+    """Raise errors of an object store in a block as one-line `PtychodaskError`."""
     if find_spec("obstore") is None:
         raise PtychodaskError(f"{location}: needs the package obstore; pip install 'ptychodask[cloud]'")
     from obstore.exceptions import BaseError
@@ -271,30 +295,30 @@ def naming(location: S3Location) -> Iterator[None]:
     try:
         yield
     except BaseError as error:
-        # The answer itself stays out, and out of the traceback: it may repeat what was signed.
+        # The server's answer stays out of the message and of the traceback: it may repeat the signed request.
         raise PtychodaskError(f"{location}: {_cause(error)}") from None
 
 
 def _cause(error: Exception) -> str:
-    address = _Settings.now().address
+    address = _Settings.from_environment().address
     code = re.search(r"<Code>(\w+)</Code>", str(error))
     status = re.search(r"status code: (\d+ [\w ]+)", str(error))
     if code and code[1] in CAUSES:
         return CAUSES[code[1]]
     if code or status:
-        found = " ".join(part[1] for part in (status, code) if part)
-        return f"the object store at {address} refused a request ({found}); ask who runs it"
+        reason = " ".join(part[1] for part in (status, code) if part)
+        return f"the object store at {address} refused a request ({reason}); ask its administrator"
     if "HTTP error" in str(error):
         return (
-            f"no answer from the object store at {address}; see that it is at work, or set AWS_ENDPOINT_URL to where "
-            "it is"
+            f"no answer from the object store at {address}; check that it is running, or set AWS_ENDPOINT_URL to its "
+            "address"
         )
-    return f"the object store at {address} failed ({type(error).__name__}); try again, or ask who runs it"
+    return f"the object store at {address} failed ({type(error).__name__}); try again, or ask its administrator"
 
 
 def _bucket(location: S3Location) -> S3Store:
-    """The bucket of a place."""
-    return _opened(location.bucket, "", _checked(location, _Settings.now()))
+    """Client of the bucket of a location."""
+    return _opened(location.bucket, "", _checked(location, _Settings.from_environment()))
 
 
 def _checked(location: S3Location, settings: _Settings) -> _Settings:
@@ -305,16 +329,18 @@ def _checked(location: S3Location, settings: _Settings) -> _Settings:
     if not settings.unsigned and not (settings.key and settings.secret):
         raise PtychodaskError(
             f"{location}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true "
-            "for a bucket that is open to all"
+            "for a public bucket"
         )
     return settings
 
 
+# Settings are part of the cache's key: a process whose environment changes gets a new client.
 @lru_cache(maxsize=128)
 def _opened(bucket: str, prefix: str, settings: _Settings) -> S3Store:
-    """Client of what is below a prefix of a bucket; that of the bucket itself is known to be answered."""
+    """Client of a prefix in a bucket that has answered once."""
     if not prefix:
-        # The answer to a request for a name that is not there tells of all that can be wrong with the settings.
+        # Listing a name that cannot exist checks address, keys, bucket and permission at once, with a short retry time;
+        # a wrong setting would else fail only after `RETRY_S`.
         patience_s = FIRST_RETRY_S if parent_process() is None else RETRY_S
         next(iter(_client(bucket, "", settings, patience_s).list(prefix=f"{CLAIM}-{uuid4().hex}")), None)
     else:
@@ -340,7 +366,7 @@ def _client(bucket: str, prefix: str, settings: _Settings, retry_s: float) -> S3
             "connect_timeout": timedelta(seconds=min(CONNECT_S, retry_s)),
         },
         retry_config={
-            # The time ends the tries, not their number.
+            # Time limits the attempts, not their number: a gateway that restarts refuses many of them at once.
             "max_retries": 10_000,
             "retry_timeout": timedelta(seconds=retry_s),
             "backoff": {
@@ -354,21 +380,22 @@ def _client(bucket: str, prefix: str, settings: _Settings, retry_s: float) -> S3
 
 
 class S3ZarrStore(ObjectStore):  # type: ignore[type-arg]
-    """A place in a bucket as Zarr opens it; what travels to another process is the place alone.
+    """Zarr store in a bucket, pickled as its location only.
 
     Parameters
     ----------
-    where : S3Location
+    location : S3Location
     read_only : bool
     """
 
     def __init__(self, location: S3Location, *, read_only: bool = False) -> None:
-        with naming(location):
-            opened = _opened(location.bucket, location.key, _checked(location, _Settings.now()))
+        with s3_errors(location):
+            opened = _opened(location.bucket, location.key, _checked(location, _Settings.from_environment()))
         super().__init__(opened, read_only=read_only)
         self.location = location
-        """The place."""
+        """Root of the store in its bucket."""
 
+    # The client would be pickled with its credentials; each process takes those of its environment instead.
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (self.location, self.read_only)
 
@@ -382,45 +409,45 @@ class S3ZarrStore(ObjectStore):  # type: ignore[type-arg]
         return S3ZarrStore(self.location, read_only=read_only)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        with naming(self.location):
+        with s3_errors(self.location):
             return await super().get(key, prototype, byte_range)
 
     async def get_partial_values(self, prototype: BufferPrototype, key_ranges: Any) -> list[Buffer | None]:
-        with naming(self.location):
+        with s3_errors(self.location):
             return await super().get_partial_values(prototype, key_ranges)
 
     async def exists(self, key: str) -> bool:
-        with naming(self.location):
+        with s3_errors(self.location):
             return await super().exists(key)
 
     async def set(self, key: str, value: Buffer) -> None:
-        with naming(self.location):
+        with s3_errors(self.location):
             await super().set(key, value)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        with naming(self.location):
+        with s3_errors(self.location):
             await super().set_if_not_exists(key, value)
 
     async def delete(self, key: str) -> None:
-        with naming(self.location):
+        with s3_errors(self.location):
             await super().delete(key)
 
     async def getsize(self, key: str) -> int:
-        with naming(self.location):
+        with s3_errors(self.location):
             return await super().getsize(key)
 
     async def list(self) -> AsyncIterator[str]:  # type: ignore[override]
-        with naming(self.location):
+        with s3_errors(self.location):
             async for key in super().list():
                 yield key
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:  # type: ignore[override]
-        with naming(self.location):
+        with s3_errors(self.location):
             async for key in super().list_prefix(prefix):
                 yield key
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:  # type: ignore[override]
-        with naming(self.location):
+        with s3_errors(self.location):
             async for key in super().list_dir(prefix):
                 yield key
 
@@ -430,25 +457,25 @@ def _reopened(location: S3Location, read_only: bool) -> S3ZarrStore:
 
 
 def zarr_store(location: Location, *, read_only: bool = False) -> Path | S3ZarrStore:
-    """What Zarr and xarray open for a place."""
+    """Store of a location that Zarr and xarray open."""
     return S3ZarrStore(location, read_only=read_only) if isinstance(location, S3Location) else location
 
 
 def location_of(store: Any) -> Location:
-    """The place of an open Zarr store: one of a disk, or a `S3ZarrStore`."""
+    """Location of an open Zarr store, local or `S3ZarrStore`."""
     assert isinstance(store, LocalStore | S3ZarrStore)
     return store.location if isinstance(store, S3ZarrStore) else Path(store.root)
 
 
 def stored_sizes(location: Location) -> Iterator[int]:
-    """Bytes of each file, or object, below a place."""
+    """Bytes of each file or object below a location."""
     if isinstance(location, S3Location):
         return (size for _, size in location.below())
     return (path.stat().st_size for path in location.rglob("*") if path.is_file())
 
 
 def remove(location: Location) -> None:
-    """Remove what is below a place, if anything."""
+    """Remove everything below a location, if anything."""
     if isinstance(location, S3Location):
         location.remove()
     else:
@@ -456,36 +483,38 @@ def remove(location: Location) -> None:
 
 
 def is_complete(location: Location) -> bool:
-    """Whether something has the name that is not still being written."""
+    """True if a location exists and is not being written."""
+    # A folder has its name only once it is complete; objects are there from the first put on.
     if isinstance(location, Path):
         return location.exists()
     return _root_of(location).get("state") == "complete"
 
 
 def is_resumable(location: Location) -> bool:
-    """Whether a stopped writer of a place left something to go on with."""
+    """True if a stopped writer of a location left finished parts."""
     return is_resumable_folder(location) if isinstance(location, Path) else (_beside(location) / LEDGER).exists()
 
 
 @dataclass(frozen=True)
 class Writing:
-    """Something that is being written."""
+    """Store that is being written, with the files of its writer."""
 
     whole: Location
-    """Where it is written; a folder takes its name in the end, in a bucket it has it from the beginning."""
+    """Location to write into: a folder is renamed at the end, objects have their final names from the beginning."""
 
     beside: Location
-    """What its writer keeps meanwhile; it goes in the end."""
+    """Ledger, sums and lock or claim of the writer; removed at the end."""
 
     claim: bytes | None = None
-    """What the object `CLAIM` holds while this writer has it; None where a file is locked instead."""
+    """Content of the object `CLAIM` while it is this writer's; None on a disk, where a file is locked."""
 
     def check_held(self) -> None:
-        """Raise `PtychodaskError` if another writer took over what this one is writing."""
+        """Raise `PtychodaskError` if another writer has taken over."""
+        # Asked just before the store is marked as complete: the objects may by now be those of the other writer.
         if self.claim is not None and not self._is_held():
             raise PtychodaskError(
                 f"{self.whole}: another run took over with overwrite=True or resume=True while this one was writing "
-                "it; let that one end, and compare"
+                "it; wait until that run has finished, and check its result"
             )
 
     def _is_held(self) -> bool:
@@ -495,30 +524,32 @@ class Writing:
             return False
 
     def leave(self) -> None:
-        """Remove what is half written, unless it can be gone on with or is another writer's."""
+        """Remove an unfinished store, unless it is resumable or another writer's."""
         assert isinstance(self.whole, S3Location)
         assert isinstance(self.beside, S3Location)
         try:
             if not self._is_held():
                 return
+            # What a ledger lists is kept. Only the claim goes, so that the next run sees that no writer is at work.
             if (self.beside / LEDGER).exists():
-                (self.beside / CLAIM).unlink()
+                (self.beside / CLAIM).unlink(missing_ok=True)
                 return
             self.whole.remove()
             self.beside.remove()
         except PtychodaskError as error:
-            logger.warning("%s; what was written of it is left there, and is no store that can be opened", error)
+            # The error that ended the writing is on its way; a second one must not hide it.
+            logger.warning("%s; the unfinished store is left there, and cannot be opened", error)
 
 
 @contextmanager
-def written(location: Location, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> Iterator[Writing]:
-    """A place to write into that is whole when the block ends well, and gone when it does not.
+def atomic_store(location: Location, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> Iterator[Writing]:
+    """Store to write into; complete if the block succeeds, else removed.
 
     Parameters
     ----------
-    where : Place
-        What shall exist in the end.
-    overwrite, form, resume
+    location : Path or S3Location
+        Final location of the store.
+    overwrite, kind, resume
         As for `atomic_folder`.
 
     Yields
@@ -532,11 +563,12 @@ def written(location: Location, *, overwrite: bool, kind: StoreKind, resume: boo
 
     Notes
     -----
-    In a bucket nothing can be renamed. What is there is removed first, and the new one is written in its place; the
-    block marks it as complete with its last put. A writer that is killed leaves what it wrote, which readers refuse.
+    Nothing can be renamed in a bucket. An existing store is removed first, and the new one is written under its name;
+    the last put of the block marks it as complete. A writer that is killed leaves a store that readers refuse.
     """
     if isinstance(location, Path):
         with atomic_folder(location, overwrite=overwrite, kind=kind, resume=resume) as building:
+            # Workers may have another current folder.
             yield Writing(building.resolve(), building.resolve().parent)
         return
     writing = _claimed(location, overwrite=overwrite, kind=kind, resume=resume)
@@ -545,68 +577,75 @@ def written(location: Location, *, overwrite: bool, kind: StoreKind, resume: boo
     except BaseException:
         writing.leave()
         raise
+    # Last: a writer that is killed just before leaves a claim, by which the next one is refused until it takes over,
+    # and never an unfinished store that looks free.
     remove(writing.beside)
 
 
 def _claimed(location: S3Location, *, overwrite: bool, kind: StoreKind, resume: bool) -> Writing:
-    """Make room for a writer and claim it for this one alone."""
+    """Claim a location for this writer, and remove an existing store."""
     check_vacant(location, overwrite=overwrite, kind=kind, resume=resume)
     beside, claim = _beside(location), uuid4().hex.encode()
-    going_on = resume and is_resumable(location)
-    if going_on:
-        (beside / CLAIM).unlink()
+    resuming = resume and is_resumable(location)
+    # A bucket has no lock that ends with a process, so the claim is an object, and one of a killed writer stays. With
+    # overwrite or resume the user has stated that no other run is at work: its claim goes.
+    if resuming:
+        (beside / CLAIM).unlink(missing_ok=True)
     else:
         beside.remove()
+    # Of several writers that come this far, the conditional put lets one through.
     if not (beside / CLAIM).create(claim):
         raise _at_work(location)
-    if not going_on:
+    # Only the one that has the claim removes the existing store.
+    if not resuming:
         location.remove()
     return Writing(location, beside, claim)
 
 
 def check_vacant(location: Location, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> None:
-    """Raise `PtychodaskError` unless a place can be written: nothing is in the way.
+    """Raise `PtychodaskError` unless a location can be written.
 
     Parameters
     ----------
-    where : Place
-    overwrite, form, resume
-        As for `written`.
+    location : Path or S3Location
+    overwrite, kind, resume
+        As for `atomic_store`.
     """
     if isinstance(location, Path):
         check_vacant_folder(location, overwrite=overwrite, kind=kind, resume=resume)
         return
-    whole, claimed, resumable = is_complete(location), (_beside(location) / CLAIM).exists(), is_resumable(location)
+    complete, claimed, resumable = is_complete(location), (_beside(location) / CLAIM).exists(), is_resumable(location)
     if claimed and not (overwrite or resume):
         raise _at_work(location)
-    if resumable and not whole and not (overwrite or resume):
+    if resumable and not complete and not (overwrite or resume):
         raise PtychodaskError(
-            f"{location}: a run was stopped before its end, and what it finished is kept; go on with resume=True "
-            "(--resume), or pass overwrite=True (--overwrite) to start again"
+            f"{location}: a stopped run left finished parts; continue it with resume=True (--resume), or start again "
+            "with overwrite=True (--overwrite)"
         )
     if not location.exists():
         return
-    if not overwrite and (whole or not (resume or claimed)):
+    if not overwrite and (complete or not (resume or claimed)):
         raise PtychodaskError(f"{location}: exists already; pass overwrite=True (--overwrite), or another name")
-    # A writer that was killed while it removed what was there leaves no root, but its claim.
-    found = recorded_format(location) or (kind.name if claimed else "something of another kind")
-    if found not in (kind.name, DAMAGED):
+    # The root goes first: a writer killed while it removed the existing store leaves objects without a root, and its
+    # claim, which it got only because the root was of this kind.
+    format_name = recorded_format(location) or (kind.name if claimed else "something of another kind")
+    if format_name not in (kind.name, DAMAGED):
         raise PtychodaskError(
-            f"{location}: is {found}, and overwrite=True (--overwrite) replaces a {kind.name} alone; pass another "
+            f"{location}: is {format_name}, and overwrite=True (--overwrite) replaces only a {kind.name}; pass another "
             "name, or remove it first"
         )
 
 
 def recorded_format(location: Location) -> str | None:
-    """The format that the root of what lies at a place records of itself; None without such."""
+    """Format recorded in the root at a location; None without one."""
     return recorded_folder_format(location) if isinstance(location, Path) else _root_of(location).get("format")
 
 
 def _root_of(location: S3Location) -> dict[str, Any]:
-    """Attributes that the root of a Zarr store records; of one that cannot be read its format is `DAMAGED`."""
+    """Root attributes of a Zarr store; their format is `DAMAGED` if unreadable."""
     try:
-        found = from_json((location / "zarr.json").read_bytes().decode())["attributes"]
-        return found if isinstance(found, dict) else {"format": DAMAGED}
+        attributes = from_json((location / "zarr.json").read_bytes().decode())["attributes"]
+        return attributes if isinstance(attributes, dict) else {"format": DAMAGED}
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError):
@@ -618,8 +657,8 @@ def _beside(location: S3Location) -> S3Location:
 
 
 def _at_work(location: S3Location) -> PtychodaskError:
-    go_on = "go on with resume=True (--resume), or " if is_resumable(location) else ""
+    resuming = "continue with resume=True (--resume), or " if is_resumable(location) else ""
     return PtychodaskError(
-        f"{location}: another run is writing it, or was killed before its end ({_beside(location) / CLAIM} is there); "
-        f"wait for it, or, if none is at work, {go_on}pass overwrite=True (--overwrite)"
+        f"{location}: another run is writing it, or was killed ({_beside(location) / CLAIM} exists); wait for it, or, "
+        f"if no run is at work, {resuming}start again with overwrite=True (--overwrite)"
     )

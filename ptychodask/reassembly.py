@@ -1,4 +1,4 @@
-"""Canvas algebra: patches are summed into canvases, canvases are merged, and a finished canvas is an object."""
+"""Canvas algebra: add patches, merge canvases, finish the object."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOTHING = np.complex64(complex(np.nan, np.nan))
 
 
 class Box(NamedTuple):
-    """Part of the object: whole pixels of the scan's frame, the ends left out."""
+    """Part of the object: whole pixels in scan coordinates, ends excluded."""
 
     y0: int
     y1: int
@@ -40,7 +40,7 @@ class Box(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Pixels (y, x) across it; 0 where it is empty."""
+        """Pixels (y, x) across it; 0 if it is empty."""
         return max(self.y1 - self.y0, 0), max(self.x1 - self.x0, 0)
 
     @property
@@ -49,7 +49,7 @@ class Box(NamedTuple):
         return self.shape[0] * self.shape[1]
 
     def overlap(self, other: Box) -> Box:
-        """The part that both share; without pixels where they do not meet.
+        """Intersection of both boxes; without pixels if they do not meet.
 
         Examples
         --------
@@ -64,7 +64,7 @@ class Canvas:
     """Running sums over part of the object."""
 
     corner: tuple[int, int]
-    """Coordinates (y, x) of pixel [0, 0] in the scan's frame, pixels."""
+    """Scan coordinates (y, x) of pixel [0, 0], pixels."""
 
     weighted: NDArray[np.complex128]
     """Σ w·patch (y, x)."""
@@ -80,18 +80,18 @@ class Canvas:
 
     @property
     def box(self) -> Box:
-        """Where the canvas lies."""
+        """Box of the canvas in the object."""
         (y, x), (height, width) = self.corner, self.weight.shape
         return Box(y, y + height, x, x + width)
 
 
 def empty_canvas(corner: tuple[int, int], shape: tuple[int, int]) -> Canvas:
-    """A canvas that nothing has been added to.
+    """Canvas with all sums zero.
 
     Parameters
     ----------
     corner : (int, int)
-        Coordinates (y, x) of its first pixel in the scan's frame.
+        Scan coordinates (y, x) of its first pixel.
     shape : (int, int)
         Pixels (y, x).
     """
@@ -115,13 +115,13 @@ def add_patches(
     Parameters
     ----------
     canvas : Canvas
-        Written into; what lies outside it is left out.
+        Changed in place; parts of patches outside of it are ignored.
     patches : complex array (n, M, M)
         Estimates of the object.
     corner_yx_px : float64 array (n, 2)
-        Coordinates (y, x) of element [0, 0] of each patch in the scan's frame; fractions are kept.
+        Scan coordinates (y, x) of element [0, 0] of each patch; fractions are kept.
     window : float64 array (M, M)
-        Weight w of each element, not negative.
+        Weight w of each element, 0 or more.
 
     Returns
     -------
@@ -130,9 +130,9 @@ def add_patches(
 
     Notes
     -----
-    Each element is shared out to the four pixels around it with the bilinear shares b of its fraction. A patch counts
-    as one estimate in each pixel it reaches, S/W with W = Σ b·w and S = Σ b·w·patch over its own elements; the canvas
-    takes W, S and |S|²/W, so that the uncertainty is the spread between patches and not inside one.
+    Each element is distributed to the four pixels around it with the bilinear weights b of its fraction. A patch counts
+    as one estimate in each pixel it reaches, S/W with W = Σ b·w and S = Σ b·w·patch over its elements; W, S and |S|²/W
+    are added to the canvas, so that the uncertainty is the spread between patches, not within one.
 
     Examples
     --------
@@ -141,7 +141,7 @@ def add_patches(
     >>> canvas.weight.tolist(), canvas.weighted.tolist()
     ([[0.75, 0.25, 0.0]], [[1.5j, 0.5j, 0j]])
     """
-    # Where the window is zero nothing is added, and a probe fills its frame but rarely.
+    # Where the window is zero nothing is added, and the probe rarely reaches the edges of a patch.
     rows, columns = _support(window.any(axis=1)), _support(window.any(axis=0))
     _splat(
         canvas.weighted,
@@ -157,45 +157,45 @@ def add_patches(
 
 
 def _support(lit: Any) -> slice:
-    """From the first to the last element of a bool array that is True; empty where none is."""
-    places = np.flatnonzero(lit)
-    return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
+    """Slice from the first to the last True element, or empty."""
+    indices = np.flatnonzero(lit)
+    return slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) else slice(0, 0)
 
 
-# No fastmath: it would let the compiler reorder sums, and the object would depend on the machine.
+# No fastmath: the compiler could reorder sums, and the object would depend on the machine.
 @numba.njit(nogil=True, cache=True)
 def _splat(weighted, weight, weighted_square, count, origin, corner, patches, window):  # type: ignore[no-untyped-def]
     height, width = weight.shape
     n, n_rows, n_columns = patches.shape
     # One row of the patch, shifted along x: Σ b·w·patch (real, imaginary) and Σ b·w; and the row before it.
-    real, imag, light = np.zeros(n_columns + 1), np.zeros(n_columns + 1), np.zeros(n_columns + 1)
-    real_before, imag_before, light_before = real.copy(), imag.copy(), light.copy()
+    real, imag, share = np.zeros(n_columns + 1), np.zeros(n_columns + 1), np.zeros(n_columns + 1)
+    real_before, imag_before, share_before = real.copy(), imag.copy(), share.copy()
     for i in range(n):
-        # The fraction is taken in the scan's frame, so that it does not depend on where the canvas lies.
+        # The fraction is taken in scan coordinates, so that it does not depend on the corner of the canvas.
         whole_y, whole_x = np.floor(corner[i, 0]), np.floor(corner[i, 1])
         fy, fx = corner[i, 0] - whole_y, corner[i, 1] - whole_x
         gy, gx = 1.0 - fy, 1.0 - fx
         top, left = int(whole_y) - origin[0], int(whole_x) - origin[1]
         first, last = max(0, -left), min(n_columns + 1, width - left)
-        real_before[:], imag_before[:], light_before[:] = 0.0, 0.0, 0.0
+        real_before[:], imag_before[:], share_before[:] = 0.0, 0.0, 0.0
         for r in range(n_rows + 1):
-            real_left = imag_left = light_left = 0.0
+            real_left = imag_left = share_left = 0.0
             if r < n_rows:
                 for k in range(n_columns):
                     w, element = window[r, k], patches[i, r, k]
                     real_here, imag_here = w * element.real, w * element.imag
                     real[k] = gx * real_here + fx * real_left
                     imag[k] = gx * imag_here + fx * imag_left
-                    light[k] = gx * w + fx * light_left
-                    real_left, imag_left, light_left = real_here, imag_here, w
+                    share[k] = gx * w + fx * share_left
+                    real_left, imag_left, share_left = real_here, imag_here, w
             else:
-                real[:], imag[:], light[:] = 0.0, 0.0, 0.0
-            real[n_columns], imag[n_columns], light[n_columns] = fx * real_left, fx * imag_left, fx * light_left
+                real[:], imag[:], share[:] = 0.0, 0.0, 0.0
+            real[n_columns], imag[n_columns], share[n_columns] = fx * real_left, fx * imag_left, fx * share_left
             y = top + r
             if 0 <= y < height:
-                # Without a branch: where no light fell, zeros are added.
+                # Without a branch, for speed: zeros are added where the weight is zero.
                 for k in range(first, last):
-                    total = gy * light[k] + fy * light_before[k]
+                    total = gy * share[k] + fy * share_before[k]
                     real_sum = gy * real[k] + fy * real_before[k]
                     imag_sum = gy * imag[k] + fy * imag_before[k]
                     reached = total > 0.0
@@ -206,22 +206,22 @@ def _splat(weighted, weight, weighted_square, count, origin, corner, patches, wi
                     count[y, left + k] += reached
             real, real_before = real_before, real
             imag, imag_before = imag_before, imag
-            light, light_before = light_before, light
+            share, share_before = share_before, share
 
 
 def merge(canvas: Canvas, *others: Canvas) -> Canvas:
-    """A new canvas over the box of `canvas`: its sums, and what the others have there, added in the order given.
+    """Sum of canvases over the box of the first, in order.
 
     Parameters
     ----------
     canvas : Canvas
     *others : Canvas
-        May lie anywhere; the parts outside `canvas` are left out.
+        Anywhere; their parts outside of `canvas` are ignored.
 
     Returns
     -------
     Canvas
-        Shares no memory with its inputs.
+        A new one, which shares no memory with its inputs.
     """
     merged = crop(canvas, canvas.box)
     for other in others:
@@ -237,15 +237,15 @@ def merge(canvas: Canvas, *others: Canvas) -> Canvas:
 
 
 def crop(canvas: Canvas, box: Box) -> Canvas:
-    """A copy of the part of a canvas that lies in `box`, which must lie inside it.
+    """Copy of the part of a canvas inside of `box`.
 
     Raises
     ------
     PtychodaskError
-        If the box reaches outside the canvas.
+        If the box is not inside of the canvas.
     """
     if canvas.box.overlap(box) != box:
-        raise PtychodaskError(f"crop: {box} reaches outside the canvas, {canvas.box}")
+        raise PtychodaskError(f"crop: {box} reaches outside the canvas, {canvas.box}; pass a box inside of it")
     part = _window_of(canvas, box)
     return Canvas(
         corner=box.corner,
@@ -264,17 +264,22 @@ def _window_of(canvas: Canvas, box: Box) -> tuple[slice, slice]:
 PIXEL = np.dtype(
     [("weighted", np.complex128), ("weight", np.float64), ("weighted_square", np.float64), ("count", np.int32)]
 )
-"""One pixel of a canvas on disk."""
+"""Data type of one pixel of a stored canvas."""
 
 
 def save_canvas(canvas: Canvas, path: Location) -> None:
-    """Write a canvas into a file, or an object, that appears when it is whole; `open_canvas` reads the same bits back.
+    """Write a canvas to a file or object, atomically and exactly.
 
     Parameters
     ----------
     canvas : Canvas
-    path : Place
-        Takes an NPY array (y, x) of `PIXEL`, 36 bytes a pixel; raises `OSError` when the disk refuses.
+    path : Path or S3Location
+        Becomes an NPY array (y, x) of `PIXEL`, 36 bytes per pixel.
+
+    Raises
+    ------
+    OSError
+        If writing to the disk fails.
     """
     pixels = np.empty(canvas.weight.shape, PIXEL)
     for name in PIXEL.names or ():
@@ -287,7 +292,7 @@ def save_canvas(canvas: Canvas, path: Location) -> None:
     being_written = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         with being_written.open("wb") as file:
-            # As np.save does it, but for the bytes: where a disk is full, it does not say so.
+            # As np.save, except for the data: np.save does not report a full disk.
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(pixels))
             file.write(np.ascontiguousarray(pixels).data)
         being_written.replace(path)
@@ -297,8 +302,16 @@ def save_canvas(canvas: Canvas, path: Location) -> None:
 
 
 def open_canvas(path: Location, corner: tuple[int, int]) -> Canvas:
-    """A canvas that `save_canvas` wrote, with its corner (y, x); the sums of a file stay on disk and cannot be written
-    into."""
+    """Canvas that `save_canvas` wrote.
+
+    The sums of a file stay on disk, read-only.
+
+    Parameters
+    ----------
+    path : Path or S3Location
+    corner : (int, int)
+        Scan coordinates (y, x) of its first pixel.
+    """
     if isinstance(path, S3Location):
         pixels = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
     else:
@@ -307,23 +320,23 @@ def open_canvas(path: Location, corner: tuple[int, int]) -> Canvas:
 
 
 def checksum(canvas: Canvas) -> int:
-    """CRC-32 of a canvas' sums: the same for the same bits.
+    """CRC-32 of the sums of a canvas.
 
     Examples
     --------
     >>> checksum(empty_canvas((0, 0), (1, 1))) == checksum(empty_canvas((5, 7), (1, 1)))
     True
     """
-    found = 0
+    crc = 0
     for name in PIXEL.names or ():
-        found = zlib.crc32(np.ascontiguousarray(getattr(canvas, name)).data, found)
-    return found
+        crc = zlib.crc32(np.ascontiguousarray(getattr(canvas, name)).data, crc)
+    return crc
 
 
 def finish(
     canvas: Canvas,
 ) -> tuple[NDArray[np.complex64], NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]:
-    """The object that a canvas holds, and how well it is known.
+    """Object of a canvas, with weight, uncertainty and count.
 
     Returns
     -------
@@ -332,8 +345,8 @@ def finish(
     weight : float32 array (y, x)
         Σw.
     uncertainty : float32 array (y, x)
-        Weighted standard deviation of the overlapping estimates, sqrt(Σw|patch|²/Σw − |object|²); NaN where fewer
-        than two patches overlap.
+        Weighted standard deviation of the overlapping patches, sqrt(Σw|patch|²/Σw − |object|²); NaN where fewer than
+        two overlap.
     count : int32 array (y, x)
         Patches that reached each pixel.
     """
@@ -351,14 +364,14 @@ def finish(
 
 
 def make_window(name: Window, crop: int, probe: NDArray[np.complexfloating[Any, Any]]) -> NDArray[np.float64]:
-    """Weights with which the middle of a patch enters a canvas.
+    """Weights of the central part of a patch in a canvas.
 
     Parameters
     ----------
     name : {"illumination", "uniform", "cosine"}
-        The light that made the estimate; 1 everywhere; a raised cosine.
+        Intensity of the probe; 1 everywhere; a raised cosine.
     crop : int
-        Elements across the part of the patch that is used, M, even.
+        Elements across the central part that is used, M, even.
     probe : complex array (mode, N, N)
 
     Returns
@@ -368,7 +381,7 @@ def make_window(name: Window, crop: int, probe: NDArray[np.complexfloating[Any, 
     Raises
     ------
     PtychodaskError
-        If the probe leaves no light inside the crop.
+        If the probe has no intensity inside of the crop.
     """
     if name == "uniform":
         return uniform_window(crop)
@@ -378,12 +391,12 @@ def make_window(name: Window, crop: int, probe: NDArray[np.complexfloating[Any, 
 
 
 def uniform_window(crop: int) -> NDArray[np.float64]:
-    """Weight 1 for each of `crop` x `crop` elements."""
+    """Weight 1 for all `crop` x `crop` elements."""
     return np.ones((crop, crop))
 
 
 def cosine_window(crop: int) -> NDArray[np.float64]:
-    """Raised cosine (y times x), 1 at element [M//2, M//2], 0 at element 0.
+    """Raised cosine (y times x), 1 at [M//2, M//2], 0 at 0.
 
     Examples
     --------
@@ -395,21 +408,25 @@ def cosine_window(crop: int) -> NDArray[np.float64]:
 
 
 def illumination_window(probe: NDArray[np.complexfloating[Any, Any]], crop: int) -> NDArray[np.float64]:
-    """Relative intensity of the probe over the middle `crop` x `crop` elements (see `illumination`).
+    """Relative probe intensity over the central `crop` x `crop` elements.
+
+    See `illumination`.
 
     Raises
     ------
     PtychodaskError
-        If no light falls inside the crop.
+        If the probe has no intensity inside of the crop.
     """
     window = crop_middle(illumination(probe), crop).astype(np.float64)
     if not window.any():
-        raise PtychodaskError(f"window: the probe is dark over the middle {crop} pixels; pass a larger crop=")
+        raise PtychodaskError(f"window: the probe has no intensity in the central {crop} pixels; pass a larger crop=")
     return window
 
 
 def crop_middle(patches: NDArray[Any], crop: int) -> NDArray[Any]:
-    """View of the middle `crop` elements of the last two axes; element M//2 of it is element N//2 of the whole.
+    """View of the central `crop` elements of the last two axes.
+
+    Its element M//2 is element N//2 of the patch.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""A reconstructed object as an xarray Dataset: its schema, its store and its accessor."""
+"""Reconstructed object as an xarray Dataset: schema, store and accessor."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from zarr.codecs import BloscCodec, BloscShuffle
 import ptychodask
 from ptychodask.display import Markup, card, image
 from ptychodask.folders import StoreKind
-from ptychodask.places import Location, location_of, parse_location, written, zarr_store
+from ptychodask.places import Location, atomic_store, location_of, parse_location, zarr_store
 from ptychodask.scan import PtychodaskError
-from ptychodask.store import check_codecs, check_stored, consolidate, naming_damage, open_root
+from ptychodask.store import check_codecs, check_stored, consolidate, damage_errors, open_root
 
 FORMAT = "ptychodask-result"
 FORMAT_VERSION = 1
@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 RESULT = StoreKind(FORMAT, FORMAT_VERSION, "result", "reconstruct")
 
 CHUNK_PIXELS = 256
-"""Pixels across a chunk of a stored result, where the tile is a multiple of it."""
+"""Pixels across a chunk of a stored result, if the tile is a multiple of it."""
 
 VARIABLES: dict[str, tuple[type, Any, str]] = {
     "object": (np.complex64, complex(np.nan, np.nan), "complex transmission of the object"),
@@ -42,40 +42,40 @@ HALF_VARIABLES: dict[str, tuple[type, Any, str]] = {
     "object_half": (np.complex64, complex(np.nan, np.nan), "object from every other pattern"),
     "weight_half": (np.float32, 0.0, "sum of the weights of the patches of one half"),
 }
-"""Data variables of a result that was split: they have a dimension `half` of 2."""
+"""Additional data variables of a result with two halves; they have a dimension `half` of 2."""
 
 TileArrays = dict[str, NDArray[Any]]
 """One tile of each data variable, by name."""
 
 STORED_CHUNKS = "stored_chunks"
-"""Attribute of a finished result: how many chunks of each data variable have a file."""
+"""Attribute of a finished result: number of chunks of each data variable that have a file."""
 
 PYRAMID = "pyramid"
-"""Group of a result store that holds the coarser levels, named 1, 2, ..."""
+"""Group of a result store with the coarser levels, named 1, 2, ..."""
 
 COARSEST_PIXELS = 512
-"""Pixels along the longer side that the coarsest level of a pyramid stays below."""
+"""Upper bound of the longer side of the coarsest level of a pyramid, pixels."""
 
 MOST_TILES = 10**5
-"""Chunks along one axis of a result, at the most: xarray lists them all."""
+"""Most chunks along one axis of a result: xarray lists them all."""
 
 AGAIN = "it is damaged: reconstruct it again"
-"""The way out where a result is damaged."""
+"""Remedy for a damaged result."""
 
 
 PREVIEW_PX = 1024
-"""Pixels along either side that a preview reads or computes, at the most."""
+"""Largest side of a preview, pixels."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """What a result has beside the plane of its pixels."""
+    """Dimensions of a result other than y and x."""
 
     methods: tuple[str, ...] = ()
-    """Labels of the models where there are several: the dimension `method`."""
+    """Labels of the models if there are several: the dimension `method`."""
 
     split_half: bool = False
-    """The two halves are there too."""
+    """True if the two halves are stored as well."""
 
     @property
     def variables(self) -> dict[str, tuple[type, Any, str]]:
@@ -104,29 +104,29 @@ def make_dataset(
     layers: Layers = Layers(),
     **halves: Any,
 ) -> xr.Dataset:
-    """The Dataset of a reconstructed object.
+    """Dataset of a reconstructed object.
 
     Parameters
     ----------
     object : complex64 array (y, x)
-        NaN where no patch reached; NumPy or lazy, as the arrays that follow.
+        NaN where no patch reached; NumPy or lazy, as the arrays below.
     weight, uncertainty : float32 array (y, x)
     count : int32 array (y, x)
     corner : (int, int)
-        Coordinates (y, x) of pixel [0, 0] in the scan's frame.
+        Scan coordinates (y, x) of pixel [0, 0].
     pixel_size_m : float or None
         Size of an object pixel, metres; adds the coordinates ``y_m`` and ``x_m``.
     attributes : dict
         Plain values for JSON: hashes, plan, versions, rates.
     layers : Layers
-        Where there are several methods, each array has them as its first axis.
+        With several methods, the first axis of each array is the method.
     **halves : array
-        ``object_half`` and ``weight_half`` (half, y, x), where the layers have them.
+        ``object_half`` and ``weight_half`` (half, y, x), if the layers have them.
 
     Returns
     -------
     xarray.Dataset
-        Variables of `VARIABLES`; coordinates ``y``, ``x`` in pixels of the scan's frame.
+        Variables of `VARIABLES`; scan coordinates ``y``, ``x`` in pixels.
 
     Examples
     --------
@@ -143,15 +143,15 @@ def make_dataset(
         },
         coords=_coordinates(object.shape[-2:], corner, pixel_size_m)
         | ({"method": list(layers.methods)} if layers.methods else {}),
-        attrs={**attributes, **_own_attributes(pixel_size_m, layers)},
+        attrs={**attributes, **_schema_attributes(pixel_size_m, layers)},
     )
 
 
-def _own_attributes(pixel_size_m: float | None, layers: Layers) -> dict[str, Any]:
-    own: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    own |= {} if pixel_size_m is None else {"pixel_size_m": float(pixel_size_m)}
-    # Labels are an attribute, for Zarr format 3 has no settled type of text.
-    return own | ({"methods": list(layers.methods)} if layers.methods else {})
+def _schema_attributes(pixel_size_m: float | None, layers: Layers) -> dict[str, Any]:
+    attributes: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    attributes |= {} if pixel_size_m is None else {"pixel_size_m": float(pixel_size_m)}
+    # Labels are an attribute, since Zarr format 3 has no standard type for text.
+    return attributes | ({"methods": list(layers.methods)} if layers.methods else {})
 
 
 def _coordinates(shape: tuple[int, ...], corner: tuple[int, int], pixel_size_m: float | None) -> dict[str, Any]:
@@ -173,21 +173,21 @@ def create_result(
     pixel_size_m: float | None,
     layers: Layers = Layers(),
 ) -> None:
-    """An empty result store for tiles to be written into; it stays unfinished until `finish_result`.
+    """Create an empty result store, unfinished until `finish_result`.
 
     Parameters
     ----------
-    path : Place
-        Where nothing is yet (see `written`).
+    path : Path or S3Location
+        Empty location (see `atomic_store`).
     shape, corner : (int, int)
-        Pixels (y, x) of the whole object, and the coordinates of its first one.
+        Pixels (y, x) of the complete object, and scan coordinates of its first one.
     tile : int
-        Pixels across a tile; one shard, so that no two tiles share a file.
+        Pixels across a tile. A tile is one shard, so that no two tiles share a file.
     pixel_size_m : float or None
     layers : Layers
     """
     root = zarr.create_group(zarr_store(path), zarr_format=3)
-    root.attrs.update({**_own_attributes(pixel_size_m, layers), "state": "writing"})
+    root.attrs.update({**_schema_attributes(pixel_size_m, layers), "state": "writing"})
     for name in layers.variables:
         _create_variable(root, name, shape, tile, pixel_size_m, layers)
     for name, (dim, values, attributes) in _coordinates(shape, corner, pixel_size_m).items():
@@ -199,20 +199,20 @@ def _create_variable(
 ) -> zarr.Array:
     dtype, fill, meaning = layers.variables[name]
     chunk = CHUNK_PIXELS if tile % CHUNK_PIXELS == 0 else tile
-    whole = layers.shape(name, shape)
+    full_shape = layers.shape(name, shape)
     array = root.create_array(
         name,
-        shape=whole,
+        shape=full_shape,
         dtype=dtype,
-        chunks=(*[1] * (len(whole) - 2), chunk, chunk),
-        shards=(*whole[:-2], tile, tile),
+        chunks=(*[1] * (len(full_shape) - 2), chunk, chunk),
+        shards=(*full_shape[:-2], tile, tile),
         fill_value=dtype(fill),
         compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.bitshuffle),
         dimension_names=layers.dims(name),
     )
     array.attrs["long_name"] = meaning
     if pixel_size_m is not None:
-        # The CF convention by which xarray tells coordinates from data.
+        # The CF convention by which xarray distinguishes coordinates from data.
         array.attrs["coordinates"] = "y_m x_m"
     return array
 
@@ -222,10 +222,10 @@ def write_tile(path: Location, start_yx: tuple[int, int], arrays: TileArrays) ->
 
     Parameters
     ----------
-    path : Place
+    path : Path or S3Location
         Store that `create_result` made.
     start_yx : (int, int)
-        Row and column of the tile's first pixel in the whole arrays: whole multiples of the tile.
+        Row and column of the first pixel of the tile in the complete arrays: multiples of the tile.
     arrays : dict of name to array (..., y, x)
     """
     root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3, use_consolidated=False)
@@ -238,14 +238,14 @@ def write_tile(path: Location, start_yx: tuple[int, int], arrays: TileArrays) ->
 
 
 def read_tile(path: Location, start_yx: tuple[int, int], shape: tuple[int, int]) -> TileArrays:
-    """One tile of a result store, as `write_tile` got it.
+    """Read one tile of a result store, as `write_tile` wrote it.
 
     Parameters
     ----------
-    path : Place
+    path : Path or S3Location
         Store that `create_result` made, finished or not.
     start_yx : (int, int)
-        Row and column of the tile's first pixel in the whole arrays.
+        Row and column of the first pixel of the tile in the complete arrays.
     shape : (int, int)
         Pixels (y, x).
 
@@ -259,14 +259,14 @@ def read_tile(path: Location, start_yx: tuple[int, int], shape: tuple[int, int])
 
 
 def remove_tile(path: Location, start_yx: tuple[int, int], tile: int) -> None:
-    """Remove the files of a tile that is damaged, so that it can be written again.
+    """Remove the files of a damaged tile before it is rewritten.
 
     Parameters
     ----------
-    path : Place
+    path : Path or S3Location
         Store that `create_result` made.
     start_yx : (int, int)
-        Row and column of the tile's first pixel in the whole arrays.
+        Row and column of the first pixel of the tile in the complete arrays.
     tile : int
         Pixels across a tile.
     """
@@ -274,23 +274,26 @@ def remove_tile(path: Location, start_yx: tuple[int, int], tile: int) -> None:
     for name in VARIABLES | HALF_VARIABLES:
         if name in root:
             array = _array(root, name)
-            place = (*[0] * (array.ndim - 2), start_yx[0] // tile, start_yx[1] // tile)
-            (path / name / array.metadata.encode_chunk_key(place)).unlink(missing_ok=True)
+            shard = (*[0] * (array.ndim - 2), start_yx[0] // tile, start_yx[1] // tile)
+            (path / name / array.metadata.encode_chunk_key(shard)).unlink(missing_ok=True)
 
 
 def write_pyramid(path: Location) -> None:
-    """Add coarser levels of object and weight to a result store that is being written: half the pixels along each side
-    of the level before, one at least, until the longer side is shorter than `COARSEST_PIXELS`.
+    """Add coarser levels of object and weight to an unfinished result store.
+
+    Each level has half the pixels of the previous one along each side; there is at least one level, and the longer side
+    of the last is shorter than `COARSEST_PIXELS`.
 
     Parameters
     ----------
-    path : Place
-        Store that `create_result` made, its tiles written.
+    path : Path or S3Location
+        Store that `create_result` made, with all tiles written.
 
     Notes
     -----
-    A pixel of level k is the mean of 2 x 2 of level k - 1, weighted by their weights; its weight is their mean. It lies
-    in the middle of them, so its coordinate is theirs plus half a pixel. One tile is in memory at a time.
+    A pixel of level k is the mean of 2 x 2 pixels of level k - 1, weighted by their weights; its weight is the mean of
+    theirs. It is centred between them, so its coordinate is that of the first plus half a pixel. One tile is in memory
+    at a time.
     """
     root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3)
     finer, level = root, 1
@@ -334,18 +337,19 @@ def _write_level(group: zarr.Group, finer: zarr.Group) -> zarr.Group:
 def halve(
     object_: NDArray[np.complex64], weight: NDArray[np.float32]
 ) -> tuple[NDArray[np.complex64], NDArray[np.float32]]:
-    """An object and its weight at half the pixels along y and x.
+    """Object and weight with half the pixels along y and x.
 
     Parameters
     ----------
     object_ : complex64 array (..., y, x)
-        NaN where unseen.
+        NaN where no patch reached.
     weight : float32 array (..., y, x)
 
     Returns
     -------
     object : complex64 array (..., y/2, x/2)
-        Mean of 2 x 2 pixels weighted by their weights, NaN where none is seen; an odd last row or column stands alone.
+        Mean of 2 x 2 pixels weighted by their weights, NaN if all are; an odd last row or column is averaged without a
+        partner.
     weight : float32 array (..., y/2, x/2)
         Mean weight.
 
@@ -356,10 +360,10 @@ def halve(
     ([[(2.5+0j)]], [[1.0]])
     """
     odd = [(0, 0)] * (object_.ndim - 2) + [(0, side % 2) for side in object_.shape[-2:]]
-    say = np.pad(weight.astype(np.float64), odd)
+    padded = np.pad(weight.astype(np.float64), odd)
     weighted = np.pad(np.where(weight > 0, object_, 0) * weight, odd)
-    (height, width), blocks = say.shape[-2:], (*say.shape[:-2], -1, 2, say.shape[-1] // 2, 2)
-    total, sums = (values.reshape(blocks).sum(axis=(-3, -1)) for values in (say, weighted))
+    (height, width), blocks = padded.shape[-2:], (*padded.shape[:-2], -1, 2, padded.shape[-1] // 2, 2)
+    total, sums = (values.reshape(blocks).sum(axis=(-3, -1)) for values in (padded, weighted))
     assert total.shape[-2:] == (height // 2, width // 2)
     mean = np.where(total > 0, sums / np.where(total > 0, total, 1), complex(np.nan, np.nan))
     present = np.pad(np.ones(weight.shape[-2:]), odd[-2:]).reshape(height // 2, 2, width // 2, 2).sum(axis=(1, 3))
@@ -374,11 +378,11 @@ def _array(group: zarr.Group, name: str) -> zarr.Array:
 
 
 def finish_result(path: Location, attributes: dict[str, Any]) -> None:
-    """Record what made a result and mark its store as complete.
+    """Record the attributes of a result and mark its store as complete.
 
     Parameters
     ----------
-    path : Place
+    path : Path or S3Location
     attributes : dict
         Plain values for JSON.
     """
@@ -393,9 +397,9 @@ def open_result(path: str | Location, level: int = 0) -> xr.Dataset:
     Parameters
     ----------
     path : path or ``s3://`` URL
-        What `reconstruct` wrote to `out`, or ``ds.ptycho.save`` wrote.
+        A store written by `reconstruct` (`out`) or ``ds.ptycho.save``.
     level : int
-        0 for the result itself; 1, 2, ... for a coarser level of its pyramid: ``object`` and ``weight`` alone.
+        0 for the result itself; 1, 2, ... for a coarser level of its pyramid, with ``object`` and ``weight`` only.
 
     Returns
     -------
@@ -404,45 +408,46 @@ def open_result(path: str | Location, level: int = 0) -> xr.Dataset:
     Raises
     ------
     PtychodaskError
-        If there is no result, it is unfinished, foreign or of a newer format, or has no such level.
+        If there is no result, or it is unfinished, of another kind or a newer format, damaged, or has no such level.
     """
     location = parse_location(path)
     root = open_root(location, RESULT)
-    with naming_damage(location, "cannot be opened", AGAIN):
+    with damage_errors(location, "cannot be opened", AGAIN):
         _check_arrays(root, location)
         if level:
             return _open_level(location, root, level)
         ds = xr.open_zarr(zarr_store(location, read_only=True), chunks={}, consolidated=True, zarr_format=3)
         ds = ds[[name for name in VARIABLES | HALF_VARIABLES if name in ds]]
         del ds.attrs["state"]
-        _check_whole(location, root, ds.attrs.pop(STORED_CHUNKS, {}))
+        _check_complete(location, root, ds.attrs.pop(STORED_CHUNKS, {}))
         return _with_methods(ds)
 
 
 def _check_arrays(group: zarr.Group, location: Location) -> None:
-    """Raise `PtychodaskError` unless xarray can open the arrays of a group without harm."""
+    """Raise `PtychodaskError` unless xarray can safely open the arrays of a group."""
     arrays = dict(group.arrays())
     for name, array in arrays.items():
         check_codecs(array, location, AGAIN)
         if array.ndim == 1:
-            # Coordinates are read at once.
+            # xarray reads coordinates when it opens a store.
             check_stored([array], array.nbytes, location, AGAIN)
         if max(map(floordiv, array.shape, array.chunks), default=0) > MOST_TILES:
             raise PtychodaskError(
                 f"{location}: array '{name}' has shape {array.shape} in chunks of {array.chunks}; {AGAIN}"
             )
-    # All together, for pixels that no pattern reached have no file, and counts pack well.
+    # All together: pixels that no patch reached have no file, and counts compress more than the ratio allows.
     check_stored(list(arrays.values()), sum(array.nbytes for array in arrays.values()), location, AGAIN)
 
 
-def _check_whole(location: Location, root: zarr.Group, stored: Any) -> None:
-    """Raise `PtychodaskError` when a file of a result is gone, which Zarr would read as unseen pixels."""
-    for name, wanted in stored.items() if isinstance(stored, dict) else ():
-        found = _array(root, name).nchunks_initialized
-        if found != wanted:
+def _check_complete(location: Location, root: zarr.Group, stored: Any) -> None:
+    """Raise `PtychodaskError` if a file of a result is missing."""
+    # Zarr would read it as pixels that no patch reached.
+    for name, n_written in stored.items() if isinstance(stored, dict) else ():
+        n_present = _array(root, name).nchunks_initialized
+        if n_present != n_written:
             raise PtychodaskError(
-                f"{location}: {name} has {found} of its {wanted} chunks, files of it are missing; reconstruct again "
-                "with overwrite=True (--overwrite)"
+                f"{location}: {name} has {n_present} of its {n_written} chunks, files of it are missing; reconstruct "
+                "again with overwrite=True (--overwrite)"
             )
 
 
@@ -450,11 +455,13 @@ def _open_level(location: Location, root: zarr.Group, level: int) -> xr.Dataset:
     pyramid = root.get(PYRAMID)
     levels = sorted(pyramid.group_keys()) if isinstance(pyramid, zarr.Group) else []
     if str(level) not in levels:
-        has = f"levels 1 to {len(levels)}" if levels else "no pyramid: reconstruct again with pyramid=True (--pyramid)"
-        raise PtychodaskError(f"{location}: no level {level}; it has {has}")
-    # xarray reads the level's own metadata, not the consolidated ones.
-    own = zarr_store(location / PYRAMID / str(level), read_only=True)
-    _check_arrays(zarr.open_group(own, mode="r", zarr_format=3, use_consolidated=False), location)
+        available = (
+            f"levels 1 to {len(levels)}" if levels else "no pyramid: reconstruct again with pyramid=True (--pyramid)"
+        )
+        raise PtychodaskError(f"{location}: no level {level}; it has {available}")
+    # xarray reads the metadata of the level itself, not the consolidated ones.
+    store = zarr_store(location / PYRAMID / str(level), read_only=True)
+    _check_arrays(zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False), location)
     ds = xr.open_zarr(
         zarr_store(location, read_only=True), group=f"{PYRAMID}/{level}", chunks={}, consolidated=False, zarr_format=3
     )
@@ -472,15 +479,15 @@ def _with_methods(ds: xr.Dataset) -> xr.Dataset:
 
 @contextmanager
 def reading_result() -> Iterator[None]:
-    """Raise what goes wrong while the arrays of a result are read, or computed, as `PtychodaskError`."""
-    with naming_damage(
+    """Raise errors of reading or computing a result as `PtychodaskError`."""
+    with damage_errors(
         "result", "its arrays cannot be read or computed", "if it is stored, it is damaged: reconstruct it again"
     ):
         yield
 
 
 def recorded(attributes: Mapping[str, Any], *names: str) -> Any:
-    """A value in nested attributes; None where there is none.
+    """Value in nested attributes; None if there is none.
 
     Examples
     --------
@@ -495,7 +502,7 @@ def recorded(attributes: Mapping[str, Any], *names: str) -> Any:
 
 @xr.register_dataset_accessor("ptycho")
 class PtychoAccessor:
-    """What a result can do beside what every Dataset can: ``ds.ptycho``."""
+    """Methods of a result beyond those of a Dataset: ``ds.ptycho``."""
 
     def __init__(self, ds: xr.Dataset) -> None:
         self._ds = ds
@@ -513,33 +520,33 @@ class PtychoAccessor:
         return phase.assign_attrs(long_name="phase of the object", units="rad")
 
     def plot(self, *, path: str | Path | None = None) -> Any:
-        """Figure of the result, as `ptychodask.plot` draws it: amplitude, phase, weight and uncertainty.
+        """Figure of amplitude, phase, weight and uncertainty (see `ptychodask.plot`).
 
         Parameters
         ----------
         path : path, optional
-            Where to write it too.
+            File to write the figure to.
 
         Returns
         -------
         matplotlib.figure.Figure
         """
-        # Figures lie further down; the package finds them when they are asked for.
+        # `plotting` imports this module; the package imports it on demand.
         return ptychodask.plot(self._ds, path=path)
 
     def preview(self) -> Preview:
-        """Small pictures of amplitude and phase, for the end of a notebook cell.
+        """Small images of amplitude and phase for a notebook.
 
         Returns
         -------
         Preview
-            The middle of the object, `PREVIEW_PX` pixels along either side at the most: only that is read, or computed
-            where the result is lazy. A row of pictures for each method.
+            The centre of the object, at most `PREVIEW_PX` pixels along each side; only this part is read or computed.
+            One row of images for each method.
 
         Raises
         ------
         PtychodaskError
-            If this is no result, or what is stored of it cannot be read.
+            If this is no result, or its store cannot be read.
 
         Examples
         --------
@@ -549,7 +556,7 @@ class PtychoAccessor:
         """
         if "object" not in self._ds or self._ds["object"].dims[-2:] != ("y", "x"):
             raise PtychodaskError(
-                f"preview: expected object (y, x), found {', '.join(map(str, self._ds))}; select no row"
+                f"preview: expected object (y, x), found {', '.join(map(str, self._ds))}; select no row or column"
             )
         height, width = self._ds["object"].shape[-2:]
         middle = {dim: _middle(self._ds.sizes[dim]) for dim in ("y", "x")}
@@ -558,48 +565,51 @@ class PtychoAccessor:
 
     @property
     def standard_error(self) -> xr.DataArray:
-        """Uncertainty over the square root of the count (y, x): that of the mean, were the estimates independent."""
+        """Uncertainty over the square root of the count (y, x).
+
+        It is the standard error of the mean if the estimates are independent.
+        """
         error = (self._ds["uncertainty"] / self._ds["count"] ** 0.5).rename("standard_error")
         return error.assign_attrs(long_name="standard error of the object, overlapping estimates taken as independent")
 
     def compute(self) -> xr.Dataset:
-        """The result in memory, each task of a lazy one run once.
+        """Load or compute the result, each task once.
 
         Raises
         ------
         PtychodaskError
-            If what is stored cannot be read.
+            If the store cannot be read.
 
         Notes
         -----
-        The graph is left as it was built: optimisation would drop the resources that tasks ask for.
+        The graph is not optimised: that would drop the resources that tasks request.
         """
         with reading_result():
             return self._ds.compute(optimize_graph=False)
 
     def save(self, path: str | Location, *, overwrite: bool = False) -> None:
-        """Bring the result into memory and write it to a store that `open_result` opens.
+        """Load the result and write it to a store that `open_result` opens.
 
         Parameters
         ----------
         path : path
         overwrite : bool
-            Replace what is there.
+            Replace an existing result.
 
         Raises
         ------
         PtychodaskError
-            If `path` exists already, the disk refuses, or this is not a whole block of a result.
+            If `path` exists already, writing fails, or this is not a rectangular block of a result.
 
         Notes
         -----
-        An object larger than memory goes to disk tile by tile with ``reconstruct(..., out=path)``.
+        For an object larger than memory, use ``reconstruct(..., out=path)``, which writes tile by tile.
         """
         _check_savable(self._ds)
         ds = self.compute()
         corner = (int(ds["y"][0]), int(ds["x"][0]))
         arrays = {name: ds[name].values for name in VARIABLES}
-        with written(parse_location(path), overwrite=overwrite, kind=RESULT) as writing:
+        with atomic_store(parse_location(path), overwrite=overwrite, kind=RESULT) as writing:
             pixel_size_m = ds.attrs.get("pixel_size_m")
             create_result(writing.whole, arrays["object"].shape, corner, CHUNK_PIXELS, pixel_size_m=pixel_size_m)
             write_tile(writing.whole, (0, 0), arrays)
@@ -614,13 +624,13 @@ def _middle(size: int) -> slice:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Preview:
-    """The middle of a result as a notebook shows it."""
+    """Centre of a result, shown by a notebook."""
 
     object: xr.DataArray
     """complex64 (y, x) or (method, y, x), in memory."""
 
     shape: tuple[int, int]
-    """Pixels (y, x) of the whole result."""
+    """Pixels (y, x) of the complete result."""
 
     def __repr__(self) -> str:
         return f"Preview({self._size()})"
@@ -629,7 +639,7 @@ class Preview:
         planes = self.object if "method" in self.object.dims else self.object.expand_dims("method")
         labels = [f"{label}: " for label in planes["method"].values] if "method" in planes.coords else [""]
         pictures = [
-            picture for label, plane in zip(labels, planes.values, strict=True) for picture in _seen(plane, label)
+            picture for label, plane in zip(labels, planes.values, strict=True) for picture in _pictures(plane, label)
         ]
         return card("Object", {"shown": self._size()}, pictures)
 
@@ -638,8 +648,11 @@ class Preview:
         return f"all {whole}" if shown == whole else f"the middle {shown} of {whole}"
 
 
-def _seen(plane: NDArray[np.complex64], label: str) -> list[Markup]:
-    """Amplitude and phase; the mean phase is turned to zero, which keeps the wrap far from most of them."""
+def _pictures(plane: NDArray[np.complex64], label: str) -> list[Markup]:
+    """Images of amplitude and phase, with the mean phase set to zero.
+
+    This keeps most phases far from the wrap at ±π.
+    """
     turned = plane * np.exp(-1j * np.angle(np.nansum(plane)))
     return [image(np.abs(turned), f"{label}amplitude"), image(np.angle(turned), f"{label}phase")]
 
@@ -647,8 +660,10 @@ def _seen(plane: NDArray[np.complex64], label: str) -> list[Markup]:
 def _check_savable(ds: xr.Dataset) -> None:
     for name in VARIABLES:
         if name not in ds or ds[name].dims != ("y", "x"):
-            found = f"dims {ds[name].dims}" if name in ds else f"variables {', '.join(map(str, ds))}"
-            raise PtychodaskError(f"result: expected {name} (y, x) to save it, found {found}; select pixels with isel")
+            content = f"dims {ds[name].dims}" if name in ds else f"variables {', '.join(map(str, ds))}"
+            raise PtychodaskError(
+                f"result: expected {name} (y, x) to save it, found {content}; select pixels with isel"
+            )
     for dim in ("y", "x"):
         if ds.sizes[dim] == 0 or (np.diff(ds[dim]) != 1).any():
             raise PtychodaskError(f"result: pixels along {dim} are not consecutive, expected steps of 1 to save it")

@@ -1,4 +1,8 @@
-"""Scans and their group tables in a Zarr store: written whole or not at all, read lazily."""
+"""Scans and their group tables in a Zarr store, read lazily.
+
+A store appears only when complete, or, in a bucket, is refused until then. What it records is checked before it is
+used, since Zarr takes metadata on trust and reads a missing file as fill values.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +29,9 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.errors import ZarrUserWarning
 
-from ptychodask.folders import StoreKind, atomic_file, building_path, folder_lock, read_json
+from ptychodask.folders import StoreKind, atomic_file, building_path, folder_lock, read_json, replaced_path
 from ptychodask.grouping import GroupingSpec, Groups, curve_order, group_positions
-from ptychodask.places import Location, S3Location, location_of, parse_location, stored_sizes, written, zarr_store
+from ptychodask.places import Location, S3Location, atomic_store, location_of, parse_location, stored_sizes, zarr_store
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.scan import (
     Calibration,
@@ -52,37 +56,37 @@ FORMAT_VERSION = 1
 SCAN = StoreKind(FORMAT, FORMAT_VERSION, "store", "ingest")
 
 CHUNK_BYTES = 512 * 1024
-"""Uncompressed size that a chunk of patterns comes close to: what one read decompresses at the least."""
+"""Target size of a chunk of patterns, uncompressed: the least that a read decompresses."""
 
 SHARD_CHUNKS = 32
 """Chunks in one shard (one file), at most."""
 
 SHARD_BYTES = 32 * 1024 * 1024
-"""Uncompressed size that a shard of large patterns stays below, or one chunk: what is in memory while it is written."""
+"""Largest size of a shard, uncompressed, unless one chunk is larger: it is in memory while it is written."""
 
 SLICE_GAP = 4
-"""Stored chunks without a wanted row that one slice reads over: decoding them costs less than another slice."""
+"""Consecutive chunks without a needed row that end a slice: decoding fewer costs less than another slice."""
 
 TABLE_ROWS = 2**15
 """Rows in a chunk of positions, flux and group tables."""
 
 TABLE_CHUNKS = 10**4
-"""Chunks of an array that is read whole, at the most: tables of 10⁷ patterns have some hundred."""
+"""Most chunks of an array that is read completely: tables of 10⁷ patterns have some hundred."""
 
 CURVE_GAIN = 0.9
-"""Patterns are sorted along the curve when that cuts the chunks read to this share or less."""
+"""Patterns are sorted along the curve if that reduces the chunks read to this fraction or less."""
 
 CODECS = {"blosc", "bytes", "crc32c", "gzip", "sharding_indexed", "transpose", "zstd"}
-"""Codecs that are run: those that make numbers of bytes, and nothing else."""
+"""Codecs that may run: they decode bytes to numbers, and do nothing else."""
 
 SMALL_BYTES = 2**26
-"""Arrays up to this size are taken at their word: Zarr does not store chunks that hold the fill value alone."""
+"""Arrays up to this size are not compared with their files: Zarr stores no chunk of fill values only."""
 
 PACKED_AT_MOST = 2**16
-"""Times that an array is larger than its files, at the most."""
+"""Largest ratio of the size of an array to that of its files."""
 
 MOST_CHUNKS = 10**7
-"""Chunks along one axis of an array, at the most."""
+"""Most chunks along one axis of an array."""
 
 
 DAMAGE: tuple[type[Exception], ...] = (
@@ -96,35 +100,35 @@ DAMAGE: tuple[type[Exception], ...] = (
     AssertionError,
     MemoryError,
 )
-"""What Zarr and its codecs raise where metadata or chunks are not as they were written: they take them on trust."""
+"""Exceptions of Zarr and its codecs for damaged metadata or chunks, which they do not check."""
 
 
 @contextmanager
-def naming_damage(label: str | Location, what: str, way_out: str) -> Iterator[None]:
-    """Raise what damaged files make Zarr raise in a block as a `PtychodaskError` of one line.
+def damage_errors(label: str | Location, problem: str, remedy: str) -> Iterator[None]:
+    """Raise exceptions from damaged files in a block as one-line `PtychodaskError`.
 
     Parameters
     ----------
-    where : path
-        The store.
-    what : str
-        What cannot be done with what of it.
-    way_out : str
+    label : path
+        The store, for messages.
+    problem : str
+        The affected part of the store and the failed operation.
+    remedy : str
     """
     try:
         yield
     except PtychodaskError:
         raise
     except DAMAGE as error:
-        raise PtychodaskError(f"{label}: {what} ({in_brief(error)}); {way_out}") from error
+        raise PtychodaskError(f"{label}: {problem} ({in_brief(error)}); {remedy}") from error
 
 
 INGEST_AGAIN = "the store is damaged: ingest the source again"
-"""The way out where a scan's store is damaged."""
+"""Remedy for a damaged scan store."""
 
 
 class StoredPatterns:
-    """Patterns on disk, read by slice or by an integer array in any order, repeats included."""
+    """Stored patterns, read by slice or integer array in any order."""
 
     def __init__(self, array: zarr.Array, label: str) -> None:
         self._array = array
@@ -140,46 +144,57 @@ class StoredPatterns:
 
     @property
     def chunk_patterns(self) -> int:
-        """Patterns in one chunk: the least that a read decompresses."""
+        """Patterns in one chunk, the least that a read decompresses."""
         return int(self._array.chunks[0])
 
     def __getitem__(self, index: Any, /) -> NDArray[Any]:
         return self.read(index)
 
     def read(self, index: Any, gap: int = SLICE_GAP) -> NDArray[Any]:
-        """Patterns by slice or indices; a slice that is read spans less than `gap` chunks without a wanted one."""
-        what = f"{(self._array.name or 'array').lstrip('/')} cannot be read for patterns {_brief(index)}"
-        with naming_damage(self._label, what, INGEST_AGAIN):
+        """Patterns by slice or indices, read in slices.
+
+        Parameters
+        ----------
+        index : slice or int array
+        gap : int
+            Chunks without a wanted pattern from which on another slice begins.
+        """
+        problem = f"{(self._array.name or 'array').lstrip('/')} cannot be read for patterns {_brief(index)}"
+        with damage_errors(self._label, problem, INGEST_AGAIN):
             if isinstance(index, slice):
-                return self._whole(np.asarray(self._array[index]))
+                return self._checked(np.asarray(self._array[index]))
             index = np.asarray(index, dtype=np.int64)
             if (np.diff(index) > 0).all():
-                return self._whole(_rows(self._array, index, gap))
+                return self._checked(_rows(self._array, index, gap))
+            # Shuffled training batches come here: each chunk is decompressed once, however its patterns are ordered.
             wanted, inverse = np.unique(index, return_inverse=True)
-            return self._whole(_rows(self._array, wanted, gap))[inverse.reshape(-1)]
+            return self._checked(_rows(self._array, wanted, gap))[inverse.reshape(-1)]
 
-    def _whole(self, found: NDArray[Any]) -> NDArray[Any]:
-        """What was read, once it is sure that a pattern of zeros was measured: Zarr reads a missing file as zeros."""
-        if not found.any(axis=(1, 2)).all():
+    def _checked(self, patterns: NDArray[Any]) -> NDArray[Any]:
+        """Return the patterns, raising if zeros come from missing files."""
+        # Zarr reads a missing file as zeros. Files are counted only if a pattern is all zeros, for that lists the
+        # store.
+        if not patterns.any(axis=(1, 2)).all():
             stored = self._array.shards or self._array.chunks
             per_file = prod(side // chunk for side, chunk in zip(stored, self._array.chunks, strict=True))
             n_files = prod(-(-size // side) for size, side in zip(self._array.shape, stored, strict=True))
-            n_found = self._array.nchunks_initialized // per_file
-            if n_found < n_files:
-                raise FileNotFoundError(f"{n_files - n_found} of its {n_files} files are missing")
-        return found
+            n_present = self._array.nchunks_initialized // per_file
+            if n_present < n_files:
+                raise FileNotFoundError(f"{n_files - n_present} of its {n_files} files are missing")
+        return patterns
 
 
 def _rows(array: zarr.Array, wanted: NDArray[np.integer[Any]], gap: int = SLICE_GAP) -> NDArray[Any]:
-    """Rows of a stored array, by ascending indices: read in slices, several times faster than row by row."""
+    """Rows of a stored array by ascending indices, read in slices."""
+    # Rows read one by one would decompress their chunk each time.
     ends = [0, *(np.flatnonzero(np.diff(wanted) >= gap * array.chunks[0]) + 1).tolist(), len(wanted)]
-    found = np.empty((len(wanted), *array.shape[1:]), array.dtype)
+    rows = np.empty((len(wanted), *array.shape[1:]), array.dtype)
     for start, stop in pairwise(ends):
         if start == stop:
             continue
         first, last = int(wanted[start]), int(wanted[stop - 1])
-        found[start:stop] = np.asarray(array[first : last + 1])[wanted[start:stop] - first]
-    return found
+        rows[start:stop] = np.asarray(array[first : last + 1])[wanted[start:stop] - first]
+    return rows
 
 
 def _brief(index: Any) -> str:
@@ -190,7 +205,7 @@ def _brief(index: Any) -> str:
 
 
 def chunk_patterns(n_pixels: int, itemsize: int) -> int:
-    """Patterns that a chunk of a store holds, from the pattern's size alone.
+    """Patterns in one chunk, from the size of a pattern.
 
     Examples
     --------
@@ -201,7 +216,7 @@ def chunk_patterns(n_pixels: int, itemsize: int) -> int:
 
 
 def storage_order(position_yx_px: NDArray[np.float64], patterns_per_chunk: int) -> NDArray[np.int64]:
-    """Order in which patterns are stored: along the curve where that cuts what a chunk of groups reads.
+    """Storage order of the patterns: along the curve if that reduces reading.
 
     Parameters
     ----------
@@ -213,7 +228,7 @@ def storage_order(position_yx_px: NDArray[np.float64], patterns_per_chunk: int) 
     Returns
     -------
     int64 array (pattern,)
-        The curve's order, or 0, 1, 2, ... where the source's own order is as good.
+        The order of the curve, or 0, 1, 2, ... if the order of the source is about as good (`CURVE_GAIN`).
     """
     n_patterns = len(position_yx_px)
     curve = curve_order(position_yx_px)
@@ -223,10 +238,11 @@ def storage_order(position_yx_px: NDArray[np.float64], patterns_per_chunk: int) 
     return curve if read_sorted <= CURVE_GAIN * read_as_given else as_given
 
 
-def _chunks_read(curve: NDArray[np.int64], place: NDArray[np.int64], patterns_per_chunk: int) -> int:
-    """Chunks that are decompressed when patterns at `place` are read in runs along the curve."""
+def _chunks_read(curve: NDArray[np.int64], row: NDArray[np.int64], patterns_per_chunk: int) -> int:
+    """Chunks decompressed when patterns, stored in `row`, are read along the curve."""
+    # A run of four chunks of patterns stands for a chunk of groups, whose size is not known yet.
     run = np.arange(len(curve)) // (4 * patterns_per_chunk)
-    return len(np.unique(np.stack([run, place[curve] // patterns_per_chunk]), axis=1).T)
+    return len(np.unique(np.stack([run, row[curve] // patterns_per_chunk]), axis=1).T)
 
 
 def write_scan(
@@ -252,17 +268,17 @@ def write_scan(
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> Scan:
-    """Write a scan into a new store, a shard at a time, and open it.
+    """Write a scan to a new store, by shards, and open it.
 
     Parameters
     ----------
     store : path or ``s3://`` URL
-        The store to make; it appears when it is whole.
+        The new store.
     diffraction : array or lazy source (pattern, N, N)
-        Patterns in the unit of `domain`, DC at [N//2, N//2], in the source's order; read once, one shard at a time,
-        by integer arrays.
+        Patterns in the unit of `domain`, DC at [N//2, N//2], in the order of the source; read once, one shard at a
+        time, by integer arrays.
     position_yx_px : float64 array (pattern, 2)
-        Positions (y, x), object pixels, in the source's order as everything else that follows.
+        Positions (y, x), object pixels, in the order of the source, as the arrays below.
     probe : complex array (mode, N, N)
         Probe before calibration.
     domain : {"counts", "amplitude"}
@@ -271,16 +287,16 @@ def write_scan(
     mask : bool array (N, N), optional
         True where a detector pixel is good.
     flux : float array (pattern,), optional
-        Incident flux of each pattern, relative; stored divided by its mean.
+        Relative incident flux of each pattern; divided by its mean before it is stored.
     scan_index, source_index : int array (pattern,), optional
         Experiment and source row; by default 0 and 0, 1, 2, ...
     truth : Truth, optional
     label : complex array or lazy source (pattern, N, N), optional
     pixel_size_m, energy_ev, distance_m : float, optional
     provenance : dict, optional
-        Where the data come from; plain values for JSON.
+        Origin of the data; plain values for JSON.
     growing : bool
-        These are the patterns of a first segment, and `append_segment` adds others.
+        These are the first segment of a growing scan; `append_segment` adds others.
     overwrite : bool
         Replace an existing store.
     progress : bool, optional
@@ -298,8 +314,7 @@ def write_scan(
 
     Notes
     -----
-    Patterns are sorted along a space-filling curve where that cuts the bytes a chunk of groups reads
-    (`storage_order`).
+    Patterns are sorted along a space-filling curve if that reduces the bytes a chunk of groups reads (`storage_order`).
     """
     path = parse_location(store)
     store_name = str(path)
@@ -312,8 +327,10 @@ def write_scan(
     source_rows = np.arange(n_patterns) if source_index is None else np.asarray(source_index, np.int64)
     relative_flux = None if flux is None else relative_to_mean(flux, store_name)
     optics = {"pixel_size_m": pixel_size_m, "energy_ev": energy_ev, "distance_m": distance_m}
-    with written(path, overwrite=overwrite, kind=SCAN) as writing:
+    with atomic_store(path, overwrite=overwrite, kind=SCAN) as writing:
         root = zarr.create_group(zarr_store(writing.whole), zarr_format=3)
+        # First, so that readers and later writers recognise an unfinished store, in a bucket or after a kill, as a
+        # scan.
         root.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "state": "writing"})
         patterns = _create_patterns(root, "diffraction", diffraction, ("pattern", "qy", "qx"), growing=growing)
         with progress_bar("ingest", n_patterns, "patterns", progress) as bar:
@@ -323,29 +340,30 @@ def write_scan(
         if label is not None:
             labels = _create_patterns(root, "label", label, ("pattern", "py", "px"), growing=growing)
             fill_labels(labels, 0, label, order, store_name)
+        # The scale of network input and probe comes from all patterns, so it is known only when all are written.
         mean_counts = total_counts / n_patterns
         normalization = input_normalization(mean_counts, n_pixels, store_name)
         calibrated = calibrate_probe(
             probe, calibration, mean_counts=mean_counts, incident_counts=incident_counts, label=store_name
         )
-        _put(root, "y_px", position[:, 0], ("pattern",), growing, units="px")
-        _put(root, "x_px", position[:, 1], ("pattern",), growing, units="px")
-        _put(root, "scan_index", scan_rows[order], ("pattern",), growing)
-        _put(root, "source_index", source_rows[order], ("pattern",), growing)
-        _put(root, "probe", calibrated, ("mode", "py", "px"))
-        _put(root, "probe_initial", calibrated, ("mode", "py", "px"))
+        _write_array(root, "y_px", position[:, 0], ("pattern",), growing, units="px")
+        _write_array(root, "x_px", position[:, 1], ("pattern",), growing, units="px")
+        _write_array(root, "scan_index", scan_rows[order], ("pattern",), growing)
+        _write_array(root, "source_index", source_rows[order], ("pattern",), growing)
+        _write_array(root, "probe", calibrated, ("mode", "py", "px"))
+        _write_array(root, "probe_initial", calibrated, ("mode", "py", "px"))
         if mask is not None:
-            _put(root, "mask", np.asarray(mask, bool), ("qy", "qx"))
+            _write_array(root, "mask", np.asarray(mask, bool), ("qy", "qx"))
         if relative_flux is not None:
-            _put(root, "flux", relative_flux[order], ("pattern",), growing)
+            _write_array(root, "flux", relative_flux[order], ("pattern",), growing)
         if truth is not None:
             corner = [float(value) for value in truth.corner_yx_px]
-            _put(root, "truth", truth.object.astype(np.complex64), ("y", "x"), corner_yx_px=corner)
-        whole_hash = data_hash(diffraction_hash, position, mask, calibrated)
+            _write_array(root, "truth", truth.object.astype(np.complex64), ("y", "x"), corner_yx_px=corner)
+        scan_hash = data_hash(diffraction_hash, position, mask, calibrated)
         segment: dict[str, Any] = {
             "n_patterns": n_patterns,
             "diffraction_hash": diffraction_hash,
-            "data_hash": whole_hash,
+            "data_hash": scan_hash,
         }
         root.attrs.update(
             {
@@ -354,7 +372,7 @@ def write_scan(
                 "calibration": calibration,
                 "mean_counts": mean_counts,
                 "diffraction_hash": diffraction_hash,
-                "data_hash": whole_hash,
+                "data_hash": scan_hash,
                 "sorted_along_curve": bool((order != np.arange(n_patterns)).any()),
                 "provenance": provenance or {},
                 **{name: float(value) for name, value in optics.items() if value is not None},
@@ -362,6 +380,8 @@ def write_scan(
                 **({} if flux is None else {"mean_flux": float(np.mean(flux))}),
             }
         )
+        # The state is the last change. In a bucket it completes the store, which by now may be that of a run that took
+        # over.
         writing.check_held()
         consolidate(writing.whole).attrs["state"] = "growing" if growing else "complete"
     logger.info("%s: wrote %d patterns of %d x %d", store_name, n_patterns, n_pixels, n_pixels)
@@ -379,19 +399,25 @@ def fill_patterns(
     bar: Progress,
     label: str,
 ) -> tuple[float, str]:
-    """Write patterns into rows from `first` on, in `order`; gives their total counts and their hash.
+    """Write patterns in `order` into an array from row `first`.
 
     Parameters
     ----------
     array : zarr.Array
-        Of patterns, long enough.
+        Stored patterns; long enough for the new ones.
     first : int
     source, source_rows, domain, mask
-        As `write_scan` takes them.
+        As for `write_scan`.
     order : int64 array
     bar : Progress
     label : str
-        For messages.
+        The store, for messages.
+
+    Returns
+    -------
+    total_counts : float
+    digest : str
+        SHA-256 of the patterns.
 
     Raises
     ------
@@ -409,17 +435,31 @@ def fill_patterns(
 
 
 def fill_labels(array: zarr.Array, first: int, label: PatternSource, order: NDArray[np.int64], store_name: str) -> None:
-    """Write labels into rows from `first` on; see `fill_patterns`."""
+    """Write labels into an array from row `first`; see `fill_patterns`."""
     for start, block in _blocks(label, order, _shard_patterns(array), first):
         if not np.isfinite(block).all():
             raise PtychodaskError(
-                f"{store_name}: labels have values that are not finite; mend them or leave the labels out"
+                f"{store_name}: labels have values that are not finite; correct them, or omit the labels"
             )
         array[first + start : first + start + len(block)] = block
 
 
 def relative_to_mean(flux: NDArray[Any], label: str, mean: float | None = None) -> NDArray[np.float32]:
-    """Flux divided by its mean, or by that of a first segment; raises `PtychodaskError` where one is not positive."""
+    """Flux divided by its mean.
+
+    Parameters
+    ----------
+    flux : float array (pattern,)
+    label : str
+        The store, for messages.
+    mean : float, optional
+        Mean of the first segment of a growing scan, used instead.
+
+    Raises
+    ------
+    PtychodaskError
+        If a value is not positive.
+    """
     flux = np.asarray(flux, np.float64)
     if not np.isfinite(flux).all() or (flux <= 0).any():
         raise PtychodaskError(f"{label}: flux has values that are not positive; leave those frames out")
@@ -427,7 +467,7 @@ def relative_to_mean(flux: NDArray[Any], label: str, mean: float | None = None) 
 
 
 def _shard_patterns(array: zarr.Array) -> int:
-    """Patterns in one shard: what is read, checked and written at a time."""
+    """Patterns in one shard, which are read, checked and written together."""
     return int((array.shards or array.chunks)[0])
 
 
@@ -444,11 +484,12 @@ def _create_patterns(
         shape=(n_patterns, n_pixels, n_pixels),
         dtype=source.dtype,
         chunks=(per_chunk, n_pixels, n_pixels),
-        # A file that others read while it is replaced must be read in one piece, and shards are not.
+        # Readers of a growing scan may meet a file while it is replaced. A chunk is read in one piece, old or new; a
+        # shard is read in parts, its index first, which may belong to different versions.
         shards=None if growing else (per_chunk * min(SHARD_CHUNKS, chunks_needed, chunks_allowed), n_pixels, n_pixels),
         compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.bitshuffle),
         dimension_names=dims,
-        # Patterns without light have a file too, so that one that is missing tells of damage.
+        # Patterns of zeros are written as well, so that a missing file always means damage.
         config={"write_empty_chunks": True},
     )
 
@@ -456,7 +497,12 @@ def _create_patterns(
 def _blocks(
     source: PatternSource, order: NDArray[np.int64], block_patterns: int, first: int
 ) -> Iterator[tuple[int, NDArray[Any]]]:
-    """Patterns in `order`, and the place in it of the first of each block; row `first` and blocks meet in the array."""
+    """Blocks of patterns in `order`, each with its first index in it.
+
+    Blocks end where shards of the array do, if the first pattern goes into row `first`.
+    """
+    # A write rewrites each file that it touches. So each is written once, but the first, which an earlier segment may
+    # have begun.
     start = 0
     while start < len(order):
         stop = start + block_patterns - (first + start) % block_patterns
@@ -467,7 +513,7 @@ def _blocks(
 def _checked_counts(
     block: NDArray[Any], domain: Domain, mask: NDArray[np.bool_] | None, rows: NDArray[np.int64], label: str
 ) -> float:
-    """Total counts of a block, good pixels alone; refuses negative and non-finite patterns."""
+    """Total counts of a block; raises for negative or non-finite good pixels."""
     # A float sum is NaN or inf where any value is, so one pass serves both checks and the total.
     good = block if mask is None else block[:, mask]
     axes = tuple(range(1, good.ndim))
@@ -476,21 +522,22 @@ def _checked_counts(
         totals = good.sum(axis=axes, dtype=np.float64)
     else:
         totals = np.square(good, dtype=np.float64).sum(axis=axes)
-    for found, text in ((~np.isfinite(totals), "values that are not finite"), (lowest < 0, f"negative {domain}")):
-        bad = rows[found]
+    for is_bad, problem in ((~np.isfinite(totals), "values that are not finite"), (lowest < 0, f"negative {domain}")):
+        bad = rows[is_bad]
         if len(bad):
             listed = ", ".join(str(row) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
             raise PtychodaskError(
-                f"{label}: {text} in {len(bad)} patterns (source rows {listed}); "
+                f"{label}: {problem} in {len(bad)} patterns (source rows {listed}); "
                 "leave them out with drop_frames=, or mark the pixels bad with mask="
             )
     return float(totals.sum())
 
 
-def _put(
+def _write_array(
     root: zarr.Group, name: str, values: NDArray[Any], dims: tuple[str, ...], growing: bool = False, **attributes: Any
 ) -> None:
-    # Tables of patterns and groups are read in parts; all else is read whole.
+    # Tables of patterns and groups are read in parts, all other arrays at once. A growing table gets chunks of full
+    # size, since its chunk size cannot change later.
     rows = len(values)
     if dims[0] in ("pattern", "group"):
         rows = TABLE_ROWS if growing else min(rows, TABLE_ROWS)
@@ -501,12 +548,14 @@ def _put(
 
 
 def consolidate(path: Location) -> zarr.Group:
-    """Rewrite the consolidated metadata of a store, which xarray reads; gives its root, whose attributes go with them.
+    """Rewrite the consolidated metadata of a store; returns its root group.
 
     Parameters
     ----------
-    path : Place
+    path : Path or S3Location
     """
+    # Readers take all metadata from the consolidated copy in the root, one request for the complete store. After any
+    # change that copy is stale, and an array or table that it does not list does not exist for them.
     with warnings.catch_warnings():
         # zarr warns that format 3 has not standardised them.
         warnings.simplefilter("ignore", ZarrUserWarning)
@@ -515,7 +564,7 @@ def consolidate(path: Location) -> zarr.Group:
 
 @contextmanager
 def changing_root(path: Path) -> Iterator[dict[str, Any]]:
-    """The root's metadata of a growing store, by this process alone; one write at the end puts them in their place.
+    """Root metadata of a growing store, locked, then replaced at once.
 
     Parameters
     ----------
@@ -524,18 +573,21 @@ def changing_root(path: Path) -> Iterator[dict[str, Any]]:
     Yields
     ------
     dict
-        What ``zarr.json`` holds, to be changed. Readers see the whole change or none of it: they take shapes of arrays
-        from here (the consolidated metadata), and arrays may be longer on disk.
+        Content of ``zarr.json``, to be changed. Readers see the complete change or none of it: they take the shapes of
+        arrays from here (the consolidated metadata), and arrays may be longer on disk.
     """
+    # `append_segment`, `group` and `record_model` may run together, and each reads, changes and writes the same file:
+    # without the lock the later one would drop what the earlier one added. A change takes milliseconds, so they wait.
     with folder_lock(path, wait=True):
         root = read_json(path / "zarr.json")
         yield root
+        # One rename: Zarr's own update of metadata, node by node, would show readers a store between two states.
         with atomic_file(path / "zarr.json", overwrite=True) as building:
             building.write_text(json.dumps(root, indent=2))
 
 
-def take_node(root: dict[str, Any], path: Path, name: str) -> None:
-    """Put an array or a group, as it is on disk, among the metadata of `changing_root`."""
+def update_node(root: dict[str, Any], path: Path, name: str) -> None:
+    """Copy the metadata of a node on disk into those of `changing_root`."""
     node = read_json(path / name / "zarr.json")
     if node["node_type"] == "group":
         node["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": {}}
@@ -543,12 +595,12 @@ def take_node(root: dict[str, Any], path: Path, name: str) -> None:
 
 
 def segment_sizes(attributes: Mapping[str, Any], n_patterns: int, label: str) -> tuple[int, ...]:
-    """Patterns in each segment of a scan: one segment, unless it was appended to.
+    """Patterns in each segment; one segment for a scan that never grew.
 
     Parameters
     ----------
     attributes : dict
-        Of the store's root.
+        Root attributes of the store.
     n_patterns : int
     label : str
         The store, for messages.
@@ -556,12 +608,12 @@ def segment_sizes(attributes: Mapping[str, Any], n_patterns: int, label: str) ->
     Raises
     ------
     PtychodaskError
-        If the attribute does not fit the patterns.
+        If the segments do not add up to the patterns.
     """
-    found = attributes.get("segments")
-    if found is None:
+    segments = attributes.get("segments")
+    if segments is None:
         return (n_patterns,)
-    sizes = tuple(one["n_patterns"] for one in found)
+    sizes = tuple(segment["n_patterns"] for segment in segments)
     if min(sizes, default=0) < 1 or sum(sizes) != n_patterns:
         raise PtychodaskError(f"{label}: segments of {sizes} patterns in a scan of {n_patterns}; {INGEST_AGAIN}")
     return sizes
@@ -573,7 +625,10 @@ def data_hash(
     mask: NDArray[np.bool_] | None,
     probe: NDArray[np.complex64],
 ) -> str:
-    """SHA-256 over diffraction (by its own hash), positions, mask and probe: what an object depends on."""
+    """SHA-256 of all data that an object depends on.
+
+    Diffraction enters by its own hash, so that opening a store need not read it; then positions, mask and probe.
+    """
     digest = hashlib.sha256(diffraction_hash.encode())
     digest.update(np.ascontiguousarray(position_yx_px).tobytes())
     _add_optics(digest, mask, probe)
@@ -581,7 +636,7 @@ def data_hash(
 
 
 def hash_with_probe(scan: Scan, probe: NDArray[np.complex64]) -> str:
-    """The data hash that a stored scan has with another probe."""
+    """Data hash of a stored scan with another probe."""
     return data_hash(str(scan.attributes["diffraction_hash"]), scan.position_yx_px, scan.mask, probe)
 
 
@@ -592,18 +647,17 @@ def _add_optics(digest: Any, mask: NDArray[np.bool_] | None, probe: NDArray[np.c
 
 def _hash_differs(label: str) -> PtychodaskError:
     return PtychodaskError(
-        f"{label}: positions, mask or probe are not those it was written with (hash differs); the store is damaged: "
-        "ingest the source again"
+        f"{label}: positions, mask or probe have changed since they were written (hash differs); {INGEST_AGAIN}"
     )
 
 
 def open_scan(store: str | Location) -> Scan:
-    """Open a store: patterns and labels stay on disk.
+    """Open a stored scan; patterns and labels stay on disk.
 
     Parameters
     ----------
     store : path or ``s3://`` URL
-        A store that `ingest` or `simulate` wrote.
+        A store written by `ingest` or `simulate`.
 
     Returns
     -------
@@ -612,7 +666,7 @@ def open_scan(store: str | Location) -> Scan:
     Raises
     ------
     PtychodaskError
-        If there is no such store, it is unfinished, of a newer format, or lacks an array.
+        If there is no such store, or it is unfinished, of a newer format, damaged or lacks an array.
     """
     path = parse_location(store)
     root = open_root(path, SCAN)
@@ -622,7 +676,7 @@ def open_scan(store: str | Location) -> Scan:
     truth = None
     if "truth" in root:
         corner: Any = root["truth"].attrs.get("corner_yx_px", [0.0, 0.0])
-        with naming_damage(label, f"the corner of 'truth' is {corner!r}", INGEST_AGAIN):
+        with damage_errors(label, f"the corner of 'truth' is {corner!r}", INGEST_AGAIN):
             truth = Truth(_read(root, "truth", label), (float(corner[0]), float(corner[1])))
     y_px, x_px = _read(root, "y_px", label), _read(root, "x_px", label)
     scan = Scan(
@@ -652,7 +706,7 @@ def open_scan(store: str | Location) -> Scan:
 
 
 class ScanReader:
-    """A store that is read part by part: what a task holds of a scan of any size.
+    """Reader of parts of a stored scan of any size, for tasks.
 
     Parameters
     ----------
@@ -661,7 +715,7 @@ class ScanReader:
     Raises
     ------
     PtychodaskError
-        As `open_scan`, but positions, mask and probe are not compared with the data hash.
+        As `open_scan`, except that the data hash is not checked (see `check`).
     """
 
     def __init__(self, store: str | Location) -> None:
@@ -678,17 +732,17 @@ class ScanReader:
 
     @property
     def data_hash(self) -> str:
-        """The data hash that the store records."""
+        """Data hash recorded in the store."""
         return str(self._attributes["data_hash"])
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """What the root of the store records."""
+        """Root attributes of the store."""
         return self._attributes
 
     @property
     def n_patterns(self) -> int:
-        """How many patterns the scan holds."""
+        """Number of patterns in the scan."""
         return int(self._diffraction.shape[0])
 
     @property
@@ -703,11 +757,11 @@ class ScanReader:
 
     @property
     def stored_chunk_patterns(self) -> int:
-        """Patterns in one chunk of the store: the least that a read decompresses."""
+        """Patterns in one stored chunk, the least that a read decompresses."""
         return self._diffraction.chunk_patterns
 
     def check(self) -> None:
-        """Raise `PtychodaskError` unless positions, mask and probe are those that the data hash was taken of."""
+        """Raise `PtychodaskError` unless positions, mask and probe match the data hash."""
         digest = hashlib.sha256(str(self._attributes["diffraction_hash"]).encode())
         for start in range(0, self.n_patterns, TABLE_ROWS):
             rows = np.arange(start, min(start + TABLE_ROWS, self.n_patterns))
@@ -717,7 +771,7 @@ class ScanReader:
             raise _hash_differs(self.label)
 
     def first(self) -> Scan:
-        """The scan as if it had its first pattern alone, with all that the store records: what a model is bound to."""
+        """Scan of the first pattern, with all attributes, for binding a model."""
         part = self.part(np.arange(1))
         return replace(part, attributes=self._attributes, pixel_size_m=self._attributes.get("pixel_size_m"))
 
@@ -726,37 +780,44 @@ class ScanReader:
         return self._table(f"groups/{groups}/member", slice(start, stop))
 
     def position_yx_px(self, index: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
-        """Positions (y, x) of some patterns, by ascending indices, float64 (k, 2)."""
+        """Positions (y, x) of patterns by ascending indices, float64 (k, 2)."""
         return np.stack([self._table(name, index) for name in ("y_px", "x_px")], axis=1)
 
     def _table(self, name: str, rows: slice | NDArray[np.integer[Any]]) -> NDArray[Any]:
         if name not in self._tables:
             if name not in self._root:
-                # A table that was made since: what a store holds is listed when it is opened.
+                # The metadata are those of the time of opening; the table may have been added since.
                 self._root = open_root(parse_location(self.label), SCAN)
             self._tables[name] = _array(self._root, name, self.label)
         return _read_rows(self._tables[name], self.label, rows)
 
     def readable(self, index: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
-        """Which of some patterns can be read, by ascending indices; each stored chunk of them is tried."""
-        stored = index // self.stored_chunk_patterns
-        found = np.ones(len(index), bool)
-        for chunk in np.unique(stored):
-            try:
-                self._diffraction[index[stored == chunk]]
-            except PtychodaskError:
-                found[stored == chunk] = False
-        return found
-
-    def part(self, index: NDArray[np.integer[Any]], *, gaps: bool = True) -> Scan:
-        """The scan as if it had some of its patterns alone; they and their positions are read into memory.
+        """True for each pattern that can be read, bool (k,).
 
         Parameters
         ----------
         index : int64 array (k,)
-            Which patterns, ascending.
+            Patterns, ascending.
+        """
+        stored = index // self.stored_chunk_patterns
+        is_readable = np.ones(len(index), bool)
+        # A damaged chunk loses all its patterns and no others, so each is tried separately.
+        for chunk in np.unique(stored):
+            try:
+                self._diffraction[index[stored == chunk]]
+            except PtychodaskError:
+                is_readable[stored == chunk] = False
+        return is_readable
+
+    def part(self, index: NDArray[np.integer[Any]], *, gaps: bool = True) -> Scan:
+        """Scan of some patterns only, read into memory.
+
+        Parameters
+        ----------
+        index : int64 array (k,)
+            Patterns, ascending.
         gaps : bool
-            Stored chunks between them may be read as well, which is faster; False where some cannot be read.
+            True if stored chunks between them may be read as well, which is faster; False if some cannot be read.
         """
         return Scan(
             diffraction=self._diffraction.read(index, SLICE_GAP if gaps else 1),
@@ -773,7 +834,7 @@ class ScanReader:
 
 
 def _check_attributes(attributes: dict[str, Any], label: str) -> None:
-    """Raise `PtychodaskError` unless a store's root has the attributes of a scan, each of its kind."""
+    """Raise `PtychodaskError` unless the root attributes are those of a scan."""
     kinds: dict[str, type | tuple[type, ...]] = {
         "domain": str,
         "normalization": (int, float),
@@ -785,9 +846,7 @@ def _check_attributes(attributes: dict[str, Any], label: str) -> None:
     for name, kind in (kinds | {name: kind for name, kind in optional.items() if name in attributes}).items():
         value = attributes.get(name)
         if not isinstance(value, kind):
-            raise PtychodaskError(
-                f"{label}: attribute '{name}' is {value!r}; the store is damaged: ingest the source again"
-            )
+            raise PtychodaskError(f"{label}: attribute '{name}' is {value!r}; {INGEST_AGAIN}")
     segments = attributes.get("segments", [{"n_patterns": 1}])
     if not isinstance(segments, list) or not all(
         isinstance(one, dict) and isinstance(one.get("n_patterns"), int) for one in segments
@@ -796,71 +855,74 @@ def _check_attributes(attributes: dict[str, Any], label: str) -> None:
 
 
 def _array(root: zarr.Group, name: str, label: str) -> zarr.Array:
-    with naming_damage(label, f"array '{name}' cannot be opened", INGEST_AGAIN):
+    with damage_errors(label, f"array '{name}' cannot be opened", INGEST_AGAIN):
         array = root.get(name)
         if not isinstance(array, zarr.Array):
             raise PtychodaskError(f"{label}: array '{name}' is missing; {INGEST_AGAIN}")
         check_codecs(array, label, INGEST_AGAIN)
-        # The rows of a table are compared with the patterns: zeros of all experiments alike have no file.
+        # A `scan_index` of zeros has no file at all, so the size of a table is not judged by its files; `_read`
+        # compares its rows with the patterns. Of any other array, at least one chunk is in memory during a read.
         of_patterns = array.ndim == 1 and array.metadata.dimension_names == ("pattern",)  # type: ignore[union-attr]
         sides = array.chunks if of_patterns else map(max, array.shape, array.chunks)
         check_stored([array], prod(sides) * array.dtype.itemsize, label, INGEST_AGAIN)
     return array
 
 
-def check_codecs(array: zarr.Array, label: str | Location, way_out: str) -> None:
-    """Raise `PtychodaskError` unless an array holds numbers and nothing else, whoever wrote it.
+def check_codecs(array: zarr.Array, label: str | Location, remedy: str) -> None:
+    """Raise `PtychodaskError` unless an array contains numbers in known codecs.
 
     Parameters
     ----------
     array : zarr.Array
-    where : path
+    label : path
         Its store, for messages.
-    way_out : str
+    remedy : str
 
     Notes
     -----
-    A group of format 3 may list arrays of format 2, whose codecs unpickle what they read. None but `CODECS` are run.
+    Stores come from anywhere. A group of format 3 may list arrays of format 2, whose codecs can unpickle, and so run,
+    what they read; only `CODECS` may run.
     """
-    what = f"{label}: array '{array.path}'"
+    name = f"{label}: array '{array.path}'"
     metadata = array.metadata
     if metadata.zarr_format != 3:
-        raise PtychodaskError(f"{what} is of Zarr format {metadata.zarr_format}, expected 3; {way_out}")
+        raise PtychodaskError(f"{name} is of Zarr format {metadata.zarr_format}, expected 3; {remedy}")
     if foreign := sorted(_codec_names([codec.to_dict() for codec in metadata.codecs]) - CODECS):
         raise PtychodaskError(
-            f"{what} is written by {', '.join(foreign)}, expected some of: {', '.join(sorted(CODECS))}; {way_out}"
+            f"{name} has the codecs {', '.join(foreign)}, expected some of: {', '.join(sorted(CODECS))}; {remedy}"
         )
     if array.dtype.kind not in "buifc":
-        raise PtychodaskError(f"{what} has type {array.dtype}, expected numbers; {way_out}")
+        raise PtychodaskError(f"{name} has type {array.dtype}, expected numbers; {remedy}")
+    # A few bytes of metadata may claim chunks of size 0, or more chunks than any loop over them could end.
     sides = array.chunks + (array.shards or ())
     if min(sides, default=1) < 1 or max(map(floordiv, array.shape, array.chunks), default=0) > MOST_CHUNKS:
-        raise PtychodaskError(f"{what} has shape {array.shape} in chunks of {array.chunks}; {way_out}")
+        raise PtychodaskError(f"{name} has shape {array.shape} in chunks of {array.chunks}; {remedy}")
 
 
-def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, label: str | Location, way_out: str) -> None:
-    """Raise `PtychodaskError` where the files of some arrays, together, cannot hold what the arrays claim.
+def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, label: str | Location, remedy: str) -> None:
+    """Raise `PtychodaskError` if arrays claim more than their files can contain.
 
     Parameters
     ----------
     arrays : sequence of zarr.Array
-        Written and finished: Zarr reads a missing file as so many fill values.
+        Complete ones; Zarr reads a missing file as fill values, so a forged shape would fill the memory.
     claimed_bytes : int
-        What would be read of them.
-    where : path
+        Bytes to be read from all of them.
+    label : path
         Their store, for messages.
-    way_out : str
+    remedy : str
     """
     if claimed_bytes <= SMALL_BYTES:
         return
     sizes = (size for array in arrays for size in stored_sizes(location_of(array.store) / array.path))
-    # No more files are looked at than it takes.
+    # Lazily: the files of a large store are too many to list, and the first few are mostly enough.
     if all(total < claimed_bytes // PACKED_AT_MOST for total in accumulate(sizes)):
-        told = ", ".join(f"'{array.path}' of shape {array.shape} in chunks of {array.chunks}" for array in arrays)
-        raise PtychodaskError(f"{label}: array {told} is more than its files can hold; {way_out}")
+        listed = ", ".join(f"'{array.path}' of shape {array.shape} in chunks of {array.chunks}" for array in arrays)
+        raise PtychodaskError(f"{label}: array {listed} is larger than its files can contain; {remedy}")
 
 
 def _codec_names(described: Any) -> set[str]:
-    """Names of codecs, and of those inside them, in their description by plain values."""
+    """Names of codecs and nested codecs in their JSON description."""
     if isinstance(described, list | tuple):
         return set().union(*map(_codec_names, described))
     inner = described.get("configuration", {})
@@ -868,7 +930,8 @@ def _codec_names(described: Any) -> set[str]:
 
 
 def _read(root: zarr.Group, name: str, label: str) -> NDArray[Any]:
-    """An array, whole; one that claims more than it can hold is refused, for missing chunks are read as zeros."""
+    """Content of an array; raises if its shape does not fit."""
+    # Missing chunks are read as zeros, so a false shape would give positions or weights that look measured.
     array = _array(root, name, label)
     of_patterns = (array.metadata.dimension_names or ("",))[0] == "pattern"  # type: ignore[union-attr]
     n_patterns = _array(root, "diffraction", label).shape[0]
@@ -881,22 +944,27 @@ def _read(root: zarr.Group, name: str, label: str) -> NDArray[Any]:
 
 
 def _read_rows(array: zarr.Array, label: str, rows: slice | EllipsisType | NDArray[np.integer[Any]]) -> NDArray[Any]:
-    """Rows of an array, by a slice or by ascending indices."""
-    with naming_damage(label, f"array '{array.name.lstrip('/')}' cannot be read", INGEST_AGAIN):
+    """Rows of an array by a slice or by ascending indices."""
+    with damage_errors(label, f"array '{array.name.lstrip('/')}' cannot be read", INGEST_AGAIN):
         return _rows(array, rows) if isinstance(rows, np.ndarray) else np.asarray(array[rows])
 
 
 def open_root(path: Location, kind: StoreKind, mode: str = "r") -> zarr.Group:
-    """Root group of a finished Zarr store of a form.
+    """Root group of a complete Zarr store of a kind.
 
     Raises
     ------
     PtychodaskError
-        If there is none, it is unfinished, of another form, or newer than this package reads.
+        If there is none, or it is unfinished, of another kind, or newer than this package reads.
     """
     make = f"make one with 'ptychodask {kind.maker}'"
     again = f"{kind.maker} again with overwrite=True (--overwrite)"
     if not path.exists():
+        if isinstance(path, Path) and replaced_path(path).exists():
+            raise PtychodaskError(
+                f"{path}: its writer is at work, or was stopped, while it replaced the {kind.noun}; the previous one "
+                f"is {replaced_path(path)}: wait for the writer, or rename that folder to {path.name}"
+            )
         if isinstance(path, Path) and building_path(path).exists():
             raise PtychodaskError(
                 f"{path}: the {kind.noun} is unfinished: its writer is still at work, or was stopped "
@@ -905,7 +973,7 @@ def open_root(path: Location, kind: StoreKind, mode: str = "r") -> zarr.Group:
         raise PtychodaskError(f"{path}: no such {kind.noun}; {make}")
     if not path.is_dir():
         raise PtychodaskError(f"{path}: is a file, expected a {kind.noun} (a folder); {make}")
-    with naming_damage(path, "is not a Zarr format 3 store", make):
+    with damage_errors(path, "is not a Zarr format 3 store", make):
         root = zarr.open_group(zarr_store(path, read_only=mode == "r"), mode=mode, zarr_format=3)  # type: ignore[arg-type]
         attributes = dict(root.attrs)
     if attributes.get("format") != kind.name:
@@ -918,6 +986,7 @@ def open_root(path: Location, kind: StoreKind, mode: str = "r") -> zarr.Group:
         raise PtychodaskError(
             f"{path}: has format version {version!r}, this ptychodask reads up to {kind.version}; upgrade ptychodask"
         )
+    # A growing scan may be read at any time, since readers see complete segments only; no other kind of store grows.
     state = attributes.get("state")
     if state != "complete" and not (state == "growing" and kind == SCAN):
         raise PtychodaskError(
@@ -927,7 +996,7 @@ def open_root(path: Location, kind: StoreKind, mode: str = "r") -> zarr.Group:
 
 
 def group(store: str | Location, spec: GroupingSpec = GroupingSpec(), *, name: str | None = None) -> Groups:
-    """Group table of a store: the stored one where the same spec made it, else computed and stored.
+    """Stored group table of a scan, drawn and stored if missing.
 
     Parameters
     ----------
@@ -954,12 +1023,13 @@ def group(store: str | Location, spec: GroupingSpec = GroupingSpec(), *, name: s
                 f"{path}: group table '{name}' was made by {stored.spec}, not by {spec}; pass another name="
             )
         return stored
-    # Scans grow on a disk alone.
+    # Only a scan on a disk can grow. While a segment is appended its arrays are longer than readers may know:
+    # consolidating would publish them unfinished, so only the nodes of the new table are added to the metadata.
     if isinstance(path, Path) and open_root(path, SCAN).attrs["state"] == "growing":
         with changing_root(path) as root:
             groups = _write_groups(path, spec, name)
             for node in ("groups", f"groups/{name}", f"groups/{name}/member"):
-                take_node(root, path, node)
+                update_node(root, path, node)
     else:
         groups = _write_groups(path, spec, name)
         consolidate(path)
@@ -968,7 +1038,9 @@ def group(store: str | Location, spec: GroupingSpec = GroupingSpec(), *, name: s
 
 
 def _write_groups(path: Location, spec: GroupingSpec, name: str) -> Groups:
-    """Draw groups and write their table; the consolidated metadata do not know it yet."""
+    """Draw groups and write their table, without the consolidated metadata."""
+    # Groups are drawn segment by segment, so that the table of a growing scan is the same as if it had been there
+    # before.
     scan = open_scan(path)
     sizes = segment_sizes(scan.attributes, scan.n_patterns, str(path))
     first = [0, *accumulate(sizes)]
@@ -977,11 +1049,11 @@ def _write_groups(path: Location, spec: GroupingSpec, name: str) -> Groups:
         for start, stop in pairwise(first)
     ]
     groups = Groups(np.concatenate(tables), spec, name)
-    # A run that was killed may have left a table that the consolidated metadata do not know.
+    # A killed run may have left a table that the consolidated metadata do not list: it is overwritten.
     root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3, use_consolidated=False)
     table = root.require_group("groups").create_group(name, overwrite=True)
     segmented = "segments" in scan.attributes
-    _put(table, "member", groups.member, ("group", "channel"), scan.attributes["state"] == "growing")
+    _write_array(table, "member", groups.member, ("group", "channel"), scan.attributes["state"] == "growing")
     rows = {"segment_groups": [len(part) for part in tables]} if segmented else {}
     table.attrs.update({"spec": groups.attributes(), "state": "complete", **rows})
     return groups
@@ -995,21 +1067,21 @@ def segment_groups(
     start: int,
     stop: int,
 ) -> NDArray[np.int32]:
-    """Groups of the patterns from `start` to `stop` alone.
+    """Groups within the segment of patterns from `start` to `stop`.
 
     Parameters
     ----------
     label : str
         The store, for messages.
     position_yx_px, scan_index
-        Of all patterns, see `group_positions`.
+        Those of all patterns, see `group_positions`.
     spec : GroupingSpec
     start, stop : int
 
     Returns
     -------
     int32 array (group, channel)
-        By the places of patterns in the whole scan.
+        Indices of patterns in the complete scan.
 
     Raises
     ------
@@ -1028,7 +1100,7 @@ def segment_groups(
 
 
 class GroupTable:
-    """A stored group table that is read by rows.
+    """Stored group table, read by rows.
 
     Parameters
     ----------
@@ -1038,7 +1110,7 @@ class GroupTable:
     member : zarr.Array
     n_patterns : int
     segments : ints, optional
-        Groups of each segment; by default there is one.
+        Groups of each segment; by default one segment.
     """
 
     def __init__(
@@ -1057,44 +1129,63 @@ class GroupTable:
         most = spec.oversampling * n_patterns
         fits = member.ndim == 2 and member.shape[1] == spec.members and member.shape[0] <= most
         if not fits or sum(self.segments) != member.shape[0] or min(self.segments, default=0) < 1:
-            raise self._unfit()
+            raise self._misfit()
 
     def __len__(self) -> int:
         return sum(self.segments)
 
     def in_segments(self, n_segments: int) -> GroupTable:
-        """The table as it was when the scan had no more than some segments."""
+        """The table as it was when the scan had `n_segments` segments."""
         cut = copy(self)
         cut.segments = self.segments[:n_segments]
         return cut
 
     def rows(self, start: int, stop: int) -> NDArray[np.int32]:
-        """Rows `start` to `stop`, int32 (group, channel); raises `PtychodaskError` where they do not fit the scan."""
+        """Rows `start` to `stop`, int32 (group, channel).
+
+        Raises
+        ------
+        PtychodaskError
+            If they cannot be read, or do not fit the scan.
+        """
         member = _read_rows(self._member, str(self._store), slice(start, stop)).astype(np.int32)
-        # Zarr reads a missing file as zeros.
-        gone = len(member) > 1 and not member.any()
-        if gone or not ((member >= 0) & (member < self._n_patterns)).all():
-            raise self._unfit()
+        # Zarr reads a missing file as zeros, which are valid indices, but several groups never consist of pattern 0
+        # only.
+        is_missing = len(member) > 1 and not member.any()
+        if is_missing or not ((member >= 0) & (member < self._n_patterns)).all():
+            raise self._misfit()
         return member
 
-    def _unfit(self) -> PtychodaskError:
+    def _misfit(self) -> PtychodaskError:
         return PtychodaskError(f"{self._store}: group table '{self.name}' does not fit the scan; pass another name=")
 
 
 def open_groups(store: str | Location, name: str) -> GroupTable | None:
-    """A stored group table, its rows on disk, or None when there is none of that name; raises `PtychodaskError` for one
-    that is no name or a table that does not fit the scan."""
+    """Stored group table, read lazily; None if there is none.
+
+    Parameters
+    ----------
+    store : path or ``s3://`` URL
+    name : str
+
+    Raises
+    ------
+    PtychodaskError
+        If the name is not valid, or the table has no readable spec or does not fit the scan.
+    """
     path = parse_location(store)
     if not name or "/" in name or name.startswith("."):
-        raise PtychodaskError(f"{path}: {name!r} is no name for a group table; use letters, digits, '-' and '_'")
+        raise PtychodaskError(
+            f"{path}: {name!r} is not a valid name of a group table; use letters, digits, '-' and '_'"
+        )
     root = open_root(path, SCAN)
     table = root.get(f"groups/{name}")
     if not isinstance(table, zarr.Group) or table.attrs.get("state") != "complete":
         return None
-    recorded: Any = table.attrs.get("segment_groups")
+    segment_groups: Any = table.attrs.get("segment_groups")
     try:
         spec = GroupingSpec(**dict(table.attrs["spec"]))  # type: ignore[arg-type]
-        segments = None if recorded is None else tuple(int(n_groups) for n_groups in recorded)
+        segments = None if segment_groups is None else tuple(int(n_groups) for n_groups in segment_groups)
     except (TypeError, KeyError, ValueError) as error:
         raise PtychodaskError(
             f"{path}: group table '{name}' has no readable spec ({error}); pass another name="
@@ -1104,20 +1195,20 @@ def open_groups(store: str | Location, name: str) -> GroupTable | None:
 
 
 def read_groups(store: str | Location, name: str) -> Groups | None:
-    """A stored group table in memory; None, and refusals, as `open_groups`."""
+    """Stored group table in memory; None and errors as for `open_groups`."""
     table = open_groups(store, name)
     return None if table is None else Groups(table.rows(0, len(table)), table.spec, name)
 
 
 def stored_group_names(store: str | Location) -> list[str]:
-    """Names of the group tables in a store, sorted."""
+    """Sorted names of the group tables in a store."""
     root = open_root(parse_location(store), SCAN)
     tables = root.get("groups")
     return sorted(tables.group_keys()) if isinstance(tables, zarr.Group) else []
 
 
 def check_probe_is_free(scan: Scan) -> None:
-    """Raise `PtychodaskError` for a stored scan that still grows: all its segments have the probe of the first."""
+    """Raise `PtychodaskError` if a scan is growing: its probe is fixed."""
     if scan.attributes["state"] == "growing":
         raise PtychodaskError(
             f"{scan.store}: the scan is still growing, and keeps the probe of its first segment; finish it first with "
@@ -1126,15 +1217,15 @@ def check_probe_is_free(scan: Scan) -> None:
 
 
 def replace_probe(store: str | Location, probe: NDArray[np.complex64], record: dict[str, Any]) -> Scan:
-    """Put a refined probe into a store; `probe_initial` and the patterns stay as they are.
+    """Replace the probe of a store; `probe_initial` and the patterns stay.
 
     Parameters
     ----------
     store : path or ``s3://`` URL
     probe : complex64 array (mode, N, N)
-        Calibrated, of the stored probe's shape.
+        Calibrated, with the shape of the stored probe.
     record : dict
-        How it was refined; kept as the attribute ``probe_refinement``.
+        Description of the refinement; stored as the attribute ``probe_refinement``.
 
     Returns
     -------
@@ -1156,18 +1247,21 @@ def replace_probe(store: str | Location, probe: NDArray[np.complex64], record: d
     probe = probe.astype(np.complex64)
     root = open_root(path, SCAN, "r+")
     _array(root, "probe", str(path))[...] = probe
+    # Results and models record the data hash, so those of the earlier probe are recognised as such.
     root.attrs.update({"data_hash": hash_with_probe(scan, probe), "probe_refinement": record})
     if "segments" in scan.attributes:
-        # What was planned while the scan grew saw another probe.
+        # A run planned while the scan grew accepts the store by the hash of an earlier segment; with another probe it
+        # must not.
         root.attrs["segments"] = [
-            {key: value for key, value in one.items() if key != "data_hash"} for one in scan.attributes["segments"]
+            {key: value for key, value in segment.items() if key != "data_hash"}
+            for segment in scan.attributes["segments"]
         ]
     consolidate(path)
     return open_scan(path)
 
 
 def record_model(store: str | Location, *, kind: str, path: str | Path, content_hash: str) -> None:
-    """Note in a store that a model was trained on it, as its latest of that kind.
+    """Record a trained model in a store as its latest of `kind`.
 
     Parameters
     ----------
@@ -1175,17 +1269,18 @@ def record_model(store: str | Location, *, kind: str, path: str | Path, content_
     kind : str
         "pinn" or "baseline".
     path : path
-        The model's bundle; recorded relative to the store's folder, or as a whole where the store is in a bucket.
+        Bundle of the model; recorded relative to the folder of the store, or as an absolute path if the store is in a
+        bucket.
     content_hash : str
-        Hash of the bundle's content.
+        Hash of the content of the bundle.
     """
-    place, bundle = parse_location(store), Path(path).resolve()
-    root = open_root(place, SCAN, "r+")
-    recorded = str(bundle) if isinstance(place, S3Location) else os.path.relpath(bundle, place.resolve().parent)
+    location, bundle = parse_location(store), Path(path).resolve()
+    root = open_root(location, SCAN, "r+")
+    recorded = str(bundle) if isinstance(location, S3Location) else os.path.relpath(bundle, location.resolve().parent)
     model = {"kind": kind, "path": recorded, "hash": content_hash, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    if isinstance(place, Path) and root.attrs["state"] == "growing":
-        with changing_root(place) as metadata:
+    if isinstance(location, Path) and root.attrs["state"] == "growing":
+        with changing_root(location) as metadata:
             metadata["attributes"].setdefault("models", []).append(model)
         return
     root.attrs["models"] = [*root.attrs.get("models", []), model]  # type: ignore[misc]
-    consolidate(place)
+    consolidate(location)

@@ -1,4 +1,7 @@
-"""One pass over a group table: what each chunk of groups reads and reaches, whatever the size of the scan."""
+"""Patterns and pixels that each chunk of a group table needs.
+
+One pass over the table in blocks, so that memory does not depend on the size of the scan.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,18 @@ from ptychodask.reassembly import Box
 from ptychodask.store import GroupTable, ScanReader
 
 BLOCK_GROUPS = 2**15
-"""Groups that are looked at together, or one chunk of them."""
+"""Groups processed together, unless one chunk has more."""
 
 NOWHERE = 2**40
-"""A coordinate beyond every object, pixels."""
+"""Coordinate outside of every object, pixels."""
 
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """What chunks of consecutive groups read and reach; arrays have one entry for each chunk of the table."""
+    """Patterns read and pixels reached by each chunk of consecutive groups.
+
+    Arrays have one entry for each chunk of the table.
+    """
 
     size: int
     """Groups in a chunk; the last of each segment has fewer."""
@@ -32,34 +38,34 @@ class Survey:
     """First rows of the chunks, and the row after the last (chunk + 1,)."""
 
     first_yx: NDArray[np.int64]
-    """First pixel (chunk, 2) that its patches reach."""
+    """First pixel (chunk, 2) that the patches of a chunk reach."""
 
     last_yx: NDArray[np.int64]
-    """The one after the last (chunk, 2); before the first where all its groups are dropped."""
+    """The pixel after the last (chunk, 2); before the first if all groups of the chunk are dropped."""
 
     n_groups: NDArray[np.int64]
     """Groups that are predicted (chunk,)."""
 
     n_patterns: NDArray[np.int64]
-    """Different patterns that it reads (chunk,)."""
+    """Different patterns that a chunk reads (chunk,)."""
 
     n_decompressed: NDArray[np.int64]
-    """Patterns in the stored chunks that it reads (chunk,)."""
+    """Patterns in the stored chunks that a chunk of groups reads (chunk,)."""
 
     table_hash: str
     """SHA-256 of the table."""
 
     used: NDArray[np.bool_]
-    """Whether a pattern (pattern,) is read for a chunk that reaches the region."""
+    """True for each pattern (pattern,) read for a chunk that reaches the region."""
 
     def box(self, chunk: int) -> Box:
-        """What a chunk reaches."""
+        """Pixels that a chunk reaches."""
         (y0, x0), (y1, x1) = self.first_yx[chunk].tolist(), self.last_yx[chunk].tolist()
         return Box(y0, y1, x0, x1)
 
     @property
     def whole(self) -> Box:
-        """What all chunks reach."""
+        """Pixels that all chunks reach together."""
         (y0, x0), (y1, x1) = self.first_yx.min(axis=0).tolist(), self.last_yx.max(axis=0).tolist()
         return Box(y0, y1, x0, x1)
 
@@ -75,24 +81,24 @@ def survey(
     position_yx_px: NDArray[np.float64] | None = None,
     region: Box | None = None,
 ) -> Survey:
-    """Look at a group table, block by block.
+    """Survey a group table, block by block.
 
     Parameters
     ----------
     reader : ScanReader
     table : GroupTable
     size : int
-        Groups in a chunk, at the most: no chunk has groups of two segments.
+        Most groups in a chunk; no chunk has groups of two segments.
     output : {"member", "group"}
         A patch for each member, or one for the group.
     crop : int
-        Elements across the middle of a patch that are used, M.
+        Elements across the central part of a patch that is used, M.
     drop : ints
         Patterns whose groups are left out.
     position_yx_px : float64 array (pattern, 2), optional
-        Where patches are stitched; by default the stored positions.
+        Positions at which patches are stitched; by default the stored ones.
     region : Box, optional
-        Patterns are counted as used where their chunks reach it.
+        Patterns count as used if their chunks reach it.
 
     Returns
     -------
@@ -131,7 +137,7 @@ def survey(
 
 
 def chunk_edges(segments: Sequence[int], size: int) -> NDArray[np.int64]:
-    """First rows of chunks of `size` groups, begun anew in each segment, and the row after the last.
+    """Edges of chunks of `size` groups, none across two segments.
 
     Parameters
     ----------
@@ -142,6 +148,7 @@ def chunk_edges(segments: Sequence[int], size: int) -> NDArray[np.int64]:
     Returns
     -------
     int64 array (chunk + 1,)
+        First row of each chunk, and the row after the last.
 
     Examples
     --------
@@ -154,7 +161,7 @@ def chunk_edges(segments: Sequence[int], size: int) -> NDArray[np.int64]:
 
 
 def _blocks(table: GroupTable, edges: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
-    """Rows of whole chunks, about `BLOCK_GROUPS` groups at a time, and where among them each chunk begins."""
+    """Blocks of complete chunks, with the first row of each chunk."""
     first = 0
     while first < len(edges) - 1:
         last = max(first + 1, int(np.searchsorted(edges, edges[first] + BLOCK_GROUPS, side="right")) - 1)
@@ -167,16 +174,16 @@ def _positions(
 ) -> NDArray[np.float64]:
     if position_yx_px is not None:
         return position_yx_px[member]
-    wanted, place = np.unique(member, return_inverse=True)
-    return reader.position_yx_px(wanted.astype(np.int64))[place.reshape(member.shape)]
+    wanted, inverse = np.unique(member, return_inverse=True)
+    return reader.position_yx_px(wanted.astype(np.int64))[inverse.reshape(member.shape)]
 
 
 def _reach(
     position: NDArray[np.float64], crop: int, kept: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First pixel (group, 2) that each group's patches reach, and the one after the last.
+    """First pixel (group, 2) of each group, and that after the last.
 
-    Those of groups that are not kept reach nothing: they begin after they end.
+    A group that is not kept reaches nothing: its first pixel is after its last.
     """
     first = np.floor(position.min(axis=1) - crop / 2).astype(np.int64)
     last = np.floor(position.max(axis=1) - crop / 2).astype(np.int64) + crop + 1
@@ -185,7 +192,7 @@ def _reach(
 
 
 def _reaching(first: NDArray[np.int64], last: NDArray[np.int64], region: Box | None) -> NDArray[np.bool_]:
-    """Which chunks have a pixel in the region."""
+    """True for each chunk with a pixel in the region, bool (chunk,)."""
     if region is None:
         return np.ones(len(first), bool)
     meets = (first < (region.y1, region.x1)) & (last > (region.y0, region.x0))
@@ -195,7 +202,7 @@ def _reaching(first: NDArray[np.int64], last: NDArray[np.int64], region: Box | N
 def _decompressed(
     reader: ScanReader, chunk: NDArray[np.int64], pattern: NDArray[np.int64], n_chunks: int
 ) -> NDArray[np.int64]:
-    """Patterns in the stored chunks that each chunk of groups reads."""
+    """Patterns in the stored chunks read by each chunk of groups."""
     per_stored = reader.stored_chunk_patterns
     n_stored = -(-reader.n_patterns // per_stored)
     read_by, stored = np.divmod(np.unique(chunk * n_stored + pattern // per_stored), n_stored)

@@ -274,10 +274,10 @@ def test_overwriting_replaces_only_what_is_of_the_same_kind(refused, run, store,
     untrained(tmp_path / "a.model", store)
     kept = (tmp_path / "a.model" / "weights.npz").read_bytes()
     arguments = ("reconstruct", store, "--model", tmp_path / "a.model", "--overwrite", "--out")
-    assert "replaces a ptychodask-result alone" in refused(*arguments, tmp_path / "a.model")
+    assert "replaces only a ptychodask-result" in refused(*arguments, tmp_path / "a.model")
     assert (tmp_path / "a.model" / "weights.npz").read_bytes() == kept
-    assert "replaces a ptychodask-result alone" in refused(*arguments, tmp_path)
-    assert "replaces a ptychodask-model alone" in refused("train", store, "--out", store, "--overwrite")
+    assert "replaces only a ptychodask-result" in refused(*arguments, tmp_path)
+    assert "replaces only a ptychodask-model" in refused("train", store, "--out", store, "--overwrite")
     for _ in range(2):
         assert run(*arguments, tmp_path / "o.zarr", "-q")[0] == 0
 

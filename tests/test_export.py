@@ -547,7 +547,7 @@ def test_a_disk_that_refuses_ends_every_format_in_one_line(scan, tmp_path):
     lines = ended.stdout.splitlines()
     names = ["a.h5", "a.cxi", "a.nc", "a.tif", "a.zarr"]
     assert [line.split(":")[0] for line in lines] == names
-    assert all("cannot be written (File too large); nothing was kept of it" in line for line in lines)
+    assert all("cannot be written (File too large); nothing of it was kept" in line for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["r.zarr"]
 
 
@@ -561,7 +561,7 @@ def test_a_folder_of_another_kind_is_never_replaced(result, tmp_path):
     with pytest.raises(PtychodaskError, match=r"a.tif: is a folder, expected the name of a file"):
         export(result, tmp_path / "a.tif", format="tiff", overwrite=True)
     zarr.create_group(tmp_path / "a.ome.zarr", attributes={"ome": {"version": "0.5"}})
-    with pytest.raises(PtychodaskError, match="replaces a ptychodask-ome-zarr alone"):
+    with pytest.raises(PtychodaskError, match="replaces only a ptychodask-ome-zarr"):
         export(result, tmp_path / "a.ome.zarr", format="ome-zarr", overwrite=True)
     assert recorded_folder_format(tmp_path / "a.ome.zarr") is None
     with pytest.raises(PtychodaskError, match=r"its folder .*none does not exist; make it first"):

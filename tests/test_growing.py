@@ -134,7 +134,7 @@ def test_a_reader_sees_the_segments_that_were_whole_when_it_opened(files, tmp_pa
     np.testing.assert_array_equal(early.diffraction[np.arange(SIZES[0])], before)
 
 
-@pytest.mark.parametrize("step", ["_resize", "fill_patterns", "_publish", "_extend_groups", "take_node"])
+@pytest.mark.parametrize("step", ["_resize", "fill_patterns", "_publish", "_extend_groups", "update_node"])
 def test_an_append_that_fails_anywhere_changes_nothing_and_the_next_one_takes_its_place(
     files, tmp_path, monkeypatch, step
 ):
@@ -174,7 +174,7 @@ def test_finishing_removes_what_a_torn_append_left(files, tmp_path, monkeypatch)
     grown(store, files[:2], finish=False)
     group(store)
     with monkeypatch.context() as patched:
-        patched.setattr(growing, "take_node", lambda *given: (_ for _ in ()).throw(RuntimeError("the power went")))
+        patched.setattr(growing, "update_node", lambda *given: (_ for _ in ()).throw(RuntimeError("the power went")))
         with pytest.raises(RuntimeError):
             ingest(files[2], store, append=True)
     scan = finish_scan(store)
@@ -286,7 +286,7 @@ def test_flux_is_relative_to_the_first_segment(files, tmp_path):
         )
         scan = ingest(tmp_path / f"{number}.npz", store, append=True, keys=keys, domain="counts", units="px")
     np.testing.assert_allclose(scan.flux, np.repeat([1.0, 2.5], 20))
-    with pytest.raises(PtychodaskError, match="flux: some in the segments that are there, none in this one"):
+    with pytest.raises(PtychodaskError, match="flux: some in the stored segments, none in this one"):
         append_segment(store, diffraction=whole.diffraction[:9], position_yx_px=whole.position_yx_px[:9])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import shutil
@@ -118,8 +119,28 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch) -> None:
 
 
 def test_a_model_in_a_bucket_is_refused() -> None:
-    with pytest.raises(PtychodaskError, match=r"s3://scans/a.model: a model cannot lie in an object store"):
+    with pytest.raises(PtychodaskError, match=r"s3://scans/a.model: a model cannot be stored in an object store"):
         load_model("s3://scans/a.model")
+
+
+def check_unlink(found: S3Location) -> None:
+    """A missing object is an error as for `pathlib.Path`, unless `missing_ok`."""
+    found.write_bytes(b"content")
+    found.unlink()
+    assert not found.exists()
+    with pytest.raises(FileNotFoundError) as raised:
+        found.unlink()
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOENT, str(found))
+    found.unlink(missing_ok=True)
+
+
+def test_unlink_of_a_missing_object_raises_as_for_a_path(monkeypatch) -> None:
+    stores = pytest.importorskip("obstore.store", reason="needs the package obstore")
+    bucket = stores.MemoryStore()
+    monkeypatch.setattr(places, "_bucket", lambda location: bucket)
+    check_unlink(S3Location("scans", "folder/object"))
+    # A folder without a Zarr root is no error.
+    S3Location("scans", "folder/missing.zarr").remove()
 
 
 @pytest.mark.parametrize(
@@ -288,7 +309,7 @@ def test_a_stopped_run_goes_on_from_its_ledger_in_the_bucket(stored, on_disk, cl
         open_result(out)
     with pytest.raises(
         PtychodaskError,
-        match=r"stopped before its end, and what it finished is kept; go on with resume=True \(--resume\)",
+        match=r"a stopped run left finished parts; continue it with resume=True \(--resume\)",
     ):
         reconstruct(stored, model, out=out, client=client, **FIELDS)
     model.stops = False
@@ -318,13 +339,18 @@ def test_a_ledger_of_objects_reads_back_and_refuses_another_run(gateway) -> None
 
 
 @needs_ceph
+def test_unlink_of_a_missing_object_raises_with_a_gateway(gateway) -> None:
+    check_unlink(S3Location("scans", "unlink-one"))
+
+
+@needs_ceph
 def test_what_exists_is_replaced_only_when_asked_and_by_its_kind(stored, on_disk) -> None:
     out = "s3://scans/there.zarr"
     on_disk[1].ptycho.save(out)
     with pytest.raises(PtychodaskError, match=r"there.zarr: exists already"):
         on_disk[1].ptycho.save(out)
     with pytest.raises(
-        PtychodaskError, match=r"is ptychodask-result, and overwrite=True .* replaces a ptychodask-scan"
+        PtychodaskError, match=r"is ptychodask-result, and overwrite=True .* replaces only a ptychodask-scan"
     ):
         simulate(out, overwrite=True, **SIZES)
     on_disk[1].ptycho.save(out, overwrite=True)
@@ -360,7 +386,7 @@ def test_a_second_writer_is_refused_and_one_that_lost_its_claim_completes_nothin
     goal, claim = parse_location("s3://scans/two.zarr"), S3Location("scans", ".two.zarr.writing") / CLAIM
     assert claim.create(b"another run")
     assert not claim.create(b"this run")
-    with pytest.raises(PtychodaskError, match=r"two.zarr: another run is writing it, or was killed before its end"):
+    with pytest.raises(PtychodaskError, match=r"two.zarr: another run is writing it, or was killed \("):
         on_disk[1].ptycho.save("s3://scans/two.zarr")
     patterns = TakenOver(np.ones((10, 16, 16), np.float32), claim)
     given = {"position_yx_px": np.zeros((10, 2)), "probe": np.ones((1, 16, 16), np.complex64)}

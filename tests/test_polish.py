@@ -355,7 +355,7 @@ def test_excluded_patterns_have_no_say_in_the_iterative_engine(scan, tmp_path):
         ({"drop": [-1]}, "expected indices of patterns, 0 or more"),
         ({"drop": [0.5]}, "drop has shape .* expected indices of patterns"),
         ({"drop": [N_PATTERNS]}, f"patterns {N_PATTERNS}..{N_PATTERNS} are to be left out, expected indices 0..119"),
-        ({"drop": range(N_PATTERNS)}, "every pattern is left out; leave some in"),
+        ({"drop": range(N_PATTERNS)}, "every pattern is left out; keep some"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused(scan, fields, message):

@@ -188,7 +188,7 @@ def test_the_middle_of_a_window_stays_in_the_middle():
 def test_a_window_without_light_is_refused():
     probe = np.zeros((1, 16, 16), complex)
     probe[0, 0, 0] = 1
-    with pytest.raises(PtychodaskError, match=r"dark over the middle 4 pixels; pass a larger crop="):
+    with pytest.raises(PtychodaskError, match=r"no intensity in the central 4 pixels; pass a larger crop="):
         illumination_window(probe, 4)
 
 

@@ -243,7 +243,7 @@ def test_a_full_disk_keeps_what_was_finished(store, client, tmp_path, monkeypatc
     monkeypatch.setattr(tasks, "write_tile", refuse)
     out = tmp_path / "object.zarr"
     with pytest.raises(
-        PtychodaskError, match=r"cannot be written \(No space left.*; what was finished is kept.*resume"
+        PtychodaskError, match=r"cannot be written \(No space left.*; its finished parts are kept.*resume"
     ):
         reconstruct(store, LinearModel(), client=client, out=out)
     assert [path.name for path in tmp_path.iterdir()] == [".object.zarr.writing"]
@@ -271,7 +271,7 @@ def test_an_interrupt_stops_the_run_which_then_goes_on(store, client, tmp_path, 
         reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr", **fields)
     monkeypatch.undo()
     assert client.submit(sum, [1, 2]).result() == 3
-    with pytest.raises(PtychodaskError, match="was stopped before its end, and what it finished is kept"):
+    with pytest.raises(PtychodaskError, match="a stopped run left finished parts"):
         reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr", **fields)
     model = LinearModel()
     resumed = reconstruct(store, model, client=client, out=tmp_path / "object.zarr", resume=True, **fields)

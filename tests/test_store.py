@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 import xarray
 import zarr
 
+from ptychodask import folders
 from ptychodask import store as store_module
-from ptychodask.folders import LOCK, WHOLE, atomic_folder
+from ptychodask.folders import LOCK, WHOLE, atomic_folder, building_path, check_vacant
 from ptychodask.grouping import GroupingSpec, curve_order
 from ptychodask.scan import PtychodaskError, Scan, Truth
 from ptychodask.store import (
@@ -223,11 +225,59 @@ def test_a_killed_writer_is_recognised_and_replaced_on_request(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
 
 
+@pytest.fixture
+def killed_between_renames(tmp_path):
+    """A store whose writer was killed after it moved the previous version away, with the new one still unnamed."""
+    write(tmp_path / "a.zarr")
+    (tmp_path / "a.zarr").rename(tmp_path / ".a.zarr.replaced")
+    (building_path(tmp_path / "a.zarr") / WHOLE).mkdir(parents=True)
+    return tmp_path / "a.zarr"
+
+
+def content(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_a_check_changes_nothing_after_a_writer_was_killed_between_renames(killed_between_renames):
+    path = killed_between_renames
+    before = content(path.parent)
+    with pytest.raises(PtychodaskError, match=r"a\.zarr: exists already \(as .*\.a\.zarr\.replaced"):
+        check_vacant(path, overwrite=False, kind=SCAN)
+    check_vacant(path, overwrite=True, kind=SCAN)
+    with pytest.raises(PtychodaskError, match="is ptychodask-scan, and overwrite=True"):
+        check_vacant(path, overwrite=True, kind=replace(SCAN, name="ptychodask-result"))
+    with pytest.raises(PtychodaskError, match=r"previous one is .*\.replaced: .* rename that folder to a\.zarr"):
+        open_scan(path)
+    assert content(path.parent) == before
+
+
+def test_a_writer_restores_the_previous_version_before_it_replaces_it(killed_between_renames):
+    path = killed_between_renames
+    with pytest.raises(PtychodaskError, match="exists already"):
+        write(path)
+    with pytest.raises(KeyError), atomic_folder(path, overwrite=True, kind=SCAN):
+        raise KeyError
+    first = open_scan(path).data_hash
+    assert [found.name for found in path.parent.iterdir()] == ["a.zarr"]
+    write(path, overwrite=True, **scan_parts(seed=1))
+    assert open_scan(path).data_hash != first
+    assert [found.name for found in path.parent.iterdir()] == ["a.zarr"]
+
+
+def test_a_store_that_another_run_finished_after_the_check_is_not_replaced(tmp_path, monkeypatch):
+    first = write(tmp_path / "a.zarr")
+    monkeypatch.setattr(folders, "check_vacant", lambda path, **arguments: None)
+    with pytest.raises(PtychodaskError, match="exists already"):
+        write(tmp_path / "a.zarr", **scan_parts(seed=1))
+    assert open_scan(tmp_path / "a.zarr").data_hash == first.data_hash
+    assert [found.name for found in tmp_path.iterdir()] == ["a.zarr"]
+
+
 def test_a_second_writer_is_refused_while_the_first_is_at_work(tmp_path):
     with atomic_folder(tmp_path / "a.zarr", overwrite=False, kind=SCAN) as building:
         (building / "half").touch()
         for overwrite in (False, True):
-            with pytest.raises(PtychodaskError, match=r"another run is writing it .*wait for its end"):
+            with pytest.raises(PtychodaskError, match=r"another run is writing it .*wait until it has finished"):
                 write(tmp_path / "a.zarr", overwrite=overwrite)
         assert (building / "half").exists()
     assert [path.name for path in (tmp_path / "a.zarr").iterdir()] == ["half"]
@@ -337,7 +387,7 @@ def test_a_group_name_taken_by_another_spec_is_refused(tmp_path):
     group(tmp_path / "a.zarr", GroupingSpec(), name="mine")
     with pytest.raises(PtychodaskError, match="'mine' was made by"):
         group(tmp_path / "a.zarr", GroupingSpec(seed=5), name="mine")
-    with pytest.raises(PtychodaskError, match="no name for a group table"):
+    with pytest.raises(PtychodaskError, match="is not a valid name of a group table"):
         group(tmp_path / "a.zarr", GroupingSpec(), name="a/b")
     assert read_groups(tmp_path / "a.zarr", "unknown") is None
 
@@ -379,9 +429,7 @@ def test_nothing_but_stores_and_models_is_overwritten(tmp_path, name):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.tex").write_text("years of work")
     (tmp_path / "notes.txt").write_text("a source")
-    with pytest.raises(
-        PtychodaskError, match=f"{name}: is something of another kind.*replaces a ptychodask-scan alone"
-    ):
+    with pytest.raises(PtychodaskError, match=f"{name}: is something of another kind.*replaces only a ptychodask-scan"):
         write(tmp_path / name, overwrite=True)
     assert (tmp_path / "folder" / "thesis.tex").read_text() == "years of work"
     assert (tmp_path / "notes.txt").read_text() == "a source"
@@ -413,7 +461,7 @@ def test_patterns_without_light_are_read_as_they_were_measured(tmp_path):
 def test_an_array_whose_file_is_gone_is_noticed(tmp_path, name):
     write(tmp_path / "a.zarr")
     shutil.rmtree(tmp_path / "a.zarr" / name)
-    with pytest.raises(PtychodaskError, match=r"not those it was written with \(hash differs\)"):
+    with pytest.raises(PtychodaskError, match=r"have changed since they were written \(hash differs\)"):
         open_scan(tmp_path / "a.zarr")
 
 
@@ -445,5 +493,5 @@ def test_positions_of_two_lengths_are_refused(tmp_path):
 
 def test_a_name_that_leaves_the_store_is_refused(tmp_path):
     write(tmp_path / "a.zarr")
-    with pytest.raises(PtychodaskError, match="is no name for a group table"):
+    with pytest.raises(PtychodaskError, match="is not a valid name of a group table"):
         read_groups(tmp_path / "a.zarr", "../x")

@@ -13,7 +13,7 @@ from typing import Any
 import distributed
 import xarray as xr
 
-from ptychodask.places import Location, Writing, is_complete, is_resumable, remove, written
+from ptychodask.places import Location, Writing, atomic_store, is_complete, is_resumable, remove
 from ptychodask.plan import ReconstructionSpec
 from ptychodask.prediction import stage
 from ptychodask.reconstruction.following import FollowedScan, growing_identity
@@ -65,7 +65,7 @@ def write_result(
         if not differences(identity(stored.attrs), identity(run.attributes)):
             logger.info("%s: is complete already", path)
             return stored
-    with written(path, overwrite=overwrite, kind=RESULT, resume=resume) as writing:
+    with atomic_store(path, overwrite=overwrite, kind=RESULT, resume=resume) as writing:
         screen = screen_for(run.spec.live)
         made_by = identity(run.attributes) if followed is None else growing_identity(run)
         ledger = Ledger(writing.beside, made_by)
