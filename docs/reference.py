@@ -1,6 +1,6 @@
 """Reference pages generated from the package: all commands and public names.
 
-MkDocs runs this module as a hook and is imported only then, so the tests can generate the pages without it.
+MkDocs runs this module as a hook. MkDocs itself is imported only then, so the tests can generate the pages without it.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def cli_page() -> str:
     head = [
         "# Command line",
         "",
-        "`ptychodask COMMAND --help` prints the same text. Exit codes: 2 after bad input, with a one-line error; 130 after "
-        "Ctrl-C; 143 after SIGTERM.",
+        "`ptychodask COMMAND --help` prints the same text. Exit codes: 2 after bad input, with a one-line error; 130 "
+        "after Ctrl-C; 143 after SIGTERM.",
     ]
     return "\n".join([*head, *(line for command in COMMANDS for line in _command(command))]) + "\n"
 
@@ -109,8 +109,8 @@ def api_page() -> str:
     lines = [
         "# Python",
         "",
-        "All names are attributes of the package: `ptychodask.reconstruct`. A result is an `xarray.Dataset`; its accessor "
-        "`ds.ptycho` adds methods of ptychodask.",
+        "All names are attributes of the package: `ptychodask.reconstruct`. A result is an `xarray.Dataset`; its "
+        "accessor `ds.ptycho` adds methods of ptychodask.",
     ]
     for title, names in public_names().items():
         lines += ["", f"## {title}"]
