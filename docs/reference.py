@@ -1,6 +1,6 @@
-"""Pages of the site that are made from the package: every command with its options, every public name.
+"""Reference pages generated from the package: all commands and public names.
 
-MkDocs runs it as a hook; it needs no part of MkDocs until then, so the tests read the pages without it.
+MkDocs runs this module as a hook. MkDocs itself is imported only then, so the tests can generate the pages without it.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ NAMES = {
         "write_report",
     ],
 }
-"""Public names by what they are about; names that are in none of these come last."""
+"""Public names by topic; unlisted names come last."""
 
 ACCESSOR = "ptychodask.result.PtychoAccessor"
-"""What ``ds.ptycho`` is."""
+"""Class of ``ds.ptycho``."""
 
 WORKER_FROM_ELSEWHERE = "https://unpkg.com/iframe-worker/shim"
-"""What the theme's pages load where they are read from a folder."""
+"""Script that the theme loads when the pages are opened from a folder."""
 
 WORKER = "offline-worker.js"
-"""What they load in its place."""
+"""Script of this site that replaces it."""
 
 
 def cli_page() -> str:
-    """Every command: what it does, its examples, its arguments and options, as Markdown."""
+    """Markdown of all commands: description, examples, arguments and options."""
     head = [
         "# Command line",
         "",
-        "`ptychodask COMMAND --help` says the same in a terminal. Bad input ends in one line and exit code 2, Ctrl-C "
-        "in 130, SIGTERM in 143.",
+        "`ptychodask COMMAND --help` prints the same text. Exit codes: 2 after bad input, with a one-line error; 130 "
+        "after Ctrl-C; 143 after SIGTERM.",
     ]
     return "\n".join([*head, *(line for command in COMMANDS for line in _command(command))]) + "\n"
 
@@ -65,8 +65,8 @@ def _command(command: Callable[..., None]) -> Iterator[str]:
     yield from ("| argument or option | type | meaning |", "|---|---|---|")
     hints = get_type_hints(command, include_extras=True)
     for name, parameter in inspect.signature(command).parameters.items():
-        kind, told = get_args(hints[name])
-        cells = (_flags(name, told), _kind(kind), html.escape(told.help, quote=False) + _default(parameter.default))
+        kind, info = get_args(hints[name])
+        cells = (_flags(name, info), _kind(kind), html.escape(info.help, quote=False) + _default(parameter.default))
         yield "| {} | {} | {} |".format(*(cell.replace("|", r"\|").replace("*", r"\*") for cell in cells))
 
 
@@ -76,18 +76,18 @@ def _default(value: Any) -> str:
     return f" Default: `{value.value if isinstance(value, Enum) else value}`."
 
 
-def _flags(name: str, told: Any) -> str:
-    if isinstance(told, typer.models.ArgumentInfo):
+def _flags(name: str, info: Any) -> str:
+    if isinstance(info, typer.models.ArgumentInfo):
         return f"`{name.upper()}`"
-    # Beside an annotation the first flag stands where a default would.
+    # In an annotation typer stores the first flag in the attribute `default`.
     declared = [
-        flag for text in (told.default, *(told.param_decls or ())) if isinstance(text, str) for flag in text.split("/")
+        flag for text in (info.default, *(info.param_decls or ())) if isinstance(text, str) for flag in text.split("/")
     ]
     return ", ".join(f"`{flag}`" for flag in declared or [f"--{name.replace('_', '-')}"])
 
 
 def _kind(kind: Any) -> str:
-    """The type of a parameter in words; a repeated one says so."""
+    """Name of a parameter's type, with "repeatable" for lists."""
     if type(None) in get_args(kind):
         kind = next(one for one in get_args(kind) if one is not type(None))
     if get_args(kind):
@@ -98,36 +98,36 @@ def _kind(kind: Any) -> str:
 
 
 def public_names() -> dict[str, list[str]]:
-    """`NAMES`, and under "More" those that the package has beside them."""
+    """`NAMES`, with unlisted public names under "More"."""
     listed = {name for names in NAMES.values() for name in names}
     more = sorted(set(ptychodask.__all__) - listed)
     return NAMES | ({"More": more} if more else {})
 
 
 def api_page() -> str:
-    """Every public name, as instructions for mkdocstrings."""
+    """Markdown of all public names, as directives for mkdocstrings."""
     lines = [
         "# Python",
         "",
-        "All of these are attributes of the package: `ptychodask.reconstruct`. A result is an `xarray.Dataset`; what "
-        "it can do beside that is in its accessor `ds.ptycho`.",
+        "All names are attributes of the package: `ptychodask.reconstruct`. A result is an `xarray.Dataset`; its "
+        "accessor `ds.ptycho` adds methods of ptychodask.",
     ]
     for title, names in public_names().items():
         lines += ["", f"## {title}"]
         for name in names:
-            found = getattr(ptychodask, name)
-            lines += ["", f"::: {found.__module__}.{found.__qualname__}"]
+            public = getattr(ptychodask, name)
+            lines += ["", f"::: {public.__module__}.{public.__qualname__}"]
     return "\n".join([*lines, "", "## The accessor of results", "", f"::: {ACCESSOR}", ""])
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
-    """Load the search's stand-in for workers from the site itself; MkDocs calls this by its name."""
+    """MkDocs hook: load the search worker from the site instead of the internet."""
     depth = page.file.dest_uri.count("/")
     return output.replace(WORKER_FROM_ELSEWHERE, f"{'../' * depth}{WORKER}")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages; MkDocs calls this by its name."""
+    """MkDocs hook: add the generated pages."""
     from mkdocs.structure.files import File
 
     with quiet_stderr():

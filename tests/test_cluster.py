@@ -1,4 +1,4 @@
-"""Clusters: where they listen, who gets in, and what workers are asked before a run."""
+"""Clusters: addresses, credentials, and the check of workers before a run."""
 
 from __future__ import annotations
 
@@ -96,8 +96,9 @@ def test_a_worker_without_the_package_is_named(job, tmp_path):
     (tmp_path / "ptychodask").mkdir()
     (tmp_path / "ptychodask" / "__init__.py").write_text("raise ImportError('installed by halves')")
     with started_by_hand(tmp_path, first_on_path=tmp_path) as (client, _):
-        told = r"worker w1 on 127\.0\.0\.1 cannot answer \(.*\); start it with the same Python 3\.\d+ and ptychodask \d"
-        with pytest.raises(PtychodaskError, match=told):
+        refusal = r"worker w1 on 127\.0\.0\.1 cannot run the check \(.*\)"
+        remedy = r"start it with the same Python 3\.\d+ and ptychodask \d"
+        with pytest.raises(PtychodaskError, match=f"{refusal}; {remedy}"):
             preflight_jobs(client, [job])
 
 
@@ -108,22 +109,22 @@ def test_a_worker_with_other_versions_is_named(job, tmp_path):
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1\n")
     with started_by_hand(tmp_path, first_on_path=tmp_path) as (client, _):
         # A network that is no Keras network does not mind Keras.
-        told = rf"worker w1 .* has numpy 0\.0\.1 \(here {np.__version__}\); install the same there"
-        with pytest.raises(PtychodaskError, match=told):
+        message = rf"worker w1 .* has numpy 0\.0\.1 \(here {np.__version__}\); install the same versions"
+        with pytest.raises(PtychodaskError, match=message):
             preflight_jobs(client, [job])
 
 
-def test_a_worker_that_does_not_see_the_same_is_named(store, job, tmp_path):
+def test_a_worker_without_store_model_or_gpu_is_named(store, job, tmp_path):
     scan = open_scan(store)
     model = untrained_model(ModelSpec(n_pixels=16, levels=1), Optics.of(scan))
     model = save_model(model, tmp_path / "net.model")
     with started_by_hand(tmp_path, flags=["--resources", "GPU=1"]) as (client, _):
-        with pytest.raises(PtychodaskError, match=r"worker w1 on .*/nowhere\.zarr: no such store.*all nodes see"):
+        with pytest.raises(PtychodaskError, match=r"worker w1 on .*/nowhere\.zarr: no such store.*all nodes share"):
             preflight_jobs(client, [replace(job, store="/nowhere.zarr")])
         with pytest.raises(PtychodaskError, match=r"scan\.zarr has the data hash .* there, and 123 here"):
             preflight_jobs(client, [replace(job, data_hash="123")])
         with pytest.raises(
-            PtychodaskError, match=r"worker w1 on .*the model's hash is .*, expected 123.*all nodes see"
+            PtychodaskError, match=r"worker w1 on .*the model's hash is .*, expected 123.*all nodes share"
         ):
             preflight_jobs(client, [replace(job, model=ModelReference("123", str(tmp_path / "net.model"), None))])
         # It advertises a GPU that TensorFlow does not find.
@@ -131,12 +132,12 @@ def test_a_worker_that_does_not_see_the_same_is_named(store, job, tmp_path):
             preflight(client, store, model)
 
 
-def test_a_worker_that_says_nothing_is_told_of(job, tmp_path, monkeypatch, told):
+def test_a_silent_worker_is_reported(job, tmp_path, monkeypatch, told):
     monkeypatch.setattr(asking, "ANSWERS_WITHIN_S", 0.5)
     with started_by_hand(tmp_path) as (client, worker):
         worker.send_signal(signal.SIGSTOP)
         preflight_jobs(client, [job])
-    assert any("worker w1 on 127.0.0.1 ended or has not answered" in line for line in told)
+    assert any("worker w1 on 127.0.0.1 ended or did not answer" in line for line in told)
 
 
 def test_a_cluster_that_starts_workers_for_tasks_is_not_waited_for(job, tmp_path, told):
@@ -144,15 +145,15 @@ def test_a_cluster_that_starts_workers_for_tasks_is_not_waited_for(job, tmp_path
         ended(worker)
         client.retire_workers(names=["w1"])
         preflight_jobs(client, [job])
-    assert any("no worker is there yet: none is checked" in line for line in told)
+    assert any("no worker has connected yet: none is checked" in line for line in told)
 
 
-def test_credentials_are_for_their_owner_alone(tmp_path):
+def test_credentials_are_private(tmp_path):
     folder = tmp_path / "tls"
     write_credentials(folder)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [folder, *folder.iterdir()]}
     assert modes == {"tls": 0o700, "ca.pem": 0o600, "cert.pem": 0o600, "key.pem": 0o600}
-    with pytest.raises(PtychodaskError, match=r"tls: credentials cannot be written .*File exists.*folder that is new"):
+    with pytest.raises(PtychodaskError, match=r"tls: cannot write credentials .*File exists.*expected a new folder"):
         write_credentials(folder)
 
 
@@ -179,8 +180,8 @@ def test_a_cluster_with_written_credentials_refuses_strangers(store, tmp_path, c
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"address'])
 def test_a_file_that_holds_no_address_is_named(tmp_path, content):
     (tmp_path / "s.json").write_text(content)
-    told = r"s\.json: holds no address of a Dask scheduler"
-    with pytest.raises(PtychodaskError, match=told), connected_client(str(tmp_path / "s.json")):
+    message = r"s\.json: contains no address of a Dask scheduler"
+    with pytest.raises(PtychodaskError, match=message), connected_client(str(tmp_path / "s.json")):
         pass
 
 
@@ -204,18 +205,18 @@ def test_all_servers_of_a_cluster_are_on_the_loopback_interface():
     assert {address for address, _ in opened} == {"127.0.0.1"}
 
 
-def test_a_cluster_listens_where_it_is_told_and_its_dashboards_do_not(told):
+def test_a_cluster_listens_on_the_given_host_and_its_dashboards_do_not(told):
     with local_client(1, host="0.0.0.0") as client:
         outside = {port for address, port in listening() if address == "0.0.0.0"}
         (worker, about), *_ = client.scheduler_info()["workers"].items()
         spoken_over = (client.scheduler.address, worker, about["nanny"])
         assert outside == {int(address.rpartition(":")[2]) for address in spoken_over}
-    assert told == ["whoever reaches 0.0.0.0 can run code in this cluster: encrypt it (--tls, security=)"]
+    assert told == ["anyone who can reach 0.0.0.0 can run code in this cluster; encrypt it (--tls, security=)"]
 
 
 @pytest.mark.parametrize("host", ["203.0.113.7", "no such host", "x" * 70])
 def test_a_host_that_is_not_this_machine_is_refused(host):
-    with pytest.raises(PtychodaskError, match="this machine cannot listen there"), local_client(1, host=host):
+    with pytest.raises(PtychodaskError, match="this machine cannot listen on it"), local_client(1, host=host):
         pass
 
 
@@ -239,22 +240,23 @@ def test_each_gpu_has_a_worker_that_sees_it_alone(store, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "told"), [("", "devices are none"), ("1,1", "devices are 1, 1, expected .* each once")]
+    ("given", "message"),
+    [("", "no GPU found or given, expected one or more"), ("1,1", "devices are 1, 1, expected no duplicates")],
 )
-def test_a_machine_without_gpus_is_told_of(monkeypatch, given, told):
+def test_missing_and_duplicate_gpus_are_refused(monkeypatch, given, message):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    with pytest.raises(PtychodaskError, match=told):
+    with pytest.raises(PtychodaskError, match=message):
         gpu_client()
 
 
 def test_without_nvidia_smi_there_is_no_gpu(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(PtychodaskError, match="devices are none, expected one or more"):
+    with pytest.raises(PtychodaskError, match="no GPU found or given, expected one or more"):
         gpu_client()
 
 
-def test_slurm_client_refuses_what_makes_no_sense():
+def test_slurm_client_refuses_invalid_arguments():
     with pytest.raises(PtychodaskError, match="at_most is 2, expected 3 or more"):
         slurm_client(workers=3, at_most=2)
     with pytest.raises(PtychodaskError, match="system is 'pbs', expected 'slurm'"):

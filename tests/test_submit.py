@@ -1,4 +1,4 @@
-"""Scripts of batch jobs: what they ask for, how they run, and what is refused before anything waits in a queue."""
+"""Scripts of batch jobs: their directives, their execution, and the refusal of invalid jobs."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def ran(tmp_path, monkeypatch):
         }
         done = subprocess.run(["sh"], input=script, env=environment, text=True, capture_output=True, check=False)
         assert done.returncode == (2 if lost else code), done.stderr
-        assert ("all workers ended before the run did" in done.stderr) == lost
+        assert ("all workers ended before the run: see" in done.stderr) == lost
         assert not list(tmp_path.glob("canary")), "a value was run"
         assert not (tmp_path / ".ptychodask-7").exists(), "the credentials were left"
         return [json.loads(line) for line in notes.read_text().splitlines()]
@@ -125,21 +125,21 @@ def test_a_job_starts_scheduler_workers_and_the_run(ran, store, tmp_path):
 
 
 @pytest.mark.parametrize("requeue", [True, False])
-def test_a_job_that_is_told_to_stop_waits_for_its_run_and_goes_back_into_the_queue(ran, store, requeue):
+def test_a_stopped_job_waits_for_its_run_and_is_requeued(ran, store, requeue):
     notes = ran(store, code=143, signalled=True, workers=1, requeue=requeue)
     assert [note for note in notes if note[0] == "scontrol"] == ([["scontrol", "requeue 7"]] if requeue else [])
 
 
-def test_a_job_whose_run_fails_does_not_go_back(ran, store):
+def test_a_job_whose_run_fails_is_not_requeued(ran, store):
     assert ["scontrol", "requeue 7"] not in ran(store, code=2, workers=1)
 
 
 @pytest.mark.parametrize("fields", [{"workers": 2}, {"system": "pbs", "gpus": 2}])
-def test_a_job_that_loses_all_its_workers_ends_and_does_not_go_back(ran, store, fields):
+def test_a_job_that_loses_all_its_workers_ends_and_is_not_requeued(ran, store, fields):
     assert ["scontrol", "requeue 7"] not in ran(store, code=143, lost=True, **fields)
 
 
-def test_a_job_that_starts_again_goes_on(ran, store):
+def test_a_restarted_job_resumes(ran, store):
     notes = ran(store, ["--polish", "2"], restarts=1, workers=1)
     assert called(notes, "ptychodask.cli")[0][-3:] == ["--polish", "2", "--resume"]
 
@@ -156,7 +156,7 @@ def directives(script, sign="#SBATCH"):
     return [word for line in script.splitlines() if line.startswith(sign) for word in shlex.split(line)[1:]]
 
 
-def test_what_is_asked_of_slurm_is_in_its_lines(store, tmp_path):
+def test_the_directives_contain_the_fields_of_the_spec(store, tmp_path):
     fields = {"account": HARMFUL, "partition": "gpu", "qos": "high", "constraint": "a100|h100", "nodes": 2}
     script = batch_script(
         store, gpus=8, cpus=3, time="00:20", memory="4GiB", name="100%", folder=str(tmp_path), **fields
@@ -216,16 +216,16 @@ def test_other_times_are_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"gpus": 0}, "gpus is 0, expected 1 to"),
         ({"workers": 10**6}, "workers is 1000000, expected 1 to"),
-        ({"gpus": 2, "workers": 2}, "each GPU has a worker of its own"),
+        ({"gpus": 2, "workers": 2}, "each GPU gets one worker"),
         ({"nodes": 3, "gpus": 2}, "nodes is 3 for 2 workers"),
         ({"time": "2"}, "120 s, expected 3 minutes or more"),
-        ({"memory": "16"}, "memory is '16', expected 256MiB or more, with its unit"),
-        ({"memory": "much"}, "memory is 'much', expected a number with its unit"),
-        ({"memory": "infGB"}, "expected a number with its unit"),
+        ({"memory": "16"}, "memory is '16', expected 256MiB or more, with unit"),
+        ({"memory": "much"}, "memory is 'much', expected a number with unit"),
+        ({"memory": "infGB"}, "expected a number with unit"),
         ({"account": "a\n#SBATCH --uid=0"}, "expected printable text of one line"),
         ({"partition": " "}, "expected printable text of one line"),
         ({"lines": ("ok", "a\rb")}, "lines is 'a\\\\rb', expected printable text of one line"),
@@ -234,19 +234,19 @@ def test_other_times_are_refused(text):
         ({"system": "pbs", "qos": "high"}, "qos is 'high', which the script for PBS does not use"),
     ],
 )
-def test_wishes_that_make_no_job_are_refused(fields, told):
-    with pytest.raises(PtychodaskError, match=told):
+def test_invalid_specs_are_refused(fields, message):
+    with pytest.raises(PtychodaskError, match=message):
         JobSpec(**fields)
 
 
-def test_what_does_not_fit_into_a_script_is_refused(store, tmp_path):
-    with pytest.raises(PtychodaskError, match="--workers: the job sets this itself"):
+def test_values_that_cannot_be_used_in_a_script_are_refused(store, tmp_path):
+    with pytest.raises(PtychodaskError, match="--workers: set by the job itself"):
         batch_script(store, options=["--workers=2"])
-    with pytest.raises(PtychodaskError, match="does not fit into a script: expected no line breaks"):
+    with pytest.raises(PtychodaskError, match="cannot be used in a script: expected no line breaks"):
         batch_script(store, options=["--out", "a\nb"])
     with pytest.raises(PtychodaskError, match="name is 'a/b', expected no slash"):
         batch_script(store, name="a/b")
-    with pytest.raises(PtychodaskError, match="nowhere: is no folder; make it first"):
+    with pytest.raises(PtychodaskError, match="nowhere: the folder does not exist; create it"):
         batch_script(store, folder=str(tmp_path / "nowhere"))
     with pytest.raises(PtychodaskError, match="no such store"):
         batch_script(tmp_path / "no.zarr")
@@ -256,7 +256,7 @@ def test_what_does_not_fit_into_a_script_is_refused(store, tmp_path):
 
 def test_a_machine_without_slurm_is_named(store, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(PtychodaskError, match=r"sbatch: there is none here; .*--dry-run"):
+    with pytest.raises(PtychodaskError, match=r"sbatch not found, .*login node.*--dry-run"):
         submit(store, folder=str(tmp_path))
     assert not list(tmp_path.iterdir())
 
@@ -275,18 +275,18 @@ def test_the_command_prints_the_script(run, store, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--time", "soon"], "time is 'soon'"),
-        (["--gpus", "1", "--workers", "1"], "give one of them"),
-        (["--dry-run", "--", "--scheduler", "tcp://a:1"], "the job sets this itself"),
+        (["--gpus", "1", "--workers", "1"], "pass only one of them"),
+        (["--dry-run", "--", "--scheduler", "tcp://a:1"], "set by the job itself"),
     ],
 )
-def test_bad_wishes_end_in_one_line(refused, store, arguments, told):
-    assert told in refused("submit", store, *arguments)
+def test_invalid_options_end_in_one_line(refused, store, arguments, message):
+    assert message in refused("submit", store, *arguments)
 
 
-def test_options_that_reconstruct_does_not_take_never_wait_in_a_queue(run, store):
+def test_options_unknown_to_reconstruct_are_not_submitted(run, store):
     for options in (["--polish", "often"], ["--nonsense"]):
         code, _, err = run("submit", store, "--dry-run", "--", *options)
         assert code == 2

@@ -58,7 +58,7 @@ def test_the_object_is_the_same_and_strangers_are_refused(store, client, tmp_pat
 
 def test_incomplete_credentials_are_named(tmp_path):
     (tmp_path / "ca.pem").touch()
-    with pytest.raises(PtychodaskError, match=r"holds no cert\.pem; expected ca\.pem, cert\.pem, key\.pem"):
+    with pytest.raises(PtychodaskError, match=r"contains no cert\.pem; expected ca\.pem, cert\.pem, key\.pem"):
         credentials_in(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Where tasks run: the active Dask client, one inside this process, or worker processes on this machine."""
+"""Dask clients of runs, their credentials, and broadcasts to workers."""
 
 from __future__ import annotations
 
@@ -27,48 +27,49 @@ from ptychodask.scan import PtychodaskError, in_brief
 logger = logging.getLogger(__name__)
 
 IN_PROCESS = "inproc://"
-"""How addresses of workers begin that live in the client's process."""
+"""Prefix of the addresses of workers inside the client's process."""
 
-_PARCELS: dict[str, Any] = {}
+_BROADCASTS: dict[str, Any] = {}
+"""Contents of the broadcasts that are open in this process, by key."""
 
 THREADS_PER_WORKER = 2
 """One thread reads and sums while the other predicts."""
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
-"""Environment variables by which a process learns how many threads its libraries may start."""
+"""Environment variables that limit the number of threads of numerical libraries."""
 
 WORKER_VARIABLES = {"MALLOC_ARENA_MAX": "2"}
-"""Of worker processes: the C library keeps fewer heaps, which freed memory would be spread over."""
+"""Environment of worker processes: with fewer heaps in the C library, less freed memory stays allocated."""
 
 LOOPBACK_HOST = "127.0.0.1"
-"""What clusters listen on unless they are told otherwise: only this machine reaches it."""
+"""Default address that clusters listen on: reachable from this machine only."""
 
 LOOPBACK = f"{LOOPBACK_HOST}:0"
-"""Address of Dask's own servers: a free port that only this machine reaches, where the default is every interface."""
+"""Address for dashboards: a free port reachable from this machine only; Dask's default is all interfaces."""
 
 SCRATCH = "dask-scratch-space"
-"""Part of the names of folders that workers make and remove."""
+"""Part of the names of folders that workers create and remove."""
 
 HUNG_AFTER = "60s"
-"""How long a worker process may be silent until its own results are computed by others, and it is started anew."""
+"""Time without contact after which a worker is restarted and its results are recomputed by others."""
 
-TAKEN_BACK_WITHIN_S = 10.0
-"""How long all workers may take to let go of a parcel."""
+REMOVED_WITHIN_S = 10.0
+"""Time that all workers may take to remove a broadcast, in seconds."""
 
 ANSWER_WITHIN = "10s"
-"""How long a scheduler that is named by its address may take to answer."""
+"""Time that a scheduler may take to answer."""
 
 QUIET = {
     "dashboard_address": LOOPBACK,
     "scheduler_kwargs": {"dashboard": False},
-    # Errors of tasks reach the caller as exceptions; Dask's own log of them would only repeat them.
+    # Errors of tasks are raised in the caller; Dask's log would only repeat them.
     "silence_logs": logging.CRITICAL,
 }
-"""How clusters of this process are started, beside their size."""
+"""Options of clusters started by this process, except for their size."""
 
 
 def active_client() -> Client | None:
-    """The Dask client that is active here, or None."""
+    """The active Dask client, or None."""
     try:
         return Client.current()
     except ValueError:
@@ -76,24 +77,24 @@ def active_client() -> Client | None:
 
 
 @contextmanager
-def _started(**options: Any) -> Iterator[LocalCluster]:
-    """A cluster of this machine, closed in the end.
+def _local_cluster(**options: Any) -> Iterator[LocalCluster]:
+    """A cluster on this machine, closed at the end of the block.
 
-    Dask's statistical profiler stays off in it: it looks at all threads a hundred times a second, which now and then
-    never ends (CPython 3.11, `sys._current_frames`; seen once in 1600 rounds of `tests/soak.py`).
+    Dask's statistical profiler is turned off: it samples all threads a hundred times a second, and such a sample
+    can hang (CPython 3.11, `sys._current_frames`; seen once in 1600 rounds of `tests/soak.py`).
     """
     settings = {"distributed.worker.profile.enabled": False, "distributed.scheduler.worker-ttl": HUNG_AFTER}
-    # As long as the cluster lives, for worker processes that are started anew read them too.
+    # Kept until the cluster is closed, because restarted worker processes read the settings too.
     with dask.config.set(settings), LocalCluster(**QUIET, **options) as cluster:
         yield cluster
 
 
 @contextmanager
-def _forgotten_when_closed() -> Iterator[None]:
-    """Let go of the schedulers and workers of a block, which stay in caches of the whole process.
+def _caches_cleared() -> Iterator[None]:
+    """Clear global caches that keep closed schedulers and workers in memory.
 
-    Seen in distributed 2026.8: it keeps their methods (a quarter of a megabyte for each cluster of this process) and
-    the names of their tasks, and Python keeps what it knows of the workers' scratch folders, which were on its path.
+    distributed 2026.8 caches their methods (a quarter of a megabyte for each cluster of this process) and the names
+    of their tasks, and Python caches the importers of the workers' scratch folders, which were on its path.
     """
     try:
         yield
@@ -102,23 +103,24 @@ def _forgotten_when_closed() -> Iterator[None]:
         if cached is not None and hasattr(cached, "cache_clear"):
             cached.cache_clear()
         key_split.cache_clear()
-        for place in [place for place in sys.path_importer_cache if SCRATCH in place]:
-            if not Path(place).exists():
-                sys.path_importer_cache.pop(place, None)
+        for folder in [folder for folder in sys.path_importer_cache if SCRATCH in folder]:
+            if not Path(folder).exists():
+                sys.path_importer_cache.pop(folder, None)
 
 
 @contextmanager
 def in_process_client() -> Iterator[Client]:
-    """A client whose one worker lives in this process and shares its memory, closed in the end.
+    """A client with one worker inside this process, closed at the end.
 
     Yields
     ------
     distributed.Client
-        Not the active one, so that other threads of this process do not come to depend on it.
+        Not set as the active client, so that other threads of this process do not use it. The worker shares the
+        memory of this process.
     """
     with (
-        _forgotten_when_closed(),
-        _started(
+        _caches_cleared(),
+        _local_cluster(
             processes=False,
             n_workers=1,
             threads_per_worker=THREADS_PER_WORKER,
@@ -131,36 +133,38 @@ def in_process_client() -> Iterator[Client]:
 
 @contextmanager
 def local_client(n_workers: int, *, security: Security | None = None, host: str = LOOPBACK_HOST) -> Iterator[Client]:
-    """A client with worker processes on this machine, the processor's cores divided among them, closed in the end.
+    """A client with worker processes on this machine, closed at the end.
+
+    The cores are divided among the workers.
 
     Parameters
     ----------
     n_workers : int
         Worker processes.
     security : distributed.Security, optional
-        Encrypts and authenticates all that they say to each other; ``Security.temporary()`` makes credentials that
-        live in this process and its workers. Without it, whoever reaches `host` can connect.
+        Encrypts and authenticates the communication; ``Security.temporary()`` creates credentials that are kept in
+        the memory of this process and its workers. Without it, anyone who can reach `host` can connect.
     host : str
-        Address or name of this machine that scheduler and workers listen on; by default the loopback interface alone.
-        Dashboards stay there in any case.
+        Address or name of this machine that scheduler and workers listen on; by default the loopback interface.
+        Dashboards always use the loopback interface.
 
     Yields
     ------
     distributed.Client
-        The active one until it is closed.
+        The active client until it is closed.
 
     Raises
     ------
     PtychodaskError
-        If `n_workers` is not positive, or `host` is not of this machine.
+        If `n_workers` is not positive, or `host` is not an address of this machine.
     """
     if n_workers < 1:
         raise PtychodaskError(f"local_client: n_workers is {n_workers}, expected 1 or more")
     check_host(host, security)
     threads = str(max(1, (os.cpu_count() or 1) // n_workers))
     with (
-        _forgotten_when_closed(),
-        _started(
+        _caches_cleared(),
+        _local_cluster(
             processes=True,
             n_workers=n_workers,
             threads_per_worker=THREADS_PER_WORKER,
@@ -176,7 +180,7 @@ def local_client(n_workers: int, *, security: Security | None = None, host: str 
 
 
 class _QuietStart(WorkerPlugin):
-    """Loads the network library when a worker starts, its notes kept off the terminal."""
+    """Worker plugin: import the network library at start, with its messages suppressed."""
 
     name = "ptychodask-quiet-start"
 
@@ -186,50 +190,51 @@ class _QuietStart(WorkerPlugin):
 
 
 def check_host(host: str, security: Security | None) -> None:
-    """Raise `PtychodaskError` unless this machine can listen on `host`; warn where strangers could connect.
+    """Raise `PtychodaskError` unless this machine can listen on `host`.
+
+    Logs a warning if others can connect without credentials.
 
     Parameters
     ----------
     host : str
         Address or name.
     security : distributed.Security or None
-        What protects it there.
+        Credentials of the cluster.
     """
     try:
-        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
-        family, kind, protocol, _, address = found[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as listener:
             listener.bind(address)
     except (OSError, UnicodeError) as error:
         raise PtychodaskError(
-            f"host {host!r}: this machine cannot listen there ({in_brief(error)}); give one of its own addresses, or "
+            f"host {host!r}: this machine cannot listen on it ({in_brief(error)}); pass an address of this machine, or "
             f"{LOOPBACK_HOST}"
         ) from error
     if security is None and not ip_address(address[0]).is_loopback:
-        logger.warning("whoever reaches %s can run code in this cluster: encrypt it (--tls, security=)", host)
+        logger.warning("anyone who can reach %s can run code in this cluster; encrypt it (--tls, security=)", host)
 
 
 @contextmanager
 def connected_client(address: str, *, security: Security | None = None) -> Iterator[Client]:
-    """A client of a scheduler that is running already, closed in the end.
+    """A client of a running scheduler, closed at the end.
 
     Parameters
     ----------
     address : str
-        Such as ``tcp://127.0.0.1:8786``, or ``tls://...`` with `security`; or the file that ``dask scheduler
-        --scheduler-file`` wrote.
+        Such as ``tcp://127.0.0.1:8786``, or ``tls://...`` with `security`; or the file written by ``dask scheduler
+        --scheduler-file``.
     security : distributed.Security, optional
-        Credentials that the scheduler knows (see `credentials_in`).
+        Credentials accepted by the scheduler (see `credentials_in`).
 
     Yields
     ------
     distributed.Client
-        The active one until it is closed.
+        The active client until it is closed.
 
     Raises
     ------
     PtychodaskError
-        If no scheduler answers there, or the file is no such file.
+        If no scheduler answers, or the file contains no address.
     """
     address = _address_in(Path(address)) if Path(address).is_file() else address
     options = {"set_as_default": False, "timeout": ANSWER_WITHIN, "security": security}
@@ -237,35 +242,35 @@ def connected_client(address: str, *, security: Security | None = None) -> Itera
         try:
             client = Client(address, **options)
         except AssertionError:
-            # Dask's handshake asserts that no other message comes with it, which one does at times (2026.8).
+            # Dask's handshake asserts that no other message arrives with it, but sometimes one does (2026.8).
             client = Client(address, **options)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise PtychodaskError(
-            f"{address}: no Dask scheduler answers ({in_brief(error)}); give the address that dask scheduler prints, "
-            "and where that begins with tls:// the folder of its credentials (--tls-folder)"
+            f"{address}: no Dask scheduler answers ({in_brief(error)}); pass the address that dask scheduler prints, "
+            "and if it begins with tls://, the folder of its credentials (--tls-folder)"
         ) from error
     with client:
         yield client
 
 
 def _address_in(file: Path) -> str:
-    """The address that a scheduler wrote into a file."""
+    """Address in a scheduler file."""
     try:
         return str(json.loads(file.read_text())["address"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PtychodaskError(
-            f"{file}: holds no address of a Dask scheduler ({in_brief(error)}); expected what dask scheduler "
-            "--scheduler-file writes"
+            f"{file}: contains no address of a Dask scheduler ({in_brief(error)}); expected a file written by dask "
+            "scheduler --scheduler-file"
         ) from error
 
 
 def temporary_credentials() -> Security:
-    """Credentials of one cluster, made anew and kept in memory.
+    """New credentials of one cluster, kept in memory.
 
     Raises
     ------
     PtychodaskError
-        If the package that makes them is not installed.
+        If the package cryptography is not installed.
     """
     try:
         return Security.temporary()
@@ -274,51 +279,53 @@ def temporary_credentials() -> Security:
 
 
 AUTHORITY, CERTIFICATE, KEY = "ca.pem", "cert.pem", "key.pem"
-"""Files of a folder of credentials: the authority that all sides trust, a certificate of its, and the key."""
+"""Files of a credentials folder: certificate authority, a certificate signed by it, and the key."""
 
 ROLES = ("scheduler", "worker", "client")
 
 
 def write_credentials(folder: str | Path) -> Security:
-    """Make credentials of one cluster, in a folder that only its owner can open.
+    """Create credentials of one cluster in a private folder.
 
     Parameters
     ----------
     folder : path
-        The folder to make, with mode 0700; its files have mode 0600.
+        The folder to create, with mode 0700; its files have mode 0600.
 
     Returns
     -------
     distributed.Security
-        As `credentials_in` gives it.
+        The same as `credentials_in` returns for this folder.
 
     Raises
     ------
     PtychodaskError
-        If the folder exists already, cannot be made, or the package that makes credentials is not installed.
+        If the folder exists already or cannot be created, or the package cryptography is not installed.
     """
     folder = Path(folder)
-    made = temporary_credentials().get_tls_config_for_role("client")
+    config = temporary_credentials().get_tls_config_for_role("client")
     try:
         folder.mkdir(mode=0o700)
-        for name, content in ((AUTHORITY, made["ca_file"]), (CERTIFICATE, made["cert"]), (KEY, made["key"])):
+        for name, content in ((AUTHORITY, config["ca_file"]), (CERTIFICATE, config["cert"]), (KEY, config["key"])):
             with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(content)
     except OSError as error:
         raise PtychodaskError(
-            f"{folder}: credentials cannot be written ({error.strerror}); expected a folder that is new, where this "
-            "user may write"
+            f"{folder}: cannot write credentials ({error.strerror}); expected a new folder, in a folder that this user "
+            "may write to"
         ) from error
     return credentials_in(folder)
 
 
 def credentials_in(folder: str | Path) -> Security:
-    """Credentials for a cluster that speaks TLS, for each side of it.
+    """Credentials for a cluster with TLS, read from a folder.
+
+    They are for scheduler, workers and client.
 
     Parameters
     ----------
     folder : path
-        Holds ``ca.pem``, the authority that both sides trust, ``cert.pem`` and ``key.pem``.
+        Contains ``ca.pem``, the authority that all sides trust, ``cert.pem`` and ``key.pem``.
 
     Returns
     -------
@@ -333,89 +340,94 @@ def credentials_in(folder: str | Path) -> Security:
     for name in (AUTHORITY, CERTIFICATE, KEY):
         if not (folder / name).is_file():
             raise PtychodaskError(
-                f"{folder}: holds no {name}; expected {AUTHORITY}, {CERTIFICATE}, {KEY}: the authority that scheduler "
-                "and client trust, and a certificate of its with the key"
+                f"{folder}: contains no {name}; expected {AUTHORITY}, {CERTIFICATE}, {KEY}: the authority that "
+                "scheduler and client trust, a certificate signed by it, and the key of the certificate"
             )
     pairs = {
-        f"tls_{role}_{what}": str(folder / name)
+        f"tls_{role}_{item}": str(folder / name)
         for role in ROLES
-        for what, name in (("cert", CERTIFICATE), ("key", KEY))
+        for item, name in (("cert", CERTIFICATE), ("key", KEY))
     }
     return Security(require_encryption=True, tls_ca_file=str(folder / AUTHORITY), **pairs)
 
 
 @dataclass(frozen=True)
 class Broadcast:
-    """Something large that lies in every process of a cluster while a run is at work; tasks carry its key alone."""
+    """A large object in every process of a cluster during a run.
+
+    Tasks contain only its key.
+    """
 
     key: str
 
     def open(self) -> Any:
-        """What is inside."""
-        return _PARCELS[self.key]
+        """The content, in the process of a task."""
+        return _BROADCASTS[self.key]
 
 
 class _Delivery(WorkerPlugin):
-    """Puts a parcel into each worker's process, also of one that joins late."""
+    """Worker plugin: store a broadcast in every worker, including late ones."""
 
     def __init__(self, key: str, content: Any) -> None:
         self.name = key
         self._content = content
 
     def setup(self, worker: Worker) -> None:
-        _PARCELS.setdefault(self.name, self._content)
+        _BROADCASTS.setdefault(self.name, self._content)
 
     def teardown(self, worker: Worker) -> None:
-        # A worker inside the client's process leaves it to the client, which may have other workers beside it.
+        # Inside the client's process the client removes the content, because its other workers may still use it.
         if not worker.address.startswith(IN_PROCESS):
-            _PARCELS.pop(self.name, None)
+            _BROADCASTS.pop(self.name, None)
 
 
 @contextmanager
 def broadcast(client: Client, content: Any) -> Iterator[Broadcast]:
-    """A parcel that tasks of a client open while the block lasts.
+    """Send an object to all workers, for the tasks of a block.
 
     Parameters
     ----------
     client : distributed.Client
     content : object
-        Sent once to each process that is not this one.
+        Sent once to each other process.
 
     Yields
     ------
-    Parcel
+    Broadcast
 
     Notes
     -----
-    Data that are scattered to all workers do not stay with all of them: the scheduler's memory manager removes what it
-    takes for needless copies.
+    ``client.scatter(broadcast=True)`` would not keep the data on all workers: the scheduler's memory manager removes
+    copies that it considers redundant.
     """
-    parcel = Broadcast(f"ptychodask-{uuid.uuid4().hex}")
-    _PARCELS[parcel.key] = content
+    sent = Broadcast(f"ptychodask-{uuid.uuid4().hex}")
+    _BROADCASTS[sent.key] = content
     workers = client.scheduler_info(n_workers=-1)["workers"]
     elsewhere = not workers or not all(address.startswith(IN_PROCESS) for address in workers)
     if elsewhere:
-        client.register_plugin(_Delivery(parcel.key, content))
+        client.register_plugin(_Delivery(sent.key, content))
     try:
-        yield parcel
+        yield sent
     finally:
-        _PARCELS.pop(parcel.key, None)
+        _BROADCASTS.pop(sent.key, None)
         if elsewhere and client.status == "running":
-            # A worker that hangs would never answer.
-            taking_back = threading.Thread(target=_take_back, args=(client, parcel.key), daemon=True)
-            taking_back.start()
-            taking_back.join(TAKEN_BACK_WITHIN_S)
+            # In a thread with a time limit, because a hanging worker would never answer.
+            removal = threading.Thread(target=_remove_from_workers, args=(client, sent.key), daemon=True)
+            removal.start()
+            removal.join(REMOVED_WITHIN_S)
 
 
-def _take_back(client: Client, key: str) -> None:
-    # The scheduler, or a worker, may be gone by now, and the parcel with it.
+def _remove_from_workers(client: Client, key: str) -> None:
+    # The scheduler or a worker may have ended by now, and the broadcast with it.
     with suppress(OSError, RuntimeError, ValueError):
         client.unregister_worker_plugin(key)
 
 
 @contextmanager
 def client_for_run(client: Client | None) -> Iterator[Client]:
-    """The client that a run uses: the given one, else the active one, else one in this process, closed in the end.
+    """Client of a run: the given, the active, or a new one.
+
+    A new one runs in this process and is closed at the end.
 
     Parameters
     ----------
@@ -425,10 +437,10 @@ def client_for_run(client: Client | None) -> Iterator[Client]:
     ------
     distributed.Client
     """
-    found = client if client is not None else active_client()
-    if found is not None:
-        yield found
+    existing = client if client is not None else active_client()
+    if existing is not None:
+        yield existing
         return
-    with in_process_client() as own:
+    with in_process_client() as started:
         logger.info("no Dask client is active: running in this process")
-        yield own
+        yield started

@@ -1,4 +1,4 @@
-"""`JobSpec`: what is asked of a batch system, checked before the batch system sees it."""
+"""`JobSpec`: resources and options of a batch job, checked before submission."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from dask.utils import parse_bytes
 from ptychodask.scan import PtychodaskError, check_choice
 
 System = Literal["slurm", "pbs"]
-"""Batch systems whose scripts are written."""
+"""Batch systems that scripts can be written for."""
 
 MIB = 2**20
 
 SIGNAL_BEFORE_S = 60
-"""How long before a job's time is over its run is told to stop, and keeps what is finished."""
+"""Time before the limit of a job at which its run is stopped; finished parts are kept."""
 
 MOST_WORKERS = 10_000
-"""More in one job is taken for a mistake."""
+"""Upper limit of workers in one job; more is treated as a mistake."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
-    """What a run asks of a batch system.
+    """Resources and options of a batch job.
 
     Examples
     --------
@@ -36,64 +36,64 @@ class JobSpec:
     """
 
     gpus: int | None = None
-    """Workers with one GPU each; in place of `workers`."""
+    """Workers with one GPU each; instead of `workers`."""
 
     workers: int | None = None
-    """Workers without a GPU; one where `gpus` is not given either."""
+    """Workers without a GPU; one if `gpus` is not given either."""
 
     time: str = "01:00"
-    """Wall-time limit, hours:minutes, hours:minutes:seconds, or minutes alone."""
+    """Wall-time limit: hours:minutes, hours:minutes:seconds, or minutes."""
 
     cpus: int = 4
-    """Processor cores of one worker."""
+    """CPU cores of one worker."""
 
     memory: str = "16GB"
-    """Memory of one worker, with its unit."""
+    """Memory of one worker, with unit."""
 
     nodes: int | None = None
-    """Machines that the workers are spread over; by default the batch system's choice."""
+    """Nodes that the workers are distributed over; by default chosen by the batch system."""
 
     name: str = "ptychodask"
-    """Of the job."""
+    """Name of the job."""
 
     account: str | None = None
-    """Whom its time is charged to."""
+    """Account that the time is charged to."""
 
     partition: str | None = None
-    """SLURM's partition, or the queue of PBS."""
+    """Partition of SLURM, or queue of PBS."""
 
     qos: str | None = None
-    """SLURM's quality of service."""
+    """Quality of service in SLURM."""
 
     constraint: str | None = None
-    """Features that SLURM's nodes must have, such as ``a100|h100``."""
+    """Features required of nodes in SLURM, such as ``a100|h100``."""
 
     modules: tuple[str, ...] = ()
-    """Environment modules that the job loads, in this order."""
+    """Environment modules to load, in this order."""
 
     lines: tuple[str, ...] = ()
-    """Shell lines that the job runs before anything else, after the modules."""
+    """Shell lines to run first, after loading the modules."""
 
     directives: tuple[str, ...] = ()
-    """Further directives, such as ``--exclusive``."""
+    """Additional directives, such as ``--exclusive``."""
 
     folder: str | None = None
-    """Folder that all nodes see, for the log, the certificates and the scheduler's address."""
+    """Folder shared by all nodes, for the log, the certificates and the scheduler's address."""
 
     scratch: str | None = None
-    """Folder of each node where workers put what does not fit into memory; by default a temporary one of the node."""
+    """Folder on each node for data that workers move out of memory; by default the node's temporary folder."""
 
     interface: str | None = None
-    """Network interface that processes on several nodes speak over, such as ``ib0``."""
+    """Network interface for communication between nodes, such as ``ib0``."""
 
     python: str = sys.executable
     """Interpreter with ptychodask, at the same path on all nodes."""
 
     requeue: bool = True
-    """Whether a job that meets its time limit, or loses its node, goes back into the queue to go on."""
+    """Requeue the job when it reaches its time limit or loses its node, to resume the run."""
 
     system: System = "slurm"
-    """Batch system."""
+    """Batch system that the script is for."""
 
     def __post_init__(self) -> None:
         check_choice("system", self.system, get_args(System), "job")
@@ -104,8 +104,8 @@ class JobSpec:
                     _check_text(field.name, text)
         if self.gpus is not None and self.workers is not None:
             raise PtychodaskError(
-                f"job: gpus={self.gpus} (--gpus) and workers={self.workers} (--workers); each GPU has a worker of its "
-                "own, so give one of them"
+                f"job: gpus={self.gpus} (--gpus) and workers={self.workers} (--workers); each GPU gets one worker, so "
+                "pass only one of them"
             )
         for name, most in (("gpus", MOST_WORKERS), ("workers", MOST_WORKERS), ("nodes", MOST_WORKERS), ("cpus", 1024)):
             value = getattr(self, name)
@@ -113,91 +113,97 @@ class JobSpec:
                 raise PtychodaskError(f"job: {name} is {value}, expected 1 to {most}")
         if self.nodes is not None and self.nodes > self.n_workers:
             raise PtychodaskError(
-                f"job: nodes is {self.nodes} for {self.n_workers} workers, expected a worker on each node or more"
+                f"job: nodes is {self.nodes} for {self.n_workers} workers, expected at least one worker per node"
             )
         for name in ("qos", "constraint", "interface", "nodes"):
             if self.system == "pbs" and getattr(self, name) not in (None, 1):
                 raise PtychodaskError(
-                    f"job: {name} is {getattr(self, name)!r}, which the script for PBS does not use: it stays on one "
-                    "node; leave it away, or add PBS's own words with directives (--directive)"
+                    f"job: {name} is {getattr(self, name)!r}, which the script for PBS does not use: it runs on one "
+                    "node; omit it, or add options of PBS with directives (--directive)"
                 )
         if self.seconds < 3 * SIGNAL_BEFORE_S:
             raise PtychodaskError(
-                f"job: time is {self.time!r}, {self.seconds} s, expected 3 minutes or more: a run is told to stop "
-                f"{SIGNAL_BEFORE_S} s before its end"
+                f"job: time is {self.time!r}, {self.seconds} s, expected 3 minutes or more: the run is stopped "
+                f"{SIGNAL_BEFORE_S} s before the limit"
             )
         if self.memory_bytes < 256 * MIB:
-            raise PtychodaskError(f"job: memory is {self.memory!r}, expected 256MiB or more, with its unit (16GB)")
+            raise PtychodaskError(f"job: memory is {self.memory!r}, expected 256MiB or more, with unit (16GB)")
 
     @property
     def n_workers(self) -> int:
-        """Workers in all."""
+        """Total number of workers."""
         return self.gpus or self.workers or 1
 
     @property
     def seconds(self) -> int:
-        """The wall-time limit."""
+        """Wall-time limit in seconds."""
         return wall_time_s(self.time)
 
     @property
     def clock_time(self) -> str:
-        """The wall-time limit as all batch systems read it: hours:minutes:seconds."""
+        """Wall-time limit as hours:minutes:seconds, which all batch systems accept."""
         return f"{self.seconds // 3600:02d}:{self.seconds // 60 % 60:02d}:{self.seconds % 60:02d}"
 
     @property
     def memory_bytes(self) -> int:
-        """Memory of one worker."""
+        """Memory of one worker in bytes."""
         try:
             return int(parse_bytes(self.memory))
         except (ValueError, AttributeError, OverflowError) as error:
-            raise PtychodaskError(f"job: memory is {self.memory!r}, expected a number with its unit (16GB)") from error
+            raise PtychodaskError(f"job: memory is {self.memory!r}, expected a number with unit (16GB)") from error
 
 
 def wall_time_s(text: str) -> int:
-    """Seconds of a wall-time limit.
+    """Wall-time limit in seconds.
 
     Parameters
     ----------
     text : str
-        Minutes, hours:minutes, or hours:minutes:seconds. SLURM itself takes two numbers for minutes and seconds.
+        Minutes, hours:minutes, or hours:minutes:seconds. SLURM itself interprets two numbers as minutes and seconds.
 
     Raises
     ------
     PtychodaskError
-        If it is none of them.
+        If the text has another form.
 
     Examples
     --------
     >>> wall_time_s("90"), wall_time_s("00:20"), wall_time_s("36:00:30")
     (5400, 1200, 129630)
     """
-    found = re.fullmatch(r"(?:(\d{1,4}):)?(\d{1,2})(?::(\d\d))?|(\d{1,6})", text, re.ASCII)
-    hours, minutes, seconds, alone = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
-    if found is None or (":" in text and max(minutes, seconds) > 59):
+    match = re.fullmatch(r"(?:(\d{1,4}):)?(\d{1,2})(?::(\d\d))?|(\d{1,6})", text, re.ASCII)
+    hours, minutes, seconds, only_minutes = (int(part or 0) for part in match.groups()) if match else (0, 0, 0, 0)
+    if match is None or (":" in text and max(minutes, seconds) > 59):
         raise PtychodaskError(
             f"job: time is {text!r}, expected hours:minutes (00:20), hours:minutes:seconds (00:20:00), or minutes (20)"
         )
-    return 3600 * hours + 60 * (minutes + alone) + seconds
+    return 3600 * hours + 60 * (minutes + only_minutes) + seconds
 
 
 def _check_text(name: str, text: str) -> None:
-    """Raise `PtychodaskError` for a text that would end its line in a script, or say nothing there."""
+    """Raise `PtychodaskError` unless the text is one printable line."""
     if not text.strip() or not text.isprintable():
         raise PtychodaskError(f"job: {name} is {text!r}, expected printable text of one line")
 
 
 def job_folder(spec: JobSpec, default: Path) -> Path:
-    """The folder of a spec for what all nodes see; raises `PtychodaskError` where it does not exist.
+    """Absolute path of the folder of a spec that all nodes share.
 
     Parameters
     ----------
     spec : JobSpec
     default : Path
-        Taken where the spec names none.
+        Used if the spec names no folder.
+
+    Raises
+    ------
+    PtychodaskError
+        If the folder does not exist.
     """
     folder = (default if spec.folder is None else Path(spec.folder).expanduser()).resolve()
     if not folder.is_dir():
         raise PtychodaskError(
-            f"{folder}: is no folder; make it first, where all nodes see it, or name another (--folder)"
+            f"{folder}: the folder does not exist; create it on a file system that all nodes share, or pass "
+            "another (--folder)"
         )
     return folder

@@ -1,4 +1,4 @@
-"""`preflight`: whether every worker of a cluster can do a run, asked before the first task of it."""
+"""`preflight`: check every worker of a cluster before a run."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from ptychodask.store import ScanReader
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("ptychodask", "numpy", "dask", "distributed", "zarr", "numba", "keras")
-"""Whose versions must be the client's: what is sent to workers, and the bits that come back, depend on them."""
+"""Packages whose versions must match the client's: messages and the bits of results depend on them."""
 
 KERAS_ONLY = ("keras",)
-"""Of these, what a network of another library does without."""
+"""Packages of these that matter only for Keras networks."""
 
 ANSWERS_WITHIN_S = 60.0
-"""How long all workers may take together; the first to open a network loads its library."""
+"""Time for the answers of all workers; opening a network for the first time imports its library."""
 
-ASKED_AGAIN_S = 2.0
-"""How often the scheduler is asked which workers are still there."""
+POLL_S = 2.0
+"""Interval at which the list of workers is read from the scheduler."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Question:
-    """What a worker is asked."""
+class _Requirements:
+    """Requirements of a run that a worker checks."""
 
     store: str
     data_hash: str
@@ -48,14 +48,14 @@ class _Question:
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """What a worker found."""
+class _Report:
+    """Result of the check on one worker."""
 
     host: str
     versions: dict[str, str | None]
 
-    refusal: str | None
-    """Why it cannot do the run, less what versions tell."""
+    problem: str | None
+    """Reason why it cannot do the run, except for versions; None if it can."""
 
 
 def preflight(
@@ -65,7 +65,7 @@ def preflight(
     *,
     device: Device = "any",
 ) -> None:
-    """Check that every worker can do a reconstruction, by one small task on each.
+    """Check with one small task that every worker can do a reconstruction.
 
     Parameters
     ----------
@@ -73,19 +73,19 @@ def preflight(
     store, model
         As for `reconstruct`.
     device : str
-        ``gpu`` where workers must see one; those that advertise a ``GPU`` must in any case.
+        ``gpu`` if workers must see a GPU; those that advertise a ``GPU`` always must.
 
     Raises
     ------
     PtychodaskError
-        If a worker cannot import ptychodask, has another version of it or of a library that matters, does not see the
-        same store or model under their paths, or no GPU where one is wanted. It names the worker, what it said and
-        the way out. Also if store or model cannot be opened here.
+        If a worker cannot import ptychodask, has another version of it or of a library that matters, cannot open the
+        same store or model under their paths, or sees no GPU although one is required. The error names the worker, the
+        problem and the remedy. Also if the store or model cannot be opened here.
 
     Notes
     -----
-    A worker that does not answer within a minute, or ends, is named in a warning and not an error: it may be busy, and
-    others may take its place.
+    A worker that ends, or does not answer within a minute, causes a warning and not an error: it may be busy, and
+    other workers may replace it.
 
     Examples
     --------
@@ -95,33 +95,35 @@ def preflight(
     scan = reader.first()
     named = model if isinstance(model, Mapping) else {"": model}
     models = tuple(ModelReference.to(resolve_model(scan, one).bind(scan)) for one in named.values())
-    _ask_all(client, _Question(str(parse_location(store).resolve()), reader.data_hash, models, device))
+    _check_all(client, _Requirements(str(parse_location(store).resolve()), reader.data_hash, models, device))
 
 
 def preflight_jobs(client: distributed.Client, jobs: Sequence[PredictionJob]) -> None:
-    """The same for a run whose jobs are known; nothing where all workers live in this process.
+    """Like `preflight`, for the jobs of a run.
+
+    Does nothing if all workers are inside this process.
 
     Parameters
     ----------
     client : distributed.Client
     jobs : sequence of PredictionJob
-        Of one store, one for each model.
+        Jobs on one store, one for each model.
     """
     first = jobs[0]
-    _ask_all(client, _Question(first.store, first.data_hash, tuple(job.model for job in jobs), first.device))
+    _check_all(client, _Requirements(first.store, first.data_hash, tuple(job.model for job in jobs), first.device))
 
 
-def _ask_all(client: distributed.Client, question: _Question) -> None:
+def _check_all(client: distributed.Client, requirements: _Requirements) -> None:
     workers = _workers(client)
     if not workers:
-        logger.info("no worker is there yet: none is checked")
+        logger.info("no worker has connected yet: none is checked")
     if all(address.startswith(IN_PROCESS) for address in workers):
         return
     name = uuid.uuid4().hex[:12]
     futures = {
         address: client.submit(
-            _answer,
-            question,
+            _report,
+            requirements,
             "GPU" in worker["resources"],
             key=f"preflight-{name}-{address}",
             workers=[address],
@@ -134,26 +136,33 @@ def _ask_all(client: distributed.Client, question: _Question) -> None:
     }
     try:
         _wait(client, futures)
-        own = _versions()
+        expected = _versions()
         for address, future in futures.items():
-            _check(f"worker {workers[address]['name']} on {_host(address)}", future, own, question)
+            _check(f"worker {workers[address]['name']} on {_host(address)}", future, expected, requirements)
     finally:
         client.cancel(list(futures.values()))
 
 
 def _wait(client: distributed.Client, futures: Mapping[str, distributed.Future]) -> None:
-    """Wait until every worker that is still there has answered, or time is up."""
-    waited_until = time.monotonic() + ANSWERS_WITHIN_S
+    """Wait until every connected worker has answered, at most `ANSWERS_WITHIN_S`."""
+    deadline = time.monotonic() + ANSWERS_WITHIN_S
     waiting = dict(futures)
-    while waiting and time.monotonic() < waited_until:
+    while waiting and time.monotonic() < deadline:
         with client.as_current(), suppress(TimeoutError):
-            distributed.wait(list(waiting.values()), timeout=ASKED_AGAIN_S)
-        there = _workers(client)
-        waiting = {address: one for address, one in waiting.items() if one.status == "pending" and address in there}
+            distributed.wait(list(waiting.values()), timeout=POLL_S)
+        connected = _workers(client)
+        waiting = {
+            address: future
+            for address, future in waiting.items()
+            if future.status == "pending" and address in connected
+        }
 
 
 def _workers(client: distributed.Client) -> dict[str, dict[str, Any]]:
-    """What the scheduler knows of each worker, by its address; none where workers come only once there are tasks."""
+    """The scheduler's record of each worker, by address.
+
+    Empty if an adaptive cluster starts workers only for tasks.
+    """
     return dict(client.scheduler_info(n_workers=-1)["workers"])
 
 
@@ -161,30 +170,33 @@ def _host(address: str) -> str:
     return address.partition("://")[2].rpartition(":")[0]
 
 
-def _check(who: str, future: distributed.Future, own: Mapping[str, str | None], question: _Question) -> None:
-    """Raise `PtychodaskError` unless a worker's answer is as it must be."""
+def _check(
+    label: str, future: distributed.Future, expected: Mapping[str, str | None], requirements: _Requirements
+) -> None:
+    """Raise `PtychodaskError` unless a worker can do the run."""
     if future.status == "error":
         error = future.exception()
-        said = f"{type(error).__name__}: {in_brief(error)}"
         raise PtychodaskError(
-            f"{who} cannot answer ({said}); start it with the same Python {own['python']} and ptychodask "
-            f"{own['ptychodask']} as here"
+            f"{label} cannot run the check ({type(error).__name__}: {in_brief(error)}); start it with the same Python "
+            f"{expected['python']} and ptychodask {expected['ptychodask']} as here"
         )
     if future.status != "finished":
-        logger.warning("%s ended or has not answered within %.0f s: it is not checked", who, ANSWERS_WITHIN_S)
+        logger.warning("%s ended or did not answer within %.0f s: it is not checked", label, ANSWERS_WITHIN_S)
         return
-    answer: _Answer = future.result()
-    who = f"{who} ({answer.host})"
-    needs_keras = any(reference.path is not None for reference in question.models)
-    others = [
-        f"{name} {found} (here {own[name]})"
-        for name, found in answer.versions.items()
-        if found != own[name] and (needs_keras or name not in KERAS_ONLY)
+    report: _Report = future.result()
+    label = f"{label} ({report.host})"
+    needs_keras = any(reference.path is not None for reference in requirements.models)
+    differences = [
+        f"{name} {installed} (here {expected[name]})"
+        for name, installed in report.versions.items()
+        if installed != expected[name] and (needs_keras or name not in KERAS_ONLY)
     ]
-    if others:
-        raise PtychodaskError(f"{who} has {', '.join(others)}; install the same there as here, or start it from there")
-    if answer.refusal is not None:
-        raise PtychodaskError(f"{who}: {answer.refusal}")
+    if differences:
+        raise PtychodaskError(
+            f"{label} has {', '.join(differences)}; install the same versions on both, or start the run from there"
+        )
+    if report.problem is not None:
+        raise PtychodaskError(f"{label}: {report.problem}")
 
 
 def _versions() -> dict[str, str | None]:
@@ -198,23 +210,25 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _answer(question: _Question, advertised: bool) -> _Answer:
-    """On a worker: what it has, and whether it can do the run."""
-    return _Answer(socket.gethostname(), _versions(), _refusal(question, advertised))
+def _report(requirements: _Requirements, advertised: bool) -> _Report:
+    """Check this worker; `advertised` is True if it advertises a GPU."""
+    return _Report(socket.gethostname(), _versions(), _problem(requirements, advertised))
 
 
-def _refusal(question: _Question, advertised: bool) -> str | None:
+def _problem(requirements: _Requirements, advertised: bool) -> str | None:
     try:
-        found = ScanReader(question.store).data_hash
-        if found != question.data_hash:
-            raise PtychodaskError(f"{question.store} has the data hash {found} there, and {question.data_hash} here")
-        for reference in question.models:
+        data_hash = ScanReader(requirements.store).data_hash
+        if data_hash != requirements.data_hash:
+            raise PtychodaskError(
+                f"{requirements.store} has the data hash {data_hash} there, and {requirements.data_hash} here"
+            )
+        for reference in requirements.models:
             reference.load()
     except (PtychodaskError, OSError, ImportError) as error:
-        return f"{in_brief(error)}; store and model must lie on a file system that all nodes see, under the same paths"
+        return f"{in_brief(error)}; store and model must be on a file system that all nodes share, under the same paths"
     try:
-        for reference in question.models:
-            reference.prepare_device(wanted=advertised or question.device == "gpu")
+        for reference in requirements.models:
+            reference.prepare_device(wanted=advertised or requirements.device == "gpu")
     except PtychodaskError as error:
         return in_brief(error)
     return None

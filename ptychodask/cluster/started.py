@@ -1,4 +1,4 @@
-"""Clients of clusters that start with them: on SLURM, worker by worker, or on the GPUs of this machine."""
+"""Clients that start a cluster: SLURM jobs, or workers on GPUs."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from ptychodask.cluster.submission import prologue, sbatch, worker_variables
 from ptychodask.scan import PtychodaskError, with_fields
 
 NANNY_MIB = 256
-"""Memory of a worker's job beside the worker itself."""
+"""Memory of a worker's job in addition to the worker itself."""
 
 JOINS_WITHIN = 120
-"""How long a worker looks for its scheduler, in seconds."""
+"""Time that a worker tries to reach its scheduler, in seconds."""
 
 LEAVES_BEFORE_S = 90
-"""How long before its job's time is over a worker hands over what it holds, and another takes its place."""
+"""Time before the limit of its job at which a worker hands over its data and is replaced."""
 
 
 class _OwningClient(Client):
-    """A client that closes its cluster with itself, and takes a folder away."""
+    """A client that also closes its cluster and removes a folder."""
 
     folder: Path | None = None
 
@@ -58,36 +58,38 @@ class _OwningClient(Client):
 def slurm_client(
     spec: JobSpec = JobSpec(), *, at_most: int | None = None, host: str | None = None, **spec_fields: Any
 ) -> Client:
-    """A client whose workers are SLURM jobs, one job each; the scheduler lives here, in this process.
+    """A client whose workers are SLURM jobs, one job each.
+
+    The scheduler runs in this process.
 
     Parameters
     ----------
     spec : JobSpec
-        Each job gets one worker with its `cpus`, `memory`, `time` and, with `gpus`, one GPU.
+        Each job has one worker with the `cpus`, `memory` and `time` of the spec and, with `gpus`, one GPU.
     at_most : int, optional
-        Workers when there is much to do; by default as many as `spec` asks for. Jobs that end are replaced.
+        Upper limit of workers under load; by default the number in `spec`. Jobs that end are replaced.
     host : str, optional
-        Address or name of this machine that the nodes reach; by default the address of the interface of `spec`, or the
-        machine's own name. What is said is encrypted, and who has no certificate is refused.
+        Address or name of this machine that the nodes can reach; by default the address of the interface of `spec`, or
+        the host name. The communication is encrypted, and connections without a certificate are refused.
     **spec_fields
         Fields of `spec` to replace, by name.
 
     Returns
     -------
     distributed.Client
-        The active one. Closing it ends the workers' jobs; it is a context manager. Until then their logs lie in a
+        The active client. Closing it ends the workers' jobs; it is a context manager. Until then their logs are in a
         folder of mode 0700 inside the spec's `folder`, by default the working directory.
 
     Raises
     ------
     PtychodaskError
-        If dask-jobqueue is not installed, there is no ``sbatch`` here, it refuses such jobs, or this machine does not
+        If dask-jobqueue is not installed, ``sbatch`` is not found, SLURM refuses such jobs, or this machine cannot
         listen on `host`.
 
     Notes
     -----
-    Through dask-jobqueue, with adaptive scaling: ``scale`` alone would not replace a worker whose job was lost. Every
-    worker advertises ``GPU: 1`` when it has one.
+    Uses dask-jobqueue with adaptive scaling, since ``scale`` would not replace a worker whose job was lost. Every
+    worker with a GPU advertises ``GPU: 1``.
 
     Examples
     --------
@@ -104,25 +106,25 @@ def slurm_client(
     except ImportError as error:
         raise PtychodaskError("slurm_client: needs dask-jobqueue; pip install 'ptychodask[hpc]'") from error
     folder = Path(tempfile.mkdtemp(prefix=f".{spec.name}-", dir=job_folder(spec, Path.cwd())))
-    with ExitStack() as undone:
-        undone.callback(shutil.rmtree, folder, ignore_errors=True)
+    with ExitStack() as cleanup:
+        cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
         security = write_credentials(folder / "tls")
-        scheduler = {"dashboard_address": LOOPBACK} | _listens_on(spec, host, security)
+        scheduler = {"dashboard_address": LOOPBACK} | _listen_options(spec, host, security)
         with dask.config.set({"distributed.scheduler.worker-ttl": HUNG_AFTER}):
-            cluster = undone.enter_context(
+            cluster = cleanup.enter_context(
                 jobqueue.SLURMCluster(security=security, scheduler_options=scheduler, **_job_options(spec, folder))
             )
-        # Later refusals would only be logged, while the client waits for workers.
+        # Checked now, because a later refusal is only logged while the client waits for workers.
         sbatch(cluster.job_script(), "--test-only")
         cluster.adapt(minimum_jobs=spec.n_workers, maximum_jobs=at_most or spec.n_workers)
         client = _OwningClient(cluster, security=security)
-        undone.pop_all()
+        cleanup.pop_all()
     client.folder = folder
     return client
 
 
-def _listens_on(spec: JobSpec, host: str | None, security: Security) -> dict[str, str]:
-    """Where the scheduler listens."""
+def _listen_options(spec: JobSpec, host: str | None, security: Security) -> dict[str, str]:
+    """Interface or address that the scheduler listens on."""
     if host is None and spec.interface is not None:
         return {"interface": spec.interface}
     host = os.uname().nodename if host is None else host
@@ -131,7 +133,7 @@ def _listens_on(spec: JobSpec, host: str | None, security: Security) -> dict[str
 
 
 def _job_options(spec: JobSpec, folder: Path) -> dict[str, Any]:
-    """What dask-jobqueue calls the fields of a spec; it quotes nothing itself."""
+    """Fields of a spec as arguments of dask-jobqueue, quoted."""
     named = {"qos": spec.qos, "constraint": spec.constraint, "gres": "gpu:1" if spec.gpus else None}
     extra = ["--dashboard-address", LOOPBACK, "--no-dashboard"]
     extra += ["--resources", "GPU=1"] if spec.gpus else []
@@ -172,31 +174,30 @@ def gpu_client(
     devices : sequence of int or str, optional
         Numbers or UUIDs of GPUs; by default those of ``CUDA_VISIBLE_DEVICES``, else all that ``nvidia-smi`` lists.
     host : str
-        Address or name of this machine that scheduler and workers listen on; dashboards there are none.
+        Address or name of this machine that scheduler and workers listen on. There are no dashboards.
     security : distributed.Security, optional
         See `local_client`.
 
     Returns
     -------
     distributed.Client
-        The active one. Each worker sees its own GPU alone and advertises ``GPU: 1``. Closing the client ends them; it
-        is a context manager.
+        The active client. Each worker sees only its own GPU and advertises ``GPU: 1``. Closing the client ends the
+        workers; it is a context manager.
 
     Raises
     ------
     PtychodaskError
-        If there is no GPU, one is named twice, or this machine does not listen on `host`.
+        If there is no GPU, one is given twice, or this machine cannot listen on `host`.
 
     Notes
     -----
-    Not through dask-cuda, whose releases are bound to one version of Dask each.
+    Does not use dask-cuda, because each of its releases requires one version of Dask.
     """
     named = _visible_devices() if devices is None else [str(device) for device in devices]
-    if not named or len(set(named)) < len(named):
-        raise PtychodaskError(
-            f"gpu_client: devices are {', '.join(named) or 'none'}, expected one or more, each once; without "
-            "a GPU take local_client"
-        )
+    if not named:
+        raise PtychodaskError("gpu_client: no GPU found or given, expected one or more; without a GPU use local_client")
+    if len(set(named)) < len(named):
+        raise PtychodaskError(f"gpu_client: devices are {', '.join(named)}, expected no duplicates; pass each GPU once")
     check_host(host, security)
     shared = {"host": host, "protocol": "tcp" if security is None else "tls", "security": security}
     shared |= {"dashboard_address": LOOPBACK}
@@ -218,7 +219,7 @@ def gpu_client(
 
 
 def _visible_devices() -> list[str]:
-    """GPUs that this process may use."""
+    """Numbers or UUIDs of the GPUs that this process may use."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [device.strip() for device in given.split(",") if device.strip()]

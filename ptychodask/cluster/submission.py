@@ -1,4 +1,4 @@
-"""A reconstruction as one job of a batch system: its script, and its submission."""
+"""Scripts of batch jobs that run a reconstruction, and their submission."""
 
 from __future__ import annotations
 
@@ -25,52 +25,54 @@ from ptychodask.places import Location, parse_location
 from ptychodask.scan import PtychodaskError, with_fields
 from ptychodask.store import ScanReader
 
-OWN_OPTIONS = ("--scheduler", "--workers", "--tls", "--tls-folder", "--host")
+OPTIONS_OF_JOB = ("--scheduler", "--workers", "--tls", "--tls-folder", "--host")
 """Options of `reconstruct` that the script sets itself."""
 
 JOB_VARIABLES = {
-    # Why the profiler is off: see `ptychodask.cluster._started`.
+    # For the reason why the profiler is off see `ptychodask.cluster._local_cluster`.
     "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
     "DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "warning",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-"""Environment of workers that outlive the call which starts them, beside that of all workers."""
+"""Additional environment of workers that are started without `local_client`."""
 
 BESIDE_WORKERS_MIB = 2048
-"""Memory that scheduler and client take, which run beside the workers of the first node."""
+"""Memory of scheduler and client, which run on the first node with its workers."""
 
 PATIENCE_S = 20
-"""How long workers may take to end when all is done."""
+"""Time that workers may take to end after the run."""
 
 WORKERS_WITHIN_S = 300
-"""How long a worker waits for the scheduler before it gives up."""
+"""Time that a worker waits for the scheduler before it ends."""
 
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """A job that a batch system took."""
+    """A job accepted by a batch system."""
 
     number: str
-    """What the batch system calls it."""
+    """Job number in the batch system."""
 
     log: Path
-    """File that the run's output goes to; that of scheduler and workers is in one ending in ``.workers.log`` beside."""
+    """Log of the run; that of scheduler and workers is next to it and ends in ``.workers.log``."""
 
     script: Path
-    """The script that it runs, as it was submitted."""
+    """The script as submitted."""
 
 
 def submit(
     store: str | Path, spec: JobSpec = JobSpec(), options: Sequence[str] = (), **spec_fields: Any
 ) -> SubmittedJob:
-    """Submit a reconstruction to SLURM: scheduler, workers and client in one job, which speak TLS to each other.
+    """Submit a reconstruction to SLURM as one job.
+
+    The job runs scheduler, workers and client, which communicate over TLS.
 
     Parameters
     ----------
     store : path
-        The scan's store, on a file system that all nodes see.
+        Store of the scan, on a file system that all nodes share.
     spec : JobSpec
-        What is asked of SLURM.
+        Resources and options of the job.
     options : sequence of str
         Options of ``ptychodask reconstruct``, such as ``("--polish", "2")``.
     **spec_fields
@@ -83,39 +85,39 @@ def submit(
     Raises
     ------
     PtychodaskError
-        If the store cannot be opened, an option is the job's own, there is no ``sbatch``, or SLURM refuses the job.
+        If the store cannot be opened, an option is set by the job, ``sbatch`` is not found, or SLURM refuses the job.
 
     Notes
     -----
-    A minute before the time limit the run is told to stop. It keeps what is finished, and the job goes back into the
-    queue, where it goes on (``reconstruct --resume``), unless ``requeue=False``.
+    A minute before the time limit the run is stopped. Finished parts are kept, and the job is requeued and resumes
+    the run (``reconstruct --resume``), unless ``requeue=False``.
     """
     spec = with_fields(spec, spec_fields)
     if spec.system != "slurm":
         raise PtychodaskError(
-            f"submit: a script for {spec.system} is a template to look through; print it with --dry-run "
-            "(batch_script) and submit it yourself"
+            f"submit: the script for {spec.system} is a template; print it with --dry-run (batch_script), check it and "
+            "submit it yourself"
         )
     script = batch_script(store, spec, options)
     number = sbatch(script, "--parsable").split(";")[0]
-    folder = job_folder(spec, _beside(parse_location(store).resolve()))
-    kept = folder / f"{spec.name}-{number}.sh"
-    kept.write_text(script)
-    return SubmittedJob(number, folder / f"{spec.name}-{number}.log", kept)
+    folder = job_folder(spec, _folder_of(parse_location(store).resolve()))
+    path = folder / f"{spec.name}-{number}.sh"
+    path.write_text(script)
+    return SubmittedJob(number, folder / f"{spec.name}-{number}.log", path)
 
 
-def _beside(store: Location) -> Path:
-    """Folder of a store; this one, where the store is in a bucket."""
+def _folder_of(store: Location) -> Path:
+    """Folder of a store, or the current folder for a bucket."""
     return store.parent if isinstance(store, Path) else Path.cwd()
 
 
 def sbatch(script: str, *options: str) -> str:
-    """Hand a script to SLURM; what ``sbatch`` prints.
+    """Submit a script to SLURM and return the output of ``sbatch``.
 
     Raises
     ------
     PtychodaskError
-        If there is no ``sbatch``, or it refuses; what it says, in one line.
+        If ``sbatch`` is not found, or SLURM refuses the job, with its message in one line.
     """
     try:
         done = subprocess.run(
@@ -123,22 +125,24 @@ def sbatch(script: str, *options: str) -> str:
         )
     except FileNotFoundError as error:
         raise PtychodaskError(
-            "sbatch: there is none here; go where SLURM's commands are (a login node); submit --dry-run prints the "
-            "script without"
+            "sbatch not found, expected SLURM's commands; run on a login node, or use submit --dry-run to print the "
+            "script"
         ) from error
     if done.returncode != 0:
-        said = "; ".join(line.partition("error: ")[2] or line for line in done.stderr.strip().splitlines())
-        raise PtychodaskError(f"sbatch: SLURM refuses the job: {said or f'ended with {done.returncode}'}")
+        report = "; ".join(line.partition("error: ")[2] or line for line in done.stderr.strip().splitlines())
+        raise PtychodaskError(
+            f"sbatch: SLURM refuses the job: {report or f'sbatch ended with exit code {done.returncode}'}"
+        )
     return done.stdout.strip()
 
 
 def batch_script(store: str | Path, spec: JobSpec = JobSpec(), options: Sequence[str] = (), **spec_fields: Any) -> str:
-    """The script that `submit` submits, in POSIX shell.
+    """Script of a reconstruction as a batch job, in POSIX shell.
 
     Parameters
     ----------
     store, spec, options, **spec_fields
-        As for `submit`. For PBS it is a template: it was never run by a PBS.
+        As for `submit`. The script for PBS is a template that was never run with PBS.
 
     Returns
     -------
@@ -147,22 +151,22 @@ def batch_script(store: str | Path, spec: JobSpec = JobSpec(), options: Sequence
     Raises
     ------
     PtychodaskError
-        If the store cannot be opened, a name does not fit into a script, or an option is the job's own.
+        If the store cannot be opened, a name cannot be used in a script, or an option is set by the job.
     """
     spec = with_fields(spec, spec_fields)
-    own = sorted({option.split("=")[0] for option in options} & set(OWN_OPTIONS))
-    if own:
-        raise PtychodaskError(f"submit: {', '.join(own)}: the job sets this itself; leave it away")
+    reserved = sorted({option.split("=")[0] for option in options} & set(OPTIONS_OF_JOB))
+    if reserved:
+        raise PtychodaskError(f"submit: {', '.join(reserved)}: set by the job itself; omit it")
     ScanReader(store)
     path = parse_location(store).resolve()
-    folder = job_folder(spec, _beside(path))
+    folder = job_folder(spec, _folder_of(path))
     for text in (str(path), str(folder), str(Path.cwd()), *options):
         if not text.isprintable() or "\\" in text:
             raise PtychodaskError(
-                f"submit: {text!r} does not fit into a script: expected no line breaks, no backslashes"
+                f"submit: {text!r} cannot be used in a script: expected no line breaks and no backslashes"
             )
     if "/" in spec.name:
-        raise PtychodaskError(f"submit: name is {spec.name!r}, expected no slash: the log is named after it")
+        raise PtychodaskError(f"submit: name is {spec.name!r}, expected no slash, since the log is named after it")
     parts = _slurm_parts(spec, folder) if spec.system == "slurm" else _pbs_parts(spec, folder)
     return "\n".join(
         [
@@ -175,7 +179,7 @@ def batch_script(store: str | Path, spec: JobSpec = JobSpec(), options: Sequence
             f"python={shlex.quote(spec.python)}",
             f"store={shlex.quote(str(path))}",
             f"folder={shlex.quote(str(folder / f'.{spec.name}'))}-{parts.number}",
-            f"others={shlex.quote(str(folder / spec.name))}-{parts.number}.workers.log",
+            f"workers_log={shlex.quote(str(folder / spec.name))}-{parts.number}.workers.log",
             "",
             _BEGINNING,
             parts.hosts,
@@ -194,37 +198,39 @@ def batch_script(store: str | Path, spec: JobSpec = JobSpec(), options: Sequence
 
 @dataclass(frozen=True)
 class _Parts:
-    """What differs between the scripts of batch systems."""
+    """Parts of a script that depend on the batch system."""
 
     directives: list[str]
 
     number: str
-    """The job's number, in shell."""
+    """Shell expression of the job number."""
 
     hosts: str
-    """Sets the options that say where scheduler and workers listen."""
+    """Shell lines that set the addresses that scheduler and workers listen on."""
 
     workers: str
-    """Starts the workers, see `_watched`."""
+    """Shell lines that start the workers, see `_watched`."""
 
     resume: str
-    """Sets `resume` to the option that goes on with an earlier run."""
+    """Shell lines that set `resume` to the option that resumes an earlier run."""
 
     end: str
-    """What becomes of a job whose run was stopped; ends the script."""
+    """Last shell lines: requeue a job whose run was stopped, and exit."""
 
 
 def worker_variables(n_threads: int) -> dict[str, str]:
-    """Environment of a worker whose libraries may start some threads."""
+    """Environment of a worker whose libraries use `n_threads` threads."""
     return dict.fromkeys(THREAD_VARIABLES, str(n_threads)) | WORKER_VARIABLES | JOB_VARIABLES
 
 
 def prologue(spec: JobSpec) -> list[str]:
-    """Shell lines that prepare a job: its modules, its own lines, and the environment of its workers."""
-    # Plain shells know modules through the profile alone.
-    known = ["# shellcheck source=/dev/null", "command -v module >/dev/null || . /etc/profile"] if spec.modules else []
+    """Shell lines that prepare a job: modules, environment of workers, extra lines."""
+    # In a plain shell the command `module` is only defined after sourcing the profile.
+    profile = (
+        ["# shellcheck source=/dev/null", "command -v module >/dev/null || . /etc/profile"] if spec.modules else []
+    )
     return [
-        *known,
+        *profile,
         *(f"module load {shlex.quote(module)}" for module in spec.modules),
         *(f"export {name}={value}" for name, value in worker_variables(spec.cpus).items()),
         *spec.lines,
@@ -232,7 +238,7 @@ def prologue(spec: JobSpec) -> list[str]:
 
 
 _BEGINNING = f"""\
-# Whoever has these credentials can run code as this user: the folder is closed to others, and goes in the end.
+# Anyone with these credentials can run code as this user: the folder is private, and removed at the end.
 rm -rf "$folder"
 "$python" -c 'import sys; from ptychodask.cluster import write_credentials as write; write(sys.argv[1])' "$folder" ||
   exit 2
@@ -246,7 +252,7 @@ set -- --protocol tls --scheduler-file "$folder/scheduler.json" --no-dashboard -
   --tls-ca-file "$folder/{AUTHORITY}" --tls-cert "$folder/{CERTIFICATE}" --tls-key "$folder/{KEY}\""""
 
 _SCHEDULER = """
-"$python" -m distributed.cli.dask_scheduler --port 0 "$@" >>"$others" 2>&1 &
+"$python" -m distributed.cli.dask_scheduler --port 0 "$@" >>"$workers_log" 2>&1 &
 scheduler=$!
 while [ ! -s "$folder/scheduler.json" ]; do
   kill -0 "$scheduler" 2>/dev/null || exit 2
@@ -260,13 +266,13 @@ run=$!
 [ -z "$stopped$lost" ] || kill -TERM "$run"
 wait "$run"
 code=$?
-# A signal ends the waiting, and not the run.
+# A signal interrupts wait, but does not end the run.
 while kill -0 "$run" 2>/dev/null; do
   wait "$run"
   code=$?
 done
 trap '' USR1
-# Workers end with their scheduler; what hangs ends with the job.
+# Workers end with their scheduler; hanging ones end with the job.
 kill "$scheduler"
 patience=@PATIENCE@
 while [ ! -e "$folder/over" ] && [ "$patience" -gt 0 ]; do
@@ -275,15 +281,15 @@ while [ ! -e "$folder/over" ] && [ "$patience" -gt 0 ]; do
 done
 rm -rf "$folder"
 if [ -n "$lost" ] && [ "$code" -ne 0 ]; then
-  echo "all workers ended before the run did: see $others" >&2
+  echo "all workers ended before the run: see $workers_log" >&2
   exit 2
 fi
 """
 
 
 def _watched(workers: str) -> str:
-    """Shell that runs workers in the background, and tells the script when all have ended."""
-    return f'(\n{workers}\n  : >"$folder/over"\n  kill -USR1 "$$"\n) >>"$others" 2>&1 &'
+    """Shell code that runs workers in the background and signals their end."""
+    return f'(\n{workers}\n  : >"$folder/over"\n  kill -USR1 "$$"\n) >>"$workers_log" 2>&1 &'
 
 
 def _worker_command(spec: JobSpec) -> str:
@@ -297,7 +303,7 @@ def _worker_command(spec: JobSpec) -> str:
 
 
 def _slurm_parts(spec: JobSpec, folder: Path) -> _Parts:
-    # A percent sign begins a pattern in the names of logs.
+    # In log names a percent sign starts a pattern, so it is doubled.
     log = f"{folder}/{spec.name}-".replace("%", "%%")
     named = {
         "job-name": spec.name,
@@ -322,39 +328,42 @@ def _slurm_parts(spec: JobSpec, folder: Path) -> _Parts:
         *spec.directives,
     ]
     gpu = " --gpus-per-task=1" if spec.gpus else ""
-    elsewhere = "" if spec.interface is None else f'\nelse\n  set -- "$@" --interface {shlex.quote(spec.interface)}'
+    interface = "" if spec.interface is None else f'\nelse\n  set -- "$@" --interface {shlex.quote(spec.interface)}'
     return _Parts(
         directives=[f"#SBATCH {directive}" for directive in directives],
         number='"$SLURM_JOB_ID"',
-        hosts=f'if [ "$SLURM_JOB_NUM_NODES" -eq 1 ]; then\n  set -- "$@" --host {LOOPBACK_HOST}{elsewhere}\nfi',
+        hosts=f'if [ "$SLURM_JOB_NUM_NODES" -eq 1 ]; then\n  set -- "$@" --host {LOOPBACK_HOST}{interface}\nfi',
         workers=_watched(
             f"  srun --ntasks={spec.n_workers} --cpus-per-task={spec.cpus}{gpu} --kill-on-bad-exit=0 --wait=0 \\\n"
             f"    {_worker_command(spec)}"
         ),
         resume='resume=\n[ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || resume=--resume',
-        end=_SLURM_END if spec.requeue else _LAST_WORDS,
+        end=_SLURM_END if spec.requeue else _FINAL_MESSAGE,
     )
 
 
 def _mib_per_cpu(spec: JobSpec) -> int:
-    """What the job asks for: the workers' memory, and on each of them what runs beside those of the first node."""
+    """Memory per core, in MiB, including scheduler and client.
+
+    SLURM requests the same memory per core on all nodes, so every worker includes the memory of scheduler and client.
+    """
     return -(-(spec.memory_bytes // MIB + BESIDE_WORKERS_MIB) // spec.cpus)
 
 
-_LAST_WORDS = """\
-[ "$code" -ne 143 ] || echo "stopped before its end: submit again with --resume behind --" >&2
+_FINAL_MESSAGE = """\
+[ "$code" -ne 143 ] || echo "stopped before completion: submit it again with --resume after --" >&2
 exit "$code\""""
 
 _SLURM_END = """\
-# Stopped before its end: back into the queue, to go on there.
+# Stopped before completion: requeue the job, which then resumes the run.
 if [ "$code" -eq 143 ]; then
-  scontrol requeue "$SLURM_JOB_ID" || echo "SLURM did not take it back: submit again with --resume behind --" >&2
+  scontrol requeue "$SLURM_JOB_ID" || echo "SLURM cannot requeue the job: submit it again with --resume after --" >&2
 fi
 exit "$code\""""
 
 
 def _pbs_parts(spec: JobSpec, folder: Path) -> _Parts:
-    """One node, whose GPUs are given to the workers in turn."""
+    """Parts of a script for PBS, which runs on one node."""
     n = spec.n_workers
     memory_mib = n * (spec.memory_bytes // MIB) + BESIDE_WORKERS_MIB
     gpus = f":ngpus={spec.gpus}" if spec.gpus else ""
@@ -370,13 +379,13 @@ def _pbs_parts(spec: JobSpec, folder: Path) -> _Parts:
     options = [f"-{name} {shlex.quote(value)}" for name, value in named.items() if value is not None]
     options += [f"-l walltime={spec.clock_time}", *spec.directives]
     devices = f"devices=${{CUDA_VISIBLE_DEVICES:-{','.join(map(str, range(n)))}}}\n" if spec.gpus else ""
-    own = 'CUDA_VISIBLE_DEVICES=$(echo "$devices" | cut -d, -f "$number") \\\n      ' if spec.gpus else ""
+    device = 'CUDA_VISIBLE_DEVICES=$(echo "$devices" | cut -d, -f "$number") \\\n      ' if spec.gpus else ""
     loop = f'  number=0\n  while [ "$number" -lt {n} ]; do\n    number=$((number + 1))\n'
     return _Parts(
         directives=[f"#PBS {option}" for option in options] + [f"cd {shlex.quote(str(Path.cwd()))} || exit 2"],
         number='"$PBS_JOBID"',
         hosts=f'set -- "$@" --host {LOOPBACK_HOST}',
-        workers=devices + _watched(f"{loop}    {own}{_worker_command(spec)} &\n  done\n  wait"),
-        resume="# A job that PBS ran again goes on with what is there.\nresume=--resume",
-        end=_LAST_WORDS,
+        workers=devices + _watched(f"{loop}    {device}{_worker_command(spec)} &\n  done\n  wait"),
+        resume="# A job that PBS reruns resumes from the finished parts.\nresume=--resume",
+        end=_FINAL_MESSAGE,
     )
