@@ -29,7 +29,7 @@ from ptychodask.prediction import (
 )
 from ptychodask.reassembly import CANVAS_PIXEL_BYTES, Box, Window
 from ptychodask.scan import PtychodaskError, Scan, check_choice, check_positions
-from ptychodask.store import GroupTable, ScanReader, group, open_groups, stored_group_names
+from ptychodask.store import GroupTable, ScanReader, group, open_groups, open_or_draw_groups, stored_group_names
 from ptychodask.survey import BLOCK_GROUPS, NOWHERE, Survey, survey
 
 MIB = 2**20
@@ -72,6 +72,9 @@ MEASURE_S = 3.0
 
 RESULT_PIXEL_BYTES = 20
 """Bytes of one pixel of a result: object, weight, uncertainty and count."""
+
+TableOfSpec = Callable[[str, GroupingSpec], GroupTable]
+"""Group table of a store for a spec: `open_or_draw_groups`, or one that also stores it."""
 
 
 class RegionNotReachedError(PtychodaskError):
@@ -468,7 +471,8 @@ def plan(
     Notes
     -----
     Sizes follow from the scan, the model and ``spec.memory_bytes``, and not from the number of workers, so the object
-    does not depend on where it was made. A group table that is missing is made and stored.
+    does not depend on where it was made. The store is only read: a group table that is missing is drawn in memory, with
+    the rows that `reconstruct` will store.
     """
     reader = ScanReader(store)
     reader.check()
@@ -478,9 +482,13 @@ def plan(
     if model is None and not measure and (spec.groups is not None or not known):
         table = _as_seen(reader, _default_table(str(store), spec))
         return make_plan(reader, table, _Network(table.spec.members, scan.n_pixels, "member"), spec)
-    network = resolve_model(scan, model)
-    planned = plan_for(reader, network, spec)
-    return replace(planned, groups_per_s=_measured_rate(planned, network, scan, spec)) if measure else planned
+    patch_model = resolve_model(scan, model)
+    table, network = _table_and_network(reader, patch_model, spec, open_or_draw_groups)
+    planned = make_plan(reader, table, network, spec)
+    if not measure:
+        return planned
+    job = replace(prediction_job(planned, patch_model, scan, spec), member=table.in_memory)
+    return replace(planned, groups_per_s=_measured_rate(planned, job))
 
 
 def prediction_job(planned: Plan, model: PatchModel, scan: Scan, spec: ReconstructionSpec) -> PredictionJob:
@@ -498,9 +506,8 @@ def prediction_job(planned: Plan, model: PatchModel, scan: Scan, spec: Reconstru
     )
 
 
-def _measured_rate(planned: Plan, model: PatchModel, scan: Scan, spec: ReconstructionSpec) -> float:
+def _measured_rate(planned: Plan, job: PredictionJob) -> float:
     """Groups per second of this process, compiling left out, reading included."""
-    job = prediction_job(planned, model, scan, spec)
     chunk = planned.chunks[0]
     next(predict_groups([job], chunk.start, min(chunk.start + planned.batch_size, chunk.stop), {}))
     n_groups, started = 0, time.perf_counter()
@@ -513,8 +520,11 @@ def _measured_rate(planned: Plan, model: PatchModel, scan: Scan, spec: Reconstru
 
 
 def plan_for(reader: ScanReader, model: PatchModel, spec: ReconstructionSpec) -> Plan:
-    """The plan of a store that is open already, for a model that is loaded already (see `plan`)."""
-    table, network = _table_and_network(reader, model, spec)
+    """Plan of a run on an open store with a loaded model (see `plan`).
+
+    A group table that is missing is stored, since the tasks read its rows from the store.
+    """
+    table, network = _table_and_network(reader, model, spec, _stored_table)
     return make_plan(reader, table, network, spec)
 
 
@@ -539,7 +549,7 @@ def plan_together(reader: ScanReader, models: Mapping[str, PatchModel], spec: Re
     """
     if not models:
         raise PtychodaskError("reconstruct: model is an empty dict, expected a label and a model at least")
-    parts = {label: _table_and_network(reader, model, spec) for label, model in models.items()}
+    parts = {label: _table_and_network(reader, model, spec, _stored_table) for label, model in models.items()}
     _check_same_seeds(reader, {label: table for label, (table, _) in parts.items()})
     share = replace(spec, memory_bytes=max(1, spec.memory_bytes // len(models)))
     alone = [make_plan(reader, table, network, share) for table, network in parts.values()]
@@ -582,7 +592,9 @@ def _united(chunks: Iterable[Sequence[Chunk]]) -> tuple[Chunk, ...]:
     return tuple(Chunk(start, stop, _around(found)) for (start, stop), found in sorted(boxes.items()))
 
 
-def _table_and_network(reader: ScanReader, model: PatchModel, spec: ReconstructionSpec) -> tuple[GroupTable, _Network]:
+def _table_and_network(
+    reader: ScanReader, model: PatchModel, spec: ReconstructionSpec, table_of_spec: TableOfSpec
+) -> tuple[GroupTable, _Network]:
     if model.n_pixels != reader.n_pixels:
         raise PtychodaskError(
             f"{reader.label}: patterns are {reader.n_pixels} pixels wide, the {model.kind} takes {model.n_pixels}; "
@@ -594,7 +606,7 @@ def _table_and_network(reader: ScanReader, model: PatchModel, spec: Reconstructi
             f"{', '.join(precisions(model))}; leave precision away"
         )
     halves = spec.split_half and model.members > 1
-    table = _as_seen(reader, _table_of(reader.label, spec.groups, model.members, halves=halves))
+    table = _as_seen(reader, _table_of(reader.label, spec.groups, model.members, table_of_spec, halves=halves))
     return table, _Network(model.members, model.n_pixels, model.output)
 
 
@@ -606,26 +618,35 @@ def _as_seen(reader: ScanReader, table: GroupTable) -> GroupTable:
 def _default_table(store: str, spec: ReconstructionSpec) -> GroupTable:
     """The table that the spec names, or the store's only one, or the default spec's."""
     if spec.groups is not None:
-        return _named_table(store, spec.groups)
+        return _named_table(store, spec.groups, open_or_draw_groups)
     names = stored_group_names(store)
-    return _named_table(store, names[0] if len(names) == 1 else GroupingSpec())
+    return _named_table(store, names[0] if len(names) == 1 else GroupingSpec(), open_or_draw_groups)
 
 
-def _named_table(store: str, groups: str | GroupingSpec) -> GroupTable:
-    name = group(store, groups).name if isinstance(groups, GroupingSpec) else groups
-    found = open_groups(store, name)
-    if found is None:
+def _stored_table(store: str, spec: GroupingSpec) -> GroupTable:
+    """Group table of a spec, which is stored if it is not yet."""
+    group(store, spec)
+    return open_or_draw_groups(store, spec)
+
+
+def _named_table(store: str, groups: str | GroupingSpec, table_of_spec: TableOfSpec) -> GroupTable:
+    if isinstance(groups, GroupingSpec):
+        return table_of_spec(store, groups)
+    table = open_groups(store, groups)
+    if table is None:
         stored = ", ".join(stored_group_names(store)) or "none"
         raise PtychodaskError(
             f"{store}: no group table '{groups}'; stored are: {stored}; make it with 'ptychodask group'"
         )
-    return found
+    return table
 
 
-def _table_of(store: str, groups: str | GroupingSpec | None, members: int, *, halves: bool) -> GroupTable:
+def _table_of(
+    store: str, groups: str | GroupingSpec | None, members: int, table_of_spec: TableOfSpec, *, halves: bool
+) -> GroupTable:
     """The table that is asked for, or the stored one with the model's members, or the default spec's."""
     if groups is not None:
-        found = _named_table(store, groups)
+        found = _named_table(store, groups, table_of_spec)
         if found.spec.members != members:
             raise PtychodaskError(
                 f"{store}: group table '{found.name}' has {found.spec.members} patterns in a group, "
@@ -636,7 +657,7 @@ def _table_of(store: str, groups: str | GroupingSpec | None, members: int, *, ha
     stored = [table for name in stored_group_names(store) if (table := open_groups(store, name))]
     fitting = [table for table in stored if table.spec.members == members and table.spec.halves == halves]
     if not fitting:
-        return _named_table(store, default)
+        return table_of_spec(store, default)
     for table in fitting:
         if len(fitting) == 1 or table.spec == default:
             return table

@@ -163,6 +163,9 @@ class PredictionJob:
     """Data hash of a growing scan's first segment, whose probe and normalisation the network is bound to; by default
     that of the scan."""
 
+    member: NDArray[np.int32] | None = None
+    """Rows of the group table, int32 (group, channel), if it is not stored; by default they are read from the store."""
+
 
 class PatchBatch(NamedTuple):
     """Patches and where they belong."""
@@ -386,7 +389,7 @@ def _rows_of(
     reader: ScanReader, job: PredictionJob, start: int, stop: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Rows of a job's group table, and their members, less those that it drops."""
-    member = reader.member(job.groups, start, stop)
+    member = reader.member(job.groups, start, stop) if job.member is None else job.member[start:stop]
     if len(member) != stop - start:
         raise _changed(job)
     kept = groups_kept(member, job.drop)

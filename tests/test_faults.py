@@ -34,13 +34,12 @@ from ptychodask.folders import LEDGER, WHOLE, building_path
 from ptychodask.io import ingest
 from ptychodask.models import ModelSpec, Optics, untrained_model
 from ptychodask.models import device as device_module
-from ptychodask.plan import plan
 from ptychodask.reconstruction import reconstruct, running, stitching
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import open_result
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
-from ptychodask.store import consolidate, open_scan, read_groups
+from ptychodask.store import consolidate, group, open_scan
 
 N_PATTERNS = 150
 
@@ -345,7 +344,7 @@ def test_a_full_disk_leaves_the_earlier_result_and_what_was_finished(store, clie
 
 
 def test_a_chunk_that_ends_every_worker_is_set_aside(store, tmp_path):
-    member = read_groups(store, plan(store, LinearModel()).groups).member
+    member = group(store).member
     # A pattern whose groups all lie in the second of three chunks.
     inside = np.setdiff1d(member[60:90], np.concatenate([member[:50], member[100:]]))
     model = DeadlyModel(marker=float(open_scan(store).network_input(inside[:1])[0].sum()))

@@ -18,7 +18,7 @@ from ptychodask.reconstruction import following, live, reconstruct
 from ptychodask.result import open_result
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
-from ptychodask.store import GroupTable, open_groups, open_scan, write_scan
+from ptychodask.store import GroupTable, group, open_groups, open_scan, write_scan
 from ptychodask.survey import chunk_edges
 
 pytestmark = pytest.mark.usefixtures("empty_caches")
@@ -90,6 +90,7 @@ class Appending:
 
 
 def test_chunks_begin_anew_in_each_segment(finished):
+    group(finished)
     todo = plan(finished, LinearModel())
     table = open_groups(finished, todo.groups)
     assert isinstance(table, GroupTable)

@@ -27,7 +27,7 @@ from ptychodask.reassembly import add_patches, empty_canvas, finish, illuminatio
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import expected_counts, shift_probe, simulate
-from ptychodask.store import read_groups, write_scan
+from ptychodask.store import group, write_scan
 
 N_PATTERNS = 120
 FIELDS = {"groups_per_chunk": 40, "tile": 32}
@@ -289,7 +289,7 @@ def test_exactly_the_groups_of_dropped_patterns_are_left_out(scan, client, group
     drop = np.array([3, 50, 51, 119])
     model, fields = LinearModel(), {"drop": drop, "groups_per_chunk": groups_per_chunk}
     todo = plan(scan.store, model, ReconstructionSpec(**fields))
-    table = read_groups(scan.store, todo.groups).member
+    table = group(scan.store).member
     member = np.array([row for row in table if not set(row.tolist()) & set(drop.tolist())])
     assert 0 < todo.n_groups == len(member) < len(table)
     assert todo.n_patterns == len(np.unique(member))
