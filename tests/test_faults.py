@@ -93,7 +93,7 @@ def assert_same_bits(ds, other):
 
 @pytest.mark.parametrize(
     ("value", "reason"),
-    [(np.nan, "negative or not finite"), (-3.0, "negative or not finite"), (0.0, "are dark: no good pixel")],
+    [(np.nan, "negative or not finite"), (-3.0, "negative or not finite"), (0.0, "are dark: zero in all good pixels")],
 )
 def test_a_bad_pattern_is_named_or_left_out_as_if_dropped(spoilt, client, tmp_path, value, reason, told):
     spoil(spoilt, 77, value)
@@ -161,8 +161,8 @@ def test_skipping_excludes_what_cannot_tell_of_it(store, tmp_path):
 def test_a_full_device_gets_smaller_batches(store, client, whole, told, monkeypatch):
     monkeypatch.setattr(prediction, "_BATCH_SIZES", {})
     assert_same_bits(reconstruct(store, CrampedModel(), client=client, **FIELDS), whole)
-    assert "the device is out of memory with 5 groups in a batch: going on with 2" in told
-    with pytest.raises(PtychodaskError, match="has not the memory for one group of 4 patterns of 16 pixels"):
+    assert "the device is out of memory with batches of 5 groups: continuing with 2" in told
+    with pytest.raises(PtychodaskError, match="has too little memory for one group of 4 patterns of 16 pixels"):
         reconstruct(store, CrampedModel(content_hash="no room", holds=0), client=client, **FIELDS)
 
 

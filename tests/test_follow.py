@@ -152,7 +152,7 @@ def test_a_region_that_no_segment_reaches_yet_is_waited_for(whole, finished, cli
     store = tmp_path / "scan.zarr"
     begin(store, whole)
     fields = {"roi": (20, 33, -20, 15), "client": client}
-    with pytest.raises(PtychodaskError, match="does not meet the object"):
+    with pytest.raises(PtychodaskError, match="does not overlap the object"):
         reconstruct(store, LinearModel(), **fields)
     writer = threading.Timer(0.2, append, (store, whole, 1, 2, 3), {"finish": True})
     writer.start()
@@ -160,7 +160,7 @@ def test_a_region_that_no_segment_reaches_yet_is_waited_for(whole, finished, cli
     writer.join()
     assert any("waiting for a segment that does" in text for text in told)
     assert_same(ds, reconstruct(finished, LinearModel(), **fields))
-    with pytest.raises(PtychodaskError, match="does not meet the object"):
+    with pytest.raises(PtychodaskError, match="does not overlap the object"):
         reconstruct(finished, LinearModel(), client=client, follow=True, roi=(400, 500, 0, 9))
 
 

@@ -194,10 +194,10 @@ def test_a_failing_run_leaves_no_cache(store, client, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"polish": 2, "split_half": True}, "sweeps join the halves"),
+        ({"polish": 2, "split_half": True}, "sweeps would mix the halves"),
         ({"position_yx_px": np.zeros((150, 2))}, "position_yx_px without cache="),
         ({"precision": "float16"}, "precision is 'float16', expected one of: float32, mixed"),
-        ({"precision": "mixed"}, "the linear computes in: float32; leave precision away"),
+        ({"precision": "mixed"}, "the linear supports: float32; leave out precision="),
         ({"pyramid": True}, "pyramid=True is for a result on disk"),
     ],
 )

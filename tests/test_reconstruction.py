@@ -296,7 +296,7 @@ def test_what_cannot_be_asked_for_is_refused(store):
         reconstruct(store, LinearModel(), compute=False, out="object.zarr")
     with pytest.raises(PtychodaskError, match=r"patterns are 16 pixels wide, the linear takes 32"):
         reconstruct(store, LinearModel(n_pixels=32))
-    with pytest.raises(PtychodaskError, match="no model is recorded for it"):
+    with pytest.raises(PtychodaskError, match="no model is recorded, and none is packaged"):
         reconstruct(store)
     with pytest.raises(PtychodaskError, match=r"n_workers is 0"), local_client(0):
         pass

@@ -33,7 +33,7 @@ from ptychodask.plan import (
     plan_together,
     prediction_job,
 )
-from ptychodask.prediction import PatchModel, resolve_model, unlike_training, whole_path
+from ptychodask.prediction import PatchModel, absolute_path, resolve_model, unlike_training
 from ptychodask.reconstruction.caching import patch_cache
 from ptychodask.reconstruction.following import Following, first_work
 from ptychodask.reconstruction.lazy import lazy_result
@@ -368,7 +368,7 @@ def _attributes(
 
 def _made_by(model: PatchModel, reader: ScanReader) -> dict[str, Any]:
     """What a result records of its model; in what the scan lies outside of its training only where it does."""
-    found = {"kind": model.kind, "hash": model.content_hash, "path": model.path and whole_path(model.path)}
+    found = {"kind": model.kind, "hash": model.content_hash, "path": model.path and absolute_path(model.path)}
     unlike = unlike_training(model, reader)
     return {**found, "unlike_training": unlike} if unlike else found
 

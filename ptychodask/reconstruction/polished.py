@@ -124,7 +124,7 @@ class Polishing:
                 bar.note(f"{sweep} of {n_sweeps} sweeps, R {misfit.r_factor:.4f}")
                 if sweep == n_sweeps:
                     break
-                missed = misfit.square + sum(report.held for report in reports)
+                missed = misfit.square + sum(report.proximal for report in reports)
                 most = missed if sweep == 0 else most
                 # The plain step never raises what is to be lowered, so it brings back a run that has strayed.
                 products = sum((report.products for report in reports), StepProducts())
