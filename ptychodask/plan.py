@@ -847,8 +847,8 @@ def _fitting_chunks(
             raise RegionNotReachedError(f"{reader.label}: no pattern reaches roi {spec.roi}; pass another region")
         if max(n_bytes) <= spec.memory_bytes:
             return surveyed, chunks, max(n_bytes), object_box
-        # A size that the user chose is refused, not changed: the object would differ in its last bits from the run that
-        # is to be repeated.
+        # A size that was passed is refused, not changed: with another one the object differs in its last bits, and the
+        # run would not repeat an earlier one.
         if spec.groups_per_chunk is not None or size == 1:
             break
         size //= 2

@@ -146,7 +146,7 @@ def test_the_group_table_has_the_models_members(tmp_path):
 
 
 def test_a_model_or_a_table_that_does_not_fit_is_refused(store):
-    with pytest.raises(PtychodaskError, match=r"patterns are 16 pixels wide, the linear takes 64"):
+    with pytest.raises(PtychodaskError, match=r"patterns are 16 pixels wide, the linear expects 64"):
         plan(store, LinearModel(n_pixels=64))
     group(store, GroupingSpec(members=1))
     with pytest.raises(PtychodaskError, match=r"'c1' has 1 patterns in a group, the model expects 4"):
@@ -269,7 +269,7 @@ def test_a_plan_prints_as_a_table(store):
     lines = str(plan(store, LinearModel(), ReconstructionSpec(groups_per_chunk=40, batch_size=8, tile=32))).splitlines()
     assert "predict     3 tasks of 40 groups, batches of 8" in lines
     assert "patterns    120 of 16 x 16" in lines
-    assert lines[-1].endswith("of 1,024 MiB a task")
+    assert lines[-1].endswith("of 1,024 MiB per task")
 
 
 def test_planning_loads_no_network_library(store):

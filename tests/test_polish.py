@@ -353,7 +353,7 @@ def test_excluded_patterns_have_no_say_in_the_iterative_engine(scan, tmp_path):
         ({"polish": 2, "roi": (0, 9, 0, 9)}, r"polish=2 with roi \(0, 9, 0, 9\): patterns at its edge reach beyond it"),
         ({"polish": 2, "compute": False}, "compute=False with polish=2: each sweep needs the whole object"),
         ({"drop": [-1]}, "expected a list of pattern indices, 0 or more"),
-        ({"drop": [0.5]}, "drop has shape .* expected indices of patterns"),
+        ({"drop": [0.5]}, "drop has shape .* expected a list of pattern indices"),
         ({"drop": [N_PATTERNS]}, f"patterns {N_PATTERNS}..{N_PATTERNS} are to be left out, expected indices 0..119"),
         ({"drop": range(N_PATTERNS)}, "every pattern is left out; leave some in"),
     ],

@@ -294,7 +294,7 @@ def test_what_cannot_be_asked_for_is_refused(store):
         reconstruct(store, LinearModel(), chunk=3)
     with pytest.raises(PtychodaskError, match=r"compute=False writes nothing; leave out= away"):
         reconstruct(store, LinearModel(), compute=False, out="object.zarr")
-    with pytest.raises(PtychodaskError, match=r"patterns are 16 pixels wide, the linear takes 32"):
+    with pytest.raises(PtychodaskError, match=r"patterns are 16 pixels wide, the linear expects 32"):
         reconstruct(store, LinearModel(n_pixels=32))
     with pytest.raises(PtychodaskError, match="no model is recorded, and none is packaged"):
         reconstruct(store)
