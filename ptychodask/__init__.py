@@ -38,7 +38,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
 
 
 class _Package(ModuleType):
-    """A package whose functions stay what their names mean when modules of the same names are imported."""
+    """Module type that keeps functions when submodules of equal names are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (isinstance(value, ModuleType) and name in __all__):

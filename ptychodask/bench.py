@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from ptychodask import models
 from ptychodask.cluster import THREAD_VARIABLES, client_for_run
 from ptychodask.places import parse_location, stored_sizes
-from ptychodask.plan import MIB, Plan, ReconstructionSpec, plan, prediction_job
+from ptychodask.plan import MIB, Plan, ReconstructionSpec, in_pixels, plan_for, prediction_job
 from ptychodask.prediction import PatchModel, PredictionJob, compile_model, recorded_model, resolve_model
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import PtychodaskError, Scan, check_choice
 from ptychodask.simulate import simulate
-from ptychodask.store import open_scan, read_groups
+from ptychodask.store import ScanReader, open_scan, read_groups
 
 Network = Literal["pinn", "ptychopinn"]
 """Network that is built if no model is given: ours, or one of PtychoPINN's layer sizes."""
@@ -148,7 +148,9 @@ def bench(
         scan = _scan(store, spec, scratch, progress)
         network = _network(scan, model, spec, scratch)
         started = time.perf_counter()
-        planned = plan(str(scan.store), network, reconstruction)
+        # As `reconstruct` plans it, which stores the group table that workers read.
+        in_px = in_pixels(reconstruction, scan.pixel_size_m, str(scan.store))
+        planned = plan_for(ScanReader(str(scan.store)), network, in_px)
         plan_s = time.perf_counter() - started
         job = _bare_job(prediction_job(planned, network, scan, reconstruction), planned.n_groups, len(workers))
         start_up_s = max(run.start_up_s for run in _bare(used, workers, replace(job, n_batches=1)))

@@ -1,4 +1,4 @@
-"""Small pieces of HTML by which objects show themselves in light and dark notebooks; they load nothing."""
+"""Self-contained HTML representations of objects for light and dark notebooks."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 THUMBNAIL_PX = 128
-"""Pixels along the longer side of an image, at the most; larger ones are shown by every k-th pixel."""
+"""Pixels along the longer side of an image, at most; larger ones are shown with every k-th pixel."""
 
 SHOWN_PX = 160
 """Screen pixels across a picture."""
 
 MOST_DOTS = 600
-"""Points that a map has at the most; of more, every k-th is shown."""
+"""Largest number of points in a map; of more, every k-th is shown."""
 
 GREY_PERCENTILES = (1.0, 99.0)
-"""Percentiles of an image's finite pixels that are black and white."""
+"""Percentiles of an image's finite pixels that are shown black and white."""
 
 
 class Markup(str):
-    """Text that is HTML already."""
+    """Text that is already HTML."""
 
 
 def tag(name: str, *content: str, **attributes: str) -> Markup:
-    """An HTML element; content that is no `Markup`, and all attributes, are escaped.
+    """HTML element with escaped content.
 
-    Names of attributes are written with a dash for each underscore, and without one at the end.
+    Content that is `Markup` is not escaped; attributes always are. In names of attributes, underscores become dashes,
+    and one at the end is dropped.
 
     Examples
     --------
@@ -46,20 +47,20 @@ def tag(name: str, *content: str, **attributes: str) -> Markup:
 
 
 def card(title: str, facts: Mapping[str, str | None], pictures: Sequence[Markup] = ()) -> Markup:
-    """What a notebook shows of an object: a title, a table of facts, and pictures beside it.
+    """Notebook representation of an object: title, table, and pictures.
 
     Parameters
     ----------
     title : str
     facts : dict of name to text
-        Rows of the table; those that are None are left out.
+        Rows of the table; None leaves a row out.
     pictures : sequence of Markup
         From `image`, `dots` or `curves`.
 
     Returns
     -------
     Markup
-        Colours are those of the page around it.
+        In the colours of the page around it.
     """
     cell = "text-align: left; vertical-align: top; padding: 0 0.8em 0 0"
     rows = [
@@ -72,12 +73,12 @@ def card(title: str, facts: Mapping[str, str | None], pictures: Sequence[Markup]
 
 
 def image(values: NDArray[np.floating[Any]], caption: str) -> Markup:
-    """A grey picture of an array.
+    """Grey-scale picture of an array.
 
     Parameters
     ----------
     values : float array (y, x)
-        What is not finite is see-through.
+        Values that are not finite are transparent.
     caption : str
 
     Returns
@@ -94,12 +95,12 @@ def image(values: NDArray[np.floating[Any]], caption: str) -> Markup:
 
 
 def dots(position_yx: NDArray[np.floating[Any]], caption: str) -> Markup:
-    """A map of points, in the colour of the text around it.
+    """Map of points, in the colour of the text around it.
 
     Parameters
     ----------
     position_yx : float array (point, 2)
-        (y, x), +y down; every k-th is shown where there are more than `MOST_DOTS`.
+        (y, x), +y down; every k-th is shown if there are more than `MOST_DOTS`.
     caption : str
 
     Returns
@@ -116,14 +117,16 @@ def dots(position_yx: NDArray[np.floating[Any]], caption: str) -> Markup:
 
 
 def curves(lines: Mapping[str, Sequence[float]], caption: str) -> Markup:
-    """Curves over their index on a logarithmic scale, in the colour of the text: the first solid, others dashed.
+    """Curves over their index on a logarithmic scale.
+
+    In the colour of the text: the first solid, others dashed.
 
     Parameters
     ----------
     lines : dict of name to sequence of float
-        What is not positive and finite is left out.
+        Values that are not positive and finite are left out.
     caption : str
-        The names and their last values are told below it.
+        The names and their last values are listed below it.
 
     Returns
     -------
@@ -141,16 +144,16 @@ def curves(lines: Mapping[str, Sequence[float]], caption: str) -> Markup:
         )
         for number, values in enumerate(logs.values())
     ]
-    told = [
+    legend = [
         f"{name} {values[-1]:.4g}" + (" (dashed)" if number else "")
         for number, (name, values) in enumerate(lines.items())
     ]
-    return _figure(_svg(Markup("".join(paths)), 100, 60), "; ".join([caption, *told]))
+    return _figure(_svg(Markup("".join(paths)), 100, 60), "; ".join([caption, *legend]))
 
 
 def _positive(values: Sequence[float]) -> NDArray[np.bool_]:
-    found = np.asarray(values, np.float64)
-    return np.isfinite(found) & (found > 0)
+    array = np.asarray(values, np.float64)
+    return np.isfinite(array) & (array > 0)
 
 
 def _drawn(logs: NDArray[np.float64], low: float, high: float) -> str:
@@ -162,7 +165,7 @@ def _drawn(logs: NDArray[np.float64], low: float, high: float) -> str:
 
 
 def _svg(content: Markup, width: float, height: float) -> Markup:
-    """A drawing whose full width, `SHOWN_PX`, is 100 of its units."""
+    """SVG drawing with a full width, `SHOWN_PX`, of 100 units."""
     shown = f'viewBox="0 0 {width:.1f} {height:.1f}" width="{SHOWN_PX * width / 100:.0f}"'
     return Markup(f'<svg xmlns="http://www.w3.org/2000/svg" {shown} fill="none" stroke="currentColor">{content}</svg>')
 
@@ -173,12 +176,12 @@ def _figure(picture: Markup, caption: str) -> Markup:
 
 
 def grey_png(values: NDArray[np.floating[Any]]) -> bytes:
-    """A PNG file of an array in grey.
+    """Grey-scale PNG file of an array.
 
     Parameters
     ----------
     values : float array (y, x)
-        What is not finite is see-through.
+        Values that are not finite are transparent.
 
     Returns
     -------
@@ -192,7 +195,7 @@ def grey_png(values: NDArray[np.floating[Any]]) -> bytes:
 
 
 def png(grey_alpha: NDArray[np.uint8]) -> bytes:
-    """A PNG file of a grey picture with transparency.
+    """PNG file of a grey-scale picture with transparency.
 
     Parameters
     ----------

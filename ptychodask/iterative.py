@@ -1,4 +1,9 @@
-"""A compact iterative engine: it refines the probe, and reconstructs scans that are small enough to compare with."""
+"""Compact iterative engine: probe refinement, small reference reconstructions, gradients for polishing.
+
+Sweeps (`run_sweeps`) visit one pattern at a time in random order, as ePIE does, and update the probe once per batch.
+Polishing (`negative_gradient`, `StepProducts`, `take_step`) sums the gradient over all patterns instead, so that the
+sum can be distributed, and takes quasi-Newton steps.
+"""
 
 from __future__ import annotations
 
@@ -25,27 +30,27 @@ from ptychodask.store import check_probe_is_free, open_scan, replace_probe
 logger = logging.getLogger(__name__)
 
 PROBE_BATCH = 16
-"""Patterns whose estimates of the probe are averaged into one update."""
+"""Patterns averaged into one update of the probe."""
 
 READ_BATCH = 64
 """Patterns that polishing reads at a time."""
 
 PROBE_DAMPING = 0.1
-"""Share of the brightest pixel in the denominator of a probe update; keeps dimly known pixels still."""
+"""Fraction of the brightest pixel in the denominator of a probe update; damps weakly determined pixels."""
 
 SCORING_SWEEPS = 5
-"""Sweeps, with the probe fixed, of the object that a probe is scored with."""
+"""Sweeps with fixed probe that fit the object with which a probe is scored."""
 
 DEFOCUS_RADII = (1 / 32, 1 / 16, 1 / 8, 1 / 6, 1 / 4)
-"""Root-mean-square radii, in frames, that a search of the defocus spreads a focused probe to."""
+"""Root-mean-square radii of the defocused probes in a defocus search, relative to N."""
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeRefinement:
-    """What `refine_probe` found."""
+    """Refined probe and its scores, from `refine_probe`."""
 
     probe: NDArray[np.complex64] = field(repr=False)
-    """The refined probe (mode, N, N), calibrated as the initial one."""
+    """Refined probe (mode, N, N), calibrated as the initial one."""
 
     r_before: float
     """R of the stored probe on the held-out patterns."""
@@ -54,19 +59,19 @@ class ProbeRefinement:
     """R of the refined probe on the same patterns."""
 
     stored: bool
-    """True when R fell, so that the store now holds the refined probe; False when it keeps the one it had."""
+    """True if R decreased and the store now contains the refined probe; False if it was left unchanged."""
 
     n_sweeps: int
     """Sweeps over the patterns."""
 
     n_patterns: int
-    """Patterns that the probe was refined on."""
+    """Patterns used to refine the probe."""
 
     n_held_out: int
-    """Patterns that neither object nor probe had seen, which both probes were scored on."""
+    """Patterns used only to score both probes, unseen by object and probe."""
 
     defocus_rad: float
-    """Defocus given to the initial probe before the sweeps, as in `defocused`."""
+    """Defocus applied to the initial probe before the sweeps, as in `defocused`, radians."""
 
 
 def refine_probe(
@@ -82,30 +87,32 @@ def refine_probe(
     step_probe: float = 1.0,
     progress: bool | None = None,
 ) -> ProbeRefinement:
-    """Refine the probe of a store by iterative sweeps over its patterns, and put it into the store where it is better.
+    """Refine the probe of a store by iterative sweeps over its patterns.
+
+    The store keeps the better of the refined and the stored probe.
 
     Parameters
     ----------
     store : path
-        The store; its `probe` is replaced when R falls, `probe_initial` stays. A second call starts again from
-        `probe_initial`, and its probe must be better than the stored one.
+        Its `probe` is replaced if R decreases; `probe_initial` is kept. A second call starts from `probe_initial`
+        again, and its probe must be better than the stored one.
     n_sweeps : int
-        Times that each pattern is visited, 3 or more; the first and the last sweep leave the probe as it is.
+        Visits of each pattern, 3 or more; the first and the last sweep do not update the probe.
     fraction : float
-        Share of the patterns that are used: those nearest to the middle of the scan, so that they overlap as well as
-        all of them do.
+        Fraction of the patterns to use: those nearest to the middle of the scan, so that they overlap as much as all
+        patterns do.
     held_out : float
-        Share of the used patterns that only score the probes.
+        Fraction of the used patterns that only score the probes.
     exclude : int array (k,), optional
-        Patterns of the store that have no part in it, neither to refine nor to score.
+        Patterns of the store used neither to refine nor to score.
     search_defocus : bool
-        Start also from the initial probe out of focus, both ways, and go on from the start that predicts the held-out
-        patterns best (the same that score the result); for a probe whose phase is not known, such as the one estimated
-        from the mean pattern.
+        Also try defocused initial probes, with both signs, and continue with the start that predicts the held-out
+        patterns best (the ones that score the result); for a probe of unknown phase, such as one estimated from the
+        mean pattern.
     seed : int
-        Seed of the order of the patterns and of the choice of those held out.
+        Seed of the order of the patterns and of the choice of held-out ones.
     step_object, step_probe : float
-        Length of each update, more than 0; 1 is the full step and the largest.
+        Length of each update, more than 0 and at most 1, the full step.
     progress : bool, optional
         See `progress_bar`.
 
@@ -120,12 +127,12 @@ def refine_probe(
 
     Notes
     -----
-    The method is that of `run_sweeps`. The score is `r_factor` of the held-out patterns, with an object that was fitted
-    to the other patterns for `SCORING_SWEEPS` sweeps, the probe fixed: for both probes in the same way. Of a scan with
-    several experiments the one with most patterns is used, since each may have an object of its own.
+    See `run_sweeps` for the method. The score is `r_factor` of the held-out patterns, with an object fitted to the
+    other patterns in `SCORING_SWEEPS` sweeps with fixed probe, in the same way for both probes. In a scan of several
+    experiments, the one with most patterns is used, since each may have a different object.
 
-    Memory: the amplitudes of the used patterns are held as float32, 4 N² bytes a pattern (three times that while they
-    are read), with an object of 8 bytes a pixel that covers them; `fraction` bounds both.
+    Memory: the amplitudes of the used patterns as float32, 4 N² bytes per pattern (three times that while they are
+    read), and an object of 8 bytes per pixel that covers them; `fraction` limits both.
     """
     bounded = (
         ("fraction", fraction, 1.0),
@@ -144,19 +151,19 @@ def refine_probe(
     check_probe_is_free(scan)
     used, scored = _split(scan, fraction, held_out, exclude, seed)
     sweeps = partial(run_sweeps, seed=seed, step_object=step_object, step_probe=step_probe)
-    found = _refined(scan, used, scored, sweeps, n_sweeps, search_defocus, progress)
-    if found.stored:
-        record = {name: value for name, value in asdict(found).items() if name != "probe"}
-        replace_probe(store, found.probe, record | sweeps.keywords | {"fraction": fraction, "held_out": held_out})
+    refinement = _refined(scan, used, scored, sweeps, n_sweeps, search_defocus, progress)
+    if refinement.stored:
+        record = {name: value for name, value in asdict(refinement).items() if name != "probe"}
+        replace_probe(store, refinement.probe, record | sweeps.keywords | {"fraction": fraction, "held_out": held_out})
     logger.info(
         "%s: R of %d held-out patterns %.4f before and %.4f after; the store %s",
         store,
-        found.n_held_out,
-        found.r_before,
-        found.r_after,
-        "takes the refined probe" if found.stored else "keeps its probe",
+        refinement.n_held_out,
+        refinement.r_before,
+        refinement.r_after,
+        "now has the refined probe" if refinement.stored else "keeps its probe",
     )
-    return found
+    return refinement
 
 
 def _refined(
@@ -168,7 +175,7 @@ def _refined(
     search_defocus: bool,
     progress: bool | None,
 ) -> ProbeRefinement:
-    """Refine the initial probe on the `used` patterns and score it on the others."""
+    """Refine the initial probe on some patterns, score it on others."""
     initial = scan.probe if scan.probe_initial is None else scan.probe_initial
     starts = defocus_starts(initial) if search_defocus else ()
     n_visits = n_sweeps + (2 + len(starts)) * SCORING_SWEEPS
@@ -203,10 +210,12 @@ def _split(
     exclude: Sequence[int] | NDArray[np.integer[Any]],
     seed: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Patterns to refine on and patterns to score on, each in the order of the store."""
-    mine = patterns_without(scan, exclude)
-    mine = mine[around_middle(scan.position_yx_px[mine], None if scan.scan_index is None else scan.scan_index[mine])]
-    kept = mine[: int(np.ceil(fraction * len(mine)))]
+    """Patterns to refine on, and patterns to score on, both ascending."""
+    index = patterns_without(scan, exclude)
+    index = index[
+        around_middle(scan.position_yx_px[index], None if scan.scan_index is None else scan.scan_index[index])
+    ]
+    kept = index[: int(np.ceil(fraction * len(index)))]
     n_scored = max(1, round(held_out * len(kept)))
     if len(kept) - n_scored < PROBE_BATCH:
         raise PtychodaskError(
@@ -220,7 +229,7 @@ def _split(
 def around_middle(
     position_yx_px: NDArray[np.float64], scan_index: NDArray[np.int64] | None = None
 ) -> NDArray[np.int64]:
-    """The patterns of the experiment that has most, those nearest to its middle first.
+    """Patterns of the largest experiment, those nearest to its middle first.
 
     Parameters
     ----------
@@ -231,23 +240,23 @@ def around_middle(
     Returns
     -------
     int64 array (k,)
-        Indices of its patterns, by their distance from the mean of its positions.
+        Indices of its patterns, by distance from the mean of its positions.
 
     Examples
     --------
     >>> around_middle(np.array([[0.0, 0.0], [0.0, 1.0], [0.0, 5.0], [0.0, 9.0]]), np.array([0, 0, 0, 1])).tolist()
     [1, 0, 2]
     """
-    mine = np.arange(len(position_yx_px))
+    index = np.arange(len(position_yx_px))
     if scan_index is not None:
         experiments, sizes = np.unique(scan_index, return_counts=True)
-        mine = np.flatnonzero(scan_index == experiments[sizes.argmax()])
-    position = position_yx_px[mine]
-    return mine[np.argsort(np.hypot(*(position - position.mean(axis=0)).T), kind="stable")]
+        index = np.flatnonzero(scan_index == experiments[sizes.argmax()])
+    position = position_yx_px[index]
+    return index[np.argsort(np.hypot(*(position - position.mean(axis=0)).T), kind="stable")]
 
 
 def patterns_without(scan: Scan, exclude: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """Indices of the patterns of a scan but for those that are left out, ascending.
+    """Indices of the patterns of a scan without excluded ones, ascending.
 
     Parameters
     ----------
@@ -262,7 +271,7 @@ def patterns_without(scan: Scan, exclude: Sequence[int] | NDArray[np.integer[Any
     Raises
     ------
     PtychodaskError
-        If a pattern to leave out does not exist, or none is left.
+        If a pattern to leave out does not exist, or no pattern remains.
     """
     check_drop(scan.store or "scan", scan.n_patterns, exclude)
     kept = np.ones(scan.n_patterns, bool)
@@ -279,15 +288,17 @@ def reconstruct_iterative(
     seed: int = 0,
     progress: bool | None = None,
 ) -> xr.Dataset:
-    """Reconstruct a scan by iterative sweeps, to compare networks with: all of it in memory, on one core.
+    """Reconstruct a scan by iterative sweeps, as a reference for networks.
+
+    The scan is in memory completely; the sweeps run on one core.
 
     Parameters
     ----------
     store : path
     n_sweeps : int
-        Times that each pattern is visited; 3 or more with `refine_probe`.
+        Visits of each pattern; 3 or more with `refine_probe`.
     refine_probe : bool
-        Refine the probe along with the object; the store keeps the one it has.
+        Refine the probe together with the object; the stored probe is not changed.
     exclude : int array (k,), optional
         Patterns of the store that are left out.
     seed : int
@@ -298,8 +309,9 @@ def reconstruct_iterative(
     Returns
     -------
     xarray.Dataset
-        A result as `reconstruct` gives it. `weight` is the relative light that met a pixel, Σ over patterns of
-        |P|²/max|P|²; `count` the patterns that lit it; `uncertainty` is NaN, for there is one estimate a pixel.
+        A result as from `reconstruct`. `weight` is the relative illumination of a pixel, Σ over patterns of
+        |P|²/max|P|²; `count` the patterns that illuminate it; `uncertainty` is NaN, since there is one estimate per
+        pixel.
 
     Raises
     ------
@@ -309,7 +321,7 @@ def reconstruct_iterative(
 
     Notes
     -----
-    See `run_sweeps` for the method, and `measure` for the memory that it takes.
+    See `run_sweeps` for the method and `measure` for the memory.
     """
     fewest = 3 if refine_probe else 1
     if n_sweeps < fewest:
@@ -317,8 +329,8 @@ def reconstruct_iterative(
     scan = open_scan(store)
     if scan.scan_index is not None and len(np.unique(scan.scan_index)) > 1:
         raise PtychodaskError(
-            f"{store}: holds {len(np.unique(scan.scan_index))} experiments, the iterative engine takes one; "
-            "ingest each into a store of its own"
+            f"{store}: contains {len(np.unique(scan.scan_index))} experiments, the iterative engine supports one; "
+            "ingest each into a separate store"
         )
     used = patterns_without(scan, exclude)
     measured = measure(scan, used)
@@ -326,7 +338,7 @@ def reconstruct_iterative(
         object_, probe = run_sweeps(
             measured, scan.probe, n_sweeps=n_sweeps, update_probe=refine_probe, seed=seed, bar=bar
         )
-    weight, count = _light(measured, probe)
+    weight, count = _illumination_and_count(measured, probe)
     r = r_factor(object_, measured.corner_yx_px, replace(scan, probe=probe), used)
     logger.info("%s: R %.4f after %d sweeps of %d patterns", store, r, n_sweeps, len(used))
     return make_dataset(
@@ -351,22 +363,24 @@ def reconstruct_iterative(
     )
 
 
-def _light(measured: Measured, probe: NDArray[np.complex64]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Relative light that met each pixel of the object, and the number of patterns that lit it."""
+def _illumination_and_count(
+    measured: Measured, probe: NDArray[np.complex64]
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Relative illumination of each object pixel, and number of patterns."""
     n_pixels = probe.shape[-1]
     weight = np.zeros(measured.shape, np.float32)
     count = np.zeros(measured.shape, np.int32)
     for (row, column), fraction in zip(measured.row_yx, measured.fraction_yx_px, strict=True):
-        frame = slice(row, row + n_pixels), slice(column, column + n_pixels)
-        light = illumination(shift_probe(probe, fraction))
-        weight[frame] += light
-        count[frame] += light > 0
+        footprint = slice(row, row + n_pixels), slice(column, column + n_pixels)
+        relative = illumination(shift_probe(probe, fraction))
+        weight[footprint] += relative
+        count[footprint] += relative > 0
     return weight, count
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Patterns in memory, as the sweeps take them."""
+    """Patterns in memory, prepared for the sweeps."""
 
     amplitude: NDArray[np.float32]
     """Amplitude at mean flux (pattern, N, N), DC at [0, 0], bad pixels 0."""
@@ -375,31 +389,31 @@ class Measured:
     """True where a detector pixel is good (N, N), DC at [0, 0]; None when all are."""
 
     row_yx: NDArray[np.int64]
-    """First row and column of the object that each probe meets (pattern, 2)."""
+    """First row and column of the object in each footprint (pattern, 2)."""
 
     fraction_yx_px: NDArray[np.float64]
-    """What is left of each position, 0 ≤ fraction < 1 (pattern, 2)."""
+    """Sub-pixel remainder of each position, 0 ≤ fraction < 1 (pattern, 2)."""
 
     shape: tuple[int, int]
     """Pixels (y, x) of the object."""
 
     corner_yx_px: tuple[float, float]
-    """Coordinates of the object's pixel [0, 0], whole numbers."""
+    """Scan coordinates of the object's pixel [0, 0], integers as float."""
 
 
 def measure(scan: Scan, index: NDArray[np.int64]) -> Measured:
-    """Read patterns of a scan into memory and place an object around them.
+    """Read patterns of a scan into memory and lay out their object.
 
     Parameters
     ----------
     scan : Scan
     index : int array (k,)
-        Which patterns.
+        Indices of the patterns.
 
     Returns
     -------
     Measured
-        4 N² bytes for each pattern, up to three times that while they are read. The object covers the frames of all
+        4 N² bytes for each pattern, up to three times that while they are read. The object covers the footprints at all
         these positions.
     """
     n_pixels = scan.n_pixels
@@ -430,7 +444,7 @@ def run_sweeps(
     step_probe: float = 1.0,
     bar: Progress | None = None,
 ) -> tuple[NDArray[np.complex64], NDArray[np.complex64]]:
-    """Fit an object, and the probe if asked, to patterns, one pattern at a time in random order.
+    """Fit an object, and optionally the probe, to patterns in random order.
 
     Parameters
     ----------
@@ -439,45 +453,45 @@ def run_sweeps(
     probe : complex64 array (mode, N, N)
         Calibrated probe to start from.
     n_sweeps : int
-        Times that each pattern is visited.
+        Visits of each pattern.
     update_probe : bool
-        Update the probe in all sweeps but the first, which finds an object, and the last, which fits the object to the
-        final probe.
+        Update the probe in all sweeps except the first, which finds an object, and the last, which fits the object to
+        the final probe.
     seed : int
         Seed of the order of the patterns.
     step_object, step_probe : float
         Length of each update; 1 is the full step.
     bar : Progress, optional
-        Told of each pattern.
+        Advanced by each pattern.
 
     Returns
     -------
     object : complex64 array (y, x)
-        1 where no light went; its pixel [0, 0] lies at ``measured.corner_yx_px``.
+        1 where there was no illumination; its pixel [0, 0] is at ``measured.corner_yx_px``.
     probe : complex64 array (mode, N, N)
 
     Notes
     -----
     The object's update is that of ePIE (A. M. Maiden, J. M. Rodenburg, Ultramicroscopy 109 (2009) 1256), the probe is
-    moved to its sub-pixel place by a Fourier shift, and incoherent modes share the modulus constraint (P. Thibault,
-    A. Menzel, Nature 494 (2013) 68). The probe takes the least-squares mean of the estimates of `PROBE_BATCH` patterns
-    with the denominator of rPIE (A. Maiden, D. Johnson, P. Li, Optica 4 (2017) 736), which keeps a right probe
-    right. Bad pixels keep the model's value.
+    moved to its sub-pixel position by a Fourier shift, and incoherent modes share the modulus constraint (P. Thibault,
+    A. Menzel, Nature 494 (2013) 68). The probe's update is the least-squares mean of the estimates from `PROBE_BATCH`
+    patterns with the denominator of rPIE (A. Maiden, D. Johnson, P. Li, Optica 4 (2017) 736), which leaves a correct
+    probe unchanged. Bad pixels keep the model's value.
 
-    What patterns cannot tell: before the last sweep the total Σ|P|² and the centroid of |P|² are brought back to those
-    of the given probe (the object takes the scale and moves along). The ramp that probe and object share stays where
-    sweeps from a flat object leave it: the object has none on the whole. The given probe's mean frequency is no guide
-    there, since it depends on where the detector's centre was taken to be.
+    Quantities the data cannot determine: before the last sweep the total Σ|P|² and the centroid of |P|² are restored to
+    those of the given probe (the object is scaled and shifted accordingly). The phase ramp shared by probe and object
+    stays as sweeps from a flat object leave it: the object has no overall ramp. The mean frequency of the given probe
+    cannot fix the ramp, since it depends on the assumed centre of the detector.
     """
     object_ = np.ones(measured.shape, np.complex64)
     initial = probe
     rng = np.random.default_rng(seed)
     for sweep in range(n_sweeps):
-        moving = update_probe and 0 < sweep < n_sweeps - 1
+        is_updating = update_probe and 0 < sweep < n_sweeps - 1
         order = rng.permutation(len(measured.amplitude))
         for batch in np.split(order, range(PROBE_BATCH, len(order), PROBE_BATCH)):
             update = _update_object(object_, probe, measured, batch, step_object)
-            if moving:
+            if is_updating:
                 probe = probe + np.float32(step_probe) * update
             if bar is not None:
                 bar.advance(len(batch))
@@ -493,10 +507,10 @@ def _update_object(
     batch: NDArray[np.int64],
     step_object: float,
 ) -> NDArray[np.complex64]:
-    """Update the object in place, pattern after pattern; the update of the probe (mode, N, N) that they call for."""
+    """Update the object in place; return the probe's update (mode, N, N)."""
     n_pixels = probe.shape[-1]
     spectrum = scipy.fft.fft2(probe)
-    wanted = np.zeros_like(probe)
+    estimate = np.zeros_like(probe)
     seen = np.zeros(probe.shape[1:], np.float32)
     for j in batch:
         row, column = measured.row_yx[j]
@@ -504,23 +518,23 @@ def _update_object(
         ramp = shift_ramp(measured.fraction_yx_px[j], n_pixels, probe.dtype)
         shifted = scipy.fft.ifft2(spectrum * ramp)
         change, _ = _to_measured(shifted * patch, measured.amplitude[j], measured.good)
-        wanted += scipy.fft.fft2(np.conj(patch) * change) * np.conj(ramp)
+        estimate += scipy.fft.fft2(np.conj(patch) * change) * np.conj(ramp)
         seen += _intensity(patch)
-        light = _intensity(shifted).sum(axis=0)
-        patch += np.float32(step_object / light.max()) * (np.conj(shifted) * change).sum(axis=0)
-    return scipy.fft.ifft2(wanted) / ((1 - PROBE_DAMPING) * seen + PROBE_DAMPING * seen.max())
+        brightest = _intensity(shifted).sum(axis=0).max()
+        patch += np.float32(step_object / brightest) * (np.conj(shifted) * change).sum(axis=0)
+    return scipy.fft.ifft2(estimate) / ((1 - PROBE_DAMPING) * seen + PROBE_DAMPING * seen.max())
 
 
 def _to_measured(
     wave: NDArray[np.complex64], amplitude: NDArray[np.float32], good: NDArray[np.bool_] | None
 ) -> tuple[NDArray[np.complex64], NDArray[np.float32]]:
-    """Change of an exit wave (mode, N, N) that gives its pattern the measured amplitude on the good pixels.
+    """Change of an exit wave (mode, N, N) to the measured amplitude.
 
-    The second array is the amplitude (N, N) of the pattern before, bad pixels 0.
+    Only good pixels change. The second array is the model's amplitude (N, N) before, bad pixels 0.
     """
     far = scipy.fft.fft2(wave, norm="ortho")
     model = np.sqrt(_intensity(far).sum(axis=0))
-    # A pixel without model light has no phase to keep; the floor stops a division by zero there.
+    # A pixel where the model is dark has no phase to keep; the floor prevents a division by zero there.
     ratio = amplitude / np.maximum(model, np.float32(1e-6) * model.max() + np.finfo(np.float32).eps ** 2) - 1
     if good is not None:
         ratio *= good
@@ -535,7 +549,7 @@ def _intensity(wave: NDArray[np.complex64]) -> NDArray[np.float32]:
 def _restore_gauge(
     object_: NDArray[np.complex64], probe: NDArray[np.complex64], initial: NDArray[np.complex64]
 ) -> tuple[NDArray[np.complex64], NDArray[np.complex64]]:
-    """Object and probe that make the same patterns, the probe with the total and the centroid of `initial`."""
+    """Equivalent object and probe, with total and centroid of `initial`."""
     shift = probe_centroid_px(initial) - probe_centroid_px(probe)
     probe = shift_probe(probe, shift)
     object_ = scipy.fft.ifft2(scipy.ndimage.fourier_shift(scipy.fft.fft2(object_), shift)).astype(np.complex64)
@@ -545,20 +559,20 @@ def _restore_gauge(
 
 def probe_centroid_px(probe: NDArray[np.complex64]) -> NDArray[np.float64]:
     """Centroid (y, x) of Σ|P|², float64 (2,), pixels."""
-    light = _intensity(probe).sum(axis=0, dtype=np.float64)
-    axis = np.arange(len(light))
-    return np.array([light.sum(axis=1) @ axis, light.sum(axis=0) @ axis]) / light.sum()
+    intensity = _intensity(probe).sum(axis=0, dtype=np.float64)
+    axis = np.arange(len(intensity))
+    return np.array([intensity.sum(axis=1) @ axis, intensity.sum(axis=0) @ axis]) / intensity.sum()
 
 
 def defocused(probe: NDArray[np.complex64], defocus_rad: float) -> NDArray[np.complex64]:
-    """A probe taken out of focus.
+    """Probe with added defocus.
 
     Parameters
     ----------
     probe : complex64 array (mode, N, N)
     defocus_rad : float
-        Phase added at the edge of the far field (N/2 pixels from DC), growing with the square of the distance; 0 gives
-        the probe itself.
+        Phase added at the edge of the far field (N/2 pixels from DC), quadratic in the distance; 0 returns the probe
+        unchanged.
 
     Returns
     -------
@@ -569,19 +583,22 @@ def defocused(probe: NDArray[np.complex64], defocus_rad: float) -> NDArray[np.co
 
 
 def _far_radius(n_pixels: int) -> NDArray[np.float64]:
-    """Distance from DC (at [0, 0]) in units of N/2 pixels (N, N)."""
+    """Distance from DC at [0, 0], units of N/2 pixels (N, N)."""
     axis = 2 * scipy.fft.fftfreq(n_pixels)
     return np.hypot(axis[:, None], axis)
 
 
 def defocus_starts(probe: NDArray[np.complex64]) -> tuple[float, ...]:
-    """Defocus, none and either way, that spreads a focused probe to the radii of `DEFOCUS_RADII`, radians."""
+    """Defocus values of a search, radians: 0 and both signs.
+
+    Each spreads a focused probe to one of the radii `DEFOCUS_RADII`.
+    """
     n_pixels = probe.shape[-1]
-    light = _intensity(scipy.fft.fft2(probe)).sum(axis=0, dtype=np.float64)
-    spread = np.sqrt((light * _far_radius(n_pixels) ** 2).sum() / light.sum())
-    # The gradient of the quadratic phase moves the light at far-field radius s by 2 defocus s / π pixels.
-    one_way = [float(radius * n_pixels * np.pi / (2 * spread)) for radius in DEFOCUS_RADII]
-    return (0.0, *one_way, *(-defocus for defocus in one_way))
+    intensity = _intensity(scipy.fft.fft2(probe)).sum(axis=0, dtype=np.float64)
+    spread = np.sqrt((intensity * _far_radius(n_pixels) ** 2).sum() / intensity.sum())
+    # The gradient of the quadratic phase moves intensity at far-field radius s by 2 defocus s / π pixels.
+    positive = [float(radius * n_pixels * np.pi / (2 * spread)) for radius in DEFOCUS_RADII]
+    return (0.0, *positive, *(-defocus for defocus in positive))
 
 
 def r_factor(
@@ -590,28 +607,28 @@ def r_factor(
     scan: Scan,
     index: NDArray[np.int64] | None = None,
 ) -> float:
-    """How far the patterns that an object makes with the scan's probe are from the measured ones.
+    """R factor of the patterns predicted from an object.
 
     Parameters
     ----------
     object_ : complex array (y, x)
-        NaN where unseen; such pixels, and all beyond the edges, count as the mean amplitude of the seen ones.
+        NaN where unseen; such pixels, and all beyond the edges, are set to the mean amplitude of the seen ones.
     corner_yx_px : (float, float)
-        Coordinates of the object's pixel [0, 0] in the scan's frame, pixels.
+        Scan coordinates of the object's pixel [0, 0], pixels.
     scan : Scan
         Patterns, positions, probe, mask and flux.
     index : int array (k,), optional
-        Which patterns; all by default.
+        Indices of the patterns; all by default.
 
     Returns
     -------
     float
-        R = Σ|√I_pred − √I| / Σ√I over good pixels of these patterns; 0 is perfect.
+        R = Σ|√I_pred − √I| / Σ√I over the good pixels of these patterns; 0 is perfect agreement.
 
     Raises
     ------
     PtychodaskError
-        If the object has no seen pixel, or the patterns have no light.
+        If the object has no seen pixel, or the patterns are all zero.
     """
     index = np.arange(scan.n_patterns) if index is None else np.asarray(index)
     filled, corner = _filled(object_, corner_yx_px, scan.position_yx_px[index], scan.n_pixels)
@@ -623,29 +640,31 @@ def r_factor(
             misfit += float(np.abs(model - amplitude).sum(dtype=np.float64))
             total += float(amplitude.sum(dtype=np.float64))
     if not total > 0:
-        raise PtychodaskError(f"{scan.store or 'scan'}: the patterns to judge by have no light")
+        raise PtychodaskError(f"{scan.store or 'scan'}: the patterns to compare with are all zero; pass others")
     return misfit / total
 
 
 def predicted_amplitude(
     object_: NDArray[np.complex64], corner_yx_px: tuple[float, float], scan: Scan, pattern: int
 ) -> NDArray[np.float32]:
-    """Amplitude √I_pred that an object makes in one pattern with the scan's probe and flux, bad pixels 0.
+    """Predicted amplitude √I_pred of one pattern, bad pixels 0.
+
+    Uses the scan's probe and flux.
 
     Parameters
     ----------
     object_ : complex64 array (y, x)
-        Holds the whole frame at the pattern's position; no NaN.
+        Covers the footprint at the pattern's position; no NaN.
     corner_yx_px : (float, float)
-        Coordinates of its pixel [0, 0] in the scan's frame, pixels.
+        Scan coordinates of its pixel [0, 0], pixels.
     scan : Scan
     pattern : int
-        Which pattern.
+        Index of the pattern.
 
     Returns
     -------
     float32 array (N, N)
-        As `Scan.amplitude` gives the measured one.
+        Comparable with `Scan.amplitude`.
     """
     model = np.sqrt(expected_counts(object_, corner_yx_px, scan.probe, scan.position_yx_px[pattern]))
     if scan.flux is not None:
@@ -661,10 +680,10 @@ def _filled(
     position_yx_px: NDArray[np.float64],
     n_pixels: int,
 ) -> tuple[NDArray[np.complex64], tuple[float, float]]:
-    """The object and its corner, unseen pixels filled and edges moved out to hold a frame at every position."""
+    """Object without NaN, extended to cover all footprints, and its corner."""
     seen = np.isfinite(object_)
     if not seen.any():
-        raise PtychodaskError("object: no pixel of it is seen, so nothing can be predicted from it")
+        raise PtychodaskError("object: all its pixels are NaN, so no pattern can be predicted from it")
     mean = np.abs(object_[seen]).mean(dtype=np.float64)
     first = np.floor(position_yx_px - np.asarray(corner_yx_px)).astype(int) - n_pixels // 2
     before = np.maximum(-first.min(axis=0), 0)
@@ -677,7 +696,7 @@ def _filled(
 
 @dataclass(frozen=True)
 class Misfit:
-    """How far patterns of an object are from the measured ones: sums over patterns and good pixels."""
+    """Misfit of predicted patterns: sums over patterns and good pixels."""
 
     absolute: float = 0.0
     """Σ|√I_pred − √I|."""
@@ -686,13 +705,16 @@ class Misfit:
     """Σ√I."""
 
     square: float = 0.0
-    """Σ(√I_pred − √I)², patterns at mean flux."""
+    """Σ(√I_pred − √I)², patterns scaled to mean flux."""
 
     @property
     def r_factor(self) -> float:
-        """R = Σ|√I_pred − √I| / Σ√I; `PtychodaskError` where the patterns have no light."""
+        """R = Σ|√I_pred − √I| / Σ√I.
+
+        Raises `PtychodaskError` if the patterns are all zero.
+        """
         if not self.amplitude > 0:
-            raise PtychodaskError("polish: the patterns have no light, so nothing can be told from them; drop fewer")
+            raise PtychodaskError("polish: the patterns are all zero, so R is undefined; drop fewer")
         return self.absolute / self.amplitude
 
     def __add__(self, other: Misfit) -> Misfit:
@@ -700,36 +722,36 @@ class Misfit:
 
 
 def footprint_corners(position_yx_px: NDArray[np.float64], n_pixels: int) -> NDArray[np.int64]:
-    """Coordinates (y, x) of the first pixel of the object that the probe meets at each position; int64 (..., 2)."""
+    """Coordinates (y, x) of each footprint's first pixel, int64 (..., 2)."""
     return np.floor(position_yx_px).astype(np.int64) - n_pixels // 2
 
 
 def negative_gradient(
     object_: NDArray[np.complex64], corner: tuple[int, int], scan: Scan, index: NDArray[np.int64]
 ) -> tuple[NDArray[np.complex128], Misfit]:
-    """Change of an object that some patterns call for, and how far they are from what the object makes.
+    """Negative gradient of the misfit of some patterns, and the misfit.
 
     Parameters
     ----------
     object_ : complex64 array (y, x)
-        Holds the whole frame at each of these positions; no NaN.
+        Covers the footprint at each of these positions; no NaN.
     corner : (int, int)
-        Coordinates of its pixel [0, 0] in the scan's frame.
+        Scan coordinates of its pixel [0, 0].
     scan : Scan
     index : int64 array (k,)
-        Which patterns; `READ_BATCH` of them are in memory at a time.
+        Indices of the patterns; `READ_BATCH` of them are in memory at a time.
 
     Returns
     -------
     change : complex128 array (y, x)
-        Σ over patterns and modes of conj(P)(ψ' − ψ), with ψ' the exit wave of the measured modulus: half the way down
-        the slope of ``misfit.square``.
+        Σ over patterns and modes of conj(P)(ψ' − ψ), with ψ' the exit wave of the measured modulus: half the negative
+        gradient of ``misfit.square``.
     misfit : Misfit
 
     Notes
     -----
-    Projection, modes and bad pixels as in `run_sweeps`. A pattern's share depends on the object in its frame alone, so
-    that shares of any parts of the patterns add up to the same sum.
+    Projection, modes and bad pixels as in `run_sweeps`. The term of a pattern depends only on the object in its
+    footprint, so the sums over any partition of the patterns add up to the same total.
     """
     n_pixels = scan.n_pixels
     change, total = np.zeros(object_.shape, np.complex128), Misfit()
@@ -742,12 +764,12 @@ def negative_gradient(
         batch = np.arange(first, min(first + READ_BATCH, len(index)))
         measured = scipy.fft.ifftshift(scan.amplitude(index[batch]), axes=(1, 2))
         for j, amplitude in zip(batch, measured, strict=True):
-            frame = tuple(slice(side, side + n_pixels) for side in start[j])
+            footprint = tuple(slice(side, side + n_pixels) for side in start[j])
             ramp = shift_ramp(position[j] - np.floor(position[j]), n_pixels, scan.probe.dtype)
             shifted = scipy.fft.ifft2(spectrum * ramp)
             amplitude = amplitude / np.sqrt(flux[j])
-            wave, model = _to_measured(shifted * object_[frame], amplitude, good)
-            change[frame] += (np.conj(shifted) * wave).sum(axis=0)
+            wave, model = _to_measured(shifted * object_[footprint], amplitude, good)
+            change[footprint] += (np.conj(shifted) * wave).sum(axis=0)
             total += _misfit(model, amplitude, float(np.sqrt(flux[j])))
     return change, total
 
@@ -767,46 +789,49 @@ def illumination_and_proximal_weight(
     corner: tuple[int, int],
     shape: tuple[int, int],
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Light that meets each pixel, and what a pixel lacks of the brightest that one pattern has.
+    """Illumination and proximal weight of each pixel, for polishing.
 
     Parameters
     ----------
     probe : complex64 array (mode, N, N)
     position_yx_px : float64 array (pattern, 2)
     corner : (int, int)
-        Coordinates of pixel [0, 0] in the scan's frame.
+        Scan coordinates of pixel [0, 0].
     shape : (int, int)
         Pixels (y, x).
 
     Returns
     -------
-    light : float32 array (y, x)
+    illumination : float32 array (y, x)
         Σ over patterns of |P|², in the probe's unit.
-    hold : float32 array (y, x)
-        max(0, max|P|² − light): how firmly a dim pixel is held where it was.
+    proximal_weight : float32 array (y, x)
+        max(0, max|P|² − illumination): weight of the term that pulls a dim pixel back to its start.
     """
     n_pixels = probe.shape[-1]
-    light = np.zeros((shape[0] + 2 * n_pixels, shape[1] + 2 * n_pixels), np.float64)
+    # Padded by a footprint on each side, so that footprints across the edges need no clipping.
+    padded = np.zeros((shape[0] + 2 * n_pixels, shape[1] + 2 * n_pixels), np.float64)
     start = footprint_corners(position_yx_px, n_pixels) - corner + n_pixels
     spectrum = scipy.fft.fft2(probe)
     for j in np.flatnonzero(((start > 0) & (start < np.add(shape, n_pixels))).all(axis=1)):
-        frame = tuple(slice(side, side + n_pixels) for side in start[j])
+        footprint = tuple(slice(side, side + n_pixels) for side in start[j])
         fraction = position_yx_px[j] - np.floor(position_yx_px[j])
-        light[frame] += _intensity(scipy.fft.ifft2(spectrum * shift_ramp(fraction, n_pixels, probe.dtype))).sum(axis=0)
-    light = light[n_pixels:-n_pixels, n_pixels:-n_pixels]
+        shifted = scipy.fft.ifft2(spectrum * shift_ramp(fraction, n_pixels, probe.dtype))
+        padded[footprint] += _intensity(shifted).sum(axis=0)
+    total = padded[n_pixels:-n_pixels, n_pixels:-n_pixels]
     peak = float(_intensity(probe).sum(axis=0).max())
-    return light.astype(np.float32), np.maximum(peak - light, 0).astype(np.float32)
+    return total.astype(np.float32), np.maximum(peak - total, 0).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class StepProducts:
-    """Real scalar products that a polishing step is mixed from: sums over pixels, float64.
+    """Real scalar products that determine a polishing step, float64 sums over pixels.
 
-    The latest step s and the change u that is called for now; y is what s took off u, and H divides by light plus hold.
+    s is the latest step, u the negative gradient now, y the decrease of u due to s; H divides by illumination plus
+    proximal weight.
     """
 
     s_y: float = 0.0
-    """s·y, the curvature that the step met."""
+    """s·y, the curvature along the step."""
 
     y_h_y: float = 0.0
     """y·Hy."""
@@ -823,12 +848,15 @@ class StepProducts:
         )
 
     def mix(self) -> tuple[float, float, float]:
-        """Factors (γ, a, b) of the step γ H (u − a y) + b s; (1, 0, 0), the plain step, where s saw no curvature.
+        """Factors (γ, a, b) of a polishing step.
+
+        The step is γ H (u − a y) + b s. They are (1, 0, 0), the preconditioned gradient step, if the curvature along s
+        was not positive.
 
         Notes
         -----
-        The quasi-Newton step of BFGS that remembers one step (D. F. Shanno, Math. Oper. Res. 3 (1978) 244), from the
-        plain inverse curvature γ H with γ = s·y / y·Hy.
+        Quasi-Newton step of BFGS with a memory of one step (D. F. Shanno, Math. Oper. Res. 3 (1978) 244), with the
+        initial inverse curvature γ H, γ = s·y / y·Hy.
         """
         if not (self.s_y > 0 and self.y_h_y > 0):
             return 1.0, 0.0, 0.0
@@ -843,22 +871,22 @@ def step_products(
     change_before: NDArray[np.complex64],
     curvature: NDArray[np.float32],
 ) -> StepProducts:
-    """Scalar products of the latest step of part of an object (see `StepProducts`).
+    """Scalar products of the latest step (see `StepProducts`).
 
     Parameters
     ----------
     object_, before : complex64 array (y, x)
-        Now, and before the latest step.
+        Object now, and before the latest step.
     change, change_before : complex64 array (y, x)
-        What patterns and hold call for (called for) there.
+        Negative gradient now, and before the latest step, with the proximal term.
     curvature : float32 array (y, x)
-        Light plus hold, positive.
+        Illumination plus proximal weight, positive.
     """
     step = (object_ - before).astype(np.complex128)
-    turn = (change_before - change).astype(np.complex128)
-    scaled = turn / curvature
+    decrease = (change_before - change).astype(np.complex128)
+    scaled = decrease / curvature
     return StepProducts(
-        _real_dot(step, turn), _real_dot(turn, scaled), _real_dot(step, change), _real_dot(scaled, change)
+        _real_dot(step, decrease), _real_dot(decrease, scaled), _real_dot(step, change), _real_dot(scaled, change)
     )
 
 
@@ -874,15 +902,16 @@ def take_step(
     curvature: NDArray[np.float32],
     mix: tuple[float, float, float],
 ) -> NDArray[np.complex64]:
-    """Part of an object after a polishing step of the factors that `StepProducts.mix` gives; complex64 (y, x).
+    """Part of an object after a polishing step, complex64 (y, x).
 
     Parameters
     ----------
     object_, before, change, change_before, curvature
         See `step_products`.
     mix : (float, float, float)
+        Factors from `StepProducts.mix`.
     """
     gamma, a, b = mix
-    turn = (change_before - change).astype(np.complex128)
-    moved = object_ + (gamma / curvature) * (change - a * turn) + b * (object_ - before)
-    return moved.astype(np.complex64)
+    decrease = (change_before - change).astype(np.complex128)
+    stepped = object_ + (gamma / curvature) * (change - a * decrease) + b * (object_ - before)
+    return stepped.astype(np.complex64)

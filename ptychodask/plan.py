@@ -1,4 +1,10 @@
-"""Everything that is known before a reconstruction runs: chunks of groups, tiles of the object, memory."""
+"""Plan of a reconstruction: chunks of groups, tiles of the object, memory.
+
+One pass over the group table and the positions (`survey`) finds the part of the object that each chunk of groups
+reaches, the patterns that it reads and the memory that its task needs. Automatic chunks are halved until the largest
+task fits; tiles then divide the object, each with the chunks that reach it. All sizes follow from scan, model and spec,
+never from the workers: any cluster computes the same bits, and a resumed run finds the chunks of the earlier one.
+"""
 
 from __future__ import annotations
 
@@ -29,129 +35,135 @@ from ptychodask.prediction import (
 )
 from ptychodask.reassembly import CANVAS_PIXEL_BYTES, Box, Window
 from ptychodask.scan import PtychodaskError, Scan, check_choice, check_positions
-from ptychodask.store import GroupTable, ScanReader, group, open_groups, stored_group_names
+from ptychodask.store import GroupTable, ScanReader, group, open_groups, open_or_draw_groups, stored_group_names
 from ptychodask.survey import BLOCK_GROUPS, NOWHERE, Survey, survey
 
 MIB = 2**20
 
 BATCH_PIXELS = 2**20
-"""Pixels of network input that one automatic batch comes close to."""
+"""Approximate pixels of network input in one automatic batch."""
 
 BATCH_GROUPS = 256
-"""Groups in an automatic batch, at the most."""
+"""Groups in an automatic batch, at most."""
 
 CHUNK_PIXELS = 2**24
-"""Pixels of network input that one automatic chunk takes, at the most."""
+"""Pixels of network input in one automatic chunk, at most."""
 
 CHUNKS_AT_LEAST = 16
-"""Chunks that a scan is cut into where it has groups for as many batches."""
+"""Automatic chunks of a scan, at least, if it has a batch of groups for each of them."""
 
 TILES_ACROSS = 16
-"""Tiles across the object that an automatic tile comes close to, from `TILE_PIXELS` to four times that."""
+"""Approximate number of automatic tiles across the object; a tile has `TILE_PIXELS` to four times as many pixels."""
 
 TILE_PIXELS = 256
-"""Pixels across an automatic tile, at the least."""
+"""Pixels across an automatic tile, at least."""
 
 GROUP_CROP = 20
-"""Elements of a group's patch that a uniform window keeps by default, as PtychoPINN does."""
+"""Pixels across the middle of a group's patch that a uniform window keeps by default, as in PtychoPINN."""
 
 OnError = Literal["raise", "skip"]
-"""What becomes of what cannot be used."""
+"""Stop at patterns or groups that cannot be used, or leave them out."""
 
 Live = bool | str | Path | Callable[[Any], Any] | None
-"""Where a picture is shown while a run is at work: True in a notebook, a path of a PNG, or what takes a Dataset."""
+"""Live picture of a run: True for one in a notebook, the path of a PNG, or a function that receives a Dataset."""
 
 NOT_STORED = ("live", "follow", "follow_timeout_s")
-"""Fields of a `ReconstructionSpec` that say when a run begins and what is seen of it: no result depends on them."""
+"""Fields of a `ReconstructionSpec` that no result depends on: they set when a run starts and how it is displayed."""
 
 LARGEST = {"batch_size": 2**31, "groups_per_chunk": 2**31, "tile": 2**16}
-"""What fields may be at the most: a larger number is a slip of the hand, and a larger tile fits no store."""
+"""Upper limits of fields: a larger number is a typing error, and a larger tile does not fit into a store."""
 
 MEASURE_S = 3.0
-"""How long a speed is measured at the most, after the network is compiled."""
+"""Longest duration of a speed measurement, seconds, after the network is compiled."""
 
 RESULT_PIXEL_BYTES = 20
 """Bytes of one pixel of a result: object, weight, uncertainty and count."""
 
+TableOfSpec = Callable[[str, GroupingSpec], GroupTable]
+"""Function that returns the group table of a spec: `open_or_draw_groups`, or one that also stores the table."""
+
 
 class RegionNotReachedError(PtychodaskError):
-    """No pattern reaches the region of interest: of a scan that grows, another one may."""
+    """No pattern reaches the region of interest.
+
+    In a growing scan, a later one may.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionSpec:
-    """How a scan becomes an object; None stands for automatic."""
+    """Options of a reconstruction; None means automatic."""
 
     groups: str | GroupingSpec | None = None
-    """Name of a stored group table, or the spec of one; by default the stored one with the model's members."""
+    """Name of a stored group table, or its spec; by default the stored table with the model's number of members."""
 
     window: Window | None = None
-    """Weights of a patch; by default "illumination" for a patch per member, "uniform" for a patch per group."""
+    """Weights of a patch; by default "illumination" for one patch per member, "uniform" for one patch per group."""
 
     crop: int | None = None
-    """Elements across the middle of a patch that are used, M, even; by default N, or 20 for uniform group patches."""
+    """Pixels M across the middle of a patch that are used, even; by default N, or 20 for uniform group patches."""
 
     batch_size: int | None = None
     """Groups in one call of the network."""
 
     groups_per_chunk: int | None = None
-    """Consecutive groups that one task predicts."""
+    """Consecutive groups predicted by one task."""
 
     tile: int | None = None
     """Pixels across one tile of the object."""
 
     roi: tuple[int, int, int, int] | None = None
-    """Part of the object to reconstruct, (y0, y1, x0, x1) in pixels of the scan's frame, ends left out."""
+    """Part of the object to reconstruct, (y0, y1, x0, x1) in pixels of the scan coordinates, ends excluded."""
 
     roi_m: tuple[float, float, float, float] | None = None
-    """The same part in metres: the pixels whose coordinates ``y_m``, ``x_m`` lie from (y0, x0) on and before (y1, x1).
-    Needs a scan whose pixel size is known."""
+    """The same part in metres: pixels with y0 <= ``y_m`` < y1 and x0 <= ``x_m`` < x1. The scan's pixel size must be
+    known."""
 
     drop: Sequence[int] | NDArray[np.integer[Any]] = ()
-    """Patterns of the store that are not read; groups that have one of them are left out, and polishing too goes
-    without them. Kept as ascending whole numbers."""
+    """Patterns of the store to leave out, of groups (each group that contains one is left out) and of polishing.
+    Converted to ascending integers."""
 
     polish: int = 0
-    """Data-consistent sweeps over the patterns that the stitched object is polished with."""
+    """Data-consistency sweeps over the patterns that polish the stitched object."""
 
     precision: Precision = "float32"
-    """Of the network's convolutions: "mixed" computes them in bfloat16."""
+    """Precision of the network's convolutions: "mixed" computes them in bfloat16."""
 
     device: Device = "any"
-    """What the network must be predicted on: "gpu" makes it an error where a worker sees none."""
+    """Device of the network: "gpu" raises an error if a worker has no GPU."""
 
     on_error: OnError = "raise"
-    """What becomes of patterns that cannot be used and of groups that no worker can predict: "raise" stops with their
-    names, "skip" leaves them out and lists them in the attribute ``skipped``."""
+    """Handling of unusable patterns and of groups that no worker can predict: "raise" stops and names them, "skip"
+    leaves them out and lists them in the attribute ``skipped``."""
 
     verify: int = 0
-    """Chunks, drawn at random, that another worker computes again; where both disagree, the run fails."""
+    """Number of chunks, drawn at random, that a second worker computes too; the run fails if the two differ."""
 
     split_half: bool = False
-    """Stitch every other pattern apart as well, in the same pass: ``object_half`` and ``weight_half``. Groups are then
-    by default drawn from either half alone."""
+    """Also stitch the even and the odd patterns separately, in the same pass: ``object_half`` and ``weight_half``.
+    By default no group then mixes the two halves."""
 
     pyramid: bool = False
-    """Add coarser levels to the result that is written (see `open_result`)."""
+    """Add coarser levels to the written result (see `open_result`)."""
 
     cache: str | Path | None = None
-    """Store of predicted patches (float16): filled by the first run, read in place of the network by later ones."""
+    """Store of predicted patches (float16): filled by the first run; later runs read it instead of predicting."""
 
     position_yx_px: NDArray[np.float64] | None = field(default=None, compare=False)
-    """Corrected positions, float64 (pattern, 2) in the store's order, at which cached patches are stitched."""
+    """Corrected positions, float64 (pattern, 2) in the order of the store, at which cached patches are stitched."""
 
     memory_bytes: int = 1024 * MIB
-    """Memory that one task may take beside the network itself; automatic sizes keep to it."""
+    """Memory limit of one task, without the network itself; automatic sizes respect it."""
 
     live: Live = field(default=None, compare=False)
-    """A coarse picture that fills in while tiles finish: True shows it in a notebook, a path is that of a PNG which is
-    replaced, and a function gets it as a Dataset, at most twice a second."""
+    """Coarse picture that fills in as tiles finish, updated at most twice a second: True displays it in a notebook, a
+    path names a PNG that is overwritten, a function receives a Dataset."""
 
     follow: bool = field(default=False, compare=False)
-    """Keep up with a scan that grows: predict its segments as they come, until it is finished."""
+    """Follow a growing scan: predict its segments as they are appended, until it is finished."""
 
     follow_timeout_s: float = field(default=600.0, compare=False)
-    """How long a scan that is followed may go without a new segment, seconds; infinity waits for ever."""
+    """Longest wait for a new segment of a followed scan, seconds; infinity waits forever."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.follow, bool) or not (
@@ -159,19 +171,19 @@ class ReconstructionSpec:
         ):
             raise PtychodaskError(
                 f"reconstruct: follow is {self.follow!r} with follow_timeout_s={self.follow_timeout_s!r}, expected "
-                "True or False, and a time above 0"
+                "True or False, and a time above 0 seconds"
             )
         if not (self.live is None or isinstance(self.live, bool | str | Path) or callable(self.live)):
             raise PtychodaskError(
-                f"reconstruct: live is {self.live!r}, expected True, the path of a PNG, or a function that takes the "
-                "picture as a Dataset"
+                f"reconstruct: live is {self.live!r}, expected True, the path of a PNG, or a function that receives "
+                "a Dataset"
             )
         for name in ("crop", "batch_size", "groups_per_chunk", "tile", "memory_bytes"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, Integral) or value < 1):
-                raise PtychodaskError(f"reconstruct: {name} is {value!r}, expected a whole number from 1 on")
+                raise PtychodaskError(f"reconstruct: {name} is {value!r}, expected an integer of at least 1")
             if value is not None and int(value) > LARGEST.get(name, int(value)):
-                raise PtychodaskError(f"reconstruct: {name} is {value}, expected {LARGEST[name]} at the most")
+                raise PtychodaskError(f"reconstruct: {name} is {value}, expected at most {LARGEST[name]}")
         if self.crop is not None and self.crop % 2:
             raise PtychodaskError(f"reconstruct: crop is {self.crop}, expected an even number; pass {self.crop + 1}")
         if self.window is not None:
@@ -185,64 +197,66 @@ class ReconstructionSpec:
         object.__setattr__(self, "drop", _pattern_indices(self.drop))
         if not isinstance(self.polish, Integral) or self.polish < 0:
             raise PtychodaskError(
-                f"reconstruct: polish is {self.polish!r}, expected a whole number of sweeps, 0 or more"
+                f"reconstruct: polish is {self.polish!r}, expected a number of sweeps, an integer of at least 0"
             )
         for name, kind in (("precision", Precision), ("device", Device), ("on_error", OnError)):
             check_choice(name, getattr(self, name), get_args(kind), "reconstruct")
         if not isinstance(self.verify, Integral) or self.verify < 0:
             raise PtychodaskError(
-                f"reconstruct: verify is {self.verify!r}, expected a whole number of chunks, 0 or more"
+                f"reconstruct: verify is {self.verify!r}, expected a number of chunks, an integer of at least 0"
             )
         if self.polish and self.split_half:
             raise PtychodaskError(
-                f"reconstruct: polish={self.polish} with split_half=True: sweeps join the halves; leave one away"
+                f"reconstruct: polish={self.polish} with split_half=True: sweeps would mix the halves; pass only one"
             )
         if self.position_yx_px is not None:
             object.__setattr__(self, "position_yx_px", _as_positions(self.position_yx_px))
         if self.position_yx_px is not None and self.cache is None:
             raise PtychodaskError(
-                "reconstruct: position_yx_px without cache=: a network reads offsets between the positions that are "
-                "stored; name a cache of patches, or ingest with the corrected positions"
+                "reconstruct: position_yx_px without cache=: the network's input uses the stored positions; pass "
+                "cache= to stitch cached patches, or ingest with the corrected positions"
             )
         if self.polish and self.position_yx_px is not None:
             raise PtychodaskError(
-                f"reconstruct: polish={self.polish} with position_yx_px: sweeps take the stored positions; "
+                f"reconstruct: polish={self.polish} with position_yx_px: sweeps use the stored positions; "
                 "ingest with the corrected ones"
             )
         if self.polish and self.roi is not None:
             raise PtychodaskError(
-                f"reconstruct: polish={self.polish} with roi {self.roi}: patterns at its rim reach beyond it; "
-                "polish the whole object and select from it"
+                f"reconstruct: polish={self.polish} with roi {self.roi}: patterns at its edge reach beyond it; "
+                "polish the complete object and crop it"
             )
 
 
 def _pattern_indices(drop: Sequence[int] | NDArray[np.integer[Any]]) -> tuple[int, ...]:
-    found = np.asarray(drop)
-    if found.size and (found.ndim != 1 or found.dtype.kind not in "iu" or found.min() < 0):
+    indices = np.asarray(drop)
+    if indices.size and (indices.ndim != 1 or indices.dtype.kind not in "iu" or indices.min() < 0):
         raise PtychodaskError(
-            f"reconstruct: drop has shape {found.shape} and type {found.dtype}, expected indices of patterns, 0 or more"
+            f"reconstruct: drop has shape {indices.shape} and type {indices.dtype}, "
+            "expected a list of pattern indices, 0 or more"
         )
-    return tuple(np.unique(found.astype(np.int64)).tolist())
+    # Ascending and unique: the ledger compares the field, and two orders of one list are the same run.
+    return tuple(np.unique(indices.astype(np.int64)).tolist())
 
 
 def _as_positions(given: Any) -> NDArray[np.float64]:
-    found = np.asarray(given)
-    if found.dtype.kind not in "iuf":
-        raise PtychodaskError(f"reconstruct: position_yx_px has type {found.dtype}, expected numbers (pattern, 2)")
-    return found.astype(np.float64)
+    position = np.asarray(given)
+    if position.dtype.kind not in "iuf":
+        raise PtychodaskError(f"reconstruct: position_yx_px has type {position.dtype}, expected numbers (pattern, 2)")
+    return position.astype(np.float64)
 
 
 def _check_roi(roi: Any) -> None:
-    whole = (
+    are_integers = (
         isinstance(roi, Sequence | np.ndarray) and len(roi) == 4 and all(isinstance(value, Integral) for value in roi)
     )
-    if not whole or roi[0] >= roi[1] or roi[2] >= roi[3]:
-        raise PtychodaskError(f"reconstruct: roi is {roi}, expected whole pixels (y0, y1, x0, x1), y0 < y1 and x0 < x1")
+    if not are_integers or roi[0] >= roi[1] or roi[2] >= roi[3]:
+        raise PtychodaskError(f"reconstruct: roi is {roi}, expected integers (y0, y1, x0, x1), y0 < y1 and x0 < x1")
 
 
 def _check_roi_m(roi_m: Any, roi: Any) -> None:
     if roi is not None:
-        raise PtychodaskError(f"reconstruct: roi {roi} and roi_m {roi_m} say the same thing; pass one of them")
+        raise PtychodaskError(f"reconstruct: roi {roi} and roi_m {roi_m} both select the region; pass only one")
     fits = (
         isinstance(roi_m, Sequence | np.ndarray)
         and len(roi_m) == 4
@@ -253,20 +267,20 @@ def _check_roi_m(roi_m: Any, roi: Any) -> None:
 
 
 def in_pixels(spec: ReconstructionSpec, pixel_size_m: float | None, label: str) -> ReconstructionSpec:
-    """A spec whose region of interest is in pixels.
+    """Spec with its region of interest in pixels.
 
     Parameters
     ----------
     spec : ReconstructionSpec
     pixel_size_m : float or None
-        Of the scan's object.
+        Size of an object pixel.
     label : str
-        The scan, for messages.
+        Name of the scan in messages.
 
     Raises
     ------
     PtychodaskError
-        If the region is in metres and the pixel size is not known, or no pixel's coordinates lie in it.
+        If the region is in metres and the pixel size is not known, or no pixel's coordinates are inside it.
 
     Examples
     --------
@@ -277,59 +291,60 @@ def in_pixels(spec: ReconstructionSpec, pixel_size_m: float | None, label: str) 
         return spec
     if pixel_size_m is None:
         raise PtychodaskError(
-            f"{label}: the size of a pixel is not known, so roi_m {tuple(spec.roi_m)} tells no place; pass roi= in "
+            f"{label}: the pixel size is not known, so roi_m {tuple(spec.roi_m)} cannot be converted; pass roi= in "
             "pixels, or ingest with pixel_size_m= (--pixel-size-m)"
         )
-    # A whole number of pixels in metres is whole again: division leaves some 1e-16 of it.
+    # Rounded before the ceiling, or the division's error of some 1e-16 would add a row to a region that is an integer
+    # number of pixels. Clipped, so that the conversion to integers cannot overflow.
     edges = np.round(np.clip(np.array(spec.roi_m, np.float64) / pixel_size_m, -NOWHERE, NOWHERE), 6)
     y0, y1, x0, x1 = np.ceil(edges).astype(int).tolist()
     if y0 >= y1 or x0 >= x1:
         raise PtychodaskError(
-            f"{label}: roi_m {tuple(spec.roi_m)} has no pixel in it, of {pixel_size_m:g} m; pass a larger one"
+            f"{label}: roi_m {tuple(spec.roi_m)} contains no pixel of {pixel_size_m:g} m; pass a larger region"
         )
     return replace(spec, roi=(y0, y1, x0, x1), roi_m=None)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive groups that one task predicts."""
+    """Consecutive groups predicted by one task."""
 
     start: int
     """First row of the group table."""
 
     stop: int
-    """Row after the last."""
+    """Row after the last one."""
 
     box: Box
-    """Where their patches lie, cut to the object."""
+    """Part of the object that their patches reach."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Part of the object that one task reassembles."""
+    """Part of the object reassembled by one task."""
 
     box: Box
-    """Where it lies."""
+    """Its pixels."""
 
     chunks: tuple[int, ...]
-    """Indices of the chunks that touch it, ascending: the order in which they are merged."""
+    """Indices of the chunks that reach it, ascending: the order in which they are merged."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Plan:
-    """What a reconstruction will do; prints as a table."""
+    """Chunks, tiles and memory of a reconstruction; prints as a table."""
 
     store: str
     """Path of the store."""
 
     data_hash: str
-    """Its data hash."""
+    """Data hash of the store."""
 
     groups: str
     """Name of the group table."""
 
     groups_hash: str
-    """SHA-256 of that table."""
+    """SHA-256 of the group table."""
 
     members: int
     """Patterns in one group, C."""
@@ -338,7 +353,7 @@ class Plan:
     """Pixels across a pattern, N."""
 
     output: Literal["member", "group"]
-    """A patch for each member, or one for the group."""
+    """One patch per member, or one per group."""
 
     window: Window
     crop: int
@@ -348,34 +363,35 @@ class Plan:
     memory_bytes: int
 
     n_groups: int
-    """Groups that are predicted."""
+    """Groups to predict."""
 
     n_patterns: int
-    """Patterns that are read, each counted once."""
+    """Different patterns to read."""
 
     box: Box
-    """The object."""
+    """Pixels of the object."""
 
     chunks: tuple[Chunk, ...]
-    """In the order of the group table."""
+    """Chunks in the order of the group table."""
 
     tiles: tuple[Tile, ...]
-    """Row by row; they cover the object."""
+    """Tiles of the object, row by row."""
 
     predict_bytes: int
-    """Memory of the largest task that predicts, beside the network."""
+    """Memory of the largest prediction task, without the network."""
 
     reassemble_bytes: int
-    """Memory of the largest task that reassembles."""
+    """Memory of the largest reassembly task."""
 
     read_amplification: float
-    """Patterns that are decompressed for each that is read once: stored chunks are read whole, rims more than once."""
+    """Patterns decompressed per pattern used: stored chunks are decompressed completely, and patterns at the edges of
+    chunks of groups are read by several tasks."""
 
     groups_per_s: float | None = None
-    """Measured speed of one process, reading included; None where it was not asked for."""
+    """Measured speed of one process, reading included; None if not measured."""
 
     def summary(self) -> dict[str, Any]:
-        """The plan's sizes as plain values."""
+        """Sizes of the plan as plain values."""
         return {
             "groups": self.groups,
             "groups_hash": self.groups_hash,
@@ -402,26 +418,26 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:<11} {value}" for name, value in self._in_words().items())
+        return "\n".join(f"{name:<11} {value}" for name, value in self._rows().items())
 
     def _repr_html_(self) -> str:
-        return card("Plan of a reconstruction", self._in_words())
+        return card("Plan of a reconstruction", self._rows())
 
-    def _in_words(self) -> dict[str, str]:
-        most = max(len(tile.chunks) for tile in self.tiles)
+    def _rows(self) -> dict[str, str]:
+        most_chunks = max(len(tile.chunks) for tile in self.tiles)
         (height, width), budget = self.box.shape, f"of {self.memory_bytes / MIB:,.0f} MiB"
         rows = {
             "store": self.store,
             "groups": f"{self.n_groups:,} of {self.members} from '{self.groups}'",
             "patterns": f"{self.n_patterns:,} of {self.n_pixels} x {self.n_pixels}",
-            "window": f"{self.window}, {self.crop} x {self.crop}, a patch per {self.output}",
+            "window": f"{self.window}, {self.crop} x {self.crop}, one patch per {self.output}",
             "object": f"{height:,} x {width:,} px from (y, x) = {self.box.corner}, "
             f"{self.box.n_pixels * RESULT_PIXEL_BYTES / MIB:,.0f} MiB",
-            "read": f"{self.read_amplification:.2f} patterns decompressed for each",
+            "read": f"{self.read_amplification:.2f} patterns decompressed per pattern used",
             "predict": f"{len(self.chunks):,} tasks of {self.groups_per_chunk:,} groups, batches of {self.batch_size}",
-            "reassemble": f"{len(self.tiles):,} tiles of {self.tile} x {self.tile} px, at most {most} chunks each",
+            "reassemble": f"{len(self.tiles):,} tiles of {self.tile} x {self.tile} px, up to {most_chunks} chunks each",
             "memory": f"{self.predict_bytes / MIB:,.1f} MiB to predict, {self.reassemble_bytes / MIB:,.1f} MiB to "
-            f"reassemble, {budget} a task",
+            f"reassemble, {budget} per task",
         }
         if self.groups_per_s is not None:
             rows["time"] = (
@@ -443,17 +459,17 @@ def plan(
     *,
     measure: bool = False,
 ) -> Plan:
-    """What `reconstruct` would do, without doing it.
+    """Plan of a reconstruction, without running it.
 
     Parameters
     ----------
     store : path or ``s3://`` URL
     model : path or model, optional
-        By default the one that the store records; a store without any is planned for a patch per member, with the
-        group table of the spec.
+        By default the model that the store records, or a packaged one. Without any, or if `spec` names groups, the plan
+        is that of a model with one patch per member and the members of the group table.
     spec : ReconstructionSpec
     measure : bool
-        Predict for a few seconds in this process, to tell how long it will take.
+        Predict for a few seconds in this process, to estimate the time of the run.
 
     Returns
     -------
@@ -462,29 +478,36 @@ def plan(
     Raises
     ------
     PtychodaskError
-        If the model does not fit the scan, the region lies outside it, or a task would not fit into the memory; or if
-        there is no model to measure.
+        If the model does not fit the scan, the region is outside of the object, a task would not fit into the memory,
+        or there is no model to measure.
 
     Notes
     -----
-    Sizes follow from the scan, the model and ``spec.memory_bytes``, and not from the number of workers, so the object
-    does not depend on where it was made. A group table that is missing is made and stored.
+    Sizes follow from the scan, the model and ``spec.memory_bytes``, not from the number of workers, so the object does
+    not depend on the machine. The store is only read: a missing group table is drawn in memory, with the rows that
+    `reconstruct` will store.
     """
     reader = ScanReader(store)
     reader.check()
     scan = reader.first()
     spec = in_pixels(spec, scan.pixel_size_m, reader.label)
-    known = recorded_model(scan) is not None or pretrained_for(scan.n_pixels) is not None
-    if model is None and not measure and (spec.groups is not None or not known):
-        table = _as_seen(reader, _default_table(str(store), spec))
+    has_model = recorded_model(scan) is not None or pretrained_for(scan.n_pixels) is not None
+    # Sizes need the members and the kind of output only, so a scan can be planned before a model is trained on it.
+    if model is None and not measure and (spec.groups is not None or not has_model):
+        table = _known_segments(reader, _default_table(str(store), spec))
         return make_plan(reader, table, _Network(table.spec.members, scan.n_pixels, "member"), spec)
-    network = resolve_model(scan, model)
-    planned = plan_for(reader, network, spec)
-    return replace(planned, groups_per_s=_measured_rate(planned, network, scan, spec)) if measure else planned
+    patch_model = resolve_model(scan, model)
+    table, network = _table_and_network(reader, patch_model, spec, open_or_draw_groups)
+    planned = make_plan(reader, table, network, spec)
+    if not measure:
+        return planned
+    # Measuring reads rows as a run does, but a table that was drawn for this plan is not in the store.
+    job = replace(prediction_job(planned, patch_model, scan, spec), member=table.in_memory)
+    return replace(planned, groups_per_s=_measured_rate(planned, job))
 
 
 def prediction_job(planned: Plan, model: PatchModel, scan: Scan, spec: ReconstructionSpec) -> PredictionJob:
-    """What the tasks of a plan know of their model and of the scan."""
+    """Model, scan and options for the prediction tasks of a plan."""
     return PredictionJob(
         planned.store,
         planned.data_hash,
@@ -498,9 +521,9 @@ def prediction_job(planned: Plan, model: PatchModel, scan: Scan, spec: Reconstru
     )
 
 
-def _measured_rate(planned: Plan, model: PatchModel, scan: Scan, spec: ReconstructionSpec) -> float:
-    """Groups per second of this process, compiling left out, reading included."""
-    job = prediction_job(planned, model, scan, spec)
+def _measured_rate(planned: Plan, job: PredictionJob) -> float:
+    """Groups per second of this process, including reading, without compilation."""
+    # The first batch compiles the network, which a run does once per worker and not per group.
     chunk = planned.chunks[0]
     next(predict_groups([job], chunk.start, min(chunk.start + planned.batch_size, chunk.stop), {}))
     n_groups, started = 0, time.perf_counter()
@@ -513,13 +536,18 @@ def _measured_rate(planned: Plan, model: PatchModel, scan: Scan, spec: Reconstru
 
 
 def plan_for(reader: ScanReader, model: PatchModel, spec: ReconstructionSpec) -> Plan:
-    """The plan of a store that is open already, for a model that is loaded already (see `plan`)."""
-    table, network = _table_and_network(reader, model, spec)
+    """Plan of a run on an open store (see `plan`).
+
+    A missing group table is stored, since the tasks read its rows from the store.
+    """
+    table, network = _table_and_network(reader, model, spec, _stored_table)
     return make_plan(reader, table, network, spec)
 
 
 def plan_together(reader: ScanReader, models: Mapping[str, PatchModel], spec: ReconstructionSpec) -> dict[str, Plan]:
-    """Plans of several models that share object, chunks and tiles, so that one pass over the patterns serves all.
+    """Plans of several models for a single pass over the patterns.
+
+    The plans share object, chunks and tiles.
 
     Parameters
     ----------
@@ -530,23 +558,29 @@ def plan_together(reader: ScanReader, models: Mapping[str, PatchModel], spec: Re
     Returns
     -------
     dict of label to Plan
-        Each with the bytes of a task that predicts all.
+        Each with the memory of a task that predicts with all models.
 
     Raises
     ------
     PtychodaskError
-        As `plan`, or if the models' group tables do not follow the same seeds.
+        As `plan`, or if the groups of the models do not have the same seeds.
     """
     if not models:
-        raise PtychodaskError("reconstruct: model is an empty dict, expected a label and a model at least")
-    parts = {label: _table_and_network(reader, model, spec) for label, model in models.items()}
+        raise PtychodaskError("reconstruct: model is an empty dict, expected at least one label with its model")
+    # Tables first: chunks are ranges of rows, so models can share them only if all tables have the same seeds in the
+    # same rows. A task then reads the patterns of its rows once for all models.
+    parts = {label: _table_and_network(reader, model, spec, _stored_table) for label, model in models.items()}
     _check_same_seeds(reader, {label: table for label, (table, _) in parts.items()})
+    # A task has the canvases of all models in memory at the same time, so each is planned for its share of the limit.
     share = replace(spec, memory_bytes=max(1, spec.memory_bytes // len(models)))
-    alone = [make_plan(reader, table, network, share) for table, network in parts.values()]
-    box = _around(one.box for one in alone)
-    common = replace(share, groups_per_chunk=min(one.groups_per_chunk for one in alone), tile=spec.tile or _tile(box))
+    separate = [make_plan(reader, table, network, share) for table, network in parts.values()]
+    # Crops and members differ between models, and with them the pixels that patches reach: the common object is the box
+    # around all, and the smallest chunk fits the memory of each model.
+    box = _enclosing(one.box for one in separate)
+    n_groups = min(one.groups_per_chunk for one in separate)
+    common = replace(share, groups_per_chunk=n_groups, tile=spec.tile or _tile(box))
     plans = {label: make_plan(reader, *part, common, box=box) for label, part in parts.items()}
-    chunks = _united(plan.chunks for plan in plans.values())
+    chunks = _merged_chunks(plan.chunks for plan in plans.values())
     tiles = _tiles(box, int(common.tile or 0), chunks)
     n_bytes = sum(one.predict_bytes for one in plans.values())
     return {
@@ -558,9 +592,10 @@ def plan_together(reader: ScanReader, models: Mapping[str, PatchModel], spec: Re
 def _check_same_seeds(reader: ScanReader, tables: Mapping[str, GroupTable]) -> None:
     (first, table), *others = tables.items()
     for label, other in others:
-        blocks = range(0, len(table), BLOCK_GROUPS)
+        # Compared block by block, so that the memory of planning does not grow with the scan.
+        blocks = [(row, row + BLOCK_GROUPS) for row in range(0, len(table), BLOCK_GROUPS)]
         if len(other) != len(table) or any(
-            (other.rows(at, at + BLOCK_GROUPS)[:, 0] != table.rows(at, at + BLOCK_GROUPS)[:, 0]).any() for at in blocks
+            (other.rows(*block)[:, 0] != table.rows(*block)[:, 0]).any() for block in blocks
         ):
             raise PtychodaskError(
                 f"{reader.label}: group tables '{table.name}' of {first} and '{other.name}' of {label} do not have the "
@@ -568,75 +603,91 @@ def _check_same_seeds(reader: ScanReader, tables: Mapping[str, GroupTable]) -> N
             )
 
 
-def _around(boxes: Iterable[Box]) -> Box:
-    """The box that holds all."""
+def _enclosing(boxes: Iterable[Box]) -> Box:
+    """Smallest box around some boxes."""
     y0, y1, x0, x1 = zip(*boxes, strict=True)
     return Box(min(y0), max(y1), min(x0), max(x1))
 
 
-def _united(chunks: Iterable[Sequence[Chunk]]) -> tuple[Chunk, ...]:
-    """Chunks of several plans with the same rows, each over the box that holds all of its namesakes."""
+def _merged_chunks(chunks: Iterable[Sequence[Chunk]]) -> tuple[Chunk, ...]:
+    """Chunks of several plans; the same rows become one chunk."""
     boxes: dict[tuple[int, int], list[Box]] = {}
     for chunk in (chunk for plan_chunks in chunks for chunk in plan_chunks):
         boxes.setdefault((chunk.start, chunk.stop), []).append(chunk.box)
-    return tuple(Chunk(start, stop, _around(found)) for (start, stop), found in sorted(boxes.items()))
+    return tuple(Chunk(start, stop, _enclosing(same_rows)) for (start, stop), same_rows in sorted(boxes.items()))
 
 
-def _table_and_network(reader: ScanReader, model: PatchModel, spec: ReconstructionSpec) -> tuple[GroupTable, _Network]:
+def _table_and_network(
+    reader: ScanReader, model: PatchModel, spec: ReconstructionSpec, table_of_spec: TableOfSpec
+) -> tuple[GroupTable, _Network]:
     if model.n_pixels != reader.n_pixels:
         raise PtychodaskError(
-            f"{reader.label}: patterns are {reader.n_pixels} pixels wide, the {model.kind} takes {model.n_pixels}; "
+            f"{reader.label}: patterns are {reader.n_pixels} pixels wide, the {model.kind} expects {model.n_pixels}; "
             f"ingest with n_pixels={model.n_pixels}, or pass another model"
         )
     if spec.precision not in precisions(model):
         raise PtychodaskError(
-            f"reconstruct: precision is {spec.precision!r}, the {model.kind} computes in: "
-            f"{', '.join(precisions(model))}; leave precision away"
+            f"reconstruct: precision is {spec.precision!r}, the {model.kind} supports: "
+            f"{', '.join(precisions(model))}; leave out precision="
         )
+    # Groups of one pattern never mix the halves, and a spec refuses halves for them.
     halves = spec.split_half and model.members > 1
-    table = _as_seen(reader, _table_of(reader.label, spec.groups, model.members, halves=halves))
+    table = _known_segments(reader, _table_of(reader.label, spec.groups, model.members, table_of_spec, halves=halves))
     return table, _Network(model.members, model.n_pixels, model.output)
 
 
-def _as_seen(reader: ScanReader, table: GroupTable) -> GroupTable:
-    """A table less the groups of segments that came after the scan was opened."""
+def _known_segments(reader: ScanReader, table: GroupTable) -> GroupTable:
+    """Group table without segments appended after the scan was opened."""
+    # The table is opened after the scan, and a writer may append in between; the reader knows none of those patterns.
     return table.in_segments(len(reader.attributes.get("segments", (None,))))
 
 
 def _default_table(store: str, spec: ReconstructionSpec) -> GroupTable:
-    """The table that the spec names, or the store's only one, or the default spec's."""
+    """Group table if there is no model: named, only stored, or default."""
     if spec.groups is not None:
-        return _named_table(store, spec.groups)
+        return _named_table(store, spec.groups, open_or_draw_groups)
     names = stored_group_names(store)
-    return _named_table(store, names[0] if len(names) == 1 else GroupingSpec())
+    return _named_table(store, names[0] if len(names) == 1 else GroupingSpec(), open_or_draw_groups)
 
 
-def _named_table(store: str, groups: str | GroupingSpec) -> GroupTable:
-    name = group(store, groups).name if isinstance(groups, GroupingSpec) else groups
-    found = open_groups(store, name)
-    if found is None:
+def _stored_table(store: str, spec: GroupingSpec) -> GroupTable:
+    """Group table of a spec, stored if it was not yet."""
+    # Tasks read rows of the table from the store: 10^6 groups of 4 are 16 MB, too much to send with each task.
+    group(store, spec)
+    return open_or_draw_groups(store, spec)
+
+
+def _named_table(store: str, groups: str | GroupingSpec, table_of_spec: TableOfSpec) -> GroupTable:
+    if isinstance(groups, GroupingSpec):
+        return table_of_spec(store, groups)
+    table = open_groups(store, groups)
+    if table is None:
         stored = ", ".join(stored_group_names(store)) or "none"
         raise PtychodaskError(
-            f"{store}: no group table '{groups}'; stored are: {stored}; make it with 'ptychodask group'"
+            f"{store}: no group table '{groups}'; stored tables: {stored}; create it with 'ptychodask group'"
         )
-    return found
+    return table
 
 
-def _table_of(store: str, groups: str | GroupingSpec | None, members: int, *, halves: bool) -> GroupTable:
-    """The table that is asked for, or the stored one with the model's members, or the default spec's."""
+def _table_of(
+    store: str, groups: str | GroupingSpec | None, members: int, table_of_spec: TableOfSpec, *, halves: bool
+) -> GroupTable:
+    """Group table for a model: named, stored with its members, or default."""
     if groups is not None:
-        found = _named_table(store, groups)
-        if found.spec.members != members:
+        named = _named_table(store, groups, table_of_spec)
+        if named.spec.members != members:
             raise PtychodaskError(
-                f"{store}: group table '{found.name}' has {found.spec.members} patterns in a group, "
-                f"the model takes {members}; pass another groups=, or none"
+                f"{store}: group table '{named.name}' has {named.spec.members} patterns in a group, "
+                f"the model expects {members}; pass another groups=, or leave it out"
             )
-        return found
+        return named
     default = GroupingSpec(members=members, neighbours=max(GroupingSpec.neighbours, members), halves=halves)
     stored = [table for name in stored_group_names(store) if (table := open_groups(store, name))]
     fitting = [table for table in stored if table.spec.members == members and table.spec.halves == halves]
     if not fitting:
-        return _named_table(store, default)
+        return table_of_spec(store, default)
+    # One that is not the default is taken only if it is the only one: which of two was meant cannot be known, and the
+    # object depends on it.
     for table in fitting:
         if len(fitting) == 1 or table.spec == default:
             return table
@@ -647,7 +698,7 @@ def _table_of(store: str, groups: str | GroupingSpec | None, members: int, *, ha
 def make_plan(
     reader: ScanReader, table: GroupTable, network: _Network, spec: ReconstructionSpec, *, box: Box | None = None
 ) -> Plan:
-    """The plan of a scan, from its positions and group table alone.
+    """Plan of a scan, from its positions and group table.
 
     Parameters
     ----------
@@ -656,7 +707,7 @@ def make_plan(
     network : (members, n_pixels, output)
     spec : ReconstructionSpec
     box : Box, optional
-        The object, where it is not that of these groups alone.
+        Pixels of the object; by default those that the groups reach.
 
     Returns
     -------
@@ -671,61 +722,66 @@ def make_plan(
     if spec.position_yx_px is not None:
         check_positions(spec.position_yx_px, reader.n_patterns, "position_yx_px")
     window, crop = _window_and_crop(spec, network)
-    # A scan that grows keeps the sizes that fit its first segment, so that what is predicted early stays valid.
+    # A growing scan keeps the sizes that fit its first segment, so that chunks predicted early stay valid.
     batch_size = _batch_size(spec, network, table.segments[0])
-    found, chunks, predict_bytes, box = _fitting_chunks(reader, table, network, crop, batch_size, spec, box)
+    surveyed, chunks, predict_bytes, box = _fitting_chunks(reader, table, network, crop, batch_size, spec, box)
     tile = int(spec.tile or _tile(box))
     tiles = _tiles(box, tile, chunks)
     reassemble_bytes = max(_reassemble_bytes(part, chunks) for part in tiles)
+    # Refused before the first task: otherwise the worker is killed, perhaps hours into the run, and the next one fails
+    # on the same tile.
     if reassemble_bytes > spec.memory_bytes:
         raise PtychodaskError(
             f"plan: a tile of {tile} x {tile} px needs {reassemble_bytes / MIB:,.0f} MiB to reassemble, "
-            f"a task may take {spec.memory_bytes / MIB:,.0f} MiB; pass a smaller tile=, another groups_per_chunk= "
-            f"than {found.size}, or a larger memory_bytes="
+            f"a task may use {spec.memory_bytes / MIB:,.0f} MiB; pass a smaller tile=, another groups_per_chunk= "
+            f"than {surveyed.size}, or a larger memory_bytes="
         )
-    of_plan = np.searchsorted(found.edges, [chunk.start for chunk in chunks])
-    n_patterns = int(np.count_nonzero(found.used))
+    # The survey covers the complete table; the plan only the chunks that reach the region of interest.
+    in_plan = np.searchsorted(surveyed.edges, [chunk.start for chunk in chunks])
+    n_patterns = int(np.count_nonzero(surveyed.used))
     return Plan(
         store=str(parse_location(reader.label).resolve()),
         data_hash=reader.data_hash,
         groups=table.name,
-        groups_hash=found.table_hash,
+        groups_hash=surveyed.table_hash,
         members=network.members,
         n_pixels=network.n_pixels,
         output=network.output,
         window=window,
         crop=crop,
         batch_size=batch_size,
-        groups_per_chunk=found.size,
+        groups_per_chunk=surveyed.size,
         tile=tile,
         memory_bytes=int(spec.memory_bytes),
-        n_groups=int(found.n_groups[of_plan].sum()),
+        n_groups=int(surveyed.n_groups[in_plan].sum()),
         n_patterns=n_patterns,
         box=box,
         chunks=chunks,
         tiles=tiles,
         predict_bytes=predict_bytes,
         reassemble_bytes=reassemble_bytes,
-        read_amplification=float(found.n_decompressed[of_plan].sum() / n_patterns),
+        read_amplification=float(surveyed.n_decompressed[in_plan].sum() / n_patterns),
     )
 
 
 def _window_and_crop(spec: ReconstructionSpec, network: _Network) -> tuple[Window, int]:
     window: Window = spec.window or ("illumination" if network.output == "member" else "uniform")
     if spec.crop is not None and spec.crop > network.n_pixels:
-        raise PtychodaskError(f"reconstruct: crop is {spec.crop}, a patch has {network.n_pixels} pixels; pass fewer")
+        raise PtychodaskError(f"reconstruct: crop is {spec.crop}, a patch has {network.n_pixels} pixels; crop less")
+    # A group's patch is centred between its members, where the probe illuminates its rim weakly if at all; without
+    # weights, only the middle is reliable.
     if network.output == "group" and window == "uniform":
         return window, int(spec.crop or min(GROUP_CROP, network.n_pixels))
     return window, int(spec.crop or network.n_pixels)
 
 
 def _object_box(whole: Box, roi: tuple[int, int, int, int] | None, label: str) -> Box:
-    """The box that all patches reach, cut to the region that is asked for."""
+    """Part of the region of interest that patches reach."""
     if roi is None:
         return whole
     box = whole.overlap(Box(*(int(value) for value in roi)))
     if box.n_pixels == 0:
-        raise RegionNotReachedError(f"{label}: roi {roi} does not meet the object, {tuple(whole)} (y0, y1, x0, x1)")
+        raise RegionNotReachedError(f"{label}: roi {roi} does not overlap the object, {tuple(whole)} (y0, y1, x0, x1)")
     return box
 
 
@@ -733,17 +789,22 @@ def _batch_size(spec: ReconstructionSpec, network: _Network, n_groups: int) -> i
     if spec.batch_size is not None:
         return int(spec.batch_size)
     fitting = BATCH_PIXELS // (network.n_pixels**2 * network.members)
+    # The compiled call pads its last batch: a batch above the chunk or the scan would mostly compute padding.
     return int(min(max(1, fitting), BATCH_GROUPS, n_groups, spec.groups_per_chunk or n_groups))
 
 
 def _groups_per_chunk(network: _Network, batch_size: int, n_groups: int) -> int:
-    most = CHUNK_PIXELS // (network.n_pixels**2 * network.members)
-    wanted = min(most, -(-n_groups // CHUNKS_AT_LEAST))
+    # Large chunks read each pattern less often; enough of them keep several workers busy and lose little if one fails.
+    most_groups = CHUNK_PIXELS // (network.n_pixels**2 * network.members)
+    wanted = min(most_groups, -(-n_groups // CHUNKS_AT_LEAST))
+    # Complete batches, since the last batch of each chunk is padded.
     return max(1, -(-wanted // batch_size)) * batch_size
 
 
 def _tile(box: Box) -> int:
-    """A power of two, so that stored chunks divide it."""
+    """Pixels across an automatic tile, a multiple of the stored chunks."""
+    # A tile is one shard of the result. Two tasks that write into one shard would lose each other's data, and a resumed
+    # run could not replace one tile without the other.
     wanted = 2 ** int(np.ceil(np.log2(max(box.shape) / TILES_ACROSS)))
     return min(max(wanted, TILE_PIXELS), 4 * TILE_PIXELS)
 
@@ -757,11 +818,15 @@ def _fitting_chunks(
     spec: ReconstructionSpec,
     box: Box | None,
 ) -> tuple[Survey, tuple[Chunk, ...], int, Box]:
-    """Survey, chunks, the memory of the largest, and the object; chunks are halved until they fit where that is
-    automatic."""
+    """Survey, chunks, memory of the largest task, and pixels of the object.
+
+    Automatic chunks are halved until their tasks fit into the memory.
+    """
     size = int(spec.groups_per_chunk or _groups_per_chunk(network, batch_size, table.segments[0]))
     while True:
-        found = survey(
+        # The survey depends on the size of chunks, so it is repeated for each; a pass takes about a second for 10^6
+        # groups.
+        surveyed = survey(
             reader,
             table,
             size=size,
@@ -771,64 +836,70 @@ def _fitting_chunks(
             position_yx_px=spec.position_yx_px,
             region=None if spec.roi is None else Box(*(int(value) for value in spec.roi)),
         )
-        if not found.n_groups.any():
+        if not surveyed.n_groups.any():
             raise PtychodaskError(
-                f"{reader.label}: each of the {len(table)} groups of '{table.name}' has one of the {len(spec.drop)} "
-                "patterns to drop; drop fewer"
+                f"{reader.label}: each of the {len(table)} groups of '{table.name}' contains one of the "
+                f"{len(spec.drop)} patterns to drop; drop fewer"
             )
-        object_box = _object_box(found.whole, spec.roi, reader.label) if box is None else box
-        chunks, n_bytes = _chunks(reader, found, network, object_box, batch_size, spec)
+        object_box = _object_box(surveyed.whole, spec.roi, reader.label) if box is None else box
+        chunks, n_bytes = _chunks(reader, surveyed, network, object_box, batch_size, spec)
         if not chunks:
-            raise RegionNotReachedError(f"{reader.label}: no pattern reaches roi {spec.roi}; pass another one")
+            raise RegionNotReachedError(f"{reader.label}: no pattern reaches roi {spec.roi}; pass another region")
         if max(n_bytes) <= spec.memory_bytes:
-            return found, chunks, max(n_bytes), object_box
+            return surveyed, chunks, max(n_bytes), object_box
+        # A size that was passed is refused, not changed: with another one the object differs in its last bits, and the
+        # run would not repeat an earlier one.
         if spec.groups_per_chunk is not None or size == 1:
             break
         size //= 2
     chunk = chunks[int(np.argmax(n_bytes))]
     raise PtychodaskError(
         f"plan: groups {chunk.start}..{chunk.stop - 1}, over {chunk.box.shape[0]} x {chunk.box.shape[1]} px, need "
-        f"{max(n_bytes) / MIB:,.1f} MiB, a task may take {spec.memory_bytes / MIB:,.1f} MiB; pass "
+        f"{max(n_bytes) / MIB:,.1f} MiB, a task may use {spec.memory_bytes / MIB:,.1f} MiB; pass "
         f"groups_per_chunk= below {chunk.stop - chunk.start}, a smaller batch_size=, or a larger memory_bytes="
     )
 
 
 def _chunks(
     reader: ScanReader,
-    found: Survey,
+    surveyed: Survey,
     network: _Network,
     box: Box,
     batch_size: int,
     spec: ReconstructionSpec,
 ) -> tuple[tuple[Chunk, ...], list[int]]:
-    """Chunks that meet the object, and the memory that predicting each of them takes."""
+    """Chunks that overlap the object, and bytes of each prediction task."""
+    # Two copies of the network input (float32) and two of the patches (complex64).
     batch_bytes = batch_size * network.members * network.n_pixels**2 * (2 * 4 + 2 * 8)
     pattern_bytes = network.n_pixels**2 * (reader.pattern_itemsize + 4)
     canvas_bytes = CANVAS_PIXEL_BYTES * (2 if spec.split_half else 1)
     chunks, n_bytes = [], []
-    for index in np.flatnonzero(found.n_groups).tolist():
-        own = found.box(index).overlap(box)
-        if own.n_pixels:
-            chunks.append(Chunk(int(found.edges[index]), int(found.edges[index + 1]), own))
-            n_bytes.append(int(found.n_patterns[index]) * pattern_bytes + batch_bytes + own.n_pixels * canvas_bytes)
+    for index in np.flatnonzero(surveyed.n_groups).tolist():
+        reached = surveyed.box(index).overlap(box)
+        if reached.n_pixels:
+            chunks.append(Chunk(int(surveyed.edges[index]), int(surveyed.edges[index + 1]), reached))
+            pattern_sum = int(surveyed.n_patterns[index]) * pattern_bytes
+            n_bytes.append(pattern_sum + batch_bytes + reached.n_pixels * canvas_bytes)
     return tuple(chunks), n_bytes
 
 
 def _tiles(box: Box, tile: int, chunks: tuple[Chunk, ...]) -> tuple[Tile, ...]:
-    """Tiles that cover the object, row by row, each with the chunks whose boxes touch it."""
+    """Tiles of the object, row by row, with their chunks."""
     n_rows, n_columns = (-(-side // tile) for side in box.shape)
-    touching: list[list[int]] = [[] for _ in range(n_rows * n_columns)]
+    # Ascending chunks in each tile fix the order in which sums are merged, and with it the last bits of the object.
+    overlapping: list[list[int]] = [[] for _ in range(n_rows * n_columns)]
     for index, chunk in enumerate(chunks):
         for row in range((chunk.box.y0 - box.y0) // tile, (chunk.box.y1 - 1 - box.y0) // tile + 1):
             for column in range((chunk.box.x0 - box.x0) // tile, (chunk.box.x1 - 1 - box.x0) // tile + 1):
-                touching[row * n_columns + column].append(index)
+                overlapping[row * n_columns + column].append(index)
     tiles = []
-    for place, indices in enumerate(touching):
-        y, x = box.y0 + place // n_columns * tile, box.x0 + place % n_columns * tile
+    for number, indices in enumerate(overlapping):
+        y, x = box.y0 + number // n_columns * tile, box.x0 + number % n_columns * tile
         tiles.append(Tile(Box(y, y + tile, x, x + tile).overlap(box), tuple(indices)))
     return tuple(tiles)
 
 
 def _reassemble_bytes(tile: Tile, chunks: tuple[Chunk, ...]) -> int:
+    # At worst the canvases of all its chunks are in memory at once, with the sums and the finished arrays of the tile.
     canvases = sum(chunks[index].box.n_pixels for index in tile.chunks)
     return canvases * CANVAS_PIXEL_BYTES + tile.box.n_pixels * (CANVAS_PIXEL_BYTES + RESULT_PIXEL_BYTES)

@@ -1,4 +1,10 @@
-"""Polishing: what a sweep of all patterns calls for, part by part of the patterns and tile by tile of the object."""
+"""Polishing sweeps: negative gradients of parts of the patterns, steps of tiles.
+
+A task per part sums the negative gradient of its patterns over the pixels that their footprints reach. A task per tile
+adds the gradients of its parts and the proximal term, which keeps dim pixels near the stitched object, and takes a
+quasi-Newton step (`iterative.StepProducts`) preconditioned with the illumination. The scalar products that determine
+the step are summed over all tiles, so that all of them take the same one.
+"""
 
 from __future__ import annotations
 
@@ -26,114 +32,121 @@ from ptychodask.scan import Scan
 
 @dataclass(frozen=True, eq=False)
 class PolishPart:
-    """Patterns near each other whose shares of a sweep one task sums."""
+    """Neighbouring patterns whose gradients one task sums."""
 
     index: NDArray[np.int64]
-    """Which patterns."""
+    """Indices of the patterns (k,)."""
 
     box: Box
-    """Where their frames lie."""
+    """Pixels that their footprints reach."""
 
     tiles: tuple[int, ...]
-    """Indices of the tiles that hold the object there."""
+    """Indices of the tiles that overlap the box."""
 
     tile_boxes: tuple[Box, ...]
-    """What each of them holds."""
+    """Box of each of these tiles while it is polished."""
 
 
 @dataclass(frozen=True, eq=False)
 class PartChange:
-    """What one part of the patterns calls for."""
+    """Negative gradient and misfit of one part of the patterns."""
 
     change: NDArray[np.complex128]
-    """Change (y, x) over the part's box, as `negative_gradient` gives it."""
+    """Negative gradient (y, x) over the part's box, from `negative_gradient`."""
 
     box: Box
+    """Box of the part."""
+
     misfit: Misfit
+    """Misfit of its patterns."""
 
 
 @dataclass(frozen=True, eq=False)
 class TileWeights:
-    """What is fixed of a tile while it is polished; arrays (y, x)."""
+    """Start and weights of a polished tile; arrays (y, x)."""
 
     start: NDArray[np.complex64]
-    """The stitched object, its unseen pixels at the mean amplitude."""
+    """Stitched object, with the mean amplitude in unseen pixels."""
 
     curvature: NDArray[np.float32]
-    """Light plus hold (see `illumination_and_proximal_weight`)."""
+    """Illumination plus proximal weight (see `illumination_and_proximal_weight`)."""
 
     proximal_weight: NDArray[np.float32]
-    """How firmly a dim pixel is held where it was."""
+    """Weight with which a dim pixel is pulled back to `start`."""
 
 
 @dataclass(frozen=True)
 class SweepReport:
-    """Sums over one tile that a sweep goes on from."""
+    """Sums over one tile, needed for the step of a sweep."""
 
     products: StepProducts
+    """Scalar products of the step."""
 
-    held: float
-    """Σ hold |object − start|²."""
+    proximal: float
+    """Proximal term Σ proximal weight |object − start|²."""
 
     misfit: dict[int, Misfit]
-    """Misfit of each part that touches the tile."""
+    """Misfit of each part that reaches the tile."""
 
 
 @dataclass(frozen=True, eq=False)
 class TileChange:
-    """What patterns and hold call for in one tile."""
+    """Negative gradient of one tile, with the proximal term, and its sums."""
 
     change: NDArray[np.complex64]
+    """Negative gradient (y, x) over the tile's box."""
+
     report: SweepReport
+    """Sums over the tile."""
 
 
 def plan_polishing(scan: Scan, plan: Plan, drop: tuple[int, ...]) -> tuple[tuple[Box, ...], tuple[PolishPart, ...]]:
-    """What each tile holds while it is polished, and the parts of the patterns.
+    """Boxes of the polished tiles, and parts of the patterns.
 
     Parameters
     ----------
     scan : Scan
-    todo : Plan
-        Of the whole object.
+    plan : Plan
+        Of the complete object.
     drop : ints
         Patterns that are left out.
 
     Returns
     -------
     boxes : tuple of Box
-        Each tile, and beyond the object's edges as far as any frame reaches.
+        One per tile; tiles at the edges of the object are extended as far as any footprint reaches.
     parts : tuple of PolishPart
-        As many patterns along the curve as a chunk has groups.
+        Consecutive patterns along the curve, as many as a chunk has groups.
     """
     index = patterns_without(scan, drop)
     index = index[curve_order(scan.position_yx_px[index])]
     corner = footprint_corners(scan.position_yx_px[index], scan.n_pixels)
     around = _box_around(corner, scan.n_pixels)
-    boxes = tuple(_stretched(tile.box, plan.box, around) for tile in plan.tiles)
+    boxes = tuple(_extended(tile.box, plan.box, around) for tile in plan.tiles)
     parts = []
     for first in range(0, len(index), plan.groups_per_chunk):
-        mine = slice(first, first + plan.groups_per_chunk)
-        box = _box_around(corner[mine], scan.n_pixels)
-        tiles = tuple(place for place, held in enumerate(boxes) if held.overlap(box).n_pixels)
-        parts.append(PolishPart(index[mine], box, tiles, tuple(boxes[place] for place in tiles)))
+        rows = slice(first, first + plan.groups_per_chunk)
+        box = _box_around(corner[rows], scan.n_pixels)
+        tiles = tuple(number for number, tile_box in enumerate(boxes) if tile_box.overlap(box).n_pixels)
+        parts.append(PolishPart(index[rows], box, tiles, tuple(boxes[number] for number in tiles)))
     return boxes, tuple(parts)
 
 
 def prepare_tile(
     job: PredictionJob, tile: Box, box: Box, stitched: NDArray[np.complex64], *, mean: float
 ) -> TileWeights:
-    """What is fixed of one tile while it is polished.
+    """Start and weights of one tile while it is polished.
 
     Parameters
     ----------
     job : PredictionJob
         Names the store.
     tile, box : Box
-        The tile, and what it holds while it is polished.
+        The tile, and its box while it is polished.
     stitched : complex64 array (y, x)
         The stitched object over the tile, NaN where unseen.
     mean : float
-        Amplitude that unseen pixels start with.
+        Initial amplitude of unseen pixels.
 
     Returns
     -------
@@ -141,17 +154,17 @@ def prepare_tile(
     """
     scan = open_source(job)
     kept = patterns_without(scan, job.drop)
-    light, proximal_weight = illumination_and_proximal_weight(
+    illumination, proximal_weight = illumination_and_proximal_weight(
         scan.probe, scan.position_yx_px[kept], box.corner, box.shape
     )
     start = np.full(box.shape, mean, np.complex64)
     seen = np.isfinite(stitched)
     start[_within(tile, box)][seen] = stitched[seen]
-    return TileWeights(start, light + proximal_weight, proximal_weight)
+    return TileWeights(start, illumination + proximal_weight, proximal_weight)
 
 
 def change_part(job: PredictionJob, part: PolishPart, objects: list[NDArray[np.complex64]]) -> PartChange:
-    """What the patterns of one part call for.
+    """Negative gradient of the patterns of one part.
 
     Parameters
     ----------
@@ -166,59 +179,59 @@ def change_part(job: PredictionJob, part: PolishPart, objects: list[NDArray[np.c
     PartChange
     """
     scan = open_source(job)
-    whole = np.empty(part.box.shape, np.complex64)
+    joined = np.empty(part.box.shape, np.complex64)
     for box, object_ in zip(part.tile_boxes, objects, strict=True):
         shared = part.box.overlap(box)
-        whole[_within(shared, part.box)] = object_[_within(shared, box)]
-    change, misfit = negative_gradient(whole, part.box.corner, scan, part.index)
+        joined[_within(shared, part.box)] = object_[_within(shared, box)]
+    change, misfit = negative_gradient(joined, part.box.corner, scan, part.index)
     return PartChange(change, part.box, misfit)
 
 
 def change_tile(
     box: Box,
-    held: TileWeights,
+    weights: TileWeights,
     object_: NDArray[np.complex64],
     before: NDArray[np.complex64],
     earlier: TileChange | None,
-    given: list[PartChange],
+    changes: list[PartChange],
     parts: tuple[int, ...],
 ) -> TileChange:
-    """What all patterns and the hold call for in one tile.
+    """Negative gradient in one tile, with the proximal term.
 
     Parameters
     ----------
     box : Box
-        What the tile holds.
-    held : TileWeights
+        Box of the tile while it is polished.
+    weights : TileWeights
     object_, before : complex64 array (y, x)
-        Now, and before the latest step.
+        Object now, and before the latest step.
     earlier : TileChange or None
-        What was called for before the latest step; None in the first sweep.
-    given : list of PartChange
-        What the parts that touch the tile call for, in their order.
+        Change before the latest step; None in the first sweep.
+    changes : list of PartChange
+        Of the parts that reach the tile, in the order of `parts`.
     parts : ints
-        Their indices.
+        Indices of these parts.
 
     Returns
     -------
     TileChange
     """
-    off = held.start - object_
-    total = (held.proximal_weight * off).astype(np.complex128)
-    for part in given:
+    deviation = weights.start - object_
+    total = (weights.proximal_weight * deviation).astype(np.complex128)
+    for part in changes:
         shared = box.overlap(part.box)
         total[_within(shared, box)] += part.change[_within(shared, part.box)]
     change = total.astype(np.complex64)
     products = StepProducts()
     if earlier is not None:
-        products = step_products(object_, before, change, earlier.change, held.curvature)
-    missed = float((held.proximal_weight * (off.real**2 + off.imag**2)).sum(dtype=np.float64))
-    misfit = {index: part.misfit for index, part in zip(parts, given, strict=True)}
-    return TileChange(change, SweepReport(products, missed, misfit))
+        products = step_products(object_, before, change, earlier.change, weights.curvature)
+    proximal = float((weights.proximal_weight * (deviation.real**2 + deviation.imag**2)).sum(dtype=np.float64))
+    misfit = {index: part.misfit for index, part in zip(parts, changes, strict=True)}
+    return TileChange(change, SweepReport(products, proximal, misfit))
 
 
 def step_tile(
-    held: TileWeights,
+    weights: TileWeights,
     object_: NDArray[np.complex64],
     before: NDArray[np.complex64],
     change: TileChange,
@@ -230,7 +243,7 @@ def step_tile(
 
     Parameters
     ----------
-    held, object_, before, change, earlier
+    weights, object_, before, change, earlier
         See `change_tile`.
     mix : (float, float, float)
         Factors of the step, from `StepProducts.mix`.
@@ -240,11 +253,11 @@ def step_tile(
     complex64 array (y, x)
     """
     last = change if earlier is None else earlier
-    return take_step(object_, before, change.change, last.change, held.curvature, mix)
+    return take_step(object_, before, change.change, last.change, weights.curvature, mix)
 
 
 def amplitude_sum(stitched: NDArray[np.complex64]) -> tuple[float, int]:
-    """Sum of the amplitude over the seen pixels of a tile (y, x), and their number."""
+    """Sum of the amplitude over the seen pixels, and their number."""
     amplitude = np.abs(stitched[np.isfinite(stitched)])
     return float(amplitude.sum(dtype=np.float64)), amplitude.size
 
@@ -257,7 +270,7 @@ def seen_part(
     Parameters
     ----------
     tile, box : Box
-        The tile, and what `polished` holds.
+        The tile, and the box of `polished`.
     stitched, polished : complex64 array (y, x)
 
     Returns
@@ -268,7 +281,10 @@ def seen_part(
 
 
 def misfit_in_all(reports: list[SweepReport]) -> Misfit:
-    """Misfit of all patterns; that of a part is told by each of its tiles and counts once."""
+    """Misfit of all patterns.
+
+    Each tile that a part reaches reports its misfit, which counts once.
+    """
     parts: dict[int, Misfit] = {}
     for report in reports:
         parts |= report.misfit
@@ -276,13 +292,13 @@ def misfit_in_all(reports: list[SweepReport]) -> Misfit:
 
 
 def _box_around(corner: NDArray[np.int64], n_pixels: int) -> Box:
-    """The box around frames of N x N pixels."""
+    """Box around footprints of N x N pixels."""
     (y0, x0), (y1, x1) = corner.min(axis=0).tolist(), (corner.max(axis=0) + n_pixels).tolist()
     return Box(y0, y1, x0, x1)
 
 
-def _stretched(tile: Box, whole: Box, around: Box) -> Box:
-    """A tile, from the edges of the whole on moved out to those of the box around it."""
+def _extended(tile: Box, whole: Box, around: Box) -> Box:
+    """Box of a tile; edges shared with `whole` moved to `around`."""
     return Box(
         min(tile.y0, around.y0) if tile.y0 == whole.y0 else tile.y0,
         max(tile.y1, around.y1) if tile.y1 == whole.y1 else tile.y1,
@@ -292,5 +308,5 @@ def _stretched(tile: Box, whole: Box, around: Box) -> Box:
 
 
 def _within(part: Box, whole: Box) -> tuple[slice, slice]:
-    """Where a box lies in an array over another that holds it."""
+    """Slices of a box in an array over a larger one."""
     return slice(part.y0 - whole.y0, part.y1 - whole.y0), slice(part.x0 - whole.x0, part.x1 - whole.x0)

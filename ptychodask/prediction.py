@@ -1,4 +1,4 @@
-"""One chunk of groups becomes patches: each pattern read once, one compiled model per process."""
+"""Prediction of patches: patterns read once per chunk, one model per process."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from ptychodask.store import ScanReader, open_scan
 logger = logging.getLogger(__name__)
 
 MODEL_ORDER = ("pinn", "baseline")
-"""Kinds of recorded models, the one that is taken first in front."""
+"""Kinds of recorded models, in order of preference."""
 
 SPACING_POSITIONS = 20_000
-"""Positions, at most, from which the mean spacing of a scan is taken to compare it with those trained on."""
+"""Largest number of positions used for the mean spacing of a scan, which is compared with the training scans."""
 
 CACHE_SIZE = 4
-"""Scans, and compiled models, that a process keeps for its next tasks."""
+"""Number of scans, and of compiled models, that a process caches for its next tasks."""
 
 Predict = Callable[[NDArray[np.float32], NDArray[np.float32]], Any]
-"""X (batch, N, N, C) and offset (batch, C, 2) to patches, one fixed batch."""
+"""Function of X (batch, N, N, C) and offset (batch, C, 2) that returns patches, for one fixed batch size."""
 
 Device = Literal["any", "gpu"]
-"""What a network is predicted on: what there is, or a GPU."""
+"""Device of a network: any that is available, or a GPU."""
 
 Cached = TypeVar("Cached")
 Opened = TypeVar("Opened", Scan, ScanReader)
@@ -47,11 +47,14 @@ Opened = TypeVar("Opened", Scan, ScanReader)
 
 @runtime_checkable
 class PatchModel(Protocol):
-    """What the engine asks of a network; `load_model` returns such models, `CallableModel` makes one of a callable."""
+    """Interface of a network to the engine.
+
+    `load_model` returns such models; `CallableModel` wraps a callable as one.
+    """
 
     @property
     def kind(self) -> str:
-        """What it is: "pinn", "baseline", or another word."""
+        """Kind of model: "pinn", "baseline", or another word."""
 
     @property
     def members(self) -> int:
@@ -63,7 +66,7 @@ class PatchModel(Protocol):
 
     @property
     def output(self) -> Literal["member", "group"]:
-        """A patch for each member at its position, or one for the group at its centre."""
+        """One patch per member at its position, or one at the centre."""
 
     @property
     def content_hash(self) -> str:
@@ -71,22 +74,22 @@ class PatchModel(Protocol):
 
     @property
     def path(self) -> str | None:
-        """Bundle on disk; None for a model that lives in memory only."""
+        """Bundle on disk; None for a model in memory."""
 
     def bind(self, scan: Scan) -> PatchModel:
-        """The model for this scan's probe and normalisation; raises `PtychodaskError` when N does not fit."""
+        """Model for this scan's probe and normalisation; raises `PtychodaskError` if N differs."""
 
     def compile(self, batch_size: int) -> Predict:
-        """One call of fixed shape.
+        """Compiled call for one batch size.
 
-        It takes X float32 (batch, N, N, C) and offset float32 (batch, C, 2) to complex64 patches (batch, C, N, N) for
+        It maps X float32 (batch, N, N, C) and offset float32 (batch, C, 2) to complex64 patches (batch, C, N, N) for
         "member", (batch, N, N) for "group".
         """
 
 
 @dataclass(frozen=True, eq=False)
 class ModelReference:
-    """What travels to a worker: where the model lies, or the model itself when it lies nowhere."""
+    """Model as sent to a worker: by path if it has one."""
 
     content_hash: str
     path: str | None
@@ -97,10 +100,10 @@ class ModelReference:
         """Reference to a model."""
         if model.path is None:
             return cls(model.content_hash, None, model)
-        return cls(model.content_hash, whole_path(model.path), None)
+        return cls(model.content_hash, absolute_path(model.path), None)
 
     def load(self) -> PatchModel:
-        """The model; raises `PtychodaskError` when its bundle is another one by now."""
+        """Load the model; raises `PtychodaskError` if its bundle was replaced."""
         if self.model is not None:
             return self.model
         assert self.path is not None
@@ -108,44 +111,45 @@ class ModelReference:
         if model.content_hash != self.content_hash and is_pretrained(self.path):
             raise PtychodaskError(
                 f"{self.path}: the model's hash is {model.content_hash}, expected {self.content_hash}; this worker has "
-                "another ptychodask than its client: install the same one there"
+                "another version of ptychodask than its client: install the same version"
             )
         if model.content_hash != self.content_hash:
             raise PtychodaskError(
                 f"{self.path}: the model's hash is {model.content_hash}, expected {self.content_hash}; "
-                "it was replaced while the run was at work: start again"
+                "it was replaced during the run: start again"
             )
         return model
 
     def prepare_device(self, *, wanted: bool) -> None:
-        """Take the GPU that was given to this process, for a network that Keras runs.
+        """Select the GPU assigned to this process, for networks run by Keras.
 
         Raises
         ------
         PtychodaskError
-            If a GPU is `wanted` and there is none.
+            If a GPU is `wanted` and none is available.
         """
         if self.model is not None and not getattr(self.model, "runs_on_keras", False):
             return
-        _GPU.get("own", models.use_given_gpu)
+        _GPU.get("device", models.use_given_gpu)
         if wanted:
             models.check_gpu(self.path or "model")
 
 
 @dataclass(frozen=True, eq=False)
 class PredictionJob:
-    """All that a task needs to know beside its rows of the group table."""
+    """Input shared by the prediction tasks of a plan."""
 
     store: str
     """Path of the store."""
 
     data_hash: str
-    """Data hash of the store as it was planned."""
+    """Data hash of the store when it was planned."""
 
     groups: str
     """Name of the group table."""
 
     model: ModelReference
+    """Model to predict with."""
 
     batch_size: int
     """Groups in one call of the network."""
@@ -154,18 +158,21 @@ class PredictionJob:
     """Patterns whose groups are left out."""
 
     precision: Precision = "float32"
-    """Of the network's convolutions."""
+    """Precision of the network's convolutions."""
 
     device: Device = "any"
-    """What it must be predicted on."""
+    """Required device."""
 
     bound_to: str | None = None
     """Data hash of a growing scan's first segment, whose probe and normalisation the network is bound to; by default
     that of the scan."""
 
+    member: NDArray[np.int32] | None = None
+    """Rows of the group table, int32 (group, channel), if it is not stored; by default they are read from the store."""
+
 
 class PatchBatch(NamedTuple):
-    """Patches and where they belong."""
+    """Patches and their positions."""
 
     patches: NDArray[np.complex64]
     """complex64 (n, N, N)."""
@@ -174,17 +181,17 @@ class PatchBatch(NamedTuple):
     """Coordinates (y, x) of element [N//2, N//2] of each patch, float64 (n, 2)."""
 
     pattern: NDArray[np.integer[Any]]
-    """The pattern of each patch, of a group's patch its seed (n,)."""
+    """Pattern of each patch (n,); for the patch of a group, that of its seed."""
 
 
 class _Patterns(NamedTuple):
-    """Patterns of a chunk that can be used."""
+    """Usable patterns of a chunk."""
 
     scan: Scan
-    """What a model is bound to."""
+    """Part of the scan with these patterns, to bind a model to."""
 
     pattern: NDArray[np.int32]
-    """Their indices in the store, ascending (k,)."""
+    """Indices in the store, ascending (k,)."""
 
     position_yx_px: NDArray[np.float64]
     """float64 (k, 2)."""
@@ -195,16 +202,19 @@ class _Patterns(NamedTuple):
 
 @dataclass(frozen=True)
 class Skipped:
-    """Patterns that a run left out, and why."""
+    """Patterns left out of a run, and the reason."""
 
     patterns: tuple[int, ...]
-    """Their indices in the store, ascending; of groups that could not be predicted, those of their seeds."""
+    """Indices in the store, ascending; for groups that could not be predicted, those of their seeds."""
 
     reason: str
 
 
 class _ProcessCache(Generic[Cached]):
-    """The latest few things that tasks of this process share, each made once by the first task that asks for it."""
+    """Most recently used objects shared by the tasks of this process.
+
+    Each is created once, by the first task that needs it.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -220,30 +230,30 @@ class _ProcessCache(Generic[Cached]):
             return self._kept[key]
 
 
-# Per process and not per Dask worker: the threaded scheduler has no worker, and one process may hold several.
+# Per process and not per Dask worker: the threaded scheduler has no worker, and one process may run several.
 _SCANS: _ProcessCache[Scan] = _ProcessCache()
 _READERS: _ProcessCache[ScanReader] = _ProcessCache()
 _PREDICTORS: _ProcessCache[Predict] = _ProcessCache()
 _GPU: _ProcessCache[None] = _ProcessCache()
 _DEVICE = threading.Lock()
 _BATCH_SIZES: dict[tuple[str, Precision], int] = {}
-"""Groups in one call of a network, where the device's memory held no more."""
+"""Largest batch that fits into the device's memory, for networks that ran out of it."""
 
 
-def whole_path(path: str) -> str:
-    """Where a model lies, from whatever folder it is looked at; a packaged model keeps its name on every machine."""
+def absolute_path(path: str) -> str:
+    """Absolute path of a model; the name of a packaged one."""
     return path if is_pretrained(path) else str(Path(path).resolve())
 
 
 def resolve_model(scan: Scan, model: str | Path | PatchModel | None) -> PatchModel:
-    """The model that an argument names, or the one that the scan's store records, or the packaged one that fits.
+    """Model given by an argument, recorded in the scan's store, or packaged.
 
     Parameters
     ----------
     scan : Scan
         Opened from a store.
     model : path, model or None
-        None takes the latest recorded `pinn`, else the latest `baseline`, else the packaged model for patterns of N
+        None selects the latest recorded `pinn`, else the latest `baseline`, else the packaged model for patterns of N
         pixels.
 
     Returns
@@ -253,7 +263,7 @@ def resolve_model(scan: Scan, model: str | Path | PatchModel | None) -> PatchMod
     Raises
     ------
     PtychodaskError
-        If none is recorded and none of N is packaged, or the recorded one is missing or was changed.
+        If no model is recorded and none for N pixels is packaged, or the recorded one is missing or was changed.
     """
     if model is None:
         return _recorded_model(scan)
@@ -261,7 +271,7 @@ def resolve_model(scan: Scan, model: str | Path | PatchModel | None) -> PatchMod
         return models.load_model(model)
     if not isinstance(model, PatchModel):
         raise PtychodaskError(
-            f"model: found {type(model).__name__}, expected a path or what load_model returns, or a CallableModel"
+            f"model: got {type(model).__name__}, expected a path, a model from load_model, or a CallableModel"
         )
     return model
 
@@ -271,34 +281,34 @@ def _recorded_model(scan: Scan) -> PatchModel:
     if record is None:
         packaged = pretrained_for(scan.n_pixels)
         if packaged is not None:
-            logger.warning("%s: no model is recorded for it: taking %s", scan.store, packaged)
+            logger.warning("%s: no model is recorded: using %s", scan.store, packaged)
             return models.load_model(packaged)
         raise PtychodaskError(
-            f"{scan.store}: no model is recorded for it, and none is packaged for patterns of {scan.n_pixels} pixels; "
+            f"{scan.store}: no model is recorded, and none is packaged for patterns of {scan.n_pixels} pixels; "
             f"run 'ptychodask train {scan.store}', or pass model= (--model)"
         )
     store = parse_location(str(scan.store)).resolve()
-    # One that goes with a scan in a bucket is recorded by its whole path.
+    # The model of a scan in a bucket is recorded by its absolute path.
     path = Path(record["path"]) if isinstance(store, S3Location) else store.parent / record["path"]
     if not path.exists():
         raise PtychodaskError(
-            f"{scan.store}: its latest {record['kind']} is recorded at {path}, where nothing is; "
+            f"{scan.store}: no model found at {path}, where its latest {record['kind']} is recorded; "
             "train again, or pass model= (--model)"
         )
     model: PatchModel = models.load_model(path)
     if model.content_hash != record["hash"]:
         raise PtychodaskError(
             f"{scan.store}: its latest {record['kind']} is recorded with hash {record['hash']}, {path} has "
-            f"{model.content_hash}; pass model= (--model) to take it as it is, or train again"
+            f"{model.content_hash}; pass model= (--model) to use it as it is, or train again"
         )
     return model
 
 
 def recorded_model(scan: Scan) -> dict[str, str] | None:
-    """Record (kind, path, hash) of the model that a store's `reconstruct` takes, or None."""
+    """Record (kind, path, hash) of the model that `reconstruct` uses, or None."""
     records = scan.attributes.get("models", [])
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise PtychodaskError(f"{scan.store}: its record of models cannot be read; pass model= (--model)")
+        raise PtychodaskError(f"{scan.store}: its list of models cannot be read; pass model= (--model)")
     for kind in MODEL_ORDER:
         for record in reversed(records):
             if record.keys() >= {"kind", "path", "hash"} and record["kind"] == kind:
@@ -307,7 +317,10 @@ def recorded_model(scan: Scan) -> dict[str, str] | None:
 
 
 def unlike_training(model: PatchModel, reader: ScanReader) -> list[str]:
-    """In what a scan lies outside of those that a model was trained on, a line each; nothing where that is unknown."""
+    """Properties of a scan outside the range of the training scans.
+
+    One line each; empty if the range is unknown.
+    """
     trained_on = getattr(model, "trained_on", None)
     ranges = read_ranges(trained_on.get("traits") if isinstance(trained_on, Mapping) else None)
     if not ranges:
@@ -334,59 +347,61 @@ def predict_groups(
     seconds: dict[str, float],
     skipped: list[Skipped] | None = None,
 ) -> Iterator[tuple[int, PatchBatch]]:
-    """Patches of consecutive groups, batch by batch, from one reading of their patterns.
+    """Patches of consecutive groups, batch by batch; patterns are read once.
 
     Parameters
     ----------
     jobs : sequence of PredictionJob
-        Of one store, one for each model.
+        One for each model, all of the same store.
     start, stop : int
         Rows of each job's group table.
     seconds : dict
-        Takes the wall time of the stages ``load``, ``read``, ``gather`` and ``predict``.
+        Receives the wall time of the stages ``load``, ``read``, ``gather`` and ``predict``.
     skipped : list of Skipped, optional
-        Takes the patterns that cannot be used, whose groups are left out; without it they are an error.
+        Receives the patterns that cannot be used, whose groups are left out; without it they are an error.
 
     Yields
     ------
     number : int
-        Which job.
+        Index of the job.
     PatchBatch
         Patches in the order of the rows (and, for "member" models, of the members in each).
 
     Raises
     ------
     PtychodaskError
-        If the store changed since it was planned, a pattern cannot be read or is not as it must be, or a network
-        returns values that are not finite.
+        If the store changed since it was planned, a pattern cannot be read or used, or a network returns values that
+        are not finite.
 
     Notes
     -----
-    Patterns are read outside the device lock, so that one thread reads while another predicts.
+    Patterns are read outside the device lock, so that one thread can read while another predicts.
     """
     with stage(seconds, "read"):
         reader = open_reader(jobs[0])
         rows = [_rows_of(reader, job, start, stop) for job in jobs]
         wanted = np.unique(np.concatenate([member.ravel() for _, member in rows]))
-        found = _read_patterns(reader, wanted, skipped)
-    if found is None:
+        patterns = _read_patterns(reader, wanted, skipped)
+    if patterns is None:
         return
-    if len(found.pattern) < len(wanted):
+    if len(patterns.pattern) < len(wanted):
         rows = [
-            (row[whole], member[whole]) for row, member in rows for whole in [np.isin(member, found.pattern).all(1)]
+            (row[usable], member[usable])
+            for row, member in rows
+            for usable in [np.isin(member, patterns.pattern).all(1)]
         ]
     for number, (job, (row, member)) in enumerate(zip(jobs, rows, strict=True)):
         with stage(seconds, "load"):
-            _predictor(job, found.scan, job.batch_size)
-        for batch in _predict_rows(job, found, row, member, seconds, skipped):
+            _predictor(job, patterns.scan, job.batch_size)
+        for batch in _predict_rows(job, patterns, row, member, seconds, skipped):
             yield number, batch
 
 
 def _rows_of(
     reader: ScanReader, job: PredictionJob, start: int, stop: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Rows of a job's group table, and their members, less those that it drops."""
-    member = reader.member(job.groups, start, stop)
+    """Rows of a job's group table and their members, without dropped ones."""
+    member = reader.member(job.groups, start, stop) if job.member is None else job.member[start:stop]
     if len(member) != stop - start:
         raise _changed(job)
     kept = groups_kept(member, job.drop)
@@ -394,7 +409,7 @@ def _rows_of(
 
 
 def _read_patterns(reader: ScanReader, wanted: NDArray[np.int32], skipped: list[Skipped] | None) -> _Patterns | None:
-    """The patterns that can be used of those that are wanted; None where there is none."""
+    """Usable ones of the wanted patterns; None if there is none."""
     if skipped is not None:
         readable = reader.readable(wanted)
         _leave_out(reader, wanted[~readable], "cannot be read", skipped)
@@ -404,11 +419,11 @@ def _read_patterns(reader: ScanReader, wanted: NDArray[np.int32], skipped: list[
     scan = _part(reader, wanted)
     with np.errstate(invalid="ignore"):
         x = scan.network_input(slice(None))
-    # A sum is finite unless a value is not: the root of negative counts is none either.
+    # A sum is not finite if one of its values is not, which includes the square root of negative counts.
     total, lowest = x.sum(axis=(1, 2)), x.min(axis=(1, 2))
     wrong, dark = ~np.isfinite(total) | (lowest < 0), total == 0
     _leave_out(reader, wanted[wrong], "have values that are negative or not finite", skipped)
-    _leave_out(reader, wanted[dark], "are dark: no good pixel has any light", skipped)
+    _leave_out(reader, wanted[dark], "are dark: zero in all good pixels", skipped)
     usable = ~(wrong | dark)
     if usable.all():
         return _Patterns(scan, wanted, scan.position_yx_px, x)
@@ -416,7 +431,7 @@ def _read_patterns(reader: ScanReader, wanted: NDArray[np.int32], skipped: list[
 
 
 def _part(reader: ScanReader, wanted: NDArray[np.int32]) -> Scan:
-    """Some patterns; where a chunk between them is damaged, without it."""
+    """Some patterns of the scan; damaged chunks between them are not read."""
     try:
         return reader.part(wanted)
     except PtychodaskError:
@@ -424,7 +439,7 @@ def _part(reader: ScanReader, wanted: NDArray[np.int32]) -> Scan:
 
 
 def _leave_out(reader: ScanReader, patterns: NDArray[np.int32], reason: str, skipped: list[Skipped] | None) -> None:
-    """Note patterns that are left out; raises `PtychodaskError` where none may be."""
+    """Record patterns that are left out; raises `PtychodaskError` if `skipped` is None."""
     if len(patterns) == 0:
         return
     if skipped is None:
@@ -444,7 +459,7 @@ def _predictor(job: PredictionJob, part: Scan, batch_size: int) -> Predict:
 def _predict_batch(
     job: PredictionJob, part: Scan, x: NDArray[np.float32], offset: NDArray[np.float32]
 ) -> NDArray[np.complex64]:
-    """Patches of one batch; in smaller calls where the device's memory does not hold it."""
+    """Patches of one batch, in smaller calls if memory runs out."""
     key = job.model.content_hash, job.precision
     while True:
         size = min(job.batch_size, _BATCH_SIZES.get(key, job.batch_size))
@@ -457,10 +472,10 @@ def _predict_batch(
                 raise
             if size == 1:
                 raise PtychodaskError(
-                    f"model: the device has not the memory for one group of {x.shape[-1]} patterns of {x.shape[1]} "
-                    "pixels; free it, or predict on another device"
+                    f"model: the device has too little memory for one group of {x.shape[-1]} patterns of {x.shape[1]} "
+                    "pixels; free memory, or predict on another device"
                 ) from error
-            logger.warning("the device is out of memory with %d groups in a batch: going on with %d", size, size // 2)
+            logger.warning("the device is out of memory with batches of %d groups: continuing with %d", size, size // 2)
             _BATCH_SIZES[key] = size // 2
 
 
@@ -475,38 +490,39 @@ def _in_smaller_calls(
 
 
 def compile_model(model: PatchModel, batch_size: int, precision: Precision) -> Predict:
-    """A model's call of one batch size, in a precision that `precisions` says it has."""
+    """Compile a model for a batch size and one of its `precisions`."""
     return model.compile(batch_size) if precision == "float32" else model.compile(batch_size, precision)  # type: ignore[call-arg]
 
 
 def precisions(model: PatchModel) -> tuple[Precision, ...]:
-    """Precisions that a model computes in; one that says nothing computes in float32 alone."""
+    """Precisions that a model supports; by default float32 only."""
     return getattr(model, "precisions", ("float32",))
 
 
 def _predict_rows(
     job: PredictionJob,
-    found: _Patterns,
+    patterns: _Patterns,
     row: NDArray[np.int64],
     member: NDArray[np.int32],
     seconds: dict[str, float],
     skipped: list[Skipped] | None,
 ) -> Iterator[PatchBatch]:
-    """Patches of the groups in some rows of the table, batch by batch."""
-    places = np.searchsorted(found.pattern, member)
-    position = found.position_yx_px[places]
+    """Patches of the groups in some rows, batch by batch."""
+    index = np.searchsorted(patterns.pattern, member)
+    position = patterns.position_yx_px[index]
     centre = position.mean(axis=1)
     offset = (position - centre[:, None]).astype(np.float32)
-    for first in range(0, len(places), job.batch_size):
+    for first in range(0, len(index), job.batch_size):
         # The compiled call has one batch shape, so the last batch is padded (with its last group) and cut.
-        batch = np.minimum(np.arange(first, first + job.batch_size), len(places) - 1)
-        n_real = min(job.batch_size, len(places) - first)
+        batch = np.minimum(np.arange(first, first + job.batch_size), len(index) - 1)
+        n_real = min(job.batch_size, len(index) - first)
         real = batch[:n_real]
         with stage(seconds, "gather"):
-            x = np.ascontiguousarray(np.moveaxis(found.x[places[batch]], 1, -1))
+            x = np.ascontiguousarray(np.moveaxis(patterns.x[index[batch]], 1, -1))
         with _DEVICE, stage(seconds, "predict"):
-            patches = _predict_batch(job, found.scan, x, offset[batch])[:n_real]
-        finite = _finite_groups(patches, x.shape, f"groups {row[real[0]]}..{row[real[-1]]} of '{job.groups}'", skipped)
+            patches = _predict_batch(job, patterns.scan, x, offset[batch])[:n_real]
+        label = f"groups {row[real[0]]}..{row[real[-1]]} of '{job.groups}'"
+        finite = _finite_groups(patches, x.shape, label, skipped)
         if not finite.all():
             seeds = tuple(member[real[~finite], 0].tolist())
             assert skipped is not None
@@ -521,17 +537,23 @@ def _predict_rows(
 
 
 def open_reader(job: PredictionJob) -> ScanReader:
-    """The store of a job, opened once per process; raises `PtychodaskError` if it changed since it was planned."""
+    """Reader of a job's store, opened once per process.
+
+    Raises `PtychodaskError` if the store changed since it was planned.
+    """
     return _READERS.get((job.data_hash, job.store), lambda: _as_planned(job, ScanReader(job.store)))
 
 
 def open_source(job: PredictionJob) -> Scan:
-    """The scan of a job, opened once per process; raises `PtychodaskError` if it changed since it was planned."""
+    """Scan of a job, opened once per process.
+
+    Raises `PtychodaskError` if the store changed since it was planned.
+    """
     return _SCANS.get((job.data_hash, job.store), lambda: _as_planned(job, open_scan(job.store)))
 
 
 def _as_planned(job: PredictionJob, opened: Opened) -> Opened:
-    # A scan that grew since has the patterns that were planned where they were.
+    # Segments appended since then do not move the patterns that were planned.
     attributes: dict[str, Any] = opened.attributes
     earlier: list[str | None] = [one.get("data_hash") for one in attributes.get("segments", ())]
     if job.data_hash not in (opened.data_hash, *earlier):
@@ -541,21 +563,24 @@ def _as_planned(job: PredictionJob, opened: Opened) -> Opened:
 
 def _changed(job: PredictionJob) -> PtychodaskError:
     return PtychodaskError(
-        f"{job.store}: its data or its group table '{job.groups}' changed since the plan; plan again"
+        f"{job.store}: its data or its group table '{job.groups}' changed since it was planned; plan again"
     )
 
 
 def _finite_groups(
-    patches: NDArray[Any], input_shape: tuple[int, ...], what: str, skipped: list[Skipped] | None
+    patches: NDArray[Any], input_shape: tuple[int, ...], label: str, skipped: list[Skipped] | None
 ) -> NDArray[np.bool_]:
-    """Which groups have finite patches; raises `PtychodaskError` where one has not and none may be left out."""
+    """True for groups with finite patches (group,).
+
+    Raises `PtychodaskError` for the others if `skipped` is None.
+    """
     _, n_pixels, _, members = input_shape
     if patches.shape[1:] not in ((members, n_pixels, n_pixels), (n_pixels, n_pixels)):
         raise PtychodaskError(
-            f"model: patches for {what} have shape {patches.shape}, "
+            f"model: patches for {label} have shape {patches.shape}, "
             f"expected (group, {members}, {n_pixels}, {n_pixels}) or (group, {n_pixels}, {n_pixels})"
         )
-    # A sum is finite unless a value is not, or all are huge: it spares looking at each.
+    # One sum is cheaper than a test of each value; it is finite unless a value is not, or the sum overflows.
     with np.errstate(all="ignore"):
         total = patches.sum()
     if np.isfinite(total):
@@ -563,7 +588,7 @@ def _finite_groups(
     finite = np.isfinite(patches).reshape(len(patches), -1).all(axis=1)
     if skipped is None and not finite.all():
         raise PtychodaskError(
-            f"model: the network returned values that are not finite for {what}; its weights or its input are damaged: "
+            f"model: the network returned values that are not finite for {label}; its weights or input are damaged: "
             "train again, drop these patterns, or pass on_error='skip' (--on-error skip)"
         )
     return finite

@@ -1,4 +1,4 @@
-"""One progress interface for every stage: a bar in a terminal or a notebook, or nothing."""
+"""Progress bars in a terminal or a notebook, or none."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Protocol
 from ptychodask.display import Markup, tag
 
 NOTEBOOK_REFRESH_S = 0.2
-"""Time between two pictures of a bar in a notebook, at the least."""
+"""Shortest time between two updates of a bar in a notebook, seconds."""
 
 
 class Progress(Protocol):
-    """What a stage reports to while it works."""
+    """Interface through which a stage reports its progress."""
 
     def advance(self, amount: int = 1) -> None:
-        """Say that `amount` more units are done."""
+        """Report that `amount` more units are done."""
 
     def expect(self, total: int) -> None:
-        """Correct the number of units in all."""
+        """Correct the total number of units."""
 
     def note(self, text: str) -> None:
         """Show a short text (a loss, a rate) beside the bar."""
@@ -41,15 +41,15 @@ class _Silent:
 
 
 class NotebookBar:
-    """A bar that a notebook shows: an HTML element that is replaced as the work goes on.
+    """Progress bar in a notebook: an HTML element, replaced at each update.
 
     Parameters
     ----------
     label, unit : str
     total : int
-        As `progress_bar` takes them.
+        As for `progress_bar`.
     show : callable
-        Takes the bar as HTML, in place of what it took before.
+        Displays the bar, given as HTML, in place of the previous one.
     """
 
     def __init__(self, label: str, total: int, unit: str, show: Callable[[Markup], None]) -> None:
@@ -72,7 +72,7 @@ class NotebookBar:
             self._note = text
 
     def finish(self) -> None:
-        """Show how it ended, however little time has passed."""
+        """Show the final state, however little time has passed."""
         with self._lock:
             self._show(self.markup())
 
@@ -86,18 +86,20 @@ class NotebookBar:
                 self._show(self.markup())
 
     def markup(self) -> Markup:
-        """The bar, how far it is, its rate, the time that remains or was taken, and the note."""
-        took = time.monotonic() - self._started
-        rate = self._done / took if took else 0.0
-        left = f"{(self._total - self._done) / rate:,.0f} s left" if 0 < self._done < self._total else f"{took:,.0f} s"
-        told = f"{self._done:,}/{self._total:,} {self._unit}, {rate:,.0f} {self._unit}/s, {left} {self._note}"
+        """Bar with amount, rate, time remaining or taken, and note."""
+        elapsed = time.monotonic() - self._started
+        rate = self._done / elapsed if elapsed else 0.0
+        left = (
+            f"{(self._total - self._done) / rate:,.0f} s left" if 0 < self._done < self._total else f"{elapsed:,.0f} s"
+        )
+        text = f"{self._done:,}/{self._total:,} {self._unit}, {rate:,.0f} {self._unit}/s, {left} {self._note}"
         bar = tag("progress", value=str(self._done), max=str(max(self._total, 1)), style="width: 16em")
         style = "display: flex; flex-wrap: wrap; gap: 0.8em; align-items: center"
-        return tag("div", tag("span", self._label), bar, tag("span", told), style=style)
+        return tag("div", tag("span", self._label), bar, tag("span", text), style=style)
 
 
 def in_notebook() -> bool:
-    """Whether this process serves a notebook that shows pictures and HTML."""
+    """True if this process serves a notebook that shows pictures and HTML."""
     from rich.console import Console
 
     return Console(stderr=True).is_jupyter
@@ -117,18 +119,18 @@ def _notebook_bar(label: str, total: int, unit: str) -> Iterator[Progress]:
 
 @contextmanager
 def progress_bar(label: str, total: int, unit: str, progress: bool | None = None) -> Iterator[Progress]:
-    """Show how far a stage has come, with its rate and the time that remains.
+    """Show the progress, rate and remaining time of a stage.
 
     Parameters
     ----------
     label : str
-        What is being done.
+        Name of the stage.
     total : int
-        Units in all.
+        Total number of units.
     unit : str
         Name of one unit, plural ("patterns", "groups").
     progress : bool, optional
-        True shows the bar, False does not; None shows it in a terminal and in notebooks only.
+        True shows the bar, False does not; None shows it only in a terminal or a notebook.
 
     Yields
     ------
@@ -148,7 +150,7 @@ def progress_bar(label: str, total: int, unit: str, progress: bool | None = None
         yield _Silent()
         return
     if console.is_jupyter:
-        # rich's own bar there stays at its last but one state.
+        # The notebook bar of rich stays at its last but one state.
         with _notebook_bar(label, total, unit) as bar:
             yield bar
         return
@@ -187,7 +189,10 @@ def progress_bar(label: str, total: int, unit: str, progress: bool | None = None
 
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Keep what libraries write past Python, as TensorFlow's start-up notes, off the terminal, for all threads."""
+    """Discard stderr output of libraries, for all threads.
+
+    Libraries such as TensorFlow write start-up messages past Python's `sys.stderr`.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     kept = os.dup(2)

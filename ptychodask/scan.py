@@ -1,4 +1,4 @@
-"""What a scan is: patterns, positions and probe, and the words that the package uses for them."""
+"""Scans: patterns, positions and probe, and checks of their values."""
 
 from __future__ import annotations
 
@@ -14,27 +14,32 @@ Domain = Literal["counts", "amplitude"]
 """Unit of stored patterns: photon counts, or amplitude (square root of counts)."""
 
 Calibration = Literal["as_given", "incident", "mean_counts"]
-"""How the probe got its scale: see `calibrate_probe`."""
+"""Scale of the probe, see `calibrate_probe`."""
 
 ILLUMINATION_FLOOR = 1e-3
 """Relative intensity of the probe below which a pixel counts as dark."""
 
 PATTERNS_SHOWN = 8
-"""Patterns that are read, at the most, to show a scan in a notebook."""
+"""Largest number of patterns read to show a scan in a notebook."""
 
 LARGEST_EXTENT_PX = 1e7
-"""Distance of positions, pixels, beyond which they are taken for a mistake: such an object fills 10^15 bytes."""
+"""Largest extent of positions, pixels: a larger one is an error, since its object would fill 10^15 bytes."""
 
 
 class PtychodaskError(ValueError):
-    """Input that ptychodask refuses; the message names the thing, what was found and the way out, in one line."""
+    """Invalid input or state.
+
+    The message is one line: the file or argument, what was found, what was expected, and the remedy.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(in_one_line(message))
 
 
 def in_one_line(text: str) -> str:
-    r"""A text without line ends, and without what a terminal would act on: names from files may hold anything.
+    r"""Text in one line, with control characters escaped.
+
+    Names from files may contain line ends and terminal commands.
 
     Examples
     --------
@@ -48,7 +53,7 @@ def in_one_line(text: str) -> str:
 
 
 class Frozen(Protocol):
-    """A dataclass."""
+    """Any dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -57,7 +62,10 @@ Spec = TypeVar("Spec", bound=Frozen)
 
 
 class PatternSource(Protocol):
-    """Patterns that may stay on disk: sliced, or indexed by an integer array, along the first axis."""
+    """Patterns in memory or on disk.
+
+    They are sliced, or indexed by an integer array, along the first axis.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -70,20 +78,20 @@ class PatternSource(Protocol):
 
 @dataclass(frozen=True)
 class Truth:
-    """A known object and where it lies in the scan's frame."""
+    """Known object of a simulated scan, and its location."""
 
     object: NDArray[np.complex64]
-    """complex64 (y, x)."""
+    """Object, complex64 (y, x)."""
 
     corner_yx_px: tuple[float, float] = (0.0, 0.0)
-    """Coordinates (y, x) of pixel [0, 0] in the scan's frame, pixels."""
+    """Scan coordinates (y, x) of pixel [0, 0], pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scan:
-    """One acquisition: patterns, positions, probe and what is known about them.
+    """One acquisition: patterns, positions, probe and metadata.
 
-    Patterns and labels stay on disk when the scan comes from a store; everything else is in memory.
+    Patterns and labels stay on disk if the scan was opened from a store; everything else is in memory.
 
     Examples
     --------
@@ -104,7 +112,7 @@ class Scan:
     """Patterns as measured (pattern, N, N) in the unit of `domain`, DC at [N//2, N//2]."""
 
     position_yx_px: NDArray[np.float64]
-    """Where the probe was (pattern, 2), (y, x), object pixels."""
+    """Positions of the probe (pattern, 2), (y, x), object pixels."""
 
     probe: NDArray[np.complex64]
     """Calibrated probe (mode, N, N), centred on [N//2, N//2]."""
@@ -113,10 +121,10 @@ class Scan:
     """Unit of `diffraction`."""
 
     normalization: float
-    """Factor from amplitude to network input, one for the whole scan."""
+    """Factor from amplitude to network input, one for the complete scan."""
 
     calibration: Calibration = "as_given"
-    """How the probe got its scale."""
+    """Scale of the probe, see `calibrate_probe`."""
 
     probe_initial: NDArray[np.complex64] | None = None
     """The calibrated probe as ingested (mode, N, N), before any refinement."""
@@ -155,7 +163,7 @@ class Scan:
     """Path of the store that the scan was opened from."""
 
     attributes: dict[str, Any] = field(default_factory=dict)
-    """Everything else the store's root records (provenance, models, versions)."""
+    """Other attributes of the store's root (provenance, models, versions)."""
 
     def __post_init__(self) -> None:
         label = self.store or "scan"
@@ -213,7 +221,7 @@ class Scan:
 
     @property
     def n_patterns(self) -> int:
-        """How many patterns the scan holds."""
+        """Number of patterns."""
         return int(self.diffraction.shape[0])
 
     @property
@@ -222,12 +230,12 @@ class Scan:
         return int(self.diffraction.shape[1])
 
     def amplitude(self, index: Any) -> NDArray[np.float32]:
-        """Measured amplitude (square root of counts) of some patterns, bad pixels 0.
+        """Measured amplitude (square root of counts) of patterns, bad pixels 0.
 
         Parameters
         ----------
         index : slice or int array (k,)
-            Which patterns.
+            Indices of the patterns.
 
         Returns
         -------
@@ -235,24 +243,24 @@ class Scan:
         """
         amplitude = np.asarray(self.diffraction[_as_index(index)]).astype(np.float32)
         if self.mask is not None:
-            # Set, not multiplied: a bad pixel may hold anything, NaN and negative numbers too.
+            # Assigned, not multiplied: a bad pixel may contain NaN or negative numbers.
             amplitude[:, ~self.mask] = 0
         if self.domain == "counts":
             np.sqrt(amplitude, out=amplitude)
         return amplitude
 
     def network_input(self, index: Any) -> NDArray[np.float32]:
-        """Normalised amplitude X of some patterns, as the networks take it.
+        """Normalised amplitude X of patterns, the input of networks.
 
         Parameters
         ----------
         index : slice or int array (k,)
-            Which patterns.
+            Indices of the patterns.
 
         Returns
         -------
         float32 array (k, N, N)
-            ``amplitude * normalization``, of the mean flux where `flux` is known.
+            ``amplitude * normalization``, scaled to the mean flux if `flux` is known.
         """
         amplitude = self.amplitude(index)
         amplitude *= np.float32(self.normalization)
@@ -266,11 +274,11 @@ def _as_index(index: Any) -> Any:
 
 
 def in_brief(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing.
+    """First line of an error's message; without one, its type.
 
     Examples
     --------
-    >>> in_brief(ValueError("no chunk\\nand its long story")), in_brief(KeyError())
+    >>> in_brief(ValueError("no chunk\\nand more")), in_brief(KeyError())
     ('no chunk', 'KeyError')
     """
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -284,12 +292,12 @@ def check_choice(name: str, value: object, choices: tuple[object, ...], label: s
 
 
 def with_fields(spec: Spec, given: dict[str, Any]) -> Spec:
-    """A spec with some fields changed by name.
+    """Copy of a spec with some fields replaced.
 
     Raises
     ------
     PtychodaskError
-        If the spec has no field of a name; the fields that it has are listed.
+        If the spec has no field of such a name; the message lists its fields.
     """
     names = [each.name for each in fields(spec)]
     unknown = [name for name in given if name not in names]
@@ -301,17 +309,20 @@ def with_fields(spec: Spec, given: dict[str, Any]) -> Spec:
 
 
 def check_pattern_shape(shape: tuple[int, ...], label: str) -> None:
-    """Raise `PtychodaskError` unless `shape` is (pattern, N, N) with N divisible by 4 and a pattern at least."""
+    """Raise `PtychodaskError` unless `shape` is a valid (pattern, N, N).
+
+    There is at least one pattern, and N is divisible by 4 and at least 8.
+    """
     if len(shape) != 3 or shape[1] != shape[2]:
         raise PtychodaskError(
             f"{label}: patterns have shape {tuple(shape)}, expected (pattern, N, N); crop or pad them with n_pixels="
         )
     if shape[0] == 0:
-        raise PtychodaskError(f"{label}: it holds no pattern")
+        raise PtychodaskError(f"{label}: contains no pattern; expected at least one")
     if shape[1] % 4 or shape[1] < 8:
         smaller = max(8, shape[1] - shape[1] % 4)
         raise PtychodaskError(
-            f"{label}: patterns are {shape[1]} pixels wide, expected a multiple of 4 from 8 on; "
+            f"{label}: patterns are {shape[1]} pixels wide, expected a multiple of 4, at least 8; "
             f"pass n_pixels={smaller} to crop or n_pixels={smaller + 4} to pad"
         )
 
@@ -323,7 +334,7 @@ def check_positions(position_yx_px: NDArray[np.float64], n_patterns: int, label:
     if len(position_yx_px) != n_patterns:
         raise PtychodaskError(
             f"{label}: {n_patterns} patterns but {len(position_yx_px)} positions; "
-            "every pattern needs exactly one: mend the file"
+            "expected one position per pattern: correct the file"
         )
     bad = np.flatnonzero(~np.isfinite(position_yx_px).all(axis=1))
     if len(bad):
@@ -335,8 +346,8 @@ def check_positions(position_yx_px: NDArray[np.float64], n_patterns: int, label:
     extent = float(np.ptp(position_yx_px, axis=0).max()) if n_patterns else 0.0
     if extent > LARGEST_EXTENT_PX:
         raise PtychodaskError(
-            f"{label}: positions extend over {extent:.3g} px, expected {LARGEST_EXTENT_PX:.0e} at most; "
-            "say their unit with units=, or leave outliers out with drop_frames="
+            f"{label}: positions extend over {extent:.3g} px, expected at most {LARGEST_EXTENT_PX:.0e}; "
+            "give their unit with units=, or leave outliers out with drop_frames="
         )
 
 
@@ -350,12 +361,12 @@ def input_normalization(mean_counts: float, n_pixels: int, label: str = "scan") 
     n_pixels : int
         Pixels across a pattern, N.
     label : str
-        What is being normalised, for the error message.
+        Name of the scan in error messages.
 
     Returns
     -------
     float
-        ``sqrt((N/2)**2 / mean_counts)``; one factor for the whole scan.
+        ``sqrt((N/2)**2 / mean_counts)``; one factor for the complete scan.
 
     Raises
     ------
@@ -368,7 +379,7 @@ def input_normalization(mean_counts: float, n_pixels: int, label: str = "scan") 
     0.5
     """
     if not mean_counts > 0:
-        raise PtychodaskError(f"{label}: every pattern is zero; nothing can be reconstructed from it")
+        raise PtychodaskError(f"{label}: every pattern is zero; nothing can be reconstructed")
     return float(np.sqrt((n_pixels / 2) ** 2 / mean_counts))
 
 
@@ -380,21 +391,21 @@ def calibrate_probe(
     incident_counts: float | None = None,
     label: str = "scan",
 ) -> NDArray[np.complex64]:
-    """Bring a probe to the scale of the patterns.
+    """Scale a probe to the patterns.
 
     Parameters
     ----------
     probe : complex array (mode, N, N)
     calibration : {"as_given", "incident", "mean_counts"}
-        ``as_given`` keeps it (probe and patterns share units); ``incident`` makes Σ|P|² the known flux;
-        ``mean_counts`` makes Σ|P|² the mean counts per pattern, so that the object's amplitude is relative to
+        ``as_given`` keeps its scale (probe and patterns share units); ``incident`` sets Σ|P|² to the known flux;
+        ``mean_counts`` sets Σ|P|² to the mean counts per pattern, so that the object's amplitude is relative to
         the mean transmission.
     mean_counts : float
         Mean counts per pattern.
     incident_counts : float, optional
-        Photons per pattern that meet the sample, for ``incident``.
+        Photons per pattern incident on the sample, for ``incident``.
     label : str
-        What is being calibrated, for the error message.
+        Name of the scan in error messages.
 
     Returns
     -------
@@ -428,7 +439,7 @@ def calibrate_probe(
 
 
 def illumination(probe: NDArray[np.complexfloating[Any, Any]]) -> NDArray[np.float32]:
-    """Relative intensity of the probe: the light that made each pixel's estimate.
+    """Relative intensity of the probe, the weight of a patch's pixels.
 
     Parameters
     ----------
@@ -450,7 +461,9 @@ def illumination(probe: NDArray[np.complexfloating[Any, Any]]) -> NDArray[np.flo
 
 
 def illuminated_radius_px(probe: NDArray[np.complexfloating[Any, Any]]) -> float:
-    """Largest distance of a lit pixel (see `illumination`) from the probe's middle [N//2, N//2], pixels.
+    """Largest distance of an illuminated pixel from the probe's middle, pixels.
+
+    The middle is [N//2, N//2]; see `illumination` for the illuminated pixels.
 
     Examples
     --------
@@ -462,7 +475,7 @@ def illuminated_radius_px(probe: NDArray[np.complexfloating[Any, Any]]) -> float
 
 
 def probe_diameter_px(probe: NDArray[np.complexfloating[Any, Any]]) -> float:
-    """Diameter of a probe: that of the uniform disc which is lit as evenly.
+    """Diameter of a uniform disc with the probe's effective area.
 
     Parameters
     ----------
@@ -479,5 +492,5 @@ def probe_diameter_px(probe: NDArray[np.complexfloating[Any, Any]]) -> float:
     >>> round(probe_diameter_px((np.hypot(y, x) < 10)[None]), 1)
     19.7
     """
-    light = (np.abs(probe) ** 2).sum(axis=0, dtype=np.float64)
-    return float(2 * np.sqrt(light.sum() ** 2 / (light**2).sum() / np.pi))
+    intensity = (np.abs(probe) ** 2).sum(axis=0, dtype=np.float64)
+    return float(2 * np.sqrt(intensity.sum() ** 2 / (intensity**2).sum() / np.pi))

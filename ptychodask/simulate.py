@@ -1,4 +1,7 @@
-"""A scan with a known object: objects, scan paths, the forward model and photon noise, all pure under a seed."""
+"""Simulated scans: objects, scan paths, forward model and photon noise.
+
+Everything is a pure function of its arguments and the seed.
+"""
 
 from __future__ import annotations
 
@@ -23,25 +26,25 @@ from ptychodask.store import open_scan, write_scan
 logger = logging.getLogger(__name__)
 
 OBJECTS = ("lines", "star", "field")
-"""Names of the objects that `simulate` makes."""
+"""Names of the objects that `simulate` can generate."""
 
 PROBES = ("disc", "zone_plate")
-"""Names of the probes that `simulate` makes."""
+"""Names of the probes that `simulate` can generate."""
 
 AMPLITUDE_RANGE = (0.5, 1.0)
-"""Darkest and brightest amplitude of an object made from grey values."""
+"""Lowest and highest amplitude of an object from grey values."""
 
 PHASE_RANGE_RAD = (-0.6, 0.6)
-"""Lowest and highest phase of an object made from grey values."""
+"""Lowest and highest phase of an object from grey values."""
 
 
 def diffract(exit_wave: NDArray[np.complexfloating[Any, Any]]) -> NDArray[np.floating[Any]]:
-    """Counts of the pattern that an exit wave makes on the detector.
+    """Counts of the diffraction pattern of an exit wave.
 
     Parameters
     ----------
     exit_wave : complex array (..., mode, N, N)
-        Probe times object; the modes do not interfere.
+        Probe times object; the modes are incoherent.
 
     Returns
     -------
@@ -61,18 +64,18 @@ def diffract(exit_wave: NDArray[np.complexfloating[Any, Any]]) -> NDArray[np.flo
 def shift_probe(
     probe: NDArray[np.complexfloating[Any, Any]], shift_yx_px: tuple[float, float] | NDArray[np.float64]
 ) -> NDArray[np.complexfloating[Any, Any]]:
-    """Move a probe, by parts of a pixel too, its total intensity kept.
+    """Shift a probe by a sub-pixel distance, keeping its total intensity.
 
     Parameters
     ----------
     probe : complex array (..., N, N)
     shift_yx_px : (float, float)
-        How far (y, x), pixels; a whole number equals `np.roll`.
+        Shift (y, x), pixels; integers are equivalent to `np.roll`.
 
     Returns
     -------
     complex array (..., N, N)
-        Of the probe's precision.
+        In the probe's precision.
 
     Examples
     --------
@@ -85,12 +88,12 @@ def shift_probe(
 def shift_ramp(
     shift_yx_px: tuple[float, float] | NDArray[np.float64], n_pixels: int, dtype: np.dtype[Any]
 ) -> NDArray[np.complexfloating[Any, Any]]:
-    """What a spectrum (DC at [0, 0]) is multiplied with to move its wave.
+    """Phase ramp that shifts a wave when multiplied with its spectrum.
 
     Parameters
     ----------
     shift_yx_px : (float, float)
-        How far (y, x), pixels.
+        Shift (y, x), pixels.
     n_pixels : int
         Pixels across the wave, N.
     dtype : complex dtype
@@ -98,10 +101,11 @@ def shift_ramp(
     Returns
     -------
     complex array (N, N)
+        DC at [0, 0].
 
     Notes
     -----
-    Fourier shift theorem: each spatial frequency q (cycles per pixel) is turned by exp(−2πi q·shift).
+    Fourier shift theorem: each spatial frequency q (cycles per pixel) is multiplied by exp(−2πi q·shift).
     """
     frequency = scipy.fft.fftfreq(n_pixels)
     ramp_y, ramp_x = (np.exp(-2j * np.pi * float(shift) * frequency).astype(dtype) for shift in shift_yx_px)
@@ -114,24 +118,24 @@ def crop_at(
     position_yx_px: NDArray[np.float64],
     n_pixels: int,
 ) -> tuple[NDArray[np.complexfloating[Any, Any]], NDArray[np.float64]]:
-    """Part of an object that a probe at a position meets.
+    """Part of an object in the probe's footprint at a position.
 
     Parameters
     ----------
     object_ : complex array (y, x)
     corner_yx_px : (float, float)
-        Coordinates of the object's pixel [0, 0] in the scan's frame, pixels.
+        Scan coordinates of the object's pixel [0, 0], pixels.
     position_yx_px : float64 array (2,)
-        Where the probe is, pixels.
+        Position of the probe, pixels.
     n_pixels : int
         Pixels across the patch, N.
 
     Returns
     -------
     patch : complex array (N, N)
-        A view whose pixel [N//2, N//2] lies on the whole pixel at or before the position.
+        A view whose pixel [N//2, N//2] is the pixel at or before the position.
     fraction_yx_px : float64 array (2,)
-        What is left of the position, 0 ≤ fraction < 1: the shift of the probe within the patch.
+        Sub-pixel remainder of the position, 0 ≤ fraction < 1: the shift of the probe within the patch.
 
     Raises
     ------
@@ -145,15 +149,15 @@ def crop_at(
     (37, [0.25, 0.0])
     """
     relative = np.asarray(position_yx_px, np.float64) - np.asarray(corner_yx_px, np.float64)
-    whole = np.floor(relative)
-    top, left = (int(value) - n_pixels // 2 for value in whole)
+    pixel = np.floor(relative)
+    top, left = (int(value) - n_pixels // 2 for value in pixel)
     height, width = object_.shape
     if top < 0 or left < 0 or top + n_pixels > height or left + n_pixels > width:
         raise PtychodaskError(
-            f"object: {height} x {width} pixels from {tuple(corner_yx_px)} do not hold a patch of {n_pixels} pixels "
-            f"at {np.asarray(position_yx_px).tolist()}; it must reach {n_pixels // 2} pixels beyond every position"
+            f"object: {height} x {width} pixels from {tuple(corner_yx_px)} do not cover a patch of {n_pixels} pixels "
+            f"at {np.asarray(position_yx_px).tolist()}; it must extend {n_pixels // 2} pixels beyond every position"
         )
-    return object_[top : top + n_pixels, left : left + n_pixels], relative - whole
+    return object_[top : top + n_pixels, left : left + n_pixels], relative - pixel
 
 
 def expected_counts(
@@ -162,7 +166,7 @@ def expected_counts(
     probe: NDArray[np.complexfloating[Any, Any]],
     position_yx_px: NDArray[np.float64],
 ) -> NDArray[np.floating[Any]]:
-    """Pattern that a probe at a position makes with an object, without noise.
+    """Pattern of an object with the probe at a position, without noise.
 
     Parameters
     ----------
@@ -180,7 +184,9 @@ def expected_counts(
 
 
 def crossing_lines(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.complex64]:
-    """Object of crossing straight lines: amplitude 0.5 to 1 and phase −0.6 to 0.6 rad, drawn independently.
+    """Object of crossing straight lines.
+
+    Amplitude 0.5 to 1 and phase −0.6 to 0.6 rad, drawn independently.
 
     Parameters
     ----------
@@ -196,7 +202,7 @@ def crossing_lines(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[
 
 
 def _lines(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float32]:
-    """Lines with a sharp core and a wide halo, as many for each pixel of length whatever the shape."""
+    """Lines with sharp core and wide halo; density independent of shape."""
     diagonal = float(np.hypot(*shape))
     steps = np.arange(-diagonal, diagonal)
     image = np.zeros(shape[0] * shape[1], np.float32)
@@ -211,7 +217,7 @@ def _lines(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float
 
 
 def siemens_star(shape: tuple[int, int], *, n_spokes: int = 36) -> NDArray[np.complex64]:
-    """Siemens star: dark, phase-shifting spokes between two rings, sampled over each pixel's area.
+    """Siemens star of dark, phase-shifting spokes, averaged over each pixel's area.
 
     Parameters
     ----------
@@ -242,7 +248,9 @@ def siemens_star(shape: tuple[int, int], *, n_spokes: int = 36) -> NDArray[np.co
 def random_field(
     shape: tuple[int, int], rng: np.random.Generator, *, correlation_px: float = 6.0
 ) -> NDArray[np.complex64]:
-    """Smooth random object: white noise blurred by a Gaussian, amplitude and phase drawn independently.
+    """Smooth random object: white noise blurred by a Gaussian.
+
+    Amplitude and phase are drawn independently.
 
     Parameters
     ----------
@@ -264,12 +272,12 @@ def random_field(
 
 
 def from_grey(amplitude: NDArray[Any], phase: NDArray[Any]) -> NDArray[np.complex64]:
-    """Object whose amplitude and phase follow two pictures.
+    """Object from two grey-value images, amplitude and phase.
 
     Parameters
     ----------
     amplitude, phase : real array (y, x)
-        Grey values in any unit; lowest and highest become the ends of `AMPLITUDE_RANGE` and `PHASE_RANGE_RAD`.
+        Grey values in any unit; lowest and highest are mapped to the ends of `AMPLITUDE_RANGE` and `PHASE_RANGE_RAD`.
 
     Returns
     -------
@@ -288,14 +296,14 @@ def from_grey(amplitude: NDArray[Any], phase: NDArray[Any]) -> NDArray[np.comple
 def _stretch(grey: NDArray[Any], ends: tuple[float, float]) -> NDArray[np.float32]:
     low, high = float(grey.min()), float(grey.max())
     if not high > low:
-        raise PtychodaskError(f"object: every grey value is {low}, expected a picture with some contrast")
+        raise PtychodaskError(f"object: every grey value is {low}, expected an image with some contrast")
     return np.interp(grey, (low, high), ends).astype(np.float32)
 
 
 def raster_positions(
     n_patterns: int, step_px: float, rng: np.random.Generator, *, jitter: float = 0.2
 ) -> NDArray[np.float64]:
-    """Rows of equal steps, each position moved at random.
+    """Raster scan with random jitter of each position.
 
     Parameters
     ----------
@@ -304,7 +312,7 @@ def raster_positions(
         Distance between neighbours, pixels.
     rng : numpy.random.Generator
     jitter : float
-        Largest movement along each axis, in steps.
+        Largest displacement along each axis, in steps.
 
     Returns
     -------
@@ -318,13 +326,13 @@ def raster_positions(
 
 
 def spiral_positions(n_patterns: int, step_px: float, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Fermat spiral, turned by a random angle.
+    """Fermat spiral, rotated by a random angle.
 
     Parameters
     ----------
     n_patterns : int
     step_px : float
-        Square root of the area for each position, pixels.
+        Square root of the area per position, pixels.
     rng : numpy.random.Generator
 
     Returns
@@ -349,7 +357,7 @@ def random_positions(n_patterns: int, step_px: float, rng: np.random.Generator) 
     ----------
     n_patterns : int
     step_px : float
-        Square root of the area for each position, pixels: the square's side is ``step_px * sqrt(n_patterns)``.
+        Square root of the area per position, pixels: the square's side is ``step_px * sqrt(n_patterns)``.
     rng : numpy.random.Generator
 
     Returns
@@ -375,8 +383,8 @@ def make_positions(path: str, n_patterns: int, step_px: float, rng: np.random.Ge
     Parameters
     ----------
     path : str
-        A name of `PATHS`; or the store of a scan, of whose positions those are taken that lie nearest to the middle
-        once every so many along a space-filling curve are left.
+        A name of `PATHS`; or the store of a scan, whose positions are thinned along a space-filling curve to `step_px`
+        and cropped to the `n_patterns` nearest to the middle.
     n_patterns : int
     step_px : float
         Mean spacing, pixels.
@@ -390,25 +398,25 @@ def make_positions(path: str, n_patterns: int, step_px: float, rng: np.random.Ge
     Raises
     ------
     PtychodaskError
-        If the name is unknown, or the scan's positions do not lie so close (`mean_spacing_px`) or are too few.
+        If the name is unknown, or the scan's positions are further apart (`mean_spacing_px`) or too few.
     """
     if path in PATHS:
         return PATHS[path](n_patterns, step_px, rng)
     if not parse_location(path).exists():
         check_choice("path", path, (*PATHS, "the store of a scan"), "simulate")
     known = open_scan(path).position_yx_px
-    own_px = mean_spacing_px(known)
-    # A hair's breadth, so that the scan's own spacing can be asked for as it is printed.
-    if step_px < 0.999 * own_px:
+    spacing_px = mean_spacing_px(known)
+    # A small tolerance, so that the scan's spacing can be passed as it is printed, rounded.
+    if step_px < 0.999 * spacing_px:
         raise PtychodaskError(
-            f"simulate: step_px is {step_px:.4g}, but the positions of {path} lie {own_px:.4g} px apart on the mean; "
-            f"pass {own_px:.4g} or more"
+            f"simulate: step_px is {step_px:.4g}, but the mean spacing of the positions of {path} is "
+            f"{spacing_px:.4g} px; pass {spacing_px:.4g} or more"
         )
-    n_left = min(len(known), round(len(known) * (own_px / step_px) ** 2))
+    n_left = min(len(known), round(len(known) * (spacing_px / step_px) ** 2))
     if n_left < n_patterns:
         raise PtychodaskError(
-            f"simulate: {path} has {n_left} positions at step_px={step_px:.4g}, expected n_patterns={n_patterns} at "
-            f"least; pass n_patterns={n_left}, or a step_px down to {own_px:.4g}"
+            f"simulate: {path} has {n_left} positions at step_px={step_px:.4g}, expected at least "
+            f"n_patterns={n_patterns}; pass n_patterns={n_left}, or a step_px down to {spacing_px:.4g}"
         )
     left = known[curve_order(known)[np.linspace(0, len(known) - 1, n_left).round().astype(int)]]
     left = left - (left.max(axis=0) + left.min(axis=0)) / 2
@@ -416,7 +424,10 @@ def make_positions(path: str, n_patterns: int, step_px: float, rng: np.random.Ge
 
 
 class SimulatedPatterns:
-    """Noisy patterns that are made when they are asked for; a pattern depends on its own index and the seed alone."""
+    """Noisy patterns, simulated when they are indexed.
+
+    A pattern depends only on its index and the seed.
+    """
 
     def __init__(
         self, truth: Truth, probe: NDArray[np.complex128], position_yx_px: NDArray[np.float64], seed: int
@@ -439,16 +450,16 @@ class SimulatedPatterns:
     def __getitem__(self, index: Any, /) -> NDArray[Any]:
         wanted = np.atleast_1d(np.arange(len(self._position))[index])
         patterns = np.empty((len(wanted), *self.shape[1:]), self._dtype)
-        # One at a time: a transform of many may round otherwise than a transform of one.
-        for place, pattern in enumerate(wanted):
+        # One at a time: a batched transform may round differently, and a pattern must not depend on its batch.
+        for row, pattern in enumerate(wanted):
             rng = np.random.default_rng([self._seed, int(pattern)])
             truth, position = self._truth, self._position[pattern]
-            patterns[place] = rng.poisson(expected_counts(truth.object, truth.corner_yx_px, self._probe, position))
+            patterns[row] = rng.poisson(expected_counts(truth.object, truth.corner_yx_px, self._probe, position))
         return patterns
 
 
 def _counts_dtype(object_: NDArray[np.complex64], probe: NDArray[np.complex128]) -> np.dtype[Any]:
-    """Smallest unsigned type that holds a pattern even where all its light falls on one pixel."""
+    """Smallest unsigned type for patterns, even with all counts in one pixel."""
     total = float((np.abs(probe) ** 2).sum()) * float(np.abs(object_).max()) ** 2
     brightest = total + 10 * np.sqrt(total)
     for dtype in (np.dtype(np.uint16), np.dtype(np.uint32)):
@@ -476,10 +487,10 @@ def simulate(
     Parameters
     ----------
     store : path or ``s3://`` URL
-        The store to make.
+        Path of the new store.
     object : str, path or array (y, x)
         A name of `OBJECTS`; or a complex array, used as it is; or a real array or an image file (``.npy``, ``.png``,
-        ...) whose grey values become amplitude and phase (`from_grey`). The scan lies in its middle.
+        ...) whose grey values become amplitude and phase (`from_grey`). The scan is centred on it.
     probe : str or complex array (N, N) or (mode, N, N)
         A name of `PROBES`, or a probe whose scale is set by the dose.
     n_pixels : int
@@ -490,9 +501,9 @@ def simulate(
     step_px : float
         Mean spacing of the positions, pixels: the scan covers ``n_patterns * step_px**2``.
     path : str
-        A name of `PATHS`, or the store of a scan whose positions are taken (`make_positions`).
+        A name of `PATHS`, or the store of a scan whose positions are used (`make_positions`).
     seed : int
-        Seed of object, positions and noise; the noise of a pattern depends on the seed and its own index alone.
+        Seed of object, positions and noise; the noise of a pattern depends only on the seed and its index.
     overwrite : bool
         Replace an existing store.
     progress : bool, optional
@@ -501,8 +512,8 @@ def simulate(
     Returns
     -------
     Scan
-        Counts as uint16 where they fit, else uint32; the probe calibrated ``as_given``; the truth reaches more than
-        N/2 beyond every position. Patterns are made and written a shard at a time; the object is whole in memory.
+        Counts as uint16 if they fit, else uint32; the probe calibrated ``as_given``; the truth extends more than N/2
+        beyond every position. Patterns are simulated and written a shard at a time; the complete object is in memory.
 
     Raises
     ------
@@ -554,17 +565,17 @@ def simulate(
 
 
 def _centred_truth(source: str | Path | NDArray[Any], needed: tuple[int, int], rng: np.random.Generator) -> Truth:
-    """The object of `source`, at least `needed` pixels large, with (0, 0) in its middle."""
-    found = _make_object(source, needed, rng)
-    if found.ndim != 2 or found.shape[0] < needed[0] or found.shape[1] < needed[1]:
+    """Object of `source`, at least `needed` pixels, centred on (0, 0)."""
+    object_ = _make_object(source, needed, rng)
+    if object_.ndim != 2 or object_.shape[0] < needed[0] or object_.shape[1] < needed[1]:
         raise PtychodaskError(
-            f"simulate: the object has shape {found.shape}, the scan needs (y, x) of {needed} at least; "
+            f"simulate: the object has shape {object_.shape}, the scan needs at least (y, x) = {needed}; "
             "pass fewer patterns, a smaller step_px, or a larger object"
         )
-    if not np.isfinite(found).all():
-        raise PtychodaskError("simulate: the object has values that are not finite; mend it first")
-    corner = (-(found.shape[0] // 2), -(found.shape[1] // 2))
-    return Truth(found.astype(np.complex64), (float(corner[0]), float(corner[1])))
+    if not np.isfinite(object_).all():
+        raise PtychodaskError("simulate: the object has values that are not finite; replace them first")
+    corner = (-(object_.shape[0] // 2), -(object_.shape[1] // 2))
+    return Truth(object_.astype(np.complex64), (float(corner[0]), float(corner[1])))
 
 
 def _make_object(source: str | Path | NDArray[Any], shape: tuple[int, int], rng: np.random.Generator) -> NDArray[Any]:
@@ -591,7 +602,7 @@ def _read_image(path: Path) -> NDArray[Any]:
 
 
 def scaled_probe(probe: str | NDArray[Any], n_pixels: int, dose: float) -> NDArray[np.complex128]:
-    """The probe that `simulate` illuminates with.
+    """Probe of a simulation, scaled to the dose.
 
     Parameters
     ----------
@@ -610,24 +621,24 @@ def scaled_probe(probe: str | NDArray[Any], n_pixels: int, dose: float) -> NDArr
     Raises
     ------
     PtychodaskError
-        If the name is unknown, the shape is another, or there is no light.
+        If the name is unknown, the shape does not fit, or the total intensity is zero.
     """
     if isinstance(probe, str):
         check_choice("probe", probe, PROBES, "simulate")
         if probe == "disc":
-            found = disc_probe(n_pixels, diameter_px=0.35 * n_pixels)
+            unscaled = disc_probe(n_pixels, diameter_px=0.35 * n_pixels)
         else:
-            # So far from focus that the donut's diameter is half the frame, whatever N.
-            found = zone_plate_probe(
+            # Defocused until the annulus has half the diameter of the frame, for any N.
+            unscaled = zone_plate_probe(
                 n_pixels, outer_px=0.5 * n_pixels, stop_px=0.2 * n_pixels, defocus=np.pi / 16 * n_pixels
             )
     else:
-        found = np.asarray(probe)
-    modes = found[None] if found.ndim == 2 else found
+        unscaled = np.asarray(probe)
+    modes = unscaled[None] if unscaled.ndim == 2 else unscaled
     if modes.ndim != 3 or modes.shape[1:] != (n_pixels, n_pixels):
         raise PtychodaskError(
-            f"simulate: the probe has shape {found.shape}, expected ({n_pixels}, {n_pixels}) or (mode, {n_pixels}, "
-            f"{n_pixels}); pass n_pixels={found.shape[-1] if found.ndim else 0} or another probe"
+            f"simulate: the probe has shape {unscaled.shape}, expected ({n_pixels}, {n_pixels}) or (mode, {n_pixels}, "
+            f"{n_pixels}); pass n_pixels={unscaled.shape[-1] if unscaled.ndim else 0} or another probe"
         )
     total = float((np.abs(modes) ** 2).sum(dtype=np.float64))
     if not (np.isfinite(total) and total > 0):

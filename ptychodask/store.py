@@ -1016,13 +1016,9 @@ def group(store: str | Location, spec: GroupingSpec = GroupingSpec(), *, name: s
     """
     path = parse_location(store)
     name = spec.name if name is None else name
-    stored = read_groups(path, name)
+    stored = _open_same_groups(path, spec, name)
     if stored is not None:
-        if stored.spec != spec:
-            raise PtychodaskError(
-                f"{path}: group table '{name}' was made by {stored.spec}, not by {spec}; pass another name="
-            )
-        return stored
+        return Groups(stored.rows(0, len(stored)), spec, name)
     # Only a scan on a disk can grow. While a segment is appended its arrays are longer than readers may know:
     # consolidating would publish them unfinished, so only the nodes of the new table are added to the metadata.
     if isinstance(path, Path) and open_root(path, SCAN).attrs["state"] == "growing":
@@ -1037,17 +1033,61 @@ def group(store: str | Location, spec: GroupingSpec = GroupingSpec(), *, name: s
     return groups
 
 
-def _write_groups(path: Location, spec: GroupingSpec, name: str) -> Groups:
-    """Draw groups and write their table, without the consolidated metadata."""
+def open_or_draw_groups(store: str | Location, spec: GroupingSpec) -> GroupTable:
+    """Group table of a spec: the stored one, else the same rows drawn in memory.
+
+    Parameters
+    ----------
+    store : path or ``s3://`` URL
+        Only read.
+    spec : GroupingSpec
+
+    Returns
+    -------
+    GroupTable
+        Rows as `group` would store them; 4 bytes per member in memory if they are not stored.
+
+    Raises
+    ------
+    PtychodaskError
+        As `group`.
+    """
+    path = parse_location(store)
+    stored = _open_same_groups(path, spec, spec.name)
+    if stored is not None:
+        return stored
+    scan = open_scan(path)
+    tables = _draw_groups(scan, path, spec)
+    segments = [len(part) for part in tables]
+    return GroupTable(path, spec.name, spec, np.concatenate(tables), scan.n_patterns, segments)
+
+
+def _open_same_groups(path: Location, spec: GroupingSpec, name: str) -> GroupTable | None:
+    """The stored group table of a name, or None; raises `PtychodaskError` if its spec is another."""
+    stored = open_groups(path, name)
+    if stored is not None and stored.spec != spec:
+        raise PtychodaskError(
+            f"{path}: group table '{name}' was made by {stored.spec}, not by {spec}; pass another name="
+        )
+    return stored
+
+
+def _draw_groups(scan: Scan, path: Location, spec: GroupingSpec) -> list[NDArray[np.int32]]:
+    """Groups of a stored scan, int32 (group, channel) for each segment."""
     # Groups are drawn segment by segment, so that the table of a growing scan is the same as if it had been there
     # before.
-    scan = open_scan(path)
     sizes = segment_sizes(scan.attributes, scan.n_patterns, str(path))
     first = [0, *accumulate(sizes)]
-    tables = [
+    return [
         segment_groups(str(path), scan.position_yx_px, scan.scan_index, spec, start, stop)
         for start, stop in pairwise(first)
     ]
+
+
+def _write_groups(path: Location, spec: GroupingSpec, name: str) -> Groups:
+    """Draw groups and write their table, without the consolidated metadata."""
+    scan = open_scan(path)
+    tables = _draw_groups(scan, path, spec)
     groups = Groups(np.concatenate(tables), spec, name)
     # A killed run may have left a table that the consolidated metadata do not list: it is overwritten.
     root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3, use_consolidated=False)
@@ -1100,14 +1140,15 @@ def segment_groups(
 
 
 class GroupTable:
-    """Stored group table, read by rows.
+    """Group table read by rows, from a store or from memory.
 
     Parameters
     ----------
     store : path or ``s3://`` URL
     name : str
     spec : GroupingSpec
-    member : zarr.Array
+    member : zarr.Array, or int32 array (group, channel)
+        Stored rows, or those of a table that is not stored.
     n_patterns : int
     segments : ints, optional
         Groups of each segment; by default one segment.
@@ -1118,7 +1159,7 @@ class GroupTable:
         store: Location,
         name: str,
         spec: GroupingSpec,
-        member: zarr.Array,
+        member: zarr.Array | NDArray[np.int32],
         n_patterns: int,
         segments: Sequence[int] | None = None,
     ) -> None:
@@ -1140,6 +1181,11 @@ class GroupTable:
         cut.segments = self.segments[:n_segments]
         return cut
 
+    @property
+    def in_memory(self) -> NDArray[np.int32] | None:
+        """Rows int32 (group, channel) of a table that is not stored; None for a stored one."""
+        return self._member if isinstance(self._member, np.ndarray) else None
+
     def rows(self, start: int, stop: int) -> NDArray[np.int32]:
         """Rows `start` to `stop`, int32 (group, channel).
 
@@ -1148,6 +1194,8 @@ class GroupTable:
         PtychodaskError
             If they cannot be read, or do not fit the scan.
         """
+        if isinstance(self._member, np.ndarray):
+            return self._member[start:stop]
         member = _read_rows(self._member, str(self._store), slice(start, stop)).astype(np.int32)
         # Zarr reads a missing file as zeros, which are valid indices, but several groups never consist of pattern 0
         # only.

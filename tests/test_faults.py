@@ -34,13 +34,12 @@ from ptychodask.folders import LEDGER, WHOLE, building_path
 from ptychodask.io import ingest
 from ptychodask.models import ModelSpec, Optics, untrained_model
 from ptychodask.models import device as device_module
-from ptychodask.plan import plan
 from ptychodask.reconstruction import reconstruct, running, stitching
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import open_result
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
-from ptychodask.store import consolidate, open_scan, read_groups
+from ptychodask.store import consolidate, group, open_scan
 
 N_PATTERNS = 150
 
@@ -94,7 +93,7 @@ def assert_same_bits(ds, other):
 
 @pytest.mark.parametrize(
     ("value", "reason"),
-    [(np.nan, "negative or not finite"), (-3.0, "negative or not finite"), (0.0, "are dark: no good pixel")],
+    [(np.nan, "negative or not finite"), (-3.0, "negative or not finite"), (0.0, "are dark: zero in all good pixels")],
 )
 def test_a_bad_pattern_is_named_or_left_out_as_if_dropped(spoilt, client, tmp_path, value, reason, told):
     spoil(spoilt, 77, value)
@@ -162,8 +161,8 @@ def test_skipping_excludes_what_cannot_tell_of_it(store, tmp_path):
 def test_a_full_device_gets_smaller_batches(store, client, whole, told, monkeypatch):
     monkeypatch.setattr(prediction, "_BATCH_SIZES", {})
     assert_same_bits(reconstruct(store, CrampedModel(), client=client, **FIELDS), whole)
-    assert "the device is out of memory with 5 groups in a batch: going on with 2" in told
-    with pytest.raises(PtychodaskError, match="has not the memory for one group of 4 patterns of 16 pixels"):
+    assert "the device is out of memory with batches of 5 groups: continuing with 2" in told
+    with pytest.raises(PtychodaskError, match="has too little memory for one group of 4 patterns of 16 pixels"):
         reconstruct(store, CrampedModel(content_hash="no room", holds=0), client=client, **FIELDS)
 
 
@@ -345,7 +344,7 @@ def test_a_full_disk_leaves_the_earlier_result_and_what_was_finished(store, clie
 
 
 def test_a_chunk_that_ends_every_worker_is_set_aside(store, tmp_path):
-    member = read_groups(store, plan(store, LinearModel()).groups).member
+    member = group(store).member
     # A pattern whose groups all lie in the second of three chunks.
     inside = np.setdiff1d(member[60:90], np.concatenate([member[:50], member[100:]]))
     model = DeadlyModel(marker=float(open_scan(store).network_input(inside[:1])[0].sum()))

@@ -18,7 +18,7 @@ from ptychodask.reconstruction import following, live, reconstruct
 from ptychodask.result import open_result
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
-from ptychodask.store import GroupTable, open_groups, open_scan, write_scan
+from ptychodask.store import GroupTable, group, open_groups, open_scan, write_scan
 from ptychodask.survey import chunk_edges
 
 pytestmark = pytest.mark.usefixtures("empty_caches")
@@ -90,6 +90,7 @@ class Appending:
 
 
 def test_chunks_begin_anew_in_each_segment(finished):
+    group(finished)
     todo = plan(finished, LinearModel())
     table = open_groups(finished, todo.groups)
     assert isinstance(table, GroupTable)
@@ -151,7 +152,7 @@ def test_a_region_that_no_segment_reaches_yet_is_waited_for(whole, finished, cli
     store = tmp_path / "scan.zarr"
     begin(store, whole)
     fields = {"roi": (20, 33, -20, 15), "client": client}
-    with pytest.raises(PtychodaskError, match="does not meet the object"):
+    with pytest.raises(PtychodaskError, match="does not overlap the object"):
         reconstruct(store, LinearModel(), **fields)
     writer = threading.Timer(0.2, append, (store, whole, 1, 2, 3), {"finish": True})
     writer.start()
@@ -159,7 +160,7 @@ def test_a_region_that_no_segment_reaches_yet_is_waited_for(whole, finished, cli
     writer.join()
     assert any("waiting for a segment that does" in text for text in told)
     assert_same(ds, reconstruct(finished, LinearModel(), **fields))
-    with pytest.raises(PtychodaskError, match="does not meet the object"):
+    with pytest.raises(PtychodaskError, match="does not overlap the object"):
         reconstruct(finished, LinearModel(), client=client, follow=True, roi=(400, 500, 0, 9))
 
 

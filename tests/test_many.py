@@ -158,13 +158,13 @@ def test_a_region_in_metres_is_that_of_the_coordinates_in_metres(measured, clien
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"roi_m": (1e-9, 2e-9, 0.0, 1e-7)}, "has no pixel in it, of 1e-08 m"),
+        ({"roi_m": (1e-9, 2e-9, 0.0, 1e-7)}, "contains no pixel of 1e-08 m"),
         ({"roi_m": (1.0, 0.0, 0.0, 1.0)}, "expected metres"),
         ({"roi_m": (0.0, float("nan"), 0.0, 1.0)}, "expected metres"),
         ({"roi_m": (0.0, 1.0, 0.0)}, "expected metres"),
-        ({"roi_m": (0.0, 1.0, 0.0, 1.0), "roi": (0, 1, 0, 1)}, "say the same thing"),
-        ({"roi_m": (5.0, 6.0, 0.0, 1.0)}, "does not meet the object"),
-        ({"roi_m": (1e200, 1e300, 0.0, 1.0)}, "has no pixel in it"),
+        ({"roi_m": (0.0, 1.0, 0.0, 1.0), "roi": (0, 1, 0, 1)}, "both select the region"),
+        ({"roi_m": (5.0, 6.0, 0.0, 1.0)}, "does not overlap the object"),
+        ({"roi_m": (1e200, 1e300, 0.0, 1.0)}, "contains no pixel"),
     ],
 )
 def test_a_region_that_is_none_is_refused(measured, client, fields, message):
@@ -173,9 +173,9 @@ def test_a_region_that_is_none_is_refused(measured, client, fields, message):
 
 
 def test_metres_need_a_pixel_size(stores, client, refused):
-    with pytest.raises(PtychodaskError, match="the size of a pixel is not known"):
+    with pytest.raises(PtychodaskError, match="the pixel size is not known"):
         reconstruct(stores[0], LinearModel(), client=client, roi_m=(0.0, 1e-6, 0.0, 1e-6))
-    assert "the size of a pixel is not known" in refused("plan", stores[0], "--roi-m", "0,1e-6,0,1e-6")
+    assert "the pixel size is not known" in refused("plan", stores[0], "--roi-m", "0,1e-6,0,1e-6")
     assert "--roi-m" in refused("plan", stores[0], "--roi-m", "0,1e-6")
 
 

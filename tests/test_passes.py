@@ -20,7 +20,7 @@ from ptychodask.reconstruction import reconstruct
 from ptychodask.result import open_result
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
-from ptychodask.store import ScanReader, group, open_scan, read_groups
+from ptychodask.store import ScanReader, group, open_scan
 
 SAME = ("object", "weight", "uncertainty", "count")
 
@@ -44,7 +44,7 @@ def stitched(store, keep, position=None, **fields):
     """Object from the patches of the linear model whose pattern `keep` takes, all at once."""
     model, scan = LinearModel(), open_scan(store)
     planned = plan(store, model, ReconstructionSpec(**fields))
-    member = read_groups(store, planned.groups).member
+    member = group(store, GroupingSpec(halves=fields.get("split_half", False))).member
     own = scan.position_yx_px[member]
     x = np.moveaxis(scan.network_input(member.ravel()).reshape(*member.shape, 16, 16), 1, -1)
     patches = model.patches(x, (own - own.mean(axis=1, keepdims=True)).astype(np.float32)).reshape(-1, 16, 16)
@@ -194,10 +194,10 @@ def test_a_failing_run_leaves_no_cache(store, client, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"polish": 2, "split_half": True}, "sweeps join the halves"),
+        ({"polish": 2, "split_half": True}, "sweeps would mix the halves"),
         ({"position_yx_px": np.zeros((150, 2))}, "position_yx_px without cache="),
         ({"precision": "float16"}, "precision is 'float16', expected one of: float32, mixed"),
-        ({"precision": "mixed"}, "the linear computes in: float32; leave precision away"),
+        ({"precision": "mixed"}, "the linear supports: float32; leave out precision="),
         ({"pyramid": True}, "pyramid=True needs a result on disk"),
     ],
 )
@@ -256,7 +256,7 @@ def test_read_amplification_counts_each_stored_chunk_as_often_as_it_is_read(stor
     per_stored = scan.diffraction.chunk_patterns
     read = 0
     for chunk in planned.chunks:
-        member = read_groups(store, planned.groups).member[chunk.start : chunk.stop]
+        member = group(store).member[chunk.start : chunk.stop]
         assert groups_kept(member, ()).all()
         for stored in np.unique(member // per_stored):
             read += min(per_stored, scan.n_patterns - stored * per_stored)

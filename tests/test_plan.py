@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -9,12 +10,15 @@ import numpy as np
 import pytest
 from models_for_tests import LinearModel
 
+from ptychodask import store as store_module
 from ptychodask.grouping import GroupingSpec
+from ptychodask.growing import append_segment
 from ptychodask.plan import ReconstructionSpec, plan
 from ptychodask.reassembly import Box
+from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
-from ptychodask.store import group, open_scan, read_groups, write_scan
+from ptychodask.store import group, open_scan, stored_group_names, write_scan
 
 N_PATTERNS = 120
 
@@ -23,6 +27,7 @@ N_PATTERNS = 120
 def store(tmp_path_factory):
     path = tmp_path_factory.mktemp("plan") / "scan.zarr"
     simulate(path, n_pixels=16, n_patterns=N_PATTERNS, step_px=4.0, seed=3)
+    group(path)
     return path
 
 
@@ -36,7 +41,7 @@ def reached(position_yx_px, crop):
 @pytest.mark.parametrize(("output", "crop"), [("member", 16), ("member", 10), ("group", 12)])
 def test_a_chunks_box_is_what_its_patches_reach(store, output, crop):
     found = plan(store, LinearModel(output=output), ReconstructionSpec(groups_per_chunk=11, crop=crop))
-    position = open_scan(store).position_yx_px[read_groups(store, found.groups).member]
+    position = open_scan(store).position_yx_px[group(store).member]
     if output == "group":
         position = position.mean(axis=1)
     assert [(chunk.start, chunk.stop) for chunk in found.chunks] == [
@@ -78,7 +83,7 @@ def test_a_region_keeps_only_the_chunks_that_meet_it(store):
 
 
 def test_a_region_outside_the_object_is_refused(store):
-    with pytest.raises(PtychodaskError, match=r"roi \(900, 910, 0, 5\) does not meet the object"):
+    with pytest.raises(PtychodaskError, match=r"roi \(900, 910, 0, 5\) does not overlap the object"):
         plan(store, LinearModel(), ReconstructionSpec(roi=(900, 910, 0, 5)))
 
 
@@ -141,27 +146,27 @@ def test_the_group_table_has_the_models_members(tmp_path):
 
 
 def test_a_model_or_a_table_that_does_not_fit_is_refused(store):
-    with pytest.raises(PtychodaskError, match=r"patterns are 16 pixels wide, the linear takes 64"):
+    with pytest.raises(PtychodaskError, match=r"patterns are 16 pixels wide, the linear expects 64"):
         plan(store, LinearModel(n_pixels=64))
     group(store, GroupingSpec(members=1))
-    with pytest.raises(PtychodaskError, match=r"'c1' has 1 patterns in a group, the model takes 4"):
+    with pytest.raises(PtychodaskError, match=r"'c1' has 1 patterns in a group, the model expects 4"):
         plan(store, LinearModel(), ReconstructionSpec(groups="c1"))
-    with pytest.raises(PtychodaskError, match=r"no group table 'mine'; stored are: c1"):
+    with pytest.raises(PtychodaskError, match=r"no group table 'mine'; stored tables: c1"):
         plan(store, LinearModel(), ReconstructionSpec(groups="mine"))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0, expected a whole number from 1 on"),
-        ({"tile": 2.5}, "tile is 2.5, expected a whole number"),
+        ({"batch_size": 0}, "batch_size is 0, expected an integer of at least 1"),
+        ({"tile": 2.5}, "tile is 2.5, expected an integer"),
         ({"crop": 15}, "crop is 15, expected an even number; pass 16"),
         ({"window": "round"}, "window is 'round', expected one of: illumination, uniform, cosine"),
         ({"groups": 4}, "groups is 4, expected a name or a GroupingSpec"),
-        ({"tile": 10**9}, "tile is 1000000000, expected 65536 at the most"),
-        ({"batch_size": 10**10}, "batch_size is 10000000000, expected 2147483648 at the most"),
-        ({"roi": 3}, "roi is 3, expected whole pixels"),
-        ({"roi": (0, 5, 7)}, r"roi is \(0, 5, 7\), expected whole pixels \(y0, y1, x0, x1\)"),
+        ({"tile": 10**9}, "tile is 1000000000, expected at most 65536"),
+        ({"batch_size": 10**10}, "batch_size is 10000000000, expected at most 2147483648"),
+        ({"roi": 3}, "roi is 3, expected integers"),
+        ({"roi": (0, 5, 7)}, r"roi is \(0, 5, 7\), expected integers \(y0, y1, x0, x1\)"),
         ({"roi": (5, 5, 0, 7)}, r"y0 < y1 and x0 < x1"),
     ],
 )
@@ -175,11 +180,96 @@ def test_a_crop_beyond_the_patch_is_refused(store):
         plan(store, LinearModel(), ReconstructionSpec(crop=18))
 
 
+def contents(folder):
+    """Bytes and time of change of each file in a folder, and the time of each folder."""
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("planning writes to the store")
+
+
+@pytest.fixture
+def no_table(tmp_path, monkeypatch):
+    """A store without a group table, whose writers fail until `monkeypatch.undo`."""
+    path = tmp_path / "scan.zarr"
+    simulate(path, n_pixels=16, n_patterns=60, step_px=4.0, seed=3)
+    for writer in ("_write_groups", "consolidate", "changing_root"):
+        monkeypatch.setattr(store_module, writer, refuse)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "measure"),
+    [
+        (LinearModel(), {}, False),
+        (LinearModel(), {}, True),
+        (LinearModel(output="group"), {"groups_per_chunk": 11, "drop": (3,)}, True),
+        (LinearModel(members=1), {"split_half": True}, False),
+        (LinearModel(), {"split_half": True}, True),
+        (LinearModel(members=2), {"groups": GroupingSpec(members=2, neighbours=5, oversampling=2, seed=7)}, True),
+        (None, {"groups": GroupingSpec(members=3)}, False),
+        (None, {}, False),
+    ],
+)
+def test_planning_writes_nothing_and_equals_the_plan_of_the_stored_table(no_table, monkeypatch, model, fields, measure):
+    before = contents(no_table)
+    spec = ReconstructionSpec(**fields)
+    drawn = plan(no_table, model, spec, measure=measure)
+    assert contents(no_table) == before
+    assert stored_group_names(no_table) == []
+    monkeypatch.undo()
+    members = 4 if model is None else model.members
+    halves = "split_half" in fields and members > 1
+    group(no_table, fields.get("groups") or GroupingSpec(members=members, halves=halves))
+    stored = plan(no_table, model, spec)
+    assert stored_group_names(no_table) == [stored.groups]
+    assert dataclasses.replace(drawn, groups_per_s=None).summary() == stored.summary()
+    assert (drawn.chunks, drawn.tiles, drawn.data_hash) == (stored.chunks, stored.tiles, stored.data_hash)
+    assert (drawn.groups_per_s is not None) == measure
+
+
+def test_a_growing_store_is_planned_without_writing(tmp_path):
+    path, scan = tmp_path / "scan.zarr", simulate(tmp_path / "whole.zarr", n_pixels=16, n_patterns=60, step_px=4.0)
+    fields = {"domain": "counts", "calibration": "as_given"}
+    parts = [(np.asarray(scan.diffraction[rows]), scan.position_yx_px[rows]) for rows in (slice(0, 35), slice(35, 60))]
+    write_scan(path, diffraction=parts[0][0], position_yx_px=parts[0][1], probe=scan.probe, growing=True, **fields)
+    append_segment(path, diffraction=parts[1][0], position_yx_px=parts[1][1])
+    before = contents(path)
+    drawn = plan(path, LinearModel(), ReconstructionSpec(groups_per_chunk=10), measure=True)
+    assert contents(path) == before
+    group(path)
+    stored = plan(path, LinearModel(), ReconstructionSpec(groups_per_chunk=10))
+    assert drawn.summary() == stored.summary()
+    assert [chunk.start for chunk in drawn.chunks] == [0, 10, 20, 30, 35, 45, 55]
+
+
+def test_reconstruct_stores_the_table_that_was_planned(tmp_path):
+    path = tmp_path / "scan.zarr"
+    simulate(path, n_pixels=16, n_patterns=60, step_px=4.0, seed=3)
+    planned = plan(path, LinearModel())
+    ds = reconstruct(path, {"one": LinearModel(), "other": LinearModel("other", members=2)}, progress=False)
+    assert stored_group_names(path) == ["c2-k7-s0", "c4-k7-s0"]
+    assert ds.attrs["plan"]["one"]["groups_hash"] == planned.groups_hash
+
+
+def test_a_table_of_another_spec_is_refused_by_a_plan(no_table, monkeypatch):
+    monkeypatch.undo()
+    group(no_table, GroupingSpec(seed=1), name="c4-k7-s0")
+    with pytest.raises(PtychodaskError, match=r"'c4-k7-s0' was made by .*seed=1.*not by .*seed=0"):
+        plan(no_table, LinearModel(), ReconstructionSpec(groups=GroupingSpec()))
+    with pytest.raises(PtychodaskError, match=r"no group table 'mine'; stored tables: c4-k7-s0"):
+        plan(no_table, spec=ReconstructionSpec(groups="mine"))
+
+
 def test_a_plan_prints_as_a_table(store):
     lines = str(plan(store, LinearModel(), ReconstructionSpec(groups_per_chunk=40, batch_size=8, tile=32))).splitlines()
     assert "predict     3 tasks of 40 groups, batches of 8" in lines
     assert "patterns    120 of 16 x 16" in lines
-    assert lines[-1].endswith("of 1,024 MiB a task")
+    assert lines[-1].endswith("of 1,024 MiB per task")
 
 
 def test_planning_loads_no_network_library(store):

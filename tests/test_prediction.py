@@ -119,7 +119,7 @@ def test_a_store_that_changed_since_the_plan_is_refused(tmp_path):
     group(path, GroupingSpec())
     job = job_for(path, LinearModel())
     replace_probe(path, scan.probe * 2, {})
-    with pytest.raises(PtychodaskError, match="changed since the plan"):
+    with pytest.raises(PtychodaskError, match="changed since it was planned"):
         predicted(job, 0, 20)
 
 
@@ -128,7 +128,7 @@ def test_the_recorded_model_is_the_latest_pinn_else_the_latest_baseline(tmp_path
     simulate(path, n_pixels=16, n_patterns=20, step_px=4.0)
     with pytest.raises(
         PtychodaskError,
-        match=r"no model is recorded for it, and none is packaged for patterns of [0-9]+ pixels; run 'ptychodask train",
+        match=r"no model is recorded, and none is packaged for patterns of [0-9]+ pixels; run 'ptychodask train",
     ):
         resolve_model(open_scan(path), None)
     monkeypatch.setattr(models, "load_model", lambda where: LinearModel(content_hash=where.name))
@@ -144,7 +144,7 @@ def test_a_recorded_model_that_is_gone_or_changed_is_refused(tmp_path, monkeypat
     path = tmp_path / "scan.zarr"
     simulate(path, n_pixels=16, n_patterns=20, step_px=4.0)
     record_model(path, kind="baseline", path=tmp_path / "b1", content_hash="b1")
-    with pytest.raises(PtychodaskError, match=r"latest baseline is recorded at .*b1, where nothing is"):
+    with pytest.raises(PtychodaskError, match=r"no model found at .*b1, where its latest baseline is recorded"):
         resolve_model(open_scan(path), None)
     (tmp_path / "b1").mkdir()
     monkeypatch.setattr(models, "load_model", lambda where: LinearModel(content_hash="b2"))
@@ -153,7 +153,7 @@ def test_a_recorded_model_that_is_gone_or_changed_is_refused(tmp_path, monkeypat
 
 
 def test_what_is_no_model_is_refused(store):
-    with pytest.raises(PtychodaskError, match="found dict, expected a path or what load_model returns"):
+    with pytest.raises(PtychodaskError, match="got dict, expected a path, a model from load_model"):
         resolve_model(open_scan(store), {"pinn": "a"})
 
 
@@ -161,7 +161,7 @@ def test_what_is_no_model_is_refused(store):
 def test_a_record_of_models_that_cannot_be_read_is_refused(store, records):
     scan = open_scan(store)
     scan.attributes["models"] = records
-    with pytest.raises(PtychodaskError, match="record of models cannot be read"):
+    with pytest.raises(PtychodaskError, match="list of models cannot be read"):
         resolve_model(scan, None)
 
 

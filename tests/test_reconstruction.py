@@ -25,7 +25,7 @@ from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import open_result
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
-from ptychodask.store import open_scan, read_groups, write_scan
+from ptychodask.store import group, open_scan, write_scan
 
 N_PATTERNS = 150
 
@@ -43,8 +43,8 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(store):
     """The object from one canvas, every group at once."""
-    model, scan, groups = LinearModel(), open_scan(store), plan(store, LinearModel()).groups
-    member = read_groups(store, groups).member
+    model, scan = LinearModel(), open_scan(store)
+    member = group(store).member
     position = scan.position_yx_px[member]
     x = np.moveaxis(scan.network_input(member.ravel()).reshape(*member.shape, 16, 16), 1, -1)
     patches = model.patches(x, (position - position.mean(axis=1, keepdims=True)).astype(np.float32))
@@ -294,9 +294,9 @@ def test_what_cannot_be_asked_for_is_refused(store):
         reconstruct(store, LinearModel(), chunk=3)
     with pytest.raises(PtychodaskError, match=r"compute=False writes nothing; remove out="):
         reconstruct(store, LinearModel(), compute=False, out="object.zarr")
-    with pytest.raises(PtychodaskError, match=r"patterns are 16 pixels wide, the linear takes 32"):
+    with pytest.raises(PtychodaskError, match=r"patterns are 16 pixels wide, the linear expects 32"):
         reconstruct(store, LinearModel(n_pixels=32))
-    with pytest.raises(PtychodaskError, match="no model is recorded for it"):
+    with pytest.raises(PtychodaskError, match="no model is recorded, and none is packaged"):
         reconstruct(store)
     with pytest.raises(PtychodaskError, match=r"n_workers is 0"), local_client(0):
         pass

@@ -66,7 +66,7 @@ def test_reading_amplitudes_leaves_the_patterns_alone():
     ("changes", "message"),
     [
         ({"diffraction": np.ones((5, 8, 7))}, r"shape \(5, 8, 7\), expected \(pattern, N, N\)"),
-        ({"diffraction": np.ones((0, 8, 8))}, "holds no pattern"),
+        ({"diffraction": np.ones((0, 8, 8))}, "contains no pattern"),
         ({"diffraction": np.ones((5, 66, 66))}, "66 pixels wide, expected a multiple of 4.*n_pixels=64"),
         ({"position_yx_px": np.zeros((4, 2))}, "5 patterns but 4 positions"),
         ({"position_yx_px": np.zeros((5, 3))}, r"positions have shape \(5, 3\)"),

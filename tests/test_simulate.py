@@ -71,7 +71,7 @@ def test_crop_puts_the_position_on_the_middle_pixel():
 
 
 def test_crop_beyond_the_object_is_refused():
-    with pytest.raises(PtychodaskError, match=r"do not hold a patch of 8 pixels at \[3\.0, 6\.0\]"):
+    with pytest.raises(PtychodaskError, match=r"do not cover a patch of 8 pixels at \[3\.0, 6\.0\]"):
         crop_at(np.zeros((12, 12)), (0, 0), np.array([3.0, 6.0]), 8)
 
 
@@ -122,7 +122,7 @@ def test_positions_that_a_scan_cannot_give_are_refused_with_the_bound(tmp_path, 
     store = tmp_path / "known.zarr"
     own = mean_spacing_px(simulate(store, **SMALL | {"n_patterns": 400, "path": "raster"}).position_yx_px)
     with pytest.raises(
-        PtychodaskError, match=rf"step_px is 2, but .* lie {own:.4g} px apart .* pass {own:.4g} or more"
+        PtychodaskError, match=rf"step_px is 2, but the mean spacing .* is {own:.4g} px; pass {own:.4g} or more"
     ):
         make_positions(str(store), 50, 2.0, rng)
     with pytest.raises(
@@ -218,7 +218,7 @@ def test_image_files_become_amplitude_and_phase(tmp_path, rng):
         ({"object": "circle"}, r"object is 'circle', expected one of: lines, star, field, a path to an image"),
         ({"object": "none.png"}, r"none\.png: cannot be read as an image"),
         ({"object": np.ones((64, 64))}, r"every grey value is 1\.0"),
-        ({"object": np.ones((20, 20), complex)}, r"shape \(20, 20\), the scan needs \(y, x\) of \(\d+, \d+\) at least"),
+        ({"object": np.ones((20, 20), complex)}, r"shape \(20, 20\), the scan needs at least \(y, x\) = \(\d+, \d+\)"),
         ({"object": np.full((64, 64), np.nan + 0j)}, r"the object has values that are not finite"),
         ({"probe": "square"}, r"probe is 'square', expected one of: disc, zone_plate"),
         ({"probe": np.ones((8, 8))}, r"probe has shape \(8, 8\), expected \(16, 16\) or \(mode, 16, 16\)"),

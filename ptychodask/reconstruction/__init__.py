@@ -33,7 +33,7 @@ from ptychodask.plan import (
     plan_together,
     prediction_job,
 )
-from ptychodask.prediction import PatchModel, resolve_model, unlike_training, whole_path
+from ptychodask.prediction import PatchModel, absolute_path, resolve_model, unlike_training
 from ptychodask.reconstruction.caching import patch_cache
 from ptychodask.reconstruction.following import FollowedScan, first_run
 from ptychodask.reconstruction.lazy import lazy_result
@@ -376,7 +376,7 @@ def _made_by(model: PatchModel, reader: ScanReader) -> dict[str, Any]:
 
     With `unlike_training` if the scan is outside the training range.
     """
-    recorded = {"kind": model.kind, "hash": model.content_hash, "path": model.path and whole_path(model.path)}
+    recorded = {"kind": model.kind, "hash": model.content_hash, "path": model.path and absolute_path(model.path)}
     unlike = unlike_training(model, reader)
     return {**recorded, "unlike_training": unlike} if unlike else recorded
 

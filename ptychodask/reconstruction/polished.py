@@ -126,7 +126,7 @@ class Polishing:
                 bar.note(f"{sweep} of {n_sweeps} sweeps, R {misfit.r_factor:.4f}")
                 if sweep == n_sweeps:
                     break
-                objective = misfit.square + sum(report.held for report in reports)
+                objective = misfit.square + sum(report.proximal for report in reports)
                 initial = objective if sweep == 0 else initial
                 # The plain step never raises the objective, so it recovers a run that has diverged.
                 products = sum((report.products for report in reports), StepProducts())
