@@ -127,7 +127,7 @@ def test_a_worker_that_does_not_see_the_same_is_named(store, job, tmp_path):
         ):
             preflight_jobs(client, [replace(job, model=ModelReference("123", str(tmp_path / "net.model"), None))])
         # It advertises a GPU that TensorFlow does not find.
-        with pytest.raises(PtychodaskError, match=r"worker w1 on .*a GPU is asked for, and .* sees none"):
+        with pytest.raises(PtychodaskError, match=r"worker w1 on .*a GPU is required, but .* sees none"):
             preflight(client, store, model)
 
 

@@ -12,7 +12,7 @@ from ptychodask.compare import compare
 from ptychodask.models import load_model
 from ptychodask.models import recipes as models_recipes
 from ptychodask.models.pretrained import CARD, FOLDER, is_pretrained, packaged_folder, pretrained_for, pretrained_names
-from ptychodask.models.traits import QUANTITIES, outside, ranges_of, read_ranges, scan_quantities
+from ptychodask.models.traits import QUANTITIES, outside_range, ranges_of, read_ranges, scan_quantities
 from ptychodask.plan import plan
 from ptychodask.prediction import ModelReference, resolve_model, unlike_training
 from ptychodask.reconstruction import reconstruct
@@ -91,7 +91,7 @@ def test_training_goes_on_from_a_packaged_model(store, tmp_path):
 
 
 def test_an_unknown_name_is_told_with_those_that_there_are():
-    with pytest.raises(PtychodaskError, match="pretrained:big: no such packaged model; there are: pinn-n64-c4, pinn"):
+    with pytest.raises(PtychodaskError, match="pretrained:big: no such packaged model; available: pinn-n64-c4, pinn"):
         load_model("pretrained:big")
     assert pretrained_for(128) is None
     assert not is_pretrained("pretrained.model")
@@ -121,12 +121,12 @@ def test_ranges_hold_the_scans_that_they_are_of_and_a_little_more(store):
         scan.diffraction[:].sum() / scan.n_patterns, rel=1e-6
     )
     step_px = ranges["step_px"][0]
-    assert outside(ranges, scan, step_px) == []
-    assert outside(ranges | {"photons": (1.0, 2.0)}, scan, step_px) == [
+    assert outside_range(ranges, scan, step_px) == []
+    assert outside_range(ranges | {"photons": (1.0, 2.0)}, scan, step_px) == [
         f"photons in a pattern is {ranges['photons'][0]:.4g}, trained on 1 to 2"
     ]
-    assert outside(ranges | {"step_px": (1.4 * step_px,) * 2}, scan, step_px) == []
-    assert outside(ranges, scan, None) == []
+    assert outside_range(ranges | {"step_px": (1.4 * step_px,) * 2}, scan, step_px) == []
+    assert outside_range(ranges, scan, None) == []
 
 
 def test_what_a_scan_is_unlike_is_no_part_of_what_a_run_must_have_in_common_with_the_one_before():

@@ -23,15 +23,15 @@ SHORT = SMALL | {"epochs": 5, "batch_size": 8, "validation_fraction": 0.2}
 
 KILLED = """
 import json, os, signal, sys
-from ptychodask.training.course import Course
+from ptychodask.training.course import TrainingCallback
 from ptychodask.training import train
 
-on_epoch_end = Course.on_epoch_end
+on_epoch_end = TrainingCallback.on_epoch_end
 def and_die(self, epoch, logs=None):
     on_epoch_end(self, epoch, logs)
     if len(self.log) == {epoch}:
         os.kill(os.getpid(), signal.SIGKILL)
-Course.on_epoch_end = and_die
+TrainingCallback.on_epoch_end = and_die
 train({store!r}, out={out!r}, **json.loads({fields!r}))
 """
 
@@ -69,7 +69,7 @@ def test_a_killed_training_goes_on_to_the_same_curve_and_the_same_weights(store,
     assert not out.exists()
     with pytest.raises(PtychodaskError, match=r"pass resume=True .* or overwrite=True"):
         train(store, out=out, **SHORT)
-    with pytest.raises(PtychodaskError, match=r"another training .*learning_rate was 0.001, asked for 0.002; .*levels"):
+    with pytest.raises(PtychodaskError, match=r"another training .*learning_rate was 0.001, requested 0.002; .*levels"):
         train(store, out=out, resume=True, **SHORT | {"learning_rate": 2e-3, "levels": 2})
     resumed = train(store, out=out, resume=True, **SHORT)
     assert curve(resumed) == curve(whole)
