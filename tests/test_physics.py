@@ -156,7 +156,7 @@ def test_momentum_carries_slow_changes_of_the_phase_farther(rng):
         patches = ahead = np.ones_like(truth)
         for _ in range(8):
             before, patches = patches, projected(ahead, probe, amplitude, offset, length=physics.step_length(momentum))
-            ahead = joined(physics.go_on(pair(before), pair(patches), momentum))
+            ahead = joined(physics.extrapolate(pair(before), pair(patches), momentum))
         turn = patches * truth.conj()
         turn *= np.exp(-1j * np.angle((weight * turn).sum()))
         return float((weight * np.angle(turn) ** 2).sum())
@@ -232,6 +232,6 @@ def test_projections_stay_stable_under_a_probe_with_sharp_edges(rng, momentum):
         misfit.append(np.abs(np.sqrt(diffract(probe * patches[:, :, None])) - amplitude).sum())
         length = physics.step_length(momentum)
         before, patches = patches, projected(ahead, probe, amplitude, offset, length=length).astype(np.complex64)
-        ahead = joined(physics.go_on(pair(before), pair(patches), momentum))
+        ahead = joined(physics.extrapolate(pair(before), pair(patches), momentum))
     assert misfit[-1] < 0.7 * misfit[0]
     assert np.abs(patches[..., illumination(probe) > 0.05]).max() < 2

@@ -339,5 +339,5 @@ def test_a_truncated_archive_is_refused(archive, n_bytes):
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"anything")
-    refused(tmp_path / "model.bin", r"is not a model bundle \(no model.json in it\), nor PtychoPINN's wts.h5.zip")
+    refused(tmp_path / "model.bin", r"is not a model bundle \(it has no model.json\), nor PtychoPINN's wts.h5.zip")
     assert isinstance(load_model(write_archive(tmp_path / "any.name", members_of())), PtychoPinnModel)
