@@ -112,7 +112,7 @@ def test_the_command_simulates_a_scan_builds_a_network_and_removes_both(monkeypa
         (["--json", "nowhere/a.json"], "cannot write nowhere/a.json: folder nowhere does not exist"),
         (["--folder", "nowhere"], "nowhere: no such folder"),
         (["missing.zarr"], "missing.zarr: no such store"),
-        (["--n-groups", "20", "--network", "ptychopinn", "--n-pixels", "32"], "made for one of: 64, 128, 256"),
+        (["--n-groups", "20", "--network", "ptychopinn", "--n-pixels", "32"], "PtychoPINN supports only: 64, 128, 256"),
     ],
 )
 def test_bad_input_ends_in_one_line(monkeypatch, capfd, tmp_path, arguments, match):

@@ -128,7 +128,7 @@ def test_a_worker_without_store_model_or_gpu_is_named(store, job, tmp_path):
         ):
             preflight_jobs(client, [replace(job, model=ModelReference("123", str(tmp_path / "net.model"), None))])
         # It advertises a GPU that TensorFlow does not find.
-        with pytest.raises(PtychodaskError, match=r"worker w1 on .*a GPU is asked for, and .* sees none"):
+        with pytest.raises(PtychodaskError, match=r"worker w1 on .*a GPU is required, but .* sees none"):
             preflight(client, store, model)
 
 

@@ -182,7 +182,7 @@ def test_everything_is_one_line_of_text(store):
     expected = {
         make_scan(store="a.zarr"): "Scan(a.zarr: 40 patterns of 16 x 16, counts)",
         groups: "Groups(c4: 60 groups of 4)",
-        make_model(path="a.model"): "Model(a.model: pinn, N = 16, C = 1, a patch per member, 15 weights)",
+        make_model(path="a.model"): "Model(a.model: pinn, N = 16, C = 1, one patch per member, 15 weights)",
         ds.ptycho.preview(): f"Preview(all {ds.sizes['y']} x {ds.sizes['x']} px)",
     }
     assert {thing: repr(thing) for thing in expected} == expected

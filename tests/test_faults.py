@@ -467,7 +467,7 @@ def untrained(store):
 
 
 def test_a_gpu_that_is_asked_for_and_missing_is_one_error(store, client):
-    with pytest.raises(PtychodaskError, match=r"a GPU is asked for, and \w+ sees none in this process; check CUDA_VIS"):
+    with pytest.raises(PtychodaskError, match=r"a GPU is required, but \w+ sees none in this process; check CUDA_VIS"):
         reconstruct(store, untrained(store), client=client, device="gpu", **FIELDS)
     with pytest.raises(PtychodaskError, match="device is 'tpu', expected one of: any, gpu"):
         reconstruct(store, untrained(store), device="tpu")
@@ -477,7 +477,7 @@ def test_a_worker_that_advertises_a_gpu_has_one(store):
     with (
         LocalCluster(n_workers=1, processes=False, resources={"GPU": 1}, **QUIET) as cluster,
         Client(cluster, set_as_default=False) as client,
-        pytest.raises(PtychodaskError, match="a GPU is asked for"),
+        pytest.raises(PtychodaskError, match="a GPU is required"),
     ):
         reconstruct(store, untrained(store), client=client, **FIELDS)
 

@@ -210,7 +210,11 @@ def test_damaged_foreign_and_newer_bundles_are_refused_in_one_line(model, tmp_pa
         ("model.json", lambda b: b.replace(b'"format_version": 1', b'"format_version": 99'), "has format version 99"),
         ("model.json", lambda b: b.replace(b'"levels"', b'"storeys"'), "spec cannot be read"),
         ("model.json", lambda b: b.replace(b'"levels": 2', b'"levels": 1'), "do not fit its spec"),
-        ("model.json", lambda b: b.replace(b'"trained_on": {', b'"trained_on": [], "was": {'), "no readable way"),
+        (
+            "model.json",
+            lambda b: b.replace(b'"trained_on": {', b'"trained_on": [], "was": {'),
+            "model.json cannot be read .not a JSON",
+        ),
         ("weights.npz", lambda b: b[: len(b) // 2], "cannot be read"),
         ("optics.npz", lambda _: b"", "cannot be read"),
     ]
@@ -231,7 +235,7 @@ def test_optics_of_another_shape_are_refused(model, tmp_path, changes):
     with np.load(tmp_path / "a.model" / "optics.npz") as stored:
         arrays = dict(stored)
     np.savez(tmp_path / "a.model" / "optics.npz", **(arrays | changes))
-    with pytest.raises(PtychodaskError, match="does not hold the optics"):
+    with pytest.raises(PtychodaskError, match="does not contain the optics"):
         load_model(tmp_path / "a.model")
 
 

@@ -73,7 +73,7 @@ def test_patterns_come_in_the_unit_that_is_asked_for(store, domain):
 
 
 def test_a_unit_of_a_scan_needs_the_scan():
-    with pytest.raises(PtychodaskError, match=r"reads counts, .* call bind\(scan\) before it predicts"):
+    with pytest.raises(PtychodaskError, match=r"reads counts, .* call bind\(scan\) before predicting"):
         model_of(patches_by_hand, input_domain="counts").predict(*groups())
 
 

@@ -94,7 +94,7 @@ def test_training_goes_on_from_a_packaged_model(store, tmp_path):
 
 
 def test_an_unknown_name_is_told_with_those_that_there_are():
-    with pytest.raises(PtychodaskError, match="pretrained:big: no such packaged model; there are: pinn-n64-c4, pinn"):
+    with pytest.raises(PtychodaskError, match="pretrained:big: no such packaged model; available: pinn-n64-c4, pinn"):
         load_model("pretrained:big")
     assert pretrained_for(128) is None
     assert not is_pretrained("pretrained.model")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ptychodask.models import load_model
-from ptychodask.models.ptychopinn import UNSEEN, PtychoPinnModel
+from ptychodask.models.ptychopinn import COUNT_OFFSET, PtychoPinnModel
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
@@ -147,7 +147,7 @@ def test_a_group_becomes_the_mean_of_its_moved_patches(archive):
     for g in range(len(x)):
         total = sum(moved(x[g, ..., c], offset[g, c]) for c in range(4))
         seen = sum(moved(square, offset[g, c]) for c in range(4))
-        expected = total / (seen + UNSEEN)
+        expected = total / (seen + COUNT_OFFSET)
         np.testing.assert_allclose(patches[g], expected, atol=1e-5 * expected.max())
 
 
@@ -160,9 +160,9 @@ def test_amplitude_and_phase_are_combined_as_the_archive_says(tmp_path):
     layers[4]["config"]["use_polar"] = False
     cartesian = load_model(write_archive(tmp_path / "b.zip", members_of(layers, weights))).predict(x, offset * 0)
     middle = slice(N // 4, 3 * N // 4)
-    mean = x.mean(axis=-1)[:, middle, middle] * 4 / (4 + UNSEEN)
+    mean = x.mean(axis=-1)[:, middle, middle] * 4 / (4 + COUNT_OFFSET)
     np.testing.assert_allclose(polar[:, middle, middle], mean * np.exp(0.5j), rtol=1e-5)
-    np.testing.assert_allclose(cartesian[:, middle, middle], mean + 0.5j * 4 / (4 + UNSEEN), rtol=1e-5)
+    np.testing.assert_allclose(cartesian[:, middle, middle], mean + 0.5j * 4 / (4 + COUNT_OFFSET), rtol=1e-5)
 
 
 def test_the_archive_its_folder_and_its_unpacked_folder_are_one_model(archive, tmp_path):
@@ -291,7 +291,7 @@ def hollow(file):
         (changed(7, name="trimmed_obj", output_size=8), "trims to 8 pixels, expected 32"),
         (
             {"layers": [small_network()[i] for i in (0, 1, 5, 2)]},
-            r"its network gives \(32, 32, 4\), expected one patch",
+            r"its network returns \(32, 32, 4\), expected one patch",
         ),
         ({"layers": small_network()[:4]}, "expected patterns"),
         ({"weights": [small_weights()[0]]}, r"have no array layers/conv2d_1"),
@@ -299,8 +299,8 @@ def hollow(file):
         ({"weights": [[w[..., :1] for w in pair] for pair in small_weights()]}, "expected 4 filters"),
         ({"scale": -1.0}, "intensity_scale is -1.0, expected a positive number"),
         ({"fill_weights": linked}, "have no array layers/conv2d/vars/0"),
-        ({"fill_weights": swapped}, "layers/conv2d holds the weights of 'phase', expected those of 'amplitude'"),
-        ({"fill_weights": scaled}, "its intensity_scaler has a weight of its own"),
+        ({"fill_weights": swapped}, "layers/conv2d has the weights of 'phase', expected those of 'amplitude'"),
+        ({"fill_weights": scaled}, "its intensity_scaler has a weight, expected the scale only in model.h5"),
         ({"fill_weights": hollow}, "not a plain float32 array"),
     ],
 )
@@ -339,5 +339,5 @@ def test_a_truncated_archive_is_refused(archive, n_bytes):
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"anything")
-    refused(tmp_path / "model.bin", r"is not a model bundle \(no model.json in it\), nor PtychoPINN's wts.h5.zip")
+    refused(tmp_path / "model.bin", r"is not a model bundle \(it has no model.json\), nor PtychoPINN's wts.h5.zip")
     assert isinstance(load_model(write_archive(tmp_path / "any.name", members_of())), PtychoPinnModel)

@@ -389,7 +389,7 @@ def test_a_network_larger_than_its_weights_is_not_built(tmp_path):
     scan = simulate(tmp_path / "scan.zarr", n_pixels=16, n_patterns=20, step_px=3.0, progress=False)
     save_model(untrained_model(ModelSpec(n_pixels=16, levels=1), Optics.of(scan)), tmp_path / "net.model")
     edit(tmp_path / "net.model" / "model.json", lambda found: found["spec"].update(n_filters_scale=64, levels=4))
-    with pytest.raises(PtychodaskError, match=r"holds fewer weights than its spec asks for"):
+    with pytest.raises(PtychodaskError, match=r"has fewer weights than its spec needs"):
         load_model(tmp_path / "net.model")
 
 
@@ -403,7 +403,7 @@ def test_a_keras_network_larger_than_its_weights_is_not_built(tmp_path):
     layers[2:3] = [convolution("wide", "intensity_scaler", wide), convolution("amplitude", "wide", wide)]
     kernel, bias = np.zeros((1, 1, 1, wide), np.float32), np.zeros(wide, np.float32)
     weights = [[np.zeros((1, 1, 4, wide), np.float32), bias], [kernel, bias], *small_weights()[1:]]
-    with pytest.raises(PtychodaskError, match=r"'amplitude' is given 100000 channels, expected 1 groups of 1"):
+    with pytest.raises(PtychodaskError, match=r"'amplitude' has 100000 input channels, expected 1 groups of 1"):
         load_model(archive(tmp_path / "wide.zip", members_of(layers, weights)))
 
 

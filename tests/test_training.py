@@ -207,7 +207,7 @@ def test_fine_tuning_starts_from_given_weights(store, trained, tmp_path):
     tuned = train(store, out=tmp_path / "tuned.model", initial=trained, **SHORT | {"learning_rate": 1e-9})
     for before, after in zip(trained.weights, tuned.weights, strict=True):
         np.testing.assert_allclose(after, before, atol=1e-6)
-    with pytest.raises(PtychodaskError, match="levels is 2, asked for 1"):
+    with pytest.raises(PtychodaskError, match="levels is 2, requested 1"):
         train(store, out=tmp_path / "other.model", initial=trained, **SHORT | {"levels": 1})
 
 

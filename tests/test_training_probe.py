@@ -12,7 +12,7 @@ import scipy.ndimage
 from ptychodask.iterative import probe_centroid_px
 from ptychodask.models import ModelSpec, Optics, load_model
 from ptychodask.models.networks import FittedProbes, build_autoencoder, build_network
-from ptychodask.models.physics import relative_light
+from ptychodask.models.physics import relative_illumination
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import PtychodaskError, illumination
 from ptychodask.simulate import simulate
@@ -167,7 +167,7 @@ def test_a_probe_that_has_not_moved_is_the_stored_one(scan):
         real, imag = (np.asarray(part) for part in found.pick(np.int32(number)))
         shown = (real + 1j * imag)[: len(each.probe)]
         np.testing.assert_allclose(shown, each.probe, atol=1e-5 * np.abs(each.probe).max())
-        np.testing.assert_allclose(np.asarray(relative_light((real, imag))), illumination(each.probe), atol=1e-5)
+        np.testing.assert_allclose(np.asarray(relative_illumination((real, imag))), illumination(each.probe), atol=1e-5)
 
 
 def test_modes_that_a_scan_lacks_stay_dark_and_each_keeps_its_light(scan):

@@ -150,8 +150,8 @@ def test_devices_that_are_not_there_are_refused(store, tmp_path):
     ("fields", "message"),
     [
         ({"tv": -1.0}, "tv is -1.0, expected 0 or more"),
-        ({"real_space": 0.1, "members": 1}, "groups of one member have nothing to agree with"),
-        ({"devices": 3}, "batch_size is 16, which 3 devices cannot share"),
+        ({"real_space": 0.1, "members": 1}, "compares members and groups have only one"),
+        ({"devices": 3}, "batch_size is 16, not divisible among 3 devices"),
         ({"accumulation": 0}, "accumulation is 0"),
         ({"precision": "half"}, "precision is 'half', expected one of: float32, mixed"),
     ],

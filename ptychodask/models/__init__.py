@@ -1,8 +1,8 @@
-"""Networks, their physics and their bundles."""
+"""Networks, their forward model and their bundles."""
 
 import lazy_loader
 
-# Keras is loaded with the first network, and not by those who only plan or read a spec.
+# Planning or reading a spec must not import Keras: it is loaded with the first network.
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={

@@ -1,4 +1,4 @@
-"""Model bundles: a folder of JSON and NumPy arrays, no pickle, written whole or not at all."""
+"""Model bundles: folders of JSON and NumPy arrays without pickle, written atomically."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ptychodask.models.description import FORMAT, FORMAT_VERSION, MODEL, read_de
 from ptychodask.models.model import Model, hash_weights
 from ptychodask.models.networks import bottom_weights, build_network
 from ptychodask.models.pretrained import is_pretrained, packaged_folder
-from ptychodask.models.ptychopinn import ARCHIVE, PtychoPinnModel, holds_ptychopinn, read_ptychopinn
+from ptychodask.models.ptychopinn import ARCHIVE, PtychoPinnModel, looks_like_ptychopinn, read_ptychopinn
 from ptychodask.models.spec import ModelSpec, Optics
 from ptychodask.places import on_disk
 from ptychodask.scan import PtychodaskError
@@ -30,7 +30,7 @@ def save_model(model: Model, path: str | Path, *, overwrite: bool = False) -> Mo
     ----------
     model : Model
     path : path
-        The folder to make: ``model.json`` (spec, hash, where it comes from), ``weights.npz``, ``optics.npz`` and
+        Folder to create, with ``model.json`` (spec, hash, provenance), ``weights.npz``, ``optics.npz`` and
         ``history.csv``.
     overwrite : bool
         Replace an existing bundle.
@@ -38,12 +38,12 @@ def save_model(model: Model, path: str | Path, *, overwrite: bool = False) -> Mo
     Returns
     -------
     Model
-        The same model, knowing its path.
+        The same model with its `path` set.
 
     Raises
     ------
     PtychodaskError
-        If the path exists, or the disk refuses.
+        If the path exists or cannot be written.
     """
     path = on_disk(path, "a model")
     description = {
@@ -80,38 +80,38 @@ def load_model(path: str | Path) -> Model | PtychoPinnModel:
     Parameters
     ----------
     path : path
-        The folder that `train` wrote; ``pretrained:<name>``, a model that comes with the package; or PtychoPINN's
-        ``wts.h5.zip``, the folder that holds it, or its unpacked folder ``diffraction_to_obj``.
+        A folder written by `train`; ``pretrained:<name>``, a model packaged with ptychodask; or PtychoPINN's
+        ``wts.h5.zip``, the folder that contains it, or its unpacked folder ``diffraction_to_obj``.
 
     Returns
     -------
     Model or PtychoPinnModel
-        A `Model` is bound to the optics that it was trained with.
+        A `Model` is bound to the optics it was trained with.
 
     Raises
     ------
     PtychodaskError
-        If there is no model, it is damaged, of a newer format, or of neither kind.
+        If there is no model, it is damaged, has a newer format, or is neither a bundle nor a PtychoPINN model.
     """
     if is_pretrained(path):
         return replace(_load_bundle(packaged_folder(path)), path=str(path))
     path = on_disk(path, "a model")
     if not path.exists():
-        raise PtychodaskError(f"{path}: no such model; make one with 'ptychodask train'")
+        raise PtychodaskError(f"{path}: no such model; train one with 'ptychodask train'")
     if (path / "model.json").is_file():
         return _load_bundle(path)
-    if holds_ptychopinn(path):
+    if looks_like_ptychopinn(path):
         return read_ptychopinn(path)
     raise PtychodaskError(
-        f"{path}: is not a model bundle (no model.json in it), nor PtychoPINN's {ARCHIVE}; "
-        "make one with 'ptychodask train'"
+        f"{path}: is not a model bundle (it has no model.json), nor PtychoPINN's {ARCHIVE}; "
+        "train a model with 'ptychodask train'"
     )
 
 
 def _load_bundle(path: Path) -> Model:
     description = read_description(path)
     try:
-        # Bundles from before there was momentum were trained without.
+        # Bundles older than the field momentum were trained without it.
         spec = ModelSpec(**{"momentum": 0.0, **description["spec"]})
     except (KeyError, TypeError) as error:
         raise PtychodaskError(
@@ -120,16 +120,16 @@ def _load_bundle(path: Path) -> Model:
     stored = _read_arrays(path / "weights.npz")
     weights = [stored[name] for name in sorted(stored)]
     if bottom_weights(spec) > sum(weight.size for weight in weights):
-        raise PtychodaskError(f"{path}: holds fewer weights than its spec asks for; train again")
+        raise PtychodaskError(f"{path}: has fewer weights than its spec needs; train again")
     optics = _read_optics(path / "optics.npz", spec)
     expected = [tuple(weight.shape) for weight in build_network(spec, optics).weights]
-    found = [weight.shape for weight in weights]
-    if expected != found:
+    shapes = [weight.shape for weight in weights]
+    if expected != shapes:
         raise PtychodaskError(
-            f"{path}: holds {len(found)} weights that do not fit its spec (expected {len(expected)}); train again"
+            f"{path}: has {len(shapes)} weights that do not fit its spec (expected {len(expected)}); train again"
         )
     if hash_weights(spec, weights) != description.get("content_hash"):
-        raise PtychodaskError(f"{path}: its weights are not those it was saved with (hash differs); train again")
+        raise PtychodaskError(f"{path}: its weights have changed since it was saved (hash differs); train again")
     return Model(
         spec,
         weights,
@@ -159,7 +159,7 @@ def _read_optics(path: Path, spec: ModelSpec) -> Optics:
         or arrays["mask"].shape != shape
         or arrays["normalization"].shape != ()
     ):
-        raise PtychodaskError(f"{path}: does not hold the optics of a {spec.n_pixels}-pixel model; train again")
+        raise PtychodaskError(f"{path}: does not contain the optics of a {spec.n_pixels}-pixel model; train again")
     return Optics(
         arrays["probe"].astype(np.complex64), float(arrays["normalization"]), arrays["mask"].astype(np.float32)
     )

@@ -1,4 +1,4 @@
-"""What a model bundle says of itself, read without loading a network."""
+"""Description and history of a model bundle, read without loading a network."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ MODEL = StoreKind(FORMAT, FORMAT_VERSION, "model", "train")
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """What ``model.json`` of a bundle says: ``spec``, ``content_hash`` and, where it was trained, ``trained_on``.
+    """Contents of a bundle's ``model.json``: ``spec``, ``content_hash`` and, if trained, ``trained_on``.
 
     Raises
     ------
     PtychodaskError
-        If it cannot be read, or is foreign or newer.
+        If it cannot be read, is not a ptychodask bundle, or has a newer format version.
     """
     try:
         description = read_json(path / "model.json")
     except (OSError, ValueError) as error:
         raise PtychodaskError(f"{path}: model.json cannot be read ({error}); train again") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise PtychodaskError(f"{path}: is not a model bundle of ptychodask; make one with 'ptychodask train'")
+        raise PtychodaskError(f"{path}: is not a model bundle of ptychodask; train a model with 'ptychodask train'")
     if not isinstance(description.get("trained_on", {}), dict):
-        raise PtychodaskError(f"{path}: model.json says in no readable way what it was trained on; train again")
+        raise PtychodaskError(f"{path}: trained_on in model.json cannot be read (not a JSON object); train again")
     version = description.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise PtychodaskError(
@@ -40,7 +40,9 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
-    """One entry for each epoch that a bundle's ``history.csv`` holds; none where there is no such file.
+    """One entry per epoch of a bundle's ``history.csv``.
+
+    Empty if there is no such file.
 
     Raises
     ------

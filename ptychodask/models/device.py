@@ -1,4 +1,4 @@
-"""What a process knows of its devices, whichever backend Keras has."""
+"""GPUs visible to a process and out-of-memory errors, for each Keras backend."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ptychodask.scan import PtychodaskError
 logger = logging.getLogger(__name__)
 
 OUT_OF_MEMORY_NAMES = {"ResourceExhaustedError", "OutOfMemoryError"}
-"""Names of what TensorFlow and PyTorch raise when a device's memory is full."""
+"""Names of the exceptions of TensorFlow and PyTorch for full device memory."""
 
 OUT_OF_MEMORY_TEXTS = ("RESOURCE_EXHAUSTED", "CUDA out of memory")
-"""What the errors of JAX and of older PyTorch say of it."""
+"""Texts of the errors of JAX and of older PyTorch for full device memory."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device has no memory left.
+    """True if an error reports that a device is out of memory.
 
     Examples
     --------
@@ -32,7 +32,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def visible_gpus() -> list[Any]:
-    """GPUs that Keras' backend sees in this process."""
+    """GPUs visible to Keras' backend in this process."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         return list(import_module("tensorflow").config.list_physical_devices("GPU"))
@@ -44,27 +44,27 @@ def visible_gpus() -> list[Any]:
 
 
 def check_gpu(who: str) -> None:
-    """Raise `PtychodaskError` when this process sees no GPU.
+    """Raise `PtychodaskError` if this process sees no GPU.
 
     Parameters
     ----------
     who : str
-        What asks for it, for the message.
+        Name of the stage that needs it, for the message.
     """
     if not visible_gpus():
         raise PtychodaskError(
-            f"{who}: a GPU is asked for, and {keras.backend.backend()} sees none in this process; check "
-            "CUDA_VISIBLE_DEVICES and the installed extra (pip install 'ptychodask[gpu]'), or ask for none"
+            f"{who}: a GPU is required, but {keras.backend.backend()} sees none in this process; check "
+            "CUDA_VISIBLE_DEVICES and the installed extra (pip install 'ptychodask[gpu]'), or run without one"
         )
 
 
 def use_given_gpu() -> None:
-    """Keep a TensorFlow process to the first GPU that it sees, and its memory to what it needs.
+    """Restrict TensorFlow to the first visible GPU, with memory allocated on demand.
 
     Notes
     -----
-    The first one is a process's own: SLURM shows no other, and dask-cuda puts it in front. TensorFlow would take the
-    memory of all of them. JAX and PyTorch use the first one unasked.
+    The first one is the GPU of this process: SLURM shows no other, and dask-cuda lists it first. By default TensorFlow
+    allocates the memory of all GPUs. JAX and PyTorch use only the first one anyway.
     """
     if keras.backend.backend() != "tensorflow":
         return
@@ -75,5 +75,5 @@ def use_given_gpu() -> None:
         config.set_visible_devices(gpus[0], "GPU")
         config.experimental.set_memory_growth(gpus[0], True)
     except RuntimeError as error:
-        # TensorFlow settles its devices with the first tensor: somebody else has chosen them.
-        logger.info("the GPU stays as it was set: %s", error)
+        # TensorFlow fixes its devices with the first tensor, so that the caller has chosen them already.
+        logger.info("GPU settings left unchanged: %s", error)

@@ -1,4 +1,4 @@
-"""A network with its weights, ready to predict: what `train` makes and `load_model` reads."""
+"""A network with its weights: written by `train`, read by `load_model`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ptychodask.models.spec import ModelSpec, Optics, Precision
 from ptychodask.scan import PtychodaskError, Scan
 
 CompiledCall = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.complex64]]
-"""X (batch, N, N, C) and offsets (batch, C, 2) of one fixed batch size to patches (batch, ..., N, N)."""
+"""From X (batch, N, N, C) and offsets (batch, C, 2), of one fixed batch size, to patches (batch, ..., N, N)."""
 
 PREDICT_BATCH = 32
 
 LOSSES = {"held_out_loss": "held out", "loss": "trained on"}
-"""Losses of an entry of a training's history, and what they are called in a picture."""
+"""Losses in an entry of the training history, and their labels in a plot."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,34 +31,34 @@ class Model:
     """A network with its weights, bound to the optics of one scan."""
 
     spec: ModelSpec
-    """What the network is made of."""
+    """Architecture of the network."""
 
     weights: list[NDArray[np.float32]]
-    """Its trained weights, in the network's order."""
+    """Trained weights, in the network's order."""
 
     optics: Optics
-    """Probe, input scale and mask that it works with."""
+    """Probe, input scale and mask of the scan it is bound to."""
 
     trained_on: dict[str, Any] = field(default_factory=dict)
-    """Where the weights come from: scan, training spec, versions."""
+    """Provenance of the weights: scan, training spec, versions."""
 
     history: list[dict[str, float]] = field(default_factory=list)
-    """One entry per epoch: seconds, loss, validation loss."""
+    """One entry per epoch: seconds, loss, held-out loss, learning rate."""
 
     path: str | None = None
-    """The bundle on disk, or None for a model that lives in memory alone."""
+    """The bundle on disk, or None for a model that exists only in memory."""
 
     content_hash: str = ""
     """SHA-256 over spec and weights."""
 
     output: Literal["member", "group"] = "member"
-    """Patches are given for each member, at its position."""
+    """One patch per member, at the member's position."""
 
     runs_on_keras: ClassVar[bool] = True
-    """Keras' backend computes it, on the devices that it sees."""
+    """Runs on Keras' backend, on the devices visible to it."""
 
     precisions: ClassVar[tuple[Precision, ...]] = get_args(Precision)
-    """Precisions that it computes in."""
+    """Precisions it can compute in."""
 
     def __post_init__(self) -> None:
         if not self.content_hash:
@@ -69,10 +69,10 @@ class Model:
 
     def _repr_html_(self) -> str:
         facts = {
-            "members": f"{self.members}, a patch for each",
+            "members": f"{self.members}, one patch each",
             "patterns": f"{self.n_pixels} x {self.n_pixels}",
             "weights": f"{sum(array.size for array in self.weights):,}",
-            "data-consistent steps": f"{self.spec.projections_before} before the U-Net of {self.spec.levels} levels, "
+            "data-consistency steps": f"{self.spec.projections_before} before the U-Net of {self.spec.levels} levels, "
             f"{self.spec.projections_after} after it",
             "epochs": f"{len(self.history)} in {self.history[-1]['seconds']:,.0f} s" if self.history else None,
             "bundle": self.path,
@@ -98,7 +98,7 @@ class Model:
         return self.spec.n_pixels
 
     def bind(self, scan: Scan) -> Model:
-        """The same weights for the optics of a scan.
+        """The same weights with the optics of a scan.
 
         Parameters
         ----------
@@ -111,7 +111,7 @@ class Model:
         Raises
         ------
         PtychodaskError
-            If the scan's patterns have another size than the network's.
+            If the scan's patterns differ in size from the network's.
         """
         check_n_pixels(self, scan)
         return Model(
@@ -125,25 +125,25 @@ class Model:
         return network
 
     def compile(self, batch_size: int, precision: Precision = "float32") -> CompiledCall:
-        """One call of a fixed batch size, compiled where the backend compiles.
+        """Prediction function of a fixed batch size, compiled if the backend compiles.
 
         Parameters
         ----------
         batch_size : int
             Groups in each call.
         precision : {"float32", "mixed"}
-            Of the U-Net's convolutions.
+            Precision of the U-Net's convolutions.
 
         Returns
         -------
         callable
-            X float32 (batch_size, N, N, C), normalised, and offsets float32 (batch_size, C, 2), pixels, to patches
+            From X float32 (batch_size, N, N, C), normalised, and offsets float32 (batch_size, C, 2), pixels, to patches
             complex64 (batch_size, C, N, N) at the members' positions.
         """
         return compiled_call(self.network(precision), batch_size)
 
     def predict(self, x: NDArray[np.float32], offset_yx_px: NDArray[np.float32]) -> NDArray[np.complex64]:
-        """Patches of some groups, for any number of them.
+        """Patches of any number of groups.
 
         Parameters
         ----------
@@ -155,7 +155,7 @@ class Model:
         Returns
         -------
         complex64 array (group, C, N, N)
-            The object around each member's position, in the units of the scan's calibration.
+            Object around each member's position, in the units of the scan's calibration.
 
         Raises
         ------
@@ -166,7 +166,7 @@ class Model:
 
 
 class Predictor(Protocol):
-    """A model as far as its predictions go."""
+    """Interface of a model for prediction."""
 
     @property
     def members(self) -> int:
@@ -178,32 +178,32 @@ class Predictor(Protocol):
 
     @property
     def kind(self) -> str:
-        """A word for it."""
+        """Short name of the kind of model."""
 
     @property
     def output(self) -> Literal["member", "group"]:
-        """A patch for each member, or one for the group."""
+        """`member` for one patch per member, `group` for one per group."""
 
     @property
     def path(self) -> str | None:
-        """Where it lies on disk."""
+        """Path on disk, or None."""
 
     def compile(self, batch_size: int) -> CompiledCall:
-        """One call of a fixed batch size."""
+        """Prediction function of a fixed batch size."""
 
 
 def one_line(model: Predictor, weights: Iterable[NDArray[np.float32]]) -> str:
-    """What a model is, in one line."""
+    """One-line description of a model."""
     n_weights = sum(array.size for array in weights)
     label = f"{model.path}: " if model.path else ""
     return (
         f"{type(model).__name__}({label}{model.kind}, N = {model.n_pixels}, C = {model.members}, "
-        f"a patch per {model.output}, {n_weights:,} weights)"
+        f"one patch per {model.output}, {n_weights:,} weights)"
     )
 
 
 def check_n_pixels(model: Predictor, scan: Scan) -> None:
-    """Raise `PtychodaskError` when the scan's patterns have another size than the network's."""
+    """Raise `PtychodaskError` if pattern sizes of scan and network differ."""
     if scan.n_pixels != model.n_pixels:
         raise PtychodaskError(
             f"{model.path or 'model'}: takes patterns of {model.n_pixels} pixels, {scan.store or 'the scan'} has "
@@ -214,7 +214,10 @@ def check_n_pixels(model: Predictor, scan: Scan) -> None:
 def predict_in_batches(
     model: Predictor, x: NDArray[np.float32], offset_yx_px: NDArray[np.float32]
 ) -> NDArray[np.complex64]:
-    """Patches of any number of groups by calls of one batch size; arguments and refusals as in `Model.predict`."""
+    """Patches of any number of groups, predicted in batches of one size.
+
+    Arguments and errors as in `Model.predict`.
+    """
     shape = (model.n_pixels, model.n_pixels, model.members)
     if x.ndim != 4 or x.shape[1:] != shape:
         raise PtychodaskError(f"model: X has shape {x.shape}, expected (group, {', '.join(map(str, shape))})")
@@ -223,8 +226,8 @@ def predict_in_batches(
             f"model: offsets have shape {offset_yx_px.shape}, expected ({len(x)}, {model.members}, 2)"
         )
     call = model.compile(PREDICT_BATCH)
-    of_group = (model.members,) if model.output == "member" else ()
-    patches = np.empty((len(x), *of_group, model.n_pixels, model.n_pixels), np.complex64)
+    channels = (model.members,) if model.output == "member" else ()
+    patches = np.empty((len(x), *channels, model.n_pixels, model.n_pixels), np.complex64)
     for start in range(0, len(x), PREDICT_BATCH):
         part = slice(start, start + PREDICT_BATCH)
         # The compiled call has one batch shape, so the last batch is padded and cut.
@@ -234,7 +237,7 @@ def predict_in_batches(
 
 
 def pad_batch(values: NDArray[np.float32], batch_size: int) -> NDArray[np.float32]:
-    """Repeat the last entry until there are `batch_size` of them; float32, contiguous."""
+    """Pad values to `batch_size` by repeating the last entry; float32, contiguous."""
     missing = batch_size - len(values)
     if missing:
         values = np.concatenate([values, np.repeat(values[-1:], missing, axis=0)])
@@ -243,32 +246,34 @@ def pad_batch(values: NDArray[np.float32], batch_size: int) -> NDArray[np.float3
 
 def hash_weights(spec: ModelSpec, weights: list[NDArray[np.float32]]) -> str:
     """SHA-256 over a spec and its weights."""
-    described = asdict(spec)
-    # Left out where they are off, so that bundles from before there were such fields keep their hash.
+    fields = asdict(spec)
+    # Left out if they are off, so that bundles older than these fields keep their hash.
     if not spec.attention:
-        del described["attention"]
+        del fields["attention"]
     if not spec.momentum:
-        del described["momentum"]
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        del fields["momentum"]
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for array in weights:
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 
 def compiled_call(network: keras.Model, batch_size: int) -> CompiledCall:
-    """One call of a network at a fixed batch size, compiled where the backend compiles.
+    """Prediction function of a network at a fixed batch size.
+
+    Compiled if the backend compiles (TensorFlow, JAX).
 
     Parameters
     ----------
     network : keras.Model
-        X and offsets to patches whose last axis holds real and imaginary part, float32.
+        From X and offsets to patches whose last axis is (real, imaginary), float32.
     batch_size : int
         Groups in each call.
 
     Returns
     -------
     callable
-        float32 arrays X (batch_size, N, N, C) and offsets (batch_size, C, 2) to the patches, complex64.
+        From float32 arrays X (batch_size, N, N, C) and offsets (batch_size, C, 2) to the patches, complex64.
     """
     run = _compiled(network, batch_size)
 

@@ -1,4 +1,4 @@
-"""The two networks, built by plain functions from a `ModelSpec` and the optics of a scan."""
+"""Networks of PINN and baseline, built from a `ModelSpec` and optics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ptychodask.models.physics import (
     gathered_weight,
     merge_members,
     project_group,
-    relative_light,
+    relative_illumination,
     shift_ramps,
     squared_modulus,
     step_length,
@@ -33,7 +33,7 @@ ATTENTION_HEADS = 4
 
 @dataclass(frozen=True)
 class OpticsTensors:
-    """The optics of the scan that a batch comes from."""
+    """Optics of the scan that a batch is from."""
 
     probe: ComplexPair
     """(mode, N, N)."""
@@ -42,7 +42,7 @@ class OpticsTensors:
     """Relative illumination (N, N)."""
 
     mask: Tensor
-    """1 where a detector pixel is good (N, N)."""
+    """Good detector pixels are 1, bad ones 0 (N, N)."""
 
     amplitude_scale: Tensor
     """Factor from network input to amplitude."""
@@ -52,16 +52,16 @@ class OpticsTensors:
 
 
 class FittedProbes:
-    """The probes of some scans as one variable, which moves while a network is trained.
+    """Probes of the scans as one variable, trained along with a network.
 
     Each probe is P = c (P_stored + r change), with change 0 at first. r is `rate` times the root mean square of each
-    mode where light falls: an optimizer that moves weights by its rate moves the probe in proportion, and a mode that
-    is missing stays dark. c keeps the light Σ|P|² that of the stored probe.
+    mode over illuminated pixels, so that an optimizer's step of a probe is in proportion to its step of the weights,
+    and a missing mode stays 0. c keeps the probe intensity Σ|P|² that of the stored probe.
 
     Parameters
     ----------
     optics : sequence of Optics
-        Of the scans, with the stored probes.
+        Optics of the scans, with the stored probes.
     rate : float
         Positive.
     """
@@ -69,53 +69,53 @@ class FittedProbes:
     def __init__(self, optics: Sequence[Optics], rate: float) -> None:
         self._modes = [len(each.probe) for each in optics]
         self._stored = stacked_probes(optics)
-        light = (np.abs(self._stored) ** 2).sum(axis=(2, 3), dtype=np.float64)
-        lit = np.array([(each.weight > 0).sum() for each in optics])
-        self._reach = (rate * np.sqrt(light / lit[:, None]))[..., None, None].astype(np.float32)
-        self._light = light.sum(axis=1).astype(np.float32)
+        intensity = (np.abs(self._stored) ** 2).sum(axis=(2, 3), dtype=np.float64)
+        n_illuminated = np.array([(each.weight > 0).sum() for each in optics])
+        self._scale = (rate * np.sqrt(intensity / n_illuminated[:, None]))[..., None, None].astype(np.float32)
+        self._intensity = intensity.sum(axis=1).astype(np.float32)
         self.change = keras.Variable(np.zeros((2, *self._stored.shape), np.float32), name="probe_change")
         """Real and imaginary part, (2, scan, mode, N, N)."""
 
     def pick(self, number: Tensor | None = None) -> ComplexPair:
-        """The probe (mode, N, N) of a scan by its number, or of the only one."""
+        """Probe (mode, N, N) of a scan, or the only one."""
 
-        def chosen(values: Any) -> Tensor:
+        def select(values: Any) -> Tensor:
             return values[0] if number is None else ops.take(ops.convert_to_tensor(values), number, axis=0)
 
-        reach, light = chosen(self._reach), chosen(self._light)
+        scale, intensity = select(self._scale), select(self._intensity)
         change = self.change[:, 0] if number is None else ops.take(self.change, number, axis=1)
-        real = chosen(np.ascontiguousarray(self._stored.real)) + reach * change[0]
-        imag = chosen(np.ascontiguousarray(self._stored.imag)) + reach * change[1]
-        scale = ops.sqrt(light / ops.sum(squared_modulus((real, imag))))
-        return real * scale, imag * scale
+        real = select(np.ascontiguousarray(self._stored.real)) + scale * change[0]
+        imag = select(np.ascontiguousarray(self._stored.imag)) + scale * change[1]
+        factor = ops.sqrt(intensity / ops.sum(squared_modulus((real, imag))))
+        return real * factor, imag * factor
 
     def read(self) -> list[NDArray[np.complex64]]:
-        """The probes as they are, complex64 (mode, N, N) each, with the modes that each scan has."""
+        """Current probes, complex64 (mode, N, N), without padded modes."""
         real, imag = self.change.numpy()
-        moved = self._stored + self._reach * (real + 1j * imag)
-        light = (np.abs(moved) ** 2).sum(axis=(1, 2, 3), dtype=np.float64)
-        moved *= np.sqrt(self._light / light)[:, None, None, None].astype(np.float32)
-        return [probe[:modes] for probe, modes in zip(moved, self._modes, strict=True)]
+        probes = self._stored + self._scale * (real + 1j * imag)
+        intensity = (np.abs(probes) ** 2).sum(axis=(1, 2, 3), dtype=np.float64)
+        probes *= np.sqrt(self._intensity / intensity)[:, None, None, None].astype(np.float32)
+        return [probe[:modes] for probe, modes in zip(probes, self._modes, strict=True)]
 
     def assign(self, probes: Sequence[NDArray[np.complex64]]) -> None:
-        """Take probes of the stored ones' light, complex64 (mode, N, N) each."""
-        away = _with_modes(probes, max(self._modes)) - self._stored
-        # A dark mode cannot move.
-        change = np.divide(away, self._reach, out=np.zeros_like(away), where=self._reach > 0)
+        """Set the probes, complex64 (mode, N, N), of the stored ones' intensity."""
+        difference = _with_modes(probes, max(self._modes)) - self._stored
+        # A mode of zero intensity has scale 0 and cannot change.
+        change = np.divide(difference, self._scale, out=np.zeros_like(difference), where=self._scale > 0)
         self.change.assign(np.stack([change.real, change.imag]))
 
 
 class OpticsTable:
-    """The optics of one scan as constants, or of several to choose from by their number.
+    """Optics of one scan as constants, or of several, selected by number.
 
     Parameters
     ----------
     optics : Optics or sequence of Optics
-        Probes may differ in the number of their modes: a mode that is missing is dark.
+        Probes may differ in their number of modes: missing modes are 0.
     object_amplitude : float, optional
-        Of the flat object for all scans; by default each scan's own (`Optics.flat_amplitude`).
+        Amplitude of the flat object for all scans; by default one per scan (`Optics.flat_amplitude`).
     fitted : FittedProbes, optional
-        Probes that stand in for the stored ones, and change.
+        Trainable probes that replace the stored ones.
     """
 
     def __init__(
@@ -132,13 +132,16 @@ class OpticsTable:
         return len(self._optics)
 
     def pick(self, scan: Tensor | None = None) -> OpticsTensors:
-        """The optics of the scan that a batch comes from (integer tensor (group, 1)), or of the only one."""
+        """Optics of the scan of a batch, or of the only scan.
+
+        `scan` is an integer tensor (group, 1) of its number.
+        """
         number = None if scan is None else scan[0, 0]
         stored = self._stored(number)
         if self.fitted is None:
             return stored
         probe = self.fitted.pick(number)
-        return replace(stored, probe=probe, weight=ops.stop_gradient(relative_light(probe)))
+        return replace(stored, probe=probe, weight=ops.stop_gradient(relative_illumination(probe)))
 
     def _stored(self, number: Tensor | None) -> OpticsTensors:
         flat = [self._object_amplitude or optics.flat_amplitude() for optics in self._optics]
@@ -154,23 +157,23 @@ class OpticsTable:
         probes = stacked_probes(self._optics)
         scales = np.array([1.0 / optics.normalization for optics in self._optics], np.float32)
 
-        def chosen(values: Any) -> Tensor:
+        def select(values: Any) -> Tensor:
             return ops.take(ops.convert_to_tensor(np.ascontiguousarray(values)), number, axis=0)
 
         return OpticsTensors(
-            (chosen(probes.real), chosen(probes.imag)),
-            chosen(np.stack([optics.weight for optics in self._optics])),
-            chosen(np.stack([optics.mask for optics in self._optics])),
-            chosen(scales),
-            chosen(np.array(flat, np.float32)),
+            (select(probes.real), select(probes.imag)),
+            select(np.stack([optics.weight for optics in self._optics])),
+            select(np.stack([optics.mask for optics in self._optics])),
+            select(scales),
+            select(np.array(flat, np.float32)),
         )
 
 
 class GroupProjections(layers.Layer):
-    """A few data-consistent steps of each group, from given patches or from a flat object.
+    """Data-consistency steps of each group, from given patches or a flat object.
 
     Takes X (group, N, N, C), offsets (group, C, 2) and, optionally, patches (group, N, N, 2C) relative to the flat
-    object (real parts, then imaginary parts) and the number of the scan (group, 1); gives patches of that form.
+    object (real parts, then imaginary parts) and the number of the scan (group, 1); returns patches in the same form.
     """
 
     def __init__(self, optics: OpticsTable, steps: int, momentum: float, **kwargs: Any) -> None:
@@ -190,13 +193,14 @@ class GroupProjections(layers.Layer):
             patches = split_channels(relative, optics.object_amplitude)
         ramps = shift_ramps(offset_yx_px, x.shape[1])
         total_weight = gathered_weight(optics.weight, ramps)
-        # A probe that is fitted learns as in ePIE, from the exit waves at given patches: how it made them is no guide.
+        # As in ePIE, a fitted probe learns from the exit waves at fixed patches: no gradient reaches it through these
+        # steps, only through the forward model.
         probe = (ops.stop_gradient(optics.probe[0]), ops.stop_gradient(optics.probe[1]))
-        given = (probe, amplitude, optics.mask, optics.weight, ramps, total_weight)
-        ahead, length = patches, step_length(self._momentum)
+        fixed = (probe, amplitude, optics.mask, optics.weight, ramps, total_weight)
+        start, length = patches, step_length(self._momentum)
         for _ in range(self._steps):
-            before, patches = patches, project_group(ahead, *given, length)
-            ahead = extrapolate(before, patches, self._momentum)
+            before, patches = patches, project_group(start, *fixed, length)
+            start = extrapolate(before, patches, self._momentum)
         return join_channels(patches, optics.object_amplitude)
 
     def compute_output_shape(self, x_shape: Any, *_: Any) -> Any:
@@ -204,16 +208,16 @@ class GroupProjections(layers.Layer):
 
 
 class GroupCounts(layers.Layer):
-    """Counts that the merged patches of each group give: the forward model of the PINN.
+    """Expected counts of each group's merged patches: the PINN's forward model.
 
-    Takes patches (group, C, N, N, 2), offsets (group, C, 2) and, optionally, the number of the scan (group, 1); gives
+    Takes patches (group, C, N, N, 2), offsets (group, C, 2) and, optionally, the number of the scan (group, 1); returns
     counts (group, C, N, N).
     """
 
     def __init__(self, optics: OpticsTable, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._optics = optics
-        # Keras finds a fitted probe here and nowhere else, so that a network's own weights are the U-Net's alone.
+        # Only this layer has the fitted probe as a Keras weight, so that a network's weights are only the U-Net's.
         self._probe_change = None if optics.fitted is None else optics.fitted.change
 
     def call(self, patches: Tensor, offset_yx_px: Tensor, scan: Tensor | None = None) -> Tensor:
@@ -228,7 +232,7 @@ class GroupCounts(layers.Layer):
 
 
 class PatchPenalties(layers.Layer):
-    """Adds to the loss what patches cost by themselves, and gives them on as they are.
+    """Regularisation terms of patches added to the loss; returns the patches unchanged.
 
     Takes patches (group, C, N, N, 2), offsets (group, C, 2) and, optionally, the number of the scan (group, 1).
 
@@ -236,11 +240,11 @@ class PatchPenalties(layers.Layer):
     ----------
     optics : OpticsTable
     tv : float
-        Weight of the total variation where light fell: mean |∇patch|, per pixel (Rudin, Osher & Fatemi, Physica D 60
-        (1992) 259), in units of the flat object's amplitude.
+        Weight of the total variation over illuminated pixels: mean |∇patch|, per pixel (Rudin, Osher & Fatemi, Physica
+        D 60 (1992) 259), in units of the flat object's amplitude.
     real_space : float
-        Weight of the mean squared difference between each member's patch and the group's merged one where light fell,
-        in units of the flat object's intensity.
+        Weight of the mean squared difference between each member's patch and the group's merged one over illuminated
+        pixels, in units of the flat object's intensity.
     """
 
     def __init__(self, optics: OpticsTable, tv: float, real_space: float, **kwargs: Any) -> None:
@@ -263,21 +267,24 @@ class PatchPenalties(layers.Layer):
 
 
 def total_variation(patches: ComplexPair, weight: Tensor) -> Tensor:
-    """Mean |∇patch| over lit pixels of patches (group, C, N, N), forward differences."""
-    lit = ops.cast(weight > 0, "float32")
-    both = lit[:-1, :-1] * lit[1:, :-1] * lit[:-1, 1:]
+    """Mean |∇patch| over illuminated pixels of patches (group, C, N, N).
+
+    Forward differences.
+    """
+    illuminated = ops.cast(weight > 0, "float32")
+    all_three = illuminated[:-1, :-1] * illuminated[1:, :-1] * illuminated[:-1, 1:]
     squared = 0.0
     for part in patches:
         down = part[..., 1:, :-1] - part[..., :-1, :-1]
         right = part[..., :-1, 1:] - part[..., :-1, :-1]
         squared = squared + down * down + right * right
-    # The root has no gradient at zero.
-    steps = ops.sqrt(squared + 1e-8) * both
-    return ops.mean(ops.sum(steps, axis=(-2, -1))) / ops.maximum(ops.sum(both), 1.0)
+    # The small constant avoids the infinite gradient of the square root at zero.
+    steps = ops.sqrt(squared + 1e-8) * all_three
+    return ops.mean(ops.sum(steps, axis=(-2, -1))) / ops.maximum(ops.sum(all_three), 1.0)
 
 
 def disagreement(patches: ComplexPair, weight: Tensor, offset_yx_px: Tensor) -> Tensor:
-    """Mean |patch − merged|² of members, weighted by the light, of patches (group, C, N, N)."""
+    """Illumination-weighted mean |patch − merged|² of patches (group, C, N, N)."""
     ramps = shift_ramps(offset_yx_px, patches[0].shape[-1])
     merged = merge_members(patches, weight, ramps, gathered_weight(weight, ramps))
     squared = (patches[0] - merged[0]) ** 2 + (patches[1] - merged[1]) ** 2
@@ -285,9 +292,10 @@ def disagreement(patches: ComplexPair, weight: Tensor, offset_yx_px: Tensor) -> 
 
 
 class MemberPatches(layers.Layer):
-    """Channels (group, N, N, 2C) relative to the flat object as patches (group, C, N, N, 2) in its units.
+    """Channels relative to the flat object as absolute patches.
 
-    Takes also, optionally, the number of the scan (group, 1).
+    Takes channels (group, N, N, 2C) and, optionally, the number of the scan (group, 1); returns patches
+    (group, C, N, N, 2) in the units of the scan's calibration.
     """
 
     def __init__(self, optics: OpticsTable, **kwargs: Any) -> None:
@@ -302,7 +310,10 @@ class MemberPatches(layers.Layer):
 
 
 def stacked_probes(optics: Sequence[Optics]) -> NDArray[np.complex64]:
-    """The probes of several scans, complex64 (scan, mode, N, N); a mode that is missing is dark."""
+    """Probes of several scans, complex64 (scan, mode, N, N).
+
+    Missing modes are 0.
+    """
     return _with_modes([each.probe for each in optics], max(len(each.probe) for each in optics))
 
 
@@ -311,7 +322,7 @@ def _with_modes(probes: Sequence[NDArray[np.complex64]], modes: int) -> NDArray[
 
 
 def probe_pair(optics: Optics) -> ComplexPair:
-    """The probe as a pair of float32 tensors (mode, N, N)."""
+    """Probe as a pair of float32 tensors (mode, N, N)."""
     return (
         ops.convert_to_tensor(np.ascontiguousarray(optics.probe.real)),
         ops.convert_to_tensor(np.ascontiguousarray(optics.probe.imag)),
@@ -319,20 +330,25 @@ def probe_pair(optics: Optics) -> ComplexPair:
 
 
 def split_channels(relative: Tensor, object_amplitude: Tensor) -> ComplexPair:
-    """Patches (group, C, N, N) from channels (group, N, N, 2C) of difference from the flat object."""
+    """Patches (group, C, N, N) from channels relative to the flat object.
+
+    Channels (group, N, N, 2C) are differences from the flat object in units of its amplitude.
+    """
     members = relative.shape[-1] // 2
     channels = ops.transpose(relative, (0, 3, 1, 2)) * object_amplitude
     return channels[:, :members] + object_amplitude, channels[:, members:]
 
 
 def join_channels(patches: ComplexPair, object_amplitude: Tensor) -> Tensor:
-    """The inverse of `split_channels`."""
+    """Inverse of `split_channels`."""
     channels = ops.concatenate([patches[0] - object_amplitude, patches[1]], axis=1)
     return ops.transpose(channels, (0, 2, 3, 1)) * (1.0 / object_amplitude)
 
 
 def unet(features: Tensor, spec: ModelSpec, precision: Precision = "float32") -> Tensor:
-    """U-Net of two 3x3 convolutions per level (Ronneberger, Fischer & Brox, MICCAI 2015), 2C channels out.
+    """U-Net of two 3x3 convolutions per level, with 2C output channels.
+
+    Ronneberger, Fischer & Brox, MICCAI 2015.
 
     Parameters
     ----------
@@ -367,7 +383,7 @@ def unet(features: Tensor, spec: ModelSpec, precision: Precision = "float32") ->
 
 
 def convolution_dtype(precision: Precision) -> str:
-    """Keras' name of a precision."""
+    """Keras dtype policy of a precision."""
     return "mixed_bfloat16" if precision == "mixed" else "float32"
 
 
@@ -380,24 +396,24 @@ def _two_convolutions(hidden: Tensor, filters: int, name: str, dtype: str) -> Te
 
 
 def _attention(hidden: Tensor, filters: int, dtype: str) -> Tensor:
-    """Each place takes from all others what resembles it (Vaswani et al., NeurIPS 2017), added to what it had."""
+    """Self-attention over pixels with a residual connection (Vaswani et al., NeurIPS 2017)."""
     _, height, width, _ = hidden.shape
-    places = layers.Reshape((height * width, filters), name="bottom_places", dtype=dtype)(hidden)
-    normal = layers.LayerNormalization(name="bottom_normal", dtype=dtype)(places)
+    tokens = layers.Reshape((height * width, filters), name="bottom_places", dtype=dtype)(hidden)
+    normal = layers.LayerNormalization(name="bottom_normal", dtype=dtype)(tokens)
     attention = layers.MultiHeadAttention(
         ATTENTION_HEADS, filters // ATTENTION_HEADS, name="bottom_attention", dtype=dtype
     )
-    taken = layers.Reshape((height, width, filters), name="bottom_taken", dtype=dtype)(attention(normal, normal))
-    return layers.Add(name="bottom_attended", dtype=dtype)([hidden, taken])
+    attended = layers.Reshape((height, width, filters), name="bottom_taken", dtype=dtype)(attention(normal, normal))
+    return layers.Add(name="bottom_attended", dtype=dtype)([hidden, attended])
 
 
 def encoder_layers(network: keras.Model) -> list[layers.Layer]:
-    """Layers on the U-Net's way down and at its bottom that have weights."""
+    """Layers of the U-Net's encoder and bottleneck that have weights."""
     return [layer for layer in network.layers if layer.weights and layer.name.startswith(("down", "bottom"))]
 
 
 def bottom_weights(spec: ModelSpec) -> int:
-    """Numbers in the widest convolution of the U-Net of a spec, which are about a third of all that it has."""
+    """Weights in a U-Net's widest convolution, about a third of all."""
     return 9 * (BASE_FILTERS * spec.n_filters_scale * 2**spec.levels) ** 2
 
 
@@ -407,45 +423,46 @@ def build_network(
     precision: Precision = "float32",
     fitted: FittedProbes | None = None,
 ) -> keras.Model:
-    """The network of a spec: (X, offsets) to patches (group, C, N, N, 2) at the members' positions.
+    """Network of a spec, from X and offsets to patches.
 
     Parameters
     ----------
     spec : ModelSpec
     optics : Optics or sequence of Optics
-        Probe, input scale and mask of the scan that it will see, or of several scans.
+        Probe, input scale and mask of the scan it is applied to, or of several scans.
     precision : {"float32", "mixed"}
     fitted : FittedProbes, optional
-        Probes that are fitted along; they are no weights of the network.
+        Probes fitted during training; they are not weights of the network.
 
     Returns
     -------
     keras.Model
         Inputs X float32 (group, N, N, C), normalised, and offsets float32 (group, C, 2), pixels; for several scans also
-        the number of the scan, int32 (group, 1), the same in a whole batch. Output float32 (group, C, N, N, 2), real
-        and imaginary part. The weights and their order do not depend on how many scans there are.
+        the number of the scan, int32 (group, 1), equal for all groups of a batch. Output patches float32
+        (group, C, N, N, 2) at the members' positions, real and imaginary part. The weights and their order do not
+        depend on the number of scans.
 
     Notes
     -----
-    Both kinds are unrolled networks of one form, told apart by what they are trained on: data-consistent steps of the
-    whole group (its members share the object where they overlap) lead from a flat object to a first estimate, a U-Net
-    corrects it, and a few more steps bring the answer back to the data. The learned weights are the U-Net's alone.
-    Without steps before it, the U-Net reads the patterns themselves, as PtychoNN does (Cherukara et al., Appl. Phys.
-    Lett. 117 (2020) 044103).
+    PINN and baseline are unrolled networks of the same architecture and differ only in their training: data-consistency
+    steps of the group (its members share the object where they overlap) lead from a flat object to a first estimate, a
+    U-Net corrects it, and a few more steps make the result consistent with the data again. Only the U-Net has learned
+    weights. Without steps before it, the U-Net reads the patterns, as in PtychoNN (Cherukara et al., Appl. Phys. Lett.
+    117 (2020) 044103).
     """
     table = OpticsTable(optics, spec.object_amplitude, fitted)
     x = keras.Input((spec.n_pixels, spec.n_pixels, spec.members), name="x")
     offset = keras.Input((spec.members, 2), name="offset_yx_px")
-    which = {} if len(table) == 1 else {"scan": keras.Input((1,), dtype="int32", name="scan")}
+    scan_input = {} if len(table) == 1 else {"scan": keras.Input((1,), dtype="int32", name="scan")}
     before = GroupProjections(table, spec.projections_before, spec.momentum, name="before")
-    first = before(x, offset, **which)
+    first = before(x, offset, **scan_input)
     features = first if spec.projections_before else x
     relative = layers.Add(name="corrected")([first, unet(features, spec, precision)])
     if spec.projections_after:
         after = GroupProjections(table, spec.projections_after, 0.0, name="after")
-        relative = after(x, offset, relative, **which)
-    patches = MemberPatches(table, name="patches")(relative, **which)
-    return keras.Model([x, offset, *which.values()], patches, name=spec.kind)
+        relative = after(x, offset, relative, **scan_input)
+    patches = MemberPatches(table, name="patches")(relative, **scan_input)
+    return keras.Model([x, offset, *scan_input.values()], patches, name=spec.kind)
 
 
 def with_penalties(
@@ -457,7 +474,7 @@ def with_penalties(
     tv: float,
     real_space: float,
 ) -> keras.Model:
-    """A network whose patches cost something by themselves: see `PatchPenalties`."""
+    """A network with `PatchPenalties` on its patches."""
     _, offset, *scan = network.inputs
     table = OpticsTable(optics, spec.object_amplitude, fitted)
     penalties = PatchPenalties(table, tv, real_space, name="penalties")
@@ -468,9 +485,9 @@ def with_penalties(
 def build_autoencoder(
     network: keras.Model, optics: Optics | Sequence[Optics], fitted: FittedProbes | None = None
 ) -> keras.Model:
-    """A PINN's network followed by its forward model: from the network's inputs to counts (group, C, N, N).
+    """PINN's network followed by its forward model, with counts as output.
 
-    Fitted probes are a weight of the whole, the last one.
+    The output is (group, C, N, N). Fitted probes are the last weight of the returned model.
     """
     _, offset, *scan = network.inputs
     counts = GroupCounts(OpticsTable(optics, fitted=fitted), name="counts")

@@ -1,4 +1,4 @@
-"""Other people's networks: any callable becomes a model that the engine takes."""
+"""User-supplied networks: any callable as a model for reconstruction."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ptychodask.models.model import CompiledCall, check_n_pixels, predict_in_bat
 from ptychodask.scan import PtychodaskError, Scan, check_choice
 
 InputDomain = Literal["normalised", "amplitude", "counts"]
-"""What a network reads: X as `Scan.network_input` gives it, measured amplitude, or its square."""
+"""Input of a network: X as `Scan.network_input` returns it, measured amplitude, or its square."""
 
 Output = Literal["member", "group"]
-"""Patches that a network gives: one for each member, or one for the group."""
+"""Output of a network: one patch per member, or one per group."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CallableModel:
-    """A network of any library, as two functions: one opens it, the other calls it.
+    """A network of any library as two functions: one loads, one predicts.
 
     Examples
     --------
@@ -33,11 +33,11 @@ class CallableModel:
     """
 
     load: Callable[[], Callable[[NDArray[np.float32], NDArray[np.float32]], Any]]
-    """Opens the network and returns its call; made once in each process, so what it opens is never sent anywhere.
+    """Loads the network and returns its prediction function; called once per process, so the network is never sent.
 
-    The call takes float32 arrays of one fixed batch size, patterns (batch, N, N, C) in the unit of `input_domain` and
-    offsets (batch, C, 2), (y, x), pixels; it returns complex patches (batch, C, N, N) for "member", (batch, N, N) for
-    "group".
+    The returned function takes float32 arrays of one fixed batch size, patterns (batch, N, N, C) in the unit of
+    `input_domain` and offsets (batch, C, 2), (y, x), pixels; it returns complex patches (batch, C, N, N) for "member",
+    (batch, N, N) for "group".
     """
 
     n_pixels: int
@@ -47,19 +47,19 @@ class CallableModel:
     """Patterns in one group, C."""
 
     content_hash: str
-    """Says which weights these are, for instance the SHA-256 of their file: two models with one hash are one model."""
+    """Identifies the weights, for instance the SHA-256 of their file: models with equal hashes count as the same."""
 
     output: Output = "member"
-    """A patch for each member at its position, or one for the group at its centre."""
+    """One patch per member at its position, or one per group at its centre."""
 
     input_domain: InputDomain = "normalised"
-    """Unit of the patterns that the call takes."""
+    """Unit of the patterns passed to the network."""
 
     kind: str = "own"
-    """A word for it, recorded with results."""
+    """Short name, recorded with results."""
 
     normalization: float | None = None
-    """Factor from amplitude to X of the scan that it is bound to."""
+    """Factor from amplitude to X of the scan it is bound to."""
 
     def __post_init__(self) -> None:
         check_choice("output", self.output, get_args(Output), "model")
@@ -68,26 +68,34 @@ class CallableModel:
             if getattr(self, name) < 1:
                 raise PtychodaskError(f"model: {name} is {getattr(self, name)}, expected 1 or more")
         if not self.content_hash:
-            raise PtychodaskError("model: content_hash is empty, expected a word that changes with the weights")
+            raise PtychodaskError("model: content_hash is empty, expected a string that changes with the weights")
 
     @property
     def path(self) -> None:
-        """None: it lies in no bundle, so the model itself travels to the workers."""
+        """None: there is no bundle, so workers receive the model itself."""
         return None
 
     def bind(self, scan: Scan) -> CallableModel:
-        """The model for a scan's normalisation; raises `PtychodaskError` when N does not fit."""
-        check_n_pixels(self, scan)
-        return replace(self, normalization=scan.normalization)
-
-    def compile(self, batch_size: int) -> CompiledCall:
-        """One call of a fixed batch size: normalised X and offsets, as in `Model.compile`, to complex64 patches.
+        """The model with a scan's normalisation.
 
         Raises
         ------
         PtychodaskError
-            If the unit of its input needs a scan and none is bound; from the call, if what the network returns has
-            another shape than it says, or is not complex.
+            If the scan's patterns differ in size from the network's.
+        """
+        check_n_pixels(self, scan)
+        return replace(self, normalization=scan.normalization)
+
+    def compile(self, batch_size: int) -> CompiledCall:
+        """Prediction function of a fixed batch size.
+
+        From normalised X and offsets, as in `Model.compile`, to complex64 patches.
+
+        Raises
+        ------
+        PtychodaskError
+            If the input unit depends on the scan and none is bound; when called, if the network returns patches of
+            another shape than `output` implies, or that are not complex.
         """
         rescale = self._rescale()
         network = self.load()
@@ -98,8 +106,8 @@ class CallableModel:
             patches = np.asarray(network(rescale(x), offset_yx_px))
             if patches.shape != shape or patches.dtype.kind != "c":
                 raise PtychodaskError(
-                    f"model: its call returned {patches.dtype} {patches.shape}, expected complex {shape} for "
-                    f"output={self.output!r}; mend the function that load returns"
+                    f"model: its network returned {patches.dtype} {patches.shape}, expected complex {shape} for "
+                    f"output={self.output!r}; correct the function that load returns"
                 )
             return patches.astype(np.complex64, copy=False)
 
@@ -110,7 +118,7 @@ class CallableModel:
             return lambda x: x
         if self.normalization is None:
             raise PtychodaskError(
-                f"model: reads {self.input_domain}, whose unit is that of a scan; call bind(scan) before it predicts"
+                f"model: reads {self.input_domain}, whose scale depends on the scan; call bind(scan) before predicting"
             )
         factor = np.float32(1 / self.normalization)
         if self.input_domain == "amplitude":

@@ -1,6 +1,6 @@
-"""The physics of a group in differentiable form: propagation, placement, merging, data projections.
+"""Differentiable forward model of a group: propagation, shifts, merging, data projections.
 
-Everything here runs on any backend of Keras. Complex values travel as pairs (real, imaginary) of float32 tensors.
+Everything here runs on any Keras backend. Complex values are pairs (real, imaginary) of float32 tensors.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ ComplexPair = tuple[Tensor, Tensor]
 """Real and imaginary part, tensors of one shape."""
 
 MERGE_FLOOR = 1e-2
-"""Share of a patch's own estimate where no light fell, relative to the brightest pixel's weight."""
+"""Weight of a member's own patch added when patches are merged, relative to the brightest pixel's weight.
+
+It dominates only where no member has illumination."""
 
 TINY = 1e-12
 
 DARK_FLOOR = 1e-3
-"""Far field, relative to the probe's root mean square there, below which its phase may be rounding and counts less."""
+"""Far-field amplitude, relative to the root mean square of the probe's far field, below which a pixel counts less.
+
+Its phase may be rounding error there."""
 
 
 def multiply(a: ComplexPair, b: ComplexPair) -> ComplexPair:
@@ -44,7 +48,9 @@ def squared_modulus(a: ComplexPair) -> Tensor:
 
 
 def alternating_signs(n_pixels: int) -> NDArray[np.float32]:
-    """(−1)**(y+x), float32 (N, N): multiplied in before an FFT of even size, it shifts the result by N/2.
+    """(−1)**(y+x), float32 (N, N), which shifts an FFT by N/2.
+
+    Multiplied into the input of an FFT of even size, it shifts the output by N/2.
 
     Examples
     --------
@@ -55,17 +61,20 @@ def alternating_signs(n_pixels: int) -> NDArray[np.float32]:
     return (1 - 2 * ((y + x) % 2)).astype(np.float32)
 
 
-def relative_light(probe: ComplexPair) -> Tensor:
-    """Relative illumination (N, N) of a probe (mode, N, N): `scan.illumination` in differentiable form."""
+def relative_illumination(probe: ComplexPair) -> Tensor:
+    """Relative illumination (N, N) of a probe (mode, N, N).
+
+    `scan.illumination` in differentiable form.
+    """
     intensity = ops.sum(squared_modulus(probe), axis=0)
     relative = intensity / ops.max(intensity)
     return ops.where(relative < ILLUMINATION_FLOOR, 0.0, relative)
 
 
 def propagate(wave: ComplexPair) -> ComplexPair:
-    """Far field of exit waves (..., N, N), unitary, DC at [N//2, N//2].
+    """Far field of exit waves (..., N, N) by a unitary FFT.
 
-    Equals ``fftshift(fft2(wave)) / N`` (DESIGN: unitary FFT, so Σ|far|² = Σ|wave|²).
+    DC is at [N//2, N//2]. Equals ``fftshift(fft2(wave)) / N``, so that Σ|far|² = Σ|wave|².
     """
     n_pixels = wave[0].shape[-1]
     signs = ops.convert_to_tensor(alternating_signs(n_pixels))
@@ -74,7 +83,7 @@ def propagate(wave: ComplexPair) -> ComplexPair:
 
 
 def propagate_back(far: ComplexPair) -> ComplexPair:
-    """Exit waves from far fields (..., N, N): the inverse of `propagate`."""
+    """Exit waves from far fields (..., N, N): inverse of `propagate`."""
     n_pixels = far[0].shape[-1]
     signs = ops.convert_to_tensor(alternating_signs(n_pixels) * n_pixels)
     real, imag = ops.ifft2(far)
@@ -82,12 +91,12 @@ def propagate_back(far: ComplexPair) -> ComplexPair:
 
 
 def shift_ramps(shift_yx_px: Tensor, n_pixels: int) -> ComplexPair:
-    """Fourier factors that move images by sub-pixel shifts.
+    """Fourier factors that shift images by sub-pixel amounts.
 
     Parameters
     ----------
     shift_yx_px : tensor (..., 2)
-        Where each image shall be read: out(k) = in(k + shift), pixels.
+        Shift of the sampling points: out(k) = in(k + shift), pixels.
     n_pixels : int
 
     Returns
@@ -105,12 +114,14 @@ def shift_ramps(shift_yx_px: Tensor, n_pixels: int) -> ComplexPair:
 
 
 def translate(image: ComplexPair, shift_yx_px: Tensor) -> ComplexPair:
-    """Read images at shifted places, out(k) = in(k + shift), by the Fourier shift theorem.
+    """Sample images at shifted positions by the Fourier shift theorem.
+
+    out(k) = in(k + shift).
 
     Parameters
     ----------
     image : pair of tensors (..., N, N)
-        Dark at the rim: what leaves on one side comes back on the other.
+        Zero at the rim, since the shift is periodic.
     shift_yx_px : tensor (..., 2)
 
     Returns
@@ -121,12 +132,12 @@ def translate(image: ComplexPair, shift_yx_px: Tensor) -> ComplexPair:
 
 
 def gather_members(values: ComplexPair, ramps: ComplexPair) -> ComplexPair:
-    """Sum the members' values as each member's own frame sees them.
+    """Sum of all members' values, in the coordinates of each member.
 
     Parameters
     ----------
     values : pair of tensors (group, C, N, N)
-        Values in each member's frame, dark at the rim.
+        Values in each member's coordinates, zero at the rim.
     ramps : pair of tensors (group, C, N, N)
         `shift_ramps` of the members' offsets.
 
@@ -135,23 +146,26 @@ def gather_members(values: ComplexPair, ramps: ComplexPair) -> ComplexPair:
     pair of tensors (group, C, N, N)
         Σ over c of values[c], translated by offset[j] − offset[c], for each member j.
     """
-    # The factor between two members is one member's ramp times the conjugate of the other's, so that all are summed
-    # in the frame of the group's centre first.
+    # The factor between two members is one member's ramp times the conjugate of the other's, so that all are first
+    # summed in the coordinates of the group's centre: C transforms instead of C².
     at_centre = multiply(conjugate(ramps), ops.fft2(values))
     summed = tuple(ops.sum(part, axis=1, keepdims=True) for part in at_centre)
     return ops.ifft2(multiply(ramps, (summed[0], summed[1])))
 
 
 def gathered_weight(weight: Tensor, ramps: ComplexPair) -> Tensor:
-    """Weights (N, N) of all members summed in each member's frame, (group, C, N, N), at least the member's own."""
+    """Sum of all members' weights, in the coordinates of each member.
+
+    From weights (N, N) to (group, C, N, N); nowhere less than the member's own weight.
+    """
     each = ops.broadcast_to(weight, ops.shape(ramps[0]))
     total, _ = gather_members((each, ops.zeros_like(each)), ramps)
-    # A sharp edge rings when it is translated; what it takes from the others must not weaken a member's own weight.
+    # A sharp edge rings when it is shifted: negative lobes of the others must not lower a member's own weight.
     return ops.maximum(total, each)
 
 
 def merge_members(patches: ComplexPair, weight: Tensor, ramps: ComplexPair, total_weight: Tensor) -> ComplexPair:
-    """Weighted mean of a group's patches, seen in each member's frame.
+    """Weighted mean of a group's patches, in the coordinates of each member.
 
     Parameters
     ----------
@@ -164,7 +178,7 @@ def merge_members(patches: ComplexPair, weight: Tensor, ramps: ComplexPair, tota
     Returns
     -------
     pair of tensors (group, C, N, N)
-        Where no member has light, each member keeps its own patch (`MERGE_FLOOR`).
+        Where no member has illumination, each member keeps its own patch (`MERGE_FLOOR`).
     """
     real, imag = gather_members((patches[0] * weight, patches[1] * weight), ramps)
     denominator = total_weight + MERGE_FLOOR
@@ -172,17 +186,23 @@ def merge_members(patches: ComplexPair, weight: Tensor, ramps: ComplexPair, tota
 
 
 def exit_waves(probe: ComplexPair, patches: ComplexPair) -> ComplexPair:
-    """Exit waves (group, C, mode, N, N) of a probe (mode, N, N) on patches (group, C, N, N)."""
+    """Exit waves (group, C, mode, N, N) of a probe on patches.
+
+    The probe is (mode, N, N), patches are (group, C, N, N).
+    """
     return multiply(probe, (patches[0][:, :, None], patches[1][:, :, None]))
 
 
 def expected_counts(probe: ComplexPair, patches: ComplexPair) -> Tensor:
-    """Counts (group, C, N, N) that patches under a probe give, DC at [N//2, N//2], summed over modes."""
+    """Expected counts (group, C, N, N) of patches under a probe.
+
+    Summed over modes, DC at [N//2, N//2].
+    """
     return ops.sum(squared_modulus(propagate(exit_waves(probe, patches))), axis=2)
 
 
 def data_step(patches: ComplexPair, probe: ComplexPair, amplitude: Tensor, mask: Tensor) -> ComplexPair:
-    """How the data would change the exit waves, weighted by the probe: conj(P)·(ψ' − ψ), summed over modes.
+    """Modulus-projection update of patches: conj(P)·(ψ' − ψ), summed over modes.
 
     Parameters
     ----------
@@ -191,7 +211,7 @@ def data_step(patches: ComplexPair, probe: ComplexPair, amplitude: Tensor, mask:
     amplitude : tensor (group, C, N, N)
         Measured amplitude.
     mask : tensor (N, N)
-        1 where a detector pixel is good; bad ones keep the model's value.
+        Good detector pixels are 1; bad ones (0) keep the model's value.
 
     Returns
     -------
@@ -221,10 +241,11 @@ def project_group(
     total_weight: Tensor,
     length: float = 1.0,
 ) -> ComplexPair:
-    """One data-consistent step of a whole group from patches to patches.
+    """One data-consistency step of a group, from patches to patches.
 
-    All members' steps are summed in each member's frame and divided by the light there, regularised as in rPIE
-    (Maiden, Johnson & Li, Optica 4 (2017) 736, eq. 12) by `MERGE_FLOOR` of the brightest pixel.
+    All members' updates are summed in the coordinates of each member and divided by the illumination there,
+    regularised as in rPIE (Maiden, Johnson & Li, Optica 4 (2017) 736, eq. 12) by `MERGE_FLOOR` times the brightest
+    pixel.
 
     Parameters
     ----------
@@ -233,7 +254,7 @@ def project_group(
     weight, ramps, total_weight
         As in `merge_members`.
     length : float
-        Share of the full step.
+        Factor of the full step.
 
     Returns
     -------
@@ -246,14 +267,14 @@ def project_group(
 
 
 def extrapolate(before: ComplexPair, after: ComplexPair, momentum: float) -> ComplexPair:
-    """Where the next step starts: as far beyond the last one as a share of it.
+    """Starting point of the next step: after + momentum (after − before).
 
     Parameters
     ----------
     before, after : pair of tensors (group, C, N, N)
         Patches before and after a step.
     momentum : float
-        The share, 0 to less than 1.
+        From 0 to less than 1.
 
     Returns
     -------
@@ -271,13 +292,15 @@ def extrapolate(before: ComplexPair, after: ComplexPair, momentum: float) -> Com
 
 
 def step_length(momentum: float) -> float:
-    """Share of the full step with which momentum stays stable wherever full steps without it do.
+    """Step length that keeps steps with momentum stable.
+
+    Factor of the full step with which momentum is stable wherever full steps without momentum are.
 
     Notes
     -----
     A full step changes a misfit by a factor 1 − λ, and steps without momentum converge for λ < 2 (a sharp edge of the
     probe between pixels comes close to it). With momentum μ they do for λ < (2 + 2μ) / (1 + 2μ): the roots of
-    z² − (1 − λ)(1 + μ) z + (1 − λ) μ lie inside the unit circle.
+    z² − (1 − λ)(1 + μ) z + (1 − λ) μ are inside the unit circle.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Models that come with the package, read by name: ``pretrained:<name>``."""
+"""Models packaged with ptychodask, read by name: ``pretrained:<name>``."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from ptychodask.scan import PtychodaskError
 PREFIX = "pretrained:"
 
 FOLDER = Path(__file__).with_name("packaged")
-"""Bundles by name, each with a card that says what it was trained on and how it was judged."""
+"""Folder of the bundles, each with a card of its training data and validation."""
 
 CARD = "CARD.md"
 
 
 def pretrained_names() -> list[str]:
-    """Names of the models that come with the package, in the order in which `reconstruct` takes them."""
-    found = [path.name for path in FOLDER.iterdir() if (path / "model.json").is_file()] if FOLDER.is_dir() else []
-    return sorted(found, key=_rank)
+    """Names of the packaged models, in the order of preference of `reconstruct`."""
+    names = [path.name for path in FOLDER.iterdir() if (path / "model.json").is_file()] if FOLDER.is_dir() else []
+    return sorted(names, key=_rank)
 
 
 def _rank(name: str) -> tuple[bool, int]:
-    """A PINN in front of a baseline, and of several the one that reads most patterns together."""
+    """Sort key: PINNs before baselines, then by decreasing group size."""
     kind, _, members = name.split("-")
     return kind != "pinn", -int(members.removeprefix("c"))
 
 
 def is_pretrained(path: object) -> bool:
-    """Whether a path is the name of a packaged model."""
+    """True if a path is the name of a packaged model."""
     return isinstance(path, str | Path) and str(path).startswith(PREFIX)
 
 
 def bundle_folder(path: str | Path) -> Path:
-    """The folder that the path of a model names: it, or where a packaged model lies."""
+    """Folder of a model's bundle, which may be a packaged one."""
     return packaged_folder(path) if is_pretrained(path) else Path(path)
 
 
 def packaged_folder(path: str | Path) -> Path:
-    """Where the bundle of a ``pretrained:<name>`` lies on this machine.
+    """Folder of the bundle of ``pretrained:<name>`` on this machine.
 
     Raises
     ------
@@ -46,12 +46,12 @@ def packaged_folder(path: str | Path) -> Path:
     """
     name = str(path).removeprefix(PREFIX)
     if name not in pretrained_names():
-        raise PtychodaskError(f"{path}: no such packaged model; there are: {', '.join(pretrained_names()) or 'none'}")
+        raise PtychodaskError(f"{path}: no such packaged model; available: {', '.join(pretrained_names()) or 'none'}")
     return FOLDER / name
 
 
 def pretrained_for(n_pixels: int) -> str | None:
-    """``pretrained:<name>`` of the packaged model that `reconstruct` takes for patterns of N pixels, or None.
+    """Default packaged model for patterns of N pixels, or None.
 
     Examples
     --------

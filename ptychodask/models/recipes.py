@@ -1,6 +1,7 @@
-"""How the packaged models are made: ``python -m ptychodask.models.recipes pinn-n64-c4 --out pinn-n64-c4``.
+"""Training recipes of the packaged models.
 
-This is a program that stands on all stages down to the judging of results; no module imports it.
+``python -m ptychodask.models.recipes pinn-n64-c4 --out pinn-n64-c4`` simulates scans, trains a model on them, validates
+it on others and writes its bundle with a model card. A script that uses all stages; no module imports it.
 """
 
 from __future__ import annotations
@@ -39,77 +40,79 @@ PATTERNS = 256
 """Patterns of each simulated scan."""
 
 TRAINING_SCANS = 64
-"""Scans that a model is trained on."""
+"""Number of simulated training scans."""
 
 JUDGED = 12
-"""Scans that a model is judged on; it never saw their objects, probes or positions."""
+"""Number of validation scans; none of their objects, probes or positions is in the training scans."""
 
 JUDGED_SEED = 1_000_000
-"""Seed of the first scan to judge on; those to train on count from 0."""
+"""Seed of the first validation scan; seeds of training scans count from 0."""
 
 METRICS = (("amplitude", "correlation"), ("phase", "correlation"), ("amplitude", "ratio"))
 
 
 wrapped = partial(fill, width=118, break_on_hyphens=False)
-"""A paragraph of a card."""
+"""A paragraph of a card, wrapped."""
 
-DRAWN = (
-    "Objects: crossing lines, smooth fields, sharp-edged blobs and Siemens stars, amplitude from 1 down to 0.3, phase "
-    "over up to 2.4 rad. Probes: discs, flat and curved, and zone plates out of focus, a little aberrated. Paths: "
-    "random, raster, spiral. Poisson noise."
+SIMULATION = (
+    "Objects: crossing lines, smooth fields, sharp-edged blobs and Siemens stars, amplitudes down to 0.3, phase "
+    "ranges up to 2.4 rad. Probes: discs with flat or curved phase, and defocused zone plates, slightly aberrated. "
+    "Scan paths: random, raster, spiral. Poisson noise."
 )
-"""What the scans are like, see `varied_scan`."""
+"""Description of the simulated scans, see `varied_scan`."""
 
-JUDGING = (
-    "scans drawn in the same way, whose objects, probes and positions it has not seen. A global phase and a "
-    "plane are removed, nothing else. Median (lowest to highest) over the scans; R is Σ\\|√I_pred − √I\\| / Σ√I of the "
-    "stitched object."
+VALIDATION = (
+    "scans simulated in the same way, with objects, probes and positions that are not in the training scans. A global "
+    "phase and a phase ramp are removed, nothing else. Median (lowest to highest) over the scans; R is "
+    "Σ\\|√I_pred − √I\\| / Σ√I of the stitched object."
 )
+"""Description of the validation, after the number of scans."""
 
 NOT_FOR = (
-    "Scans outside of the ranges above: `reconstruct` warns of them.",
-    "A probe that is not known well: run `ptychodask refine-probe` first.",
+    "Scans outside of the ranges above (`reconstruct` warns about them).",
+    "Scans without a well-known probe: run `ptychodask refine-probe` first.",
     "Near-field patterns, and objects thicker than one slice.",
-    "Quantitative phase of features wider than the probe, which are weak in what the network gives: polish the result "
+    "Quantitative phase of features wider than the probe, which the network underestimates: polish the result "
     "(`reconstruct(..., polish=10)`).",
 )
+"""Limits of the packaged models, for their cards."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A packaged model as it is trained."""
+    """Training settings of a packaged model."""
 
     training: TrainingSpec
 
     minutes: float
-    """Time of the training; the learning rate falls with the clock."""
+    """Training time; the learning rate decreases with time."""
 
     about: str
-    """What it is, in a sentence."""
+    """One-sentence description for its card."""
 
 
 RECIPES = {
     "pinn-n64-c4": Recipe(
         training=TrainingSpec(model="pinn", members=4),
         minutes=27,
-        about="Reads four neighbouring patterns (gridsize 2); trained on patterns alone, through the forward model.",
+        about="Reads four neighbouring patterns (gridsize 2); trained only on patterns, through the forward model.",
     ),
     "pinn-n64-c1": Recipe(
         training=TrainingSpec(model="pinn", members=1),
         minutes=12,
-        about="Reads one pattern (gridsize 1); trained on patterns alone, through the forward model.",
+        about="Reads one pattern (gridsize 1); trained only on patterns, through the forward model.",
     ),
     "baseline-n64-c1": Recipe(
         training=TrainingSpec(model="baseline"),
         minutes=12,
-        about="Reads one pattern (gridsize 1); supervised, trained on patches of the known objects.",
+        about="Reads one pattern (gridsize 1); supervised, trained on patches of the simulated objects.",
     ),
 }
 """The packaged models by name."""
 
 
 def varied_object(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.complex64]:
-    """A random object of one of four kinds (lines, smooth field, sharp-edged blobs, star) and of random contrast.
+    """Random object: lines, smooth field, sharp-edged blobs or star, of random contrast.
 
     Parameters
     ----------
@@ -120,8 +123,8 @@ def varied_object(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[n
     Returns
     -------
     complex64 array (y, x)
-        Amplitude from 0.3 to 0.95 up to 1; phase over 0.2 to 2.4 rad, of a random sign; drawn independently of the
-        amplitude, or following it. The mean is real and positive.
+        Amplitude from a minimum (0.3 to 0.95) to 1; phase range 0.2 to 2.4 rad, of random sign; independent of the
+        amplitude or a linear function of it. The mean is real and positive.
     """
     kind = rng.choice(["lines", "field", "blobs", "star"], p=[0.35, 0.25, 0.3, 0.1])
     if kind == "lines":
@@ -138,7 +141,7 @@ def varied_object(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[n
     darkest, turn = rng.uniform(0.3, 0.95), rng.uniform(0.1, 1.2) * rng.choice([-1, 1])
     amplitude = darkest + (1 - darkest) * amplitude
     drawn = amplitude * np.exp(1j * turn * (2 * phase - 1))
-    # No pattern tells the global phase, so no label shall ask for it.
+    # Patterns do not determine the global phase, so the labels must not contain a random one.
     return (drawn * np.exp(-1j * np.angle(drawn.mean()))).astype(np.complex64)
 
 
@@ -152,7 +155,7 @@ def _blobs(grey: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.fl
 
 
 def varied_probe(rng: np.random.Generator, n_pixels: int = N_PIXELS) -> NDArray[np.complex64]:
-    """A random probe: a disc, flat or curved, or the donut or spot of a zone plate; each a little aberrated.
+    """Random probe: disc or defocused zone plate, slightly aberrated.
 
     Parameters
     ----------
@@ -163,15 +166,15 @@ def varied_probe(rng: np.random.Generator, n_pixels: int = N_PIXELS) -> NDArray[
     -------
     complex64 array (1, N, N)
     """
-    across = rng.uniform(0.3, 0.6) * n_pixels
+    diameter_px = rng.uniform(0.3, 0.6) * n_pixels
     if rng.random() < 0.4:
-        probe = disc_probe(n_pixels, diameter_px=across, edge_px=rng.uniform(1, 4))
+        probe = disc_probe(n_pixels, diameter_px=diameter_px, edge_px=rng.uniform(1, 4))
         radius = np.hypot(*(np.indices((n_pixels, n_pixels)) - n_pixels // 2))
-        probe = probe * np.exp(1j * rng.uniform(-8, 8) * (2 * radius / across) ** 2)
+        probe = probe * np.exp(1j * rng.uniform(-8, 8) * (2 * radius / diameter_px) ** 2)
     else:
         outer_px = rng.uniform(0.3, 0.6) * n_pixels
-        # The pupil's shadow at this defocus is as wide as `across`.
-        defocus = np.pi / 4 * across * outer_px / n_pixels * rng.choice([-1, 1])
+        # At this defocus the pupil's shadow has the diameter `diameter_px`.
+        defocus = np.pi / 4 * diameter_px * outer_px / n_pixels * rng.choice([-1, 1])
         probe = zone_plate_probe(n_pixels, outer_px=outer_px, stop_px=rng.uniform(0.2, 0.5) * outer_px, defocus=defocus)
     aberration = gaussian_filter(rng.standard_normal((n_pixels, n_pixels)), n_pixels / 8)
     aberration *= rng.uniform(0, 0.5) / aberration.std()
@@ -179,26 +182,28 @@ def varied_probe(rng: np.random.Generator, n_pixels: int = N_PIXELS) -> NDArray[
 
 
 def varied_scan(store: Path, seed: int) -> Scan:
-    """Simulate a scan whose object, probe, path, overlap and dose are drawn at random; pure under its seed.
+    """Simulate a scan with random object, probe, path, overlap and dose.
+
+    The scan depends only on the seed.
 
     Parameters
     ----------
     store : Path
-        The store to make.
+        Store to create.
     seed : int
 
     Returns
     -------
     Scan
-        Overlap (1 − step / diameter) 0.45 to 0.85, 10⁴ to 10⁹ photons in a pattern.
+        Overlap (1 − step / diameter) 0.45 to 0.85, 10⁴ to 10⁹ photons per pattern.
     """
     rng = np.random.default_rng(seed)
     probe = varied_probe(rng)
     step_px = max(2.0, (1 - rng.uniform(0.45, 0.85)) * probe_diameter_px(probe))
-    reach = int(np.ceil(0.6 * step_px * np.sqrt(PATTERNS))) + N_PIXELS // 2 + 2
+    half_px = int(np.ceil(0.6 * step_px * np.sqrt(PATTERNS))) + N_PIXELS // 2 + 2
     return simulate(
         store,
-        object=varied_object((2 * reach, 2 * reach), rng),
+        object=varied_object((2 * half_px, 2 * half_px), rng),
         probe=probe,
         n_pixels=N_PIXELS,
         n_patterns=PATTERNS,
@@ -219,20 +224,20 @@ def make(
     n_judged: int = JUDGED,
     seed: int = 0,
 ) -> Model:
-    """Train a packaged model, judge it on scans that it has not seen, and write its bundle with its card.
+    """Train and validate a packaged model, and write its bundle with card.
 
     Parameters
     ----------
     name : str
         One of `RECIPES`.
     out : Path
-        The bundle to write; what is there is replaced when the new one is whole.
+        Bundle to write; an existing one is replaced once the new one is complete.
     minutes : float, optional
-        Time of the training; by default the recipe's.
+        Training time; by default the recipe's.
     n_scans : int
-        Scans to train on.
+        Number of training scans.
     n_judged : int
-        Scans to judge on.
+        Number of validation scans.
     seed : int
         Seed of the training; the scans' seeds count from 0.
 
@@ -243,10 +248,10 @@ def make(
     recipe = RECIPES[name]
     spec = replace(recipe.training, max_minutes=minutes or recipe.minutes, epochs=1000, seed=seed)
     with tempfile.TemporaryDirectory(prefix="ptychodask-recipe-") as folder:
-        lessons = [varied_scan(Path(folder, f"lesson{i:03d}.zarr"), i) for i in range(n_scans)]
-        trained = train([str(scan.store) for scan in lessons], spec, out=Path(folder, "trained.model"))
+        scans = [varied_scan(Path(folder, f"scan{i:03d}.zarr"), i) for i in range(n_scans)]
+        trained = train([str(scan.store) for scan in scans], spec, out=Path(folder, "trained.model"))
         judged = judge(trained, Path(folder), n_judged)
-    about = {
+    trained_on = {
         "recipe": name,
         "traits": trained.trained_on["traits"],
         "n_scans": n_scans,
@@ -256,63 +261,69 @@ def make(
         "backend": trained.trained_on["backend"],
         "judged": judged,
     }
-    model = save_model(replace(trained, trained_on=about), out, overwrite=True)
+    model = save_model(replace(trained, trained_on=trained_on), out, overwrite=True)
     (out / CARD).write_text(card(model, recipe.about))
     return model
 
 
 def judge(model: Model, folder: Path, n_scans: int) -> dict[str, dict[str, list[float]]]:
-    """Figures of a model, and of its steps alone without what the U-Net learned, on scans that it has not seen.
+    """Metrics of a model with trained and untrained U-Net on validation scans.
+
+    With the untrained U-Net (output 0) only the data-consistency steps act.
 
     Returns
     -------
     dict
-        For ``trained`` and ``untrained``, by "part metric", one number for each scan.
+        For ``trained`` and ``untrained``, by "part metric", one value per scan.
     """
-    found: dict[str, dict[str, list[float]]] = {"trained": {}, "untrained": {}}
+    metrics: dict[str, dict[str, list[float]]] = {"trained": {}, "untrained": {}}
     for number in range(n_scans):
         scan = varied_scan(folder / f"judged{number:02d}.zarr", JUDGED_SEED + number)
         models = {"trained": model, "untrained": untrained_model(model.spec, model.optics)}
         both = reconstruct(str(scan.store), models, progress=False)
         comparison = compare({label: both.sel({"method": label}) for label in models}, truth=scan, scan=scan)
-        for label, figures in found.items():
-            for key, value in _figures(comparison, label).items():
-                figures.setdefault(key, []).append(round(value, 4))
+        for label, values in metrics.items():
+            for key, value in _metrics(comparison, label).items():
+                values.setdefault(key, []).append(round(value, 4))
         shutil.rmtree(str(scan.store))
-    return found
+    return metrics
 
 
-def _figures(comparison: xr.Dataset, label: str) -> dict[str, float]:
-    one = comparison.sel({"method": label})
-    figures = {f"{part} {metric}": float(one["value"].sel(part=part, metric=metric)) for part, metric in METRICS}
-    return figures | {"R": float(one["r_factor"])}
+def _metrics(comparison: xr.Dataset, label: str) -> dict[str, float]:
+    method = comparison.sel({"method": label})
+    values = {f"{part} {metric}": float(method["value"].sel(part=part, metric=metric)) for part, metric in METRICS}
+    return values | {"R": float(method["r_factor"])}
 
 
 def card(model: Model, about: str) -> str:
-    """What a model is, was trained on and reached, and what it must not be used for, as Markdown."""
-    on, spec = model.trained_on, model.spec
-    name, judged = on["recipe"], on["judged"]
-    made_of = (
-        f"{about} {sum(array.size for array in model.weights):,} weights; {spec.projections_before} data-consistent "
+    """Model card as Markdown: architecture, training data, validation and limits."""
+    record, spec = model.trained_on, model.spec
+    name, judged = record["recipe"], record["judged"]
+    architecture = (
+        f"{about} {sum(array.size for array in model.weights):,} weights; {spec.projections_before} data-consistency "
         f"steps before the U-Net, {spec.projections_after} after it. Content hash `{model.content_hash[:12]}`."
     )
     trained_on = (
-        f"{on['n_scans']} simulated scans of {PATTERNS} patterns of {spec.n_pixels}², {len(model.history)} epochs in "
-        f"{model.history[-1]['seconds'] / 60:.0f} minutes ({on['backend']}). {DRAWN}"
+        f"{record['n_scans']} simulated scans of {PATTERNS} patterns of {spec.n_pixels} x {spec.n_pixels} pixels, "
+        f"{len(model.history)} epochs in {model.history[-1]['seconds'] / 60:.0f} minutes ({record['backend']}). "
+        f"{SIMULATION}"
     )
-    ranges = [f"| {QUANTITIES[trait].words} | {low:.3g} to {high:.3g} |" for trait, (low, high) in on["traits"].items()]
-    figures = [
+    ranges = [
+        f"| {QUANTITIES[quantity].words} | {low:.3g} to {high:.3g} |"
+        for quantity, (low, high) in record["traits"].items()
+    ]
+    metrics = [
         f"| {key} | {_spread(values)} | {_spread(judged['untrained'][key])} |"
         for key, values in judged["trained"].items()
     ]
     lines = [
         f"# {name}",
         "",
-        wrapped(made_of),
+        wrapped(architecture),
         "",
-        f"Made by `python -m ptychodask.models.recipes {name} --out {name}`.",
+        f"Trained with `python -m ptychodask.models.recipes {name} --out {name}`.",
         "",
-        "## Trained on",
+        "## Training data",
         "",
         wrapped(trained_on),
         "",
@@ -320,13 +331,13 @@ def card(model: Model, about: str) -> str:
         "|---|---|",
         *ranges,
         "",
-        "## Judged on",
+        "## Validation",
         "",
-        wrapped(f"{len(judged['trained']['R'])} {JUDGING}"),
+        wrapped(f"{len(judged['trained']['R'])} {VALIDATION}"),
         "",
-        "| | trained | the same steps, U-Net of zero |",
+        "| | trained | the same steps with an untrained U-Net |",
         "|---|---|---|",
-        *figures,
+        *metrics,
         "",
         "## Not for",
         "",
@@ -340,20 +351,25 @@ def _spread(values: list[float]) -> str:
 
 
 def main() -> None:
-    """The command line of this module."""
+    """Command line of this module."""
     parser = argparse.ArgumentParser(prog="python -m ptychodask.models.recipes", description=__doc__)
-    parser.add_argument("name", choices=RECIPES, help="the packaged model to make")
-    parser.add_argument("--out", type=Path, required=True, help="the bundle to write")
-    parser.add_argument("--minutes", type=float, help="time of the training; by default the recipe's")
-    parser.add_argument("--scans", type=int, default=TRAINING_SCANS, help="simulated scans to train on")
-    parser.add_argument("--judged", type=int, default=JUDGED, help="simulated scans to judge on")
+    parser.add_argument("name", choices=RECIPES, help="packaged model to train")
+    parser.add_argument("--out", type=Path, required=True, help="bundle to write")
+    parser.add_argument("--minutes", type=float, help="training time; by default the recipe's")
+    parser.add_argument("--scans", type=int, default=TRAINING_SCANS, help="number of simulated training scans")
+    parser.add_argument("--judged", type=int, default=JUDGED, help="number of simulated validation scans")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training")
-    given: Any = parser.parse_args()
+    arguments: Any = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     model = make(
-        given.name, given.out, minutes=given.minutes, n_scans=given.scans, n_judged=given.judged, seed=given.seed
+        arguments.name,
+        arguments.out,
+        minutes=arguments.minutes,
+        n_scans=arguments.scans,
+        n_judged=arguments.judged,
+        seed=arguments.seed,
     )
-    logger.info("%s: %s", given.out, json.dumps(model.trained_on["judged"]))
+    logger.info("%s: %s", arguments.out, json.dumps(model.trained_on["judged"]))
 
 
 if __name__ == "__main__":

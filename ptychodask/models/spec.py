@@ -1,4 +1,4 @@
-"""What a network is made of and the optics it works with: plain values, no network library needed."""
+"""Architecture of a network and its optics, without importing a network library."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from ptychodask.scan import PtychodaskError, Scan, illumination
 Kind = Literal["pinn", "baseline"]
 
 Precision = Literal["float32", "mixed"]
-"""Of a network's convolutions; `mixed` computes them in bfloat16 from float32 weights. The physics stays float32."""
-
+"""Precision of a network's convolutions; `mixed` is bfloat16 from float32 weights. The physics is always float32."""
 
 BOUNDS = {
     "n_pixels": (8, 8192),
@@ -24,15 +23,15 @@ BOUNDS = {
     "projections_before": (0, 1000),
     "projections_after": (0, 1000),
 }
-"""Lowest and highest values, so that a bundle's description cannot ask for a network that fits into no memory."""
+"""Lowest and highest values, so that a damaged bundle cannot request a network too large for memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """What a network is made of."""
+    """Architecture of a network."""
 
     kind: Kind = "pinn"
-    """`pinn`: trained on patterns alone, through the forward model; `baseline`: supervised, one pattern at a time."""
+    """`pinn`: trained only on patterns, through the forward model; `baseline`: supervised, one pattern at a time."""
 
     n_pixels: int = 64
     """Pixels across a pattern, N; divisible by 2**`levels`."""
@@ -44,23 +43,23 @@ class ModelSpec:
     """Width of the network: 16 times this many filters at full resolution, doubled at each level."""
 
     levels: int = 3
-    """How often the U-Net halves its resolution."""
+    """Number of times the U-Net halves the resolution."""
 
     projections_before: int = 8
-    """Data-consistent steps of the group before the U-Net sees it; 0 gives it the patterns themselves."""
+    """Data-consistency steps of the group before the U-Net; with 0 the U-Net reads the patterns."""
 
     projections_after: int = 2
-    """Data-consistent steps of the group on the U-Net's answer."""
+    """Data-consistency steps of the group after the U-Net."""
 
     momentum: float = 0.8
-    """Share of each step before the U-Net that the next one goes on with; 0 starts each where the last one ended."""
+    """Momentum of the data-consistency steps before the U-Net, 0 to less than 1; 0 is none."""
 
     attention: bool = False
     """Self-attention at the bottom of the U-Net."""
 
     object_amplitude: float | None = None
-    """Amplitude of the flat object that a prediction starts from, in the units of the calibration; None takes for each
-    scan that of the flat object which sends on as many photons as were measured."""
+    """Amplitude of the flat object that a prediction starts from, in the units of the calibration; with None, for each
+    scan the amplitude at which a flat object transmits as many photons as were measured."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -73,7 +72,7 @@ class ModelSpec:
                 raise PtychodaskError(f"model: {name} is {value!r}, expected a whole number from {lowest} to {highest}")
         if self.n_pixels % 2**self.levels:
             raise PtychodaskError(
-                f"model: n_pixels is {self.n_pixels}, not divisible by 2**levels = {2**self.levels}; pass fewer levels"
+                f"model: n_pixels is {self.n_pixels}, not divisible by 2**levels = {2**self.levels}; lower levels"
             )
         momentum = self.momentum
         if not (isinstance(momentum, int | float | np.number) and 0 <= momentum < 1):
@@ -87,7 +86,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, eq=False)
 class Optics:
-    """What a network must know of the instrument: the probe, the input's scale and the good pixels."""
+    """Instrument data of a network: probe, input scale and detector mask."""
 
     probe: NDArray[np.complex64]
     """Calibrated probe, complex64 (mode, N, N)."""
@@ -111,12 +110,12 @@ class Optics:
 
     @property
     def mean_counts(self) -> float:
-        """Mean counts per pattern of the scan that the normalisation was made for."""
+        """Mean counts per pattern of the scan, from its normalisation."""
         n_pixels = self.probe.shape[-1]
         return float((n_pixels / 2) ** 2 / self.normalization**2)
 
     def flat_amplitude(self) -> float:
-        """Amplitude of the flat object that sends on as many photons as were measured."""
-        # Photons on bad pixels were not measured.
+        """Amplitude of a flat object that transmits the measured number of photons."""
+        # Photons on bad pixels were not measured, so that they are left out of the model too.
         far_field = np.fft.fftshift(np.fft.fft2(self.probe, norm="ortho"), axes=(-2, -1))
         return float(np.sqrt(self.mean_counts / (np.abs(far_field) ** 2 * self.mask).sum(dtype=np.float64)))

@@ -1,4 +1,7 @@
-"""Networks that no training has touched: for measuring what prediction costs, which weights do not change."""
+"""Untrained networks, for benchmarks of prediction.
+
+The time and memory of a prediction do not depend on the values of the weights.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,22 @@ from ptychodask.models.spec import ModelSpec, Optics
 from ptychodask.scan import PtychodaskError
 
 OUTER_CHANNELS = 4
-"""Channels of PtychoPINN's last feature map that make the rim of its patches."""
+"""Channels of PtychoPINN's last feature map from which the rim of its patches is computed."""
 
 BOTTOM_FILTERS = 128
-"""Filters of PtychoPINN's narrowest level, times n_filters_scale."""
+"""Filters of PtychoPINN's level of lowest resolution, for n_filters_scale = 1."""
 
 PTYCHOPINN_LEVELS = {64: 3, 128: 4, 256: 5}
-"""Times that PtychoPINN halves the resolution, by the pixels across a pattern: the sizes that it is made for."""
+"""Number of times PtychoPINN halves the resolution, for each pattern size it supports (pixels across)."""
 
 
 def untrained_model(spec: ModelSpec, optics: Optics) -> Model:
-    """Our own network as training starts from it."""
+    """A ptychodask network with the initial weights of a training."""
     return Model(spec, build_network(spec, optics).get_weights(), optics)
 
 
 def untrained_ptychopinn(n_pixels: int = 64, members: int = 4, n_filters_scale: int = 2) -> PtychoPinnModel:
-    """A network of PtychoPINN's layer sizes, its weights drawn at random.
+    """A network of PtychoPINN's layer sizes with random weights.
 
     Parameters
     ----------
@@ -46,16 +49,16 @@ def untrained_ptychopinn(n_pixels: int = 64, members: int = 4, n_filters_scale: 
     Raises
     ------
     PtychodaskError
-        If PtychoPINN is not made for patterns of that size.
+        If PtychoPINN does not support patterns of that size.
 
     Notes
     -----
-    Hoidn, Mishra & Mehta, Scientific Reports 13 (2023) 22789; a sigmoid gives the amplitude, the rim comes from
-    channels of its own.
+    Hoidn, Mishra & Mehta, Scientific Reports 13 (2023) 22789; the amplitude is the output of a sigmoid, the rim comes
+    from separate channels.
     """
     if n_pixels not in PTYCHOPINN_LEVELS:
         sizes = ", ".join(map(str, PTYCHOPINN_LEVELS))
-        raise PtychodaskError(f"model: n_pixels is {n_pixels}, PtychoPINN is made for one of: {sizes}")
+        raise PtychodaskError(f"model: n_pixels is {n_pixels}, PtychoPINN supports only: {sizes}")
     layers = _ptychopinn_layers(n_pixels, members, n_filters_scale)
     name = f"untrained PtychoPINN, N {n_pixels}, C {members}, n_filters_scale {n_filters_scale}"
     model = PtychoPinnModel(layers, {}, 1.0, n_pixels, members, name)
@@ -64,14 +67,14 @@ def untrained_ptychopinn(n_pixels: int = 64, members: int = 4, n_filters_scale: 
 
 
 class _Layers:
-    """A list of layers that grows; each `add` gives the name of the layer that it made."""
+    """List of layers under construction; `add` returns the new layer's name."""
 
     def __init__(self) -> None:
-        self.made: list[PtychoPinnLayer] = []
+        self.entries: list[PtychoPinnLayer] = []
 
     def add(self, kind: str, /, *inputs: str, arguments: tuple[Any, ...] = (), **config: Any) -> str:
-        name = f"{kind.lower()}_{len(self.made)}"
-        self.made.append(PtychoPinnLayer(kind, name, config, list(inputs), list(arguments)))
+        name = f"{kind.lower()}_{len(self.entries)}"
+        self.entries.append(PtychoPinnLayer(kind, name, config, list(inputs), list(arguments)))
         return name
 
     def convolve(self, given: str, filters: int, activation: str = "relu") -> str:
@@ -81,7 +84,7 @@ class _Layers:
     def convolve_twice(self, given: str, filters: int) -> str:
         return self.convolve(self.convolve(given, filters), filters)
 
-    def grow(self, given: str, filters: int) -> str:
+    def upsample(self, given: str, filters: int) -> str:
         hidden = self.convolve_twice(given, filters)
         return self.add("UpSampling2D", hidden, size=[2, 2], interpolation="nearest")
 
@@ -105,20 +108,23 @@ def _ptychopinn_layers(n_pixels: int, members: int, n_filters_scale: int) -> lis
     offset = layers.add("InputLayer", batch_shape=[None, 1, 2, members])
     merged = layers.add("ReassemblePatchesLayer", patches, offset)
     layers.add("TrimReconstructionLayer", merged, output_size=n_pixels)
-    return layers.made
+    return layers.entries
 
 
 def _decoder(
     layers: _Layers, hidden: str, n_pixels: int, members: int, n_filters_scale: int, activation: tuple[str, float]
 ) -> str:
-    """The way back up: the middle N/2 of each patch from most channels, its rim from the last few."""
+    """Decoder of PtychoPINN's network.
+
+    The middle N/2 of each patch comes from most channels, its rim from the last few.
+    """
     n_up = PTYCHOPINN_LEVELS[n_pixels] - 1
     for level in reversed(range(n_up)):
-        hidden = layers.grow(hidden, 32 * 2**level * n_filters_scale)
+        hidden = layers.upsample(hidden, 32 * 2**level * n_filters_scale)
     inner = layers.convolve(layers.channels(hidden, None, -OUTER_CHANNELS), members, "linear")
     inner = layers.add("ActivationLayer", inner, activation_name=activation[0], scale=activation[1])
     inner = layers.add("ZeroPadding2D", inner, padding=[[n_pixels // 4] * 2] * 2)
-    rim = layers.grow(layers.channels(hidden, -OUTER_CHANNELS, None), 2048 // n_pixels * n_filters_scale)
+    rim = layers.upsample(layers.channels(hidden, -OUTER_CHANNELS, None), 2048 // n_pixels * n_filters_scale)
     rim = layers.add("Silu", layers.convolve(rim, members, "linear"))
     rim = layers.add("Multiply", rim, layers.add("CenterMaskLayer", rim, kind="border"))
     return layers.add("Add", inner, rim)

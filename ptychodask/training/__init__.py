@@ -1,8 +1,8 @@
-"""Training of the two networks, streaming groups from a store."""
+"""Training of PINN and baseline, streaming groups from a store."""
 
 import lazy_loader
 
-# Keras is loaded with the first training, and not by those who read groups or a spec.
+# Reading groups or a spec must not import Keras: it is loaded with the first training.
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={

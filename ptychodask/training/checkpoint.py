@@ -1,4 +1,7 @@
-"""Where an unfinished training is kept: a folder beside its bundle, JSON and NumPy arrays, no pickle."""
+"""Checkpoint of an unfinished training: a folder of JSON and NumPy arrays.
+
+It is beside the bundle, and has no pickle.
+"""
 
 from __future__ import annotations
 
@@ -26,30 +29,32 @@ ARRAY_KINDS = ("network", "optimizer", "best")
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """All that the next epoch depends on."""
+    """State that the next epoch depends on."""
 
     state: dict[str, Any]
-    """Where the training stands, plain values; its log as ``log``."""
+    """Progress of the training as plain values; its log as ``log``."""
 
     network: Sequence[NDArray[Any]]
-    """Weights as they are, and fitted probes last."""
+    """Current weights, followed by fitted probes."""
 
     optimizer: Sequence[NDArray[Any]]
     """Variables of the optimizer."""
 
     best: Sequence[NDArray[Any]]
-    """The same of the epoch with the lowest held-out loss."""
+    """As `network`, of the epoch with the lowest held-out loss."""
 
 
 class Checkpoint:
-    """The folder ``.NAME.training`` of a bundle NAME: ``training.json``, ``state.npz`` and ``log.csv``.
+    """Folder ``.NAME.training`` of a bundle NAME.
+
+    It contains ``training.json``, ``state.npz`` and ``log.csv``.
 
     Parameters
     ----------
     out : Path
-        The bundle that is being made.
+        The bundle being trained.
     identity : dict
-        What is trained, on what, how: plain values, in one level of sections.
+        Network, data and settings of the training: sections of plain values.
     """
 
     def __init__(self, out: Path, identity: dict[str, dict[str, Any]]) -> None:
@@ -57,24 +62,24 @@ class Checkpoint:
         self._identity = json.loads(json.dumps(identity))
 
     def begin(self, *, resume: bool, overwrite: bool) -> Snapshot | None:
-        """The last epoch of the same training, when it shall go on.
+        """Snapshot to resume from, or None to start at the first epoch.
 
         Parameters
         ----------
         resume : bool
-            Go on where a stopped run was.
+            Continue a stopped run of the same training.
         overwrite : bool
-            Forget a stopped run.
+            Delete a stopped run.
 
         Returns
         -------
         Snapshot or None
-            None where no epoch was finished.
+            The last finished epoch of the stopped run, if there is one.
 
         Raises
         ------
         PtychodaskError
-            If there is a stopped run and neither was asked for, or it trained something else, or is damaged.
+            If there is a stopped run and neither option is set, or it is of another training, or damaged.
         """
         if not self.folder.exists():
             return None
@@ -85,54 +90,56 @@ class Checkpoint:
             self.remove()
             return None
         raise PtychodaskError(
-            f"{self.folder}: another run is training it, or was stopped before its end; pass resume=True (--resume) to "
-            "go on from its last epoch, or overwrite=True (--overwrite) to start again"
+            f"{self.folder}: is the checkpoint of a run that is active or was stopped; pass resume=True (--resume) to "
+            "continue from its last epoch, or overwrite=True (--overwrite) to start again"
         )
 
     def write(self, snapshot: Snapshot) -> None:
-        """Keep an epoch; a kill at any time leaves this one or the one before it, whole."""
+        """Write the state after an epoch.
+
+        If the process is killed, either this epoch or the one before it is complete.
+        """
         arrays: dict[str, Any] = {"state": np.array(json.dumps(snapshot.state))}
         for kind in ARRAY_KINDS:
             arrays |= {f"{kind}{i:04d}": array for i, array in enumerate(getattr(snapshot, kind))}
         try:
             if not self.folder.exists():
                 self.folder.mkdir()
-                _write_whole(self.folder / "training.json", json.dumps(self._identity, indent=2).encode())
+                _write_atomic(self.folder / "training.json", json.dumps(self._identity, indent=2).encode())
             self._write_log(snapshot.state["log"])
-            building = self.folder / "state.writing.npz"
-            np.savez(building, **arrays)
-            os.replace(building, self.folder / "state.npz")
+            temporary = self.folder / "state.writing.npz"
+            np.savez(temporary, **arrays)
+            os.replace(temporary, self.folder / "state.npz")
         except OSError as error:
             raise PtychodaskError(
-                f"{self.folder}: cannot be written ({error.strerror or error}); the epoch before is kept: free space "
+                f"{self.folder}: cannot be written ({error.strerror or error}); the previous epoch is kept: free space "
                 "and pass resume=True (--resume)"
             ) from error
 
     def remove(self) -> None:
-        """Forget the training: its bundle is written, or it shall start again."""
+        """Delete the checkpoint folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _write_log(self, log: list[dict[str, float]]) -> None:
-        building = self.folder / "log.writing.csv"
-        with building.open("w", newline="") as file:
+        temporary = self.folder / "log.writing.csv"
+        with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(log[0]))
             writer.writeheader()
             writer.writerows(log)
-        os.replace(building, self.folder / "log.csv")
+        os.replace(temporary, self.folder / "log.csv")
 
     def _check_identity(self) -> None:
         path = self.folder / "training.json"
         if not path.is_file():
             return
         try:
-            found = read_json(path)
-            differences = _differences(found, self._identity)
+            differences = _differences(read_json(path), self._identity)
         except (OSError, ValueError, AttributeError) as error:
             raise self._damaged(path, error) from error
         if differences:
             raise PtychodaskError(
-                f"{self.folder}: is the checkpoint of another training ({'; '.join(differences)}); ask for the same, "
-                "or pass overwrite=True (--overwrite) without resume to start again, or another out="
+                f"{self.folder}: is the checkpoint of another training ({'; '.join(differences)}); pass the same "
+                "settings, or overwrite=True (--overwrite) without resume to start again, or another out="
             )
 
     def _read(self) -> Snapshot | None:
@@ -147,7 +154,7 @@ class Checkpoint:
             n_epochs = len(state["log"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(path, error) from error
-        logger.info("%s: goes on after epoch %d", self.folder, n_epochs)
+        logger.info("%s: resumed after epoch %d", self.folder, n_epochs)
         return snapshot
 
     def _damaged(self, path: Path, error: Exception) -> PtychodaskError:
@@ -156,19 +163,19 @@ class Checkpoint:
         )
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    building = path.with_name(f"{path.name}.writing")
-    building.write_bytes(content)
-    os.replace(building, path)
+def _write_atomic(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.writing")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
-def _differences(found: dict[str, dict[str, Any]], wanted: dict[str, dict[str, Any]]) -> list[str]:
-    """What differs, in words: "epochs was 10, asked for 20"."""
+def _differences(recorded: dict[str, dict[str, Any]], requested: dict[str, dict[str, Any]]) -> list[str]:
+    """Texts such as "epochs was 10, requested 20"."""
     return [
-        f"{name} was {_brief(found.get(section, {}).get(name))}, asked for {_brief(value)}"
-        for section, values in wanted.items()
+        f"{name} was {_brief(recorded.get(section, {}).get(name))}, requested {_brief(value)}"
+        for section, values in requested.items()
         for name, value in values.items()
-        if found.get(section, {}).get(name) != value
+        if recorded.get(section, {}).get(name) != value
     ]
 
 

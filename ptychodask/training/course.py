@@ -1,4 +1,4 @@
-"""How a training goes: its clock, learning rate, best epoch, end, and what is kept of it."""
+"""Keras callback of a training: time, learning rate, best epoch, checkpoints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ PLATEAU_EPOCHS = 3
 
 @dataclass(eq=False)
 class TrainingCallback(keras.callbacks.Callback):
-    """Clock, learning rate, best values of the variables and progress of one training, through all its stages."""
+    """Keras callback of one training through all its stages.
+
+    It keeps time spent, learning rate, best values of the variables and progress.
+    """
 
     spec: TrainingSpec
     variables: Sequence[keras.Variable]
@@ -54,24 +57,30 @@ class TrainingCallback(keras.callbacks.Callback):
         self._groups_per_step = self.stream.groups_per_epoch / len(self.stream)
 
     def seconds(self) -> float:
-        """Time spent, that of stopped runs included."""
+        """Time spent, including earlier runs that were stopped."""
         return time.monotonic() - self._started
 
     def done(self) -> float:
-        """Share of the training that is over, 0 to 1: by the epochs, or by the clock where that is further."""
+        """Completed share of the training, 0 to 1.
+
+        By epochs or by time, whichever is larger.
+        """
         by_epochs = self.groups_seen / (self.spec.epochs * self.stream.groups_per_epoch)
         if self.spec.max_minutes is None:
             return min(1.0, by_epochs)
         return min(1.0, max(by_epochs, self.seconds() / (60 * self.spec.max_minutes)))
 
     def begin_stage(self, stage: int, until: float) -> None:
-        """Go on until that share of the training is over; losses of the stages do not compare."""
+        """Start a stage that lasts until the share `until` of the training.
+
+        The best loss is reset, since losses of different stages are not comparable.
+        """
         if stage != self.stage or self.stage_ends:
             self.best_loss, self.waited, self.on_plateau = np.inf, 0, 0
         self.stage, self.until, self.stage_ends = stage, until, False
 
     def learning_rate(self) -> float:
-        """The rate of the next step."""
+        """Learning rate of the next step."""
         first = self.spec.first_learning_rate
         if self.spec.schedule == "constant":
             return first
@@ -116,7 +125,10 @@ class TrainingCallback(keras.callbacks.Callback):
         self.checkpoint.write(self.snapshot())
 
     def _judge(self, held_out_loss: float) -> None:
-        """Keep the best values, and draw the consequences of an epoch that is not better."""
+        """Keep the best values, or count an epoch without improvement.
+
+        Such epochs halve the rate of a `plateau` schedule, and end the stage after `patience` of them.
+        """
         if held_out_loss < self.best_loss:
             self.best_loss, self.best = held_out_loss, self._values()
             self.waited = self.on_plateau = 0
@@ -133,17 +145,18 @@ class TrainingCallback(keras.callbacks.Callback):
         return [variable.numpy() for variable in self.variables]
 
     def snapshot(self) -> Snapshot:
-        """All that the next epoch depends on."""
-        # A new fit deals once before its first epoch, so an epoch that follows within this one is dealt already.
-        deals = self.stream.deals if self.stage_ends else self.stream.deals - 1
-        state = {name: getattr(self, name) for name in KEPT} | {"spent_s": self.seconds(), "deals": deals}
+        """State that the next epoch depends on."""
+        # A resumed run starts a new fit, and Keras calls the stream's on_epoch_end before the first epoch of a fit.
+        # Within this fit the stream is already in the order of the next epoch, so that one order less is recorded.
+        orders = self.stream.n_orders if self.stage_ends else self.stream.n_orders - 1
+        state = {name: getattr(self, name) for name in STATE_FIELDS} | {"spent_s": self.seconds(), "deals": orders}
         values = [variable.numpy() for variable in self.optimizer.variables]
         return Snapshot(state, self._values(), values, self.best)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Stand where a stopped run stood after its last epoch."""
+        """Restore the state of a stopped run after its last epoch."""
         state = dict(snapshot.state)
-        deals = state.pop("deals")
+        orders = state.pop("deals")
         for name, value in state.items():
             setattr(self, name, value)
         self._started = time.monotonic() - self.spent_s
@@ -151,12 +164,12 @@ class TrainingCallback(keras.callbacks.Callback):
         for variables, values in ((self.variables, snapshot.network), (self.optimizer.variables, snapshot.optimizer)):
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
-        while self.stream.deals < deals:
+        while self.stream.n_orders < orders:
             self.stream.on_epoch_end()
         self.bar.advance(self.groups_seen)
 
 
-KEPT = (
+STATE_FIELDS = (
     "stage",
     "groups_seen",
     "stage_ends",
@@ -166,4 +179,4 @@ KEPT = (
     "best_loss",
     "log",
 )
-"""Fields of a course that a stopped run leaves behind as they are."""
+"""Fields of the callback stored in a checkpoint under their names."""

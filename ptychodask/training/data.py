@@ -1,4 +1,4 @@
-"""What a network is shown: the split of a scan, its groups as arrays, and batches of them in bounded memory."""
+"""Training data: split, groups as arrays, batches in bounded memory."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ptychodask.store import open_scan
 from ptychodask.training.spec import TrainingSpec
 
 BUFFER_BYTES = 128 * 2**20
-"""Network input that is held and shuffled at a time; what bounds the memory of training."""
+"""Size of the shuffle buffer of network input, bytes; it bounds the memory of training."""
 
 READ_BYTES = 4 * 2**20
-"""Network input that is read at a time."""
+"""Network input read at a time, bytes."""
 
 RUN_GROUPS = 64
-"""Groups that lie together along the curve and are read together."""
+"""Groups in a run: neighbours along the Hilbert curve, which are read together."""
 
 
 def split_patterns(scan: Scan, spec: TrainingSpec) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Patterns to train on and patterns held out.
+    """Split of a scan into training patterns and held-out patterns.
 
     Parameters
     ----------
@@ -37,25 +37,25 @@ def split_patterns(scan: Scan, spec: TrainingSpec) -> tuple[NDArray[np.int64], N
     Returns
     -------
     training, held_out : int64 arrays
-        Sorted pattern indices, none of `spec.exclude`. With a side held out, patterns whose light would fall on both
-        parts are in neither.
+        Sorted pattern indices, none of `spec.exclude`. If a side is held out, patterns whose illumination would overlap
+        both parts are in neither.
 
     Raises
     ------
     PtychodaskError
-        If a part is left with no pattern, or `spec.exclude` names a pattern that is not there.
+        If a part has no pattern, or `spec.exclude` contains an index beyond the last pattern.
     """
-    patterns = _seen_patterns(scan, spec)
+    patterns = _used_patterns(scan, spec)
     if spec.validation == "random":
         order = patterns[np.random.default_rng(spec.seed).permutation(len(patterns))]
         n_held_out = max(1, round(spec.validation_fraction * len(patterns)))
         held_out, training = np.sort(order[:n_held_out]), np.sort(order[n_held_out:])
     else:
         axis = 0 if spec.validation in ("top", "bottom") else 1
-        place = scan.position_yx_px[patterns, axis] * (1 if spec.validation in ("right", "bottom") else -1)
-        border = np.quantile(place, 1 - spec.validation_fraction)
+        coordinate = scan.position_yx_px[patterns, axis] * (1 if spec.validation in ("right", "bottom") else -1)
+        border = np.quantile(coordinate, 1 - spec.validation_fraction)
         gap = 2 * illuminated_radius_px(scan.probe)
-        held_out, training = patterns[place > border], patterns[place < border - gap]
+        held_out, training = patterns[coordinate > border], patterns[coordinate < border - gap]
     if not len(training) or not len(held_out):
         raise PtychodaskError(
             f"{scan.store or 'scan'}: validation='{spec.validation}' with validation_fraction="
@@ -65,21 +65,21 @@ def split_patterns(scan: Scan, spec: TrainingSpec) -> tuple[NDArray[np.int64], N
     return training, held_out
 
 
-def _seen_patterns(scan: Scan, spec: TrainingSpec) -> NDArray[np.int64]:
+def _used_patterns(scan: Scan, spec: TrainingSpec) -> NDArray[np.int64]:
     """Patterns that are not excluded, int64, sorted."""
     if spec.exclude and spec.exclude[-1] >= scan.n_patterns:
         raise PtychodaskError(
             f"{scan.store or 'scan'}: exclude names pattern {spec.exclude[-1]}, the scan has {scan.n_patterns} "
             "(0 is the first)"
         )
-    left = np.setdiff1d(np.arange(scan.n_patterns), np.asarray(spec.exclude, np.int64))
-    if not len(left):
+    used = np.setdiff1d(np.arange(scan.n_patterns), np.asarray(spec.exclude, np.int64))
+    if not len(used):
         raise PtychodaskError(f"{scan.store or 'scan'}: exclude names all of its patterns; leave some to train on")
-    return left
+    return used
 
 
 def groups_within(scan: Scan, patterns: NDArray[np.int64], spec: GroupingSpec) -> NDArray[np.int32]:
-    """Groups (group, channel) whose members all lie among some patterns."""
+    """Groups (group, channel) whose members are all among some patterns."""
     scan_index = None if scan.scan_index is None else scan.scan_index[patterns]
     return patterns[group_positions(scan.position_yx_px[patterns], spec, scan_index)].astype(np.int32)
 
@@ -87,10 +87,10 @@ def groups_within(scan: Scan, patterns: NDArray[np.int64], spec: GroupingSpec) -
 def judging_groups(
     scan: Scan, training: NDArray[np.int64], held_out: NDArray[np.int64], spec: GroupingSpec
 ) -> NDArray[np.int32]:
-    """Groups (group, channel) seeded by held-out patterns, the other members drawn from all.
+    """Groups (group, channel) seeded by held-out patterns.
 
-    Patterns that are held out at random lie far from each other, and a group of them would not be like those that a
-    scan has; of such a group the seed alone is judged (`seed_alone`).
+    The other members are drawn from all patterns: patterns held out at random are far apart, and a group of only these
+    would be unlike the groups of a scan. Only the seed of such a group enters the loss (`seed_alone`).
     """
     member = groups_within(scan, np.union1d(training, held_out), spec)
     return member[np.isin(member[:, 0], held_out)]
@@ -103,18 +103,18 @@ def member_offsets(scan: Scan, member: NDArray[np.int32]) -> NDArray[np.float32]
 
 
 TargetOf = Callable[[NDArray[np.int32], NDArray[np.float32]], NDArray[np.float32]]
-"""What a network shall give for some groups: (member table, X of each member) to target."""
+"""Target of some groups: from their member table and the X of each member."""
 
 GroupArrays = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
 """X (group, N, N, C), offsets (group, C, 2) and target of some groups."""
 
 
 @dataclass(frozen=True)
-class HeldPatterns:
+class PatternBuffer:
     """Network input of some patterns, in memory."""
 
     pattern: NDArray[np.int64]
-    """Which patterns, sorted."""
+    """Indices of the patterns, sorted."""
 
     x: NDArray[np.float32]
     """Their normalised amplitude (pattern, N, N)."""
@@ -125,7 +125,7 @@ class HeldPatterns:
 
 
 class GroupReader:
-    """The groups of a scan as arrays, read when they are asked for.
+    """Groups of a scan as arrays, read on access.
 
     Parameters
     ----------
@@ -134,9 +134,9 @@ class GroupReader:
     grouping : GroupingSpec
         How groups are drawn.
     member : int32 array (group, channel), optional
-        Groups to read in place of those that `grouping` draws.
+        Groups to read, in place of those drawn by `grouping`.
     target_of : callable, optional
-        What a network shall give for some groups; by default the measured amplitude.
+        Target of some groups; by default the measured amplitude.
 
     Examples
     --------
@@ -170,47 +170,48 @@ class GroupReader:
         return len(self.member)
 
     def __getitem__(self, groups: slice | NDArray[np.integer[Any]]) -> GroupArrays:
-        """X float32 (group, N, N, C), offsets float32 (group, C, 2) in pixels, and target of some groups.
+        """X, offsets and target of some groups.
 
-        The measured amplitude, as a target, is float32 (group, C, N, N).
+        X is float32 (group, N, N, C), offsets are float32 (group, C, 2) in pixels. The measured amplitude, as a target,
+        is float32 (group, C, N, N).
         """
-        return self.arrays(groups, self.hold(groups))
+        return self.arrays(groups, self.read_patterns(groups))
 
-    def hold(self, groups: slice | NDArray[np.integer[Any]]) -> HeldPatterns:
+    def read_patterns(self, groups: slice | NDArray[np.integer[Any]]) -> PatternBuffer:
         """Read the patterns of some groups, each once."""
         pattern = np.unique(self.member[groups]).astype(np.int64)
         n_pixels = self.scan.n_pixels
         x = np.empty((len(pattern), n_pixels, n_pixels), np.float32)
         step = max(1, READ_BYTES // (4 * n_pixels**2))
-        # A read holds several times what it gives, so that it is done in pieces.
+        # A read needs several times the memory of its result, so that it is done in pieces.
         for start in range(0, len(pattern), step):
             x[start : start + step] = self.scan.network_input(pattern[start : start + step])
-        return HeldPatterns(pattern, x)
+        return PatternBuffer(pattern, x)
 
-    def arrays(self, groups: slice | NDArray[np.integer[Any]], held: HeldPatterns) -> GroupArrays:
-        """Arrays of some groups from patterns that are held already."""
+    def arrays(self, groups: slice | NDArray[np.integer[Any]], buffer: PatternBuffer) -> GroupArrays:
+        """Arrays of some groups from buffered patterns."""
         member = self.member[groups]
-        x = held.take(member)
+        x = buffer.take(member)
         return np.moveaxis(x, 1, -1), member_offsets(self.scan, member), self.target_of(member, x)
 
 
 class GroupBatches:
-    """Batches of groups from a reader, in bounded memory, shuffled when asked.
+    """Batches of groups from a reader, in bounded memory, optionally shuffled.
 
-    The groups are cut into short runs along the curve, whose patterns lie together in the store. A deal goes through
-    the runs in a new order, a buffer of several at a time; a buffer's patterns are read once and its groups are dealt
-    into batches at random. Groups that fill no batch wait for the next deal.
+    The groups are cut into short runs along the Hilbert curve, whose patterns are neighbours in the store. An order
+    takes the runs at random, several per buffer; the patterns of a buffer are read once, and its groups are shuffled
+    into batches. Groups that do not fill a batch are left out of this order.
 
     Parameters
     ----------
     reader : GroupReader
     batch_size : int
-        Groups in one batch, or all of them when there are fewer.
+        Groups in one batch, or all of them if there are fewer.
     shuffle : bool
     seed : int
         Seed of the order.
     buffer_bytes : int, optional
-        Network input that is held at a time; by default `BUFFER_BYTES`.
+        Network input in memory at a time, bytes; by default `BUFFER_BYTES`.
     """
 
     def __init__(
@@ -218,12 +219,12 @@ class GroupBatches:
     ) -> None:
         self._reader = reader
         self.batch_size = min(batch_size, len(reader))
-        self.deals = 0
+        self.n_orders = 0
         self._rng = np.random.default_rng(seed) if shuffle else None
         batch_bytes = 4 * reader.member.shape[1] * reader.scan.n_pixels**2 * self.batch_size
         self._buffer_batches = max(1, (buffer_bytes or BUFFER_BYTES) // batch_bytes)
-        self._held: tuple[int, HeldPatterns] | None = None
-        self.deal()
+        self._current: tuple[int, PatternBuffer] | None = None
+        self.reorder()
 
     def __len__(self) -> int:
         return len(self._reader) // self.batch_size
@@ -232,9 +233,9 @@ class GroupBatches:
         for index in range(len(self)):
             yield self[index]
 
-    def deal(self) -> None:
+    def reorder(self) -> None:
         """Put the groups into a new order."""
-        self.deals += 1
+        self.n_orders += 1
         n_groups = len(self._reader)
         if self._rng is None:
             self._order = np.arange(n_groups)
@@ -245,23 +246,23 @@ class GroupBatches:
         self._order = np.concatenate(
             [self._rng.permutation(order[start : start + size]) for start in range(0, n_groups, size)]
         )
-        # One buffer that holds every group stays valid from deal to deal.
+        # One buffer that contains every group stays valid in any order.
         if n_groups > size:
-            self._held = None
+            self._current = None
 
     def __getitem__(self, index: int) -> GroupArrays:
         start = index * self.batch_size
         return self._reader.arrays(self._order[start : start + self.batch_size], self._buffer(index))
 
-    def _buffer(self, index: int) -> HeldPatterns:
+    def _buffer(self, index: int) -> PatternBuffer:
         number = index // self._buffer_batches
-        held = self._held
-        if held is None or held[0] != number:
+        current = self._current
+        if current is None or current[0] != number:
             size = self._buffer_batches * self.batch_size
-            self._held = None
-            held = (number, self._reader.hold(self._order[number * size : (number + 1) * size]))
-            self._held = held
-        return held[1]
+            self._current = None
+            current = (number, self._reader.read_patterns(self._order[number * size : (number + 1) * size]))
+            self._current = current
+        return current[1]
 
 
 def as_tf_dataset(
@@ -272,7 +273,7 @@ def as_tf_dataset(
     shuffle: bool = True,
     seed: int = 0,
 ) -> Any:
-    """The groups of a scan as a ``tf.data.Dataset``, streamed in bounded memory.
+    """Groups of a scan as a ``tf.data.Dataset``, streamed in bounded memory.
 
     Parameters
     ----------
@@ -280,17 +281,17 @@ def as_tf_dataset(
     grouping : GroupingSpec
         How groups are drawn.
     batch_size : int
-        Groups in one batch; the few that fill none are left out of an epoch.
+        Groups in one batch; an incomplete last batch is left out of an epoch.
     shuffle : bool
-        In another order each epoch.
+        Use another order in each epoch.
     seed : int
         Seed of the order.
 
     Returns
     -------
     tf.data.Dataset
-        Of ``((X, offsets), amplitude)``: what ``fit`` takes; shapes as `GroupReader` gives them. Iterate it once at a
-        time.
+        Elements ``((X, offsets), amplitude)`` as for Keras' ``fit``; shapes as from `GroupReader`. Only one iteration
+        at a time.
     """
     import tensorflow as tf
 
@@ -302,7 +303,7 @@ def as_tf_dataset(
     def epoch() -> Iterator[Any]:
         for x, offset, amplitude in batches:
             yield (x, offset), amplitude
-        batches.deal()
+        batches.reorder()
 
     dataset = tf.data.Dataset.from_generator(epoch, output_signature=((x, offset), amplitude))
     return dataset.apply(tf.data.experimental.assert_cardinality(len(batches)))
@@ -316,7 +317,7 @@ def as_torch_dataset(
     shuffle: bool = True,
     seed: int = 0,
 ) -> Any:
-    """The groups of a scan as a ``torch.utils.data.IterableDataset``, streamed in bounded memory.
+    """Groups of a scan as a ``torch.utils.data.IterableDataset``, streamed in bounded memory.
 
     Parameters
     ----------
@@ -326,9 +327,9 @@ def as_torch_dataset(
     Returns
     -------
     torch.utils.data.IterableDataset
-        Of whole batches ``(X, offsets, amplitude)`` as tensors, shapes as `GroupReader` gives them: pass it to a
-        ``DataLoader(dataset, batch_size=None)``. Several workers share an epoch's batches among them; they need
-        ``persistent_workers=True`` to see another order each epoch.
+        Elements are batches ``(X, offsets, amplitude)`` of tensors, shapes as from `GroupReader`: pass it to
+        ``DataLoader(dataset, batch_size=None)``. Several workers divide the batches of an epoch among them; they need
+        ``persistent_workers=True`` for another order in each epoch.
 
     Raises
     ------
@@ -351,13 +352,16 @@ def as_torch_dataset(
             first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
             for index in range(first, len(batches), step):
                 yield tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in batches[index])
-            batches.deal()
+            batches.reorder()
 
     return TorchGroups()
 
 
 def seed_alone(target_of: TargetOf) -> TargetOf:
-    """The same target for each group's seed, and NaN, which no loss judges, for its other members."""
+    """The same target for each group's seed, and NaN for other members.
+
+    Losses ignore members whose target is NaN.
+    """
 
     def target(member: NDArray[np.int32], x: NDArray[np.float32]) -> NDArray[np.float32]:
         values = target_of(member, x).copy()
@@ -368,13 +372,15 @@ def seed_alone(target_of: TargetOf) -> TargetOf:
 
 
 def amplitude_target(scan: Scan) -> TargetOf:
-    """Measured amplitude (group, C, N, N): what the PINN's forward model shall give."""
+    """Measured amplitude (group, C, N, N), target of the PINN."""
     scale = np.float32(1.0 / scan.normalization)
     return lambda _, x: x * scale
 
 
 def patch_target(scan: Scan) -> TargetOf:
-    """Labels, or patches of the truth, as float32 (group, 1, N, N, 2): what the baseline shall give.
+    """Target of the baseline: labels, or patches of the truth.
+
+    Float32 (group, 1, N, N, 2), real and imaginary part.
 
     Raises
     ------
@@ -394,8 +400,8 @@ def patch_target(scan: Scan) -> TargetOf:
     grid = np.indices((scan.n_pixels, scan.n_pixels)) - scan.n_pixels // 2
 
     def target(member: NDArray[np.int32], _: NDArray[np.float32]) -> NDArray[np.float32]:
-        place = (scan.position_yx_px[member] - corner)[..., None, None] + grid
-        coordinates = np.moveaxis(place, 2, 0)
+        pixel_yx_px = (scan.position_yx_px[member] - corner)[..., None, None] + grid
+        coordinates = np.moveaxis(pixel_yx_px, 2, 0)
         values = [ndimage.map_coordinates(part, coordinates, prefilter=False, mode="nearest") for part in parts]
         return np.stack(values, axis=-1).astype(np.float32)
 

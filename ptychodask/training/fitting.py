@@ -1,4 +1,4 @@
-"""Training from end to end: a scan's store goes in, a model's bundle comes out."""
+"""Training: from stores of scans to the bundle of a model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from ptychodask.training.spec import TrainingSpec
 from ptychodask.training.streaming import GroupStream, MixedStream
 
 AMPLITUDE_SHARE = 0.5
-"""Share of a staged training that uses the amplitude loss before the likelihood of the counts."""
+"""Share of a staged training that uses the amplitude loss, before the Poisson loss."""
 
 MAX_VALIDATION_GROUPS = 1024
 
@@ -55,15 +55,15 @@ Stream = GroupStream | MixedStream
 
 @dataclass(frozen=True, eq=False)
 class TrainingScan:
-    """A scan as it is trained on."""
+    """A scan in training, with its optics and split."""
 
     scan: Scan
     optics: Optics
     training: NDArray[np.int64]
-    """Patterns to train on, sorted."""
+    """Training patterns, sorted."""
 
     held_out: NDArray[np.int64]
-    """Patterns that judge each epoch, sorted."""
+    """Held-out patterns for validation after each epoch, sorted."""
 
     @classmethod
     def of(cls, scan: Scan, spec: TrainingSpec) -> TrainingScan:
@@ -71,14 +71,17 @@ class TrainingScan:
         return cls(scan, Optics.of(scan), *split_patterns(scan, spec))
 
     def streams(self, spec: TrainingSpec, n_scans: int) -> tuple[GroupStream, GroupStream]:
-        """Batches to train on, and batches that judge, as one of `n_scans` that share the memory."""
+        """Training and validation batches, for one of `n_scans` sharing the memory."""
         target_of = patch_target(self.scan) if spec.model == "baseline" else amplitude_target(self.scan)
         member = groups_within(self.scan, self.training, spec.grouping)
         once = replace(spec.grouping, oversampling=1)
         if spec.validation == "random":
-            held_out, judged = judging_groups(self.scan, self.training, self.held_out, once), seed_alone(target_of)
+            held_out, held_out_target = (
+                judging_groups(self.scan, self.training, self.held_out, once),
+                seed_alone(target_of),
+            )
         else:
-            held_out, judged = groups_within(self.scan, self.held_out, once), target_of
+            held_out, held_out_target = groups_within(self.scan, self.held_out, once), target_of
         held_out = _evenly(held_out, -(-MAX_VALIDATION_GROUPS // n_scans))
         fields: dict[str, Any] = {
             "batch_size": spec.batch_size,
@@ -87,12 +90,12 @@ class TrainingScan:
         }
         return (
             GroupStream(self.scan, member, target_of, shuffle=True, **fields),
-            GroupStream(self.scan, held_out, judged, shuffle=False, **fields),
+            GroupStream(self.scan, held_out, held_out_target, shuffle=False, **fields),
         )
 
 
 def _streams(training_scans: Sequence[TrainingScan], spec: TrainingSpec) -> tuple[Stream, Stream]:
-    """Batches of all scans to train on, and batches that judge."""
+    """Training and validation batches of all scans."""
     pairs = [training_scan.streams(spec, len(training_scans)) for training_scan in training_scans]
     if len(pairs) == 1:
         return pairs[0]
@@ -107,7 +110,10 @@ def _build(
     initial: Model | None,
     fitted: FittedProbes | None,
 ) -> tuple[keras.Model, keras.Model]:
-    """The network, and what is fitted: it, with its penalties and its forward model."""
+    """The network, and the Keras model to fit.
+
+    The latter adds the penalties and, for a PINN, the forward model.
+    """
     keras.utils.set_random_seed(spec.seed)
     network = build_network(model_spec, optics, spec.precision, fitted)
     if initial is not None:
@@ -132,8 +138,11 @@ def _fit(
     record: Record,
     progress: bool | None,
 ) -> tuple[list[NDArray[np.float32]], list[dict[str, float]]]:
-    """Best values of the variables (all that `trained` may change, and more where some are frozen), and the log."""
-    stream, check = streams
+    """Best values of the variables, and the training log.
+
+    `variables` are all that `trained` can change, and those that are frozen.
+    """
+    stream, validation = streams
     steps = None if spec.accumulation == 1 else spec.accumulation
     adam = ProbeAdam if spec.probe_rate else keras.optimizers.Adam
     optimizer = adam(spec.first_learning_rate, gradient_accumulation_steps=steps)
@@ -146,15 +155,15 @@ def _fit(
             until, loss = stages[number]
             callback.begin_stage(number, until)
             loss = _for_devices(loss, spec.devices)
-            # XLA compiles for minutes on a CPU and is slower there; JAX has no other way.
+            # On a CPU, XLA compiles for minutes and runs slower; with JAX it is required.
             trained.compile(optimizer=optimizer, loss=loss, jit_compile=keras.backend.backend() == "jax")
             trained.fit(
-                stream, validation_data=check, epochs=spec.epochs, shuffle=False, verbose=0, callbacks=[callback]
+                stream, validation_data=validation, epochs=spec.epochs, shuffle=False, verbose=0, callbacks=[callback]
             )
     return callback.best, callback.log
 
 
-def _judged(
+def _probe_fits(
     fitted: FittedProbes,
     training_scans: Sequence[TrainingScan],
     variables: Sequence[keras.Variable],
@@ -162,24 +171,27 @@ def _judged(
     trained: keras.Model,
     loss: Loss,
     spec: TrainingSpec,
-    check: Stream,
+    validation: Stream,
 ) -> list[ProbeFit]:
-    """The fitted probe of each scan against the stored one, with the best weights."""
+    """Comparison of each scan's fitted and stored probe, with the best weights."""
     for variable, value in zip(variables, best, strict=True):
         variable.assign(value)
     trained.compile(loss=_for_devices(loss, spec.devices), jit_compile=keras.backend.backend() == "jax")
     return judge_probes(
         fitted,
         [training_scan.scan.probe for training_scan in training_scans],
-        lambda: float(trained.evaluate(check, verbose=0, return_dict=True)["loss"]),
+        lambda: float(trained.evaluate(validation, verbose=0, return_dict=True)["loss"]),
     )
 
 
 def _for_devices(loss: Loss, devices: int) -> Loss:
-    """The same loss in the form whose share of several devices MirroredStrategy averages: a scalar it would add up."""
+    """The loss with shape (1,) for MirroredStrategy.
+
+    MirroredStrategy averages such a loss over the devices, but sums a scalar.
+    """
     if devices == 1 or keras.backend.backend() != "tensorflow":
         return loss
-    return lambda target, answer: keras.ops.reshape(loss(target, answer), (1,))
+    return lambda target, prediction: keras.ops.reshape(loss(target, prediction), (1,))
 
 
 def train(
@@ -194,28 +206,31 @@ def train(
     progress: bool | None = None,
     **spec_fields: Any,
 ) -> Model:
-    """Train a network on a scan, or on several at once, streaming patterns from the store.
+    """Train a network on one or several scans.
+
+    Patterns are streamed from the stores in bounded memory.
 
     Parameters
     ----------
     store : path or sequence of paths
-        A scan's store, or several of one N, each with its own probe, mask and scale; each records the model in the end.
+        A scan's store, or several of the same N, each with its own probe, mask and scale; each store records the
+        finished model.
     spec : TrainingSpec, optional
-        How to train.
+        Training settings.
     out : path, optional
-        The bundle to write; by default ``<store without .zarr>.<kind>.model`` beside the (first) store.
+        Bundle to write; by default ``<store without .zarr>.<kind>.model`` beside the (first) store.
     initial : Model or path, optional
         Start from these weights (fine-tuning) in place of random ones, for instance from those of a packaged model,
-        ``pretrained:<name>``; its spec must be the one asked for.
+        ``pretrained:<name>``; its spec must agree with that of the training.
     resume : bool
-        Go on from the last finished epoch of a stopped run of the same training, where there is one. It is kept in
-        ``.NAME.training`` beside the bundle until that is written; a run limited by epochs ends with the weights that
-        it would have had, and with `max_minutes` the time that was spent already counts.
+        Continue from the last finished epoch of a stopped run of the same training, if there is one. The checkpoint is
+        in ``.NAME.training`` beside the bundle until the bundle is written. A resumed run limited by epochs ends with
+        the same weights as one that was not stopped; with `max_minutes` the time already spent counts.
     overwrite : bool
-        Replace an existing bundle, and forget a stopped run unless it is resumed.
+        Replace an existing bundle, and delete a stopped run unless it is resumed.
     log_to : str, optional
-        ``tensorboard:FOLDER`` or ``mlflow:URI``: where the curve goes as well, epoch by epoch. It is always in
-        ``log.csv`` of the stopped run's folder while the training lasts, and in the bundle's ``history.csv`` then.
+        ``tensorboard:FOLDER`` or ``mlflow:URI``: additional log of each epoch. The losses are always in ``log.csv`` of
+        the checkpoint during the training, and in the bundle's ``history.csv`` afterwards.
     progress : bool, optional
         See `progress_bar`.
     **spec_fields
@@ -224,16 +239,16 @@ def train(
     Returns
     -------
     Model
-        The weights of the epoch with the lowest held-out loss, saved in `out`. With `probe_rate` each store takes its
-        fitted probe (of that epoch, `in_gauge_of` the stored one) where the held-out loss is lower with it, before it
-        records the model; `probe_initial` stays.
+        The weights of the epoch with the lowest held-out loss, saved in `out`. With `probe_rate`, each store's probe is
+        replaced by the fitted one (of that epoch, `in_gauge_of` the stored one) if the held-out loss is lower with it,
+        before the store records the model; `probe_initial` stays.
 
     Raises
     ------
     PtychodaskError
         If the scan does not suit the training (no truth for a baseline, too few patterns, a probe to fit of a scan that
-        still grows or is given twice), the bundle exists, a stopped run is there and shall neither be resumed nor
-        forgotten or trained something else, or the loss diverges.
+        is still growing or given twice), the bundle exists, there is a stopped run and neither `resume` nor `overwrite`
+        is set or it is of another training, or the loss diverges.
     """
     spec = with_fields(spec or TrainingSpec(), spec_fields)
     stores = [store] if isinstance(store, str | Path) else list(store)
@@ -251,7 +266,7 @@ def train(
     if not isinstance(initial, Model | None):
         raise PtychodaskError(
             f"training: initial is a {type(initial).__name__}, expected a bundle that ptychodask trained; "
-            "train that network where it comes from, or leave initial out"
+            "train that network with the software it is from, or omit initial"
         )
     model_spec = _model_spec(training_scans, spec, initial)
     stages = _stages(scans, spec, optics, model_spec)
@@ -270,14 +285,15 @@ def train(
         variables = [*network.weights, *([] if fitted is None else [fitted.change])]
         best, log = _fit(variables, trained, stages, spec, streams, checkpoint, stopped, record, progress)
         if fitted is not None:
-            fits = _judged(fitted, training_scans, variables, best, trained, stages[-1][1], spec, streams[1])
+            fits = _probe_fits(fitted, training_scans, variables, best, trained, stages[-1][1], spec, streams[1])
     weights, bound = best[: len(network.weights)], _optics(training_scans[0], fits[0])
     model = save_model(
         Model(model_spec, weights, bound, _provenance(training_scans, fits, spec, initial), log),
         out,
         overwrite=overwrite,
     )
-    # The bundle is whole before a store changes: a run that is killed here goes on with the data that it began with.
+    # The bundle is complete before a store changes, and the checkpoint is removed last: a run killed in between can be
+    # resumed with the data it was started with.
     for each, training_scan, fit in zip(stores, training_scans, fits, strict=True):
         if fit is not None:
             store_probe(training_scan.scan, fit, spec)
@@ -287,7 +303,7 @@ def train(
 
 
 def _open_scans(stores: Sequence[str | Path], spec: TrainingSpec) -> list[Scan]:
-    """The scans of a training, checked to go together."""
+    """Scans of a training, checked to be compatible."""
     if not stores:
         raise PtychodaskError("training: no store was given; pass one or more")
     scans = [open_scan(store) for store in stores]
@@ -297,7 +313,7 @@ def _open_scans(stores: Sequence[str | Path], spec: TrainingSpec) -> list[Scan]:
         raise PtychodaskError(f"training: scans differ in size ({listed}); ingest them with one n_pixels=")
     if spec.exclude and len(scans) > 1:
         raise PtychodaskError(
-            f"training: exclude names patterns of one scan, found {len(scans)} scans; train on one, or leave it out"
+            f"training: exclude names patterns of one scan, found {len(scans)} scans; train on one, or omit exclude"
         )
     if spec.probe_rate:
         _check_probes_are_free(scans)
@@ -309,32 +325,34 @@ def _check_probes_are_free(scans: Sequence[Scan]) -> None:
         check_probe_is_free(scan)
         if scan.store in [other.store for other in scans[:number]]:
             raise PtychodaskError(
-                f"training: {scan.store} is given twice, and probe_rate would fit two probes to it; give it once, or "
+                f"training: {scan.store} is given twice, and probe_rate would fit two probes to it; pass it once, or "
                 "pass probe_rate=0"
             )
 
 
 @contextmanager
 def _on_devices(devices: int) -> Iterator[None]:
-    """Build and fit on several devices at once, each with its share of a batch."""
+    """Context for building and fitting on several devices that share each batch."""
     if devices == 1:
         yield
         return
-    found = _devices()
-    if len(found) < devices:
-        raise PtychodaskError(f"training: devices is {devices}, this process has {len(found)}; pass {len(found)}")
+    available = _devices()
+    if len(available) < devices:
+        raise PtychodaskError(
+            f"training: devices is {devices}, this process has {len(available)}; pass {len(available)}"
+        )
     if keras.backend.backend() == "jax":
-        with keras.distribution.DataParallel(devices=found[:devices], auto_shard_dataset=False).scope():
+        with keras.distribution.DataParallel(devices=available[:devices], auto_shard_dataset=False).scope():
             yield
         return
     import tensorflow as tf
 
-    with tf.distribute.MirroredStrategy(found[:devices]).scope():
+    with tf.distribute.MirroredStrategy(available[:devices]).scope():
         yield
 
 
 def _devices() -> list[str]:
-    """Names of the GPUs of this process, or of its CPUs where it has none."""
+    """Names of this process's GPUs, or of its CPUs if none."""
     backend = keras.backend.backend()
     if backend == "jax":
         names = list(keras.distribution.list_devices())
@@ -365,7 +383,7 @@ def _model_spec(training_scans: Sequence[TrainingScan], spec: TrainingSpec, init
 def _identity(
     scans: Sequence[Scan], spec: TrainingSpec, model_spec: ModelSpec, initial: Model | None
 ) -> dict[str, dict[str, Any]]:
-    """What a stopped run must have in common with the one that goes on."""
+    """Settings and data that a stopped run and its resumption must share."""
     return {
         "training": asdict(spec),
         "network": asdict(model_spec),
@@ -379,7 +397,7 @@ def _identity(
 
 
 def default_model_path(store: str | Path, kind: Kind) -> Path:
-    """Where `train` writes its bundle when it is not told: beside the store.
+    """Default path of the bundle written by `train`: beside the store.
 
     Examples
     --------
@@ -388,39 +406,39 @@ def default_model_path(store: str | Path, kind: Kind) -> Path:
     """
     path = parse_location(store)
     if isinstance(path, S3Location):
-        raise PtychodaskError(f"{path}: a model cannot lie beside it, in an object store; pass out= (--out)")
+        raise PtychodaskError(f"{path}: a model cannot be written to an object store; pass a local out= (--out)")
     return path.with_name(f"{path.name.removesuffix('.zarr')}.{kind}.model")
 
 
-def _evenly(member: NDArray[np.int32], most: int) -> NDArray[np.int32]:
-    return member[np.unique(np.linspace(0, len(member) - 1, min(most, len(member))).astype(int))]
+def _evenly(member: NDArray[np.int32], n_most: int) -> NDArray[np.int32]:
+    return member[np.unique(np.linspace(0, len(member) - 1, min(n_most, len(member))).astype(int))]
 
 
-def _check_initial(initial: Model | None, wanted: ModelSpec, spec: TrainingSpec) -> None:
+def _check_initial(initial: Model | None, requested: ModelSpec, spec: TrainingSpec) -> None:
     if initial is None:
         if spec.freeze_encoder:
-            raise PtychodaskError("training: freeze_encoder keeps the weights of a given model; pass initial=")
+            raise PtychodaskError("training: freeze_encoder needs the weights of a trained model; pass initial=")
         return
-    if initial.spec != wanted:
-        names = [name for name, value in asdict(wanted).items() if getattr(initial.spec, name) != value]
-        listed = ", ".join(f"{n} is {getattr(initial.spec, n)}, asked for {getattr(wanted, n)}" for n in names)
-        way_out = ", ".join(f"{'model' if name == 'kind' else name}={getattr(initial.spec, name)!r}" for name in names)
+    if initial.spec != requested:
+        names = [name for name, value in asdict(requested).items() if getattr(initial.spec, name) != value]
+        listed = ", ".join(f"{n} is {getattr(initial.spec, n)}, requested {getattr(requested, n)}" for n in names)
+        remedy = ", ".join(f"{'model' if name == 'kind' else name}={getattr(initial.spec, name)!r}" for name in names)
         raise PtychodaskError(
-            f"{initial.path or 'initial model'}: does not fit the training ({listed}); pass {way_out}, or no initial"
+            f"{initial.path or 'initial model'}: does not fit the training ({listed}); pass {remedy}, or no initial"
         )
 
 
 def _stages(
     scans: Sequence[Scan], spec: TrainingSpec, optics: Optics | Sequence[Optics], model_spec: ModelSpec
 ) -> list[tuple[float, Loss]]:
-    """The losses in their order, each with the share of the training at which it ends."""
+    """Losses in order, each with the share of training where it ends."""
     if spec.model == "baseline":
         return [(1.0, patch_loss(optics, model_spec.object_amplitude))]
     amplitudes = [scan for scan in scans if scan.domain == "amplitude"]
     name = spec.loss or ("amplitude" if amplitudes else "staged")
     if name in ("poisson", "staged") and amplitudes:
         raise PtychodaskError(
-            f"{amplitudes[0].store or 'scan'}: holds amplitudes, whose photon number is unknown, and loss='{name}' "
+            f"{amplitudes[0].store or 'scan'}: contains amplitudes, whose photon number is unknown, but loss='{name}' "
             "needs counts; pass loss='amplitude'"
         )
     if name == "staged":
@@ -430,18 +448,21 @@ def _stages(
 
 
 def _optics(training_scan: TrainingScan, fit: ProbeFit | None) -> Optics:
-    """The optics that a scan has from now on."""
+    """Optics after the training: with the fitted probe if better."""
     return replace(training_scan.optics, probe=fit.probe) if fit is not None and fit.is_better else training_scan.optics
 
 
 def _provenance(
     training_scans: Sequence[TrainingScan], fits: Sequence[ProbeFit | None], spec: TrainingSpec, initial: Model | None
 ) -> dict[str, Any]:
-    """Where the weights come from; of several scans, the first by name and all in ``scans``."""
+    """Provenance of the weights.
+
+    Fields of the first scan are at the top; with several scans, all are in ``scans``.
+    """
     scans = [
         {
             "store": training_scan.scan.store,
-            # What the store has with the probe that it is about to take.
+            # Hash of the store after its probe is replaced, which happens once the bundle is written.
             "data_hash": training_scan.scan.data_hash
             if fit is None or not fit.is_better
             else hash_with_probe(training_scan.scan, fit.probe),

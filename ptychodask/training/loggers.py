@@ -1,4 +1,4 @@
-"""Where else the curve of a training goes while it runs: TensorBoard or MLflow, when asked."""
+"""Optional loggers of a training: TensorBoard and MLflow."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ptychodask.scan import PtychodaskError
 from ptychodask.training.spec import TrainingSpec
 
 Record = Callable[[dict[str, float]], None]
-"""What is told the entry of each epoch."""
+"""Function called with the log entry of each epoch."""
 
 
 @contextmanager
 def open_logger(log_to: str | None, name: str, spec: TrainingSpec) -> Iterator[Record]:
-    """What records the epochs of a training.
+    """Open a logger for the epochs of a training.
 
     Parameters
     ----------
@@ -25,12 +25,12 @@ def open_logger(log_to: str | None, name: str, spec: TrainingSpec) -> Iterator[R
     name : str
         Name of the run.
     spec : TrainingSpec
-        Recorded beside the curve where the logger takes it.
+        Recorded as parameters of the run.
 
     Yields
     ------
     callable
-        Takes an epoch's entry of the log.
+        Records the log entry of an epoch.
 
     Raises
     ------
@@ -40,16 +40,16 @@ def open_logger(log_to: str | None, name: str, spec: TrainingSpec) -> Iterator[R
     if log_to is None:
         yield lambda _: None
         return
-    kind, colon, place = log_to.partition(":")
-    if kind not in LOGGERS or not colon or not place:
+    kind, colon, destination = log_to.partition(":")
+    if kind not in LOGGERS or not colon or not destination:
         raise PtychodaskError(f"training: log_to is {log_to!r}, expected tensorboard:FOLDER or mlflow:URI")
-    with LOGGERS[kind](place, name, spec) as record:
+    with LOGGERS[kind](destination, name, spec) as record:
         yield record
 
 
 @contextmanager
 def _tensorboard(folder: str, name: str, spec: TrainingSpec) -> Iterator[Record]:
-    """Scalars of each epoch, in the folder `name` of a TensorBoard folder."""
+    """Scalars of each epoch, in the subfolder `name` of a TensorBoard folder."""
     try:
         import tensorboard  # noqa: F401
         import tensorflow as tf
@@ -71,12 +71,12 @@ def _tensorboard(folder: str, name: str, spec: TrainingSpec) -> Iterator[Record]
 
 @contextmanager
 def _mlflow(uri: str, name: str, spec: TrainingSpec) -> Iterator[Record]:
-    """Metrics of each epoch, in a run of an MLflow tracking server or folder."""
+    """Metrics of each epoch, in an MLflow run (server or folder)."""
     try:
         from mlflow import MlflowClient
     except ImportError as error:
         raise _missing("mlflow", error) from error
-    # A client of its own: the fluent interface would change the tracking server of the whole process.
+    # A separate client: MLflow's fluent interface would change the tracking server of the whole process.
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("ptychodask")
     experiment_id = client.create_experiment("ptychodask") if experiment is None else experiment.experiment_id

@@ -1,4 +1,4 @@
-"""The probes that a training fitted: their gauge, how they are judged, and how a store takes them."""
+"""Fitted probes of a training: optimizer, gauge, comparison with the stored probe."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ptychodask.training.spec import TrainingSpec
 logger = logging.getLogger(__name__)
 
 
-def _less_its_own_start(record: Any) -> Any:
+def _without_started_from(record: Any) -> Any:
     return {k: v for k, v in record.items() if k != "started_from"} if isinstance(record, dict) else record
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeFit:
-    """What a training found of a scan's probe."""
+    """Fitted probe of a scan, and its held-out losses."""
 
     probe: NDArray[np.complex64]
     """The fitted probe (mode, N, N), in the gauge of the stored one (`in_gauge_of`)."""
@@ -37,34 +37,38 @@ class ProbeFit:
     """Held-out loss with the stored probe."""
 
     loss_after: float
-    """Held-out loss with the fitted probe, of the same patterns and weights."""
+    """Held-out loss with the fitted probe, same patterns and weights."""
 
     @property
     def is_better(self) -> bool:
-        """The fitted probe explains the held-out patterns better, so that the store takes it."""
+        """True if the fitted probe has the lower held-out loss."""
         return self.loss_after < self.loss_before
 
     def record(self, spec: TrainingSpec, scan: Scan) -> dict[str, Any]:
-        """How the probe was made, for the store: plain values."""
+        """Provenance of the probe for the store, as plain values."""
         return {
             "by": "train",
             "held_out_loss_before": self.loss_before,
             "held_out_loss_after": self.loss_after,
             "probe_rate": spec.probe_rate,
             "seed": spec.seed,
-            "started_from": _less_its_own_start(scan.attributes.get("probe_refinement")),
+            "started_from": _without_started_from(scan.attributes.get("probe_refinement")),
         }
 
 
 class ProbeAdam(keras.optimizers.Adam):
-    """Adam for weights and, as the last variable, fitted probes, each of which has one length of step for all pixels.
+    """Adam with one step size per fitted probe.
 
-    The second moment of a probe is the mean of its gradient's square over modes and pixels. Adam's own, pixel by pixel,
-    would move those that the patterns say little about as far as the others.
+    The last variable is the fitted probes, the others are weights. The second moment of a probe is the mean of its
+    squared gradient over modes and pixels. Adam's own second moment, pixel by pixel, would change pixels that the
+    patterns hardly determine as much as the others.
     """
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """Kingma & Ba, arXiv 1412.6980, algorithm 1, with a second moment for each scan."""
+        """Step of Adam with a single second moment for each scan's probe.
+
+        Kingma & Ba, arXiv 1412.6980, algorithm 1.
+        """
         index = self._get_variable_index(variable)
         if index < len(self._trainable_variables) - 1:
             super().update_step(gradient, variable, learning_rate)
@@ -80,7 +84,9 @@ class ProbeAdam(keras.optimizers.Adam):
 
 
 def in_gauge_of(stored: NDArray[np.complex64], probe: NDArray[np.complex64]) -> NDArray[np.complex64]:
-    """A probe brought to what patterns cannot tell, as the stored probe has it.
+    """Probe with intensity, centroid and global phase of the stored probe.
+
+    The patterns do not determine these.
 
     Parameters
     ----------
@@ -89,14 +95,14 @@ def in_gauge_of(stored: NDArray[np.complex64], probe: NDArray[np.complex64]) -> 
     Returns
     -------
     complex64 array (mode, N, N)
-        With the light Σ|P|² of the stored probe (the calibration), its centroid of Σ|P|² (the object would move along),
-        and the global phase for which <stored, probe> is real and not negative.
+        With the total intensity Σ|P|² of the stored probe (the calibration), its centroid of Σ|P|² (the object would
+        move along), and the global phase for which <stored, probe> is real and not negative.
 
     Notes
     -----
-    A phase ramp is left as it is found. Probe and object could share it, but patches start from a flat object and the
-    detector does not move, so that the patterns tell the probe's ramp; the stored probe's own is no guide, since it
-    depends on where the detector's centre was taken to be (as in `run_sweeps`).
+    A phase ramp is left unchanged. Probe and object could share one, but patches start from a flat object and the
+    detector does not move, so that the patterns determine the probe's ramp; the ramp of the stored probe is no
+    reference, since it depends on the assumed centre of the detector (as in `run_sweeps`).
 
     Examples
     --------
@@ -118,28 +124,28 @@ def judge_probes(
     Parameters
     ----------
     fitted : FittedProbes
-        With the values that the training ended with.
+        Probes with their final values.
     stored : sequence of complex64 arrays (mode, N, N)
     held_out_loss : callable
-        Of the network as it is, all scans together.
+        Returns the held-out loss of the network with the current probes, over all scans.
 
     Returns
     -------
     list of ProbeFit
-        One for each scan; the losses differ by that scan's probe alone.
+        One for each scan; between its two losses only the probe of that scan changes.
     """
-    found = [in_gauge_of(before, after) for before, after in zip(stored, fitted.read(), strict=True)]
-    fitted.assign(found)
+    probes = [in_gauge_of(before, after) for before, after in zip(stored, fitted.read(), strict=True)]
+    fitted.assign(probes)
     loss_after = held_out_loss()
     fits = []
     for number, before in enumerate(stored):
-        fitted.assign([*found[:number], before, *found[number + 1 :]])
-        fits.append(ProbeFit(found[number], held_out_loss(), loss_after))
+        fitted.assign([*probes[:number], before, *probes[number + 1 :]])
+        fits.append(ProbeFit(probes[number], held_out_loss(), loss_after))
     return fits
 
 
 def store_probe(scan: Scan, fit: ProbeFit, spec: TrainingSpec) -> None:
-    """Put a fitted probe into the scan's store where it is better, and say what it was judged by."""
+    """Replace the store's probe if the fit is better; log the losses."""
     if fit.is_better:
         replace_probe(str(scan.store), fit.probe, fit.record(spec, scan))
     logger.info(
@@ -147,5 +153,5 @@ def store_probe(scan: Scan, fit: ProbeFit, spec: TrainingSpec) -> None:
         scan.store,
         fit.loss_before,
         fit.loss_after,
-        "takes the fitted probe" if fit.is_better else "keeps its probe",
+        "now has the fitted probe" if fit.is_better else "keeps its probe",
     )

@@ -1,4 +1,4 @@
-"""How a network is trained: plain values, no network library needed."""
+"""Training settings, without importing a network library."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Schedule = Literal["cosine", "constant", "plateau"]
 Validation = Literal["random", "left", "right", "top", "bottom"]
 
 REFERENCE_STEP = 16
-"""Groups in one step that `learning_rate` is meant for when it is scaled (Goyal et al., arXiv 1706.02677)."""
+"""Groups per step at which a scaled rate equals `learning_rate` (Goyal et al., arXiv 1706.02677)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpec:
-    """How a network is trained on a scan."""
+    """Settings of a training."""
 
     model: Kind = "pinn"
-    """`pinn` (patterns alone) or `baseline` (needs the truth or labels)."""
+    """`pinn` (needs only patterns) or `baseline` (needs the truth or labels)."""
 
     members: int | None = None
     """Patterns in one group, C; by default 4 for the PINN, always 1 for the baseline."""
@@ -35,34 +35,34 @@ class TrainingSpec:
     """Nearest positions that members are drawn from, K."""
 
     oversampling: int = GroupingSpec.oversampling
-    """Groups that each pattern seeds in training."""
+    """Training groups seeded by each pattern."""
 
     n_filters_scale: int = ModelSpec.n_filters_scale
     """Width of the network."""
 
     levels: int = ModelSpec.levels
-    """How often the U-Net halves its resolution."""
+    """Number of times the U-Net halves the resolution."""
 
     projections_before: int = ModelSpec.projections_before
-    """Data-consistent steps before the U-Net."""
+    """Data-consistency steps before the U-Net."""
 
     projections_after: int = ModelSpec.projections_after
-    """Data-consistent steps after the U-Net."""
+    """Data-consistency steps after the U-Net."""
 
     momentum: float = ModelSpec.momentum
-    """Share of each data-consistent step that the next one goes on with."""
+    """Momentum of the data-consistency steps before the U-Net, 0 to less than 1."""
 
     attention: bool = ModelSpec.attention
     """Self-attention at the bottom of the U-Net."""
 
     epochs: int = 50
-    """Passes over the training groups at most."""
+    """Maximum number of passes over the training groups."""
 
     max_minutes: float | None = None
-    """Take no step after so many minutes (the last epoch is still judged); the learning rate falls with the clock."""
+    """Time limit, after which only the held-out loss is computed; the learning rate then decreases with time."""
 
     patience: int | None = None
-    """Stop after so many epochs without a lower held-out loss (a staged loss then goes on to its next stage)."""
+    """Stop after this many epochs without a lower held-out loss (a staged loss then continues with its next stage)."""
 
     batch_size: int = 16
     """Groups in one batch."""
@@ -74,43 +74,44 @@ class TrainingSpec:
     """Devices that share each batch; more than one needs TensorFlow (MirroredStrategy) or JAX (keras.distribution)."""
 
     precision: Precision = "float32"
-    """Of the U-Net's convolutions while training: `float32`, or `mixed` (bfloat16); physics and weights are float32."""
+    """Precision of the U-Net's convolutions: `float32`, or `mixed` (bfloat16); physics and weights are float32."""
 
     learning_rate: float = 1e-3
-    """Adam's rate at the start."""
+    """Initial learning rate of Adam."""
 
     scale_learning_rate: bool = False
-    """Take the rate for a step of 16 groups and multiply it by how many times more (or fewer) a step has."""
+    """Multiply the rate by groups per step / 16."""
 
     schedule: Schedule = "cosine"
-    """The rate falls to zero along a half cosine, stays `constant`, or halves on a `plateau` of the held-out loss."""
+    """`cosine`: the rate decreases to zero along a half cosine; `constant`; `plateau`: it halves when the held-out loss
+    stops decreasing."""
 
     loss: Loss | None = None
     """`amplitude`, `mae` (of the amplitude), `poisson` or `staged` (amplitude, then Poisson); by default staged for
     counts, amplitude for amplitudes, whose photon number is unknown."""
 
     tv: float = 0.0
-    """Weight of the patches' total variation where light fell, per pixel, relative to the flat object."""
+    """Weight of the patches' total variation over illuminated pixels, per pixel, relative to the flat object."""
 
     real_space: float = 0.0
-    """Weight of the disagreement of a group's members where they overlap."""
+    """Weight of the mean squared difference between members' patches and the group's merged patch."""
 
     probe_rate: float = 0.0
-    """Fit the probe too: how far a step moves it, relative to the rate of the weights and to the root mean square of
-    each mode where light falls; 0 keeps the stored probe. For the PINN; some 3 to 10 suit the default rate."""
+    """Fit the probe too: step size relative to the rate of the weights and to the root mean square of each mode over
+    illuminated pixels; 0 keeps the stored probe. PINN only; 3 to 10 suit the default rate."""
 
     freeze_encoder: bool = False
-    """Keep the U-Net's way down and its bottom as `initial` has them."""
+    """Keep the weights of the U-Net's encoder and bottleneck from `initial`."""
 
     validation: Validation = "random"
-    """Held-out patterns: drawn at random (each judged in a group with its neighbours), or those on one side of the
-    field, with a dark gap to the others."""
+    """Held-out patterns: drawn at random (each validated in a group with its neighbours), or those on one side of the
+    scan, with a gap so that no illumination is shared."""
 
     validation_fraction: float = 0.1
     """Share of the patterns that is held out."""
 
     exclude: Sequence[int] = ()
-    """Patterns (indices in the store) that neither training nor validation sees."""
+    """Patterns (indices in the store) used in neither training nor validation."""
 
     seed: int = 0
     """Seed of the split, the groups, the weights and the order of the steps."""
@@ -140,17 +141,17 @@ class TrainingSpec:
                 raise PtychodaskError(f"training: {name} is {value}, expected 0 or more")
         if self.real_space and self.grouping.members == 1:
             raise PtychodaskError(
-                f"training: real_space is {self.real_space}, but groups of one member have nothing to agree with; "
+                f"training: real_space is {self.real_space}, but compares members and groups have only one; "
                 "pass members=2 or more, or real_space=0"
             )
         if self.probe_rate and self.model == "baseline":
             raise PtychodaskError(
-                f"training: probe_rate is {self.probe_rate}, but a baseline learns from patches, which tell nothing of "
-                "the probe; pass model='pinn', or probe_rate=0"
+                f"training: probe_rate is {self.probe_rate}, but a baseline learns from patches, which do not depend "
+                "on the probe; pass model='pinn', or probe_rate=0"
             )
         if self.batch_size % self.devices:
             raise PtychodaskError(
-                f"training: batch_size is {self.batch_size}, which {self.devices} devices cannot share evenly; pass a "
+                f"training: batch_size is {self.batch_size}, not divisible among {self.devices} devices; pass a "
                 f"multiple of {self.devices}"
             )
         if not 0 < self.validation_fraction < 1:
@@ -162,7 +163,7 @@ class TrainingSpec:
 
     @property
     def grouping(self) -> GroupingSpec:
-        """How the training groups are drawn."""
+        """Grouping of the training patterns."""
         members = self.members or (1 if self.model == "baseline" else GroupingSpec.members)
         if members == 1:
             return GroupingSpec(members=1, seed=self.seed)
@@ -170,7 +171,7 @@ class TrainingSpec:
 
     @property
     def first_learning_rate(self) -> float:
-        """Adam's rate at the start, scaled with the step where that is asked for.
+        """Initial learning rate of Adam, scaled if `scale_learning_rate`.
 
         Examples
         --------
@@ -183,11 +184,11 @@ class TrainingSpec:
 
 
 def _pattern_indices(exclude: Sequence[int]) -> tuple[int, ...]:
-    """Sorted plain integers, so that a spec can be compared and written as JSON."""
+    """Sorted plain integers, for comparison of specs and for JSON."""
     indices = np.asarray(exclude)
     if indices.size and (indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer) or indices.min() < 0):
         raise PtychodaskError(
             f"training: exclude has shape {indices.shape} and type {indices.dtype}, expected pattern indices: "
-            "integers from 0 on, in one row"
+            "a sequence of integers from 0"
         )
     return tuple(int(i) for i in np.unique(indices))

@@ -1,4 +1,4 @@
-"""Batches of groups in the form that Keras takes them."""
+"""Batches of groups as Keras datasets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ptychodask.training.data import GroupBatches, GroupReader, TargetOf
 
 
 class GroupStream(keras.utils.PyDataset):
-    """Batches ((X, offsets), target) of the groups of one scan, as `GroupBatches` deals them."""
+    """Batches ((X, offsets), target) of one scan, in the order of `GroupBatches`."""
 
     def __init__(
         self,
@@ -34,9 +34,9 @@ class GroupStream(keras.utils.PyDataset):
         )
 
     @property
-    def deals(self) -> int:
-        """How often the groups were put into an order."""
-        return self._batches.deals
+    def n_orders(self) -> int:
+        """Number of times the groups were put into an order."""
+        return self._batches.n_orders
 
     @property
     def groups_per_epoch(self) -> int:
@@ -51,21 +51,22 @@ class GroupStream(keras.utils.PyDataset):
         return (x, offset), target
 
     def on_epoch_end(self) -> None:
-        """Deal the groups anew."""
-        self._batches.deal()
+        """Put the groups into a new order."""
+        self._batches.reorder()
 
 
 class MixedStream(keras.utils.PyDataset):
-    """Batches of several scans, each from one scan, in proportion; ((X, offsets, scan number), target).
+    """Batches of several scans, each batch from a single scan.
 
-    The target has one channel more, which holds the number of the scan: see `with_scan_number`.
+    Batches are ((X, offsets, scan number), target), as many of each scan as it has. The target has an additional
+    channel with the number of the scan: see `with_scan_number`.
     """
 
     def __init__(self, streams: Sequence[GroupStream], *, shuffle: bool, seed: int) -> None:
         super().__init__()
         self._streams = streams
         self._rng = np.random.default_rng(seed) if shuffle else None
-        self.deals = 1
+        self.n_orders = 1
         self._mix()
 
     @property
@@ -77,14 +78,14 @@ class MixedStream(keras.utils.PyDataset):
         return sum(len(stream) for stream in self._streams)
 
     def __getitem__(self, index: int) -> tuple[Any, NDArray[np.float32]]:
-        number, place = self._turns[index]
-        (x, offset), target = self._streams[number][place]
+        number, batch = self._batches[index]
+        (x, offset), target = self._streams[number][batch]
         scan = np.full((len(x), 1), number, np.int32)
         return (x, offset, scan), with_scan_number(target, number)
 
     def on_epoch_end(self) -> None:
-        """Deal the groups of each scan anew, and mix the batches."""
-        self.deals += 1
+        """Put groups of each scan into a new order; mix batches."""
+        self.n_orders += 1
         for stream in self._streams:
             stream.on_epoch_end()
         self._mix()
@@ -93,12 +94,15 @@ class MixedStream(keras.utils.PyDataset):
         number = np.repeat(np.arange(len(self._streams)), [len(stream) for stream in self._streams])
         if self._rng is not None:
             number = self._rng.permutation(number)
-        place = np.empty(len(number), np.int64)
+        batch = np.empty(len(number), np.int64)
         for each, stream in enumerate(self._streams):
-            place[number == each] = np.arange(len(stream))
-        self._turns = [(int(n), int(p)) for n, p in zip(number, place, strict=True)]
+            batch[number == each] = np.arange(len(stream))
+        self._batches = [(int(n), int(b)) for n, b in zip(number, batch, strict=True)]
 
 
 def with_scan_number(target: NDArray[np.float32], number: int) -> NDArray[np.float32]:
-    """A target (group, C, ...) with a channel more that holds the number of the scan: a loss sees nothing else."""
+    """Target (group, C, ...) with the scan's number as additional channel.
+
+    A Keras loss receives only the target and the prediction, so that the number is passed in the target.
+    """
     return np.concatenate([target, np.full_like(target[:, :1], number)], axis=1)
