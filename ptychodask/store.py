@@ -1034,7 +1034,7 @@ def group(store: str | Location, spec: GroupingSpec = GroupingSpec(), *, name: s
 
 
 def open_or_draw_groups(store: str | Location, spec: GroupingSpec) -> GroupTable:
-    """Group table of a spec: the stored one, else the same rows drawn in memory.
+    """Group table of a spec, stored or drawn in memory with the same rows.
 
     Parameters
     ----------
@@ -1063,7 +1063,13 @@ def open_or_draw_groups(store: str | Location, spec: GroupingSpec) -> GroupTable
 
 
 def _open_same_groups(path: Location, spec: GroupingSpec, name: str) -> GroupTable | None:
-    """The stored group table of a name, or None; raises `PtychodaskError` if its spec is another."""
+    """Stored group table of a name, or None.
+
+    Raises
+    ------
+    PtychodaskError
+        If its spec is another.
+    """
     stored = open_groups(path, name)
     if stored is not None and stored.spec != spec:
         raise PtychodaskError(
@@ -1183,7 +1189,7 @@ class GroupTable:
 
     @property
     def in_memory(self) -> NDArray[np.int32] | None:
-        """Rows int32 (group, channel) of a table that is not stored; None for a stored one."""
+        """Rows of a table that is not stored, int32 (group, channel), else None."""
         return self._member if isinstance(self._member, np.ndarray) else None
 
     def rows(self, start: int, stop: int) -> NDArray[np.int32]:
