@@ -1034,7 +1034,7 @@ def group(store: str | Location, spec: GroupingSpec = GroupingSpec(), *, name: s
 
 
 def open_or_draw_groups(store: str | Location, spec: GroupingSpec) -> GroupTable:
-    """Group table of a spec, stored or drawn in memory with the same rows.
+    """Group table of a spec, stored or drawn with the same rows.
 
     Parameters
     ----------
@@ -1189,7 +1189,7 @@ class GroupTable:
 
     @property
     def in_memory(self) -> NDArray[np.int32] | None:
-        """Rows of a table that is not stored, int32 (group, channel), else None."""
+        """Rows of a table that is not stored, int32 (group, channel)."""
         return self._member if isinstance(self._member, np.ndarray) else None
 
     def rows(self, start: int, stop: int) -> NDArray[np.int32]:
