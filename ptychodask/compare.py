@@ -14,8 +14,9 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy.signal import fftconvolve
 
+from ptychodask.errors import PtychodaskError
+from ptychodask.forward import footprint_corners
 from ptychodask.io import ForeignResult, read_foreign_result
-from ptychodask.iterative import footprint_corners
 from ptychodask.metrics import (
     PTYCHOPINN_PEAK,
     Gauge,
@@ -35,7 +36,7 @@ from ptychodask.metrics import (
 from ptychodask.places import S3Location, parse_location
 from ptychodask.registration import find_corner, on_whole_pixels, seen_box
 from ptychodask.result import make_dataset, open_result, recorded
-from ptychodask.scan import PtychodaskError, Scan, Truth
+from ptychodask.scan import Scan, Truth
 from ptychodask.store import open_scan
 
 logger = logging.getLogger(__name__)

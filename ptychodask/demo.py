@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from ptychodask.compare import compare, to_markdown
+from ptychodask.errors import PtychodaskError
 from ptychodask.io import ingest
 from ptychodask.plotting import plot, plot_comparison
 from ptychodask.reconstruction import reconstruct
-from ptychodask.scan import PtychodaskError, Scan
+from ptychodask.scan import Scan
 from ptychodask.simulate import simulate
 
 logger = logging.getLogger(__name__)

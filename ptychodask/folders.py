@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ptychodask.scan import PtychodaskError
+from ptychodask.errors import PtychodaskError
 
 try:
     import fcntl

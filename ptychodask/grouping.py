@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import ConvexHull, KDTree, QhullError
 
-from ptychodask.display import card
-from ptychodask.scan import PtychodaskError
+from ptychodask.errors import PtychodaskError
+from ptychodask.html import card
+from ptychodask.scan import Scan
 
 CURVE_BITS = 16
 """The grid of the curve has 2**CURVE_BITS cells along each side."""
@@ -355,3 +356,27 @@ def _draw_members(nearest: NDArray[np.int32], members: int, rng: np.random.Gener
     keys = rng.random((len(nearest), nearest.shape[1] - 1), dtype=np.float32)
     drawn = np.sort(np.argpartition(keys, members - 2, axis=1)[:, : members - 1], axis=1) + 1
     return np.take_along_axis(nearest, np.column_stack([np.zeros(len(nearest), np.int64), drawn]), axis=1)
+
+
+def patterns_without(scan: Scan, exclude: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """Indices of the patterns of a scan without excluded ones, ascending.
+
+    Parameters
+    ----------
+    scan : Scan
+    exclude : int array (k,)
+        Patterns to leave out.
+
+    Returns
+    -------
+    int64 array
+
+    Raises
+    ------
+    PtychodaskError
+        If a pattern to leave out does not exist, or no pattern remains.
+    """
+    check_drop(scan.store or "scan", scan.n_patterns, exclude)
+    kept = np.ones(scan.n_patterns, bool)
+    kept[np.asarray(exclude, np.int64)] = False
+    return np.flatnonzero(kept)

@@ -19,11 +19,12 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.folders import folder_lock
 from ptychodask.grouping import GroupingSpec
 from ptychodask.places import on_disk
 from ptychodask.progress import progress_bar
-from ptychodask.scan import PatternSource, PtychodaskError, Scan, check_positions
+from ptychodask.scan import PatternSource, Scan, check_positions
 from ptychodask.store import (
     INGEST_AGAIN,
     SCAN,

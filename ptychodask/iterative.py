@@ -20,29 +20,24 @@ import scipy.ndimage
 import xarray as xr
 from numpy.typing import NDArray
 
-from ptychodask.grouping import check_drop
+from ptychodask.errors import PtychodaskError
+from ptychodask.forward import PROBE_BATCH, project_modulus, r_factor, shift_probe, shift_ramp
+from ptychodask.grouping import patterns_without
+from ptychodask.probes import defocus_starts, defocused, illumination, probe_centroid_px, squared_modulus
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.result import make_dataset
-from ptychodask.scan import PtychodaskError, Scan, illumination
-from ptychodask.simulate import expected_counts, shift_probe, shift_ramp
+from ptychodask.scan import Scan
 from ptychodask.store import check_probe_is_free, open_scan, replace_probe
 
 logger = logging.getLogger(__name__)
 
-PROBE_BATCH = 16
-"""Patterns averaged into one update of the probe."""
-
-READ_BATCH = 64
-"""Patterns that polishing reads at a time."""
 
 PROBE_DAMPING = 0.1
 """Fraction of the brightest pixel in the denominator of a probe update; damps weakly determined pixels."""
 
+
 SCORING_SWEEPS = 5
 """Sweeps with fixed probe that fit the object with which a probe is scored."""
-
-DEFOCUS_RADII = (1 / 32, 1 / 16, 1 / 8, 1 / 6, 1 / 4)
-"""Root-mean-square radii of the defocused probes in a defocus search, relative to N."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,30 +248,6 @@ def around_middle(
         index = np.flatnonzero(scan_index == experiments[sizes.argmax()])
     position = position_yx_px[index]
     return index[np.argsort(np.hypot(*(position - position.mean(axis=0)).T), kind="stable")]
-
-
-def patterns_without(scan: Scan, exclude: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """Indices of the patterns of a scan without excluded ones, ascending.
-
-    Parameters
-    ----------
-    scan : Scan
-    exclude : int array (k,)
-        Patterns to leave out.
-
-    Returns
-    -------
-    int64 array
-
-    Raises
-    ------
-    PtychodaskError
-        If a pattern to leave out does not exist, or no pattern remains.
-    """
-    check_drop(scan.store or "scan", scan.n_patterns, exclude)
-    kept = np.ones(scan.n_patterns, bool)
-    kept[np.asarray(exclude, np.int64)] = False
-    return np.flatnonzero(kept)
 
 
 def reconstruct_iterative(
@@ -517,33 +488,12 @@ def _update_object(
         patch = object_[row : row + n_pixels, column : column + n_pixels]
         ramp = shift_ramp(measured.fraction_yx_px[j], n_pixels, probe.dtype)
         shifted = scipy.fft.ifft2(spectrum * ramp)
-        change, _ = _to_measured(shifted * patch, measured.amplitude[j], measured.good)
+        change, _ = project_modulus(shifted * patch, measured.amplitude[j], measured.good)
         estimate += scipy.fft.fft2(np.conj(patch) * change) * np.conj(ramp)
-        seen += _intensity(patch)
-        brightest = _intensity(shifted).sum(axis=0).max()
+        seen += squared_modulus(patch)
+        brightest = squared_modulus(shifted).sum(axis=0).max()
         patch += np.float32(step_object / brightest) * (np.conj(shifted) * change).sum(axis=0)
     return scipy.fft.ifft2(estimate) / ((1 - PROBE_DAMPING) * seen + PROBE_DAMPING * seen.max())
-
-
-def _to_measured(
-    wave: NDArray[np.complex64], amplitude: NDArray[np.float32], good: NDArray[np.bool_] | None
-) -> tuple[NDArray[np.complex64], NDArray[np.float32]]:
-    """Change of an exit wave (mode, N, N) to the measured amplitude.
-
-    Only good pixels change. The second array is the model's amplitude (N, N) before, bad pixels 0.
-    """
-    far = scipy.fft.fft2(wave, norm="ortho")
-    model = np.sqrt(_intensity(far).sum(axis=0))
-    # A pixel where the model is dark has no phase to keep; the floor prevents a division by zero there.
-    ratio = amplitude / np.maximum(model, np.float32(1e-6) * model.max() + np.finfo(np.float32).eps ** 2) - 1
-    if good is not None:
-        ratio *= good
-        model *= good
-    return scipy.fft.ifft2(far * ratio, norm="ortho"), model
-
-
-def _intensity(wave: NDArray[np.complex64]) -> NDArray[np.float32]:
-    return wave.real**2 + wave.imag**2
 
 
 def _restore_gauge(
@@ -555,363 +505,3 @@ def _restore_gauge(
     object_ = scipy.fft.ifft2(scipy.ndimage.fourier_shift(scipy.fft.fft2(object_), shift)).astype(np.complex64)
     scale = np.linalg.norm(initial) / np.linalg.norm(probe)
     return object_ / scale, probe * scale
-
-
-def probe_centroid_px(probe: NDArray[np.complex64]) -> NDArray[np.float64]:
-    """Centroid (y, x) of Σ|P|², float64 (2,), pixels."""
-    intensity = _intensity(probe).sum(axis=0, dtype=np.float64)
-    axis = np.arange(len(intensity))
-    return np.array([intensity.sum(axis=1) @ axis, intensity.sum(axis=0) @ axis]) / intensity.sum()
-
-
-def defocused(probe: NDArray[np.complex64], defocus_rad: float) -> NDArray[np.complex64]:
-    """Probe with added defocus.
-
-    Parameters
-    ----------
-    probe : complex64 array (mode, N, N)
-    defocus_rad : float
-        Phase added at the edge of the far field (N/2 pixels from DC), quadratic in the distance; 0 returns the probe
-        unchanged.
-
-    Returns
-    -------
-    complex64 array (mode, N, N)
-    """
-    curved = defocus_rad * (_far_radius(probe.shape[-1]) ** 2)
-    return scipy.fft.ifft2(scipy.fft.fft2(probe) * np.exp(1j * curved).astype(np.complex64))
-
-
-def _far_radius(n_pixels: int) -> NDArray[np.float64]:
-    """Distance from DC at [0, 0], units of N/2 pixels (N, N)."""
-    axis = 2 * scipy.fft.fftfreq(n_pixels)
-    return np.hypot(axis[:, None], axis)
-
-
-def defocus_starts(probe: NDArray[np.complex64]) -> tuple[float, ...]:
-    """Defocus values of a search, radians: 0 and both signs.
-
-    Each spreads a focused probe to one of the radii `DEFOCUS_RADII`.
-    """
-    n_pixels = probe.shape[-1]
-    intensity = _intensity(scipy.fft.fft2(probe)).sum(axis=0, dtype=np.float64)
-    spread = np.sqrt((intensity * _far_radius(n_pixels) ** 2).sum() / intensity.sum())
-    # The gradient of the quadratic phase moves intensity at far-field radius s by 2 defocus s / π pixels.
-    positive = [float(radius * n_pixels * np.pi / (2 * spread)) for radius in DEFOCUS_RADII]
-    return (0.0, *positive, *(-defocus for defocus in positive))
-
-
-def r_factor(
-    object_: NDArray[np.complexfloating[Any, Any]],
-    corner_yx_px: tuple[float, float],
-    scan: Scan,
-    index: NDArray[np.int64] | None = None,
-) -> float:
-    """R factor of the patterns predicted from an object.
-
-    Parameters
-    ----------
-    object_ : complex array (y, x)
-        NaN where unseen; such pixels, and all beyond the edges, are set to the mean amplitude of the seen ones.
-    corner_yx_px : (float, float)
-        Scan coordinates of the object's pixel [0, 0], pixels.
-    scan : Scan
-        Patterns, positions, probe, mask and flux.
-    index : int array (k,), optional
-        Indices of the patterns; all by default.
-
-    Returns
-    -------
-    float
-        R = Σ|√I_pred − √I| / Σ√I over the good pixels of these patterns; 0 is perfect agreement.
-
-    Raises
-    ------
-    PtychodaskError
-        If the object has no seen pixel, or the patterns are all zero.
-    """
-    index = np.arange(scan.n_patterns) if index is None else np.asarray(index)
-    filled, corner = _filled(object_, corner_yx_px, scan.position_yx_px[index], scan.n_pixels)
-    misfit = total = 0.0
-    for start in range(0, len(index), PROBE_BATCH):
-        batch = index[start : start + PROBE_BATCH]
-        for j, amplitude in zip(batch, scan.amplitude(batch), strict=True):
-            model = predicted_amplitude(filled, corner, scan, int(j))
-            misfit += float(np.abs(model - amplitude).sum(dtype=np.float64))
-            total += float(amplitude.sum(dtype=np.float64))
-    if not total > 0:
-        raise PtychodaskError(f"{scan.store or 'scan'}: the patterns to compare with are all zero; pass others")
-    return misfit / total
-
-
-def predicted_amplitude(
-    object_: NDArray[np.complex64], corner_yx_px: tuple[float, float], scan: Scan, pattern: int
-) -> NDArray[np.float32]:
-    """Predicted amplitude √I_pred of one pattern, bad pixels 0.
-
-    Uses the scan's probe and flux.
-
-    Parameters
-    ----------
-    object_ : complex64 array (y, x)
-        Covers the footprint at the pattern's position; no NaN.
-    corner_yx_px : (float, float)
-        Scan coordinates of its pixel [0, 0], pixels.
-    scan : Scan
-    pattern : int
-        Index of the pattern.
-
-    Returns
-    -------
-    float32 array (N, N)
-        Comparable with `Scan.amplitude`.
-    """
-    model = np.sqrt(expected_counts(object_, corner_yx_px, scan.probe, scan.position_yx_px[pattern]))
-    if scan.flux is not None:
-        model *= np.sqrt(scan.flux[pattern])
-    if scan.mask is not None:
-        model *= scan.mask
-    return model
-
-
-def _filled(
-    object_: NDArray[np.complexfloating[Any, Any]],
-    corner_yx_px: tuple[float, float],
-    position_yx_px: NDArray[np.float64],
-    n_pixels: int,
-) -> tuple[NDArray[np.complex64], tuple[float, float]]:
-    """Object without NaN, extended to cover all footprints, and its corner."""
-    seen = np.isfinite(object_)
-    if not seen.any():
-        raise PtychodaskError("object: all its pixels are NaN, so no pattern can be predicted from it")
-    mean = np.abs(object_[seen]).mean(dtype=np.float64)
-    first = np.floor(position_yx_px - np.asarray(corner_yx_px)).astype(int) - n_pixels // 2
-    before = np.maximum(-first.min(axis=0), 0)
-    after = np.maximum(first.max(axis=0) + n_pixels - object_.shape, 0)
-    filled = np.pad(
-        np.where(seen, object_, mean).astype(np.complex64), list(zip(before, after, strict=True)), constant_values=mean
-    )
-    return filled, (float(corner_yx_px[0] - before[0]), float(corner_yx_px[1] - before[1]))
-
-
-@dataclass(frozen=True)
-class Misfit:
-    """Misfit of predicted patterns: sums over patterns and good pixels."""
-
-    absolute: float = 0.0
-    """Σ|√I_pred − √I|."""
-
-    amplitude: float = 0.0
-    """Σ√I."""
-
-    square: float = 0.0
-    """Σ(√I_pred − √I)², patterns scaled to mean flux."""
-
-    @property
-    def r_factor(self) -> float:
-        """R = Σ|√I_pred − √I| / Σ√I.
-
-        Raises `PtychodaskError` if the patterns are all zero.
-        """
-        if not self.amplitude > 0:
-            raise PtychodaskError("polish: the patterns are all zero, so R is undefined; drop fewer")
-        return self.absolute / self.amplitude
-
-    def __add__(self, other: Misfit) -> Misfit:
-        return Misfit(self.absolute + other.absolute, self.amplitude + other.amplitude, self.square + other.square)
-
-
-def footprint_corners(position_yx_px: NDArray[np.float64], n_pixels: int) -> NDArray[np.int64]:
-    """Coordinates (y, x) of each footprint's first pixel, int64 (..., 2)."""
-    return np.floor(position_yx_px).astype(np.int64) - n_pixels // 2
-
-
-def negative_gradient(
-    object_: NDArray[np.complex64], corner: tuple[int, int], scan: Scan, index: NDArray[np.int64]
-) -> tuple[NDArray[np.complex128], Misfit]:
-    """Negative gradient of the misfit of some patterns, and the misfit.
-
-    Parameters
-    ----------
-    object_ : complex64 array (y, x)
-        Covers the footprint at each of these positions; no NaN.
-    corner : (int, int)
-        Scan coordinates of its pixel [0, 0].
-    scan : Scan
-    index : int64 array (k,)
-        Indices of the patterns; `READ_BATCH` of them are in memory at a time.
-
-    Returns
-    -------
-    change : complex128 array (y, x)
-        Σ over patterns and modes of conj(P)(ψ' − ψ), with ψ' the exit wave of the measured modulus: half the negative
-        gradient of ``misfit.square``.
-    misfit : Misfit
-
-    Notes
-    -----
-    Projection, modes and bad pixels as in `run_sweeps`. The term of a pattern depends only on the object in its
-    footprint, so the sums over any partition of the patterns add up to the same total.
-    """
-    n_pixels = scan.n_pixels
-    change, total = np.zeros(object_.shape, np.complex128), Misfit()
-    good = None if scan.mask is None else scipy.fft.ifftshift(scan.mask)
-    spectrum = scipy.fft.fft2(scan.probe)
-    position = scan.position_yx_px[index]
-    start = footprint_corners(position, n_pixels) - corner
-    flux = np.ones(len(index), np.float32) if scan.flux is None else scan.flux[index]
-    for first in range(0, len(index), READ_BATCH):
-        batch = np.arange(first, min(first + READ_BATCH, len(index)))
-        measured = scipy.fft.ifftshift(scan.amplitude(index[batch]), axes=(1, 2))
-        for j, amplitude in zip(batch, measured, strict=True):
-            footprint = tuple(slice(side, side + n_pixels) for side in start[j])
-            ramp = shift_ramp(position[j] - np.floor(position[j]), n_pixels, scan.probe.dtype)
-            shifted = scipy.fft.ifft2(spectrum * ramp)
-            amplitude = amplitude / np.sqrt(flux[j])
-            wave, model = _to_measured(shifted * object_[footprint], amplitude, good)
-            change[footprint] += (np.conj(shifted) * wave).sum(axis=0)
-            total += _misfit(model, amplitude, float(np.sqrt(flux[j])))
-    return change, total
-
-
-def _misfit(model: NDArray[np.float32], amplitude: NDArray[np.float32], root_flux: float) -> Misfit:
-    difference = (model - amplitude).astype(np.float64)
-    return Misfit(
-        root_flux * float(np.abs(difference).sum()),
-        root_flux * float(amplitude.sum(dtype=np.float64)),
-        float((difference**2).sum()),
-    )
-
-
-def illumination_and_proximal_weight(
-    probe: NDArray[np.complex64],
-    position_yx_px: NDArray[np.float64],
-    corner: tuple[int, int],
-    shape: tuple[int, int],
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Illumination and proximal weight of each pixel, for polishing.
-
-    Parameters
-    ----------
-    probe : complex64 array (mode, N, N)
-    position_yx_px : float64 array (pattern, 2)
-    corner : (int, int)
-        Scan coordinates of pixel [0, 0].
-    shape : (int, int)
-        Pixels (y, x).
-
-    Returns
-    -------
-    illumination : float32 array (y, x)
-        Σ over patterns of |P|², in the probe's unit.
-    proximal_weight : float32 array (y, x)
-        max(0, max|P|² − illumination): weight of the term that pulls a dim pixel back to its start.
-    """
-    n_pixels = probe.shape[-1]
-    # Padded by a footprint on each side, so that footprints across the edges need no clipping.
-    padded = np.zeros((shape[0] + 2 * n_pixels, shape[1] + 2 * n_pixels), np.float64)
-    start = footprint_corners(position_yx_px, n_pixels) - corner + n_pixels
-    spectrum = scipy.fft.fft2(probe)
-    for j in np.flatnonzero(((start > 0) & (start < np.add(shape, n_pixels))).all(axis=1)):
-        footprint = tuple(slice(side, side + n_pixels) for side in start[j])
-        fraction = position_yx_px[j] - np.floor(position_yx_px[j])
-        shifted = scipy.fft.ifft2(spectrum * shift_ramp(fraction, n_pixels, probe.dtype))
-        padded[footprint] += _intensity(shifted).sum(axis=0)
-    total = padded[n_pixels:-n_pixels, n_pixels:-n_pixels]
-    peak = float(_intensity(probe).sum(axis=0).max())
-    return total.astype(np.float32), np.maximum(peak - total, 0).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class StepProducts:
-    """Real scalar products that determine a polishing step, float64 sums over pixels.
-
-    s is the latest step, u the negative gradient now, y the decrease of u due to s; H divides by illumination plus
-    proximal weight.
-    """
-
-    s_y: float = 0.0
-    """s·y, the curvature along the step."""
-
-    y_h_y: float = 0.0
-    """y·Hy."""
-
-    s_u: float = 0.0
-    """s·u."""
-
-    y_h_u: float = 0.0
-    """y·Hu."""
-
-    def __add__(self, other: StepProducts) -> StepProducts:
-        return StepProducts(
-            self.s_y + other.s_y, self.y_h_y + other.y_h_y, self.s_u + other.s_u, self.y_h_u + other.y_h_u
-        )
-
-    def mix(self) -> tuple[float, float, float]:
-        """Factors (γ, a, b) of a polishing step.
-
-        The step is γ H (u − a y) + b s. They are (1, 0, 0), the preconditioned gradient step, if the curvature along s
-        was not positive.
-
-        Notes
-        -----
-        Quasi-Newton step of BFGS with a memory of one step (D. F. Shanno, Math. Oper. Res. 3 (1978) 244), with the
-        initial inverse curvature γ H, γ = s·y / y·Hy.
-        """
-        if not (self.s_y > 0 and self.y_h_y > 0):
-            return 1.0, 0.0, 0.0
-        gamma, a = self.s_y / self.y_h_y, self.s_u / self.s_y
-        return gamma, a, a - gamma * (self.y_h_u - a * self.y_h_y) / self.s_y
-
-
-def step_products(
-    object_: NDArray[np.complex64],
-    before: NDArray[np.complex64],
-    change: NDArray[np.complex64],
-    change_before: NDArray[np.complex64],
-    curvature: NDArray[np.float32],
-) -> StepProducts:
-    """Scalar products of the latest step (see `StepProducts`).
-
-    Parameters
-    ----------
-    object_, before : complex64 array (y, x)
-        Object now, and before the latest step.
-    change, change_before : complex64 array (y, x)
-        Negative gradient now, and before the latest step, with the proximal term.
-    curvature : float32 array (y, x)
-        Illumination plus proximal weight, positive.
-    """
-    step = (object_ - before).astype(np.complex128)
-    decrease = (change_before - change).astype(np.complex128)
-    scaled = decrease / curvature
-    return StepProducts(
-        _real_dot(step, decrease), _real_dot(decrease, scaled), _real_dot(step, change), _real_dot(scaled, change)
-    )
-
-
-def _real_dot(one: NDArray[Any], other: NDArray[Any]) -> float:
-    return float((one.real * other.real + one.imag * other.imag).sum(dtype=np.float64))
-
-
-def take_step(
-    object_: NDArray[np.complex64],
-    before: NDArray[np.complex64],
-    change: NDArray[np.complex64],
-    change_before: NDArray[np.complex64],
-    curvature: NDArray[np.float32],
-    mix: tuple[float, float, float],
-) -> NDArray[np.complex64]:
-    """Part of an object after a polishing step, complex64 (y, x).
-
-    Parameters
-    ----------
-    object_, before, change, change_before, curvature
-        See `step_products`.
-    mix : (float, float, float)
-        Factors from `StepProducts.mix`.
-    """
-    gamma, a, b = mix
-    decrease = (change_before - change).astype(np.complex128)
-    stepped = object_ + (gamma / curvature) * (change - a * decrease) + b * (object_ - before)
-    return stepped.astype(np.complex64)

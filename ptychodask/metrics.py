@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_erosion, gaussian_filter
 from skimage.metrics import structural_similarity
 
-from ptychodask.iterative import r_factor
-from ptychodask.scan import PtychodaskError
-from ptychodask.simulate import diffract
+from ptychodask.errors import PtychodaskError
+from ptychodask.forward import diffract, r_factor
 
 __all__ = [
     "Gauge",

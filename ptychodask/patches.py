@@ -14,8 +14,8 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.folders import StoreKind
-from ptychodask.scan import PtychodaskError
 from ptychodask.store import check_codecs, damage_errors, open_root
 
 FILL_AGAIN = "remove the cache and fill it again"

@@ -25,6 +25,7 @@ from uuid import uuid4
 
 from zarr.storage import LocalStore, ObjectStore
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.folders import (
     DAMAGED,
     LEDGER,
@@ -36,7 +37,6 @@ from ptychodask.folders import (
 )
 from ptychodask.folders import check_vacant as check_vacant_folder
 from ptychodask.folders import is_resumable as is_resumable_folder
-from ptychodask.scan import PtychodaskError
 
 if TYPE_CHECKING:
     from obstore.store import S3Store

@@ -18,8 +18,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.display import card
+from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.grouping import GroupingSpec, check_drop
+from ptychodask.html import card
 from ptychodask.models.pretrained import pretrained_for
 from ptychodask.models.spec import Precision
 from ptychodask.places import parse_location
@@ -34,7 +35,7 @@ from ptychodask.prediction import (
     resolve_model,
 )
 from ptychodask.reassembly import CANVAS_PIXEL_BYTES, Box, Window
-from ptychodask.scan import PtychodaskError, Scan, check_choice, check_positions
+from ptychodask.scan import Scan, check_positions
 from ptychodask.store import GroupTable, ScanReader, group, open_groups, open_or_draw_groups, stored_group_names
 from ptychodask.survey import BLOCK_GROUPS, NOWHERE, Survey, survey
 

@@ -17,8 +17,9 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from ptychodask.compare import find_truth, truth_on_pixels
+from ptychodask.errors import PtychodaskError
 from ptychodask.metrics import align_gauge, frc, half_bit
-from ptychodask.scan import PtychodaskError, Scan, Truth
+from ptychodask.scan import Scan, Truth
 
 LIMIT_PERCENTILES = (1.0, 99.0)
 """Percentiles of the well-lit pixels at the ends of a colour scale."""

@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask import models
+from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import groups_kept
 from ptychodask.models.pretrained import is_pretrained, pretrained_for
 from ptychodask.models.spec import Precision
 from ptychodask.models.traits import outside_range, read_ranges, spacing_px
 from ptychodask.places import S3Location, parse_location
-from ptychodask.scan import PtychodaskError, Scan
+from ptychodask.scan import Scan
 from ptychodask.store import ScanReader, open_scan
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from ptychodask.display import Markup, tag
+from ptychodask.html import Markup, tag
 
 NOTEBOOK_REFRESH_S = 0.2
 """Shortest time between two updates of a bar in a notebook, seconds."""

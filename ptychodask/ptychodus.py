@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.export import export
 from ptychodask.export.content import Picture
 from ptychodask.io import ingest
@@ -27,7 +28,7 @@ from ptychodask.models import Model, load_model, save_model
 from ptychodask.prediction import PatchModel
 from ptychodask.progress import progress_bar
 from ptychodask.reconstruction import reconstruct
-from ptychodask.scan import Calibration, PtychodaskError, Scan
+from ptychodask.scan import Calibration, Scan
 from ptychodask.store import write_scan
 from ptychodask.training import train
 

@@ -12,8 +12,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.places import Location, S3Location
-from ptychodask.scan import PtychodaskError, illumination
+from ptychodask.probes import illumination
 
 Window = Literal["illumination", "uniform", "cosine"]
 """Name of the weights with which a patch enters a canvas: see `make_window`."""

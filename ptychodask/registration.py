@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter1d, shift
 from skimage.registration import phase_cross_correlation
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.metrics import align_gauge
-from ptychodask.scan import PtychodaskError
 
 UPSAMPLING = 100
 """Subdivisions of a pixel: shifts have a resolution of 1/100 pixel."""

@@ -20,7 +20,8 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from ptychodask.compare import align, compare, find_truth, other_data, results_by_label
-from ptychodask.display import Markup, tag
+from ptychodask.errors import PtychodaskError
+from ptychodask.html import Markup, tag
 from ptychodask.models.description import read_description, read_history
 from ptychodask.models.pretrained import bundle_folder, is_pretrained
 from ptychodask.plotting import (
@@ -35,7 +36,7 @@ from ptychodask.plotting import (
 from ptychodask.residuals import OUTLIER_MAD, outliers, residuals
 from ptychodask.resolution import resolution
 from ptychodask.result import recorded
-from ptychodask.scan import PtychodaskError, Scan, Truth
+from ptychodask.scan import Scan, Truth
 from ptychodask.store import open_scan
 
 logger = logging.getLogger(__name__)

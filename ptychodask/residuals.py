@@ -15,11 +15,13 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ptychodask.cluster import Broadcast, broadcast, client_for_run
-from ptychodask.iterative import footprint_corners, patterns_without, predicted_amplitude
+from ptychodask.errors import PtychodaskError
+from ptychodask.forward import footprint_corners, predicted_amplitude
+from ptychodask.grouping import patterns_without
 from ptychodask.places import parse_location
 from ptychodask.progress import progress_bar
 from ptychodask.result import open_result, reading_result
-from ptychodask.scan import PtychodaskError, Scan
+from ptychodask.scan import Scan
 from ptychodask.store import open_scan
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.metrics import crossing, frc, half_bit
 from ptychodask.result import open_result
-from ptychodask.scan import PtychodaskError, check_choice
 
 Criterion = Literal["1/7", "half-bit", "1/2"]
 """Threshold of the ring correlation of halves that defines the resolution."""

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle
 
 import ptychodask
-from ptychodask.display import Markup, card, image
+from ptychodask.errors import PtychodaskError
 from ptychodask.folders import StoreKind
+from ptychodask.html import Markup, card, image
 from ptychodask.places import Location, atomic_store, location_of, parse_location, zarr_store
-from ptychodask.scan import PtychodaskError
 from ptychodask.store import check_codecs, check_stored, consolidate, damage_errors, open_root
 
 FORMAT = "ptychodask-result"

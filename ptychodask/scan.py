@@ -2,63 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.display import card, dots, image
+from ptychodask.errors import PtychodaskError, check_choice, in_brief
+from ptychodask.html import card, dots, image
 
 Domain = Literal["counts", "amplitude"]
 """Unit of stored patterns: photon counts, or amplitude (square root of counts)."""
 
+
 Calibration = Literal["as_given", "incident", "mean_counts"]
 """Scale of the probe, see `calibrate_probe`."""
 
-ILLUMINATION_FLOOR = 1e-3
-"""Relative intensity of the probe below which a pixel counts as dark."""
 
 PATTERNS_SHOWN = 8
 """Largest number of patterns read to show a scan in a notebook."""
 
+
 LARGEST_EXTENT_PX = 1e7
 """Largest extent of positions, pixels: a larger one is an error, since its object would fill 10^15 bytes."""
-
-
-class PtychodaskError(ValueError):
-    """Invalid input or state.
-
-    The message is one line: the file or argument, what was found, what was expected, and the remedy.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(in_one_line(message))
-
-
-def in_one_line(text: str) -> str:
-    r"""Text in one line, with control characters escaped.
-
-    Names from files may contain line ends and terminal commands.
-
-    Examples
-    --------
-    >>> in_one_line("key 'a\x1b[2J'\nis missing")
-    "key 'a\\x1b[2J' is missing"
-    """
-    return "".join(
-        each if each.isprintable() else " " if each.isspace() else each.encode("unicode_escape").decode()
-        for each in text
-    )
-
-
-class Frozen(Protocol):
-    """Any dataclass."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-
-Spec = TypeVar("Spec", bound=Frozen)
 
 
 class PatternSource(Protocol):
@@ -273,41 +239,6 @@ def _as_index(index: Any) -> Any:
     return index if isinstance(index, slice) else np.asarray(index, dtype=np.int64)
 
 
-def in_brief(error: BaseException) -> str:
-    """First line of an error's message; without one, its type.
-
-    Examples
-    --------
-    >>> in_brief(ValueError("no chunk\\nand more")), in_brief(KeyError())
-    ('no chunk', 'KeyError')
-    """
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def check_choice(name: str, value: object, choices: tuple[object, ...], label: str) -> None:
-    """Raise `PtychodaskError` unless `value` is one of `choices`."""
-    if value not in choices:
-        listed = ", ".join(str(choice) for choice in choices)
-        raise PtychodaskError(f"{label}: {name} is {value!r}, expected one of: {listed}")
-
-
-def with_fields(spec: Spec, given: dict[str, Any]) -> Spec:
-    """Copy of a spec with some fields replaced.
-
-    Raises
-    ------
-    PtychodaskError
-        If the spec has no field of such a name; the message lists its fields.
-    """
-    names = [each.name for each in fields(spec)]
-    unknown = [name for name in given if name not in names]
-    if unknown:
-        raise PtychodaskError(
-            f"{type(spec).__name__}: no field {', '.join(unknown)}; the fields are: {', '.join(names)}"
-        )
-    return replace(spec, **given)
-
-
 def check_pattern_shape(shape: tuple[int, ...], label: str) -> None:
     """Raise `PtychodaskError` unless `shape` is a valid (pattern, N, N).
 
@@ -436,61 +367,3 @@ def calibrate_probe(
             f"found {incident_counts}"
         )
     return (probe * np.sqrt(incident_counts / total)).astype(np.complex64)
-
-
-def illumination(probe: NDArray[np.complexfloating[Any, Any]]) -> NDArray[np.float32]:
-    """Relative intensity of the probe, the weight of a patch's pixels.
-
-    Parameters
-    ----------
-    probe : complex array (mode, N, N)
-
-    Returns
-    -------
-    float32 array (N, N)
-        Σ over modes of |P|², divided by its maximum; 0 below `ILLUMINATION_FLOOR`.
-
-    Examples
-    --------
-    >>> illumination(np.array([[[2.0, 1.0], [0.01, 0.0]]])).tolist()
-    [[1.0, 0.25], [0.0, 0.0]]
-    """
-    intensity = (np.abs(probe) ** 2).sum(axis=0)
-    relative = intensity / intensity.max()
-    return np.where(relative < ILLUMINATION_FLOOR, 0, relative).astype(np.float32)
-
-
-def illuminated_radius_px(probe: NDArray[np.complexfloating[Any, Any]]) -> float:
-    """Largest distance of an illuminated pixel from the probe's middle, pixels.
-
-    The middle is [N//2, N//2]; see `illumination` for the illuminated pixels.
-
-    Examples
-    --------
-    >>> illuminated_radius_px(np.eye(1, 16, 6).reshape(1, 4, 4))
-    1.0
-    """
-    lit = np.argwhere(illumination(probe) > 0)
-    return float(np.hypot(*(lit - probe.shape[-1] // 2).T).max())
-
-
-def probe_diameter_px(probe: NDArray[np.complexfloating[Any, Any]]) -> float:
-    """Diameter of a uniform disc with the probe's effective area.
-
-    Parameters
-    ----------
-    probe : complex array (mode, N, N)
-
-    Returns
-    -------
-    float
-        2 sqrt(A / π), pixels, with the area A = (Σ|P|²)² / Σ|P|⁴; the number of pixels of a uniform disc.
-
-    Examples
-    --------
-    >>> y, x = np.indices((64, 64)) - 32
-    >>> round(probe_diameter_px((np.hypot(y, x) < 10)[None]), 1)
-    19.7
-    """
-    intensity = (np.abs(probe) ** 2).sum(axis=0, dtype=np.float64)
-    return float(2 * np.sqrt(intensity.sum() ** 2 / (intensity**2).sum() / np.pi))

@@ -5,182 +5,38 @@ Everything is a pure function of its arguments and the seed.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.fft
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from scipy.ndimage import gaussian_filter
 
+from ptychodask.errors import PtychodaskError, check_choice
+from ptychodask.forward import expected_counts
 from ptychodask.grouping import curve_order, mean_spacing_px
 from ptychodask.io.npy_stream import read_npy
-from ptychodask.io.probe import disc_probe, zone_plate_probe
 from ptychodask.places import parse_location
-from ptychodask.scan import PtychodaskError, Scan, Truth, check_choice, check_pattern_shape
+from ptychodask.probes import disc_probe, zone_plate_probe
+from ptychodask.scan import Scan, Truth, check_pattern_shape
 from ptychodask.store import open_scan, write_scan
-
-logger = logging.getLogger(__name__)
 
 OBJECTS = ("lines", "star", "field")
 """Names of the objects that `simulate` can generate."""
 
+
 PROBES = ("disc", "zone_plate")
 """Names of the probes that `simulate` can generate."""
+
 
 AMPLITUDE_RANGE = (0.5, 1.0)
 """Lowest and highest amplitude of an object from grey values."""
 
+
 PHASE_RANGE_RAD = (-0.6, 0.6)
 """Lowest and highest phase of an object from grey values."""
-
-
-def diffract(exit_wave: NDArray[np.complexfloating[Any, Any]]) -> NDArray[np.floating[Any]]:
-    """Counts of the diffraction pattern of an exit wave.
-
-    Parameters
-    ----------
-    exit_wave : complex array (..., mode, N, N)
-        Probe times object; the modes are incoherent.
-
-    Returns
-    -------
-    float array (..., N, N)
-        Σ over modes of |fftshift(FFT₂(ψ))|²/N², DC at [N//2, N//2]; its sum is Σ|ψ|².
-
-    Examples
-    --------
-    >>> diffract(np.ones((1, 4, 4)))[2, 2]
-    np.float64(16.0)
-    """
-    wave = scipy.fft.fft2(exit_wave, norm="ortho")
-    counts = (wave.real**2 + wave.imag**2).sum(axis=-3)
-    return scipy.fft.fftshift(counts, axes=(-2, -1))
-
-
-def shift_probe(
-    probe: NDArray[np.complexfloating[Any, Any]], shift_yx_px: tuple[float, float] | NDArray[np.float64]
-) -> NDArray[np.complexfloating[Any, Any]]:
-    """Shift a probe by a sub-pixel distance, keeping its total intensity.
-
-    Parameters
-    ----------
-    probe : complex array (..., N, N)
-    shift_yx_px : (float, float)
-        Shift (y, x), pixels; integers are equivalent to `np.roll`.
-
-    Returns
-    -------
-    complex array (..., N, N)
-        In the probe's precision.
-
-    Examples
-    --------
-    >>> shift_probe(np.eye(1, 4, 2, dtype=complex).reshape(2, 2), (0, 1)).round(9).real.tolist()
-    [[0.0, 0.0], [0.0, 1.0]]
-    """
-    return scipy.fft.ifft2(scipy.fft.fft2(probe) * shift_ramp(shift_yx_px, probe.shape[-1], probe.dtype))
-
-
-def shift_ramp(
-    shift_yx_px: tuple[float, float] | NDArray[np.float64], n_pixels: int, dtype: np.dtype[Any]
-) -> NDArray[np.complexfloating[Any, Any]]:
-    """Phase ramp that shifts a wave when multiplied with its spectrum.
-
-    Parameters
-    ----------
-    shift_yx_px : (float, float)
-        Shift (y, x), pixels.
-    n_pixels : int
-        Pixels across the wave, N.
-    dtype : complex dtype
-
-    Returns
-    -------
-    complex array (N, N)
-        DC at [0, 0].
-
-    Notes
-    -----
-    Fourier shift theorem: each spatial frequency q (cycles per pixel) is multiplied by exp(−2πi q·shift).
-    """
-    frequency = scipy.fft.fftfreq(n_pixels)
-    ramp_y, ramp_x = (np.exp(-2j * np.pi * float(shift) * frequency).astype(dtype) for shift in shift_yx_px)
-    return ramp_y[:, None] * ramp_x
-
-
-def crop_at(
-    object_: NDArray[np.complexfloating[Any, Any]],
-    corner_yx_px: tuple[float, float],
-    position_yx_px: NDArray[np.float64],
-    n_pixels: int,
-) -> tuple[NDArray[np.complexfloating[Any, Any]], NDArray[np.float64]]:
-    """Part of an object in the probe's footprint at a position.
-
-    Parameters
-    ----------
-    object_ : complex array (y, x)
-    corner_yx_px : (float, float)
-        Scan coordinates of the object's pixel [0, 0], pixels.
-    position_yx_px : float64 array (2,)
-        Position of the probe, pixels.
-    n_pixels : int
-        Pixels across the patch, N.
-
-    Returns
-    -------
-    patch : complex array (N, N)
-        A view whose pixel [N//2, N//2] is the pixel at or before the position.
-    fraction_yx_px : float64 array (2,)
-        Sub-pixel remainder of the position, 0 ≤ fraction < 1: the shift of the probe within the patch.
-
-    Raises
-    ------
-    PtychodaskError
-        If the patch reaches beyond the object.
-
-    Examples
-    --------
-    >>> patch, fraction = crop_at(np.arange(64).reshape(8, 8), (-4, -4), np.array([0.25, 1.0]), 4)
-    >>> int(patch[2, 2]), fraction.tolist()
-    (37, [0.25, 0.0])
-    """
-    relative = np.asarray(position_yx_px, np.float64) - np.asarray(corner_yx_px, np.float64)
-    pixel = np.floor(relative)
-    top, left = (int(value) - n_pixels // 2 for value in pixel)
-    height, width = object_.shape
-    if top < 0 or left < 0 or top + n_pixels > height or left + n_pixels > width:
-        raise PtychodaskError(
-            f"object: {height} x {width} pixels from {tuple(corner_yx_px)} do not cover a patch of {n_pixels} pixels "
-            f"at {np.asarray(position_yx_px).tolist()}; it must extend {n_pixels // 2} pixels beyond every position"
-        )
-    return object_[top : top + n_pixels, left : left + n_pixels], relative - pixel
-
-
-def expected_counts(
-    object_: NDArray[np.complexfloating[Any, Any]],
-    corner_yx_px: tuple[float, float],
-    probe: NDArray[np.complexfloating[Any, Any]],
-    position_yx_px: NDArray[np.float64],
-) -> NDArray[np.floating[Any]]:
-    """Pattern of an object with the probe at a position, without noise.
-
-    Parameters
-    ----------
-    object_, corner_yx_px, position_yx_px
-        See `crop_at`.
-    probe : complex array (mode, N, N)
-
-    Returns
-    -------
-    float array (N, N)
-        Counts, DC at [N//2, N//2].
-    """
-    patch, fraction = crop_at(object_, corner_yx_px, position_yx_px, probe.shape[-1])
-    return diffract(shift_probe(probe, fraction) * patch)
 
 
 def crossing_lines(shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.complex64]:

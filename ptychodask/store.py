@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.errors import ZarrUserWarning
 
+from ptychodask.errors import PtychodaskError, in_brief
 from ptychodask.folders import StoreKind, atomic_file, building_path, folder_lock, read_json, replaced_path
 from ptychodask.grouping import GroupingSpec, Groups, curve_order, group_positions
 from ptychodask.places import Location, S3Location, atomic_store, location_of, parse_location, stored_sizes, zarr_store
@@ -37,13 +38,11 @@ from ptychodask.scan import (
     Calibration,
     Domain,
     PatternSource,
-    PtychodaskError,
     Scan,
     Truth,
     calibrate_probe,
     check_pattern_shape,
     check_positions,
-    in_brief,
     input_normalization,
 )
 

@@ -10,11 +10,11 @@ import sys
 import keras
 import numpy as np
 
-from ptychodask.io.probe import zone_plate_probe
+from ptychodask.forward import diffract
 from ptychodask.models import Model, ModelSpec, Optics
 from ptychodask.models.networks import build_autoencoder, build_network
 from ptychodask.models.ptychopinn import GroupReassembly
-from ptychodask.simulate import diffract
+from ptychodask.probes import zone_plate_probe
 from ptychodask.training import amplitude_loss, poisson_loss
 
 N = 16

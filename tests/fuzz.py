@@ -39,6 +39,7 @@ from foreign_files import measured, write_hxn, write_nexus, write_patterns, writ
 from models_for_tests import LinearModel
 
 import ptychodask
+from ptychodask.errors import PtychodaskError
 from ptychodask.io import read_foreign_result
 from ptychodask.models import ModelSpec, Optics, load_model, untrained_model
 from ptychodask.models.bundle import save_model
@@ -46,7 +47,6 @@ from ptychodask.patches import StoredPatches, check_patches
 from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import open_result
-from ptychodask.scan import PtychodaskError
 from ptychodask.store import ScanReader, open_scan, read_groups, stored_group_names
 from ptychodask.study import read_study
 from ptychodask.training.checkpoint import Checkpoint, Snapshot

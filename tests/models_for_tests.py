@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from ptychodask.scan import PtychodaskError
+from ptychodask.errors import PtychodaskError
 
 
 def when_installed(backend):

@@ -24,8 +24,8 @@ import numpy as np
 
 import ptychodask
 from ptychodask.cluster import local_client
+from ptychodask.errors import PtychodaskError
 from ptychodask.models import ModelSpec, Optics, untrained_model
-from ptychodask.scan import PtychodaskError
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -11,8 +11,8 @@ import pytest
 
 from ptychodask import cli, models
 from ptychodask.bench import BenchSpec, bench, describe
+from ptychodask.errors import PtychodaskError
 from ptychodask.models import CallableModel
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 
 N = 16

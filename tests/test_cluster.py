@@ -22,11 +22,11 @@ from ptychodask.cluster import connected_client, credentials_in, local_client, t
 from ptychodask.cluster import preflight as asking
 from ptychodask.cluster.preflight import preflight, preflight_jobs
 from ptychodask.cluster.started import gpu_client, slurm_client
+from ptychodask.errors import PtychodaskError
 from ptychodask.models import ModelSpec, Optics, untrained_model
 from ptychodask.models.bundle import save_model
 from ptychodask.prediction import ModelReference, PredictionJob
 from ptychodask.reconstruction import reconstruct
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
 

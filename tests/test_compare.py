@@ -20,12 +20,13 @@ from ptychodask.compare import (
     to_markdown,
     truth_on_pixels,
 )
+from ptychodask.errors import PtychodaskError
+from ptychodask.forward import r_factor, shift_probe
 from ptychodask.io import ForeignResult
-from ptychodask.iterative import r_factor
 from ptychodask.metrics import frc, half_bit
 from ptychodask.result import make_dataset
-from ptychodask.scan import PtychodaskError, Truth
-from ptychodask.simulate import crossing_lines, random_field, shift_probe, simulate
+from ptychodask.scan import Truth
+from ptychodask.simulate import crossing_lines, random_field, simulate
 
 
 @pytest.fixture

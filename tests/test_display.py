@@ -12,13 +12,14 @@ import pytest
 from models_for_tests import LinearModel
 from PIL import Image
 
-from ptychodask.display import MOST_DOTS, THUMBNAIL_PX, card, curves, dots, image, png, tag
+from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, Groups
+from ptychodask.html import MOST_DOTS, THUMBNAIL_PX, card, curves, dots, image, png, tag
 from ptychodask.models import Model, ModelSpec, Optics
 from ptychodask.plan import plan
 from ptychodask.reconstruction import reconstruct
 from ptychodask.result import PREVIEW_PX, make_dataset
-from ptychodask.scan import PATTERNS_SHOWN, PtychodaskError, Scan
+from ptychodask.scan import PATTERNS_SHOWN, Scan
 from ptychodask.simulate import simulate
 
 EVIL = "<script>alert('&')</script>\"'"

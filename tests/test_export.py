@@ -14,13 +14,13 @@ import xarray as xr
 import zarr
 from PIL import Image
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.export import FORMATS, export, png
 from ptychodask.export.content import Picture
 from ptychodask.folders import recorded_folder_format
 from ptychodask.io import ingest, read_foreign_result
 from ptychodask.progress import progress_bar
 from ptychodask.result import halve, make_dataset, open_result
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import random_field, simulate
 from ptychodask.store import replace_probe
 
@@ -525,7 +525,7 @@ def test_nothing_is_replaced_unasked_and_nothing_half_written(result, tmp_path, 
 LIMITED = """
 import resource, sys
 from ptychodask.export import export
-from ptychodask.scan import PtychodaskError
+from ptychodask.errors import PtychodaskError
 from ptychodask.result import open_result
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 names = {"ptychodus": "a.h5", "cxi": "a.cxi", "netcdf": "a.nc", "tiff": "a.tif", "ome-zarr": "a.zarr"}

@@ -30,6 +30,7 @@ from models_for_tests import (
 
 from ptychodask import prediction
 from ptychodask.cluster import QUIET, in_process_client, local_client
+from ptychodask.errors import PtychodaskError
 from ptychodask.folders import LEDGER, WHOLE, building_path
 from ptychodask.io import ingest
 from ptychodask.models import ModelSpec, Optics, untrained_model
@@ -37,7 +38,6 @@ from ptychodask.models import device as device_module
 from ptychodask.reconstruction import reconstruct, running, stitching
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import open_result
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import consolidate, group, open_scan
 

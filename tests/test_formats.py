@@ -21,13 +21,13 @@ from foreign_files import (
 from models_for_tests import LinearModel
 
 from ptychodask import inspect_file
+from ptychodask.errors import PtychodaskError
 from ptychodask.export import export
 from ptychodask.inspection.findings import Inspection
 from ptychodask.io import hdf5_stream, ingest
 from ptychodask.io.near_field import near_field, shadow_of
 from ptychodask.io.recipe import read_options
 from ptychodask.reconstruction import reconstruct
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
 

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.folders import LEDGER
 from ptychodask.io import hdf5_stream, ingest
 from ptychodask.models import ModelSpec, Optics, load_model, untrained_model
@@ -20,7 +21,6 @@ from ptychodask.models.bundle import save_model
 from ptychodask.models.description import read_history
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import create_result, finish_result, open_result
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
 from ptychodask.training.checkpoint import Checkpoint, Snapshot

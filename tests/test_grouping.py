@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, curve_order, group_positions
-from ptychodask.scan import PtychodaskError
 
 SPECS = [
     GroupingSpec(members=2, neighbours=2),

@@ -15,12 +15,12 @@ import xarray as xr
 import zarr
 
 from ptychodask import folders, growing
+from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, group_positions
 from ptychodask.growing import append_segment, finish_scan
 from ptychodask.inspection import inspect_file
 from ptychodask.io import ingest
 from ptychodask.iterative import refine_probe
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import group, open_scan, read_groups, record_model, replace_probe
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
+from ptychodask.errors import PtychodaskError
+from ptychodask.forward import diffract
 from ptychodask.inspection import evidence as evidence_module
 from ptychodask.inspection import inspect_file, plot_preview
 from ptychodask.inspection.evidence import (
@@ -22,9 +24,8 @@ from ptychodask.inspection.evidence import (
     take_sample,
 )
 from ptychodask.io import ingest
-from ptychodask.io.probe import disc_probe
-from ptychodask.scan import PtychodaskError
-from ptychodask.simulate import diffract, simulate
+from ptychodask.probes import disc_probe
+from ptychodask.simulate import simulate
 from ptychodask.store import group, open_scan, record_model
 
 N = 32

@@ -9,10 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ptychodask.io.probe import zone_plate_probe
-from ptychodask.iterative import defocused, measure, r_factor, reconstruct_iterative, refine_probe, run_sweeps
-from ptychodask.scan import PtychodaskError, Scan, input_normalization
-from ptychodask.simulate import expected_counts, simulate
+from ptychodask.errors import PtychodaskError
+from ptychodask.forward import expected_counts, r_factor
+from ptychodask.iterative import measure, reconstruct_iterative, refine_probe, run_sweeps
+from ptychodask.probes import defocused, zone_plate_probe
+from ptychodask.scan import Scan, input_normalization
+from ptychodask.simulate import simulate
 from ptychodask.store import open_scan, write_scan
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from models_for_tests import LinearModel
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.reconstruction import live, reconstruct
 from ptychodask.reconstruction.live import LivePicture, Screen, cell_size, coarse_part
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 
 pytestmark = pytest.mark.usefixtures("empty_caches")

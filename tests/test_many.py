@@ -9,10 +9,10 @@ import pytest
 from models_for_tests import LinearModel
 
 from ptychodask import FailedScansError, reconstruction
+from ptychodask.errors import PtychodaskError
 from ptychodask.plan import ReconstructionSpec, in_pixels, plan
 from ptychodask.reconstruction import reconstruct
 from ptychodask.result import open_result
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import write_scan
 

@@ -8,6 +8,8 @@ from scipy.ndimage import gaussian_filter
 from scipy.special import ive
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
+from ptychodask.errors import PtychodaskError
+from ptychodask.forward import diffract
 from ptychodask.metrics import (
     PTYCHOPINN_PEAK,
     align_gauge,
@@ -26,8 +28,7 @@ from ptychodask.metrics import (
     spoke_contrast,
     ssim,
 )
-from ptychodask.scan import PtychodaskError
-from ptychodask.simulate import diffract, random_field, siemens_star
+from ptychodask.simulate import random_field, siemens_star
 
 NAN = complex(np.nan, np.nan)
 

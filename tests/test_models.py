@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ptychodask.io.probe import disc_probe, zone_plate_probe
+from ptychodask.errors import PtychodaskError
+from ptychodask.forward import diffract
 from ptychodask.models import Model, ModelSpec, Optics, load_model, save_model
 from ptychodask.models.networks import build_network
-from ptychodask.scan import PtychodaskError, Scan, illumination
-from ptychodask.simulate import diffract
+from ptychodask.probes import disc_probe, illumination, zone_plate_probe
+from ptychodask.scan import Scan
 
 N = 16
 

@@ -18,6 +18,7 @@ from distributed import Client, LocalCluster
 from models_for_tests import LinearModel
 
 from ptychodask import places
+from ptychodask.errors import PtychodaskError
 from ptychodask.export import export
 from ptychodask.folders import LEDGER
 from ptychodask.grouping import GroupingSpec
@@ -28,7 +29,6 @@ from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.report import write_report
 from ptychodask.result import open_result
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import group, open_groups, open_scan, replace_probe, write_scan
 

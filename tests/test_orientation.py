@@ -9,13 +9,14 @@ import shlex
 import numpy as np
 import pytest
 
+from ptychodask.errors import PtychodaskError
+from ptychodask.forward import expected_counts
 from ptychodask.inspection import check_axes
 from ptychodask.inspection.command import PositionTurn
 from ptychodask.inspection.orientation import twin_similarity
 from ptychodask.io import ingest
-from ptychodask.io.probe import disc_probe, zone_plate_probe
-from ptychodask.scan import PtychodaskError
-from ptychodask.simulate import expected_counts, simulate
+from ptychodask.probes import disc_probe, zone_plate_probe
+from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
 
 N = 32

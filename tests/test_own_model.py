@@ -9,10 +9,10 @@ import keras
 import numpy as np
 import pytest
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.models import CallableModel
 from ptychodask.prediction import PatchModel
 from ptychodask.reconstruction import reconstruct
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
 

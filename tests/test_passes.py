@@ -13,12 +13,12 @@ import pytest
 from models_for_tests import LinearModel
 
 from ptychodask.cluster import LOOPBACK, QUIET
+from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, groups_kept
 from ptychodask.plan import ReconstructionSpec, plan
 from ptychodask.reassembly import add_patches, empty_canvas, finish, illumination_window
 from ptychodask.reconstruction import reconstruct
 from ptychodask.result import open_result
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import ScanReader, group, open_scan
 

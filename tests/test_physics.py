@@ -6,10 +6,9 @@ import keras
 import numpy as np
 import pytest
 
-from ptychodask.io.probe import disc_probe, zone_plate_probe
+from ptychodask.forward import crop_at, diffract, expected_counts
 from ptychodask.models import Optics, physics
-from ptychodask.scan import illumination
-from ptychodask.simulate import crop_at, diffract, expected_counts
+from ptychodask.probes import disc_probe, illumination, zone_plate_probe
 from ptychodask.training import amplitude_loss, poisson_loss
 
 N = 32

@@ -11,12 +11,12 @@ import pytest
 from models_for_tests import LinearModel
 
 from ptychodask import store as store_module
+from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec
 from ptychodask.growing import append_segment
 from ptychodask.plan import ReconstructionSpec, plan
 from ptychodask.reassembly import Box
 from ptychodask.reconstruction import reconstruct
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import group, open_scan, stored_group_names, write_scan
 

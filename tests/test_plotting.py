@@ -13,6 +13,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from ptychodask.compare import compare
+from ptychodask.errors import PtychodaskError
 from ptychodask.metrics import frc
 from ptychodask.plotting import (
     UNSEEN_COLOUR,
@@ -28,7 +29,7 @@ from ptychodask.plotting import (
 )
 from ptychodask.resolution import resolution
 from ptychodask.result import make_dataset
-from ptychodask.scan import PtychodaskError, Truth
+from ptychodask.scan import Truth
 
 
 def result(object_, *, corner=(-10, 5), pixel_size_m=None):

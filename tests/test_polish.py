@@ -11,22 +11,20 @@ from models_for_tests import LinearModel
 
 from ptychodask import polishing
 from ptychodask.cluster import local_client
-from ptychodask.iterative import (
-    StepProducts,
-    footprint_corners,
-    illumination_and_proximal_weight,
-    negative_gradient,
-    r_factor,
-    reconstruct_iterative,
-    refine_probe,
-    step_products,
-    take_step,
-)
+from ptychodask.errors import PtychodaskError
+from ptychodask.forward import expected_counts, footprint_corners, r_factor, shift_probe
+from ptychodask.iterative import reconstruct_iterative, refine_probe
 from ptychodask.plan import ReconstructionSpec, plan
 from ptychodask.reassembly import add_patches, empty_canvas, finish, illumination_window
 from ptychodask.reconstruction import reconstruct
-from ptychodask.scan import PtychodaskError
-from ptychodask.simulate import expected_counts, shift_probe, simulate
+from ptychodask.refinement.polishing import (
+    StepProducts,
+    illumination_and_proximal_weight,
+    negative_gradient,
+    step_products,
+    take_step,
+)
+from ptychodask.simulate import simulate
 from ptychodask.store import group, write_scan
 
 N_PATTERNS = 120

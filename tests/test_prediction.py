@@ -9,9 +9,9 @@ import pytest
 from models_for_tests import LinearModel, NotFiniteModel
 
 from ptychodask import models, prediction
+from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec
 from ptychodask.prediction import ModelReference, PredictionJob, predict_groups, resolve_model
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import ScanReader, group, open_scan, read_groups, record_model, replace_probe
 

@@ -9,6 +9,7 @@ import pytest
 
 from ptychodask import prediction
 from ptychodask.compare import compare
+from ptychodask.errors import PtychodaskError
 from ptychodask.models import load_model
 from ptychodask.models import recipes as models_recipes
 from ptychodask.models.pretrained import CARD, FOLDER, is_pretrained, packaged_folder, pretrained_for, pretrained_names
@@ -18,7 +19,6 @@ from ptychodask.prediction import ModelReference, resolve_model, unlike_training
 from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.work import identity
 from ptychodask.report import write_report
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import ScanReader, open_scan
 from ptychodask.training import train

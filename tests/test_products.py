@@ -6,8 +6,8 @@ import h5py
 import numpy as np
 import pytest
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io import read_foreign_result
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import random_field
 
 PIXEL_M = 5e-9

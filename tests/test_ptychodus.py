@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from models_for_tests import LinearModel
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.models import Model, ModelSpec, Optics
 from ptychodask.models.networks import build_network
 from ptychodask.ptychodus import reconstructor_library, scan_of
 from ptychodask.reconstruction import reconstruct
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
 

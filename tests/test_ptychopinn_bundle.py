@@ -11,10 +11,10 @@ import h5py
 import numpy as np
 import pytest
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.models import load_model
 from ptychodask.models.ptychopinn import COUNT_OFFSET, PtychoPinnModel
 from ptychodask.reconstruction import reconstruct
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
 from ptychodask.training import train

@@ -15,9 +15,10 @@ import h5py
 import numpy as np
 import pytest
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io import ingest
 from ptychodask.io.hdf5_stream import Hdf5File
-from ptychodask.scan import PtychodaskError, Scan
+from ptychodask.scan import Scan
 
 N = 16
 RNG = np.random.default_rng(0)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from ptychodask.compare import compare
-from ptychodask.iterative import r_factor
+from ptychodask.forward import r_factor
 from ptychodask.metrics import patch_r_factor
 from ptychodask.models import load_model
+from ptychodask.probes import illuminated_radius_px
 from ptychodask.result import open_result
-from ptychodask.scan import illuminated_radius_px
 from ptychodask.store import group, open_scan
 from ptychodask.training import member_offsets
 

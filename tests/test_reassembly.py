@@ -7,6 +7,7 @@ from functools import reduce
 import numpy as np
 import pytest
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.reassembly import (
     Box,
     add_patches,
@@ -19,7 +20,6 @@ from ptychodask.reassembly import (
     merge,
     uniform_window,
 )
-from ptychodask.scan import PtychodaskError
 
 SHAPE = (40, 37)
 CORNER = (-3, 5)

@@ -18,12 +18,12 @@ from models_for_tests import DyingModel, FailingModel, LinearModel, NotFiniteMod
 
 from ptychodask import reconstruction
 from ptychodask.cluster import LOOPBACK, local_client
+from ptychodask.errors import PtychodaskError
 from ptychodask.plan import plan
 from ptychodask.reassembly import add_patches, crop_middle, empty_canvas, finish, illumination_window
 from ptychodask.reconstruction import reconstruct, tasks
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import open_result
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import group, open_scan, write_scan
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ptychodask.errors import PtychodaskError
+from ptychodask.forward import shift_probe
 from ptychodask.registration import find_corner, on_whole_pixels, seen_box
-from ptychodask.scan import PtychodaskError
-from ptychodask.simulate import crossing_lines, random_field, shift_probe, siemens_star
+from ptychodask.simulate import crossing_lines, random_field, siemens_star
 
 NAN = np.complex64(complex(np.nan, np.nan))
 

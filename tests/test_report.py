@@ -14,10 +14,11 @@ import pytest
 import xarray as xr
 
 from ptychodask import cli
+from ptychodask.errors import PtychodaskError
 from ptychodask.iterative import reconstruct_iterative
 from ptychodask.report import check_report_path, write_report
 from ptychodask.result import make_dataset
-from ptychodask.scan import PtychodaskError, Truth
+from ptychodask.scan import Truth
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
 

@@ -10,11 +10,12 @@ import pytest
 import xarray as xr
 
 from ptychodask.cluster import local_client
-from ptychodask.iterative import r_factor, reconstruct_iterative
+from ptychodask.errors import PtychodaskError
+from ptychodask.forward import crop_at, diffract, r_factor, shift_probe
+from ptychodask.iterative import reconstruct_iterative
 from ptychodask.residuals import MIN_SEEN_LIGHT, outliers, poisson_deviance, residuals
 from ptychodask.result import make_dataset, open_result
-from ptychodask.scan import PtychodaskError
-from ptychodask.simulate import crop_at, diffract, shift_probe, simulate
+from ptychodask.simulate import simulate
 from ptychodask.store import open_scan, write_scan
 
 N = 16

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.resolution import resolution
 from ptychodask.result import Layers, make_dataset
-from ptychodask.scan import PtychodaskError
 
 SIDE = 192
 

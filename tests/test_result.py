@@ -7,6 +7,7 @@ import pytest
 import xarray as xr
 import zarr
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.result import (
     CHUNK_PIXELS,
     VARIABLES,
@@ -16,7 +17,6 @@ from ptychodask.result import (
     open_result,
     write_tile,
 )
-from ptychodask.scan import PtychodaskError
 
 CORNER = (-7, 12)
 

@@ -7,14 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ptychodask.scan import (
-    PtychodaskError,
-    Scan,
-    calibrate_probe,
-    illuminated_radius_px,
-    illumination,
-    input_normalization,
-)
+from ptychodask.errors import PtychodaskError
+from ptychodask.probes import illuminated_radius_px, illumination
+from ptychodask.scan import Scan, calibrate_probe, input_normalization
 
 
 def make_scan(**changes: Any) -> Scan:

@@ -24,6 +24,7 @@ from models_for_tests import LinearModel
 from test_ptychopinn_bundle import convolution, layer, members_of, small_network, small_weights
 
 from ptychodask import cli, store
+from ptychodask.errors import PtychodaskError
 from ptychodask.folders import LEDGER
 from ptychodask.io import hdf5_stream, ingest, npy_stream, read_foreign_result
 from ptychodask.models import ModelSpec, Optics, load_model, untrained_model
@@ -32,7 +33,6 @@ from ptychodask.patches import StoredPatches, create_patches
 from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import open_result
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
 from ptychodask.study import read_study

@@ -6,19 +6,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ptychodask.errors import PtychodaskError
+from ptychodask.forward import crop_at, diffract, expected_counts, shift_probe
 from ptychodask.grouping import mean_spacing_px
-from ptychodask.scan import PtychodaskError, Truth
+from ptychodask.scan import Truth
 from ptychodask.simulate import (
     OBJECTS,
     PATHS,
     SimulatedPatterns,
-    crop_at,
     crossing_lines,
-    diffract,
-    expected_counts,
     make_positions,
     random_field,
-    shift_probe,
     siemens_star,
     simulate,
 )

@@ -17,9 +17,10 @@ import zarr
 
 from ptychodask import folders
 from ptychodask import store as store_module
+from ptychodask.errors import PtychodaskError
 from ptychodask.folders import LOCK, WHOLE, atomic_folder, building_path, check_vacant
 from ptychodask.grouping import GroupingSpec, curve_order
-from ptychodask.scan import PtychodaskError, Scan, Truth
+from ptychodask.scan import Scan, Truth
 from ptychodask.store import (
     SCAN,
     group,

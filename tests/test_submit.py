@@ -14,7 +14,7 @@ import pytest
 
 from ptychodask.cluster.job import JobSpec, wall_time_s
 from ptychodask.cluster.submission import batch_script, submit
-from ptychodask.scan import PtychodaskError
+from ptychodask.errors import PtychodaskError
 from ptychodask.simulate import simulate
 
 HARMFUL = """it's "$(touch canary)" `touch canary` & # ;"""

@@ -11,8 +11,8 @@ from models_for_tests import LinearModel
 
 from ptychodask import cluster
 from ptychodask.cluster import connected_client, credentials_in, local_client, temporary_credentials
+from ptychodask.errors import PtychodaskError
 from ptychodask.reconstruction import reconstruct
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 
 pytestmark = pytest.mark.usefixtures("empty_caches")

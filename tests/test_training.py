@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec
-from ptychodask.io.probe import disc_probe
 from ptychodask.models import Optics, load_model
-from ptychodask.scan import PtychodaskError, illuminated_radius_px
+from ptychodask.probes import disc_probe, illuminated_radius_px
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan, write_scan
 from ptychodask.training import (

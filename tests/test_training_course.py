@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ptychodask.cli import app
-from ptychodask.scan import PtychodaskError
+from ptychodask.errors import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
 from ptychodask.training import TrainingSpec, split_patterns, train

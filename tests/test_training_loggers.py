@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ptychodask.scan import PtychodaskError
+from ptychodask.errors import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.training import TrainingSpec, train
 from ptychodask.training.loggers import open_logger

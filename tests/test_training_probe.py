@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from ptychodask.iterative import probe_centroid_px
+from ptychodask.errors import PtychodaskError
 from ptychodask.models import ModelSpec, Optics, load_model
 from ptychodask.models.networks import FittedProbes, build_autoencoder, build_network
 from ptychodask.models.physics import relative_illumination
+from ptychodask.probes import illumination, probe_centroid_px
 from ptychodask.reconstruction import reconstruct
-from ptychodask.scan import PtychodaskError, illumination
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan, write_scan
 from ptychodask.training import TrainingSpec, fitting, probes, train

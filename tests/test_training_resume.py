@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.models import load_model
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.training import train
 from ptychodask.training.checkpoint import Checkpoint

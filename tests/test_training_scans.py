@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec
 from ptychodask.models import ModelSpec, Optics
 from ptychodask.models.networks import build_autoencoder, build_network
-from ptychodask.scan import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan, write_scan
 from ptychodask.training import (

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from models_for_tests import when_installed
 
-from ptychodask.io.probe import disc_probe
+from ptychodask.errors import PtychodaskError
 from ptychodask.models import ModelSpec, Optics, load_model
 from ptychodask.models.networks import build_network, disagreement, encoder_layers, total_variation, with_penalties
-from ptychodask.scan import PtychodaskError, illumination
+from ptychodask.probes import disc_probe, illumination
 from ptychodask.simulate import simulate
 from ptychodask.training import TrainingSpec, train
 

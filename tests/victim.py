@@ -17,8 +17,8 @@ from models_for_tests import LinearModel, SlowModel
 
 from ptychodask.cli import stopping_on_sigterm
 from ptychodask.cluster import connected_client
+from ptychodask.errors import PtychodaskError
 from ptychodask.reconstruction import reconstruct, running
-from ptychodask.scan import PtychodaskError
 
 FIELDS = {"groups_per_chunk": 5, "batch_size": 5, "tile": 16}
 

@@ -21,7 +21,7 @@ from ptychodask.cli.judging import compare, report, residuals, study
 from ptychodask.cli.networks import train
 from ptychodask.cli.runs import bench, demo, plan, reconstruct
 from ptychodask.cli.scans import group, ingest, inspect, refine_probe, simulate
-from ptychodask.scan import PtychodaskError
+from ptychodask.errors import PtychodaskError
 
 app = typer.Typer(
     name="ptychodask",

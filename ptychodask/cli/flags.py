@@ -10,7 +10,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from ptychodask.scan import PtychodaskError
+from ptychodask.errors import PtychodaskError
 
 Store = Annotated[
     Path,

@@ -25,8 +25,8 @@ from ptychodask.cli.flags import (
     numbers_in,
     progress_option,
 )
+from ptychodask.errors import PtychodaskError
 from ptychodask.progress import quiet_stderr
-from ptychodask.scan import PtychodaskError
 
 
 def compare(

@@ -26,8 +26,8 @@ from ptychodask.cli.flags import (
     progress_option,
     whole_numbers,
 )
+from ptychodask.errors import PtychodaskError
 from ptychodask.progress import quiet_stderr
-from ptychodask.scan import PtychodaskError
 
 ModelBundle = Annotated[
     Path | None,

@@ -41,7 +41,7 @@ from ptychodask.cli.flags import (
     progress_option,
     reading_options,
 )
-from ptychodask.scan import PtychodaskError
+from ptychodask.errors import PtychodaskError
 
 
 def inspect(

@@ -21,8 +21,8 @@ import dask
 from dask.utils import key_split
 from distributed import Client, LocalCluster, Security, Worker, WorkerPlugin, core
 
+from ptychodask.errors import PtychodaskError, in_brief
 from ptychodask.progress import quiet_stderr
-from ptychodask.scan import PtychodaskError, in_brief
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from dask.utils import parse_bytes
 
-from ptychodask.scan import PtychodaskError, check_choice
+from ptychodask.errors import PtychodaskError, check_choice
 
 System = Literal["slurm", "pbs"]
 """Batch systems that scripts can be written for."""

@@ -17,9 +17,9 @@ from typing import Any
 import distributed
 
 from ptychodask.cluster import IN_PROCESS
+from ptychodask.errors import PtychodaskError, in_brief
 from ptychodask.places import parse_location
 from ptychodask.prediction import Device, ModelReference, PatchModel, PredictionJob, resolve_model
-from ptychodask.scan import PtychodaskError, in_brief
 from ptychodask.store import ScanReader
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from ptychodask.cluster import (
 )
 from ptychodask.cluster.job import MIB, JobSpec, job_folder
 from ptychodask.cluster.submission import prologue, sbatch, worker_variables
-from ptychodask.scan import PtychodaskError, with_fields
+from ptychodask.errors import PtychodaskError, with_fields
 
 NANNY_MIB = 256
 """Memory of a worker's job in addition to the worker itself."""

@@ -21,8 +21,8 @@ from ptychodask.cluster import (
     WORKER_VARIABLES,
 )
 from ptychodask.cluster.job import MIB, SIGNAL_BEFORE_S, JobSpec, job_folder
+from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.places import Location, parse_location
-from ptychodask.scan import PtychodaskError, with_fields
 from ptychodask.store import ScanReader
 
 OPTIONS_OF_JOB = ("--scheduler", "--workers", "--tls", "--tls-folder", "--host")

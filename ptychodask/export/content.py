@@ -11,10 +11,11 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io.geometry import HC_EV_M
 from ptychodask.progress import Progress
 from ptychodask.result import VARIABLES
-from ptychodask.scan import PtychodaskError, Scan
+from ptychodask.scan import Scan
 from ptychodask.store import StoredPatterns
 
 ROWS = 256

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io.geometry import HC_EV_M
 from ptychodask.io.quantities import ELECTRONVOLTS, METRES
 from ptychodask.io.source import Container, frame_axes
-from ptychodask.scan import PtychodaskError
 
 YX_WORDS = (("y", "x"), ("slow", "fast"), ("row", "col"), ("vertical", "horizontal"))
 """Pairs of words (y, x) that distinguish the names of the two position arrays."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.grouping import median_step_px
 from ptychodask.inspection.arrays import ArrayNote, find_keys, find_optics, find_patterns, note_arrays, wavelength_of
 from ptychodask.inspection.command import Origin, as_rows, store_name
@@ -38,7 +39,8 @@ from ptychodask.io.near_field import near_field
 from ptychodask.io.recipe import with_recipe
 from ptychodask.io.source import MOST_PIXELS, Container, Frames, SourceScan, frame_axes
 from ptychodask.places import S3Location, parse_location
-from ptychodask.scan import Domain, PtychodaskError, probe_diameter_px, with_fields
+from ptychodask.probes import probe_diameter_px
+from ptychodask.scan import Domain
 
 USUAL_STEP = 0.3
 """Step over probe diameter assumed for guessing an unknown pixel size: the overlap of most scans."""

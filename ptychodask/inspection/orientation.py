@@ -14,21 +14,16 @@ import numpy as np
 import scipy.fft
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError, with_fields
+from ptychodask.forward import predicted_amplitude
 from ptychodask.inspection.command import Origin, PositionTurn, turned_command
 from ptychodask.io import IngestSpec, ingest
 from ptychodask.io.formats import detect_format, open_container, read_source
 from ptychodask.io.ingestion import on_grid
-from ptychodask.iterative import (
-    Measured,
-    around_middle,
-    defocus_starts,
-    defocused,
-    measure,
-    predicted_amplitude,
-    run_sweeps,
-)
+from ptychodask.iterative import Measured, around_middle, measure, run_sweeps
+from ptychodask.probes import defocus_starts, defocused
 from ptychodask.progress import Progress, progress_bar
-from ptychodask.scan import PtychodaskError, Scan, with_fields
+from ptychodask.scan import Scan
 from ptychodask.store import open_scan
 
 FEWEST_PATTERNS = 40

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io.quantities import DETECTOR_PIXEL, DISTANCE, ENERGY, WAVELENGTH, Optic, metres_of, read_optics
 from ptychodask.io.source import Container, IngestSpec, SourceScan, apply_flips, as_probe, missing_key
-from ptychodask.scan import PtychodaskError
 
 logger = logging.getLogger(__name__)
 

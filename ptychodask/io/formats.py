@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.io.npy_stream import reading
 from ptychodask.io.raw import scratch_file, writing_scratch
 from ptychodask.io.source import BLOCK_BYTES, FORMAT_OPTIONS, Container, IngestSpec, SourceScan, listed_keys
-from ptychodask.scan import PtychodaskError, check_choice
 
 READERS = {
     "ptychopinn": "ptychodask.io.ptychopinn",

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.io.probe import to_far_field, to_real_space
+from ptychodask.errors import PtychodaskError
 from ptychodask.io.source import Dc
-from ptychodask.scan import Domain, PtychodaskError
+from ptychodask.probes import to_far_field, to_real_space
+from ptychodask.scan import Domain
 
 HC_EV_M = 1.239841984332e-6
 """Planck's constant times the speed of light, electronvolt metres (CODATA 2018, exact)."""

@@ -19,10 +19,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io.npy_stream import check_compression, reading
 from ptychodask.io.raw import block_ranges, runs
 from ptychodask.io.source import Frames, frame_axes, missing_key, pattern_axes
-from ptychodask.scan import PtychodaskError
 
 with suppress(ImportError):
     # Registers the compression filters of detectors, if installed.

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io.quantities import DETECTOR_PIXEL, DISTANCE, WAVELENGTH, read_optics
 from ptychodask.io.source import Container, IngestSpec, SourceScan, apply_flips, require_keys
-from ptychodask.scan import PtychodaskError
 
 OPTIONS = ("flip_y", "flip_x", "swap_xy")
 

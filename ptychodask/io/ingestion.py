@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.growing import append_segment
 from ptychodask.io.formats import Source, detect_format, open_container, read_source
 from ptychodask.io.geometry import (
@@ -32,7 +33,6 @@ from ptychodask.io.geometry import (
 )
 from ptychodask.io.near_field import check_far_field
 from ptychodask.io.npy_stream import NpzFile, read_npy, reading
-from ptychodask.io.probe import disc_probe, estimate_probe, zone_plate_probe
 from ptychodask.io.raw import RawFrames, block_ranges, scratch_file, spill
 from ptychodask.io.recipe import with_recipe
 from ptychodask.io.source import (
@@ -47,17 +47,8 @@ from ptychodask.io.source import (
     listed_keys,
 )
 from ptychodask.places import Location, S3Location, check_vacant, parse_location
-from ptychodask.scan import (
-    Calibration,
-    Domain,
-    PatternSource,
-    PtychodaskError,
-    Scan,
-    Truth,
-    check_pattern_shape,
-    check_positions,
-    with_fields,
-)
+from ptychodask.probes import disc_probe, estimate_probe, zone_plate_probe
+from ptychodask.scan import Calibration, Domain, PatternSource, Scan, Truth, check_pattern_shape, check_positions
 from ptychodask.store import SCAN, open_scan, write_scan
 
 logger = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io.source import (
     FORMAT_OPTIONS,
     Container,
@@ -23,7 +24,6 @@ from ptychodask.io.source import (
     listed_keys,
     pattern_axis_is_last,
 )
-from ptychodask.scan import PtychodaskError
 
 OPTIONS = tuple(option for option in FORMAT_OPTIONS if option != "diffraction")
 

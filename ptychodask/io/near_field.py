@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import nearest_neighbour
-from ptychodask.scan import Domain, PtychodaskError
+from ptychodask.scan import Domain
 
 PAIRS = 64
 """Number of pairs of neighbouring patterns that are compared."""

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io.cxi import as_translation, good_pixels, illumination
 from ptychodask.io.quantities import DETECTOR_PIXEL, DISTANCE, ENERGY, Optic, metres_of, read_optics
 from ptychodask.io.source import Container, IngestSpec, SourceScan, apply_flips, as_vector, frame_axes, missing_key
-from ptychodask.scan import PtychodaskError
 
 OPTIONS = ("units", "dc", "flip_y", "flip_x", "swap_xy")
 

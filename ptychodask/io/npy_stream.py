@@ -21,6 +21,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io.raw import (
     RawFrames,
     block_ranges,
@@ -30,7 +31,6 @@ from ptychodask.io.raw import (
     transpose_patterns_first,
 )
 from ptychodask.io.source import BLOCK_BYTES, Frames, pattern_axes, require_keys
-from ptychodask.scan import PtychodaskError
 
 DEFLATE_LIMIT = 1032
 """Largest compression ratio of deflate (zlib's technical notes)."""

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io.formats import open_container
 from ptychodask.io.npy_stream import read_npy, reading
 from ptychodask.io.quantities import SQUARENESS
 from ptychodask.io.source import Container, listed_keys
-from ptychodask.scan import PtychodaskError
 
 RECONSTRUCTED_KEY = "reconstructed_object"
 """Key of the object in the NPZ files that PtychoPINN's scripts write for Tike and pty-chi."""

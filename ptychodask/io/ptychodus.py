@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io.quantities import DISTANCE, ENERGY, SQUARENESS, Optic
 from ptychodask.io.source import (
     Container,
@@ -28,7 +29,6 @@ from ptychodask.io.source import (
     missing_key,
     require_keys,
 )
-from ptychodask.scan import PtychodaskError
 
 logger = logging.getLogger(__name__)
 

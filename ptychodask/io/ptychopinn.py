@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io.source import (
     Container,
     Frames,
@@ -24,7 +25,7 @@ from ptychodask.io.source import (
     pattern_axis_is_last,
     require_keys,
 )
-from ptychodask.scan import Domain, PtychodaskError
+from ptychodask.scan import Domain
 
 logger = logging.getLogger(__name__)
 

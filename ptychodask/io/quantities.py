@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io.source import Container, IngestSpec, Unit
-from ptychodask.scan import PtychodaskError
 
 METRES: Mapping[str, float] = {
     "m": 1.0,

@@ -16,9 +16,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io.source import BLOCK_BYTES, SLAB_BYTES, Frames
 from ptychodask.progress import progress_bar
-from ptychodask.scan import PtychodaskError
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io.source import IngestSpec
-from ptychodask.scan import PtychodaskError
 
 LONGEST_BYTES = 2**20
 """Largest accepted size of a file of options, which has a few lines."""

@@ -10,7 +10,8 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.scan import Calibration, Domain, PtychodaskError, check_choice
+from ptychodask.errors import PtychodaskError, check_choice
+from ptychodask.scan import Calibration, Domain
 
 Unit = Literal["px", "um", "m"]
 """Unit of positions in a file."""

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io.source import Container, IngestSpec, SourceScan, as_probe, frame_axes, require_keys
-from ptychodask.scan import PtychodaskError
 
 OPTIONS = ()
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.folders import atomic_folder
 from ptychodask.io.npy_stream import read_npz
 from ptychodask.models.description import FORMAT, FORMAT_VERSION, MODEL, read_description, read_history
@@ -20,7 +21,6 @@ from ptychodask.models.pretrained import is_pretrained, packaged_folder
 from ptychodask.models.ptychopinn import ARCHIVE, PtychoPinnModel, looks_like_ptychopinn, read_ptychopinn
 from ptychodask.models.spec import ModelSpec, Optics
 from ptychodask.places import on_disk
-from ptychodask.scan import PtychodaskError
 
 
 def save_model(model: Model, path: str | Path, *, overwrite: bool = False) -> Model:

@@ -6,8 +6,8 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.folders import StoreKind, read_json
-from ptychodask.scan import PtychodaskError
 
 FORMAT = "ptychodask-model"
 FORMAT_VERSION = 1

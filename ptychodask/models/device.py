@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from ptychodask.scan import PtychodaskError
+from ptychodask.errors import PtychodaskError
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,11 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.display import card, curves
+from ptychodask.errors import PtychodaskError
+from ptychodask.html import card, curves
 from ptychodask.models.networks import build_network
 from ptychodask.models.spec import ModelSpec, Optics, Precision
-from ptychodask.scan import PtychodaskError, Scan
+from ptychodask.scan import Scan
 
 CompiledCall = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.complex64]]
 """From X (batch, N, N, C) and offsets (batch, C, 2), of one fixed batch size, to patches (batch, ..., N, N)."""

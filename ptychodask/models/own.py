@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.models.model import CompiledCall, check_n_pixels, predict_in_batches
-from ptychodask.scan import PtychodaskError, Scan, check_choice
+from ptychodask.scan import Scan
 
 InputDomain = Literal["normalised", "amplitude", "counts"]
 """Input of a network: X as `Scan.network_input` returns it, measured amplitude, or its square."""

@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from ptychodask.scan import ILLUMINATION_FLOOR
+from ptychodask.probes import ILLUMINATION_FLOOR
 
 Tensor = Any
 """A tensor of the Keras backend in use."""

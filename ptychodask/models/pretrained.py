@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ptychodask.scan import PtychodaskError
+from ptychodask.errors import PtychodaskError
 
 PREFIX = "pretrained:"
 

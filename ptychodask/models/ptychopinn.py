@@ -26,13 +26,14 @@ import numpy as np
 from keras import layers, ops
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.io.hdf5_stream import check_bytes_in_subprocess
 from ptychodask.io.npy_stream import check_compression, check_member
 from ptychodask.models.model import CompiledCall, check_n_pixels, compiled_call, one_line, predict_in_batches
 from ptychodask.models.networks import convolution_dtype
 from ptychodask.models.physics import ComplexPair, Tensor
 from ptychodask.models.spec import BOUNDS, Precision
-from ptychodask.scan import PtychodaskError, Scan
+from ptychodask.scan import Scan
 
 ARCHIVE = "wts.h5.zip"
 """File name of PtychoPINN's archive."""

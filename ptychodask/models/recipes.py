@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from ptychodask.compare import compare
-from ptychodask.io.probe import disc_probe, to_far_field, to_real_space, zone_plate_probe
 from ptychodask.models import Model, save_model, untrained_model
 from ptychodask.models.pretrained import CARD
 from ptychodask.models.traits import QUANTITIES
+from ptychodask.probes import disc_probe, probe_diameter_px, to_far_field, to_real_space, zone_plate_probe
 from ptychodask.reconstruction import reconstruct
-from ptychodask.scan import Scan, probe_diameter_px
+from ptychodask.scan import Scan
 from ptychodask.simulate import crossing_lines, random_field, siemens_star, simulate
 from ptychodask.training import TrainingSpec, train
 

@@ -8,7 +8,9 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.scan import PtychodaskError, Scan, illumination
+from ptychodask.errors import PtychodaskError
+from ptychodask.probes import illumination
+from ptychodask.scan import Scan
 
 Kind = Literal["pinn", "baseline"]
 

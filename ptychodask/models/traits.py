@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import mean_spacing_px
 from ptychodask.models.spec import Optics
-from ptychodask.scan import PtychodaskError, Scan, probe_diameter_px
+from ptychodask.probes import probe_diameter_px
+from ptychodask.scan import Scan
 
 Ranges = dict[str, tuple[float, float]]
 """Lowest and highest value of each quantity."""

@@ -9,11 +9,11 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.models.model import Model
 from ptychodask.models.networks import build_network
 from ptychodask.models.ptychopinn import PtychoPinnLayer, PtychoPinnModel
 from ptychodask.models.spec import ModelSpec, Optics
-from ptychodask.scan import PtychodaskError
 
 OUTER_CHANNELS = 4
 """Channels of PtychoPINN's last feature map from which the rim of its patches is computed."""

@@ -20,6 +20,7 @@ import numpy as np
 import xarray as xr
 
 from ptychodask.cluster import client_for_run
+from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.places import Location, S3Location, is_resumable, parse_location
 from ptychodask.plan import (
     MIB,
@@ -48,7 +49,7 @@ from ptychodask.result import (
     TileArrays,
     make_dataset,
 )
-from ptychodask.scan import PtychodaskError, Scan, with_fields
+from ptychodask.scan import Scan
 from ptychodask.store import ScanReader
 
 __all__ = ["FailedScansError", "reconstruct"]

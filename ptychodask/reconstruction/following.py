@@ -12,6 +12,7 @@ from typing import Any
 import distributed
 
 from ptychodask.cluster.preflight import preflight_jobs
+from ptychodask.errors import PtychodaskError
 from ptychodask.growing import growth
 from ptychodask.plan import RegionNotReachedError
 from ptychodask.reconstruction.ledger import Ledger, check_same
@@ -19,7 +20,6 @@ from ptychodask.reconstruction.live import LivePicture, Screen
 from ptychodask.reconstruction.running import check_workers
 from ptychodask.reconstruction.stitching import Stitching, broadcast_job
 from ptychodask.reconstruction.work import Run, identity
-from ptychodask.scan import PtychodaskError
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.folders import LEDGER, from_json
 from ptychodask.places import Location, S3Location, remove
-from ptychodask.scan import PtychodaskError
 
 FORMAT = "ptychodask-ledger"
 FORMAT_VERSION = 1

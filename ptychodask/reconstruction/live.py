@@ -13,12 +13,12 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from ptychodask.display import grey_png
+from ptychodask.errors import PtychodaskError, in_brief
 from ptychodask.folders import atomic_file
+from ptychodask.html import grey_png
 from ptychodask.plan import Live, Plan
 from ptychodask.progress import in_notebook
 from ptychodask.result import Layers
-from ptychodask.scan import PtychodaskError, in_brief
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from typing import Any, Literal, NamedTuple
 
 import distributed
 
+from ptychodask.errors import PtychodaskError, in_brief
 from ptychodask.progress import Progress
-from ptychodask.scan import PtychodaskError, in_brief
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ import distributed
 import numpy as np
 
 from ptychodask.cluster import Broadcast, broadcast
+from ptychodask.errors import PtychodaskError
 from ptychodask.places import Location
 from ptychodask.plan import Plan, Tile
 from ptychodask.prediction import Skipped
@@ -35,7 +36,6 @@ from ptychodask.reconstruction.tasks import (
     verify_chunk,
 )
 from ptychodask.result import remove_tile
-from ptychodask.scan import PtychodaskError
 from ptychodask.store import open_groups
 
 logger = logging.getLogger(__name__)

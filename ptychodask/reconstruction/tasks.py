@@ -17,7 +17,6 @@ from ptychodask.grouping import groups_kept
 from ptychodask.patches import StoredPatches
 from ptychodask.places import Location
 from ptychodask.plan import Chunk, Tile
-from ptychodask.polishing import seen_part
 from ptychodask.prediction import PatchBatch, PredictionJob, Skipped, open_reader, predict_groups, stage
 from ptychodask.reassembly import (
     Box,
@@ -34,6 +33,7 @@ from ptychodask.reassembly import (
     save_canvas,
 )
 from ptychodask.reconstruction.live import CoarsePart, coarse_part
+from ptychodask.refinement.polishing import seen_part
 from ptychodask.result import VARIABLES, Layers, TileArrays, read_tile, write_tile
 from ptychodask.store import DAMAGE
 

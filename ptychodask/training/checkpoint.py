@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.folders import from_json, read_json
 from ptychodask.io.npy_stream import read_npz
-from ptychodask.scan import PtychodaskError
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.progress import Progress
-from ptychodask.scan import PtychodaskError
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 from ptychodask.training.loggers import Record
 from ptychodask.training.spec import TrainingSpec

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, group_positions
-from ptychodask.scan import PtychodaskError, Scan, illuminated_radius_px
+from ptychodask.probes import illuminated_radius_px
+from ptychodask.scan import Scan
 from ptychodask.store import open_scan
 from ptychodask.training.spec import TrainingSpec
 

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.folders import check_vacant
 from ptychodask.models import Model, ModelSpec, Optics, load_model, save_model
 from ptychodask.models.bundle import MODEL
@@ -26,7 +27,7 @@ from ptychodask.models.spec import Kind
 from ptychodask.models.traits import ranges_of
 from ptychodask.places import S3Location, on_disk, parse_location
 from ptychodask.progress import progress_bar
-from ptychodask.scan import PtychodaskError, Scan, with_fields
+from ptychodask.scan import Scan
 from ptychodask.store import check_probe_is_free, hash_with_probe, open_scan, record_model
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 from ptychodask.training.course import TrainingCallback

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from ptychodask.scan import PtychodaskError
+from ptychodask.errors import PtychodaskError
 from ptychodask.training.spec import TrainingSpec
 
 Record = Callable[[dict[str, float]], None]

@@ -12,10 +12,10 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from ptychodask.iterative import probe_centroid_px
+from ptychodask.forward import shift_probe
 from ptychodask.models.networks import FittedProbes
+from ptychodask.probes import probe_centroid_px
 from ptychodask.scan import Scan
-from ptychodask.simulate import shift_probe
 from ptychodask.store import replace_probe
 from ptychodask.training.spec import TrainingSpec
 

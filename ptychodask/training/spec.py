@@ -8,10 +8,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.grouping import GroupingSpec
 from ptychodask.models import ModelSpec
 from ptychodask.models.spec import Kind, Precision
-from ptychodask.scan import PtychodaskError, check_choice
 
 Loss = Literal["amplitude", "mae", "poisson", "staged"]
 Schedule = Literal["cosine", "constant", "plateau"]

@@ -1,13 +1,15 @@
-"""Models of the probe, for files that contain none."""
+"""Probes: models, estimates, defocus, and size and centre of their illumination."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import scipy.fft
+import scipy.ndimage
 from numpy.typing import NDArray
 
-from ptychodask.scan import PtychodaskError
+from ptychodask.errors import PtychodaskError
 
 
 def disc_probe(n_pixels: int, *, diameter_px: float, edge_px: float = 1.0) -> NDArray[np.complex64]:
@@ -147,3 +149,117 @@ def _check_diameter(name: str, diameter_px: float, n_pixels: int) -> None:
         raise PtychodaskError(
             f"{name} is {diameter_px}, expected more than 0 and at most the frame's {n_pixels} pixels"
         )
+
+
+ILLUMINATION_FLOOR = 1e-3
+"""Relative intensity of the probe below which a pixel counts as dark."""
+
+
+def illumination(probe: NDArray[np.complexfloating[Any, Any]]) -> NDArray[np.float32]:
+    """Relative intensity of the probe, the weight of a patch's pixels.
+
+    Parameters
+    ----------
+    probe : complex array (mode, N, N)
+
+    Returns
+    -------
+    float32 array (N, N)
+        Σ over modes of |P|², divided by its maximum; 0 below `ILLUMINATION_FLOOR`.
+
+    Examples
+    --------
+    >>> illumination(np.array([[[2.0, 1.0], [0.01, 0.0]]])).tolist()
+    [[1.0, 0.25], [0.0, 0.0]]
+    """
+    intensity = (np.abs(probe) ** 2).sum(axis=0)
+    relative = intensity / intensity.max()
+    return np.where(relative < ILLUMINATION_FLOOR, 0, relative).astype(np.float32)
+
+
+def illuminated_radius_px(probe: NDArray[np.complexfloating[Any, Any]]) -> float:
+    """Largest distance of an illuminated pixel from the probe's middle, pixels.
+
+    The middle is [N//2, N//2]; see `illumination` for the illuminated pixels.
+
+    Examples
+    --------
+    >>> illuminated_radius_px(np.eye(1, 16, 6).reshape(1, 4, 4))
+    1.0
+    """
+    lit = np.argwhere(illumination(probe) > 0)
+    return float(np.hypot(*(lit - probe.shape[-1] // 2).T).max())
+
+
+def probe_diameter_px(probe: NDArray[np.complexfloating[Any, Any]]) -> float:
+    """Diameter of a uniform disc with the probe's effective area.
+
+    Parameters
+    ----------
+    probe : complex array (mode, N, N)
+
+    Returns
+    -------
+    float
+        2 sqrt(A / π), pixels, with the area A = (Σ|P|²)² / Σ|P|⁴; the number of pixels of a uniform disc.
+
+    Examples
+    --------
+    >>> y, x = np.indices((64, 64)) - 32
+    >>> round(probe_diameter_px((np.hypot(y, x) < 10)[None]), 1)
+    19.7
+    """
+    intensity = (np.abs(probe) ** 2).sum(axis=0, dtype=np.float64)
+    return float(2 * np.sqrt(intensity.sum() ** 2 / (intensity**2).sum() / np.pi))
+
+
+DEFOCUS_RADII = (1 / 32, 1 / 16, 1 / 8, 1 / 6, 1 / 4)
+"""Root-mean-square radii of the defocused probes in a defocus search, relative to N."""
+
+
+def squared_modulus(wave: NDArray[np.complex64]) -> NDArray[np.float32]:
+    return wave.real**2 + wave.imag**2
+
+
+def probe_centroid_px(probe: NDArray[np.complex64]) -> NDArray[np.float64]:
+    """Centroid (y, x) of Σ|P|², float64 (2,), pixels."""
+    intensity = squared_modulus(probe).sum(axis=0, dtype=np.float64)
+    axis = np.arange(len(intensity))
+    return np.array([intensity.sum(axis=1) @ axis, intensity.sum(axis=0) @ axis]) / intensity.sum()
+
+
+def defocused(probe: NDArray[np.complex64], defocus_rad: float) -> NDArray[np.complex64]:
+    """Probe with added defocus.
+
+    Parameters
+    ----------
+    probe : complex64 array (mode, N, N)
+    defocus_rad : float
+        Phase added at the edge of the far field (N/2 pixels from DC), quadratic in the distance; 0 returns the probe
+        unchanged.
+
+    Returns
+    -------
+    complex64 array (mode, N, N)
+    """
+    curved = defocus_rad * (far_radius(probe.shape[-1]) ** 2)
+    return scipy.fft.ifft2(scipy.fft.fft2(probe) * np.exp(1j * curved).astype(np.complex64))
+
+
+def far_radius(n_pixels: int) -> NDArray[np.float64]:
+    """Distance from DC at [0, 0], units of N/2 pixels (N, N)."""
+    axis = 2 * scipy.fft.fftfreq(n_pixels)
+    return np.hypot(axis[:, None], axis)
+
+
+def defocus_starts(probe: NDArray[np.complex64]) -> tuple[float, ...]:
+    """Defocus values of a search, radians: 0 and both signs.
+
+    Each spreads a focused probe to one of the radii `DEFOCUS_RADII`.
+    """
+    n_pixels = probe.shape[-1]
+    intensity = squared_modulus(scipy.fft.fft2(probe)).sum(axis=0, dtype=np.float64)
+    spread = np.sqrt((intensity * far_radius(n_pixels) ** 2).sum() / intensity.sum())
+    # The gradient of the quadratic phase moves intensity at far-field radius s by 2 defocus s / π pixels.
+    positive = [float(radius * n_pixels * np.pi / (2 * spread)) for radius in DEFOCUS_RADII]
+    return (0.0, *positive, *(-defocus for defocus in positive))

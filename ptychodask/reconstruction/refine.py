@@ -1,4 +1,4 @@
-"""Client side of polishing: sweeps over the patterns, tiles on the workers."""
+"""Refinement of the stitched object as Dask tasks over its tiles."""
 
 from __future__ import annotations
 
@@ -12,24 +12,30 @@ import distributed
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.iterative import StepProducts
+from ptychodask.forward import footprint_corners
+from ptychodask.grouping import curve_order, patterns_without
 from ptychodask.places import Location
 from ptychodask.plan import Plan, Tile
-from ptychodask.polishing import (
-    amplitude_sum,
-    change_part,
-    change_tile,
-    misfit_in_all,
-    plan_polishing,
-    prepare_tile,
-    step_tile,
-)
-from ptychodask.prediction import PredictionJob
+from ptychodask.prediction import PredictionJob, open_source
 from ptychodask.progress import Progress, progress_bar
+from ptychodask.reassembly import Box
 from ptychodask.reconstruction.live import LivePicture
 from ptychodask.reconstruction.running import Scheduler, TaskGraph, check_done
 from ptychodask.reconstruction.stitching import Stitching, start_yx
 from ptychodask.reconstruction.tasks import TileReport, deliver_polished, stored_tile
+from ptychodask.refinement.polishing import (
+    PartChange,
+    PolishPart,
+    StepProducts,
+    TileWeights,
+    _within,
+    amplitude_sum,
+    change_tile,
+    illumination_and_proximal_weight,
+    misfit_in_all,
+    negative_gradient,
+    step_tile,
+)
 from ptychodask.scan import Scan
 
 
@@ -220,3 +226,106 @@ def _object_of(report: TileReport) -> NDArray[np.complex64]:
 
 def _without_arrays(report: TileReport) -> TileReport:
     return replace(report, arrays=None)
+
+
+def plan_polishing(scan: Scan, plan: Plan, drop: tuple[int, ...]) -> tuple[tuple[Box, ...], tuple[PolishPart, ...]]:
+    """Boxes of the polished tiles, and parts of the patterns.
+
+    Parameters
+    ----------
+    scan : Scan
+    plan : Plan
+        Of the complete object.
+    drop : ints
+        Patterns that are left out.
+
+    Returns
+    -------
+    boxes : tuple of Box
+        One per tile; tiles at the edges of the object are extended as far as any footprint reaches.
+    parts : tuple of PolishPart
+        Consecutive patterns along the curve, as many as a chunk has groups.
+    """
+    index = patterns_without(scan, drop)
+    index = index[curve_order(scan.position_yx_px[index])]
+    corner = footprint_corners(scan.position_yx_px[index], scan.n_pixels)
+    around = _box_around(corner, scan.n_pixels)
+    boxes = tuple(_extended(tile.box, plan.box, around) for tile in plan.tiles)
+    parts = []
+    for first in range(0, len(index), plan.groups_per_chunk):
+        rows = slice(first, first + plan.groups_per_chunk)
+        box = _box_around(corner[rows], scan.n_pixels)
+        tiles = tuple(number for number, tile_box in enumerate(boxes) if tile_box.overlap(box).n_pixels)
+        parts.append(PolishPart(index[rows], box, tiles, tuple(boxes[number] for number in tiles)))
+    return boxes, tuple(parts)
+
+
+def prepare_tile(
+    job: PredictionJob, tile: Box, box: Box, stitched: NDArray[np.complex64], *, mean: float
+) -> TileWeights:
+    """Start and weights of one tile while it is polished.
+
+    Parameters
+    ----------
+    job : PredictionJob
+        Names the store.
+    tile, box : Box
+        The tile, and its box while it is polished.
+    stitched : complex64 array (y, x)
+        The stitched object over the tile, NaN where unseen.
+    mean : float
+        Initial amplitude of unseen pixels.
+
+    Returns
+    -------
+    TileWeights
+    """
+    scan = open_source(job)
+    kept = patterns_without(scan, job.drop)
+    illumination, proximal_weight = illumination_and_proximal_weight(
+        scan.probe, scan.position_yx_px[kept], box.corner, box.shape
+    )
+    start = np.full(box.shape, mean, np.complex64)
+    seen = np.isfinite(stitched)
+    start[_within(tile, box)][seen] = stitched[seen]
+    return TileWeights(start, illumination + proximal_weight, proximal_weight)
+
+
+def change_part(job: PredictionJob, part: PolishPart, objects: list[NDArray[np.complex64]]) -> PartChange:
+    """Negative gradient of the patterns of one part.
+
+    Parameters
+    ----------
+    job : PredictionJob
+        Names the store.
+    part : PolishPart
+    objects : list of complex64 arrays (y, x)
+        Object over each of ``part.tiles``.
+
+    Returns
+    -------
+    PartChange
+    """
+    scan = open_source(job)
+    joined = np.empty(part.box.shape, np.complex64)
+    for box, object_ in zip(part.tile_boxes, objects, strict=True):
+        shared = part.box.overlap(box)
+        joined[_within(shared, part.box)] = object_[_within(shared, box)]
+    change, misfit = negative_gradient(joined, part.box.corner, scan, part.index)
+    return PartChange(change, part.box, misfit)
+
+
+def _box_around(corner: NDArray[np.int64], n_pixels: int) -> Box:
+    """Box around footprints of N x N pixels."""
+    (y0, x0), (y1, x1) = corner.min(axis=0).tolist(), (corner.max(axis=0) + n_pixels).tolist()
+    return Box(y0, y1, x0, x1)
+
+
+def _extended(tile: Box, whole: Box, around: Box) -> Box:
+    """Box of a tile; edges shared with `whole` moved to `around`."""
+    return Box(
+        min(tile.y0, around.y0) if tile.y0 == whole.y0 else tile.y0,
+        max(tile.y1, around.y1) if tile.y1 == whole.y1 else tile.y1,
+        min(tile.x0, around.x0) if tile.x0 == whole.x0 else tile.x0,
+        max(tile.x1, around.x1) if tile.x1 == whole.x1 else tile.x1,
+    )

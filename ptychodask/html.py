@@ -1,4 +1,4 @@
-"""Self-contained HTML representations of objects for light and dark notebooks."""
+"""HTML representations for notebooks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from numpy.typing import NDArray
 THUMBNAIL_PX = 128
 """Pixels along the longer side of an image, at most; larger ones are shown with every k-th pixel."""
 
+
 SHOWN_PX = 160
 """Screen pixels across a picture."""
 
+
 MOST_DOTS = 600
 """Largest number of points in a map; of more, every k-th is shown."""
+
 
 GREY_PERCENTILES = (1.0, 99.0)
 """Percentiles of an image's finite pixels that are shown black and white."""

@@ -1,0 +1,1 @@
+"""Refinement of a stitched object: pattern-local sums and small global steps."""

@@ -1,0 +1,418 @@
+"""Polishing: objective, gradient and step of the whole stitched object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.fft
+import scipy.ndimage
+from numpy.typing import NDArray
+
+from ptychodask.errors import PtychodaskError
+from ptychodask.forward import footprint_corners, project_modulus, shift_ramp
+from ptychodask.probes import squared_modulus
+from ptychodask.reassembly import Box
+from ptychodask.scan import Scan
+
+
+@dataclass(frozen=True, eq=False)
+class PolishPart:
+    """Neighbouring patterns whose gradients one task sums."""
+
+    index: NDArray[np.int64]
+    """Indices of the patterns (k,)."""
+
+    box: Box
+    """Pixels that their footprints reach."""
+
+    tiles: tuple[int, ...]
+    """Indices of the tiles that overlap the box."""
+
+    tile_boxes: tuple[Box, ...]
+    """Box of each of these tiles while it is polished."""
+
+
+@dataclass(frozen=True, eq=False)
+class PartChange:
+    """Negative gradient and misfit of one part of the patterns."""
+
+    change: NDArray[np.complex128]
+    """Negative gradient (y, x) over the part's box, from `negative_gradient`."""
+
+    box: Box
+    """Box of the part."""
+
+    misfit: Misfit
+    """Misfit of its patterns."""
+
+
+@dataclass(frozen=True, eq=False)
+class TileWeights:
+    """Start and weights of a polished tile; arrays (y, x)."""
+
+    start: NDArray[np.complex64]
+    """Stitched object, with the mean amplitude in unseen pixels."""
+
+    curvature: NDArray[np.float32]
+    """Illumination plus proximal weight (see `illumination_and_proximal_weight`)."""
+
+    proximal_weight: NDArray[np.float32]
+    """Weight with which a dim pixel is pulled back to `start`."""
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """Sums over one tile, needed for the step of a sweep."""
+
+    products: StepProducts
+    """Scalar products of the step."""
+
+    proximal: float
+    """Proximal term Σ proximal weight |object − start|²."""
+
+    misfit: dict[int, Misfit]
+    """Misfit of each part that reaches the tile."""
+
+
+@dataclass(frozen=True, eq=False)
+class TileChange:
+    """Negative gradient of one tile, with the proximal term, and its sums."""
+
+    change: NDArray[np.complex64]
+    """Negative gradient (y, x) over the tile's box."""
+
+    report: SweepReport
+    """Sums over the tile."""
+
+
+def change_tile(
+    box: Box,
+    weights: TileWeights,
+    object_: NDArray[np.complex64],
+    before: NDArray[np.complex64],
+    earlier: TileChange | None,
+    changes: list[PartChange],
+    parts: tuple[int, ...],
+) -> TileChange:
+    """Negative gradient in one tile, with the proximal term.
+
+    Parameters
+    ----------
+    box : Box
+        Box of the tile while it is polished.
+    weights : TileWeights
+    object_, before : complex64 array (y, x)
+        Object now, and before the latest step.
+    earlier : TileChange or None
+        Change before the latest step; None in the first sweep.
+    changes : list of PartChange
+        Of the parts that reach the tile, in the order of `parts`.
+    parts : ints
+        Indices of these parts.
+
+    Returns
+    -------
+    TileChange
+    """
+    deviation = weights.start - object_
+    total = (weights.proximal_weight * deviation).astype(np.complex128)
+    for part in changes:
+        shared = box.overlap(part.box)
+        total[_within(shared, box)] += part.change[_within(shared, part.box)]
+    change = total.astype(np.complex64)
+    products = StepProducts()
+    if earlier is not None:
+        products = step_products(object_, before, change, earlier.change, weights.curvature)
+    proximal = float((weights.proximal_weight * (deviation.real**2 + deviation.imag**2)).sum(dtype=np.float64))
+    misfit = {index: part.misfit for index, part in zip(parts, changes, strict=True)}
+    return TileChange(change, SweepReport(products, proximal, misfit))
+
+
+def step_tile(
+    weights: TileWeights,
+    object_: NDArray[np.complex64],
+    before: NDArray[np.complex64],
+    change: TileChange,
+    earlier: TileChange | None,
+    *,
+    mix: tuple[float, float, float],
+) -> NDArray[np.complex64]:
+    """One tile of the object after a step.
+
+    Parameters
+    ----------
+    weights, object_, before, change, earlier
+        See `change_tile`.
+    mix : (float, float, float)
+        Factors of the step, from `StepProducts.mix`.
+
+    Returns
+    -------
+    complex64 array (y, x)
+    """
+    last = change if earlier is None else earlier
+    return take_step(object_, before, change.change, last.change, weights.curvature, mix)
+
+
+def amplitude_sum(stitched: NDArray[np.complex64]) -> tuple[float, int]:
+    """Sum of the amplitude over the seen pixels, and their number."""
+    amplitude = np.abs(stitched[np.isfinite(stitched)])
+    return float(amplitude.sum(dtype=np.float64)), amplitude.size
+
+
+def seen_part(
+    tile: Box, box: Box, stitched: NDArray[np.complex64], polished: NDArray[np.complex64]
+) -> NDArray[np.complex64]:
+    """The polished object over one tile, NaN where the stitched one is.
+
+    Parameters
+    ----------
+    tile, box : Box
+        The tile, and the box of `polished`.
+    stitched, polished : complex64 array (y, x)
+
+    Returns
+    -------
+    complex64 array (y, x)
+    """
+    return np.where(np.isfinite(stitched), polished[_within(tile, box)], stitched)
+
+
+def misfit_in_all(reports: list[SweepReport]) -> Misfit:
+    """Misfit of all patterns.
+
+    Each tile that a part reaches reports its misfit, which counts once.
+    """
+    parts: dict[int, Misfit] = {}
+    for report in reports:
+        parts |= report.misfit
+    return sum((parts[index] for index in sorted(parts)), Misfit())
+
+
+def _within(part: Box, whole: Box) -> tuple[slice, slice]:
+    """Slices of a box in an array over a larger one."""
+    return slice(part.y0 - whole.y0, part.y1 - whole.y0), slice(part.x0 - whole.x0, part.x1 - whole.x0)
+
+
+READ_BATCH = 64
+"""Patterns that polishing reads at a time."""
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Misfit of predicted patterns: sums over patterns and good pixels."""
+
+    absolute: float = 0.0
+    """Σ|√I_pred − √I|."""
+
+    amplitude: float = 0.0
+    """Σ√I."""
+
+    square: float = 0.0
+    """Σ(√I_pred − √I)², patterns scaled to mean flux."""
+
+    @property
+    def r_factor(self) -> float:
+        """R = Σ|√I_pred − √I| / Σ√I.
+
+        Raises `PtychodaskError` if the patterns are all zero.
+        """
+        if not self.amplitude > 0:
+            raise PtychodaskError("polish: the patterns are all zero, so R is undefined; drop fewer")
+        return self.absolute / self.amplitude
+
+    def __add__(self, other: Misfit) -> Misfit:
+        return Misfit(self.absolute + other.absolute, self.amplitude + other.amplitude, self.square + other.square)
+
+
+def negative_gradient(
+    object_: NDArray[np.complex64], corner: tuple[int, int], scan: Scan, index: NDArray[np.int64]
+) -> tuple[NDArray[np.complex128], Misfit]:
+    """Negative gradient of the misfit of some patterns, and the misfit.
+
+    Parameters
+    ----------
+    object_ : complex64 array (y, x)
+        Covers the footprint at each of these positions; no NaN.
+    corner : (int, int)
+        Scan coordinates of its pixel [0, 0].
+    scan : Scan
+    index : int64 array (k,)
+        Indices of the patterns; `READ_BATCH` of them are in memory at a time.
+
+    Returns
+    -------
+    change : complex128 array (y, x)
+        Σ over patterns and modes of conj(P)(ψ' − ψ), with ψ' the exit wave of the measured modulus: half the negative
+        gradient of ``misfit.square``.
+    misfit : Misfit
+
+    Notes
+    -----
+    Projection, modes and bad pixels as in `run_sweeps`. The term of a pattern depends only on the object in its
+    footprint, so the sums over any partition of the patterns add up to the same total.
+    """
+    n_pixels = scan.n_pixels
+    change, total = np.zeros(object_.shape, np.complex128), Misfit()
+    good = None if scan.mask is None else scipy.fft.ifftshift(scan.mask)
+    spectrum = scipy.fft.fft2(scan.probe)
+    position = scan.position_yx_px[index]
+    start = footprint_corners(position, n_pixels) - corner
+    flux = np.ones(len(index), np.float32) if scan.flux is None else scan.flux[index]
+    for first in range(0, len(index), READ_BATCH):
+        batch = np.arange(first, min(first + READ_BATCH, len(index)))
+        measured = scipy.fft.ifftshift(scan.amplitude(index[batch]), axes=(1, 2))
+        for j, amplitude in zip(batch, measured, strict=True):
+            footprint = tuple(slice(side, side + n_pixels) for side in start[j])
+            ramp = shift_ramp(position[j] - np.floor(position[j]), n_pixels, scan.probe.dtype)
+            shifted = scipy.fft.ifft2(spectrum * ramp)
+            amplitude = amplitude / np.sqrt(flux[j])
+            wave, model = project_modulus(shifted * object_[footprint], amplitude, good)
+            change[footprint] += (np.conj(shifted) * wave).sum(axis=0)
+            total += _misfit(model, amplitude, float(np.sqrt(flux[j])))
+    return change, total
+
+
+def _misfit(model: NDArray[np.float32], amplitude: NDArray[np.float32], root_flux: float) -> Misfit:
+    difference = (model - amplitude).astype(np.float64)
+    return Misfit(
+        root_flux * float(np.abs(difference).sum()),
+        root_flux * float(amplitude.sum(dtype=np.float64)),
+        float((difference**2).sum()),
+    )
+
+
+def illumination_and_proximal_weight(
+    probe: NDArray[np.complex64],
+    position_yx_px: NDArray[np.float64],
+    corner: tuple[int, int],
+    shape: tuple[int, int],
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Illumination and proximal weight of each pixel, for polishing.
+
+    Parameters
+    ----------
+    probe : complex64 array (mode, N, N)
+    position_yx_px : float64 array (pattern, 2)
+    corner : (int, int)
+        Scan coordinates of pixel [0, 0].
+    shape : (int, int)
+        Pixels (y, x).
+
+    Returns
+    -------
+    illumination : float32 array (y, x)
+        Σ over patterns of |P|², in the probe's unit.
+    proximal_weight : float32 array (y, x)
+        max(0, max|P|² − illumination): weight of the term that pulls a dim pixel back to its start.
+    """
+    n_pixels = probe.shape[-1]
+    # Padded by a footprint on each side, so that footprints across the edges need no clipping.
+    padded = np.zeros((shape[0] + 2 * n_pixels, shape[1] + 2 * n_pixels), np.float64)
+    start = footprint_corners(position_yx_px, n_pixels) - corner + n_pixels
+    spectrum = scipy.fft.fft2(probe)
+    for j in np.flatnonzero(((start > 0) & (start < np.add(shape, n_pixels))).all(axis=1)):
+        footprint = tuple(slice(side, side + n_pixels) for side in start[j])
+        fraction = position_yx_px[j] - np.floor(position_yx_px[j])
+        shifted = scipy.fft.ifft2(spectrum * shift_ramp(fraction, n_pixels, probe.dtype))
+        padded[footprint] += squared_modulus(shifted).sum(axis=0)
+    total = padded[n_pixels:-n_pixels, n_pixels:-n_pixels]
+    peak = float(squared_modulus(probe).sum(axis=0).max())
+    return total.astype(np.float32), np.maximum(peak - total, 0).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class StepProducts:
+    """Real scalar products that determine a polishing step, float64 sums over pixels.
+
+    s is the latest step, u the negative gradient now, y the decrease of u due to s; H divides by illumination plus
+    proximal weight.
+    """
+
+    s_y: float = 0.0
+    """s·y, the curvature along the step."""
+
+    y_h_y: float = 0.0
+    """y·Hy."""
+
+    s_u: float = 0.0
+    """s·u."""
+
+    y_h_u: float = 0.0
+    """y·Hu."""
+
+    def __add__(self, other: StepProducts) -> StepProducts:
+        return StepProducts(
+            self.s_y + other.s_y, self.y_h_y + other.y_h_y, self.s_u + other.s_u, self.y_h_u + other.y_h_u
+        )
+
+    def mix(self) -> tuple[float, float, float]:
+        """Factors (γ, a, b) of a polishing step.
+
+        The step is γ H (u − a y) + b s. They are (1, 0, 0), the preconditioned gradient step, if the curvature along s
+        was not positive.
+
+        Notes
+        -----
+        Quasi-Newton step of BFGS with a memory of one step (D. F. Shanno, Math. Oper. Res. 3 (1978) 244), with the
+        initial inverse curvature γ H, γ = s·y / y·Hy.
+        """
+        if not (self.s_y > 0 and self.y_h_y > 0):
+            return 1.0, 0.0, 0.0
+        gamma, a = self.s_y / self.y_h_y, self.s_u / self.s_y
+        return gamma, a, a - gamma * (self.y_h_u - a * self.y_h_y) / self.s_y
+
+
+def step_products(
+    object_: NDArray[np.complex64],
+    before: NDArray[np.complex64],
+    change: NDArray[np.complex64],
+    change_before: NDArray[np.complex64],
+    curvature: NDArray[np.float32],
+) -> StepProducts:
+    """Scalar products of the latest step (see `StepProducts`).
+
+    Parameters
+    ----------
+    object_, before : complex64 array (y, x)
+        Object now, and before the latest step.
+    change, change_before : complex64 array (y, x)
+        Negative gradient now, and before the latest step, with the proximal term.
+    curvature : float32 array (y, x)
+        Illumination plus proximal weight, positive.
+    """
+    step = (object_ - before).astype(np.complex128)
+    decrease = (change_before - change).astype(np.complex128)
+    scaled = decrease / curvature
+    return StepProducts(
+        _real_dot(step, decrease), _real_dot(decrease, scaled), _real_dot(step, change), _real_dot(scaled, change)
+    )
+
+
+def _real_dot(one: NDArray[Any], other: NDArray[Any]) -> float:
+    return float((one.real * other.real + one.imag * other.imag).sum(dtype=np.float64))
+
+
+def take_step(
+    object_: NDArray[np.complex64],
+    before: NDArray[np.complex64],
+    change: NDArray[np.complex64],
+    change_before: NDArray[np.complex64],
+    curvature: NDArray[np.float32],
+    mix: tuple[float, float, float],
+) -> NDArray[np.complex64]:
+    """Part of an object after a polishing step, complex64 (y, x).
+
+    Parameters
+    ----------
+    object_, before, change, change_before, curvature
+        See `step_products`.
+    mix : (float, float, float)
+        Factors from `StepProducts.mix`.
+    """
+    gamma, a, b = mix
+    decrease = (change_before - change).astype(np.complex128)
+    stepped = object_ + (gamma / curvature) * (change - a * decrease) + b * (object_ - before)
+    return stepped.astype(np.complex64)
