@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from ptychodask import models
 from ptychodask.cluster import THREAD_VARIABLES, client_for_run
 from ptychodask.errors import PtychodaskError, check_choice
-from ptychodask.places import parse_location, stored_sizes
 from ptychodask.plan import MIB, Plan, ReconstructionSpec, in_pixels, plan_for, prediction_job
 from ptychodask.prediction import PatchModel, PredictionJob, compile_model, recorded_model, resolve_model
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Scan
 from ptychodask.simulate import simulate
+from ptychodask.storage.location import parse_location, stored_sizes
 from ptychodask.store import ScanReader, open_scan, read_groups
 
 Network = Literal["pinn", "ptychopinn"]

@@ -33,10 +33,11 @@ from ptychodask.metrics import (
     r_factor,
     ssim,
 )
-from ptychodask.places import S3Location, parse_location
 from ptychodask.registration import find_corner, on_whole_pixels, seen_box
 from ptychodask.result import make_dataset, open_result, recorded
 from ptychodask.scan import Scan, Truth
+from ptychodask.storage.location import parse_location
+from ptychodask.storage.s3 import S3Location
 from ptychodask.store import open_scan
 
 logger = logging.getLogger(__name__)

@@ -20,11 +20,12 @@ import zarr
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.folders import folder_lock
 from ptychodask.grouping import GroupingSpec
-from ptychodask.places import on_disk
 from ptychodask.progress import progress_bar
 from ptychodask.scan import PatternSource, Scan, check_positions
+from ptychodask.storage.atomic import folder_lock
+from ptychodask.storage.location import on_disk
+from ptychodask.storage.zarr_checks import open_root
 from ptychodask.store import (
     INGEST_AGAIN,
     SCAN,
@@ -34,7 +35,6 @@ from ptychodask.store import (
     data_hash,
     fill_labels,
     fill_patterns,
-    open_root,
     open_scan,
     relative_to_mean,
     segment_groups,

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.folders import StoreKind
-from ptychodask.store import check_codecs, damage_errors, open_root
+from ptychodask.storage.atomic import StoreKind
+from ptychodask.storage.zarr_checks import check_codecs, damage_errors, open_root
 
 FILL_AGAIN = "remove the cache and fill it again"
 """Remedy for a damaged cache."""

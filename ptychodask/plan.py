@@ -23,7 +23,6 @@ from ptychodask.grouping import GroupingSpec, check_drop
 from ptychodask.html import card
 from ptychodask.models.pretrained import pretrained_for
 from ptychodask.models.spec import Precision
-from ptychodask.places import parse_location
 from ptychodask.prediction import (
     Device,
     ModelReference,
@@ -36,6 +35,7 @@ from ptychodask.prediction import (
 )
 from ptychodask.reassembly import CANVAS_PIXEL_BYTES, Box, Window
 from ptychodask.scan import Scan, check_positions
+from ptychodask.storage.location import parse_location
 from ptychodask.store import GroupTable, ScanReader, group, open_groups, open_or_draw_groups, stored_group_names
 from ptychodask.survey import BLOCK_GROUPS, NOWHERE, Survey, survey
 

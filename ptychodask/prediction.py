@@ -21,8 +21,9 @@ from ptychodask.grouping import groups_kept
 from ptychodask.models.pretrained import is_pretrained, pretrained_for
 from ptychodask.models.spec import Precision
 from ptychodask.models.traits import outside_range, read_ranges, spacing_px
-from ptychodask.places import S3Location, parse_location
 from ptychodask.scan import Scan
+from ptychodask.storage.location import parse_location
+from ptychodask.storage.s3 import S3Location
 from ptychodask.store import ScanReader, open_scan
 
 logger = logging.getLogger(__name__)

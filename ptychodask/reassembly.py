@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.places import Location, S3Location
 from ptychodask.probes import illumination
+from ptychodask.storage.location import Location
+from ptychodask.storage.s3 import S3Location
 
 Window = Literal["illumination", "uniform", "cosine"]
 """Name of the weights with which a patch enters a canvas: see `make_window`."""

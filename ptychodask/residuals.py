@@ -18,10 +18,10 @@ from ptychodask.cluster import Broadcast, broadcast, client_for_run
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import footprint_corners, predicted_amplitude
 from ptychodask.grouping import patterns_without
-from ptychodask.places import parse_location
 from ptychodask.progress import progress_bar
 from ptychodask.result import open_result, reading_result
 from ptychodask.scan import Scan
+from ptychodask.storage.location import parse_location
 from ptychodask.store import open_scan
 
 logger = logging.getLogger(__name__)

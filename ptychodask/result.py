@@ -17,10 +17,10 @@ from zarr.codecs import BloscCodec, BloscShuffle
 
 import ptychodask
 from ptychodask.errors import PtychodaskError
-from ptychodask.folders import StoreKind
 from ptychodask.html import Markup, card, image
-from ptychodask.places import Location, atomic_store, location_of, parse_location, zarr_store
-from ptychodask.store import check_codecs, check_stored, consolidate, damage_errors, open_root
+from ptychodask.storage.atomic import StoreKind, atomic_store
+from ptychodask.storage.location import Location, location_of, parse_location, zarr_store
+from ptychodask.storage.zarr_checks import check_codecs, check_stored, consolidate, damage_errors, open_root
 
 FORMAT = "ptychodask-result"
 FORMAT_VERSION = 1

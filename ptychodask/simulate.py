@@ -18,9 +18,9 @@ from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.forward import expected_counts
 from ptychodask.grouping import curve_order, mean_spacing_px
 from ptychodask.io.npy_stream import read_npy
-from ptychodask.places import parse_location
 from ptychodask.probes import disc_probe, zone_plate_probe
 from ptychodask.scan import Scan, Truth, check_pattern_shape
+from ptychodask.storage.location import parse_location
 from ptychodask.store import open_scan, write_scan
 
 OBJECTS = ("lines", "star", "field")

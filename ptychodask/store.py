@@ -11,14 +11,12 @@ import json
 import logging
 import os
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from math import prod
-from operator import floordiv
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -27,12 +25,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle
-from zarr.errors import ZarrUserWarning
 
-from ptychodask.errors import PtychodaskError, in_brief
-from ptychodask.folders import StoreKind, atomic_file, building_path, folder_lock, read_json, replaced_path
+from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, Groups, curve_order, group_positions
-from ptychodask.places import Location, S3Location, atomic_store, location_of, parse_location, stored_sizes, zarr_store
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.scan import (
     Calibration,
@@ -45,81 +40,55 @@ from ptychodask.scan import (
     check_positions,
     input_normalization,
 )
+from ptychodask.storage.atomic import (
+    StoreKind,
+    atomic_file,
+    atomic_store,
+    folder_lock,
+    read_json,
+)
+from ptychodask.storage.location import Location, parse_location, zarr_store
+from ptychodask.storage.s3 import S3Location
+from ptychodask.storage.zarr_checks import check_codecs, check_stored, consolidate, damage_errors, open_root
 
 logger = logging.getLogger(__name__)
 
+
 FORMAT = "ptychodask-scan"
+
+
 FORMAT_VERSION = 1
 
 
-SCAN = StoreKind(FORMAT, FORMAT_VERSION, "store", "ingest")
+SCAN = StoreKind(FORMAT, FORMAT_VERSION, "store", "ingest", may_grow=True)
+
 
 CHUNK_BYTES = 512 * 1024
 """Target size of a chunk of patterns, uncompressed: the least that a read decompresses."""
 
+
 SHARD_CHUNKS = 32
 """Chunks in one shard (one file), at most."""
+
 
 SHARD_BYTES = 32 * 1024 * 1024
 """Largest size of a shard, uncompressed, unless one chunk is larger: it is in memory while it is written."""
 
+
 SLICE_GAP = 4
 """Consecutive chunks without a needed row that end a slice: decoding fewer costs less than another slice."""
+
 
 TABLE_ROWS = 2**15
 """Rows in a chunk of positions, flux and group tables."""
 
+
 TABLE_CHUNKS = 10**4
 """Most chunks of an array that is read completely: tables of 10⁷ patterns have some hundred."""
 
+
 CURVE_GAIN = 0.9
 """Patterns are sorted along the curve if that reduces the chunks read to this fraction or less."""
-
-CODECS = {"blosc", "bytes", "crc32c", "gzip", "sharding_indexed", "transpose", "zstd"}
-"""Codecs that may run: they decode bytes to numbers, and do nothing else."""
-
-SMALL_BYTES = 2**26
-"""Arrays up to this size are not compared with their files: Zarr stores no chunk of fill values only."""
-
-PACKED_AT_MOST = 2**16
-"""Largest ratio of the size of an array to that of its files."""
-
-MOST_CHUNKS = 10**7
-"""Most chunks along one axis of an array."""
-
-
-DAMAGE: tuple[type[Exception], ...] = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    AssertionError,
-    MemoryError,
-)
-"""Exceptions of Zarr and its codecs for damaged metadata or chunks, which they do not check."""
-
-
-@contextmanager
-def damage_errors(label: str | Location, problem: str, remedy: str) -> Iterator[None]:
-    """Raise exceptions from damaged files in a block as one-line `PtychodaskError`.
-
-    Parameters
-    ----------
-    label : path
-        The store, for messages.
-    problem : str
-        The affected part of the store and the failed operation.
-    remedy : str
-    """
-    try:
-        yield
-    except PtychodaskError:
-        raise
-    except DAMAGE as error:
-        raise PtychodaskError(f"{label}: {problem} ({in_brief(error)}); {remedy}") from error
 
 
 INGEST_AGAIN = "the store is damaged: ingest the source again"
@@ -546,21 +515,6 @@ def _write_array(
     array.attrs.update(attributes)
 
 
-def consolidate(path: Location) -> zarr.Group:
-    """Rewrite the consolidated metadata of a store; returns its root group.
-
-    Parameters
-    ----------
-    path : Path or S3Location
-    """
-    # Readers take all metadata from the consolidated copy in the root, one request for the complete store. After any
-    # change that copy is stale, and an array or table that it does not list does not exist for them.
-    with warnings.catch_warnings():
-        # zarr warns that format 3 has not standardised them.
-        warnings.simplefilter("ignore", ZarrUserWarning)
-        return zarr.consolidate_metadata(zarr_store(path), zarr_format=3)
-
-
 @contextmanager
 def changing_root(path: Path) -> Iterator[dict[str, Any]]:
     """Root metadata of a growing store, locked, then replaced at once.
@@ -867,67 +821,6 @@ def _array(root: zarr.Group, name: str, label: str) -> zarr.Array:
     return array
 
 
-def check_codecs(array: zarr.Array, label: str | Location, remedy: str) -> None:
-    """Raise `PtychodaskError` unless an array contains numbers in known codecs.
-
-    Parameters
-    ----------
-    array : zarr.Array
-    label : path
-        Its store, for messages.
-    remedy : str
-
-    Notes
-    -----
-    Stores come from anywhere. A group of format 3 may list arrays of format 2, whose codecs can unpickle, and so run,
-    what they read; only `CODECS` may run.
-    """
-    name = f"{label}: array '{array.path}'"
-    metadata = array.metadata
-    if metadata.zarr_format != 3:
-        raise PtychodaskError(f"{name} is of Zarr format {metadata.zarr_format}, expected 3; {remedy}")
-    if foreign := sorted(_codec_names([codec.to_dict() for codec in metadata.codecs]) - CODECS):
-        raise PtychodaskError(
-            f"{name} has the codecs {', '.join(foreign)}, expected some of: {', '.join(sorted(CODECS))}; {remedy}"
-        )
-    if array.dtype.kind not in "buifc":
-        raise PtychodaskError(f"{name} has type {array.dtype}, expected numbers; {remedy}")
-    # A few bytes of metadata may claim chunks of size 0, or more chunks than any loop over them could end.
-    sides = array.chunks + (array.shards or ())
-    if min(sides, default=1) < 1 or max(map(floordiv, array.shape, array.chunks), default=0) > MOST_CHUNKS:
-        raise PtychodaskError(f"{name} has shape {array.shape} in chunks of {array.chunks}; {remedy}")
-
-
-def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, label: str | Location, remedy: str) -> None:
-    """Raise `PtychodaskError` if arrays claim more than their files can contain.
-
-    Parameters
-    ----------
-    arrays : sequence of zarr.Array
-        Complete ones; Zarr reads a missing file as fill values, so a forged shape would fill the memory.
-    claimed_bytes : int
-        Bytes to be read from all of them.
-    label : path
-        Their store, for messages.
-    remedy : str
-    """
-    if claimed_bytes <= SMALL_BYTES:
-        return
-    sizes = (size for array in arrays for size in stored_sizes(location_of(array.store) / array.path))
-    # Lazily: the files of a large store are too many to list, and the first few are mostly enough.
-    if all(total < claimed_bytes // PACKED_AT_MOST for total in accumulate(sizes)):
-        listed = ", ".join(f"'{array.path}' of shape {array.shape} in chunks of {array.chunks}" for array in arrays)
-        raise PtychodaskError(f"{label}: array {listed} is larger than its files can contain; {remedy}")
-
-
-def _codec_names(described: Any) -> set[str]:
-    """Names of codecs and nested codecs in their JSON description."""
-    if isinstance(described, list | tuple):
-        return set().union(*map(_codec_names, described))
-    inner = described.get("configuration", {})
-    return {str(described["name"])} | _codec_names([*inner.get("codecs", ()), *inner.get("index_codecs", ())])
-
-
 def _read(root: zarr.Group, name: str, label: str) -> NDArray[Any]:
     """Content of an array; raises if its shape does not fit."""
     # Missing chunks are read as zeros, so a false shape would give positions or weights that look measured.
@@ -946,52 +839,6 @@ def _read_rows(array: zarr.Array, label: str, rows: slice | EllipsisType | NDArr
     """Rows of an array by a slice or by ascending indices."""
     with damage_errors(label, f"array '{array.name.lstrip('/')}' cannot be read", INGEST_AGAIN):
         return _rows(array, rows) if isinstance(rows, np.ndarray) else np.asarray(array[rows])
-
-
-def open_root(path: Location, kind: StoreKind, mode: str = "r") -> zarr.Group:
-    """Root group of a complete Zarr store of a kind.
-
-    Raises
-    ------
-    PtychodaskError
-        If there is none, or it is unfinished, of another kind, or newer than this package reads.
-    """
-    make = f"make one with 'ptychodask {kind.maker}'"
-    again = f"{kind.maker} again with overwrite=True (--overwrite)"
-    if not path.exists():
-        if isinstance(path, Path) and replaced_path(path).exists():
-            raise PtychodaskError(
-                f"{path}: its writer is at work, or was stopped, while it replaced the {kind.noun}; the previous one "
-                f"is {replaced_path(path)}: wait for the writer, or rename that folder to {path.name}"
-            )
-        if isinstance(path, Path) and building_path(path).exists():
-            raise PtychodaskError(
-                f"{path}: the {kind.noun} is unfinished: its writer is still at work, or was stopped "
-                f"({building_path(path)}); wait for it, or {again}"
-            )
-        raise PtychodaskError(f"{path}: no such {kind.noun}; {make}")
-    if not path.is_dir():
-        raise PtychodaskError(f"{path}: is a file, expected a {kind.noun} (a folder); {make}")
-    with damage_errors(path, "is not a Zarr format 3 store", make):
-        root = zarr.open_group(zarr_store(path, read_only=mode == "r"), mode=mode, zarr_format=3)  # type: ignore[arg-type]
-        attributes = dict(root.attrs)
-    if attributes.get("format") != kind.name:
-        raise PtychodaskError(
-            f"{path}: is a Zarr store of another kind (format is {attributes.get('format')!r}, "
-            f"expected {kind.name!r}); {make}"
-        )
-    version = attributes.get("format_version")
-    if not isinstance(version, int) or version > kind.version:
-        raise PtychodaskError(
-            f"{path}: has format version {version!r}, this ptychodask reads up to {kind.version}; upgrade ptychodask"
-        )
-    # A growing scan may be read at any time, since readers see complete segments only; no other kind of store grows.
-    state = attributes.get("state")
-    if state != "complete" and not (state == "growing" and kind == SCAN):
-        raise PtychodaskError(
-            f"{path}: the {kind.noun} is unfinished (state is {state!r}, expected 'complete'); {again}"
-        )
-    return root
 
 
 def group(store: str | Location, spec: GroupingSpec = GroupingSpec(), *, name: str | None = None) -> Groups:

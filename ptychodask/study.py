@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from ptychodask.cluster import active_client, in_process_client
 from ptychodask.compare import compare, find_truth, truth_on_pixels
 from ptychodask.errors import PtychodaskError, check_choice, with_fields
-from ptychodask.folders import read_json
 from ptychodask.metrics import align_gauge
 from ptychodask.models import ModelSpec, load_model
 from ptychodask.models.spec import Kind
@@ -36,6 +35,7 @@ from ptychodask.progress import Progress, progress_bar
 from ptychodask.reconstruction import reconstruct
 from ptychodask.result import open_result
 from ptychodask.simulate import make_positions, scaled_probe, simulate
+from ptychodask.storage.atomic import read_json
 from ptychodask.training import TrainingSpec, train
 
 logger = logging.getLogger(__name__)

@@ -28,10 +28,10 @@ import numpy as np
 from distributed import Client
 
 import ptychodask
-from ptychodask.folders import LEDGER, building_path
 from ptychodask.models import ModelSpec, Optics, untrained_model
 from ptychodask.models.bundle import save_model
 from ptychodask.result import open_result
+from ptychodask.storage.atomic import LEDGER, building_path
 from tests.victim import FIELDS, model_of
 
 N_PIXELS = 16

@@ -17,11 +17,11 @@ from PIL import Image
 from ptychodask.errors import PtychodaskError
 from ptychodask.export import FORMATS, export, png
 from ptychodask.export.content import Picture
-from ptychodask.folders import recorded_folder_format
 from ptychodask.io import ingest, read_foreign_result
 from ptychodask.progress import progress_bar
 from ptychodask.result import halve, make_dataset, open_result
 from ptychodask.simulate import random_field, simulate
+from ptychodask.storage.atomic import recorded_folder_format
 from ptychodask.store import replace_probe
 
 N = 16

@@ -31,7 +31,6 @@ from models_for_tests import (
 from ptychodask import prediction
 from ptychodask.cluster import QUIET, in_process_client, local_client
 from ptychodask.errors import PtychodaskError
-from ptychodask.folders import LEDGER, WHOLE, building_path
 from ptychodask.io import ingest
 from ptychodask.models import ModelSpec, Optics, untrained_model
 from ptychodask.models import device as device_module
@@ -39,7 +38,9 @@ from ptychodask.reconstruction import reconstruct, running, stitching
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
-from ptychodask.store import consolidate, group, open_scan
+from ptychodask.storage.atomic import LEDGER, WHOLE, building_path
+from ptychodask.storage.zarr_checks import consolidate
+from ptychodask.store import group, open_scan
 
 N_PATTERNS = 150
 

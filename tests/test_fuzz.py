@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.folders import LEDGER
 from ptychodask.io import hdf5_stream, ingest
 from ptychodask.models import ModelSpec, Optics, load_model, untrained_model
 from ptychodask.models.bundle import save_model
@@ -22,6 +21,7 @@ from ptychodask.models.description import read_history
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import create_result, finish_result, open_result
 from ptychodask.simulate import simulate
+from ptychodask.storage.atomic import LEDGER
 from ptychodask.store import open_scan
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 

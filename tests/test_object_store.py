@@ -20,16 +20,17 @@ from models_for_tests import LinearModel
 from ptychodask import places
 from ptychodask.errors import PtychodaskError
 from ptychodask.export import export
-from ptychodask.folders import LEDGER
 from ptychodask.grouping import GroupingSpec
 from ptychodask.models.bundle import load_model
-from ptychodask.places import CLAIM, S3Location, S3ZarrStore, parse_location, zarr_store
 from ptychodask.plan import plan
 from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.report import write_report
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
+from ptychodask.storage.atomic import LEDGER
+from ptychodask.storage.location import parse_location, zarr_store
+from ptychodask.storage.s3 import CLAIM, S3Location, S3ZarrStore
 from ptychodask.store import group, open_groups, open_scan, replace_probe, write_scan
 
 needs_ceph = pytest.mark.skipif(missing() is not None, reason=str(missing()))

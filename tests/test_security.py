@@ -25,7 +25,6 @@ from test_ptychopinn_bundle import convolution, layer, members_of, small_network
 
 from ptychodask import cli, store
 from ptychodask.errors import PtychodaskError
-from ptychodask.folders import LEDGER
 from ptychodask.io import hdf5_stream, ingest, npy_stream, read_foreign_result
 from ptychodask.models import ModelSpec, Optics, load_model, untrained_model
 from ptychodask.models.bundle import save_model
@@ -34,6 +33,7 @@ from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
+from ptychodask.storage.atomic import LEDGER
 from ptychodask.store import open_scan
 from ptychodask.study import read_study
 from ptychodask.training.checkpoint import Checkpoint

@@ -19,12 +19,12 @@ from ptychodask.cluster.job import JobSpec
 from ptychodask.cluster.started import slurm_client
 from ptychodask.cluster.submission import submit
 from ptychodask.errors import PtychodaskError
-from ptychodask.folders import LEDGER, building_path
 from ptychodask.io import ingest
 from ptychodask.models import ModelSpec, Optics, untrained_model
 from ptychodask.models.bundle import save_model
 from ptychodask.reconstruction import reconstruct
 from ptychodask.result import open_result
+from ptychodask.storage.atomic import LEDGER, building_path
 from ptychodask.store import open_scan
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))

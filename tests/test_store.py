@@ -18,9 +18,9 @@ import zarr
 from ptychodask import folders
 from ptychodask import store as store_module
 from ptychodask.errors import PtychodaskError
-from ptychodask.folders import LOCK, WHOLE, atomic_folder, building_path, check_vacant
 from ptychodask.grouping import GroupingSpec, curve_order
 from ptychodask.scan import Scan, Truth
+from ptychodask.storage.atomic import LOCK, WHOLE, atomic_folder, building_path, check_vacant_folder
 from ptychodask.store import (
     SCAN,
     group,
@@ -243,10 +243,10 @@ def test_a_check_changes_nothing_after_a_writer_was_killed_between_renames(kille
     path = killed_between_renames
     before = content(path.parent)
     with pytest.raises(PtychodaskError, match=r"a\.zarr: exists already \(as .*\.a\.zarr\.replaced"):
-        check_vacant(path, overwrite=False, kind=SCAN)
-    check_vacant(path, overwrite=True, kind=SCAN)
+        check_vacant_folder(path, overwrite=False, kind=SCAN)
+    check_vacant_folder(path, overwrite=True, kind=SCAN)
     with pytest.raises(PtychodaskError, match="is ptychodask-scan, and overwrite=True"):
-        check_vacant(path, overwrite=True, kind=replace(SCAN, name="ptychodask-result"))
+        check_vacant_folder(path, overwrite=True, kind=replace(SCAN, name="ptychodask-result"))
     with pytest.raises(PtychodaskError, match=r"previous one is .*\.replaced: .* rename that folder to a\.zarr"):
         open_scan(path)
     assert content(path.parent) == before

@@ -196,7 +196,7 @@ def client_for(
 
 def named(path: Path) -> Any:
     """Location on disk, or in a bucket for an s3:// URL."""
-    from ptychodask.places import parse_location
+    from ptychodask.storage.location import parse_location
 
     return parse_location(path)
 

@@ -18,8 +18,8 @@ import distributed
 
 from ptychodask.cluster import IN_PROCESS
 from ptychodask.errors import PtychodaskError, in_brief
-from ptychodask.places import parse_location
 from ptychodask.prediction import Device, ModelReference, PatchModel, PredictionJob, resolve_model
+from ptychodask.storage.location import parse_location
 from ptychodask.store import ScanReader
 
 logger = logging.getLogger(__name__)

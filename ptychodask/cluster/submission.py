@@ -22,7 +22,7 @@ from ptychodask.cluster import (
 )
 from ptychodask.cluster.job import MIB, SIGNAL_BEFORE_S, JobSpec, job_folder
 from ptychodask.errors import PtychodaskError, with_fields
-from ptychodask.places import Location, parse_location
+from ptychodask.storage.location import Location, parse_location
 from ptychodask.store import ScanReader
 
 OPTIONS_OF_JOB = ("--scheduler", "--workers", "--tls", "--tls-folder", "--host")

@@ -18,11 +18,11 @@ import xarray as xr
 
 from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.export.content import Content, Picture, check_object
-from ptychodask.folders import DAMAGED, StoreKind, atomic_file, atomic_folder
-from ptychodask.places import parse_location, recorded_format
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.result import RESULT, open_result, recorded
 from ptychodask.scan import Scan
+from ptychodask.storage.atomic import DAMAGED, StoreKind, atomic_file, atomic_folder, recorded_format
+from ptychodask.storage.location import parse_location
 from ptychodask.store import SCAN, open_scan
 
 logger = logging.getLogger(__name__)

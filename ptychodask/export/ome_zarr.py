@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle
 
 from ptychodask.export.content import Content
-from ptychodask.folders import StoreKind
 from ptychodask.progress import Progress
 from ptychodask.result import COARSEST_PIXELS, halve
+from ptychodask.storage.atomic import StoreKind
 
 KIND = StoreKind("ptychodask-ome-zarr", 1, "OME-Zarr image", "export")
 

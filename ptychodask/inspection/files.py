@@ -38,9 +38,10 @@ from ptychodask.io.mapping import UNIT_NAMES
 from ptychodask.io.near_field import near_field
 from ptychodask.io.recipe import with_recipe
 from ptychodask.io.source import MOST_PIXELS, Container, Frames, SourceScan, frame_axes
-from ptychodask.places import S3Location, parse_location
 from ptychodask.probes import probe_diameter_px
 from ptychodask.scan import Domain
+from ptychodask.storage.location import parse_location
+from ptychodask.storage.s3 import S3Location
 
 USUAL_STEP = 0.3
 """Step over probe diameter assumed for guessing an unknown pixel size: the overlap of most scans."""

@@ -11,9 +11,9 @@ from ptychodask.grouping import median_step_px
 from ptychodask.inspection.arrays import ArrayNote
 from ptychodask.inspection.evidence import SAMPLE_FRAMES, Sample, bad_pixels, beam_of, mean_pattern, spread_rows
 from ptychodask.inspection.findings import Finding, Inspection, Preview
-from ptychodask.places import Location
 from ptychodask.probes import probe_diameter_px
 from ptychodask.scan import Scan
+from ptychodask.storage.location import Location
 from ptychodask.store import open_groups, open_scan, stored_group_names
 
 

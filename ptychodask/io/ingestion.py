@@ -46,9 +46,11 @@ from ptychodask.io.source import (
     as_probe,
     listed_keys,
 )
-from ptychodask.places import Location, S3Location, check_vacant, parse_location
 from ptychodask.probes import disc_probe, estimate_probe, zone_plate_probe
 from ptychodask.scan import Calibration, Domain, PatternSource, Scan, Truth, check_pattern_shape, check_positions
+from ptychodask.storage.atomic import check_vacant
+from ptychodask.storage.location import Location, parse_location
+from ptychodask.storage.s3 import S3Location
 from ptychodask.store import SCAN, open_scan, write_scan
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.folders import atomic_folder
 from ptychodask.io.npy_stream import read_npz
 from ptychodask.models.description import FORMAT, FORMAT_VERSION, MODEL, read_description, read_history
 from ptychodask.models.model import Model, hash_weights
@@ -20,7 +19,8 @@ from ptychodask.models.networks import bottom_weights, build_network
 from ptychodask.models.pretrained import is_pretrained, packaged_folder
 from ptychodask.models.ptychopinn import ARCHIVE, PtychoPinnModel, looks_like_ptychopinn, read_ptychopinn
 from ptychodask.models.spec import ModelSpec, Optics
-from ptychodask.places import on_disk
+from ptychodask.storage.atomic import atomic_folder
+from ptychodask.storage.location import on_disk
 
 
 def save_model(model: Model, path: str | Path, *, overwrite: bool = False) -> Model:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.folders import StoreKind, read_json
+from ptychodask.storage.atomic import StoreKind, read_json
 
 FORMAT = "ptychodask-model"
 FORMAT_VERSION = 1

@@ -21,7 +21,6 @@ import xarray as xr
 
 from ptychodask.cluster import client_for_run
 from ptychodask.errors import PtychodaskError, with_fields
-from ptychodask.places import Location, S3Location, is_resumable, parse_location
 from ptychodask.plan import (
     MIB,
     NOT_STORED,
@@ -50,6 +49,9 @@ from ptychodask.result import (
     make_dataset,
 )
 from ptychodask.scan import Scan
+from ptychodask.storage.atomic import is_resumable
+from ptychodask.storage.location import Location, parse_location
+from ptychodask.storage.s3 import S3Location
 from ptychodask.store import ScanReader
 
 __all__ = ["FailedScansError", "reconstruct"]

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.folders import LEDGER, atomic_folder
 from ptychodask.patches import PATCHES, check_patches, create_patches, finish_patches
-from ptychodask.places import Location, is_resumable, on_disk
 from ptychodask.plan import Plan, ReconstructionSpec
 from ptychodask.prediction import PatchModel
 from ptychodask.scan import Scan
+from ptychodask.storage.atomic import LEDGER, atomic_folder, is_resumable
+from ptychodask.storage.location import Location, on_disk
 
 
 @contextmanager

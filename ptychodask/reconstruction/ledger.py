@@ -13,8 +13,9 @@ from contextlib import suppress
 from typing import Any
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.folders import LEDGER, from_json
-from ptychodask.places import Location, S3Location, remove
+from ptychodask.storage.atomic import LEDGER, from_json
+from ptychodask.storage.location import Location, remove
+from ptychodask.storage.s3 import S3Location
 
 FORMAT = "ptychodask-ledger"
 FORMAT_VERSION = 1

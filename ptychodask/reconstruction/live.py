@@ -14,11 +14,11 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, in_brief
-from ptychodask.folders import atomic_file
 from ptychodask.html import grey_png
 from ptychodask.plan import Live, Plan
 from ptychodask.progress import in_notebook
 from ptychodask.result import Layers
+from ptychodask.storage.atomic import atomic_file
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import xarray as xr
 
 from ptychodask.errors import PtychodaskError, in_brief
-from ptychodask.places import Location, S3Location, parse_location
 from ptychodask.plan import ReconstructionSpec
+from ptychodask.storage.location import Location, parse_location
+from ptychodask.storage.s3 import S3Location
 
 logger = logging.getLogger(__name__)
 

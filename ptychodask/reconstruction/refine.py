@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from ptychodask.forward import footprint_corners
 from ptychodask.grouping import curve_order, patterns_without
-from ptychodask.places import Location
 from ptychodask.plan import Plan, Tile
 from ptychodask.prediction import PredictionJob, open_source
 from ptychodask.progress import Progress, progress_bar
@@ -37,6 +36,7 @@ from ptychodask.refinement.polishing import (
     step_tile,
 )
 from ptychodask.scan import Scan
+from ptychodask.storage.location import Location
 
 
 def stitch_on_workers(

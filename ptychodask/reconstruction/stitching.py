@@ -13,7 +13,6 @@ import numpy as np
 
 from ptychodask.cluster import Broadcast, broadcast
 from ptychodask.errors import PtychodaskError
-from ptychodask.places import Location
 from ptychodask.plan import Plan, Tile
 from ptychodask.prediction import Skipped
 from ptychodask.progress import progress_bar
@@ -36,6 +35,7 @@ from ptychodask.reconstruction.tasks import (
     verify_chunk,
 )
 from ptychodask.result import remove_tile
+from ptychodask.storage.location import Location
 from ptychodask.store import open_groups
 
 logger = logging.getLogger(__name__)

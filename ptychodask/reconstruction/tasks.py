@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from ptychodask.cluster import Broadcast
 from ptychodask.grouping import groups_kept
 from ptychodask.patches import StoredPatches
-from ptychodask.places import Location
 from ptychodask.plan import Chunk, Tile
 from ptychodask.prediction import PatchBatch, PredictionJob, Skipped, open_reader, predict_groups, stage
 from ptychodask.reassembly import (
@@ -35,7 +34,8 @@ from ptychodask.reassembly import (
 from ptychodask.reconstruction.live import CoarsePart, coarse_part
 from ptychodask.refinement.polishing import seen_part
 from ptychodask.result import VARIABLES, Layers, TileArrays, read_tile, write_tile
-from ptychodask.store import DAMAGE
+from ptychodask.storage.location import Location
+from ptychodask.storage.zarr_checks import DAMAGE
 
 CACHED_GROUPS = 64
 """Groups whose cached patches are in memory at once."""

@@ -12,7 +12,6 @@ import distributed
 
 from ptychodask.cluster import client_for_run
 from ptychodask.cluster.preflight import preflight_jobs
-from ptychodask.places import Location
 from ptychodask.plan import Plan, ReconstructionSpec, Tile
 from ptychodask.prediction import stage
 from ptychodask.reconstruction.ledger import Ledger
@@ -22,6 +21,7 @@ from ptychodask.reconstruction.running import check_workers
 from ptychodask.reconstruction.stitching import Stitching, StitchingReport, broadcast_job
 from ptychodask.reconstruction.tasks import StitchingJob, TileReport
 from ptychodask.scan import Scan
+from ptychodask.storage.location import Location
 from ptychodask.store import open_scan
 
 logger = logging.getLogger(__name__)

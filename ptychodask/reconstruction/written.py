@@ -14,7 +14,6 @@ import distributed
 import xarray as xr
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.places import Location, Writing, atomic_store, is_complete, is_resumable, remove
 from ptychodask.plan import ReconstructionSpec
 from ptychodask.prediction import stage
 from ptychodask.reconstruction.following import FollowedScan, growing_identity
@@ -22,6 +21,8 @@ from ptychodask.reconstruction.ledger import Ledger, check_same, differences
 from ptychodask.reconstruction.live import Screen, screen_for
 from ptychodask.reconstruction.work import Run, RunFolders, identity, rates, run_reconstruction
 from ptychodask.result import PYRAMID, RESULT, create_result, finish_result, open_result, write_pyramid
+from ptychodask.storage.atomic import Writing, atomic_store, is_complete, is_resumable
+from ptychodask.storage.location import Location, remove
 
 logger = logging.getLogger(__name__)
 

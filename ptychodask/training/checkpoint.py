@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.folders import from_json, read_json
 from ptychodask.io.npy_stream import read_npz
+from ptychodask.storage.atomic import from_json, read_json
 
 logger = logging.getLogger(__name__)
 

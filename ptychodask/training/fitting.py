@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, with_fields
-from ptychodask.folders import check_vacant
 from ptychodask.models import Model, ModelSpec, Optics, load_model, save_model
 from ptychodask.models.bundle import MODEL
 from ptychodask.models.networks import (
@@ -25,9 +24,11 @@ from ptychodask.models.networks import (
 )
 from ptychodask.models.spec import Kind
 from ptychodask.models.traits import ranges_of
-from ptychodask.places import S3Location, on_disk, parse_location
 from ptychodask.progress import progress_bar
 from ptychodask.scan import Scan
+from ptychodask.storage.atomic import check_vacant_folder
+from ptychodask.storage.location import on_disk, parse_location
+from ptychodask.storage.s3 import S3Location
 from ptychodask.store import check_probe_is_free, hash_with_probe, open_scan, record_model
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 from ptychodask.training.course import TrainingCallback
@@ -255,7 +256,7 @@ def train(
     stores = [store] if isinstance(store, str | Path) else list(store)
     scans = _open_scans(stores, spec)
     out = default_model_path(stores[0], spec.model) if out is None else on_disk(out, "a model")
-    check_vacant(out, overwrite=overwrite, kind=MODEL)
+    check_vacant_folder(out, overwrite=overwrite, kind=MODEL)
     training_scans = [TrainingScan.of(scan, spec) for scan in scans]
     optics = (
         training_scans[0].optics

@@ -1,8 +1,6 @@
-"""Atomic creation of folders and files, with locks against a second writer.
+"""Atomic creation of folders and files.
 
-A folder (scan, result, model or cache) is written as ``.NAME.writing/whole`` and renamed to ``NAME`` when it is
-complete. The lock, the ledger and other files of its writer are beside ``whole``, so that the rename leaves them out. A
-reader sees the complete folder or none.
+A lock guards a folder on a disk, a claim a name in a bucket.
 """
 
 from __future__ import annotations
@@ -25,20 +23,32 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+if TYPE_CHECKING:
+    pass
+from ptychodask.storage.location import Location, remove
+from ptychodask.storage.s3 import CLAIM, S3Location
 
 logger = logging.getLogger(__name__)
+
 
 WHOLE = "whole"
 """Subfolder of the building folder that is renamed to the final path."""
 
+
 LOCK = "lock"
 """File in the building folder, locked by the writer; the lock ends with its process."""
+
 
 LEDGER = "ledger.jsonl"
 """File in the building folder that lists the finished parts; with it, the writing can be resumed."""
 
+
 DAMAGED = "damaged"
 """Format reported for a folder whose root file cannot be read."""
+
 
 CLEAR_ATTEMPTS = 50
 """Attempts to remove the building folder, 0.1 s apart."""
@@ -60,8 +70,11 @@ class StoreKind:
     maker: str
     """Subcommand that makes one."""
 
+    may_grow: bool = False
+    """True if readers open it while it is still growing."""
 
-def check_vacant(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> None:
+
+def check_vacant_folder(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> None:
     """Raise `PtychodaskError` unless `path` can be written.
 
     Parameters
@@ -97,8 +110,8 @@ def check_vacant(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool =
         return
     locked = is_locked(building)
     if locked:
-        raise _at_work(path)
-    if is_resumable(path) and not (overwrite or resume):
+        raise _folder_at_work(path)
+    if is_resumable_folder(path) and not (overwrite or resume):
         raise PtychodaskError(
             f"{path}: a stopped run left finished parts ({building}); continue it with resume=True (--resume), or "
             "start again with overwrite=True (--overwrite)"
@@ -116,13 +129,13 @@ def _exists(path: Path) -> PtychodaskError:
     return PtychodaskError(f"{path}: exists already{kept}; pass overwrite=True (--overwrite), or another name")
 
 
-def _at_work(path: Path) -> PtychodaskError:
+def _folder_at_work(path: Path) -> PtychodaskError:
     return PtychodaskError(
         f"{path}: another run is writing it ({building_path(path)}); wait until it has finished, or pass another name"
     )
 
 
-def is_resumable(path: Path) -> bool:
+def is_resumable_folder(path: Path) -> bool:
     """True if a stopped writer left a ledger and its data."""
     building = building_path(path)
     return (building / LEDGER).exists() and (building / WHOLE).exists()
@@ -160,19 +173,19 @@ def _lock(file: IO[str]) -> bool:
 def _locked_building(path: Path, *, resume: bool) -> Iterator[Path]:
     """Building folder of `path`, locked for this process: empty, or resumed."""
     building = building_path(path)
-    resuming = resume and is_resumable(path)
+    resuming = resume and is_resumable_folder(path)
     if not resuming:
         _remove(building)
     # Of two writers that start together, mkdir lets one through; of two that resume, the lock below does.
     try:
         building.mkdir(exist_ok=resuming)
     except FileExistsError:
-        raise _at_work(path) from None
+        raise _folder_at_work(path) from None
     # The kernel frees the lock when the process ends, however it ends: no process id or time limit can be mistaken.
     with (building / LOCK).open("a") as file:
         try:
             if not _lock(file):
-                raise _at_work(path)
+                raise _folder_at_work(path)
         except OSError as error:
             logger.warning("%s: cannot be locked (%s): a second run on it would not be noticed", building, error)
         (building / WHOLE).mkdir(exist_ok=True)
@@ -333,7 +346,7 @@ def atomic_folder(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool 
         If `path` exists already or is of another kind, another writer is running, a stopped one left finished parts,
         the parent folder is missing, or writing fails.
     """
-    check_vacant(path, overwrite=overwrite, kind=kind, resume=resume)
+    check_vacant_folder(path, overwrite=overwrite, kind=kind, resume=resume)
     try:
         with _locked_building(path, resume=resume) as building:
             try:
@@ -346,11 +359,11 @@ def atomic_folder(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool 
                 _rename_into_place(building / WHOLE, path)
             finally:
                 # After the rename nothing is resumable. The lock is released only when the folder is gone.
-                if not is_resumable(path):
+                if not is_resumable_folder(path):
                     _clear_away(building)
     except OSError as error:
         kept, remedy = "nothing of it was kept", "free space"
-        if is_resumable(path):
+        if is_resumable_folder(path):
             kept = "its finished parts are kept"
             remedy = "free space and continue with resume=True (--resume)"
         raise PtychodaskError(
@@ -402,3 +415,185 @@ def atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
             f"{path}: cannot be written ({error.strerror or error}); nothing of it was kept, and an earlier version is "
             "unchanged: free space, or choose another location"
         ) from error
+
+
+def is_complete(location: Location) -> bool:
+    """True if a location exists and is not being written."""
+    # A folder has its name only once it is complete; objects are there from the first put on.
+    if isinstance(location, Path):
+        return location.exists()
+    return _root_of(location).get("state") == "complete"
+
+
+def is_resumable(location: Location) -> bool:
+    """True if a stopped writer of a location left finished parts."""
+    return is_resumable_folder(location) if isinstance(location, Path) else (_beside(location) / LEDGER).exists()
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Store that is being written, with the files of its writer."""
+
+    whole: Location
+    """Location to write into: a folder is renamed at the end, objects have their final names from the beginning."""
+
+    beside: Location
+    """Ledger, sums and lock or claim of the writer; removed at the end."""
+
+    claim: bytes | None = None
+    """Content of the object `CLAIM` while it is this writer's; None on a disk, where a file is locked."""
+
+    def check_held(self) -> None:
+        """Raise `PtychodaskError` if another writer has taken over."""
+        # Asked just before the store is marked as complete: the objects may by now be those of the other writer.
+        if self.claim is not None and not self._is_held():
+            raise PtychodaskError(
+                f"{self.whole}: another run took over with overwrite=True or resume=True while this one was writing "
+                "it; wait until that run has finished, and check its result"
+            )
+
+    def _is_held(self) -> bool:
+        try:
+            return isinstance(self.beside, Path) or (self.beside / CLAIM).read_bytes() == self.claim
+        except FileNotFoundError:
+            return False
+
+    def leave(self) -> None:
+        """Remove an unfinished store, unless it is resumable or another writer's."""
+        assert isinstance(self.whole, S3Location)
+        assert isinstance(self.beside, S3Location)
+        try:
+            if not self._is_held():
+                return
+            # What a ledger lists is kept. Only the claim goes, so that the next run sees that no writer is at work.
+            if (self.beside / LEDGER).exists():
+                (self.beside / CLAIM).unlink(missing_ok=True)
+                return
+            self.whole.remove()
+            self.beside.remove()
+        except PtychodaskError as error:
+            # The error that ended the writing is on its way; a second one must not hide it.
+            logger.warning("%s; the unfinished store is left there, and cannot be opened", error)
+
+
+@contextmanager
+def atomic_store(location: Location, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> Iterator[Writing]:
+    """Store to write into; complete if the block succeeds, else removed.
+
+    Parameters
+    ----------
+    location : Path or S3Location
+        Final location of the store.
+    overwrite, kind, resume
+        As for `atomic_folder`.
+
+    Yields
+    ------
+    Writing
+
+    Raises
+    ------
+    PtychodaskError
+        As `atomic_folder`; and if the object store does not answer.
+
+    Notes
+    -----
+    Nothing can be renamed in a bucket. An existing store is removed first, and the new one is written under its name;
+    the last put of the block marks it as complete. A writer that is killed leaves a store that readers refuse.
+    """
+    if isinstance(location, Path):
+        with atomic_folder(location, overwrite=overwrite, kind=kind, resume=resume) as building:
+            # Workers may have another current folder.
+            yield Writing(building.resolve(), building.resolve().parent)
+        return
+    writing = _claimed(location, overwrite=overwrite, kind=kind, resume=resume)
+    try:
+        yield writing
+    except BaseException:
+        writing.leave()
+        raise
+    # Last: a writer that is killed just before leaves a claim, by which the next one is refused until it takes over,
+    # and never an unfinished store that looks free.
+    remove(writing.beside)
+
+
+def _claimed(location: S3Location, *, overwrite: bool, kind: StoreKind, resume: bool) -> Writing:
+    """Claim a location for this writer, and remove an existing store."""
+    check_vacant(location, overwrite=overwrite, kind=kind, resume=resume)
+    beside, claim = _beside(location), uuid4().hex.encode()
+    resuming = resume and is_resumable(location)
+    # A bucket has no lock that ends with a process, so the claim is an object, and one of a killed writer stays. With
+    # overwrite or resume the user has stated that no other run is at work: its claim goes.
+    if resuming:
+        (beside / CLAIM).unlink(missing_ok=True)
+    else:
+        beside.remove()
+    # Of several writers that come this far, the conditional put lets one through.
+    if not (beside / CLAIM).create(claim):
+        raise _at_work(location)
+    # Only the one that has the claim removes the existing store.
+    if not resuming:
+        location.remove()
+    return Writing(location, beside, claim)
+
+
+def check_vacant(location: Location, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> None:
+    """Raise `PtychodaskError` unless a location can be written.
+
+    Parameters
+    ----------
+    location : Path or S3Location
+    overwrite, kind, resume
+        As for `atomic_store`.
+    """
+    if isinstance(location, Path):
+        check_vacant_folder(location, overwrite=overwrite, kind=kind, resume=resume)
+        return
+    complete, claimed, resumable = is_complete(location), (_beside(location) / CLAIM).exists(), is_resumable(location)
+    if claimed and not (overwrite or resume):
+        raise _at_work(location)
+    if resumable and not complete and not (overwrite or resume):
+        raise PtychodaskError(
+            f"{location}: a stopped run left finished parts; continue it with resume=True (--resume), or start again "
+            "with overwrite=True (--overwrite)"
+        )
+    if not location.exists():
+        return
+    if not overwrite and (complete or not (resume or claimed)):
+        raise PtychodaskError(f"{location}: exists already; pass overwrite=True (--overwrite), or another name")
+    # The root goes first: a writer killed while it removed the existing store leaves objects without a root, and its
+    # claim, which it got only because the root was of this kind.
+    format_name = recorded_format(location) or (kind.name if claimed else "something of another kind")
+    if format_name not in (kind.name, DAMAGED):
+        raise PtychodaskError(
+            f"{location}: is {format_name}, and overwrite=True (--overwrite) replaces only a {kind.name}; pass another "
+            "name, or remove it first"
+        )
+
+
+def recorded_format(location: Location) -> str | None:
+    """Format recorded in the root at a location; None without one."""
+    return recorded_folder_format(location) if isinstance(location, Path) else _root_of(location).get("format")
+
+
+def _root_of(location: S3Location) -> dict[str, Any]:
+    """Root attributes of a Zarr store; their format is `DAMAGED` if unreadable."""
+    try:
+        attributes = from_json((location / "zarr.json").read_bytes().decode())["attributes"]
+        return attributes if isinstance(attributes, dict) else {"format": DAMAGED}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError):
+        return {"format": DAMAGED}
+
+
+def _beside(location: S3Location) -> S3Location:
+    return location.with_name(building_path(Path(location.name)).name)
+
+
+def _at_work(location: S3Location) -> PtychodaskError:
+    resuming = "continue with resume=True (--resume), or " if is_resumable(location) else ""
+    return PtychodaskError(
+        f"{location}: another run is writing it, or was killed ({_beside(location) / CLAIM} exists); wait for it, or, "
+        f"if no run is at work, {resuming}start again with overwrite=True (--overwrite)"
+    )

@@ -1,16 +1,10 @@
-"""Storage locations of scans and results: folders, or ``s3://`` URLs.
-
-An object store has no folders, no rename and no locks. A store in a bucket is written under its final name; the root
-attribute ``state``, put last, makes it complete, and a conditional put of an object `CLAIM` keeps a second writer out.
-"""
+"""Locations in an object store (``s3://``): client, objects, and their Zarr store."""
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
-import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,54 +12,49 @@ from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
 from multiprocessing import parent_process
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-from zarr.storage import LocalStore, ObjectStore
+from zarr.storage import ObjectStore
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.folders import (
-    DAMAGED,
-    LEDGER,
-    StoreKind,
-    atomic_folder,
-    building_path,
-    from_json,
-    recorded_folder_format,
-)
-from ptychodask.folders import check_vacant as check_vacant_folder
-from ptychodask.folders import is_resumable as is_resumable_folder
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
-logger = logging.getLogger(__name__)
 
 SCHEME = "s3:"
+
 
 RETRY_S = 150
 """Retry time of a request, seconds: longer than a gateway takes to restart."""
 
+
 RETRY_PAUSE_S = 5
 """Longest pause between two attempts, seconds."""
+
 
 FIRST_RETRY_S = 10
 """Retry time of the first request to a bucket, seconds: short, so that a wrong address fails soon. Workers use
 `RETRY_S`, since their client has had an answer.
 """
 
+
 REQUEST_S = 60
 """Time limit of one attempt, seconds."""
+
 
 CONNECT_S = 10
 """Time limit of one attempt to connect, seconds."""
 
+
 CLAIM = "claim"
 """Object beside an unfinished store; its content is a random text that only its writer knows."""
+
 
 CAUSES = {
     "NoSuchBucket": "there is no such bucket; create it first, or name another",
@@ -229,60 +218,6 @@ class S3Location:
         with s3_errors(self):
             if keys:
                 _bucket(self).delete(keys)
-
-
-Location = Path | S3Location
-"""Storage location of a scan or a result, as `parse_location` returns it."""
-
-
-def parse_location(named: str | Path | S3Location) -> Location:
-    """Location from a path or an ``s3://`` URL.
-
-    Parameters
-    ----------
-    named : str or path
-        ``s3://bucket/name`` is in a bucket, also after `pathlib.Path` has merged the two slashes.
-
-    Returns
-    -------
-    Path or S3Location
-
-    Raises
-    ------
-    PtychodaskError
-        If the URL has no bucket, or no name after it.
-
-    Examples
-    --------
-    >>> parse_location("data/scan.zarr").as_posix()
-    'data/scan.zarr'
-    >>> parse_location("s3://beamline/scan.zarr")
-    S3Location(bucket='beamline', key='scan.zarr')
-    """
-    if isinstance(named, S3Location):
-        return named
-    text = str(named)
-    if not text.startswith(f"{SCHEME}/"):
-        return Path(named)
-    bucket, *names = text.removeprefix(SCHEME).lstrip("/").rstrip("/").split("/")
-    if not bucket or not names or any(name in ("", ".", "..") for name in names):
-        raise PtychodaskError(f"{text}: expected s3://bucket/name, with one slash between names")
-    return S3Location(bucket, "/".join(names))
-
-
-def on_disk(named: str | Path, noun: str) -> Path:
-    """Path on a disk; raises `PtychodaskError` for an ``s3://`` URL.
-
-    Parameters
-    ----------
-    named : str or path
-    noun : str
-        Word for it in the message, with its article.
-    """
-    location = parse_location(named)
-    if isinstance(location, S3Location):
-        raise PtychodaskError(f"{location}: {noun} cannot be stored in an object store; name a folder on a disk")
-    return location
 
 
 @contextmanager
@@ -454,211 +389,3 @@ class S3ZarrStore(ObjectStore):  # type: ignore[type-arg]
 
 def _reopened(location: S3Location, read_only: bool) -> S3ZarrStore:
     return S3ZarrStore(location, read_only=read_only)
-
-
-def zarr_store(location: Location, *, read_only: bool = False) -> Path | S3ZarrStore:
-    """Store of a location that Zarr and xarray open."""
-    return S3ZarrStore(location, read_only=read_only) if isinstance(location, S3Location) else location
-
-
-def location_of(store: Any) -> Location:
-    """Location of an open Zarr store, local or `S3ZarrStore`."""
-    assert isinstance(store, LocalStore | S3ZarrStore)
-    return store.location if isinstance(store, S3ZarrStore) else Path(store.root)
-
-
-def stored_sizes(location: Location) -> Iterator[int]:
-    """Bytes of each file or object below a location."""
-    if isinstance(location, S3Location):
-        return (size for _, size in location.below())
-    return (path.stat().st_size for path in location.rglob("*") if path.is_file())
-
-
-def remove(location: Location) -> None:
-    """Remove everything below a location, if anything."""
-    if isinstance(location, S3Location):
-        location.remove()
-    else:
-        shutil.rmtree(location, ignore_errors=True)
-
-
-def is_complete(location: Location) -> bool:
-    """True if a location exists and is not being written."""
-    # A folder has its name only once it is complete; objects are there from the first put on.
-    if isinstance(location, Path):
-        return location.exists()
-    return _root_of(location).get("state") == "complete"
-
-
-def is_resumable(location: Location) -> bool:
-    """True if a stopped writer of a location left finished parts."""
-    return is_resumable_folder(location) if isinstance(location, Path) else (_beside(location) / LEDGER).exists()
-
-
-@dataclass(frozen=True)
-class Writing:
-    """Store that is being written, with the files of its writer."""
-
-    whole: Location
-    """Location to write into: a folder is renamed at the end, objects have their final names from the beginning."""
-
-    beside: Location
-    """Ledger, sums and lock or claim of the writer; removed at the end."""
-
-    claim: bytes | None = None
-    """Content of the object `CLAIM` while it is this writer's; None on a disk, where a file is locked."""
-
-    def check_held(self) -> None:
-        """Raise `PtychodaskError` if another writer has taken over."""
-        # Asked just before the store is marked as complete: the objects may by now be those of the other writer.
-        if self.claim is not None and not self._is_held():
-            raise PtychodaskError(
-                f"{self.whole}: another run took over with overwrite=True or resume=True while this one was writing "
-                "it; wait until that run has finished, and check its result"
-            )
-
-    def _is_held(self) -> bool:
-        try:
-            return isinstance(self.beside, Path) or (self.beside / CLAIM).read_bytes() == self.claim
-        except FileNotFoundError:
-            return False
-
-    def leave(self) -> None:
-        """Remove an unfinished store, unless it is resumable or another writer's."""
-        assert isinstance(self.whole, S3Location)
-        assert isinstance(self.beside, S3Location)
-        try:
-            if not self._is_held():
-                return
-            # What a ledger lists is kept. Only the claim goes, so that the next run sees that no writer is at work.
-            if (self.beside / LEDGER).exists():
-                (self.beside / CLAIM).unlink(missing_ok=True)
-                return
-            self.whole.remove()
-            self.beside.remove()
-        except PtychodaskError as error:
-            # The error that ended the writing is on its way; a second one must not hide it.
-            logger.warning("%s; the unfinished store is left there, and cannot be opened", error)
-
-
-@contextmanager
-def atomic_store(location: Location, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> Iterator[Writing]:
-    """Store to write into; complete if the block succeeds, else removed.
-
-    Parameters
-    ----------
-    location : Path or S3Location
-        Final location of the store.
-    overwrite, kind, resume
-        As for `atomic_folder`.
-
-    Yields
-    ------
-    Writing
-
-    Raises
-    ------
-    PtychodaskError
-        As `atomic_folder`; and if the object store does not answer.
-
-    Notes
-    -----
-    Nothing can be renamed in a bucket. An existing store is removed first, and the new one is written under its name;
-    the last put of the block marks it as complete. A writer that is killed leaves a store that readers refuse.
-    """
-    if isinstance(location, Path):
-        with atomic_folder(location, overwrite=overwrite, kind=kind, resume=resume) as building:
-            # Workers may have another current folder.
-            yield Writing(building.resolve(), building.resolve().parent)
-        return
-    writing = _claimed(location, overwrite=overwrite, kind=kind, resume=resume)
-    try:
-        yield writing
-    except BaseException:
-        writing.leave()
-        raise
-    # Last: a writer that is killed just before leaves a claim, by which the next one is refused until it takes over,
-    # and never an unfinished store that looks free.
-    remove(writing.beside)
-
-
-def _claimed(location: S3Location, *, overwrite: bool, kind: StoreKind, resume: bool) -> Writing:
-    """Claim a location for this writer, and remove an existing store."""
-    check_vacant(location, overwrite=overwrite, kind=kind, resume=resume)
-    beside, claim = _beside(location), uuid4().hex.encode()
-    resuming = resume and is_resumable(location)
-    # A bucket has no lock that ends with a process, so the claim is an object, and one of a killed writer stays. With
-    # overwrite or resume the user has stated that no other run is at work: its claim goes.
-    if resuming:
-        (beside / CLAIM).unlink(missing_ok=True)
-    else:
-        beside.remove()
-    # Of several writers that come this far, the conditional put lets one through.
-    if not (beside / CLAIM).create(claim):
-        raise _at_work(location)
-    # Only the one that has the claim removes the existing store.
-    if not resuming:
-        location.remove()
-    return Writing(location, beside, claim)
-
-
-def check_vacant(location: Location, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> None:
-    """Raise `PtychodaskError` unless a location can be written.
-
-    Parameters
-    ----------
-    location : Path or S3Location
-    overwrite, kind, resume
-        As for `atomic_store`.
-    """
-    if isinstance(location, Path):
-        check_vacant_folder(location, overwrite=overwrite, kind=kind, resume=resume)
-        return
-    complete, claimed, resumable = is_complete(location), (_beside(location) / CLAIM).exists(), is_resumable(location)
-    if claimed and not (overwrite or resume):
-        raise _at_work(location)
-    if resumable and not complete and not (overwrite or resume):
-        raise PtychodaskError(
-            f"{location}: a stopped run left finished parts; continue it with resume=True (--resume), or start again "
-            "with overwrite=True (--overwrite)"
-        )
-    if not location.exists():
-        return
-    if not overwrite and (complete or not (resume or claimed)):
-        raise PtychodaskError(f"{location}: exists already; pass overwrite=True (--overwrite), or another name")
-    # The root goes first: a writer killed while it removed the existing store leaves objects without a root, and its
-    # claim, which it got only because the root was of this kind.
-    format_name = recorded_format(location) or (kind.name if claimed else "something of another kind")
-    if format_name not in (kind.name, DAMAGED):
-        raise PtychodaskError(
-            f"{location}: is {format_name}, and overwrite=True (--overwrite) replaces only a {kind.name}; pass another "
-            "name, or remove it first"
-        )
-
-
-def recorded_format(location: Location) -> str | None:
-    """Format recorded in the root at a location; None without one."""
-    return recorded_folder_format(location) if isinstance(location, Path) else _root_of(location).get("format")
-
-
-def _root_of(location: S3Location) -> dict[str, Any]:
-    """Root attributes of a Zarr store; their format is `DAMAGED` if unreadable."""
-    try:
-        attributes = from_json((location / "zarr.json").read_bytes().decode())["attributes"]
-        return attributes if isinstance(attributes, dict) else {"format": DAMAGED}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError):
-        return {"format": DAMAGED}
-
-
-def _beside(location: S3Location) -> S3Location:
-    return location.with_name(building_path(Path(location.name)).name)
-
-
-def _at_work(location: S3Location) -> PtychodaskError:
-    resuming = "continue with resume=True (--resume), or " if is_resumable(location) else ""
-    return PtychodaskError(
-        f"{location}: another run is writing it, or was killed ({_beside(location) / CLAIM} exists); wait for it, or, "
-        f"if no run is at work, {resuming}start again with overwrite=True (--overwrite)"
-    )

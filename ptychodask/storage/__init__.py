@@ -1,0 +1,1 @@
+"""Storage of scans, results, models and caches: locations, atomic writing, checks."""
