@@ -26,7 +26,8 @@ from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Scan
 from ptychodask.simulate import simulate
 from ptychodask.storage.location import parse_location, stored_sizes
-from ptychodask.store import ScanReader, open_scan, read_groups
+from ptychodask.store import ScanReader, open_scan
+from ptychodask.store.groups import read_groups
 
 Network = Literal["pinn", "ptychopinn"]
 """Network that is built if no model is given: ours, or one of PtychoPINN's layer sizes."""

@@ -27,7 +27,8 @@ from ptychodask.probes import defocus_starts, defocused, illumination, probe_cen
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.result import make_dataset
 from ptychodask.scan import Scan
-from ptychodask.store import check_probe_is_free, open_scan, replace_probe
+from ptychodask.store import open_scan
+from ptychodask.store.annotate import check_probe_is_free, replace_probe
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,8 @@ from ptychodask.prediction import (
 from ptychodask.reassembly import CANVAS_PIXEL_BYTES, Box, Window
 from ptychodask.scan import Scan, check_positions
 from ptychodask.storage.location import parse_location
-from ptychodask.store import GroupTable, ScanReader, group, open_groups, open_or_draw_groups, stored_group_names
+from ptychodask.store import ScanReader
+from ptychodask.store.groups import GroupTable, group, open_groups, open_or_draw_groups, stored_group_names
 from ptychodask.survey import BLOCK_GROUPS, NOWHERE, Survey, survey
 
 MIB = 2**20

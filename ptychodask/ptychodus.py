@@ -29,7 +29,7 @@ from ptychodask.prediction import PatchModel
 from ptychodask.progress import progress_bar
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Calibration, Scan
-from ptychodask.store import write_scan
+from ptychodask.store.write import write_scan
 from ptychodask.training import train
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from ptychodask.io.npy_stream import read_npy
 from ptychodask.probes import disc_probe, zone_plate_probe
 from ptychodask.scan import Scan, Truth, check_pattern_shape
 from ptychodask.storage.location import parse_location
-from ptychodask.store import open_scan, write_scan
+from ptychodask.store import open_scan
+from ptychodask.store.write import write_scan
 
 OBJECTS = ("lines", "star", "field")
 """Names of the objects that `simulate` can generate."""

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from ptychodask.grouping import groups_kept
 from ptychodask.reassembly import Box
-from ptychodask.store import GroupTable, ScanReader
+from ptychodask.store import ScanReader
+from ptychodask.store.groups import GroupTable
 
 BLOCK_GROUPS = 2**15
 """Groups processed together, unless one chunk has more."""

@@ -47,7 +47,8 @@ from ptychodask.patches import StoredPatches, check_patches
 from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import open_result
-from ptychodask.store import ScanReader, open_scan, read_groups, stored_group_names
+from ptychodask.store import ScanReader, open_scan
+from ptychodask.store.groups import read_groups, stored_group_names
 from ptychodask.study import read_study
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 

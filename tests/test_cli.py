@@ -17,7 +17,10 @@ from ptychodask.models import Model, ModelSpec, Optics, save_model
 from ptychodask.models.networks import build_network
 from ptychodask.result import make_dataset, open_result
 from ptychodask.simulate import simulate
-from ptychodask.store import open_scan, record_model, replace_probe, stored_group_names, write_scan
+from ptychodask.store import open_scan
+from ptychodask.store.annotate import record_model, replace_probe
+from ptychodask.store.groups import stored_group_names
+from ptychodask.store.write import write_scan
 
 N = 16
 
@@ -255,7 +258,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(refused, tmp_path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     path = npz(tmp_path / "a.npz")
-    monkeypatch.setattr("ptychodask.store._create_patterns", full)
+    monkeypatch.setattr("ptychodask.store.write._create_patterns", full)
     assert "No space left on device" in refused("ingest", path, tmp_path / "scan.zarr")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -358,7 +361,7 @@ def test_what_does_not_fit_into_memory_is_one_line(refused, store, monkeypatch):
     def too_large(*_, **__):
         raise MemoryError("Unable to allocate 931 GiB")
 
-    monkeypatch.setattr("ptychodask.store.group", too_large)
+    monkeypatch.setattr("ptychodask.store.groups.group", too_large)
     assert "not enough memory (Unable to allocate 931 GiB)" in refused("group", store)
 
 

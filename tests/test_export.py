@@ -22,7 +22,7 @@ from ptychodask.progress import progress_bar
 from ptychodask.result import halve, make_dataset, open_result
 from ptychodask.simulate import random_field, simulate
 from ptychodask.storage.atomic import recorded_folder_format
-from ptychodask.store import replace_probe
+from ptychodask.store.annotate import replace_probe
 
 N = 16
 PIXEL_M = 7e-9

@@ -40,7 +40,8 @@ from ptychodask.result import open_result
 from ptychodask.simulate import simulate
 from ptychodask.storage.atomic import LEDGER, WHOLE, building_path
 from ptychodask.storage.zarr_checks import consolidate
-from ptychodask.store import group, open_scan
+from ptychodask.store import open_scan
+from ptychodask.store.groups import group
 
 N_PATTERNS = 150
 

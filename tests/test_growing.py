@@ -17,12 +17,14 @@ import zarr
 from ptychodask import folders, growing
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, group_positions
-from ptychodask.growing import append_segment, finish_scan
 from ptychodask.inspection import inspect_file
 from ptychodask.io import ingest
 from ptychodask.iterative import refine_probe
 from ptychodask.simulate import simulate
-from ptychodask.store import group, open_scan, read_groups, record_model, replace_probe
+from ptychodask.store import open_scan
+from ptychodask.store.annotate import record_model, replace_probe
+from ptychodask.store.append import append_segment, finish_scan
+from ptychodask.store.groups import group, read_groups
 
 SIZES = (70, 31, 90)
 """Patterns of the segments: chunks of the store (2048 patterns) and of tables hold several."""

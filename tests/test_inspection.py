@@ -26,7 +26,9 @@ from ptychodask.inspection.evidence import (
 from ptychodask.io import ingest
 from ptychodask.probes import disc_probe
 from ptychodask.simulate import simulate
-from ptychodask.store import group, open_scan, record_model
+from ptychodask.store import open_scan
+from ptychodask.store.annotate import record_model
+from ptychodask.store.groups import group
 
 N = 32
 

@@ -15,7 +15,8 @@ from ptychodask.iterative import measure, reconstruct_iterative, refine_probe, r
 from ptychodask.probes import defocused, zone_plate_probe
 from ptychodask.scan import Scan, input_normalization
 from ptychodask.simulate import simulate
-from ptychodask.store import open_scan, write_scan
+from ptychodask.store import open_scan
+from ptychodask.store.write import write_scan
 
 
 def overlap(one, other):

@@ -14,7 +14,7 @@ from ptychodask.plan import ReconstructionSpec, in_pixels, plan
 from ptychodask.reconstruction import reconstruct
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
-from ptychodask.store import write_scan
+from ptychodask.store.write import write_scan
 
 pytestmark = pytest.mark.usefixtures("empty_caches")
 

@@ -31,7 +31,10 @@ from ptychodask.simulate import simulate
 from ptychodask.storage.atomic import LEDGER
 from ptychodask.storage.location import parse_location, zarr_store
 from ptychodask.storage.s3 import CLAIM, S3Location, S3ZarrStore
-from ptychodask.store import group, open_groups, open_scan, replace_probe, write_scan
+from ptychodask.store import open_scan
+from ptychodask.store.annotate import replace_probe
+from ptychodask.store.groups import group, open_groups
+from ptychodask.store.write import write_scan
 
 needs_ceph = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 

@@ -20,7 +20,8 @@ from ptychodask.reassembly import add_patches, empty_canvas, finish, illuminatio
 from ptychodask.reconstruction import reconstruct
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
-from ptychodask.store import ScanReader, group, open_scan
+from ptychodask.store import ScanReader, open_scan
+from ptychodask.store.groups import group
 
 SAME = ("object", "weight", "uncertainty", "count")
 

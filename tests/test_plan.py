@@ -13,12 +13,14 @@ from models_for_tests import LinearModel
 from ptychodask import store as store_module
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec
-from ptychodask.growing import append_segment
 from ptychodask.plan import ReconstructionSpec, plan
 from ptychodask.reassembly import Box
 from ptychodask.reconstruction import reconstruct
 from ptychodask.simulate import simulate
-from ptychodask.store import group, open_scan, stored_group_names, write_scan
+from ptychodask.store import open_scan
+from ptychodask.store.append import append_segment
+from ptychodask.store.groups import group, stored_group_names
+from ptychodask.store.write import write_scan
 
 N_PATTERNS = 120
 

@@ -25,7 +25,8 @@ from ptychodask.refinement.polishing import (
     take_step,
 )
 from ptychodask.simulate import simulate
-from ptychodask.store import group, write_scan
+from ptychodask.store.groups import group
+from ptychodask.store.write import write_scan
 
 N_PATTERNS = 120
 FIELDS = {"groups_per_chunk": 40, "tile": 32}

@@ -13,7 +13,9 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec
 from ptychodask.prediction import ModelReference, PredictionJob, predict_groups, resolve_model
 from ptychodask.simulate import simulate
-from ptychodask.store import ScanReader, group, open_scan, read_groups, record_model, replace_probe
+from ptychodask.store import ScanReader, open_scan
+from ptychodask.store.annotate import record_model, replace_probe
+from ptychodask.store.groups import group, read_groups
 
 N_PATTERNS = 40
 

@@ -14,7 +14,8 @@ from ptychodask.metrics import patch_r_factor
 from ptychodask.models import load_model
 from ptychodask.probes import illuminated_radius_px
 from ptychodask.result import open_result
-from ptychodask.store import group, open_scan
+from ptychodask.store import open_scan
+from ptychodask.store.groups import group
 from ptychodask.training import member_offsets
 
 pytestmark = pytest.mark.long

@@ -25,7 +25,9 @@ from ptychodask.reconstruction import reconstruct, tasks
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
-from ptychodask.store import group, open_scan, write_scan
+from ptychodask.store import open_scan
+from ptychodask.store.groups import group
+from ptychodask.store.write import write_scan
 
 N_PATTERNS = 150
 

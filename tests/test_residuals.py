@@ -16,7 +16,8 @@ from ptychodask.iterative import reconstruct_iterative
 from ptychodask.residuals import MIN_SEEN_LIGHT, outliers, poisson_deviance, residuals
 from ptychodask.result import make_dataset, open_result
 from ptychodask.simulate import simulate
-from ptychodask.store import open_scan, write_scan
+from ptychodask.store import open_scan
+from ptychodask.store.write import write_scan
 
 N = 16
 

@@ -21,16 +21,10 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, curve_order
 from ptychodask.scan import Scan, Truth
 from ptychodask.storage.atomic import LOCK, WHOLE, atomic_folder, building_path, check_vacant_folder
-from ptychodask.store import (
-    SCAN,
-    group,
-    open_scan,
-    read_groups,
-    record_model,
-    replace_probe,
-    stored_group_names,
-    write_scan,
-)
+from ptychodask.store import SCAN, open_scan
+from ptychodask.store.annotate import record_model, replace_probe
+from ptychodask.store.groups import group, read_groups, stored_group_names
+from ptychodask.store.write import write_scan
 
 
 def scan_parts(n_patterns: int = 40, n_pixels: int = 16, seed: int = 0) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from ptychodask.grouping import GroupingSpec
 from ptychodask.models import Optics, load_model
 from ptychodask.probes import disc_probe, illuminated_radius_px
 from ptychodask.simulate import simulate
-from ptychodask.store import open_scan, write_scan
+from ptychodask.store import open_scan
+from ptychodask.store.write import write_scan
 from ptychodask.training import (
     GroupStream,
     TrainingSpec,

@@ -8,7 +8,8 @@ import pytest
 import ptychodask
 from ptychodask.grouping import GroupingSpec
 from ptychodask.simulate import simulate
-from ptychodask.store import group, open_scan
+from ptychodask.store import open_scan
+from ptychodask.store.groups import group
 from ptychodask.training import GroupReader, as_tf_dataset, as_torch_dataset, member_offsets
 
 N = 16

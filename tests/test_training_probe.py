@@ -16,7 +16,8 @@ from ptychodask.models.physics import relative_illumination
 from ptychodask.probes import illumination, probe_centroid_px
 from ptychodask.reconstruction import reconstruct
 from ptychodask.simulate import simulate
-from ptychodask.store import open_scan, write_scan
+from ptychodask.store import open_scan
+from ptychodask.store.write import write_scan
 from ptychodask.training import TrainingSpec, fitting, probes, train
 from ptychodask.training.course import TrainingCallback
 from ptychodask.training.probes import in_gauge_of

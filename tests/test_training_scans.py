@@ -10,7 +10,8 @@ from ptychodask.grouping import GroupingSpec
 from ptychodask.models import ModelSpec, Optics
 from ptychodask.models.networks import build_autoencoder, build_network
 from ptychodask.simulate import simulate
-from ptychodask.store import open_scan, write_scan
+from ptychodask.store import open_scan
+from ptychodask.store.write import write_scan
 from ptychodask.training import (
     GroupStream,
     MixedStream,

@@ -220,8 +220,8 @@ def ingest(
 
     Example: ptychodask ingest raw.h5 scan.zarr --key diffraction=entry/data --key y=pos/y --key x=pos/x --domain counts
     """
-    from ptychodask.growing import finish_scan
     from ptychodask.io import ingest
+    from ptychodask.store.append import finish_scan
 
     if store is None and not finish:
         raise PtychodaskError(f"ingest: {source} is the file, but the store is missing; name the store after the file")
@@ -338,7 +338,7 @@ def group(
     Example: ptychodask group scan.zarr --members 4 --neighbours 7
     """
     from ptychodask.grouping import GroupingSpec
-    from ptychodask.store import group
+    from ptychodask.store.groups import group
 
     spec = GroupingSpec(
         **given(members=members, neighbours=neighbours, oversampling=oversampling, seed=seed, halves=halves or None)

@@ -14,7 +14,8 @@ from ptychodask.inspection.findings import Finding, Inspection, Preview
 from ptychodask.probes import probe_diameter_px
 from ptychodask.scan import Scan
 from ptychodask.storage.location import Location
-from ptychodask.store import open_groups, open_scan, stored_group_names
+from ptychodask.store import open_scan
+from ptychodask.store.groups import open_groups, stored_group_names
 
 
 def inspect_store(path: Location) -> Inspection:

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, with_fields
-from ptychodask.growing import append_segment
 from ptychodask.io.formats import Source, detect_format, open_container, read_source
 from ptychodask.io.geometry import (
     HC_EV_M,
@@ -51,7 +50,9 @@ from ptychodask.scan import Calibration, Domain, PatternSource, Scan, Truth, che
 from ptychodask.storage.atomic import check_vacant
 from ptychodask.storage.location import Location, parse_location
 from ptychodask.storage.s3 import S3Location
-from ptychodask.store import SCAN, open_scan, write_scan
+from ptychodask.store import SCAN, open_scan
+from ptychodask.store.append import append_segment
+from ptychodask.store.write import write_scan
 
 logger = logging.getLogger(__name__)
 

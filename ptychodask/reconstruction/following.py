@@ -13,13 +13,13 @@ import distributed
 
 from ptychodask.cluster.preflight import preflight_jobs
 from ptychodask.errors import PtychodaskError
-from ptychodask.growing import growth
 from ptychodask.plan import RegionNotReachedError
 from ptychodask.reconstruction.ledger import Ledger, check_same
 from ptychodask.reconstruction.live import LivePicture, Screen
 from ptychodask.reconstruction.running import check_workers
 from ptychodask.reconstruction.stitching import Stitching, broadcast_job
 from ptychodask.reconstruction.work import Run, identity
+from ptychodask.store.append import growth
 
 logger = logging.getLogger(__name__)
 

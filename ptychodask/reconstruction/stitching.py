@@ -36,7 +36,7 @@ from ptychodask.reconstruction.tasks import (
 )
 from ptychodask.result import remove_tile
 from ptychodask.storage.location import Location
-from ptychodask.store import open_groups
+from ptychodask.store.groups import open_groups
 
 logger = logging.getLogger(__name__)
 

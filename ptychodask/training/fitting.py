@@ -29,7 +29,8 @@ from ptychodask.scan import Scan
 from ptychodask.storage.atomic import check_vacant_folder
 from ptychodask.storage.location import on_disk, parse_location
 from ptychodask.storage.s3 import S3Location
-from ptychodask.store import check_probe_is_free, hash_with_probe, open_scan, record_model
+from ptychodask.store import hash_with_probe, open_scan
+from ptychodask.store.annotate import check_probe_is_free, record_model
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 from ptychodask.training.course import TrainingCallback
 from ptychodask.training.data import (

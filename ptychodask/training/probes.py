@@ -16,7 +16,7 @@ from ptychodask.forward import shift_probe
 from ptychodask.models.networks import FittedProbes
 from ptychodask.probes import probe_centroid_px
 from ptychodask.scan import Scan
-from ptychodask.store import replace_probe
+from ptychodask.store.annotate import replace_probe
 from ptychodask.training.spec import TrainingSpec
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ from ptychodask.plan import ReconstructionSpec, plan
 from ptychodask.reassembly import Box
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Scan
-from ptychodask.store import group, open_scan
+from ptychodask.store import open_scan
+from ptychodask.store.groups import group
 from tests.benchmarks.measuring import CheapModel, noisy_scan, parser, tell
 
 N_PIXELS = 16

@@ -21,7 +21,7 @@ from distributed import Client
 from ptychodask.cluster import WORKER_VARIABLES
 from ptychodask.scan import Scan
 from ptychodask.simulate import PATHS
-from ptychodask.store import write_scan
+from ptychodask.store.write import write_scan
 
 DISTINCT_PATTERNS = 4096
 

@@ -20,7 +20,7 @@ from typing import Any
 from ptychodask.bench import forget_peak, on_all, peak_above_baseline
 from ptychodask.grouping import GroupingSpec
 from ptychodask.reconstruction import reconstruct
-from ptychodask.store import group
+from ptychodask.store.groups import group
 from tests.benchmarks.measuring import CheapModel, cluster, noisy_scan, parser, tell
 
 N_PIXELS = 16

@@ -13,7 +13,7 @@ import numpy as np
 
 from ptychodask.grouping import GroupingSpec, curve_order, group_positions
 from ptychodask.simulate import PATHS
-from ptychodask.store import chunk_patterns, storage_order
+from ptychodask.store.write import chunk_patterns, storage_order
 from tests.benchmarks.measuring import parser, tell
 
 ITEM_BYTES = 2

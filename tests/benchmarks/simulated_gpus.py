@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ptychodask.grouping import GroupingSpec
 from ptychodask.reconstruction import reconstruct
-from ptychodask.store import group
+from ptychodask.store.groups import group
 from tests.benchmarks.measuring import CheapModel, cluster, cpu_seconds, noisy_scan, parser, tell
 
 N_PIXELS = 16

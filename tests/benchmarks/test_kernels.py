@@ -13,7 +13,7 @@ from ptychodask.grouping import GroupingSpec, group_positions
 from ptychodask.plan import plan
 from ptychodask.reassembly import add_patches, cosine_window, empty_canvas, finish, merge
 from ptychodask.simulate import raster_positions
-from ptychodask.store import group, read_groups
+from ptychodask.store.groups import group, read_groups
 from tests.benchmarks.measuring import CheapModel, noisy_scan
 
 N_PATCHES = 1000

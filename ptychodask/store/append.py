@@ -1,8 +1,4 @@
-"""Growing scans: segments are appended during the measurement.
-
-All data of a segment are written beyond the shapes that readers know; then one rename of the root metadata makes the
-complete segment visible.
-"""
+"""Growing scans: segments appended while a scan is measured."""
 
 from __future__ import annotations
 
@@ -26,23 +22,20 @@ from ptychodask.scan import PatternSource, Scan, check_positions
 from ptychodask.storage.atomic import folder_lock
 from ptychodask.storage.location import on_disk
 from ptychodask.storage.zarr_checks import open_root
-from ptychodask.store import (
-    INGEST_AGAIN,
-    SCAN,
-    ScanReader,
+from ptychodask.store import INGEST_AGAIN, SCAN, ScanReader, data_hash, open_scan
+from ptychodask.store.groups import segment_groups
+from ptychodask.store.write import (
     changing_root,
     chunk_patterns,
-    data_hash,
     fill_labels,
     fill_patterns,
-    open_scan,
     relative_to_mean,
-    segment_groups,
     storage_order,
     update_node,
 )
 
 logger = logging.getLogger(__name__)
+
 
 OF_PATTERNS = ("diffraction", "y_px", "x_px", "scan_index", "source_index", "flux", "label")
 """Names of the arrays that have one row for each pattern."""
