@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import uuid
-import zlib
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -14,14 +11,14 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.probes import illumination
-from ptychodask.storage.location import Location
-from ptychodask.storage.s3 import S3Location
 
 Window = Literal["illumination", "uniform", "cosine"]
 """Name of the weights with which a patch enters a canvas: see `make_window`."""
 
+
 CANVAS_PIXEL_BYTES = 36
 """Bytes of one canvas pixel: complex128 and float64 sums and an int32 count."""
+
 
 NOTHING = np.complex64(complex(np.nan, np.nan))
 """Value of an object pixel that no patch reached."""
@@ -261,78 +258,6 @@ def crop(canvas: Canvas, box: Box) -> Canvas:
 def _window_of(canvas: Canvas, box: Box) -> tuple[slice, slice]:
     (y, x) = canvas.corner
     return slice(box.y0 - y, box.y1 - y), slice(box.x0 - x, box.x1 - x)
-
-
-PIXEL = np.dtype(
-    [("weighted", np.complex128), ("weight", np.float64), ("weighted_square", np.float64), ("count", np.int32)]
-)
-"""Data type of one pixel of a stored canvas."""
-
-
-def save_canvas(canvas: Canvas, path: Location) -> None:
-    """Write a canvas to a file or object, atomically and exactly.
-
-    Parameters
-    ----------
-    canvas : Canvas
-    path : Path or S3Location
-        Becomes an NPY array (y, x) of `PIXEL`, 36 bytes per pixel.
-
-    Raises
-    ------
-    OSError
-        If writing to the disk fails.
-    """
-    pixels = np.empty(canvas.weight.shape, PIXEL)
-    for name in PIXEL.names or ():
-        pixels[name] = getattr(canvas, name)
-    if isinstance(path, S3Location):
-        content = io.BytesIO()
-        np.save(content, pixels, allow_pickle=False)
-        path.write_bytes(content.getvalue())
-        return
-    being_written = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        with being_written.open("wb") as file:
-            # As np.save, except for the data: np.save does not report a full disk.
-            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(pixels))
-            file.write(np.ascontiguousarray(pixels).data)
-        being_written.replace(path)
-    except OSError:
-        being_written.unlink(missing_ok=True)
-        raise
-
-
-def open_canvas(path: Location, corner: tuple[int, int]) -> Canvas:
-    """Canvas that `save_canvas` wrote.
-
-    The sums of a file stay on disk, read-only.
-
-    Parameters
-    ----------
-    path : Path or S3Location
-    corner : (int, int)
-        Scan coordinates (y, x) of its first pixel.
-    """
-    if isinstance(path, S3Location):
-        pixels = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-    else:
-        pixels = np.load(path, mmap_mode="r", allow_pickle=False)
-    return Canvas(corner, **{name: pixels[name] for name in PIXEL.names or ()})
-
-
-def checksum(canvas: Canvas) -> int:
-    """CRC-32 of the sums of a canvas.
-
-    Examples
-    --------
-    >>> checksum(empty_canvas((0, 0), (1, 1))) == checksum(empty_canvas((5, 7), (1, 1)))
-    True
-    """
-    crc = 0
-    for name in PIXEL.names or ():
-        crc = zlib.crc32(np.ascontiguousarray(getattr(canvas, name)).data, crc)
-    return crc
 
 
 def finish(

@@ -23,12 +23,17 @@ from ptychodask.storage.location import Location, location_of, parse_location, z
 from ptychodask.storage.zarr_checks import check_codecs, check_stored, consolidate, damage_errors, open_root
 
 FORMAT = "ptychodask-result"
+
+
 FORMAT_VERSION = 1
+
 
 RESULT = StoreKind(FORMAT, FORMAT_VERSION, "result", "reconstruct")
 
+
 CHUNK_PIXELS = 256
 """Pixels across a chunk of a stored result, if the tile is a multiple of it."""
+
 
 VARIABLES: dict[str, tuple[type, Any, str]] = {
     "object": (np.complex64, complex(np.nan, np.nan), "complex transmission of the object"),
@@ -38,26 +43,29 @@ VARIABLES: dict[str, tuple[type, Any, str]] = {
 }
 """Data variables of a result: dtype, value where no patch reached, meaning."""
 
+
 HALF_VARIABLES: dict[str, tuple[type, Any, str]] = {
     "object_half": (np.complex64, complex(np.nan, np.nan), "object from every other pattern"),
     "weight_half": (np.float32, 0.0, "sum of the weights of the patches of one half"),
 }
 """Additional data variables of a result with two halves; they have a dimension `half` of 2."""
 
+
 TileArrays = dict[str, NDArray[Any]]
 """One tile of each data variable, by name."""
+
 
 STORED_CHUNKS = "stored_chunks"
 """Attribute of a finished result: number of chunks of each data variable that have a file."""
 
+
 PYRAMID = "pyramid"
 """Group of a result store with the coarser levels, named 1, 2, ..."""
 
-COARSEST_PIXELS = 512
-"""Upper bound of the longer side of the coarsest level of a pyramid, pixels."""
 
 MOST_TILES = 10**5
 """Most chunks along one axis of a result: xarray lists them all."""
+
 
 AGAIN = "it is damaged: reconstruct it again"
 """Remedy for a damaged result."""
@@ -255,7 +263,7 @@ def read_tile(path: Location, start_yx: tuple[int, int], shape: tuple[int, int])
     """
     root = zarr.open_group(zarr_store(path, read_only=True), mode="r", zarr_format=3, use_consolidated=False)
     region = ..., slice(start_yx[0], start_yx[0] + shape[0]), slice(start_yx[1], start_yx[1] + shape[1])
-    return {name: np.asarray(_array(root, name)[region]) for name in VARIABLES | HALF_VARIABLES if name in root}
+    return {name: np.asarray(stored_array(root, name)[region]) for name in VARIABLES | HALF_VARIABLES if name in root}
 
 
 def remove_tile(path: Location, start_yx: tuple[int, int], tile: int) -> None:
@@ -273,104 +281,12 @@ def remove_tile(path: Location, start_yx: tuple[int, int], tile: int) -> None:
     root = zarr.open_group(zarr_store(path, read_only=True), mode="r", zarr_format=3, use_consolidated=False)
     for name in VARIABLES | HALF_VARIABLES:
         if name in root:
-            array = _array(root, name)
+            array = stored_array(root, name)
             shard = (*[0] * (array.ndim - 2), start_yx[0] // tile, start_yx[1] // tile)
             (path / name / array.metadata.encode_chunk_key(shard)).unlink(missing_ok=True)
 
 
-def write_pyramid(path: Location) -> None:
-    """Add coarser levels of object and weight to an unfinished result store.
-
-    Each level has half the pixels of the previous one along each side; there is at least one level, and the longer side
-    of the last is shorter than `COARSEST_PIXELS`.
-
-    Parameters
-    ----------
-    path : Path or S3Location
-        Store that `create_result` made, with all tiles written.
-
-    Notes
-    -----
-    A pixel of level k is the mean of 2 x 2 pixels of level k - 1, weighted by their weights; its weight is the mean of
-    theirs. It is centred between them, so its coordinate is that of the first plus half a pixel. One tile is in memory
-    at a time.
-    """
-    root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3)
-    finer, level = root, 1
-    while level == 1 or max(_array(finer, "object").shape[-2:]) >= COARSEST_PIXELS:
-        finer = _write_level(root.require_group(f"{PYRAMID}/{level}"), finer)
-        level += 1
-
-
-def _write_level(group: zarr.Group, finer: zarr.Group) -> zarr.Group:
-    sources = {name: _array(finer, name) for name in ("object", "weight")}
-    plane = sources["object"].shape[-2:]
-    coarse = tuple(-(-side // 2) for side in plane)
-    tile = int((sources["object"].shards or sources["object"].chunks)[-1])
-    for name, source in sources.items():
-        group.create_array(
-            name,
-            shape=(*source.shape[:-2], *coarse),
-            dtype=source.dtype,
-            chunks=source.chunks,
-            shards=(*source.shape[:-2], tile, tile),
-            fill_value=source.fill_value,
-            compressors=source.compressors,
-            dimension_names=tuple(source.metadata.dimension_names or ()),  # type: ignore[union-attr]
-        )
-    for y in range(0, coarse[0], tile):
-        for x in range(0, coarse[1], tile):
-            region = ..., slice(y, min(y + tile, coarse[0])), slice(x, min(x + tile, coarse[1]))
-            below = ..., slice(2 * y, 2 * (y + tile)), slice(2 * x, 2 * (x + tile))
-            halved = halve(*(np.asarray(sources[name][below]) for name in sources))
-            for name, values in zip(sources, halved, strict=True):
-                _array(group, name)[region] = values
-    for axis, dim in enumerate(("y", "x")):
-        values = np.asarray(_array(finer, dim)[...])
-        first, step = float(values[0]), float(values[1] - values[0])
-        group.create_array(
-            dim, data=first + step / 2 + 2 * step * np.arange(coarse[axis]), chunks="auto", dimension_names=(dim,)
-        )
-    return group
-
-
-def halve(
-    object_: NDArray[np.complex64], weight: NDArray[np.float32]
-) -> tuple[NDArray[np.complex64], NDArray[np.float32]]:
-    """Object and weight with half the pixels along y and x.
-
-    Parameters
-    ----------
-    object_ : complex64 array (..., y, x)
-        NaN where no patch reached.
-    weight : float32 array (..., y, x)
-
-    Returns
-    -------
-    object : complex64 array (..., y/2, x/2)
-        Mean of 2 x 2 pixels weighted by their weights, NaN if all are; an odd last row or column is averaged without a
-        partner.
-    weight : float32 array (..., y/2, x/2)
-        Mean weight.
-
-    Examples
-    --------
-    >>> halved, weight = halve(np.array([[1, 3], [np.nan, 3]], np.complex64), np.array([[1, 1], [0, 2]], np.float32))
-    >>> halved.tolist(), weight.tolist()
-    ([[(2.5+0j)]], [[1.0]])
-    """
-    odd = [(0, 0)] * (object_.ndim - 2) + [(0, side % 2) for side in object_.shape[-2:]]
-    padded = np.pad(weight.astype(np.float64), odd)
-    weighted = np.pad(np.where(weight > 0, object_, 0) * weight, odd)
-    (height, width), blocks = padded.shape[-2:], (*padded.shape[:-2], -1, 2, padded.shape[-1] // 2, 2)
-    total, sums = (values.reshape(blocks).sum(axis=(-3, -1)) for values in (padded, weighted))
-    assert total.shape[-2:] == (height // 2, width // 2)
-    mean = np.where(total > 0, sums / np.where(total > 0, total, 1), complex(np.nan, np.nan))
-    present = np.pad(np.ones(weight.shape[-2:]), odd[-2:]).reshape(height // 2, 2, width // 2, 2).sum(axis=(1, 3))
-    return mean.astype(np.complex64), (total / present).astype(np.float32)
-
-
-def _array(group: zarr.Group, name: str) -> zarr.Array:
+def stored_array(group: zarr.Group, name: str) -> zarr.Array:
     array = group[name]
     assert isinstance(array, zarr.Array)
     check_codecs(array, location_of(group.store), AGAIN)
@@ -387,7 +303,7 @@ def finish_result(path: Location, attributes: dict[str, Any]) -> None:
         Plain values for JSON.
     """
     root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3)
-    stored = {name: _array(root, name).nchunks_initialized for name in VARIABLES | HALF_VARIABLES if name in root}
+    stored = {name: stored_array(root, name).nchunks_initialized for name in VARIABLES | HALF_VARIABLES if name in root}
     consolidate(path).attrs.update({**attributes, STORED_CHUNKS: stored, "state": "complete"})
 
 
@@ -443,7 +359,7 @@ def _check_complete(location: Location, root: zarr.Group, stored: Any) -> None:
     """Raise `PtychodaskError` if a file of a result is missing."""
     # Zarr would read it as pixels that no patch reached.
     for name, n_written in stored.items() if isinstance(stored, dict) else ():
-        n_present = _array(root, name).nchunks_initialized
+        n_present = stored_array(root, name).nchunks_initialized
         if n_present != n_written:
             raise PtychodaskError(
                 f"{location}: {name} has {n_present} of its {n_written} chunks, files of it are missing; reconstruct "

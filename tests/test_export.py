@@ -19,7 +19,8 @@ from ptychodask.export import FORMATS, export, png
 from ptychodask.export.content import Picture
 from ptychodask.io import ingest, read_foreign_result
 from ptychodask.progress import progress_bar
-from ptychodask.result import halve, make_dataset, open_result
+from ptychodask.pyramid import halve
+from ptychodask.result import make_dataset, open_result
 from ptychodask.simulate import random_field, simulate
 from ptychodask.storage.atomic import recorded_folder_format
 from ptychodask.store.annotate import replace_probe

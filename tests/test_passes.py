@@ -224,7 +224,7 @@ def test_a_worker_with_too_little_memory_is_named_before_the_first_task(store, c
 
 
 def test_each_level_of_a_pyramid_is_the_weighted_mean_of_the_one_below(tmp_path, client, monkeypatch):
-    monkeypatch.setattr("ptychodask.result.COARSEST_PIXELS", 32)
+    monkeypatch.setattr("ptychodask.pyramid.COARSEST_PIXELS", 32)
     path, out = tmp_path / "scan.zarr", tmp_path / "object.zarr"
     simulate(path, n_pixels=16, n_patterns=300, step_px=5.0)
     whole = reconstruct(path, LinearModel(), client=client, out=out, tile=16, pyramid=True).compute()

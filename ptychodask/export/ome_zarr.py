@@ -15,7 +15,7 @@ from zarr.codecs import BloscCodec, BloscShuffle
 
 from ptychodask.export.content import Content
 from ptychodask.progress import Progress
-from ptychodask.result import COARSEST_PIXELS, halve
+from ptychodask.pyramid import COARSEST_PIXELS, halve
 from ptychodask.storage.atomic import StoreKind
 
 KIND = StoreKind("ptychodask-ome-zarr", 1, "OME-Zarr image", "export")

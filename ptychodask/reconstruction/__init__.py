@@ -43,11 +43,7 @@ from ptychodask.reconstruction.stitching import start_yx
 from ptychodask.reconstruction.tasks import MethodJob, StitchingJob, TileReport
 from ptychodask.reconstruction.work import Run, rates, run_reconstruction
 from ptychodask.reconstruction.written import write_result
-from ptychodask.result import (
-    Layers,
-    TileArrays,
-    make_dataset,
-)
+from ptychodask.result import Layers, TileArrays, make_dataset
 from ptychodask.scan import Scan
 from ptychodask.storage.atomic import is_resumable
 from ptychodask.storage.location import Location, parse_location

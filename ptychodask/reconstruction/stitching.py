@@ -19,6 +19,7 @@ from ptychodask.progress import progress_bar
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.reconstruction.live import LivePicture
 from ptychodask.reconstruction.running import Finished, Scheduler, TaskGraph
+from ptychodask.reconstruction.sums import sums_are_intact, sums_files
 from ptychodask.reconstruction.tasks import (
     ChunkReport,
     ChunkSums,
@@ -29,8 +30,6 @@ from ptychodask.reconstruction.tasks import (
     deliver_tile,
     predict_chunk,
     show_tile,
-    sums_are_intact,
-    sums_files,
     tile_is_intact,
     verify_chunk,
 )

@@ -22,16 +22,14 @@ from ptychodask.reassembly import (
     Canvas,
     Window,
     add_patches,
-    checksum,
     crop_middle,
     empty_canvas,
     finish,
     make_window,
     merge,
-    open_canvas,
-    save_canvas,
 )
 from ptychodask.reconstruction.live import CoarsePart, coarse_part
+from ptychodask.reconstruction.sums import checksum, open_canvas, save_canvas, sums_files
 from ptychodask.refinement.polishing import seen_part
 from ptychodask.result import VARIABLES, Layers, TileArrays, read_tile, write_tile
 from ptychodask.storage.location import Location
@@ -202,11 +200,6 @@ def predict_chunk(
     return ChunkSums(paths, chunk.box.corner, report)
 
 
-def sums_files(folder: Location, chunk: Chunk, n_canvases: int) -> tuple[Location, ...]:
-    """Files of the sums of a chunk."""
-    return tuple(folder / f"{chunk.start}-{number}.npy" for number in range(n_canvases))
-
-
 def worker_address() -> str:
     """Address of this Dask worker; "here" outside of workers."""
     try:
@@ -254,23 +247,6 @@ def _difference(first: Canvas, second: Canvas) -> float:
     seen = np.asarray(first.count) > 0
     scale = float(np.median(np.abs(objects[0][seen]))) or 1.0
     return float(np.abs(objects[0][seen] - objects[1][seen]).max()) / scale
-
-
-def sums_are_intact(folder: Location, chunk: Chunk, checksums: Sequence[int]) -> bool:
-    """True if the stored sums of a chunk have their recorded checksums.
-
-    Parameters
-    ----------
-    folder : Location
-    chunk : Chunk
-    checksums : sequence of int
-        Recorded checksum of each canvas.
-    """
-    try:
-        stored = [checksum(open_canvas(path, chunk.box.corner)) for path in sums_files(folder, chunk, len(checksums))]
-    except (OSError, ValueError, IndexError):
-        return False
-    return stored == list(checksums)
 
 
 def tile_is_intact(out: Location, tile: Tile, start_yx: tuple[int, int], expected: int) -> bool:

@@ -16,11 +16,12 @@ import xarray as xr
 from ptychodask.errors import PtychodaskError
 from ptychodask.plan import ReconstructionSpec
 from ptychodask.prediction import stage
+from ptychodask.pyramid import write_pyramid
 from ptychodask.reconstruction.following import FollowedScan, growing_identity
 from ptychodask.reconstruction.ledger import Ledger, check_same, differences
 from ptychodask.reconstruction.live import Screen, screen_for
 from ptychodask.reconstruction.work import Run, RunFolders, identity, rates, run_reconstruction
-from ptychodask.result import PYRAMID, RESULT, create_result, finish_result, open_result, write_pyramid
+from ptychodask.result import PYRAMID, RESULT, create_result, finish_result, open_result
 from ptychodask.storage.atomic import Writing, atomic_store, is_complete, is_resumable
 from ptychodask.storage.location import Location, remove
 
