@@ -33,9 +33,10 @@ from ptychodask.inspection.findings import Finding, Inspection, Preview
 from ptychodask.inspection.stores import inspect_store
 from ptychodask.io import IngestSpec
 from ptychodask.io.formats import detect_format, open_container, options_of, read_source
-from ptychodask.io.ingestion import GriddedSource, on_grid, prepared
+from ptychodask.io.grid import GriddedSource, on_grid
 from ptychodask.io.mapping import UNIT_NAMES
 from ptychodask.io.near_field import near_field
+from ptychodask.io.patterns import prepared
 from ptychodask.io.recipe import with_recipe
 from ptychodask.io.source import MOST_PIXELS, Container, Frames, SourceScan, frame_axes
 from ptychodask.probes import probe_diameter_px

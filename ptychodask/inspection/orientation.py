@@ -19,7 +19,7 @@ from ptychodask.forward import predicted_amplitude
 from ptychodask.inspection.command import Origin, PositionTurn, turned_command
 from ptychodask.io import IngestSpec, ingest
 from ptychodask.io.formats import detect_format, open_container, read_source
-from ptychodask.io.ingestion import on_grid
+from ptychodask.io.grid import on_grid
 from ptychodask.iterative import Measured, around_middle, measure, run_sweeps
 from ptychodask.probes import defocus_starts, defocused
 from ptychodask.progress import Progress, progress_bar

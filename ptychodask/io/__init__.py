@@ -3,7 +3,7 @@
 Renaming, flips, cropping, binning and conversion of units happen here and nowhere else.
 """
 
-from ptychodask.io.ingestion import ingest
+from ptychodask.io.ingest import ingest
 from ptychodask.io.products import ForeignResult, read_foreign_result
 from ptychodask.io.source import IngestSpec
 

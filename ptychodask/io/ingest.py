@@ -1,0 +1,124 @@
+"""`ingest`: conversion of a foreign file to a store, block by block."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from ptychodask.errors import PtychodaskError, with_fields
+from ptychodask.io.append import append_source
+from ptychodask.io.formats import Source
+from ptychodask.io.geometry import (
+    HC_EV_M,
+)
+from ptychodask.io.grid import GriddedSource, on_grid
+from ptychodask.io.initial_probe import initial_probe
+from ptychodask.io.patterns import pattern_parts
+from ptychodask.io.provenance import open_source, provenance_of
+from ptychodask.io.recipe import with_recipe
+from ptychodask.io.source import (
+    IngestSpec,
+)
+from ptychodask.scan import Scan
+from ptychodask.storage.atomic import check_vacant
+from ptychodask.storage.location import parse_location
+from ptychodask.storage.s3 import S3Location
+from ptychodask.store import SCAN
+from ptychodask.store.write import write_scan
+
+
+def ingest(
+    source: str | Path,
+    store: str | Path | S3Location,
+    *,
+    format: str | None = None,
+    recipe: str | Path | None = None,
+    append: bool = False,
+    overwrite: bool = False,
+    progress: bool | None = None,
+    **reader_options: Any,
+) -> Scan:
+    """Convert a foreign file to a store, or append it to one.
+
+    Parameters
+    ----------
+    source : path
+        An NPZ (also .npz.bz2) or HDF5 file.
+    store : path
+        Store to write; it appears when it is complete. With `append`, a segment is added to an existing store.
+    format : {"ptychopinn", "tike", "ptychodus", "nexus", "cxi", "hxn", "mapping"}, optional
+        Format of the file; by default detected from its keys, or "mapping" if `keys` is given.
+    recipe : path, optional
+        A YAML file of options, as `inspect` writes it; options passed here take precedence.
+    append : bool
+        The file is one segment of a growing scan (the first if there is no store yet), until `finish_scan`.
+    overwrite : bool
+        Replace an existing store.
+    progress : bool, optional
+        True shows a progress bar, False does not; None shows it in a terminal and in Jupyter.
+    **reader_options
+        Fields of `IngestSpec`; other names are refused.
+
+    Returns
+    -------
+    Scan
+        The new store, opened.
+
+    Raises
+    ------
+    PtychodaskError
+        If the file or an option is invalid, or the disk cannot be written; no store is written, and an existing one is
+        kept.
+
+    Notes
+    -----
+    A growing scan keeps the properties of its first segment: probe, mask, normalisation, calibration, unit of the
+    patterns, pixel size. Options need not be passed again; only `diffraction`, `drop_frames` and `scratch` may differ
+    between segments. Readers see complete segments only (see `append_segment`).
+
+    Only a few blocks of frames are in memory, however large the file. A file that cannot be read in any order
+    (compressed, or with patterns along its last axis) is first written to a scratch file; compressed frames are already
+    cropped there.
+    """
+    source, store = Path(source), parse_location(store)
+    spec = with_fields(IngestSpec(), with_recipe(recipe, reader_options))
+    if append and overwrite:
+        raise PtychodaskError(f"{store}: append=True adds to the scan, overwrite=True replaces it; pass one of them")
+    if append and isinstance(store, S3Location):
+        raise PtychodaskError(
+            f"{store}: append=True needs a store on disk, not in an object store; append to one on disk, and copy it "
+            "when the scan is complete"
+        )
+    if append and isinstance(store, Path) and store.exists():
+        return append_source(source, store, format, spec, progress)
+    check_vacant(store, overwrite=overwrite, kind=SCAN)
+    with open_source(source, store, format, spec) as (opened, scratch, stack):
+        gridded = on_grid(opened.scan, spec, opened.container.label)
+        scan_parts = _prepare(opened, gridded, scratch, stack, progress)
+        provenance = provenance_of(source, opened, spec)
+        if append:
+            provenance["centre_yx"] = list(gridded.grid.centre_yx)
+        return write_scan(
+            store, provenance=provenance, growing=append, overwrite=overwrite, progress=progress, **scan_parts
+        )
+
+
+def _prepare(
+    opened: Source, gridded: GriddedSource, scratch: Path, stack: ExitStack, progress: bool | None
+) -> dict[str, Any]:
+    """Keyword arguments of `write_scan` from the content of a file."""
+    file_scan, label, spec = opened.scan, opened.container.label, gridded.spec
+    parts = pattern_parts(file_scan, gridded, label, scratch, stack, progress)
+    probe, calibration = initial_probe(file_scan, spec, gridded.grid, parts["diffraction"], gridded.mask, label)
+    return parts | {
+        "probe": probe,
+        "domain": file_scan.domain,
+        "calibration": calibration,
+        "incident_counts": spec.incident_counts,
+        "mask": gridded.mask,
+        "truth": gridded.truth,
+        "pixel_size_m": gridded.pixel_size_m,
+        "energy_ev": HC_EV_M / spec.wavelength_m if spec.wavelength_m else spec.energy_ev,
+        "distance_m": spec.distance_m,
+    }

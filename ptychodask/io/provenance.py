@@ -1,0 +1,74 @@
+"""Provenance of a scan: file, hash, reader, options."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ptychodask.io.formats import Source, detect_format, open_container, read_source
+from ptychodask.io.npy_stream import reading
+from ptychodask.io.source import (
+    BLOCK_BYTES,
+    IngestSpec,
+)
+from ptychodask.storage.location import Location
+from ptychodask.storage.s3 import S3Location
+
+
+@contextmanager
+def open_source(
+    source: Path, store: Location, format: str | None, spec: IngestSpec
+) -> Iterator[tuple[Source, Path, ExitStack]]:
+    """Open a file with its reader; yields its scratch folder too."""
+    with ExitStack() as stack:
+        scratch = scratch_folder(spec, store, stack)
+        container = open_container(source, scratch, stack)
+        name = detect_format(container, spec) if format is None else format
+        yield read_source(source, container, name, spec, scratch, stack), scratch, stack
+
+
+def scratch_folder(spec: IngestSpec, store: Location, stack: ExitStack) -> Path:
+    """Folder for scratch files; by default the store's, if on disk."""
+    if spec.scratch is not None:
+        return Path(spec.scratch)
+    if isinstance(store, S3Location):
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ptychodask-")))
+    return store.parent
+
+
+def provenance_of(source: Path, opened: Source, spec: IngestSpec) -> dict[str, Any]:
+    packages = ("ptychodask", "numpy", "zarr")
+    second = opened.companion
+    return {
+        "source": str(source.resolve()),
+        "sha256": _sha256(source),
+        **({} if second is None else {"second_source": str(second.resolve()), "second_sha256": _sha256(second)}),
+        "reader": opened.format,
+        "options": {key: _plain(value) for key, value in spec.given().items()},
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Value of an option as JSON types."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else str(value)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with reading(str(path)), path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
