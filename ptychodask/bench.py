@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from ptychodask import models
 from ptychodask.cluster import THREAD_VARIABLES, client_for_run
 from ptychodask.errors import PtychodaskError, check_choice
+from ptychodask.models.choose import recorded_model, resolve_model
+from ptychodask.models.contract import PatchModel
 from ptychodask.plan import MIB, Plan, ReconstructionSpec, in_pixels, plan_for, prediction_job
-from ptychodask.prediction import PatchModel, PredictionJob, compile_model, recorded_model, resolve_model
+from ptychodask.prediction import PredictionJob, compile_model
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Scan
 from ptychodask.simulate import simulate

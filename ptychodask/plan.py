@@ -21,18 +21,11 @@ from numpy.typing import NDArray
 from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.grouping import GroupingSpec, check_drop
 from ptychodask.html import card
+from ptychodask.models.choose import recorded_model, resolve_model
+from ptychodask.models.contract import Device, PatchModel
 from ptychodask.models.pretrained import pretrained_for
 from ptychodask.models.spec import Precision
-from ptychodask.prediction import (
-    Device,
-    ModelReference,
-    PatchModel,
-    PredictionJob,
-    precisions,
-    predict_groups,
-    recorded_model,
-    resolve_model,
-)
+from ptychodask.prediction import ModelReference, PredictionJob, precisions, predict_groups
 from ptychodask.reassembly import CANVAS_PIXEL_BYTES, Box, Window
 from ptychodask.scan import Scan, check_positions
 from ptychodask.storage.location import parse_location

@@ -6,11 +6,10 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,75 +17,24 @@ from numpy.typing import NDArray
 from ptychodask import models
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import groups_kept
-from ptychodask.models.pretrained import is_pretrained, pretrained_for
+from ptychodask.models.choose import absolute_path
+from ptychodask.models.contract import Device, PatchModel, Predict
+from ptychodask.models.pretrained import is_pretrained
 from ptychodask.models.spec import Precision
-from ptychodask.models.traits import outside_range, read_ranges, spacing_px
 from ptychodask.scan import Scan
-from ptychodask.storage.location import parse_location
-from ptychodask.storage.s3 import S3Location
 from ptychodask.store import ScanReader, open_scan
 
 logger = logging.getLogger(__name__)
 
-MODEL_ORDER = ("pinn", "baseline")
-"""Kinds of recorded models, in order of preference."""
-
-SPACING_POSITIONS = 20_000
-"""Largest number of positions used for the mean spacing of a scan, which is compared with the training scans."""
 
 CACHE_SIZE = 4
 """Number of scans, and of compiled models, that a process caches for its next tasks."""
 
-Predict = Callable[[NDArray[np.float32], NDArray[np.float32]], Any]
-"""Function of X (batch, N, N, C) and offset (batch, C, 2) that returns patches, for one fixed batch size."""
-
-Device = Literal["any", "gpu"]
-"""Device of a network: any that is available, or a GPU."""
 
 Cached = TypeVar("Cached")
+
+
 Opened = TypeVar("Opened", Scan, ScanReader)
-
-
-@runtime_checkable
-class PatchModel(Protocol):
-    """Interface of a network to the engine.
-
-    `load_model` returns such models; `CallableModel` wraps a callable as one.
-    """
-
-    @property
-    def kind(self) -> str:
-        """Kind of model: "pinn", "baseline", or another word."""
-
-    @property
-    def members(self) -> int:
-        """Patterns in one group, C."""
-
-    @property
-    def n_pixels(self) -> int:
-        """Pixels across a pattern, N."""
-
-    @property
-    def output(self) -> Literal["member", "group"]:
-        """One patch per member at its position, or one at the centre."""
-
-    @property
-    def content_hash(self) -> str:
-        """Hash of everything that its predictions depend on."""
-
-    @property
-    def path(self) -> str | None:
-        """Bundle on disk; None for a model in memory."""
-
-    def bind(self, scan: Scan) -> PatchModel:
-        """Model for this scan's probe and normalisation; raises `PtychodaskError` if N differs."""
-
-    def compile(self, batch_size: int) -> Predict:
-        """Compiled call for one batch size.
-
-        It maps X float32 (batch, N, N, C) and offset float32 (batch, C, 2) to complex64 patches (batch, C, N, N) for
-        "member", (batch, N, N) for "group".
-        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,102 +182,22 @@ class _ProcessCache(Generic[Cached]):
 
 # Per process and not per Dask worker: the threaded scheduler has no worker, and one process may run several.
 _SCANS: _ProcessCache[Scan] = _ProcessCache()
+
+
 _READERS: _ProcessCache[ScanReader] = _ProcessCache()
+
+
 _PREDICTORS: _ProcessCache[Predict] = _ProcessCache()
+
+
 _GPU: _ProcessCache[None] = _ProcessCache()
+
+
 _DEVICE = threading.Lock()
+
+
 _BATCH_SIZES: dict[tuple[str, Precision], int] = {}
 """Largest batch that fits into the device's memory, for networks that ran out of it."""
-
-
-def absolute_path(path: str) -> str:
-    """Absolute path of a model; the name of a packaged one."""
-    return path if is_pretrained(path) else str(Path(path).resolve())
-
-
-def resolve_model(scan: Scan, model: str | Path | PatchModel | None) -> PatchModel:
-    """Model given by an argument, recorded in the scan's store, or packaged.
-
-    Parameters
-    ----------
-    scan : Scan
-        Opened from a store.
-    model : path, model or None
-        None selects the latest recorded `pinn`, else the latest `baseline`, else the packaged model for patterns of N
-        pixels.
-
-    Returns
-    -------
-    PatchModel
-
-    Raises
-    ------
-    PtychodaskError
-        If no model is recorded and none for N pixels is packaged, or the recorded one is missing or was changed.
-    """
-    if model is None:
-        return _recorded_model(scan)
-    if isinstance(model, str | Path):
-        return models.load_model(model)
-    if not isinstance(model, PatchModel):
-        raise PtychodaskError(
-            f"model: got {type(model).__name__}, expected a path, a model from load_model, or a CallableModel"
-        )
-    return model
-
-
-def _recorded_model(scan: Scan) -> PatchModel:
-    record = recorded_model(scan)
-    if record is None:
-        packaged = pretrained_for(scan.n_pixels)
-        if packaged is not None:
-            logger.warning("%s: no model is recorded: using %s", scan.store, packaged)
-            return models.load_model(packaged)
-        raise PtychodaskError(
-            f"{scan.store}: no model is recorded, and none is packaged for patterns of {scan.n_pixels} pixels; "
-            f"run 'ptychodask train {scan.store}', or pass model= (--model)"
-        )
-    store = parse_location(str(scan.store)).resolve()
-    # The model of a scan in a bucket is recorded by its absolute path.
-    path = Path(record["path"]) if isinstance(store, S3Location) else store.parent / record["path"]
-    if not path.exists():
-        raise PtychodaskError(
-            f"{scan.store}: no model found at {path}, where its latest {record['kind']} is recorded; "
-            "train again, or pass model= (--model)"
-        )
-    model: PatchModel = models.load_model(path)
-    if model.content_hash != record["hash"]:
-        raise PtychodaskError(
-            f"{scan.store}: its latest {record['kind']} is recorded with hash {record['hash']}, {path} has "
-            f"{model.content_hash}; pass model= (--model) to use it as it is, or train again"
-        )
-    return model
-
-
-def recorded_model(scan: Scan) -> dict[str, str] | None:
-    """Record (kind, path, hash) of the model that `reconstruct` uses, or None."""
-    records = scan.attributes.get("models", [])
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise PtychodaskError(f"{scan.store}: its list of models cannot be read; pass model= (--model)")
-    for kind in MODEL_ORDER:
-        for record in reversed(records):
-            if record.keys() >= {"kind", "path", "hash"} and record["kind"] == kind:
-                return dict(record)
-    return None
-
-
-def unlike_training(model: PatchModel, reader: ScanReader) -> list[str]:
-    """Properties of a scan outside the range of the training scans.
-
-    One line each; empty if the range is unknown.
-    """
-    trained_on = getattr(model, "trained_on", None)
-    ranges = read_ranges(trained_on.get("traits") if isinstance(trained_on, Mapping) else None)
-    if not ranges:
-        return []
-    every = -(-reader.n_patterns // SPACING_POSITIONS)
-    step_px = spacing_px(reader.position_yx_px(np.arange(0, reader.n_patterns, every)))
-    return outside_range(ranges, reader.first(), None if step_px is None else step_px / np.sqrt(every))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from ptychodask.export.content import Picture
 from ptychodask.io import ingest
 from ptychodask.io.quantities import SQUARENESS
 from ptychodask.models import Model, load_model, save_model
-from ptychodask.prediction import PatchModel
+from ptychodask.models.contract import PatchModel
 from ptychodask.progress import progress_bar
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Calibration, Scan

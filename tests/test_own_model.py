@@ -11,7 +11,7 @@ import pytest
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.models import CallableModel
-from ptychodask.prediction import PatchModel
+from ptychodask.models.contract import PatchModel
 from ptychodask.reconstruction import reconstruct
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan

@@ -11,7 +11,8 @@ from models_for_tests import LinearModel, NotFiniteModel
 from ptychodask import models, prediction
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec
-from ptychodask.prediction import ModelReference, PredictionJob, predict_groups, resolve_model
+from ptychodask.models.choose import resolve_model
+from ptychodask.prediction import ModelReference, PredictionJob, predict_groups
 from ptychodask.simulate import simulate
 from ptychodask.store import ScanReader, open_scan
 from ptychodask.store.annotate import record_model, replace_probe

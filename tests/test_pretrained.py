@@ -12,10 +12,18 @@ from ptychodask.compare import compare
 from ptychodask.errors import PtychodaskError
 from ptychodask.models import load_model
 from ptychodask.models import recipes as models_recipes
+from ptychodask.models.choose import resolve_model
 from ptychodask.models.pretrained import CARD, FOLDER, is_pretrained, packaged_folder, pretrained_for, pretrained_names
-from ptychodask.models.traits import QUANTITIES, outside_range, ranges_of, read_ranges, scan_quantities
+from ptychodask.models.training_range import (
+    QUANTITIES,
+    outside_range,
+    ranges_of,
+    read_ranges,
+    scan_quantities,
+    unlike_training,
+)
 from ptychodask.plan import plan
-from ptychodask.prediction import ModelReference, resolve_model, unlike_training
+from ptychodask.prediction import ModelReference
 from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.work import identity
 from ptychodask.report import write_report

@@ -18,7 +18,9 @@ import distributed
 
 from ptychodask.cluster import IN_PROCESS
 from ptychodask.errors import PtychodaskError, in_brief
-from ptychodask.prediction import Device, ModelReference, PatchModel, PredictionJob, resolve_model
+from ptychodask.models.choose import resolve_model
+from ptychodask.models.contract import Device, PatchModel
+from ptychodask.prediction import ModelReference, PredictionJob
 from ptychodask.storage.location import parse_location
 from ptychodask.store import ScanReader
 

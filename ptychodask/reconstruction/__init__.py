@@ -21,6 +21,9 @@ import xarray as xr
 
 from ptychodask.cluster import client_for_run
 from ptychodask.errors import PtychodaskError, with_fields
+from ptychodask.models.choose import absolute_path, resolve_model
+from ptychodask.models.contract import PatchModel
+from ptychodask.models.training_range import unlike_training
 from ptychodask.plan import (
     MIB,
     NOT_STORED,
@@ -33,7 +36,6 @@ from ptychodask.plan import (
     plan_together,
     prediction_job,
 )
-from ptychodask.prediction import PatchModel, absolute_path, resolve_model, unlike_training
 from ptychodask.reconstruction.caching import patch_cache
 from ptychodask.reconstruction.following import FollowedScan, first_run
 from ptychodask.reconstruction.lazy import lazy_result

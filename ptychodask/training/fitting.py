@@ -23,7 +23,7 @@ from ptychodask.models.networks import (
     with_penalties,
 )
 from ptychodask.models.spec import Kind
-from ptychodask.models.traits import ranges_of
+from ptychodask.models.training_range import ranges_of
 from ptychodask.progress import progress_bar
 from ptychodask.scan import Scan
 from ptychodask.storage.atomic import check_vacant_folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import mean_spacing_px
+from ptychodask.models.contract import PatchModel
 from ptychodask.models.spec import Optics
 from ptychodask.probes import probe_diameter_px
 from ptychodask.scan import Scan
+from ptychodask.store import ScanReader
 
 Ranges = dict[str, tuple[float, float]]
 """Lowest and highest value of each quantity."""
@@ -135,3 +137,21 @@ def outside_range(ranges: Ranges, scan: Scan, step_px: float | None) -> list[str
         trained_on = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
         lines.append(f"{quantity.words} is {value:.4g}, trained on {trained_on}")
     return lines
+
+
+SPACING_POSITIONS = 20_000
+"""Largest number of positions used for the mean spacing of a scan, which is compared with the training scans."""
+
+
+def unlike_training(model: PatchModel, reader: ScanReader) -> list[str]:
+    """Properties of a scan outside the range of the training scans.
+
+    One line each; empty if the range is unknown.
+    """
+    trained_on = getattr(model, "trained_on", None)
+    ranges = read_ranges(trained_on.get("traits") if isinstance(trained_on, Mapping) else None)
+    if not ranges:
+        return []
+    every = -(-reader.n_patterns // SPACING_POSITIONS)
+    step_px = spacing_px(reader.position_yx_px(np.arange(0, reader.n_patterns, every)))
+    return outside_range(ranges, reader.first(), None if step_px is None else step_px / np.sqrt(every))

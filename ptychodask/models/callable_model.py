@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, check_choice
+from ptychodask.models.contract import InputDomain, Output
 from ptychodask.models.model import CompiledCall, check_n_pixels, predict_in_batches
 from ptychodask.scan import Scan
-
-InputDomain = Literal["normalised", "amplitude", "counts"]
-"""Input of a network: X as `Scan.network_input` returns it, measured amplitude, or its square."""
-
-Output = Literal["member", "group"]
-"""Output of a network: one patch per member, or one per group."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

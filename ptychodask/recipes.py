@@ -25,7 +25,7 @@ from scipy.ndimage import gaussian_filter
 from ptychodask.compare import compare
 from ptychodask.models import Model, save_model, untrained_model
 from ptychodask.models.pretrained import CARD
-from ptychodask.models.traits import QUANTITIES
+from ptychodask.models.training_range import QUANTITIES
 from ptychodask.probes import disc_probe, probe_diameter_px, to_far_field, to_real_space, zone_plate_probe
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Scan
@@ -34,25 +34,32 @@ from ptychodask.training import TrainingSpec, train
 
 logger = logging.getLogger(__name__)
 
+
 N_PIXELS = 64
+
 
 PATTERNS = 256
 """Patterns of each simulated scan."""
 
+
 TRAINING_SCANS = 64
 """Number of simulated training scans."""
+
 
 JUDGED = 12
 """Number of validation scans; none of their objects, probes or positions is in the training scans."""
 
+
 JUDGED_SEED = 1_000_000
 """Seed of the first validation scan; seeds of training scans count from 0."""
+
 
 METRICS = (("amplitude", "correlation"), ("phase", "correlation"), ("amplitude", "ratio"))
 
 
 wrapped = partial(fill, width=118, break_on_hyphens=False)
 """A paragraph of a card, wrapped."""
+
 
 SIMULATION = (
     "Objects: crossing lines, smooth fields, sharp-edged blobs and Siemens stars, amplitudes down to 0.3, phase "
@@ -61,12 +68,14 @@ SIMULATION = (
 )
 """Description of the simulated scans, see `varied_scan`."""
 
+
 VALIDATION = (
     "scans simulated in the same way, with objects, probes and positions that are not in the training scans. A global "
     "phase and a phase ramp are removed, nothing else. Median (lowest to highest) over the scans; R is "
     "Σ\\|√I_pred − √I\\| / Σ√I of the stitched object."
 )
 """Description of the validation, after the number of scans."""
+
 
 NOT_FOR = (
     "Scans outside of the ranges above (`reconstruct` warns about them).",
