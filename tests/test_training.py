@@ -104,7 +104,7 @@ def test_an_epoch_gives_each_group_once_with_its_own_patterns_and_offsets(scan):
 
 def test_a_small_buffer_gives_the_same_groups(scan, monkeypatch):
     member = groups_within(scan, np.arange(120), GroupingSpec(members=3, neighbours=5))
-    monkeypatch.setattr("ptychodask.training.data.BUFFER_BYTES", 2 * 8 * 3 * N * N * 4)
+    monkeypatch.setattr("ptychodask.training.batches.BUFFER_BYTES", 2 * 8 * 3 * N * N * 4)
     stream = stream_of(scan, member)
     for _ in range(2):
         seen = [tuple(row) for i in range(len(stream)) for row in stream[i][0][1].reshape(8, -1)]
@@ -114,7 +114,7 @@ def test_a_small_buffer_gives_the_same_groups(scan, monkeypatch):
 
 def test_a_stream_holds_no_more_than_its_buffer(scan, monkeypatch):
     largest = []
-    monkeypatch.setattr("ptychodask.training.data.BUFFER_BYTES", 2 * 8 * N * N * 4)
+    monkeypatch.setattr("ptychodask.training.batches.BUFFER_BYTES", 2 * 8 * N * N * 4)
     monkeypatch.setattr(
         type(scan), "network_input", lambda self, index: largest.append(len(index)) or self.amplitude(index)
     )

@@ -13,7 +13,7 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
 from ptychodask.training import TrainingSpec, split_patterns, train
-from ptychodask.training.course import PLATEAU_EPOCHS, TrainingCallback
+from ptychodask.training.callbacks import PLATEAU_EPOCHS, TrainingCallback
 
 N = 16
 

@@ -19,8 +19,8 @@ from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
 from ptychodask.store.write import write_scan
 from ptychodask.training import TrainingSpec, fitting, probes, train
-from ptychodask.training.course import TrainingCallback
-from ptychodask.training.probes import in_gauge_of
+from ptychodask.training.callbacks import TrainingCallback
+from ptychodask.training.probe_fit import in_gauge_of
 
 N = 16
 

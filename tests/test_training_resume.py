@@ -13,8 +13,8 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.models import load_model
 from ptychodask.simulate import simulate
 from ptychodask.training import train
+from ptychodask.training.callbacks import TrainingCallback
 from ptychodask.training.checkpoint import Checkpoint
-from ptychodask.training.course import TrainingCallback
 
 N = 16
 
@@ -23,7 +23,7 @@ SHORT = SMALL | {"epochs": 5, "batch_size": 8, "validation_fraction": 0.2}
 
 KILLED = """
 import json, os, signal, sys
-from ptychodask.training.course import TrainingCallback
+from ptychodask.training.callbacks import TrainingCallback
 from ptychodask.training import train
 
 on_epoch_end = TrainingCallback.on_epoch_end

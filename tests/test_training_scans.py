@@ -24,7 +24,7 @@ from ptychodask.training import (
     poisson_loss,
     train,
 )
-from ptychodask.training.streaming import with_scan_number
+from ptychodask.training.batches import with_scan_number
 
 N = 16
 

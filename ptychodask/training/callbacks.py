@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.progress import Progress
+from ptychodask.training.batches import GroupStream, MixedStream
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 from ptychodask.training.loggers import Record
 from ptychodask.training.spec import TrainingSpec
-from ptychodask.training.streaming import GroupStream, MixedStream
 
 logger = logging.getLogger(__name__)
+
 
 PLATEAU_EPOCHS = 3
 """Epochs without a lower held-out loss after which the rate of a `plateau` schedule halves."""

@@ -31,10 +31,10 @@ from ptychodask.storage.location import on_disk, parse_location
 from ptychodask.storage.s3 import S3Location
 from ptychodask.store import hash_with_probe, open_scan
 from ptychodask.store.annotate import check_probe_is_free, record_model
+from ptychodask.training.batches import BUFFER_BYTES, GroupStream, MixedStream
+from ptychodask.training.callbacks import TrainingCallback
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
-from ptychodask.training.course import TrainingCallback
 from ptychodask.training.data import (
-    BUFFER_BYTES,
     amplitude_target,
     groups_within,
     judging_groups,
@@ -44,14 +44,15 @@ from ptychodask.training.data import (
 )
 from ptychodask.training.loggers import Record, open_logger
 from ptychodask.training.losses import Loss, amplitude_loss, mae_loss, patch_loss, poisson_loss
-from ptychodask.training.probes import ProbeAdam, ProbeFit, judge_probes, store_probe
+from ptychodask.training.probe_fit import ProbeAdam, ProbeFit, judge_probes, store_probe
 from ptychodask.training.spec import TrainingSpec
-from ptychodask.training.streaming import GroupStream, MixedStream
 
 AMPLITUDE_SHARE = 0.5
 """Share of a staged training that uses the amplitude loss, before the Poisson loss."""
 
+
 MAX_VALIDATION_GROUPS = 1024
+
 
 Stream = GroupStream | MixedStream
 
