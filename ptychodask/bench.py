@@ -22,7 +22,8 @@ from ptychodask.cluster import THREAD_VARIABLES, client_for_run
 from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.models.choose import recorded_model, resolve_model
 from ptychodask.models.contract import PatchModel
-from ptychodask.plan import MIB, Plan, ReconstructionSpec, in_pixels, plan_for, prediction_job
+from ptychodask.plan import Plan, plan_for, prediction_job
+from ptychodask.plan.spec import MIB, ReconstructionSpec, in_pixels
 from ptychodask.prediction import PredictionJob, compile_model
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Scan

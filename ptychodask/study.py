@@ -28,7 +28,7 @@ from ptychodask.errors import PtychodaskError, check_choice, with_fields
 from ptychodask.metrics import align_gauge
 from ptychodask.models import ModelSpec, load_model
 from ptychodask.models.spec import Kind
-from ptychodask.plan import ReconstructionSpec
+from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.plotting import WELL_LIT, plot_contact_sheet, plot_study
 from ptychodask.probes import probe_diameter_px
 from ptychodask.progress import Progress, progress_bar

@@ -13,7 +13,9 @@ from models_for_tests import LinearModel, SlowModel
 
 from ptychodask.cluster import local_client
 from ptychodask.errors import PtychodaskError
-from ptychodask.plan import ReconstructionSpec, plan
+from ptychodask.plan import plan
+from ptychodask.plan.chunks import chunk_edges
+from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.reconstruction import following, live, reconstruct
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
@@ -21,7 +23,6 @@ from ptychodask.store import open_scan
 from ptychodask.store.append import append_segment, finish_scan
 from ptychodask.store.groups import GroupTable, group, open_groups
 from ptychodask.store.write import write_scan
-from ptychodask.survey import chunk_edges
 
 pytestmark = pytest.mark.usefixtures("empty_caches")
 

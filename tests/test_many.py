@@ -10,7 +10,8 @@ from models_for_tests import LinearModel
 
 from ptychodask import FailedScansError, reconstruction
 from ptychodask.errors import PtychodaskError
-from ptychodask.plan import ReconstructionSpec, in_pixels, plan
+from ptychodask.plan import plan
+from ptychodask.plan.spec import ReconstructionSpec, in_pixels
 from ptychodask.reconstruction import reconstruct
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate

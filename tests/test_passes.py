@@ -15,7 +15,8 @@ from models_for_tests import LinearModel
 from ptychodask.cluster import LOOPBACK, QUIET
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, groups_kept
-from ptychodask.plan import ReconstructionSpec, plan
+from ptychodask.plan import plan
+from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.reassembly import add_patches, empty_canvas, finish, illumination_window
 from ptychodask.reconstruction import reconstruct
 from ptychodask.result import open_result

@@ -13,7 +13,8 @@ from models_for_tests import LinearModel
 from ptychodask import store as store_module
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec
-from ptychodask.plan import ReconstructionSpec, plan
+from ptychodask.plan import plan
+from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.reassembly import Box
 from ptychodask.reconstruction import reconstruct
 from ptychodask.simulate import simulate

@@ -14,7 +14,8 @@ from ptychodask.cluster import local_client
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import expected_counts, footprint_corners, r_factor, shift_probe
 from ptychodask.iterative import reconstruct_iterative, refine_probe
-from ptychodask.plan import ReconstructionSpec, plan
+from ptychodask.plan import plan
+from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.reassembly import add_patches, empty_canvas, finish, illumination_window
 from ptychodask.reconstruction import reconstruct
 from ptychodask.refinement.polishing import (

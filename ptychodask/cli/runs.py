@@ -86,7 +86,8 @@ def plan(
     """
     with quiet_stderr():
         import ptychodask.models.model  # noqa: F401
-        from ptychodask.plan import ReconstructionSpec, plan
+        from ptychodask.plan import plan
+        from ptychodask.plan.spec import ReconstructionSpec
     spec = ReconstructionSpec(
         **given(
             groups=groups,
@@ -323,7 +324,7 @@ def bench(
     with quiet_stderr():
         import ptychodask.models.model  # noqa: F401
         from ptychodask.bench import BenchSpec, bench, describe
-        from ptychodask.plan import ReconstructionSpec
+        from ptychodask.plan.spec import ReconstructionSpec
     spec = BenchSpec(**fields)
     reconstruction = ReconstructionSpec(
         **given(batch_size=batch_size, groups_per_chunk=groups_per_chunk, precision=precision)

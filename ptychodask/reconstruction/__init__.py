@@ -24,18 +24,9 @@ from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.models.choose import absolute_path, resolve_model
 from ptychodask.models.contract import PatchModel
 from ptychodask.models.training_range import unlike_training
-from ptychodask.plan import (
-    MIB,
-    NOT_STORED,
-    RESULT_PIXEL_BYTES,
-    Plan,
-    ReconstructionSpec,
-    Tile,
-    in_pixels,
-    plan_for,
-    plan_together,
-    prediction_job,
-)
+from ptychodask.plan import Plan, plan_for, plan_together, prediction_job
+from ptychodask.plan.chunks import RESULT_PIXEL_BYTES, Tile
+from ptychodask.plan.spec import MIB, NOT_STORED, ReconstructionSpec, in_pixels
 from ptychodask.reconstruction.caching import patch_cache
 from ptychodask.reconstruction.following import FollowedScan, first_run
 from ptychodask.reconstruction.lazy import lazy_result

@@ -9,7 +9,8 @@ from typing import Any
 from ptychodask.errors import PtychodaskError
 from ptychodask.models.contract import PatchModel
 from ptychodask.patches import PATCHES, check_patches, create_patches, finish_patches
-from ptychodask.plan import Plan, ReconstructionSpec
+from ptychodask.plan import Plan
+from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.scan import Scan
 from ptychodask.storage.atomic import LEDGER, atomic_folder, is_resumable
 from ptychodask.storage.location import Location, on_disk

@@ -13,7 +13,7 @@ import distributed
 
 from ptychodask.cluster.preflight import preflight_jobs
 from ptychodask.errors import PtychodaskError
-from ptychodask.plan import RegionNotReachedError
+from ptychodask.plan.chunks import RegionNotReachedError
 from ptychodask.reconstruction.ledger import Ledger, check_same
 from ptychodask.reconstruction.live import LivePicture, Screen
 from ptychodask.reconstruction.running import check_workers

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, in_brief
 from ptychodask.html import grey_png
-from ptychodask.plan import Live, Plan
+from ptychodask.plan import Plan
+from ptychodask.plan.spec import Live
 from ptychodask.progress import in_notebook
 from ptychodask.result import Layers
 from ptychodask.storage.atomic import atomic_file

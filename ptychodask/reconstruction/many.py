@@ -9,7 +9,7 @@ from pathlib import Path
 import xarray as xr
 
 from ptychodask.errors import PtychodaskError, in_brief
-from ptychodask.plan import ReconstructionSpec
+from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.storage.location import Location, parse_location
 from ptychodask.storage.s3 import S3Location
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ptychodask.forward import footprint_corners
 from ptychodask.grouping import curve_order, patterns_without
-from ptychodask.plan import Plan, Tile
+from ptychodask.plan import Plan
+from ptychodask.plan.chunks import Tile
 from ptychodask.prediction import PredictionJob, open_source
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.reassembly import Box

@@ -13,7 +13,8 @@ import numpy as np
 
 from ptychodask.cluster import Broadcast, broadcast
 from ptychodask.errors import PtychodaskError
-from ptychodask.plan import Plan, Tile
+from ptychodask.plan import Plan
+from ptychodask.plan.chunks import Tile
 from ptychodask.prediction import Skipped
 from ptychodask.progress import progress_bar
 from ptychodask.reconstruction.ledger import Ledger

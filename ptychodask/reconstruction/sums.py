@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ptychodask.plan import Chunk
+from ptychodask.plan.chunks import Chunk
 from ptychodask.reassembly import (
     Canvas,
 )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ptychodask.cluster import Broadcast
 from ptychodask.grouping import groups_kept
 from ptychodask.patches import StoredPatches
-from ptychodask.plan import Chunk, Tile
+from ptychodask.plan.chunks import Chunk, Tile
 from ptychodask.prediction import PatchBatch, PredictionJob, Skipped, open_reader, predict_groups, stage
 from ptychodask.reassembly import (
     Box,

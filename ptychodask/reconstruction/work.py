@@ -12,7 +12,9 @@ import distributed
 
 from ptychodask.cluster import client_for_run
 from ptychodask.cluster.preflight import preflight_jobs
-from ptychodask.plan import Plan, ReconstructionSpec, Tile
+from ptychodask.plan import Plan
+from ptychodask.plan.chunks import Tile
+from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.prediction import stage
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.reconstruction.live import LivePicture, Screen

@@ -14,7 +14,7 @@ import distributed
 import xarray as xr
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.plan import ReconstructionSpec
+from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.prediction import stage
 from ptychodask.pyramid import write_pyramid
 from ptychodask.reconstruction.following import FollowedScan, growing_identity

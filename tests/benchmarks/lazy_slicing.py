@@ -20,7 +20,8 @@ import numpy as np
 from dask.callbacks import Callback
 
 from ptychodask.grouping import GroupingSpec
-from ptychodask.plan import ReconstructionSpec, plan
+from ptychodask.plan import plan
+from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.reassembly import Box
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Scan

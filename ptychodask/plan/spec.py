@@ -1,0 +1,255 @@
+"""Options of a reconstruction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.errors import PtychodaskError, check_choice
+from ptychodask.grouping import GroupingSpec
+from ptychodask.models.contract import Device
+from ptychodask.models.spec import Precision
+from ptychodask.reassembly import Window
+
+NOWHERE = 2**40
+"""Coordinate outside of every object, pixels."""
+
+
+MIB = 2**20
+
+
+OnError = Literal["raise", "skip"]
+"""Stop at patterns or groups that cannot be used, or leave them out."""
+
+
+Live = bool | str | Path | Callable[[Any], Any] | None
+"""Live picture of a run: True for one in a notebook, the path of a PNG, or a function that receives a Dataset."""
+
+
+NOT_STORED = ("live", "follow", "follow_timeout_s")
+"""Fields of a `ReconstructionSpec` that no result depends on: they set when a run starts and how it is displayed."""
+
+
+LARGEST = {"batch_size": 2**31, "groups_per_chunk": 2**31, "tile": 2**16}
+"""Upper limits of fields: a larger number is a typing error, and a larger tile does not fit into a store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionSpec:
+    """Options of a reconstruction; None means automatic."""
+
+    groups: str | GroupingSpec | None = None
+    """Name of a stored group table, or its spec; by default the stored table with the model's number of members."""
+
+    window: Window | None = None
+    """Weights of a patch; by default "illumination" for one patch per member, "uniform" for one patch per group."""
+
+    crop: int | None = None
+    """Pixels M across the middle of a patch that are used, even; by default N, or 20 for uniform group patches."""
+
+    batch_size: int | None = None
+    """Groups in one call of the network."""
+
+    groups_per_chunk: int | None = None
+    """Consecutive groups predicted by one task."""
+
+    tile: int | None = None
+    """Pixels across one tile of the object."""
+
+    roi: tuple[int, int, int, int] | None = None
+    """Part of the object to reconstruct, (y0, y1, x0, x1) in pixels of the scan coordinates, ends excluded."""
+
+    roi_m: tuple[float, float, float, float] | None = None
+    """The same part in metres: pixels with y0 <= ``y_m`` < y1 and x0 <= ``x_m`` < x1. The scan's pixel size must be
+    known."""
+
+    drop: Sequence[int] | NDArray[np.integer[Any]] = ()
+    """Patterns of the store to leave out, of groups (each group that contains one is left out) and of polishing.
+    Converted to ascending integers."""
+
+    polish: int = 0
+    """Data-consistency sweeps over the patterns that polish the stitched object."""
+
+    precision: Precision = "float32"
+    """Precision of the network's convolutions: "mixed" computes them in bfloat16."""
+
+    device: Device = "any"
+    """Device of the network: "gpu" raises an error if a worker has no GPU."""
+
+    on_error: OnError = "raise"
+    """Handling of unusable patterns and of groups that no worker can predict: "raise" stops and names them, "skip"
+    leaves them out and lists them in the attribute ``skipped``."""
+
+    verify: int = 0
+    """Number of chunks, drawn at random, that a second worker computes too; the run fails if the two differ."""
+
+    split_half: bool = False
+    """Also stitch the even and the odd patterns separately, in the same pass: ``object_half`` and ``weight_half``.
+    By default no group then mixes the two halves."""
+
+    pyramid: bool = False
+    """Add coarser levels to the written result (see `open_result`)."""
+
+    cache: str | Path | None = None
+    """Store of predicted patches (float16): filled by the first run; later runs read it instead of predicting."""
+
+    position_yx_px: NDArray[np.float64] | None = field(default=None, compare=False)
+    """Corrected positions, float64 (pattern, 2) in the order of the store, at which cached patches are stitched."""
+
+    memory_bytes: int = 1024 * MIB
+    """Memory limit of one task, without the network itself; automatic sizes respect it."""
+
+    live: Live = field(default=None, compare=False)
+    """Coarse picture that fills in as tiles finish, updated at most twice a second: True displays it in a notebook, a
+    path names a PNG that is overwritten, a function receives a Dataset."""
+
+    follow: bool = field(default=False, compare=False)
+    """Follow a growing scan: predict its segments as they are appended, until it is finished."""
+
+    follow_timeout_s: float = field(default=600.0, compare=False)
+    """Longest wait for a new segment of a followed scan, seconds; infinity waits forever."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.follow, bool) or not (
+            isinstance(self.follow_timeout_s, Real) and self.follow_timeout_s > 0
+        ):
+            raise PtychodaskError(
+                f"reconstruct: follow is {self.follow!r} with follow_timeout_s={self.follow_timeout_s!r}, expected "
+                "True or False, and a time above 0 seconds"
+            )
+        if not (self.live is None or isinstance(self.live, bool | str | Path) or callable(self.live)):
+            raise PtychodaskError(
+                f"reconstruct: live is {self.live!r}, expected True, the path of a PNG, or a function that receives "
+                "a Dataset"
+            )
+        for name in ("crop", "batch_size", "groups_per_chunk", "tile", "memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, Integral) or value < 1):
+                raise PtychodaskError(f"reconstruct: {name} is {value!r}, expected an integer of at least 1")
+            if value is not None and int(value) > LARGEST.get(name, int(value)):
+                raise PtychodaskError(f"reconstruct: {name} is {value}, expected at most {LARGEST[name]}")
+        if self.crop is not None and self.crop % 2:
+            raise PtychodaskError(f"reconstruct: crop is {self.crop}, expected an even number; pass {self.crop + 1}")
+        if self.window is not None:
+            check_choice("window", self.window, get_args(Window), "reconstruct")
+        if self.groups is not None and not isinstance(self.groups, str | GroupingSpec):
+            raise PtychodaskError(f"reconstruct: groups is {self.groups!r}, expected a name or a GroupingSpec")
+        if self.roi is not None:
+            _check_roi(self.roi)
+        if self.roi_m is not None:
+            _check_roi_m(self.roi_m, self.roi)
+        object.__setattr__(self, "drop", _pattern_indices(self.drop))
+        if not isinstance(self.polish, Integral) or self.polish < 0:
+            raise PtychodaskError(
+                f"reconstruct: polish is {self.polish!r}, expected a number of sweeps, an integer of at least 0"
+            )
+        for name, kind in (("precision", Precision), ("device", Device), ("on_error", OnError)):
+            check_choice(name, getattr(self, name), get_args(kind), "reconstruct")
+        if not isinstance(self.verify, Integral) or self.verify < 0:
+            raise PtychodaskError(
+                f"reconstruct: verify is {self.verify!r}, expected a number of chunks, an integer of at least 0"
+            )
+        if self.polish and self.split_half:
+            raise PtychodaskError(
+                f"reconstruct: polish={self.polish} with split_half=True: sweeps would mix the halves; pass only one"
+            )
+        if self.position_yx_px is not None:
+            object.__setattr__(self, "position_yx_px", _as_positions(self.position_yx_px))
+        if self.position_yx_px is not None and self.cache is None:
+            raise PtychodaskError(
+                "reconstruct: position_yx_px without cache=: the network's input uses the stored positions; pass "
+                "cache= to stitch cached patches, or ingest with the corrected positions"
+            )
+        if self.polish and self.position_yx_px is not None:
+            raise PtychodaskError(
+                f"reconstruct: polish={self.polish} with position_yx_px: sweeps use the stored positions; "
+                "ingest with the corrected ones"
+            )
+        if self.polish and self.roi is not None:
+            raise PtychodaskError(
+                f"reconstruct: polish={self.polish} with roi {self.roi}: patterns at its edge reach beyond it; "
+                "polish the complete object and crop it"
+            )
+
+
+def _pattern_indices(drop: Sequence[int] | NDArray[np.integer[Any]]) -> tuple[int, ...]:
+    indices = np.asarray(drop)
+    if indices.size and (indices.ndim != 1 or indices.dtype.kind not in "iu" or indices.min() < 0):
+        raise PtychodaskError(
+            f"reconstruct: drop has shape {indices.shape} and type {indices.dtype}, "
+            "expected a list of pattern indices, 0 or more"
+        )
+    # Ascending and unique: the ledger compares the field, and two orders of one list are the same run.
+    return tuple(np.unique(indices.astype(np.int64)).tolist())
+
+
+def _as_positions(given: Any) -> NDArray[np.float64]:
+    position = np.asarray(given)
+    if position.dtype.kind not in "iuf":
+        raise PtychodaskError(f"reconstruct: position_yx_px has type {position.dtype}, expected numbers (pattern, 2)")
+    return position.astype(np.float64)
+
+
+def _check_roi(roi: Any) -> None:
+    are_integers = (
+        isinstance(roi, Sequence | np.ndarray) and len(roi) == 4 and all(isinstance(value, Integral) for value in roi)
+    )
+    if not are_integers or roi[0] >= roi[1] or roi[2] >= roi[3]:
+        raise PtychodaskError(f"reconstruct: roi is {roi}, expected integers (y0, y1, x0, x1), y0 < y1 and x0 < x1")
+
+
+def _check_roi_m(roi_m: Any, roi: Any) -> None:
+    if roi is not None:
+        raise PtychodaskError(f"reconstruct: roi {roi} and roi_m {roi_m} both select the region; pass only one")
+    fits = (
+        isinstance(roi_m, Sequence | np.ndarray)
+        and len(roi_m) == 4
+        and all(isinstance(value, Real) and np.isfinite(float(value)) for value in roi_m)
+    )
+    if not fits or roi_m[0] >= roi_m[1] or roi_m[2] >= roi_m[3]:
+        raise PtychodaskError(f"reconstruct: roi_m is {roi_m}, expected metres (y0, y1, x0, x1), y0 < y1 and x0 < x1")
+
+
+def in_pixels(spec: ReconstructionSpec, pixel_size_m: float | None, label: str) -> ReconstructionSpec:
+    """Spec with its region of interest in pixels.
+
+    Parameters
+    ----------
+    spec : ReconstructionSpec
+    pixel_size_m : float or None
+        Size of an object pixel.
+    label : str
+        Name of the scan in messages.
+
+    Raises
+    ------
+    PtychodaskError
+        If the region is in metres and the pixel size is not known, or no pixel's coordinates are inside it.
+
+    Examples
+    --------
+    >>> in_pixels(ReconstructionSpec(roi_m=(0.0, 3e-8, -1.5e-8, 3e-8)), 1e-8, "scan.zarr").roi
+    (0, 3, -1, 3)
+    """
+    if spec.roi_m is None:
+        return spec
+    if pixel_size_m is None:
+        raise PtychodaskError(
+            f"{label}: the pixel size is not known, so roi_m {tuple(spec.roi_m)} cannot be converted; pass roi= in "
+            "pixels, or ingest with pixel_size_m= (--pixel-size-m)"
+        )
+    # Rounded before the ceiling, or the division's error of some 1e-16 would add a row to a region that is an integer
+    # number of pixels. Clipped, so that the conversion to integers cannot overflow.
+    edges = np.round(np.clip(np.array(spec.roi_m, np.float64) / pixel_size_m, -NOWHERE, NOWHERE), 6)
+    y0, y1, x0, x1 = np.ceil(edges).astype(int).tolist()
+    if y0 >= y1 or x0 >= x1:
+        raise PtychodaskError(
+            f"{label}: roi_m {tuple(spec.roi_m)} contains no pixel of {pixel_size_m:g} m; pass a larger region"
+        )
+    return replace(spec, roi=(y0, y1, x0, x1), roi_m=None)
