@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask import models
-from ptychodask.cluster import THREAD_VARIABLES, client_for_run
+from ptychodask.cluster.clients import client_for_run
+from ptychodask.cluster.job import THREAD_VARIABLES
 from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.models.choose import recorded_model, resolve_model
 from ptychodask.models.contract import PatchModel

@@ -14,7 +14,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from ptychodask.cluster import Broadcast, broadcast, client_for_run
+from ptychodask.cluster.broadcast import Broadcast, broadcast
+from ptychodask.cluster.clients import client_for_run
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import footprint_corners, predicted_amplitude
 from ptychodask.grouping import patterns_without

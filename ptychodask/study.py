@@ -22,7 +22,7 @@ import xarray as xr
 from distributed.scheduler import KilledWorker
 from numpy.typing import NDArray
 
-from ptychodask.cluster import active_client, in_process_client
+from ptychodask.cluster.clients import active_client, in_process_client
 from ptychodask.compare import compare, find_truth, truth_on_pixels
 from ptychodask.errors import PtychodaskError, check_choice, with_fields
 from ptychodask.metrics import align_gauge

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ptychodask import cli, prediction
-from ptychodask.cluster import in_process_client
+from ptychodask.cluster.clients import in_process_client
 
 # The compiled libraries would otherwise print their own notes between the tests.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import ptychodask
-from ptychodask.cluster import local_client
+from ptychodask.cluster.clients import local_client
 from ptychodask.errors import PtychodaskError
 from ptychodask.models import ModelSpec, Optics, untrained_model
 

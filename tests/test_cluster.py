@@ -18,10 +18,10 @@ from distributed import Client
 from models_for_tests import LinearModel
 
 from ptychodask import cluster
-from ptychodask.cluster import connected_client, credentials_in, local_client, temporary_credentials, write_credentials
 from ptychodask.cluster import preflight as asking
+from ptychodask.cluster.clients import connected_client, gpu_client, local_client, slurm_client
 from ptychodask.cluster.preflight import preflight, preflight_jobs
-from ptychodask.cluster.started import gpu_client, slurm_client
+from ptychodask.cluster.tls import credentials_in, temporary_credentials, write_credentials
 from ptychodask.errors import PtychodaskError
 from ptychodask.models import ModelSpec, Optics, untrained_model
 from ptychodask.models.bundle import save_model

@@ -29,7 +29,7 @@ from models_for_tests import (
 )
 
 from ptychodask import prediction
-from ptychodask.cluster import QUIET, in_process_client, local_client
+from ptychodask.cluster.clients import QUIET, in_process_client, local_client
 from ptychodask.errors import PtychodaskError
 from ptychodask.io import ingest
 from ptychodask.models import ModelSpec, Optics, untrained_model

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from models_for_tests import LinearModel, SlowModel
 
-from ptychodask.cluster import local_client
+from ptychodask.cluster.clients import local_client
 from ptychodask.errors import PtychodaskError
 from ptychodask.plan import plan
 from ptychodask.plan.chunks import chunk_edges

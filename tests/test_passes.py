@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from models_for_tests import LinearModel
 
-from ptychodask.cluster import LOOPBACK, QUIET
+from ptychodask.cluster.clients import QUIET
+from ptychodask.cluster.job import LOOPBACK
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, groups_kept
 from ptychodask.plan import plan

@@ -10,7 +10,7 @@ import pytest
 from models_for_tests import LinearModel
 
 from ptychodask import polishing
-from ptychodask.cluster import local_client
+from ptychodask.cluster.clients import local_client
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import expected_counts, footprint_corners, r_factor, shift_probe
 from ptychodask.iterative import reconstruct_iterative, refine_probe

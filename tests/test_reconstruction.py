@@ -17,7 +17,8 @@ import xarray as xr
 from models_for_tests import DyingModel, FailingModel, LinearModel, NotFiniteModel
 
 from ptychodask import reconstruction
-from ptychodask.cluster import LOOPBACK, local_client
+from ptychodask.cluster.clients import local_client
+from ptychodask.cluster.job import LOOPBACK
 from ptychodask.errors import PtychodaskError
 from ptychodask.plan import plan
 from ptychodask.reassembly import add_patches, crop_middle, empty_canvas, finish, illumination_window

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from ptychodask.cluster import local_client
+from ptychodask.cluster.clients import local_client
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import crop_at, diffract, r_factor, shift_probe
 from ptychodask.iterative import reconstruct_iterative

@@ -14,9 +14,8 @@ import pytest
 from slurm_for_tests import asked, missing, running_slurm
 
 from ptychodask import cluster
-from ptychodask.cluster import in_process_client
+from ptychodask.cluster.clients import in_process_client, slurm_client
 from ptychodask.cluster.job import JobSpec
-from ptychodask.cluster.started import slurm_client
 from ptychodask.cluster.submission import submit
 from ptychodask.errors import PtychodaskError
 from ptychodask.io import ingest

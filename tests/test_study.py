@@ -16,7 +16,7 @@ import xarray as xr
 from distributed.scheduler import KilledWorker
 
 from ptychodask import study as module
-from ptychodask.cluster import in_process_client
+from ptychodask.cluster.clients import in_process_client
 from ptychodask.compare import compare
 from ptychodask.errors import PtychodaskError
 from ptychodask.plotting import plot_contact_sheet, plot_study

@@ -10,7 +10,8 @@ from distributed import Client
 from models_for_tests import LinearModel
 
 from ptychodask import cluster
-from ptychodask.cluster import connected_client, credentials_in, local_client, temporary_credentials
+from ptychodask.cluster.clients import connected_client, local_client
+from ptychodask.cluster.tls import credentials_in, temporary_credentials
 from ptychodask.errors import PtychodaskError
 from ptychodask.reconstruction import reconstruct
 from ptychodask.simulate import simulate

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ptychodask import demo
-from ptychodask.cluster import in_process_client, local_client
+from ptychodask.cluster.clients import in_process_client, local_client
 from ptychodask.compare import compare
 from ptychodask.reconstruction import reconstruct
 from ptychodask.simulate import simulate

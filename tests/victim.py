@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models_for_tests import LinearModel, SlowModel
 
 from ptychodask.cli import stopping_on_sigterm
-from ptychodask.cluster import connected_client
+from ptychodask.cluster.clients import connected_client
 from ptychodask.errors import PtychodaskError
 from ptychodask.reconstruction import reconstruct, running
 

@@ -179,7 +179,8 @@ def client_for(
     host: str | None = None,
 ) -> AbstractContextManager[Any]:
     """Dask client of new workers or of a running scheduler, else None."""
-    from ptychodask.cluster import connected_client, credentials_in, local_client, temporary_credentials
+    from ptychodask.cluster.clients import connected_client, local_client
+    from ptychodask.cluster.tls import credentials_in, temporary_credentials
 
     if tls and workers is None:
         raise PtychodaskError("--tls: needs --workers; for a running --scheduler use --tls-folder")

@@ -15,10 +15,13 @@ from ptychodask.errors import PtychodaskError, check_choice
 System = Literal["slurm", "pbs"]
 """Batch systems that scripts can be written for."""
 
+
 MIB = 2**20
+
 
 SIGNAL_BEFORE_S = 60
 """Time before the limit of a job at which its run is stopped; finished parts are kept."""
+
 
 MOST_WORKERS = 10_000
 """Upper limit of workers in one job; more is treated as a mistake."""
@@ -207,3 +210,23 @@ def job_folder(spec: JobSpec, default: Path) -> Path:
             "another (--folder)"
         )
     return folder
+
+
+THREADS_PER_WORKER = 2
+"""One thread reads and sums while the other predicts."""
+
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
+"""Environment variables that limit the number of threads of numerical libraries."""
+
+
+WORKER_VARIABLES = {"MALLOC_ARENA_MAX": "2"}
+"""Environment of worker processes: with fewer heaps in the C library, less freed memory stays allocated."""
+
+
+LOOPBACK_HOST = "127.0.0.1"
+"""Default address that clusters listen on: reachable from this machine only."""
+
+
+LOOPBACK = f"{LOOPBACK_HOST}:0"
+"""Address for dashboards: a free port reachable from this machine only; Dask's default is all interfaces."""

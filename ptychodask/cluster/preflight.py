@@ -16,7 +16,7 @@ from typing import Any
 
 import distributed
 
-from ptychodask.cluster import IN_PROCESS
+from ptychodask.cluster.broadcast import IN_PROCESS
 from ptychodask.errors import PtychodaskError, in_brief
 from ptychodask.models.choose import resolve_model
 from ptychodask.models.contract import Device, PatchModel

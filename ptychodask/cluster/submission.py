@@ -10,17 +10,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ptychodask.cluster import (
-    AUTHORITY,
-    CERTIFICATE,
-    KEY,
+from ptychodask.cluster.job import (
     LOOPBACK,
     LOOPBACK_HOST,
+    MIB,
+    SIGNAL_BEFORE_S,
     THREAD_VARIABLES,
     THREADS_PER_WORKER,
     WORKER_VARIABLES,
+    JobSpec,
+    job_folder,
 )
-from ptychodask.cluster.job import MIB, SIGNAL_BEFORE_S, JobSpec, job_folder
+from ptychodask.cluster.tls import AUTHORITY, CERTIFICATE, KEY
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.storage.location import Location, parse_location
 from ptychodask.store import ScanReader
@@ -29,7 +30,7 @@ OPTIONS_OF_JOB = ("--scheduler", "--workers", "--tls", "--tls-folder", "--host")
 """Options of `reconstruct` that the script sets itself."""
 
 JOB_VARIABLES = {
-    # For the reason why the profiler is off see `ptychodask.cluster._local_cluster`.
+    # For the reason why the profiler is off see `ptychodask.cluster.clients._local_cluster`.
     "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
     "DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "warning",
     "TF_CPP_MIN_LOG_LEVEL": "2",

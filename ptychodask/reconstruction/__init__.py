@@ -19,7 +19,7 @@ import distributed
 import numpy as np
 import xarray as xr
 
-from ptychodask.cluster import client_for_run
+from ptychodask.cluster.clients import client_for_run
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.models.choose import absolute_path, resolve_model
 from ptychodask.models.contract import PatchModel

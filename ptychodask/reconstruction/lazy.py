@@ -11,7 +11,7 @@ from dask._task_spec import DataNode, List, Task, TaskRef
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
-from ptychodask.cluster import active_client
+from ptychodask.cluster.clients import active_client
 from ptychodask.plan import Plan
 from ptychodask.reconstruction.running import device_share, workers_of
 from ptychodask.reconstruction.tasks import StitchingJob, predict_chunk, reassemble_tile

@@ -11,7 +11,7 @@ from typing import Any
 import distributed
 import numpy as np
 
-from ptychodask.cluster import Broadcast, broadcast
+from ptychodask.cluster.broadcast import Broadcast, broadcast
 from ptychodask.errors import PtychodaskError
 from ptychodask.plan import Plan
 from ptychodask.plan.chunks import Tile

@@ -12,7 +12,7 @@ import distributed
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.cluster import Broadcast
+from ptychodask.cluster.broadcast import Broadcast
 from ptychodask.grouping import groups_kept
 from ptychodask.patches import StoredPatches
 from ptychodask.plan.chunks import Chunk, Tile

@@ -10,7 +10,7 @@ from typing import Any
 
 import distributed
 
-from ptychodask.cluster import client_for_run
+from ptychodask.cluster.clients import client_for_run
 from ptychodask.cluster.preflight import preflight_jobs
 from ptychodask.plan import Plan
 from ptychodask.plan.chunks import Tile

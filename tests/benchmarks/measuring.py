@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from distributed import Client
 
-from ptychodask.cluster import WORKER_VARIABLES
+from ptychodask.cluster.job import WORKER_VARIABLES
 from ptychodask.scan import Scan
 from ptychodask.simulate import PATHS
 from ptychodask.store.write import write_scan

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ptychodask import models
-from ptychodask.cluster import client_for_run
+from ptychodask.cluster.clients import client_for_run
 from ptychodask.models import ModelSpec, Optics
 from ptychodask.reconstruction import reconstruct
 from tests.benchmarks.measuring import noisy_scan, parser, tell

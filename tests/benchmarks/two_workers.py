@@ -9,7 +9,7 @@ The same workload is measured on one worker, on two, and on one again, each by `
 from __future__ import annotations
 
 from ptychodask.bench import BenchSpec, bench
-from ptychodask.cluster import THREAD_VARIABLES
+from ptychodask.cluster.job import THREAD_VARIABLES
 from tests.benchmarks.measuring import cluster, parser, tell
 
 
