@@ -43,9 +43,9 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.io import read_foreign_result
 from ptychodask.models import ModelSpec, Optics, load_model, untrained_model
 from ptychodask.models.bundle import save_model
-from ptychodask.patches import StoredPatches, check_patches
 from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.ledger import Ledger
+from ptychodask.reconstruction.patch_cache import StoredPatches, check_patches
 from ptychodask.result import open_result
 from ptychodask.store import ScanReader, open_scan
 from ptychodask.store.groups import read_groups, stored_group_names

@@ -217,7 +217,7 @@ def test_several_models_go_without_polishing(store):
 def test_a_worker_with_too_little_memory_is_named_before_the_first_task(store, client, monkeypatch):
     model = LinearModel()
     monkeypatch.setattr(
-        "ptychodask.reconstruction.running.workers_of",
+        "ptychodask.reconstruction.scheduler.workers_of",
         lambda client: {"tcp://x": {"name": "small", "memory_limit": 2**20, "nthreads": 2, "resources": {}}},
     )
     with pytest.raises(PtychodaskError, match=r"worker small may use 1 MiB, its 2 threads need .*pass memory_bytes="):

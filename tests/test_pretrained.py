@@ -25,7 +25,7 @@ from ptychodask.models.training_range import (
 from ptychodask.plan import plan
 from ptychodask.prediction import ModelReference
 from ptychodask.reconstruction import reconstruct
-from ptychodask.reconstruction.work import identity
+from ptychodask.reconstruction.run import identity
 from ptychodask.report import write_report
 from ptychodask.simulate import simulate
 from ptychodask.store import ScanReader, open_scan

@@ -28,9 +28,9 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.io import hdf5_stream, ingest, npy_stream, read_foreign_result
 from ptychodask.models import ModelSpec, Optics, load_model, untrained_model
 from ptychodask.models.bundle import save_model
-from ptychodask.patches import StoredPatches, create_patches
 from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.ledger import Ledger
+from ptychodask.reconstruction.patch_cache import StoredPatches, create_patches
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
 from ptychodask.storage.atomic import LEDGER

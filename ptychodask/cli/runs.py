@@ -199,7 +199,7 @@ def reconstruct(
         import ptychodask.models.model  # noqa: F401
         from ptychodask.plotting import check_figure_path
         from ptychodask.reconstruction import FailedScansError, reconstruct
-        from ptychodask.reconstruction.many import result_path
+        from ptychodask.reconstruction.batch import result_path
     options = given(
         groups=groups,
         window=window,

@@ -27,15 +27,15 @@ from ptychodask.models.training_range import unlike_training
 from ptychodask.plan import Plan, plan_for, plan_together, prediction_job
 from ptychodask.plan.chunks import RESULT_PIXEL_BYTES, Tile
 from ptychodask.plan.spec import MIB, NOT_STORED, ReconstructionSpec, in_pixels
-from ptychodask.reconstruction.caching import patch_cache
-from ptychodask.reconstruction.following import FollowedScan, first_run
+from ptychodask.reconstruction.batch import FailedScansError, reconstruct_each
+from ptychodask.reconstruction.follow import FollowedScan, first_run
 from ptychodask.reconstruction.lazy import lazy_result
 from ptychodask.reconstruction.live import screen_for
-from ptychodask.reconstruction.many import FailedScansError, reconstruct_each
+from ptychodask.reconstruction.patch_cache import patch_cache
+from ptychodask.reconstruction.run import Run, rates, run_reconstruction
 from ptychodask.reconstruction.stitching import start_yx
 from ptychodask.reconstruction.tasks import MethodJob, StitchingJob, TileReport
-from ptychodask.reconstruction.work import Run, rates, run_reconstruction
-from ptychodask.reconstruction.written import write_result
+from ptychodask.reconstruction.to_store import write_result
 from ptychodask.result import Layers, TileArrays, make_dataset
 from ptychodask.scan import Scan
 from ptychodask.storage.atomic import is_resumable

@@ -13,7 +13,7 @@ from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
 from ptychodask.cluster.clients import active_client
 from ptychodask.plan import Plan
-from ptychodask.reconstruction.running import device_share, workers_of
+from ptychodask.reconstruction.scheduler import device_share, workers_of
 from ptychodask.reconstruction.tasks import StitchingJob, predict_chunk, reassemble_tile
 from ptychodask.result import make_dataset
 

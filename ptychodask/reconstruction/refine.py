@@ -20,7 +20,7 @@ from ptychodask.prediction import PredictionJob, open_source
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.reassembly import Box
 from ptychodask.reconstruction.live import LivePicture
-from ptychodask.reconstruction.running import Scheduler, TaskGraph, check_done
+from ptychodask.reconstruction.scheduler import Scheduler, TaskGraph, check_done
 from ptychodask.reconstruction.stitching import Stitching, start_yx
 from ptychodask.reconstruction.tasks import TileReport, deliver_polished, stored_tile
 from ptychodask.refinement.polishing import (

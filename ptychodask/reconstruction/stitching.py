@@ -19,7 +19,7 @@ from ptychodask.prediction import Skipped
 from ptychodask.progress import progress_bar
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.reconstruction.live import LivePicture
-from ptychodask.reconstruction.running import Finished, Scheduler, TaskGraph
+from ptychodask.reconstruction.scheduler import Finished, Scheduler, TaskGraph
 from ptychodask.reconstruction.sums import sums_are_intact, sums_files
 from ptychodask.reconstruction.tasks import (
     ChunkReport,

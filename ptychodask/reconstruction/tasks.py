@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from ptychodask.cluster.broadcast import Broadcast
 from ptychodask.grouping import groups_kept
-from ptychodask.patches import StoredPatches
 from ptychodask.plan.chunks import Chunk, Tile
 from ptychodask.prediction import PatchBatch, PredictionJob, Skipped, open_reader, predict_groups, stage
 from ptychodask.reassembly import (
@@ -29,6 +28,7 @@ from ptychodask.reassembly import (
     merge,
 )
 from ptychodask.reconstruction.live import CoarsePart, coarse_part
+from ptychodask.reconstruction.patch_cache import StoredPatches
 from ptychodask.reconstruction.sums import checksum, open_canvas, save_canvas, sums_files
 from ptychodask.refinement.polishing import seen_part
 from ptychodask.result import VARIABLES, Layers, TileArrays, read_tile, write_tile

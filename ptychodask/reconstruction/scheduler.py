@@ -29,34 +29,45 @@ from ptychodask.progress import Progress
 
 logger = logging.getLogger(__name__)
 
+
 DEVICE_SHARE = 0.5
 """Part of a worker's `GPU` that a predict task asks for: two overlap, one reading while the other predicts."""
+
 
 WRITERS_WAIT_S = 60
 """Longest time that a run which ends early waits for tiles that are being written."""
 
+
 IN_FLIGHT_PER_THREAD = 3
 """Chunks in flight for each thread: one running, one ready to start, one whose end the client has yet to learn of."""
+
 
 IN_FLIGHT_AT_LEAST = 4
 """Chunks in flight at least, however few threads there are yet."""
 
+
 WORKERS_POLL_S = 1.0
 """Time between two looks at the list of workers: some join late, some leave."""
+
 
 WAKE_S = 0.1
 """Longest time that the client sleeps while it waits for results."""
 
+
 TRIES = 2
 """Attempts at a failing task with the same arguments; the disk or device of a worker may be at fault."""
+
 
 STRAGGLER_S = 60.0
 """A task in flight longer than this, and `STRAGGLER_TIMES` the slowest finished one, is also run on a second worker."""
 
+
 STRAGGLER_TIMES = 4.0
+
 
 NO_WORKER_S = 30.0
 """Time without any worker after which a warning is logged."""
+
 
 PERMANENT_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 """Disk errors that another attempt would meet again; `atomic_folder` gives their message."""

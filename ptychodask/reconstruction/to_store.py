@@ -17,18 +17,20 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.prediction import stage
 from ptychodask.pyramid import write_pyramid
-from ptychodask.reconstruction.following import FollowedScan, growing_identity
+from ptychodask.reconstruction.follow import FollowedScan, growing_identity
 from ptychodask.reconstruction.ledger import Ledger, check_same, differences
 from ptychodask.reconstruction.live import Screen, screen_for
-from ptychodask.reconstruction.work import Run, RunFolders, identity, rates, run_reconstruction
+from ptychodask.reconstruction.run import Run, RunFolders, identity, rates, run_reconstruction
 from ptychodask.result import PYRAMID, RESULT, create_result, finish_result, open_result
 from ptychodask.storage.atomic import Writing, atomic_store, is_complete, is_resumable
 from ptychodask.storage.location import Location, remove
 
 logger = logging.getLogger(__name__)
 
+
 SUMS_FOLDER = "sums"
 """Folder of the sums of chunks, beside a result that is being written."""
+
 
 STITCHED_FOLDER = "stitched"
 """Store of the tiles that are still to be polished, beside a result that is being written."""

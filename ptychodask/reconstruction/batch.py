@@ -15,6 +15,7 @@ from ptychodask.storage.s3 import S3Location
 
 logger = logging.getLogger(__name__)
 
+
 SINGLE_SCAN_FIELDS = ("cache", "position_yx_px", "drop")
 """Fields of a spec that refer to the patterns of one scan."""
 

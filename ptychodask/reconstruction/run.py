@@ -19,7 +19,7 @@ from ptychodask.prediction import stage
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.reconstruction.live import LivePicture, Screen
 from ptychodask.reconstruction.refine import Polishing, stitch_on_workers, tiles_from_disk
-from ptychodask.reconstruction.running import check_workers
+from ptychodask.reconstruction.scheduler import check_workers
 from ptychodask.reconstruction.stitching import Stitching, StitchingReport, broadcast_job
 from ptychodask.reconstruction.tasks import StitchingJob, TileReport
 from ptychodask.scan import Scan

@@ -16,15 +16,17 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.plan.chunks import RegionNotReachedError
 from ptychodask.reconstruction.ledger import Ledger, check_same
 from ptychodask.reconstruction.live import LivePicture, Screen
-from ptychodask.reconstruction.running import check_workers
+from ptychodask.reconstruction.run import Run, identity
+from ptychodask.reconstruction.scheduler import check_workers
 from ptychodask.reconstruction.stitching import Stitching, broadcast_job
-from ptychodask.reconstruction.work import Run, identity
 from ptychodask.store.append import growth
 
 logger = logging.getLogger(__name__)
 
+
 POLL_S = 1.0
 """Time between two looks at a store for a new segment."""
+
 
 COMMON_PLAN_FIELDS = ("groups", "window", "crop", "batch_size", "groups_per_chunk")
 """Plan fields that stay the same while a scan grows, so that sums of early chunks stay valid."""
