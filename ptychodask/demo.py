@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ptychodask.compare import compare, to_markdown
 from ptychodask.errors import PtychodaskError
 from ptychodask.io import ingest
-from ptychodask.plotting import plot, plot_comparison
+from ptychodask.judging.compare import compare
+from ptychodask.judging.plotting import plot, plot_comparison
+from ptychodask.judging.tables import to_markdown
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Scan
 from ptychodask.simulate import simulate

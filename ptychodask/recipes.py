@@ -22,7 +22,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from ptychodask.compare import compare
+from ptychodask.judging.compare import compare
 from ptychodask.models import Model, save_model, untrained_model
 from ptychodask.models.pretrained import CARD
 from ptychodask.models.training_range import QUANTITIES

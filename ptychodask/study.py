@@ -23,13 +23,13 @@ from distributed.scheduler import KilledWorker
 from numpy.typing import NDArray
 
 from ptychodask.cluster.clients import active_client, in_process_client
-from ptychodask.compare import compare, find_truth, truth_on_pixels
 from ptychodask.errors import PtychodaskError, check_choice, with_fields
-from ptychodask.metrics import align_gauge
+from ptychodask.judging.compare import compare, find_truth, truth_on_pixels
+from ptychodask.judging.metrics import align_gauge
+from ptychodask.judging.plotting import WELL_LIT, plot_contact_sheet, plot_study
 from ptychodask.models import ModelSpec, load_model
 from ptychodask.models.spec import Kind
 from ptychodask.plan.spec import ReconstructionSpec
-from ptychodask.plotting import WELL_LIT, plot_contact_sheet, plot_study
 from ptychodask.probes import probe_diameter_px
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.reconstruction import reconstruct

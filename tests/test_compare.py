@@ -9,21 +9,20 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from ptychodask.compare import (
+from ptychodask.errors import PtychodaskError
+from ptychodask.forward import r_factor, shift_probe
+from ptychodask.io import ForeignResult
+from ptychodask.judging.compare import (
     METRICS,
     align,
     compare,
     patterns_inside,
     r_factors,
     results_by_label,
-    to_csv,
-    to_markdown,
     truth_on_pixels,
 )
-from ptychodask.errors import PtychodaskError
-from ptychodask.forward import r_factor, shift_probe
-from ptychodask.io import ForeignResult
-from ptychodask.metrics import frc, half_bit
+from ptychodask.judging.metrics import frc, half_bit
+from ptychodask.judging.tables import to_csv, to_markdown
 from ptychodask.result import make_dataset
 from ptychodask.scan import Truth
 from ptychodask.simulate import crossing_lines, random_field, simulate

@@ -10,7 +10,7 @@ from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structu
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import diffract
-from ptychodask.metrics import (
+from ptychodask.judging.metrics import (
     PTYCHOPINN_PEAK,
     align_gauge,
     amplitude_ratio,

@@ -21,11 +21,11 @@ from ptychodask import places
 from ptychodask.errors import PtychodaskError
 from ptychodask.export import export
 from ptychodask.grouping import GroupingSpec
+from ptychodask.judging.report import write_report
 from ptychodask.models.bundle import load_model
 from ptychodask.plan import plan
 from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.ledger import Ledger
-from ptychodask.report import write_report
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
 from ptychodask.storage.atomic import LEDGER

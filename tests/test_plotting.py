@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from ptychodask.compare import compare
 from ptychodask.errors import PtychodaskError
-from ptychodask.metrics import frc
-from ptychodask.plotting import (
+from ptychodask.judging.compare import compare
+from ptychodask.judging.metrics import frc
+from ptychodask.judging.plotting import (
     UNSEEN_COLOUR,
     complex_colours,
     length_label,
@@ -27,7 +27,7 @@ from ptychodask.plotting import (
     plot_split_half,
     worst_patterns,
 )
-from ptychodask.resolution import resolution
+from ptychodask.judging.resolution import resolution
 from ptychodask.result import make_dataset
 from ptychodask.scan import Truth
 
@@ -96,7 +96,7 @@ def test_wide_phases_are_shown_on_a_cyclic_map():
 
 
 def test_large_objects_are_thinned(monkeypatch, object_):
-    monkeypatch.setattr("ptychodask.plotting.LARGEST_PIXELS", 20)
+    monkeypatch.setattr("ptychodask.judging.plotting.LARGEST_PIXELS", 20)
     image = plot(result(object_)).axes[0].images[0]
     assert image.get_array().shape == (14, 20)
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ptychodask import prediction
-from ptychodask.compare import compare
 from ptychodask.errors import PtychodaskError
+from ptychodask.judging.compare import compare
+from ptychodask.judging.report import write_report
 from ptychodask.models import load_model
 from ptychodask.models import recipes as models_recipes
 from ptychodask.models.choose import resolve_model
@@ -26,7 +27,6 @@ from ptychodask.plan import plan
 from ptychodask.prediction import ModelReference
 from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.run import identity
-from ptychodask.report import write_report
 from ptychodask.simulate import simulate
 from ptychodask.store import ScanReader, open_scan
 from ptychodask.training import train

@@ -15,7 +15,7 @@ from models_for_tests import LinearModel
 from ptychodask.errors import PtychodaskError
 from ptychodask.models import Model, ModelSpec, Optics
 from ptychodask.models.networks import build_network
-from ptychodask.ptychodus import reconstructor_library, scan_of
+from ptychodask.ptychodus_plugin import reconstructor_library, scan_of
 from ptychodask.reconstruction import reconstruct
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan

@@ -9,11 +9,11 @@ import pytest
 from scipy.ndimage import map_coordinates
 from scipy.optimize import minimize
 
-from ptychodask.compare import compare
 from ptychodask.forward import r_factor
 from ptychodask.io import ingest
 from ptychodask.iterative import reconstruct_iterative, refine_probe
-from ptychodask.metrics import contrast_radius, spoke_contrast
+from ptychodask.judging.compare import compare
+from ptychodask.judging.metrics import contrast_radius, spoke_contrast
 from ptychodask.models import ModelSpec, Optics
 from ptychodask.models.untrained import untrained_model
 from ptychodask.reconstruction import reconstruct

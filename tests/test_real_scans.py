@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from ptychodask.compare import compare
 from ptychodask.forward import r_factor
-from ptychodask.metrics import patch_r_factor
+from ptychodask.judging.compare import compare
+from ptychodask.judging.metrics import patch_r_factor
 from ptychodask.models import load_model
 from ptychodask.probes import illuminated_radius_px
 from ptychodask.result import open_result

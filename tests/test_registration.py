@@ -7,7 +7,7 @@ import pytest
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import shift_probe
-from ptychodask.registration import find_corner, on_whole_pixels, seen_box
+from ptychodask.judging.registration import find_corner, on_whole_pixels, seen_box
 from ptychodask.simulate import crossing_lines, random_field, siemens_star
 
 NAN = np.complex64(complex(np.nan, np.nan))

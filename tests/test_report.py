@@ -16,7 +16,8 @@ import xarray as xr
 from ptychodask import cli
 from ptychodask.errors import PtychodaskError
 from ptychodask.iterative import reconstruct_iterative
-from ptychodask.report import check_report_path, write_report
+from ptychodask.judging.report import write_report
+from ptychodask.judging.report.content import check_report_path
 from ptychodask.result import make_dataset
 from ptychodask.scan import Truth
 from ptychodask.simulate import simulate

@@ -7,7 +7,7 @@ import pytest
 import scipy.ndimage
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.resolution import resolution
+from ptychodask.judging.resolution import resolution
 from ptychodask.result import Layers, make_dataset
 
 SIDE = 192

@@ -17,9 +17,9 @@ from distributed.scheduler import KilledWorker
 
 from ptychodask import study as module
 from ptychodask.cluster.clients import in_process_client
-from ptychodask.compare import compare
 from ptychodask.errors import PtychodaskError
-from ptychodask.plotting import plot_contact_sheet, plot_study
+from ptychodask.judging.compare import compare
+from ptychodask.judging.plotting import plot_contact_sheet, plot_study
 from ptychodask.probes import probe_diameter_px
 from ptychodask.simulate import scaled_probe, simulate
 from ptychodask.study import StudySpec, cells_of, read_study, run_study, steps_px, to_markdown

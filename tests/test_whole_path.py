@@ -7,7 +7,7 @@ import pytest
 
 from ptychodask import demo
 from ptychodask.cluster.clients import in_process_client, local_client
-from ptychodask.compare import compare
+from ptychodask.judging.compare import compare
 from ptychodask.reconstruction import reconstruct
 from ptychodask.simulate import simulate
 from ptychodask.training import train

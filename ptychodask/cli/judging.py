@@ -64,8 +64,9 @@ def compare(
     Files from Tike, pty-chi and Ptychodus can be read. For one result and no
     true object, only R is computed: how well the result fits the patterns.
     """
-    from ptychodask.compare import align, compare, patterns_inside, r_factors, results_by_label, to_csv, to_markdown
-    from ptychodask.plotting import check_figure_path, plot_comparison
+    from ptychodask.judging.compare import align, compare, patterns_inside, r_factors, results_by_label
+    from ptychodask.judging.plotting import check_figure_path, plot_comparison
+    from ptychodask.judging.tables import to_csv, to_markdown
     from ptychodask.store import open_scan
 
     if png is not None:
@@ -114,8 +115,8 @@ def residuals(
 
     Example: ptychodask residuals scan.object.zarr scan.zarr --png residuals.png --save-outliers bad.npy
     """
-    from ptychodask.plotting import RESIDUALS, check_figure_path, plot_residuals
-    from ptychodask.residuals import outliers, residuals
+    from ptychodask.judging.plotting import RESIDUALS, check_figure_path, plot_residuals
+    from ptychodask.judging.residuals import outliers, residuals
 
     check_one_cluster("residuals", workers, scheduler)
     if png is not None:
@@ -186,7 +187,7 @@ def report(
 
     Example: ptychodask report pinn.object.zarr --scan scan.zarr --compare baseline.object.zarr
     """
-    from ptychodask.report import write_report
+    from ptychodask.judging.report import write_report
 
     ((label, source),) = _labelled([result], None)
     out = beside(named(Path(source)), f"{Path(source).name.removesuffix('.zarr')}.html") if out is None else out

@@ -197,7 +197,7 @@ def reconstruct(
     check_one_cluster("reconstruct", workers, scheduler)
     with quiet_stderr():
         import ptychodask.models.model  # noqa: F401
-        from ptychodask.plotting import check_figure_path
+        from ptychodask.judging.plotting import check_figure_path
         from ptychodask.reconstruction import FailedScansError, reconstruct
         from ptychodask.reconstruction.batch import result_path
     options = given(
@@ -253,7 +253,7 @@ def _figure_beside(result: Any) -> Path:
 
 def _draw(result: Any, out: Any, png: Path) -> None:
     """Draw a result and print a summary line."""
-    from ptychodask.plotting import plot, plot_comparison
+    from ptychodask.judging.plotting import plot, plot_comparison
 
     if "method" in result.dims:
         plot_comparison({label: result.sel({"method": label}) for label in result["method"].values}, path=png)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ptychodask.export.content import Content
-from ptychodask.plotting import DOTS_PER_INCH, plot
+from ptychodask.judging.plotting import DOTS_PER_INCH, plot
 from ptychodask.progress import Progress
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ptychodask.inspection.arrays import ArrayNote
 from ptychodask.inspection.evidence import Certainty
 from ptychodask.io.recipe import as_yaml
-from ptychodask.plotting import plot_patterns
+from ptychodask.judging.plotting import plot_patterns
 
 WIDTH = 110
 """Characters in a line of text."""

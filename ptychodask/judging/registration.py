@@ -14,28 +14,35 @@ from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filte
 from skimage.registration import phase_cross_correlation
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.metrics import align_gauge
+from ptychodask.judging.metrics import align_gauge
 
 UPSAMPLING = 100
 """Subdivisions of a pixel: shifts have a resolution of 1/100 pixel."""
 
+
 MOST_STEPS = 5
 """Maximum iterations, each of which shifts the object by the previous estimate."""
+
 
 LARGEST_LAST_STEP_PX = 0.5
 """Largest change of the shift at the last step for which it counts as converged."""
 
+
 LEAST_AGREEMENT = 0.2
 """Minimum correlation of matching complex objects, with gauge and means removed."""
+
 
 LEAST_OVERLAP = 0.3
 """Minimum overlap, as a fraction of the seen pixels of the smaller object."""
 
+
 SMOOTHING_PX = 2.0
 """Standard deviation of the Gaussian smoothing before edge detection."""
 
+
 ROUNDING_PX = 1e-4
 """Corners are rounded to this, since metres divided by a pixel size are not exact integers."""
+
 
 Complex = NDArray[np.complexfloating[Any, Any]]
 

@@ -27,17 +27,22 @@ from ptychodask.store import open_scan
 
 logger = logging.getLogger(__name__)
 
+
 MIN_SEEN_LIGHT = 0.99
 """Minimum fraction of the probe intensity on seen pixels for a pattern to get residuals."""
+
 
 PART_PIXELS = 2**22
 """Maximum detector pixels that one task reads."""
 
+
 PARTS_AT_LEAST = 16
 """Minimum number of tasks of a scan, if it has as many patterns."""
 
+
 OUTLIER_MAD = 8.0
 """Standard deviations above the median R beyond which a pattern is an outlier."""
+
 
 MAD_TO_SIGMA = 1.4826
 """Ratio of standard deviation to median absolute deviation of a normal distribution."""

@@ -39,23 +39,30 @@ __all__ = [
     "ssim",
 ]
 
+
 PTYCHOPINN_PEAK = 255.0
 """PSNR peak used in PtychoPINN's tables, regardless of the unit of the object."""
+
 
 SSIM_WINDOW = 7
 """Pixels across the uniform window of `ssim`."""
 
+
 MS_SSIM_EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Exponent of each scale of `ms_ssim`, finest first (Wang et al. 2003, section 3.2)."""
+
 
 MS_SSIM_SIGMA = 1.5
 """Standard deviation, pixels, of the Gaussian window of `ms_ssim`."""
 
+
 MS_SSIM_WINDOW = 11
 """Pixels across the Gaussian window of `ms_ssim`, which is truncated there."""
 
+
 SSIM_CONSTANTS = (0.01, 0.03)
 """K1 and K2 of the structural similarity (Wang et al. 2004, section III.B)."""
+
 
 ZOOM_STEPS = 10
 """Refinements of the search for a phase ramp; each reduces the step four times."""

@@ -16,46 +16,58 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from ptychodask.compare import find_truth, truth_on_pixels
 from ptychodask.errors import PtychodaskError
-from ptychodask.metrics import align_gauge, frc, half_bit
+from ptychodask.judging.compare import find_truth, truth_on_pixels
+from ptychodask.judging.metrics import align_gauge, frc, half_bit
 from ptychodask.scan import Scan, Truth
 
 LIMIT_PERCENTILES = (1.0, 99.0)
 """Percentiles of the well-lit pixels at the ends of a colour scale."""
 
+
 LARGEST_PIXELS = 2048
 """Maximum pixels along one side of a picture; larger objects are subsampled."""
+
 
 DOTS_PER_INCH = 120
 """Resolution of figures written to a file."""
 
+
 UNSEEN_COLOUR = "lightsteelblue"
 """Colour of unseen pixels (covered by no patch)."""
+
 
 WELL_LIT = 0.1
 """Minimum weight, relative to the median, of pixels that set colour scales; excludes the scan's edge."""
 
+
 CONTOURS: dict[float, Literal["dashed", "solid"]] = {WELL_LIT: "dashed", 0.5: "solid"}
 """Contour levels of the weight, relative to the median, and their line styles."""
+
 
 RESIDUALS = {"r_factor": "R-factor", "poisson_deviance": "Poisson deviance"}
 """Residuals per pattern that are drawn, and their titles."""
 
+
 LONGEST_LABEL = 24
 """Maximum characters of a result's label in a figure."""
+
 
 WORST_NAMED = 10
 """Number of patterns with the highest residuals that a figure marks."""
 
+
 WIDEST_LINEAR = 10.0
 """Ratio of highest to median residual above which the scale is logarithmic; R of a dark frame may be 100."""
+
 
 PATTERN_DECADES = 1e6
 """Dynamic range of figures of patterns, brightest over darkest value."""
 
+
 MOST_POSITIONS = 20_000
 """Maximum positions in a figure; more are subsampled."""
+
 
 FINEST_PX = 2.0
 """Finest possible resolution, a full period in pixels."""

@@ -11,11 +11,12 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, check_choice
-from ptychodask.metrics import crossing, frc, half_bit
+from ptychodask.judging.metrics import crossing, frc, half_bit
 from ptychodask.result import open_result
 
 Criterion = Literal["1/7", "half-bit", "1/2"]
 """Threshold of the ring correlation of halves that defines the resolution."""
+
 
 THRESHOLDS: dict[Criterion, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
     "1/7": lambda frequency: np.full_like(frequency, 1 / 7),
@@ -23,14 +24,18 @@ THRESHOLDS: dict[Criterion, Callable[[NDArray[np.float64]], NDArray[np.float64]]
     "1/2": lambda frequency: np.full_like(frequency, 1 / 2),
 }
 
+
 WINDOWS_ACROSS = 64
 """Approximate maximum number of windows along the longer side for an automatic step."""
+
 
 LARGEST_SQUARE = 4096
 """Maximum pixels across the central square used for the global correlation."""
 
+
 SEEN_SHARE = 0.9
 """Minimum fraction of a window's pixels that are well lit in both halves."""
+
 
 LIT_SHARE = 0.1
 """Minimum weight of a well-lit pixel, as a fraction of the median weight."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from scipy.signal import fftconvolve
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import footprint_corners
 from ptychodask.io import ForeignResult, read_foreign_result
-from ptychodask.metrics import (
+from ptychodask.judging.metrics import (
     PTYCHOPINN_PEAK,
     Gauge,
     align_gauge,
@@ -33,7 +31,7 @@ from ptychodask.metrics import (
     r_factor,
     ssim,
 )
-from ptychodask.registration import find_corner, on_whole_pixels, seen_box
+from ptychodask.judging.registration import find_corner, on_whole_pixels, seen_box
 from ptychodask.result import make_dataset, open_result, recorded
 from ptychodask.scan import Scan, Truth
 from ptychodask.storage.location import parse_location
@@ -42,29 +40,38 @@ from ptychodask.store import open_scan
 
 logger = logging.getLogger(__name__)
 
+
 METRICS = ("correlation", "ratio", "mae", "mse", "psnr", "ssim", "ms_ssim", "frc50", "frc_half_bit", "frc_1_7")
 """Metrics of each part of an object; `ratio` is for amplitudes only, the last three are in cycles per pixel."""
+
 
 PARTS = ("amplitude", "phase")
 """Parts of an object that have separate metrics."""
 
+
 METHOD_OF_KIND = {"pinn": "PtychoPINN", "baseline": "Baseline"}
 """Method name of a result, by the recorded kind of its model."""
+
 
 METHOD_OF_PROGRAM = {"pty-chi": "PtyChi"}
 """Method name of a result of another program, by the program named in its file."""
 
+
 MIN_SEEN_LIGHT = 0.99
 """Minimum fraction of the probe intensity on seen pixels for a pattern to count in R."""
+
 
 LEAST_PIXELS = 8
 """Minimum pixels along each side of the area on which results are compared."""
 
+
 PIXEL_TOLERANCE = 1e-3
 """Maximum relative difference of pixel sizes between compared results."""
 
+
 FURTHEST_PX = 2**31
 """Maximum distance, pixels, of a result from the origin of the scan coordinates."""
+
 
 Result = xr.Dataset | ForeignResult | str | Path
 
@@ -660,85 +667,3 @@ def _with_differences(comparison: xr.Dataset, baseline: str) -> xr.Dataset:
     )
     comparison.attrs["baseline"] = baseline
     return comparison
-
-
-def to_markdown(comparison: xr.Dataset) -> str:
-    """Comparison as Markdown, a row per method and part, with a caption.
-
-    Parameters
-    ----------
-    comparison : xarray.Dataset
-        From `compare`.
-
-    Returns
-    -------
-    str
-        One table, and a second one of signed differences if there is a baseline.
-    """
-    text = _table(comparison, "value", "{:.4g}")
-    if "difference" in comparison:
-        text += f"\nDifference from {comparison.attrs['baseline']}:\n\n" + _table(comparison, "difference", "{:+.3g}")
-    return f"{text}\n{_caption(comparison)}\n"
-
-
-def _table(comparison: xr.Dataset, variable: str, number_format: str) -> str:
-    header, *rows = _rows(comparison, variable)
-    body = [[*row[:2], *("" if np.isnan(value) else number_format.format(value) for value in row[2:])] for row in rows]
-    lines = [header, ["---", "---", *("---:" for _ in header[2:])], *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _rows(comparison: xr.Dataset, variable: str) -> list[list[Any]]:
-    """Header and rows: method, part, metrics, and R beside ``value``."""
-    with_r = variable == "value" and "r_factor" in comparison
-    rows: list[list[Any]] = [["method", "part", *comparison["metric"].values, *(["r_factor"] if with_r else [])]]
-    for method in comparison["method"].values:
-        for part in comparison["part"].values:
-            values = comparison[variable].loc[method, part].values.tolist()
-            rows.append([method, part, *values, *([float(comparison["r_factor"].loc[method])] if with_r else [])])
-    return rows
-
-
-def _caption(comparison: xr.Dataset) -> str:
-    peak, span = (dict(zip(PARTS, comparison[name].values, strict=True)) for name in ("peak", "data_range"))
-    moved = [
-        f"{method} by ({shift[0]:+.2f}, {shift[1]:+.2f})"
-        for method, shift in zip(comparison["method"].values, comparison["shift_px"].values, strict=True)
-        if shift.any()
-    ]
-    return (
-        f"Reference: {comparison.attrs['reference']}, on {comparison.attrs['seen_pixels']} common pixels; "
-        f"{', '.join(comparison.attrs['gauge_removed'])} removed; "
-        f"PSNR in dB with peak {peak['amplitude']:.4g} (amplitude) and {peak['phase']:.4g} (phase); "
-        f"SSIM with range {span['amplitude']:.4g} (amplitude) and {span['phase']:.4g} (phase); "
-        "FRC crossings in cycles per pixel."
-        + (f" R over {comparison.attrs['r_patterns']} patterns." if "r_factor" in comparison else "")
-        + (f" Registered by a shift (y, x) in pixels: {', '.join(moved)}." if moved else "")
-        + (f" {warning}" if (warning := other_data(comparison)) else "")
-    )
-
-
-def to_csv(comparison: xr.Dataset) -> str:
-    """Comparison as CSV with all digits, a row per method and part.
-
-    Parameters
-    ----------
-    comparison : xarray.Dataset
-        From `compare`.
-
-    Returns
-    -------
-    str
-        Columns: method, part, the metrics, r_factor with a scan, and ``<metric>_less_<baseline>`` with a
-        baseline; a NaN is an empty cell.
-    """
-    header, *rows = _rows(comparison, "value")
-    if "difference" in comparison:
-        names, *differences = _rows(comparison, "difference")
-        header = [*header, *(f"{name}_less_{comparison.attrs['baseline']}" for name in names[2:])]
-        rows = [[*row, *more[2:]] for row, more in zip(rows, differences, strict=True)]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([["" if value != value else value for value in row] for row in rows])
-    return text.getvalue()

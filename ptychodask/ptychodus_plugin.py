@@ -34,14 +34,18 @@ from ptychodask.training import train
 
 logger = logging.getLogger(__name__)
 
+
 MODULES = ("geometry", "object", "probe", "product", "reconstruct")
 """Modules of ``ptychodus.api`` that are imported."""
+
 
 NEEDED = ("LossValue", "Object", "ObjectCenter", "ProbeSequence", "ReconstructOutput", "ReconstructorLibrary",
           "TrainableReconstructor", "TrainOutput")  # fmt: skip
 """Names from these modules that are used; older versions of Ptychodus lack some of them."""
 
+
 NAME = "ptychodask"
+
 
 MODEL_SUFFIX = ".model"
 """Suffix of a model bundle, which is a folder."""

@@ -1,0 +1,1 @@
+"""Judging of results: metrics, comparison, residuals, resolution, figures, reports."""

@@ -1,0 +1,317 @@
+"""The HTML page of a report."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+from ptychodask.html import Markup, tag
+from ptychodask.judging.compare import other_data
+from ptychodask.judging.plotting import (
+    plot,
+    plot_comparison,
+    plot_complex,
+    plot_residuals,
+    plot_split_half,
+    worst_patterns,
+)
+from ptychodask.judging.report.content import GENERATOR, Content
+from ptychodask.judging.report.methods_text import _listed, methods_text, number
+from ptychodask.judging.residuals import OUTLIER_MAD, outliers
+from ptychodask.judging.resolution import resolution
+from ptychodask.result import recorded
+
+FIGURE_WIDTH_PX = 1400
+"""Width of an embedded figure, pixels."""
+
+
+RESOLUTION_WINDOW_PX = 64
+"""Pixels across a window of the local resolution map; less for a smaller object."""
+
+
+LONGEST_LIST = 20
+"""Maximum entries of a recorded list that are written out."""
+
+
+METRIC_NAMES = {
+    "correlation": "correlation (Pearson)",
+    "ratio": "ratio of mean amplitudes",
+    "mae": "mean absolute error",
+    "mse": "mean squared error",
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "ms_ssim": "MS-SSIM",
+    "frc50": "FRC crosses 1/2 (cycles per pixel)",
+    "frc_half_bit": "FRC crosses the half-bit curve (cycles per pixel)",
+    "frc_1_7": "FRC crosses 1/7 (cycles per pixel)",
+}
+"""Display names of metrics; others keep their name."""
+
+
+def _page(content: Content) -> str:
+    sections = {
+        "Summary": _summary(content),
+        "Object": _pictures(content),
+        "Comparison": _comparison(content),
+        "Patterns": _patterns(content),
+        "Methods": [tag("p", paragraph) for paragraph in methods_text(content)],
+        "Provenance": _provenance(content),
+    }
+    present = {title: elements for title, elements in sections.items() if elements}
+    links = [tag("a", title, href=f"#{title.lower()}") for title in present]
+    generated = f"ptychodask {version('ptychodask')}, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
+    body = tag(
+        "body",
+        tag("header", tag("h1", content.title), tag("p", f"Report of a ptychographic reconstruction. {generated}")),
+        tag("nav", *links),
+        *(tag("section", tag("h2", title), *elements, id=title.lower()) for title, elements in present.items()),
+    )
+    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    return (
+        HEAD.format(style=STYLE, digest=digest, title=html.escape(content.title), generator=GENERATOR)
+        + body
+        + "\n</html>\n"
+    )
+
+
+def _summary(content: Content) -> list[Markup]:
+    ds, attributes = content.shown, content.result.attrs
+    height, width = content.result.sizes["y"], content.result.sizes["x"]
+    size = f"{height} × {width} px"
+    pixel_size_m = attributes.get("pixel_size_m")
+    if isinstance(pixel_size_m, float):
+        size += f" ({height * pixel_size_m * 1e6:.4g} × {width * pixel_size_m * 1e6:.4g} µm)"
+    seen = np.isfinite(ds["object"].values)
+    weight = ds["weight"].values
+    lit = seen & (weight >= np.median(weight[seen]))
+    spread = np.nanmedian(ds["uncertainty"].values[lit] / np.abs(ds["object"].values[lit])) if _has_spread(ds) else None
+    facts = {
+        "Object": size,
+        "Reconstructed pixels": f"{seen.mean():.1%}",
+        "Estimates per pixel, median": f"{np.median(ds['count'].values[seen]):.0f}" if "count" in ds else None,
+        "Uncertainty, median": None if spread is None else f"{spread:.2%} of the amplitude",
+        "Model": recorded(attributes, "model", "kind") or recorded(attributes, "spec", "engine"),
+        "Patterns": recorded(attributes, "plan", "n_patterns"),
+        "Time": _time(attributes),
+        "R-factor of the scan": None if content.residuals is None else number(content.residuals.attrs["r_factor"]),
+    }
+    rows = [tag("div", tag("dt", name), tag("dd", str(value))) for name, value in facts.items() if value is not None]
+    return [tag("dl", *rows, class_="facts")]
+
+
+def _has_spread(ds: xr.Dataset) -> bool:
+    return bool(np.isfinite(ds["uncertainty"].values).any())
+
+
+def _time(attributes: Mapping[str, Any]) -> str | None:
+    total, rate = recorded(attributes, "seconds", "total"), recorded(attributes, "patterns_per_s")
+    if not isinstance(total, float) or not isinstance(rate, float):
+        return None
+    return f"{total:.1f} s ({rate:,.0f} patterns/s)"
+
+
+def _pictures(content: Content) -> list[Markup]:
+    pictures = [
+        _picture(
+            plot(content.shown),
+            "Amplitude, phase, weight (sum of the averaging weights) and uncertainty (weighted standard deviation of "
+            "the overlapping estimates). Colours span the 1st to the 99th percentile of the pixels with at least a "
+            "tenth of the median weight; light blue pixels were not reconstructed.",
+        ),
+        _picture(
+            plot_complex(content.shown),
+            "The complex object, with phase as hue and amplitude as brightness. Contour lines of the weight mark the "
+            "well-illuminated area.",
+        ),
+    ]
+    if "object_half" in content.result:
+        window_px = min(RESOLUTION_WINDOW_PX, min(content.result.sizes[dim] for dim in ("y", "x")) // 2 * 2)
+        caption = (
+            "Two objects, each stitched from one half of the patches, and their correlation at each spatial frequency. "
+            "Errors common to both halves, as of a network, do not lower the correlation. It is valid only if each "
+            "group was drawn from one half, as by default. "
+            f"The map shows the local resolution in windows of {window_px} pixels."
+        )
+        shown = resolution(content.result, window_px=window_px)
+        pictures.append(_picture(plot_split_half(content.result, resolution=shown), caption))
+    return pictures
+
+
+def _picture(figure: Figure, caption: str) -> Markup:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=FIGURE_WIDTH_PX / figure.get_figwidth())
+    data = base64.b64encode(buffer.getvalue()).decode()
+    image = Markup(f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">')
+    return tag("figure", image, tag("figcaption", caption))
+
+
+def _comparison(content: Content) -> list[Markup]:
+    if content.comparison is None:
+        return []
+    table = content.comparison
+    methods = [str(method) for method in table["method"].values]
+    rows = [
+        [
+            f"{part}: {METRIC_NAMES.get(str(metric), str(metric))}",
+            *map(number, table["value"].loc[:, part, metric].values),
+        ]
+        for part in table["part"].values
+        for metric in table["metric"].values
+        if np.isfinite(table["value"].loc[:, part, metric]).any()
+    ]
+    if "r_factor" in table:
+        rows.append([f"R-factor of {table.attrs['r_patterns']} patterns", *map(number, table["r_factor"].values)])
+    peaks = _listed([f"{part} {number(float(table['peak'].loc[part]))}" for part in table["part"].values])
+    note = (
+        f"Reference: {table.attrs['reference']}, over {table.attrs['seen_pixels']} pixels common to all. Removed "
+        f"gauge: {_listed(table.attrs['gauge_removed'])}. PSNR peaks (ranges of the reference): {peaks}. "
+        f"{other_data(table)}"
+    )
+    figure = plot_comparison(content.aligned_results, content.truth, comparison=table)
+    caption = (
+        "Results on the colour scales of the reference, their differences from the reference, and their Fourier ring "
+        "correlation with it."
+    )
+    return [_table(["", *methods], rows), tag("p", note, class_="note"), _picture(figure, caption)]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
+    """Table with text in the first column and numbers in the others."""
+    head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in header)))
+    body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
+    return tag("div", tag("table", head, tag("tbody", *body)), class_="wide")
+
+
+def _patterns(content: Content) -> list[Markup]:
+    if content.residuals is None:
+        return []
+    fit = content.residuals
+    far = outliers(fit)
+    text = (
+        f"The R-factor is {number(fit.attrs['r_factor'])} over {fit.attrs['n_counted']} patterns. Outliers, more than "
+        f"{OUTLIER_MAD:g} standard deviations above the median: {len(far) or 'none'}."
+    )
+    header = ["pattern, index in the store", "y (px)", "x (px)", "R", "Poisson deviance"]
+    y, x, r, deviance = (fit[name].values for name in ("y_px", "x_px", "r_factor", "poisson_deviance"))
+    rows = [[str(j), f"{y[j]:.1f}", f"{x[j]:.1f}", number(r[j]), number(deviance[j])] for j in worst_patterns(fit)]
+    caption = (
+        "Residual of each measured pattern with respect to the one calculated from the object, at the scan positions "
+        "and by pattern index. Rings mark the worst."
+    )
+    return [tag("p", text), _picture(plot_residuals(fit), caption), tag("h3", "Worst patterns"), _table(header, rows)]
+
+
+def _provenance(content: Content) -> list[Markup]:
+    tables = [tag("h3", "Result"), _facts_table(content.result.attrs)]
+    if content.scan is not None:
+        tables += [tag("h3", "Scan"), _facts_table(content.scan.attributes)]
+    if content.training:
+        trained_on = {name: value for name, value in content.training.items() if name != "history"}
+        tables += [tag("h3", "Training"), _facts_table(trained_on)]
+    return tables
+
+
+def _facts_table(values: Mapping[str, Any]) -> Markup:
+    rows = [
+        tag("tr", tag("th", str(name), scope="row"), tag("td", _flat_text(value)))
+        for name, value in values.items()
+        if value is not None
+    ]
+    return tag("table", tag("tbody", *rows), class_="record")
+
+
+def _flat_text(value: Any) -> str:
+    """One-line text of nested attributes, without None and empty values.
+
+    Examples
+    --------
+    >>> _flat_text({"tile": 256, "crop": None, "roi": [0, 5]}), _flat_text([{"kind": "pinn"}])
+    ('tile 256; roi 0, 5', 'kind pinn')
+    """
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name} {_flat_text(item)}" for name, item in value.items() if item not in (None, [], {}))
+    if isinstance(value, list | tuple):
+        more = f", ... ({len(value)} in all)" if len(value) > LONGEST_LIST else ""
+        return ", ".join(map(_flat_text, value[:LONGEST_LIST])) + more
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+HEAD = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+{generator}
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+"""
+
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --ink: #1d2327; --quiet: #5c666d; --line: #d5dadd; --paper: #fdfdfc; --link: #1f5f8b;
+  --serif: Charter, "Bitstream Charter", "Sitka Text", Cambria, Georgia, serif;
+  --sans: system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif;
+}
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #dfe3e6; --quiet: #98a2a9; --line: #3a4248; --paper: #16191c; --link: #84bfe6; }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; padding: 3rem 1.25rem 5rem; max-width: 60rem;
+  color: var(--ink); background: var(--paper); font: 1.0625rem/1.6 var(--serif);
+}
+p { max-width: 42rem; margin: 0 0 1rem; overflow-wrap: anywhere; hyphens: auto; }
+h1, h2, h3, nav, table, dl, figcaption, .note, header p { font-family: var(--sans); }
+h1 { font-size: 1.75rem; line-height: 1.2; font-weight: 600; margin: 0 0 .4rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; font-weight: 600; margin: 0 0 1rem; }
+h3 { font-size: .95rem; font-weight: 600; margin: 1.75rem 0 .5rem; }
+header p, figcaption, .note { color: var(--quiet); font-size: .875rem; line-height: 1.5; }
+nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; font-size: .875rem; margin: 1.25rem 0 0; }
+a { color: var(--link); text-decoration: none; }
+a:hover, a:focus-visible { text-decoration: underline; }
+section { margin-top: 2.5rem; padding-top: 1.75rem; border-top: 1px solid var(--line); }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1.1rem 2rem; margin: 0; }
+dt { color: var(--quiet); font-size: .8125rem; }
+dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+figure { margin: 0 0 2rem; }
+img { display: block; width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 3px; }
+figcaption { max-width: 42rem; margin-top: .6rem; }
+.wide { overflow-x: auto; margin: 0 0 1rem; }
+table { border-collapse: collapse; font-size: .875rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem 0 .35rem 2rem; text-align: right; border-bottom: 1px solid var(--line); font-weight: 400; }
+th:first-child, td:first-child { padding-left: 0; text-align: left; }
+thead th { color: var(--quiet); vertical-align: bottom; overflow-wrap: anywhere; }
+.record { width: 100%; table-layout: fixed; }
+.record th { color: var(--quiet); vertical-align: top; width: 11rem; overflow-wrap: anywhere; }
+.record td { text-align: left; overflow-wrap: anywhere; padding-left: 1rem; }
+.note { margin-top: .75rem; }
+@media print {
+  :root { --ink: #000; --quiet: #444; --line: #bbb; --paper: #fff; --link: #000; }
+  @page { margin: 18mm; }
+  body { max-width: none; padding: 0; font-size: 10.5pt; }
+  nav { display: none; }
+  h2, h3 { break-after: avoid; }
+  figure, tr, .facts div { break-inside: avoid; }
+  .facts { grid-template-columns: repeat(4, 1fr); }
+  img { border: 0; max-height: 225mm; object-fit: contain; }
+  #object figure:first-of-type img { max-height: 140mm; }
+  .wide { overflow: visible; }
+}
+"""
