@@ -9,10 +9,12 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "scan": ["PtychodaskError", "Scan"],
+        "errors": ["PtychodaskError"],
+        "scan": ["Scan"],
         "grouping": ["GroupingSpec", "Groups"],
-        "store": ["group", "open_scan"],
-        "growing": ["finish_scan"],
+        "store": ["open_scan"],
+        "store.groups": ["group"],
+        "store.append": ["finish_scan"],
         "io": ["IngestSpec", "ingest"],
         "simulate": ["simulate"],
         "models": ["CallableModel", "Model", "ModelSpec", "load_model"],
@@ -21,16 +23,17 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "training": ["GroupReader", "TrainingSpec", "as_tf_dataset", "as_torch_dataset", "train"],
         "cluster.job": ["JobSpec"],
         "cluster.preflight": ["preflight"],
-        "cluster.started": ["gpu_client", "slurm_client"],
+        "cluster.clients": ["gpu_client", "slurm_client"],
         "cluster.submission": ["batch_script", "submit"],
-        "plan": ["Plan", "ReconstructionSpec", "plan"],
+        "plan.spec": ["ReconstructionSpec"],
+        "plan": ["Plan", "plan"],
         "reconstruction": ["FailedScansError", "reconstruct"],
-        "compare": ["compare"],
-        "resolution": ["resolution"],
-        "residuals": ["outliers", "residuals"],
+        "judging.compare": ["compare"],
+        "judging.resolution": ["resolution"],
+        "judging.residuals": ["outliers", "residuals"],
         "study": ["StudySpec", "read_study", "run_study"],
-        "plotting": ["plot", "plot_comparison", "plot_complex", "plot_residuals", "plot_split_half"],
-        "report": ["write_report"],
+        "judging.plotting": ["plot", "plot_comparison", "plot_complex", "plot_residuals", "plot_split_half"],
+        "judging.report": ["write_report"],
         "inspection": ["check_axes", "inspect_file"],
         "export": ["export"],
     },
@@ -41,7 +44,7 @@ class _Package(ModuleType):
     """Module type that keeps functions when submodules of equal names are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, ModuleType) and name in __all__):
+        if not (isinstance(value, ModuleType) and name in self.__all__):
             super().__setattr__(name, value)
 
 

@@ -59,7 +59,7 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: bool | No
 
     Notes
     -----
-    Both networks come with the package (their training is in `ptychodask.models.recipes`): neither was trained on this
+    Both networks come with the package (their training is in `ptychodask.recipes`): neither was trained on this
     object, this probe or these positions.
     """
     folder = Path(folder)

@@ -30,7 +30,7 @@ from ptychodask.progress import progress_bar
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Calibration, Scan
 from ptychodask.store.write import write_scan
-from ptychodask.training import train
+from ptychodask.training.train import train
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,8 @@ from ptychodask.probes import disc_probe, probe_diameter_px, to_far_field, to_re
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Scan
 from ptychodask.simulate import crossing_lines, random_field, siemens_star, simulate
-from ptychodask.training import TrainingSpec, train
+from ptychodask.training import TrainingSpec
+from ptychodask.training.train import train
 
 logger = logging.getLogger(__name__)
 

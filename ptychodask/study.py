@@ -36,7 +36,8 @@ from ptychodask.reconstruction import reconstruct
 from ptychodask.result import open_result
 from ptychodask.simulate import make_positions, scaled_probe, simulate
 from ptychodask.storage.atomic import read_json
-from ptychodask.training import TrainingSpec, train
+from ptychodask.training import TrainingSpec
+from ptychodask.training.train import train
 
 logger = logging.getLogger(__name__)
 

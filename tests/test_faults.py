@@ -34,7 +34,7 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.io import ingest
 from ptychodask.models import ModelSpec, Optics, untrained_model
 from ptychodask.models import device as device_module
-from ptychodask.reconstruction import reconstruct, running, stitching
+from ptychodask.reconstruction import reconstruct, scheduler, stitching
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
@@ -362,8 +362,8 @@ def test_a_chunk_that_ends_every_worker_is_set_aside(store, tmp_path):
 
 
 def test_a_worker_that_hangs_does_not_hold_the_run_up(store, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "STRAGGLER_S", 1.0)
-    monkeypatch.setattr(running, "STRAGGLER_TIMES", 1.0)
+    monkeypatch.setattr(scheduler, "STRAGGLER_S", 1.0)
+    monkeypatch.setattr(scheduler, "STRAGGLER_TIMES", 1.0)
     add_tile, stopped_one = stitching.StitchingReport.add_tile, []
     with bare_workers(2) as client:
         processes = list(client.run(os.getpid).values())

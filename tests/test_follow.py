@@ -16,7 +16,7 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.plan import plan
 from ptychodask.plan.chunks import chunk_edges
 from ptychodask.plan.spec import ReconstructionSpec
-from ptychodask.reconstruction import following, live, reconstruct
+from ptychodask.reconstruction import follow, live, reconstruct
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
@@ -39,7 +39,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     """The store is looked at all the time."""
-    monkeypatch.setattr(following, "POLL_S", 0.01)
+    monkeypatch.setattr(follow, "POLL_S", 0.01)
 
 
 def part_of(whole, number):

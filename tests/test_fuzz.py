@@ -1,4 +1,4 @@
-"""Some hundred inputs of the fuzz campaign, and what it found; `python -m tests.fuzz` feeds as many as one likes."""
+"""Some hundred inputs of the fuzz campaign, and what it found (more: `python -m tests.campaigns.fuzz`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,17 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.timeout(600)
 def test_damaged_files_are_read_or_refused_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "tests.fuzz", "--inputs", "300", "--seed", "3", "--keep", str(tmp_path / "finds")]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.campaigns.fuzz",
+        "--inputs",
+        "300",
+        "--seed",
+        "3",
+        "--keep",
+        str(tmp_path / "finds"),
+    ]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stdout[-4000:] + told.stderr[-2000:]
     assert "| all |" in told.stdout
@@ -91,7 +101,7 @@ STUCK = """
 import sys
 from pathlib import Path
 import numpy as np
-from tests import fuzz
+from tests.campaigns import fuzz
 folder = Path(sys.argv[1])
 fuzz.make_hdf5(folder)
 fuzz.mutate(folder, np.random.default_rng([11, 13682]))

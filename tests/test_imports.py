@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import warnings
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,123 +15,153 @@ import ptychodask
 
 PACKAGE = Path(ptychodask.__file__).parent
 
-ORDER = [
-    ("display",),
-    ("scan",),
-    ("progress",),
-    ("places",),
-    ("folders",),
-    ("places",),
-    ("grouping",),
-    ("store",),
-    ("growing",),
-    ("patches",),
-    ("io",),
-    ("simulate",),
-    ("models",),
-    ("result",),
-    ("iterative",),
-    ("training",),
-    ("prediction",),
-    ("reassembly",),
-    ("survey",),
-    ("plan",),
-    ("polishing",),
-    ("cluster",),
-    ("reconstruction",),
-    ("registration", "metrics", "compare", "residuals", "resolution"),
-    # A program that trains the packaged models and judges them; no module imports it.
-    ("models.recipes",),
-    ("plotting", "report"),
-    # What comes in from other programs is read in io; what goes out to them is written here, below results and figures.
-    ("export",),
-    ("ptychodus",),
-    ("inspection", "bench", "demo", "study"),
-    ("cli",),
+FLOORS = [
+    "errors",
+    "html",
+    "scan",
+    "probes",
+    "forward",
+    "progress",
+    "grouping",
+    "storage",
+    "store",
+    "reassembly",
+    "result",
+    "pyramid",
+    "io",
+    "simulate",
+    "refinement",
+    "iterative",
+    "models",
+    "training",
+    "prediction",
+    "plan",
+    "cluster",
+    "reconstruction",
+    "judging",
+    "inspection",
+    "export",
+    "study",
+    "bench",
+    "demo",
+    "recipes",
+    "ptychodus_plugin",
+    "cli",
 ]
-LAYER = {name: layer for layer, names in enumerate(ORDER) for name in names}
+"""Modules and folders from the top of the house down; each imports only those before it."""
+
+LAYER = {name: layer for layer, name in enumerate(FLOORS)}
+
+ALIASES = {
+    "metrics": "judging.metrics",
+    "ptychodus": "ptychodus_plugin",
+    "models.recipes": "recipes",
+}
+"""Names of version 0.1 that its documentation gave; they import with a warning and hold nothing of their own."""
 
 OWNERS = {
     "scipy.spatial": {"grouping"},
-    "zarr": {"places", "store", "growing", "patches", "result", "export"},
-    "obstore": {"places"},
+    "zarr": {"storage", "store", "pyramid", "result", "reconstruction", "export"},
+    "obstore": {"storage"},
     "h5py": {"io", "models", "export"},
     "h5netcdf": {"export"},
     "tifffile": {"export"},
     "keras": {"models", "training"},
     "tensorflow": {"models", "training"},
     "xarray": {
-        "models.recipes",
+        "recipes",
         "result",
         "iterative",
         "reconstruction",
-        "compare",
-        "resolution",
-        "metrics",
-        "residuals",
-        "plotting",
-        "report",
+        "judging",
         "demo",
         "study",
         "export",
-        "ptychodus",
+        "ptychodus_plugin",
     },
     "numba": {"reassembly"},
-    "dask": {"reconstruction", "cluster", "result", "residuals"},
-    "distributed": {"reconstruction", "cluster", "residuals", "study"},
-    "skimage": {"metrics", "registration", "compare"},
-    "matplotlib": {"plotting", "report"},
+    "dask": {"reconstruction", "cluster", "result", "judging"},
+    "distributed": {"reconstruction", "cluster", "judging", "study"},
+    "skimage": {"judging"},
+    "matplotlib": {"judging", "inspection"},
     "rich": {"progress", "cli"},
     "typer": {"cli"},
 }
-"""Stages that may import each heavy library. xarray is also the type of results, which later stages take and give."""
+"""Floors that may import each heavy library. xarray is also the type of results, which later floors take and return."""
+
+
+def modules() -> dict[str, Path]:
+    """Modules of the package by their names without the package's; those of aliases left out."""
+    named = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name and name not in ALIASES:
+            named[name] = path
+    return named
+
+
+MODULES = modules()
 
 
 def imports() -> list[tuple[str, str]]:
-    """(stage, imported module) for every import in the package."""
-    found = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        if parts == ("__init__",):
-            continue
-        stage = stage_of(".".join(parts))
+    """(module, imported module) for every import in the package, at the top of a file or inside a function."""
+    pairs = []
+    for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
-                found += [(stage, alias.name) for alias in node.names]
+                pairs += [(name, alias.name) for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path} imports relatively"
-                found.append((stage, str(node.module)))
-    return found
+                pairs.append((name, str(node.module)))
+                # `from ptychodask.store import groups` imports a module, not a name.
+                pairs += [
+                    (name, f"{node.module}.{alias.name}")
+                    for alias in node.names
+                    if f"{node.module}.{alias.name}".removeprefix("ptychodask.") in MODULES
+                ]
+    return pairs
 
 
-def stage_of(module: str) -> str:
-    """The stage of a module of the package, named without it: its first word, but for `models.recipes`."""
-    return module if module in LAYER else module.split(".")[0]
+def floor_of(module: str) -> str:
+    return module.split(".")[0]
 
 
-def test_every_module_has_a_place_in_the_order() -> None:
-    stages = {
-        p.stem if p.is_file() else p.name
-        for p in PACKAGE.iterdir()
-        if p.suffix == ".py" or (p / "__init__.py").exists()
-    }
-    assert stages - {"__init__"} <= set(LAYER)
+def inside(module: str) -> str:
+    """Name of a module of the package without the package's."""
+    return module.removeprefix("ptychodask.")
+
+
+def test_every_module_has_one_floor() -> None:
+    assert len(set(FLOORS)) == len(FLOORS)
+    assert {floor_of(name) for name in MODULES} == set(FLOORS)
 
 
 def test_imports_point_up_the_list() -> None:
     wrong = [
-        f"{stage} imports {module}"
-        for stage, module in imports()
-        if module.startswith("ptychodask.") and LAYER[stage_of(module.removeprefix("ptychodask."))] > LAYER[stage]
+        f"{name} imports {module}"
+        for name, module in imports()
+        if module.startswith("ptychodask.") and LAYER[floor_of(inside(module))] > LAYER[floor_of(name)]
     ]
     assert not wrong
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Packages count as their own modules here, so that circles inside a folder are seen."""
+    graph: dict[str, set[str]] = {name: set() for name in MODULES}
+    for name, module in imports():
+        if module.startswith("ptychodask.") and inside(module) != name:
+            graph[name].add(inside(module))
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 def test_only_the_figures_of_a_result_are_reached_for_down_the_list() -> None:
     """`import ptychodask` gives every name; what is taken from it points up the list too, with one exception."""
     down = set()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        stage = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
             if isinstance(node, ast.ImportFrom) and node.module == "ptychodask":
@@ -137,19 +169,53 @@ def test_only_the_figures_of_a_result_are_reached_for_down_the_list() -> None:
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ptychodask":
                 names = [node.attr]
             # A name is a module, or an object that knows its module.
-            homes = [getattr(getattr(ptychodask, name, None), "__module__", f"ptychodask.{name}") for name in names]
-            down |= {(stage, home) for home in homes if LAYER[home.split(".")[1]] > LAYER[stage]}
-    assert down == {("result", "ptychodask.plotting")}
+            homes = [getattr(getattr(ptychodask, one, None), "__module__", f"ptychodask.{one}") for one in names]
+            floor = floor_of(name)
+            down |= {(floor, home) for home in homes if LAYER[floor_of(inside(home))] > LAYER[floor]}
+    assert down == {("result", "ptychodask.judging.plotting")}
 
 
 def test_heavy_libraries_have_one_owner() -> None:
     strangers = [
-        f"{stage} imports {module}"
-        for stage, module in imports()
+        f"{name} imports {module}"
+        for name, module in imports()
         for library, owners in OWNERS.items()
-        if (module == library or module.startswith(f"{library}.")) and stage not in owners
+        if (module == library or module.startswith(f"{library}.")) and floor_of(name) not in owners
     ]
     assert not strangers
+
+
+@pytest.mark.parametrize("old", ALIASES)
+def test_names_that_the_documentation_gave_import_with_a_warning(old: str) -> None:
+    code = (
+        "import importlib, warnings\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        f"    alias = importlib.import_module('ptychodask.{old}')\n"
+        f"new = importlib.import_module('ptychodask.{ALIASES[old]}')\n"
+        "assert any(each.category is DeprecationWarning for each in caught), 'no warning'\n"
+        "public = getattr(new, '__all__', [name for name in vars(new) if not name.startswith('_')])\n"
+        "assert all(getattr(alias, name) is getattr(new, name) for name in public)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_functions_that_the_documentation_gave_import_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match=r"ptychodask\.store\.write\.write_scan"):
+        from ptychodask.store import write_scan
+    from ptychodask.store.write import write_scan as moved
+
+    assert write_scan is moved
+
+
+def test_what_has_the_name_of_its_module_stays_a_function() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ptychodask.judging.compare
+        import ptychodask.plan
+        import ptychodask.training.train
+    assert all(callable(each) for each in (ptychodask.plan, ptychodask.compare, ptychodask.training.train))
 
 
 @pytest.mark.parametrize("command", ["import ptychodask", "from ptychodask.cli import main"])

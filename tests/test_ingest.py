@@ -16,13 +16,13 @@ import h5py
 import numpy as np
 import pytest
 
-from ptychodask import store as store_module
 from ptychodask.errors import PtychodaskError
 from ptychodask.io import IngestSpec, ingest
 from ptychodask.io.geometry import FrameGrid
 from ptychodask.probes import disc_probe, estimate_probe, to_far_field, to_real_space, zone_plate_probe
 from ptychodask.scan import Scan
 from ptychodask.store import open_scan
+from ptychodask.store import write as store_module
 
 KEYS = {"diffraction": "dp", "y": "y", "x": "x"}
 MAPPED = {"keys": KEYS, "domain": "counts", "units": "px"}

@@ -17,7 +17,6 @@ from ceph_for_tests import SECRET, Gateway, missing, running_gateway
 from distributed import Client, LocalCluster
 from models_for_tests import LinearModel
 
-from ptychodask import places
 from ptychodask.errors import PtychodaskError
 from ptychodask.export import export
 from ptychodask.grouping import GroupingSpec
@@ -28,6 +27,7 @@ from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
+from ptychodask.storage import s3 as places
 from ptychodask.storage.atomic import LEDGER
 from ptychodask.storage.location import parse_location, zarr_store
 from ptychodask.storage.s3 import CLAIM, S3Location, S3ZarrStore

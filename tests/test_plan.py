@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from models_for_tests import LinearModel
 
-from ptychodask import store as store_module
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec
 from ptychodask.plan import plan
@@ -19,6 +18,7 @@ from ptychodask.reassembly import Box
 from ptychodask.reconstruction import reconstruct
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
+from ptychodask.store import write as store_module
 from ptychodask.store.append import append_segment
 from ptychodask.store.groups import group, stored_group_names
 from ptychodask.store.write import write_scan

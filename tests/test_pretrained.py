@@ -7,12 +7,11 @@ import logging
 import numpy as np
 import pytest
 
-from ptychodask import prediction
+from ptychodask import prediction, recipes
 from ptychodask.errors import PtychodaskError
 from ptychodask.judging.compare import compare
 from ptychodask.judging.report import write_report
 from ptychodask.models import load_model
-from ptychodask.models import recipes as models_recipes
 from ptychodask.models.choose import resolve_model
 from ptychodask.models.pretrained import CARD, FOLDER, is_pretrained, packaged_folder, pretrained_for, pretrained_names
 from ptychodask.models.training_range import (
@@ -45,14 +44,14 @@ def store(tmp_path_factory):
 
 def test_the_packaged_models_are_those_of_the_recipes_and_small():
     assert pretrained_names() == NAMES
-    assert sorted(NAMES) == sorted(models_recipes.RECIPES)
+    assert sorted(NAMES) == sorted(recipes.RECIPES)
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < LARGEST_BYTES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_packaged_model_says_what_it_is(name):
     model = load_model(f"pretrained:{name}")
-    recipe = models_recipes.RECIPES[name].training
+    recipe = recipes.RECIPES[name].training
     assert (model.kind, model.members, model.n_pixels) == (recipe.model, recipe.grouping.members, 64)
     assert model.path == f"pretrained:{name}"
     assert model.trained_on["recipe"] == name
@@ -155,11 +154,11 @@ def test_ranges_that_cannot_be_read_say_nothing():
 
 def test_a_recipe_makes_a_bundle_with_a_card(tmp_path):
     out = tmp_path / "small.model"
-    model = models_recipes.make("baseline-n64-c1", out, minutes=0.02, n_scans=2, n_judged=1)
+    model = recipes.make("baseline-n64-c1", out, minutes=0.02, n_scans=2, n_judged=1)
     assert load_model(out).content_hash == model.content_hash
     assert "| amplitude correlation |" in (out / CARD).read_text()
 
 
 def test_the_scans_of_a_recipe_are_pure_under_their_seed(tmp_path):
-    one, same, other = (models_recipes.varied_scan(tmp_path / f"{i}.zarr", seed) for i, seed in enumerate((5, 5, 6)))
+    one, same, other = (recipes.varied_scan(tmp_path / f"{i}.zarr", seed) for i, seed in enumerate((5, 5, 6)))
     assert one.data_hash == same.data_hash != other.data_hash

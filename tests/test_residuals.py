@@ -109,7 +109,7 @@ def test_amplitudes_of_unknown_photon_number_have_no_deviance(scan, truth):
 @pytest.mark.parametrize("patterns_per_part", [1, 7, 60])
 def test_residuals_do_not_depend_on_how_the_scan_is_cut(scan, iterated, monkeypatch, patterns_per_part):
     whole = residuals(iterated, scan)
-    module = sys.modules["ptychodask.residuals"]
+    module = sys.modules["ptychodask.judging.residuals"]
     monkeypatch.setattr(module, "PARTS_AT_LEAST", 1)
     monkeypatch.setattr(module, "PART_PIXELS", patterns_per_part * N**2)
     xr.testing.assert_identical(residuals(iterated, scan), whole)

@@ -23,7 +23,7 @@ import zarr
 from models_for_tests import LinearModel
 from test_ptychopinn_bundle import convolution, layer, members_of, small_network, small_weights
 
-from ptychodask import cli, store
+from ptychodask import cli
 from ptychodask.errors import PtychodaskError
 from ptychodask.io import hdf5_stream, ingest, npy_stream, read_foreign_result
 from ptychodask.models import ModelSpec, Optics, load_model, untrained_model
@@ -33,6 +33,7 @@ from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.reconstruction.patch_cache import StoredPatches, create_patches
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
+from ptychodask.storage import zarr_checks as store
 from ptychodask.storage.atomic import LEDGER
 from ptychodask.store import open_scan
 from ptychodask.study import read_study

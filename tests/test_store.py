@@ -16,12 +16,12 @@ import xarray
 import zarr
 
 from ptychodask import folders
-from ptychodask import store as store_module
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, curve_order
 from ptychodask.scan import Scan, Truth
 from ptychodask.storage.atomic import LOCK, WHOLE, atomic_folder, building_path, check_vacant_folder
 from ptychodask.store import SCAN, open_scan
+from ptychodask.store import write as store_module
 from ptychodask.store.annotate import record_model, replace_probe
 from ptychodask.store.groups import group, read_groups, stored_group_names
 from ptychodask.store.write import write_scan

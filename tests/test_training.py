@@ -228,7 +228,7 @@ def test_supervised_training_without_truth_is_refused_before_anything_is_built(s
         domain="counts",
         calibration="as_given",
     )
-    monkeypatch.setattr("ptychodask.training.fitting.build_network", lambda *_: pytest.fail("a network was built"))
+    monkeypatch.setattr("ptychodask.training.train.build_network", lambda *_: pytest.fail("a network was built"))
     with pytest.raises(PtychodaskError, match="neither truth nor labels"):
         train(store, model="baseline", out=tmp_path / "b.model")
     assert not (tmp_path / "b.model").exists()

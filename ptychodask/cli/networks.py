@@ -101,7 +101,7 @@ def train(
     Example: ptychodask train a.zarr b.zarr --out both.model --epochs 20 --patience 3 --resume
     """
     with quiet_stderr():
-        from ptychodask.training import train
+        from ptychodask.training.train import train
     options = given(
         members=members,
         neighbours=neighbours,

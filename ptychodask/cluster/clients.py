@@ -75,7 +75,7 @@ def _local_cluster(**options: Any) -> Iterator[LocalCluster]:
     """A cluster on this machine, closed at the end of the block.
 
     Dask's statistical profiler is turned off: it samples all threads a hundred times a second, and such a sample
-    can hang (CPython 3.11, `sys._current_frames`; seen once in 1600 rounds of `tests/soak.py`).
+    can hang (CPython 3.11, `sys._current_frames`; seen once in 1600 rounds of `tests/campaigns/soak.py`).
     """
     settings = {"distributed.worker.profile.enabled": False, "distributed.scheduler.worker-ttl": HUNG_AFTER}
     # Kept until the cluster is closed, because restarted worker processes read the settings too.

@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "device": ["check_gpu", "is_out_of_memory", "use_given_gpu"],
         "bundle": ["load_model", "save_model"],
         "model": ["Model"],
-        "own": ["CallableModel"],
+        "callable_model": ["CallableModel"],
         "ptychopinn": ["PtychoPinnModel"],
         "spec": ["ModelSpec", "Optics"],
         "untrained": ["untrained_model", "untrained_ptychopinn"],

@@ -7,8 +7,10 @@ used, since Zarr takes metadata on trust and reads a missing file as fill values
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise
 from math import prod
 from types import EllipsisType
@@ -423,3 +425,13 @@ def _read_rows(array: zarr.Array, label: str, rows: slice | EllipsisType | NDArr
     """Rows of an array by a slice or by ascending indices."""
     with damage_errors(label, f"array '{array.name.lstrip('/')}' cannot be read", INGEST_AGAIN):
         return _rows(array, rows) if isinstance(rows, np.ndarray) else np.asarray(array[rows])
+
+
+def __getattr__(name: str) -> Any:
+    """Functions under their names of version 0.1, with a warning."""
+    if name == "write_scan":
+        warnings.warn(
+            "ptychodask.store.write_scan is now ptychodask.store.write.write_scan", DeprecationWarning, stacklevel=2
+        )
+        return import_module("ptychodask.store.write").write_scan
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,10 @@
 """Training of PINN and baseline, streaming groups from a store."""
 
+import sys
+
 import lazy_loader
+
+import ptychodask
 
 # Reading groups or a spec must not import Keras: it is loaded with the first training.
 __getattr__, __dir__, __all__ = lazy_loader.attach(
@@ -8,11 +12,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "spec": ["TrainingSpec"],
         "data": [
-            "GroupBatches",
             "GroupReader",
             "amplitude_target",
-            "as_tf_dataset",
-            "as_torch_dataset",
             "groups_within",
             "judging_groups",
             "member_offsets",
@@ -20,8 +21,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "seed_alone",
             "split_patterns",
         ],
-        "streaming": ["GroupStream", "MixedStream"],
+        "batches": ["GroupBatches", "GroupStream", "MixedStream", "as_tf_dataset", "as_torch_dataset"],
         "losses": ["amplitude_loss", "mae_loss", "patch_loss", "poisson_loss"],
-        "fitting": ["default_model_path", "train"],
+        "train": ["default_model_path", "train"],
     },
 )
+
+# `train` stays the function when the module of that name is imported, as in the package itself.
+sys.modules[__name__].__class__ = type(ptychodask)

@@ -9,6 +9,7 @@ import io
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -262,56 +263,4 @@ HEAD = """<!DOCTYPE html>
 """
 
 
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --ink: #1d2327; --quiet: #5c666d; --line: #d5dadd; --paper: #fdfdfc; --link: #1f5f8b;
-  --serif: Charter, "Bitstream Charter", "Sitka Text", Cambria, Georgia, serif;
-  --sans: system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif;
-}
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #dfe3e6; --quiet: #98a2a9; --line: #3a4248; --paper: #16191c; --link: #84bfe6; }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; padding: 3rem 1.25rem 5rem; max-width: 60rem;
-  color: var(--ink); background: var(--paper); font: 1.0625rem/1.6 var(--serif);
-}
-p { max-width: 42rem; margin: 0 0 1rem; overflow-wrap: anywhere; hyphens: auto; }
-h1, h2, h3, nav, table, dl, figcaption, .note, header p { font-family: var(--sans); }
-h1 { font-size: 1.75rem; line-height: 1.2; font-weight: 600; margin: 0 0 .4rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; font-weight: 600; margin: 0 0 1rem; }
-h3 { font-size: .95rem; font-weight: 600; margin: 1.75rem 0 .5rem; }
-header p, figcaption, .note { color: var(--quiet); font-size: .875rem; line-height: 1.5; }
-nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; font-size: .875rem; margin: 1.25rem 0 0; }
-a { color: var(--link); text-decoration: none; }
-a:hover, a:focus-visible { text-decoration: underline; }
-section { margin-top: 2.5rem; padding-top: 1.75rem; border-top: 1px solid var(--line); }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1.1rem 2rem; margin: 0; }
-dt { color: var(--quiet); font-size: .8125rem; }
-dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-figure { margin: 0 0 2rem; }
-img { display: block; width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 3px; }
-figcaption { max-width: 42rem; margin-top: .6rem; }
-.wide { overflow-x: auto; margin: 0 0 1rem; }
-table { border-collapse: collapse; font-size: .875rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem 0 .35rem 2rem; text-align: right; border-bottom: 1px solid var(--line); font-weight: 400; }
-th:first-child, td:first-child { padding-left: 0; text-align: left; }
-thead th { color: var(--quiet); vertical-align: bottom; overflow-wrap: anywhere; }
-.record { width: 100%; table-layout: fixed; }
-.record th { color: var(--quiet); vertical-align: top; width: 11rem; overflow-wrap: anywhere; }
-.record td { text-align: left; overflow-wrap: anywhere; padding-left: 1rem; }
-.note { margin-top: .75rem; }
-@media print {
-  :root { --ink: #000; --quiet: #444; --line: #bbb; --paper: #fff; --link: #000; }
-  @page { margin: 18mm; }
-  body { max-width: none; padding: 0; font-size: 10.5pt; }
-  nav { display: none; }
-  h2, h3 { break-after: avoid; }
-  figure, tr, .facts div { break-inside: avoid; }
-  .facts { grid-template-columns: repeat(4, 1fr); }
-  img { border: 0; max-height: 225mm; object-fit: contain; }
-  #object figure:first-of-type img { max-height: 140mm; }
-  .wide { overflow: visible; }
-}
-"""
+STYLE = (files("ptychodask.judging.report") / "style.css").read_text()

@@ -1,4 +1,4 @@
-"""A client that reconstructs into a result, for others to break: ``python -m tests.victim JSON``.
+"""A client that reconstructs into a result, for others to break: ``python -m tests.campaigns.victim JSON``.
 
 It ends as the command line does: 0 when the result is there, 2 with one line on standard error, 143 after SIGTERM.
 """
@@ -18,7 +18,7 @@ from models_for_tests import LinearModel, SlowModel
 from ptychodask.cli import stopping_on_sigterm
 from ptychodask.cluster.clients import connected_client
 from ptychodask.errors import PtychodaskError
-from ptychodask.reconstruction import reconstruct, running
+from ptychodask.reconstruction import reconstruct, scheduler
 
 FIELDS = {"groups_per_chunk": 5, "batch_size": 5, "tile": 16}
 
@@ -34,7 +34,7 @@ def main() -> None:
     """Run what the only argument says."""
     asked = json.loads(sys.argv[1])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    running.STRAGGLER_S = running.STRAGGLER_TIMES = asked["straggler"]
+    scheduler.STRAGGLER_S = scheduler.STRAGGLER_TIMES = asked["straggler"]
     with stopping_on_sigterm(), connected_client(asked["scheduler"]) as client:
         model = model_of(asked["model"], asked.get("noted_in"))
         reconstruct(asked["store"], model, out=asked["out"], client=client, progress=False, **FIELDS, **asked["fields"])

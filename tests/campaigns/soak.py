@@ -1,6 +1,8 @@
 """Many reconstructions in one process, for as long as one likes: what grows, and what stays behind.
 
-Run with ``python -m tests.soak --minutes 120``. Each round simulates, reconstructs in memory, to disk, lazily, with
+    python -m tests.campaigns.soak --minutes 120
+
+Each round simulates, reconstructs in memory, to disk, lazily, with
 errors and from a stopped run, in the process itself and on worker processes. The table has a line for each tenth of
 the time; the last line compares it with the first one after the warm-up.
 """

@@ -18,7 +18,7 @@ from ptychodask.reconstruction import reconstruct
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
 from ptychodask.store.write import write_scan
-from ptychodask.training import TrainingSpec, fitting, probes, train
+from ptychodask.training import TrainingSpec, probe_fit, train
 from ptychodask.training.callbacks import TrainingCallback
 from ptychodask.training.probe_fit import in_gauge_of
 
@@ -132,15 +132,15 @@ def test_a_right_probe_is_not_spoiled(scan, tmp_path):
 
 def test_a_probe_that_is_not_better_stays_out_of_the_store(scan, tmp_path, monkeypatch, caplog):
     store = stored(scan, tmp_path / "kept.zarr", scan.probe)
-    monkeypatch.setattr(probes.ProbeFit, "is_better", property(lambda self: False))
+    monkeypatch.setattr(probe_fit.ProbeFit, "is_better", property(lambda self: False))
     before = open_scan(store)
-    with caplog.at_level(logging.INFO, "ptychodask.training.probes"):
+    with caplog.at_level(logging.INFO, "ptychodask.training.probe_fit"):
         model = train(store, out=tmp_path / "k.model", **TINY)
     after = open_scan(store)
     assert after.data_hash == before.data_hash == model.trained_on["data_hash"]
     assert "probe_refinement" not in after.attributes
     np.testing.assert_array_equal(model.optics.probe, scan.probe)
-    (line,) = [each.getMessage() for each in caplog.records if each.name == "ptychodask.training.probes"]
+    (line,) = [each.getMessage() for each in caplog.records if each.name == "ptychodask.training.probe_fit"]
     assert "held-out loss" in line
     assert "the store keeps its probe" in line
 
@@ -154,7 +154,7 @@ def test_weights_in_the_bundle_are_the_network_s_alone(fitted):
 def test_without_a_rate_there_is_no_probe_to_fit(scan, tmp_path, monkeypatch):
     store = stored(scan, tmp_path / "off.zarr", scan.probe)
     for name in ("FittedProbes", "ProbeAdam", "judge_probes"):
-        monkeypatch.setattr(fitting, name, lambda *_: pytest.fail("a probe is fitted"))
+        monkeypatch.setattr(f"ptychodask.training.train.{name}", lambda *_: pytest.fail("a probe is fitted"))
     before = open_scan(store).data_hash
     model = train(store, out=tmp_path / "off.model", **TINY | {"probe_rate": 0.0})
     assert open_scan(store).data_hash == before
@@ -230,7 +230,7 @@ def test_a_stopped_training_of_several_scans_goes_on_to_the_same_probes(two_stor
             train(two_stores, out=tmp_path / "stopped.model", **two_epochs)
     # Kept from the store, so that both trainings begin with the same data.
     with monkeypatch.context() as patch:
-        patch.setattr(probes, "replace_probe", lambda *_: None)
+        patch.setattr(probe_fit, "replace_probe", lambda *_: None)
         whole = train(two_stores, out=tmp_path / "whole.model", **two_epochs)
     resumed = train(two_stores, out=tmp_path / "stopped.model", resume=True, **two_epochs)
     losses = [[(entry["loss"], entry["held_out_loss"]) for entry in model.history] for model in (whole, resumed)]
@@ -253,14 +253,14 @@ def test_a_run_that_is_killed_while_it_ends_leaves_store_and_bundle_that_work(sc
     store, out = stored(scan, tmp_path / "killed.zarr", blurred(scan.probe)), tmp_path / "k.model"
     before = open_scan(store)
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "store_probe", interrupt)
+        patch.setattr("ptychodask.training.train.store_probe", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(store, out=out, **TINY)
     assert open_scan(store).data_hash == before.data_hash
     left = load_model(out)
     # Nothing is trained again: the run had finished its last epoch.
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "record_model", interrupt)
+        patch.setattr("ptychodask.training.train.record_model", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(store, out=out, resume=True, overwrite=True, **TINY)
     model, opened = load_model(out), open_scan(store)
@@ -284,12 +284,12 @@ def test_a_rate_that_cannot_be_is_refused(fields, message):
 
 
 def test_probes_that_are_not_free_are_refused_before_anything_is_built(scan, tmp_path, monkeypatch):
-    monkeypatch.setattr(fitting, "build_network", lambda *_: pytest.fail("a network was built"))
+    monkeypatch.setattr("ptychodask.training.train.build_network", lambda *_: pytest.fail("a network was built"))
     store = stored(scan, tmp_path / "s.zarr", scan.probe)
     with pytest.raises(PtychodaskError, match="is given twice, and probe_rate would fit two probes"):
         train([store, store], out=tmp_path / "x.model", **TINY)
     growing = replace(open_scan(store), attributes={"state": "growing"})
-    monkeypatch.setattr(fitting, "open_scan", lambda _: growing)
+    monkeypatch.setattr("ptychodask.training.train.open_scan", lambda _: growing)
     with pytest.raises(PtychodaskError, match="still growing, and keeps the probe of its first segment"):
         train(store, out=tmp_path / "x.model", **TINY)
     assert not (tmp_path / "x.model").exists()

@@ -14,13 +14,14 @@ import pytest
 import xarray as xr
 import zarr
 
-from ptychodask import folders, growing
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, group_positions
 from ptychodask.inspection import inspect_file
 from ptychodask.io import ingest
 from ptychodask.iterative import refine_probe
 from ptychodask.simulate import simulate
+from ptychodask.storage import atomic as folders
+from ptychodask.store import append as growing
 from ptychodask.store import open_scan
 from ptychodask.store.annotate import record_model, replace_probe
 from ptychodask.store.append import append_segment, finish_scan
@@ -190,7 +191,7 @@ def test_finishing_removes_what_a_torn_append_left(files, tmp_path, monkeypatch)
 KILLED = """
 import sys
 import numpy as np
-from ptychodask import growing
+from ptychodask.store import append as growing
 from ptychodask.inspection import inspect_file
 from ptychodask.io import ingest
 from ptychodask.iterative import refine_probe

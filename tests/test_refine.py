@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from models_for_tests import LinearModel
 
-from ptychodask import polishing
 from ptychodask.cluster.clients import local_client
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import expected_counts, footprint_corners, r_factor, shift_probe
@@ -18,6 +17,7 @@ from ptychodask.plan import plan
 from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.reassembly import add_patches, empty_canvas, finish, illumination_window
 from ptychodask.reconstruction import reconstruct
+from ptychodask.reconstruction import refine as polishing
 from ptychodask.refinement.polishing import (
     StepProducts,
     illumination_and_proximal_weight,

@@ -1,6 +1,8 @@
 """Runs that are broken on purpose: each must end with the identical object, at once or after the documented error.
 
-Run with ``python -m tests.campaign --runs 200``. Every run is a process of its own that reconstructs on a scheduler and
+    python -m tests.campaigns.campaign --runs 200
+
+Every run is a process of its own that reconstructs on a scheduler and
 two workers, which are processes too. When a share of the chunks is done, drawn at random, a fault is injected. A run
 that ends with an error is gone on with by the same command and ``resume=True``. A fault that this machine cannot have
 (mounts and network namespaces want root) is left out and named.
@@ -32,7 +34,7 @@ from ptychodask.models import ModelSpec, Optics, untrained_model
 from ptychodask.models.bundle import save_model
 from ptychodask.result import open_result
 from ptychodask.storage.atomic import LEDGER, building_path
-from tests.victim import FIELDS, model_of
+from tests.campaigns.victim import FIELDS, model_of
 
 N_PIXELS = 16
 N_PATTERNS = 150
@@ -198,7 +200,7 @@ class Scene:
             "straggler": STRAGGLER_S,
             "fields": self.fields | {"resume": resume},
         }
-        command = [*self.cluster.inside("sched"), sys.executable, "-m", "tests.victim", json.dumps(asked)]
+        command = [*self.cluster.inside("sched"), sys.executable, "-m", "tests.campaigns.victim", json.dumps(asked)]
         self.client = subprocess.Popen(
             command,
             cwd=Path(__file__).parents[1],

@@ -1,6 +1,8 @@
 """Damaged and hostile files for every reader: each is read, or refused in one line.
 
-Run with ``python -m tests.fuzz --inputs 20000``. A child process mutates small valid files of each kind and reads them;
+    python -m tests.campaigns.fuzz --inputs 20000
+
+A child process mutates small valid files of each kind and reads them;
 this process watches it: a crash of the interpreter, an input that takes more than 10 s, memory that grows by more than
 1 GB, a file outside the folder of the input, and any exception that is no `PtychodaskError` of one line are finds. The
 inputs of finds are kept in ``--keep``. An input follows from the seed and its number alone.
@@ -562,7 +564,7 @@ class Child:
 
     def _watch(self, root: Path) -> dict[int, dict[str, str]]:
         told = json.dumps([self.seed, self.numbers, str(root)])
-        command = [sys.executable, "-m", "tests.fuzz", "--child", told, "--keep", self.keep]
+        command = [sys.executable, "-m", "tests.campaigns.fuzz", "--child", told, "--keep", self.keep]
         found: dict[int, dict[str, str]] = {}
         at = -1
         with subprocess.Popen(
