@@ -1,4 +1,4 @@
-"""Frames, positions and optics of a source on the grid of the object."""
+"""Frames, positions and optics of a source on the object grid."""
 
 from __future__ import annotations
 
