@@ -14,12 +14,13 @@ import distributed
 from ptychodask.cluster.preflight import preflight_jobs
 from ptychodask.errors import PtychodaskError
 from ptychodask.plan.chunks import RegionNotReachedError
+from ptychodask.prediction import open_stored
 from ptychodask.reconstruction.ledger import Ledger, check_same
 from ptychodask.reconstruction.live import LivePicture, Screen
 from ptychodask.reconstruction.run import Run, identity
 from ptychodask.reconstruction.scheduler import check_workers
 from ptychodask.reconstruction.stitching import Stitching, broadcast_job
-from ptychodask.store.append import growth
+from ptychodask.store import StoredScan
 
 logger = logging.getLogger(__name__)
 
@@ -122,17 +123,17 @@ class FollowedScan:
         """Wait for another segment or the end; returns the next run."""
         attributes = run.scan.attributes
         known = attributes["state"], len(attributes["segments"])
-        _wait_for_growth(run.plan.store, known, run.spec.follow_timeout_s)
+        _wait_for_growth(open_stored(run.job.methods[0].prediction), known, run.spec.follow_timeout_s)
         return self._plan_run()
 
 
-def first_run(plan_run: Callable[[], Run], store: str, limit_s: float) -> Run:
+def first_run(plan_run: Callable[[], Run], stored: StoredScan, limit_s: float) -> Run:
     """Run over a store, once its region of interest is reached.
 
     Parameters
     ----------
     plan_run : callable
-    store : str
+    stored : StoredScan
     limit_s : float
         Longest time without a new segment.
 
@@ -142,20 +143,20 @@ def first_run(plan_run: Callable[[], Run], store: str, limit_s: float) -> Run:
         As `plan_run` does; if the region is not reached, only once no other segment can come.
     """
     while True:
-        known = growth(store)
+        known = stored.growth()
         try:
             return plan_run()
         except RegionNotReachedError as error:
             if known[0] != "growing":
                 raise
             logger.info("%s; waiting for a segment that does", error)
-        _wait_for_growth(store, known, limit_s)
+        _wait_for_growth(stored, known, limit_s)
 
 
-def _wait_for_growth(store: str, known: tuple[str, int], limit_s: float) -> None:
-    """Return once state or number of segments change (see `growth`)."""
-    since = time.monotonic()
-    while growth(store) == known:
+def _wait_for_growth(stored: StoredScan, known: tuple[str, int], limit_s: float) -> None:
+    """Return once state or number of segments change (see `StoredScan.growth`)."""
+    store, since = stored.label, time.monotonic()
+    while stored.growth() == known:
         if time.monotonic() - since > limit_s:
             raise PtychodaskError(
                 f"{store}: no new segment within follow_timeout_s={limit_s:g} s after {known[1]} of them, and the "

@@ -16,7 +16,7 @@ from ptychodask.forward import footprint_corners
 from ptychodask.grouping import curve_order, patterns_without
 from ptychodask.plan import Plan
 from ptychodask.plan.chunks import Tile
-from ptychodask.prediction import PredictionJob, open_source
+from ptychodask.prediction import PredictionJob, open_stored
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.reassembly import Box
 from ptychodask.reconstruction.live import LivePicture
@@ -281,7 +281,7 @@ def prepare_tile(
     -------
     TileWeights
     """
-    scan = open_source(job)
+    scan = open_stored(job).scan
     kept = patterns_without(scan, job.drop)
     illumination, proximal_weight = illumination_and_proximal_weight(
         scan.probe, scan.position_yx_px[kept], box.corner, box.shape
@@ -307,7 +307,7 @@ def change_part(job: PredictionJob, part: PolishPart, objects: list[NDArray[np.c
     -------
     PartChange
     """
-    scan = open_source(job)
+    scan = open_stored(job).scan
     joined = np.empty(part.box.shape, np.complex64)
     for box, object_ in zip(part.tile_boxes, objects, strict=True):
         shared = part.box.overlap(box)

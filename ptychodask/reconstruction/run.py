@@ -15,7 +15,7 @@ from ptychodask.cluster.preflight import preflight_jobs
 from ptychodask.plan import Plan
 from ptychodask.plan.chunks import Tile
 from ptychodask.plan.spec import ReconstructionSpec
-from ptychodask.prediction import stage
+from ptychodask.prediction import open_stored, stage
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.reconstruction.live import LivePicture, Screen
 from ptychodask.reconstruction.refine import Polishing, stitch_on_workers, tiles_from_disk
@@ -24,7 +24,6 @@ from ptychodask.reconstruction.stitching import Stitching, StitchingReport, broa
 from ptychodask.reconstruction.tasks import StitchingJob, TileReport
 from ptychodask.scan import Scan
 from ptychodask.storage.location import Location
-from ptychodask.store import open_scan
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +166,8 @@ def _polish(
     """Sweep over the stitched patterns and deliver the tiles; returns R."""
     plan, spec = run.plan, run.spec
     drop = tuple(sorted({*spec.drop, *(index for patterns in report["skipped"].values() for index in patterns)}))
-    polishing = Polishing(client, run.job.methods[0].prediction, plan, open_scan(plan.store), stitched, drop)
+    job = run.job.methods[0].prediction
+    polishing = Polishing(client, job, plan, open_stored(job).scan, stitched, drop)
     with stage(report["seconds"], "polish"):
         r_factors = polishing.sweep(int(spec.polish), progress)
     polishing.deliver(out, on_tile, live)
