@@ -287,7 +287,7 @@ class StoredScan:
         return attributes["state"], _n_segments(attributes)
 
     def had_hash(self, data_hash: str) -> bool:
-        """True for the data hash of the scan or of its first segments."""
+        """True for the data hash of the scan or its first segments."""
         # Segments appended since a run was planned do not move the patterns that it reads.
         return data_hash in (self.data_hash, *(one.get("data_hash") for one in self.attributes.get("segments", ())))
 

@@ -156,6 +156,7 @@ def finish_scan(store: str | Path) -> Scan:
             with changing_root(path) as root:
                 tables = _tables(root)
                 for folder in (path / "groups").glob("*/"):
+                    # Readers do not know it, and consolidating the finished store would publish it half-written.
                     if f"groups/{folder.name}" not in tables:
                         shutil.rmtree(folder)
                 for table, attributes in tables.items():
