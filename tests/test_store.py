@@ -338,7 +338,7 @@ def test_what_is_no_store_is_refused(tmp_path):
 def test_a_stored_group_table_is_read_not_computed_again(tmp_path, monkeypatch):
     write(tmp_path / "a.zarr")
     calls = []
-    compute = store_module.group_positions
+    compute = groups_module.group_positions
 
     def counted(*args: Any) -> Any:
         calls.append(args)
