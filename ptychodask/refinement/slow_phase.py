@@ -1,4 +1,4 @@
-"""Slow phase: a coarse Gauss-Newton solve for the part of the phase that varies slowly.
+"""Coarse Gauss-Newton solve for the slowly varying part of the phase.
 
 A pattern fixes the slow part of the phase only through a small shift, so that networks and sweeps are weak there; with
 the fine detail known it is a linear least-squares problem with few unknowns. The phase is φ = Σ_k a_k B_k with bilinear
@@ -119,7 +119,7 @@ def curve_rank(scan: Scan, index: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def is_judge(scan: Scan, index: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """True for the patterns that judge a refinement and take no part in it.
+    """True for patterns that judge a refinement and take no part.
 
     Parameters
     ----------
@@ -140,13 +140,25 @@ def is_judge(scan: Scan, index: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def judge_index(scan: Scan, index: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Patterns among `index` that judge a refinement, in the order of `index`; int64 (see `is_judge`)."""
+    """Patterns that judge a refinement (see `is_judge`).
+
+    Parameters
+    ----------
+    scan : Scan
+    index : int64 array (k,)
+        See `curve_rank`.
+
+    Returns
+    -------
+    int64 array
+        Those of `index`, in its order.
+    """
     return index[is_judge(scan, index)]
 
 
 @dataclass(frozen=True)
 class NodeGrid:
-    """Nodes of the slow phase: a grid of equal steps over part of the object.
+    """Nodes of the slow phase: a regular grid over the object.
 
     Examples
     --------
@@ -169,12 +181,12 @@ class NodeGrid:
         return self.shape[0] * self.shape[1]
 
     def coordinate_px(self, axis: int, node: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Coordinates of some nodes along axis 0 (y) or 1 (x), pixels; nodes may be off the grid."""
+        """Coordinates of nodes, on the grid or off, along an axis, pixels."""
         return self.corner[axis] + self.spacing_px * node.astype(np.float64)
 
 
 def node_spacing_px(probe: NDArray[np.complex64]) -> float:
-    """Distance of nodes for a probe: min(N/4, rms diameter of its intensity), pixels.
+    """Distance of nodes that suits a probe.
 
     Parameters
     ----------
@@ -183,8 +195,8 @@ def node_spacing_px(probe: NDArray[np.complex64]) -> float:
     Returns
     -------
     float
-        The rms diameter is twice the root-mean-square distance of the light from its centroid; `LEAST_SPACING_PX` or
-        more.
+        min(N/4, rms diameter of the intensity), pixels; `LEAST_SPACING_PX` or more. The rms diameter is twice the
+        root-mean-square distance of the light from its centroid.
 
     Examples
     --------
@@ -200,7 +212,7 @@ def node_spacing_px(probe: NDArray[np.complex64]) -> float:
 
 
 def node_grid(box: Box, spacing_px: float) -> NodeGrid:
-    """Grid of nodes whose hats cover a box, with its first node on the box's first pixel.
+    """Grid of nodes whose hats cover a box.
 
     Parameters
     ----------
@@ -212,7 +224,7 @@ def node_grid(box: Box, spacing_px: float) -> NodeGrid:
     Returns
     -------
     NodeGrid
-        Two nodes or more along each axis.
+        From the first pixel of the box on; two nodes or more along each axis.
 
     Examples
     --------
@@ -225,7 +237,7 @@ def node_grid(box: Box, spacing_px: float) -> NodeGrid:
 
 @dataclass(frozen=True, eq=False)
 class _HatLight:
-    """Share of a probe's light within a hat at each whole pixel near its frame."""
+    """Share of a probe's light within a hat at each whole pixel."""
 
     share: NDArray[np.float64]
     """Shares (v, u); those below `MET_SHARE` at the edges cut off."""
@@ -238,6 +250,7 @@ class _HatLight:
 
 
 def _hat_light(probe: NDArray[np.complex64], spacing_px: float) -> _HatLight:
+    """Table of a probe's light within hats around its frame."""
     n_pixels = probe.shape[-1]
     margin = int(np.ceil(spacing_px))
     lit = intensity(probe).sum(axis=0, dtype=np.float64)
@@ -251,14 +264,17 @@ def _hat_light(probe: NDArray[np.complex64], spacing_px: float) -> _HatLight:
 
 
 def _hats(node_px: NDArray[Any], spacing_px: float, n_pixels: int) -> NDArray[np.float64]:
-    """Hats along an axis of a frame (node, N); `node_px` counts from the frame's first pixel."""
+    """Hats along an axis (node, N); `node_px` counts from the first pixel."""
     return np.maximum(1 - np.abs(np.arange(n_pixels) - node_px[:, None]) / spacing_px, 0)
 
 
 def _nodes_reached(
     nodes: NodeGrid, hat_light: _HatLight, frame_corner: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """First node (k, 2) of the window that each pattern reaches, and the share of its light (k, wy, wx) on each."""
+    """Nodes around each pattern, and the share of its light on them.
+
+    The first node (k, 2) of a window, and the shares within it (k, wy, wx): 0 off the grid.
+    """
     first = np.empty_like(frame_corner)
     pixel = []
     for axis, size in enumerate(hat_light.window):
@@ -311,7 +327,7 @@ def slow_phase_patterns(scan: Scan, nodes: NodeGrid, index: NDArray[np.int64]) -
 
 
 def _meetings(scan: Scan, nodes: NodeGrid, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Patterns that meet each node (y, x), and the sum of their shares of light within its hat."""
+    """Patterns that meet each node (y, x), and their light there, summed."""
     met, light_sum = np.zeros(nodes.n_nodes, np.int64), np.zeros(nodes.n_nodes)
     hat_light = _hat_light(scan.probe, nodes.spacing_px)
     for start in range(0, len(index), MEETING_BATCH):
@@ -326,7 +342,7 @@ def _meetings(scan: Scan, nodes: NodeGrid, index: NDArray[np.int64]) -> tuple[ND
 
 @dataclass(frozen=True, eq=False)
 class EquationBlock:
-    """Sums over the patterns of one part, on the nodes that they reach."""
+    """Sums over the patterns of one part, on nodes around them."""
 
     order: int
     """First pattern of the part; blocks are added in this order."""
@@ -346,7 +362,7 @@ class EquationBlock:
 
 @dataclass(frozen=True, eq=False)
 class NormalEquations:
-    """Normal equations of the slow phase: blocks of parts of the patterns, added only by `solve`."""
+    """Normal equations of the slow phase, in blocks that `solve` adds."""
 
     blocks: tuple[EquationBlock, ...] = ()
     """In ascending order, each once."""
@@ -435,18 +451,13 @@ def normal_equations(
                 for axis, (size, start) in enumerate(zip(window, frame_corner[j], strict=True))
             )
             y, x = np.nonzero(share[j] >= MET_SHARE)
-            direction, model = _far_field(
-                shifted * transmission[frame], 1.0 if scan.flux is None else float(scan.flux[index[j]]), good
-            )
-            halfway = _transform_rows(shifted * transmission[frame], hat_y)
-            residual = _residual(scan, amplitude, model)
+            wave = shifted * transmission[frame]
+            direction, model = _far_field(wave, 1.0 if scan.flux is None else float(scan.flux[index[j]]), good)
+            products = _products(wave, direction, _residual(scan, amplitude, model), (hat_y, hat_x), (y, x))
             row, column = y + first[j, 0] - low[0], x + first[j, 1] - low[1]
             near = y - y[:, None] + window[0] - 1, x - x[:, None] + window[1] - 1
-            for lines in _line_blocks(len(y) * halfway[0].size, n_pixels):
-                jacobian = _jacobian(halfway[:, :, lines], direction[:, lines], hat_x, y, x)
-                flat = jacobian.reshape(len(y), -1).astype(np.float64)
-                curvature[row[:, None], column[:, None], *near] += flat @ flat.T
-                slope[row, column] += flat @ residual[lines].ravel()
+            curvature[row[:, None], column[:, None], *near] += products[0]
+            slope[row, column] += products[1]
             lit = intensity(shifted).sum(axis=0, dtype=np.float64)
             light_sum[row, column] += (hat_y @ lit @ hat_x.T)[y, x]
     block = EquationBlock(int(index[0]), (int(low[0]), int(low[1])), curvature, slope, light_sum)
@@ -456,9 +467,9 @@ def normal_equations(
 def _far_field(
     wave: NDArray[np.complex64], flux: float, good: NDArray[np.bool_] | None
 ) -> tuple[NDArray[np.complex64], NDArray[np.float32]]:
-    """Derivative of a pattern's amplitude by its far fields, and the amplitude √μ; DC at [0, 0].
+    """Derivative of an amplitude by its far fields, and the amplitude.
 
-    The first, Ψ_m √f / (Σ|Ψ|²)^½ (mode, N, N), is 0 on bad pixels.
+    The first, Ψ_m √f / (Σ|Ψ|²)^½ (mode, N, N), is 0 on bad pixels; the second is √μ (N, N); DC at [0, 0].
     """
     far = scipy.fft.fft2(wave, norm="ortho")
     model = np.sqrt(intensity(far).sum(axis=0))
@@ -469,10 +480,28 @@ def _far_field(
     return far, np.float32(np.sqrt(flux)) * model
 
 
-def _transform_rows(wave: NDArray[np.complex64], hat_y: NDArray[np.float64]) -> NDArray[np.complex64]:
-    """Transforms along y of exit waves under each hat along y (hat, mode, N, N): nodes of a row share them."""
-    under = hat_y.astype(np.float32)[:, None, :, None] * wave
-    return scipy.fft.fft(under, axis=-2, norm="ortho", overwrite_x=True)  # type: ignore[no-any-return]
+def _products(
+    wave: NDArray[np.complex64],
+    direction: NDArray[np.complex64],
+    residual: NDArray[np.float64],
+    hats: tuple[NDArray[np.float64], NDArray[np.float64]],
+    at: tuple[NDArray[np.int64], NDArray[np.int64]],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """JᵀJ (node, node) and Jᵀr (node,) of one pattern.
+
+    Exit waves, `_far_field` and `_residual` of the pattern; hats along y and x, and those of each node.
+    """
+    n_nodes, n_pixels = len(at[0]), wave.shape[-1]
+    # A hat is a product of two, so that nodes of a row share the transform along y.
+    under = hats[0].astype(np.float32)[:, None, :, None] * wave
+    halfway = scipy.fft.fft(under, axis=-2, norm="ortho", overwrite_x=True)
+    products, slopes = np.zeros((n_nodes, n_nodes)), np.zeros(n_nodes)
+    for lines in _line_blocks(n_nodes * wave.size, n_pixels):
+        flat = _jacobian(halfway[:, :, lines], direction[:, lines], hats[1], *at).reshape(n_nodes, -1)
+        flat = flat.astype(np.float64)
+        products += flat @ flat.T
+        slopes += flat @ residual[lines].ravel()
+    return products, slopes
 
 
 def _jacobian(
@@ -482,17 +511,21 @@ def _jacobian(
     y: NDArray[np.int64],
     x: NDArray[np.int64],
 ) -> NDArray[np.float32]:
-    """Derivative of a pattern's amplitude by the coefficients of nodes (node, line, N).
+    """Derivative of a pattern's amplitude by the coefficients of nodes.
 
     Parameters
     ----------
     halfway : complex64 array (hat, mode, line, N)
-        Lines of `_transform_rows`.
+        Lines of the transforms along y of exit waves under each hat along y.
     direction : complex64 array (mode, line, N)
         The same lines of `_far_field`.
     hat_x : float64 array (hat, N)
     y, x : int64 arrays (node,)
         Hats of each node along y and x.
+
+    Returns
+    -------
+    float32 array (node, line, N)
     """
     under = halfway[y] * hat_x.astype(np.float32)[x][:, None, None, :]
     far = scipy.fft.fft(under, axis=-1, norm="ortho", overwrite_x=True)
@@ -501,13 +534,13 @@ def _jacobian(
 
 
 def _line_blocks(n_values: int, n_lines: int) -> list[slice]:
-    """Slices of a detector's lines; in each, `n_values` for all lines become `BLOCK_VALUES` or one line's."""
+    """Slices of lines that hold `BLOCK_VALUES` of `n_values`, or one line."""
     size = max(BLOCK_VALUES * n_lines // n_values, 1)
     return [slice(start, start + size) for start in range(0, n_lines, size)]
 
 
 def _residual(scan: Scan, amplitude: NDArray[np.float32], model: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Residual (N, N) of a pattern's measured amplitude, DC at [0, 0] as in `model`."""
+    """Residual (N, N) of a measured pattern, DC at [0, 0]."""
     measured = scipy.fft.ifftshift(amplitude).astype(np.float64)
     if scan.domain == "amplitude":
         return measured - model
@@ -521,7 +554,7 @@ def solve(
     regularisation: float = REGULARISATION,
     direct_unknowns: int = DIRECT_UNKNOWNS,
 ) -> NDArray[np.float64]:
-    """Coefficients of the slow phase: the Gauss-Newton step on the grid of nodes.
+    """Coefficients of the slow phase by one Gauss-Newton step.
 
     Parameters
     ----------
@@ -575,7 +608,7 @@ def solve(
 
 
 def _add_blocks(equations: NormalEquations, nodes: NodeGrid) -> tuple[Any, NDArray[np.float64], NDArray[np.float64]]:
-    """Sums of all blocks on the whole grid: JᵀJ (sparse, node, node), Jᵀr and light (node,)."""
+    """JᵀJ (sparse, node, node), Jᵀr and light (node,) of all blocks."""
     slope, light_sum = np.zeros(nodes.shape), np.zeros(nodes.shape)
     ny, nx = nodes.shape
     rows: list[NDArray[np.int64]] = []
@@ -617,7 +650,7 @@ def _laplacian(nodes: NodeGrid, kept: NDArray[np.bool_]) -> Any:
 def _solve_positive(
     system: Any, right: NDArray[np.float64], at: tuple[NDArray[np.int64], NDArray[np.int64]], direct_unknowns: int
 ) -> NDArray[np.float64]:
-    """Solution of a symmetric positive definite sparse system of the nodes `at` (y, x)."""
+    """Solution of a symmetric positive definite system of nodes `at` (y, x)."""
     if len(right) <= direct_unknowns:
         return splu(system.tocsc(), permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True}).solve(right)
     solution, failed = cg(
@@ -634,7 +667,7 @@ def _solve_positive(
 def _two_levels(
     system: Any, at: tuple[NDArray[np.int64], NDArray[np.int64]]
 ) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-    """Preconditioner: the inverse diagonal, plus an exact solve on a grid `COARSENING` times coarser.
+    """Preconditioner: the inverse diagonal plus a solve on a coarser grid.
 
     Additive two-level Schwarz (B. Smith, P. Bjørstad and W. Gropp, Domain Decomposition, 1996, section 2.2): the
     diagonal alone is blind to slow modes, of which a large field has many.
@@ -693,7 +726,7 @@ def apply_phase(object_: NDArray[np.complex64], phase: NDArray[np.float64]) -> N
 
 
 def misfit(object_: NDArray[np.complex64], corner: tuple[int, int], scan: Scan, index: NDArray[np.int64]) -> float:
-    """Misfit of an object to some patterns, by which a step is kept or rejected.
+    """Misfit of an object to the patterns that judge it.
 
     Parameters
     ----------
@@ -853,7 +886,7 @@ def _judge(
     coefficients: NDArray[np.float64],
     judges: NDArray[np.int64],
 ) -> tuple[float, float]:
-    """Misfit of the judges to the object without and with the slow phase."""
+    """Misfit of the judges without and with the slow phase."""
     before = after = 0.0
     for start in range(0, len(judges), READ_BATCH):
         part = judges[start : start + READ_BATCH]
@@ -865,6 +898,7 @@ def _judge(
 
 
 def _reason(before: float, after: float, n_judges: int, n_patterns: int) -> str:
+    """Reason why a step is kept or rejected."""
     if not n_judges:
         return f"{n_patterns} patterns are too few to judge by"
     change = f"misfit of {n_judges} judges from {before:.6g} to {after:.6g}"
