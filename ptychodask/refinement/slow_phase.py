@@ -628,7 +628,7 @@ def _add_blocks(equations: NormalEquations, nodes: NodeGrid) -> tuple[Any, NDArr
     if not rows:
         return scipy.sparse.csr_array((nodes.n_nodes, nodes.n_nodes)), slope.ravel(), light_sum.ravel()
     at = np.concatenate(rows), np.concatenate(columns)
-    # Entries that several blocks share are added in the order of the blocks.
+    # Blocks come in one order, so that entries that several share are always added alike, to the last bit.
     matrix = scipy.sparse.coo_array((np.concatenate(values), at), shape=(nodes.n_nodes, nodes.n_nodes))
     return matrix.tocsr(), slope.ravel(), light_sum.ravel()
 
