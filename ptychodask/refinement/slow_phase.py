@@ -26,7 +26,7 @@ from scipy.special import xlogy
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import footprint_corners, predicted_amplitude, shift_ramp
 from ptychodask.grouping import curve_order
-from ptychodask.probes import intensity, probe_centroid_px
+from ptychodask.probes import probe_centroid_px, squared_modulus
 from ptychodask.reassembly import Box
 from ptychodask.scan import Scan
 
@@ -204,7 +204,7 @@ def node_spacing_px(probe: NDArray[np.complex64]) -> float:
     >>> round(node_spacing_px((np.hypot(y, x) < 8).astype(np.complex64)[None]), 1)
     11.1
     """
-    light_share = intensity(probe).sum(axis=0, dtype=np.float64)
+    light_share = squared_modulus(probe).sum(axis=0, dtype=np.float64)
     light_share /= light_share.sum()
     y, x = np.indices(light_share.shape) - probe_centroid_px(probe)[:, None, None]
     diameter = 2 * np.sqrt((light_share * (y**2 + x**2)).sum())
@@ -253,7 +253,7 @@ def _hat_light(probe: NDArray[np.complex64], spacing_px: float) -> _HatLight:
     """Table of a probe's light within hats around its frame."""
     n_pixels = probe.shape[-1]
     margin = int(np.ceil(spacing_px))
-    lit = intensity(probe).sum(axis=0, dtype=np.float64)
+    lit = squared_modulus(probe).sum(axis=0, dtype=np.float64)
     hat = _hats(np.arange(-margin, n_pixels + margin), spacing_px, n_pixels)
     share = hat @ (lit / lit.sum()) @ hat.T
     bounds = [np.flatnonzero((share >= MET_SHARE).any(axis=1 - axis))[[0, -1]] for axis in (0, 1)]
@@ -458,7 +458,7 @@ def normal_equations(
             near = y - y[:, None] + window[0] - 1, x - x[:, None] + window[1] - 1
             curvature[row[:, None], column[:, None], *near] += products[0]
             slope[row, column] += products[1]
-            lit = intensity(shifted).sum(axis=0, dtype=np.float64)
+            lit = squared_modulus(shifted).sum(axis=0, dtype=np.float64)
             light_sum[row, column] += (hat_y @ lit @ hat_x.T)[y, x]
     block = EquationBlock(int(index[0]), (int(low[0]), int(low[1])), curvature, slope, light_sum)
     return NormalEquations((block,))
@@ -472,7 +472,7 @@ def _far_field(
     The first, Ψ_m √f / (Σ|Ψ|²)^½ (mode, N, N), is 0 on bad pixels; the second is √μ (N, N); DC at [0, 0].
     """
     far = scipy.fft.fft2(wave, norm="ortho")
-    model = np.sqrt(intensity(far).sum(axis=0))
+    model = np.sqrt(squared_modulus(far).sum(axis=0))
     # A pixel without model light has no phase, as in `project_modulus`.
     far *= np.float32(np.sqrt(flux)) / np.maximum(model, np.float32(1e-6) * model.max() + np.finfo(np.float32).eps ** 2)
     if good is not None:
