@@ -19,6 +19,7 @@ from ptychodask import store as stores
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, curve_order
 from ptychodask.scan import Scan, Truth
+from ptychodask.storage import atomic
 from ptychodask.storage.atomic import LOCK, WHOLE, atomic_folder, building_path, check_vacant_folder
 from ptychodask.store import SCAN, StoredScan, open_scan
 from ptychodask.store import write as store_module
@@ -261,7 +262,7 @@ def test_a_writer_restores_the_previous_version_before_it_replaces_it(killed_bet
 
 def test_a_store_that_another_run_finished_after_the_check_is_not_replaced(tmp_path, monkeypatch):
     first = write(tmp_path / "a.zarr")
-    monkeypatch.setattr("ptychodask.storage.atomic.check_vacant", lambda path, **arguments: None)
+    monkeypatch.setattr(atomic, "check_vacant_folder", lambda path, **arguments: None)
     with pytest.raises(PtychodaskError, match="exists already"):
         write(tmp_path / "a.zarr", **scan_parts(seed=1))
     assert open_scan(tmp_path / "a.zarr").data_hash == first.data_hash
