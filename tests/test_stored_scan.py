@@ -83,7 +83,7 @@ CASES = {
 def test_a_reconstruction_opens_the_scan_once(store, client, tmp_path, openings, case, client_of):
     group(store, GroupingSpec(halves=case == "halves"))
     del openings[:]
-    options = {name: tmp_path / value if isinstance(value, str) else value for name, value in CASES[case].items()}
+    options = {name: tmp_path / value if name in ("out", "cache") else value for name, value in CASES[case].items()}
     reconstruct(store, LinearModel(), client=client if client_of == "given" else None, **FIELDS, **options)
     assert openings == ["r"]
 

@@ -304,7 +304,7 @@ class StoredScan:
     @property
     def scan(self) -> Scan:
         """The complete scan, checked; patterns and labels stay on disk."""
-        # Threads share the handle, and each would read all positions.
+        # Threads share the handle, and without the lock each would read all positions.
         with self._lock:
             if self._scan is None:
                 self._scan = self._read_scan()
@@ -453,14 +453,15 @@ class StoredScan:
 
         A table made after opening is read too.
         """
-        table = self.table(name)
-        if table is None:
-            # A worker keeps a store open between runs, and the table may have been made since. Only the table is taken
-            # from the metadata read again: the other arrays must keep the lengths that this handle knows.
-            added = self._open_table(self._opened_again(), name)
-            if added is None:
-                raise PtychodaskError(f"{self.label}: group table '{name}' is missing; plan again")
-            table = self.add_table(added)
+        with self._lock:
+            table = self.table(name)
+            if table is None:
+                # A worker keeps a store open between runs, and the table may have been made since. Only the table is
+                # taken from the metadata read again: the other arrays must keep the lengths that this handle knows.
+                added = self._open_table(self._opened_again(), name)
+                if added is None:
+                    raise PtychodaskError(f"{self.label}: group table '{name}' is missing; plan again")
+                table = self.add_table(added)
         return table.rows(start, stop)
 
     def same_table(self, spec: GroupingSpec, name: str) -> GroupTable | None:
