@@ -459,7 +459,7 @@ def _run_here(cells: list[Cell], folder: Path, bar: Progress) -> None:
 
 
 def _failure(cell: Cell, folder: Path) -> str | None:
-    """Error message of a cell, which is computed; None if there is none."""
+    """Compute a cell; returns its error message, or None."""
     # Returned, not raised: an error of a cell comes again, so that no other attempt is worth its time.
     try:
         run_cell(cell, folder)

@@ -33,7 +33,10 @@ class WorkerState(NamedTuple):
 
 
 class Future(Protocol):
-    """A submitted task; as an argument of another task it stands for its result."""
+    """A submitted task.
+
+    As an argument of another task it stands for its result.
+    """
 
     @property
     def key(self) -> Any:
@@ -41,7 +44,7 @@ class Future(Protocol):
 
     @property
     def status(self) -> str:
-        """``pending``, ``finished``, ``error``, or another word for a task that ended without either."""
+        """State: ``pending``, ``finished``, ``error``, or another for lost tasks."""
 
     def result(self) -> Any:
         """Result, once there is one; raises the error of the task."""
@@ -96,10 +99,10 @@ class Executor(Protocol):
         """Connected workers by their addresses; raises OSError if the cluster is gone."""
 
     def who_has(self, futures: Sequence[Any]) -> dict[Any, set[str]]:
-        """Addresses of the workers that run a task or have its result, by its key."""
+        """Workers that run a task or have its result, by key."""
 
     def broadcast(self, content: Any) -> AbstractContextManager[Broadcast]:
-        """Context with a reference to an object that is sent to each process once."""
+        """Context with a reference to an object, sent to each process once."""
 
 
 class DaskExecutor:

@@ -1,4 +1,4 @@
-"""Execution of a run: stitching, then refinement as tasks over the tiles of the object."""
+"""Execution of a run: stitching, then refinement of the object's tiles."""
 
 from __future__ import annotations
 

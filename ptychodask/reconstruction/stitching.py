@@ -294,7 +294,7 @@ class Stitching:
             self.live.add(part)
 
     def _value(self, result: Any) -> Any:
-        """Result of a task, which is fetched here if it stays on the workers."""
+        """Result of a task, fetched if it is still on the workers."""
         return result.result() if self._folder is None else result
 
     def _seeds(self, index: int, reason: str) -> Skipped:
