@@ -493,8 +493,7 @@ def _run_on(executor: Executor, cells: list[Cell], folder: Path, bar: Progress) 
             "the workers that it ran on died; give them more memory, or choose a smaller network or scan"
         ),
     )
-    with Scheduler(executor, graph).cancelling_on_exit() as scheduler:
-        scheduler.complete(bar, on_chunk=record)
+    Scheduler(executor, graph).complete(bar, on_chunk=record)
     _check_failed(failed)
 
 

@@ -215,7 +215,7 @@ def test_chunks_without_tiles_all_run_within_their_bound(client):
             fetch_results=True,
             chunks_per_worker=1,
         )
-        with progress_bar("square", 20, "numbers", False) as bar, Scheduler(executor, graph).cancelling_on_exit() as it:
-            it.complete(bar, on_chunk=results.__setitem__)
+        with progress_bar("square", 20, "numbers", False) as bar:
+            Scheduler(executor, graph).complete(bar, on_chunk=results.__setitem__)
         assert results == {index: index**2 for index in range(20)}
     assert max(most) == 1

@@ -159,8 +159,7 @@ def _judge_all(
             # As the parts of the object are all on their way, so are the tasks that use them up.
             chunks_per_worker=len(parts),
         )
-        with Scheduler(executor, graph).cancelling_on_exit() as scheduler:
-            scheduler.complete(bar, on_chunk=record)
+        Scheduler(executor, graph).complete(bar, on_chunk=record)
     return np.concatenate([done[index] for index in range(len(parts))])
 
 

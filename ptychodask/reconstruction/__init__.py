@@ -32,7 +32,7 @@ from ptychodask.reconstruction.lazy import lazy_result
 from ptychodask.reconstruction.live import screen_for
 from ptychodask.reconstruction.patch_cache import patch_cache
 from ptychodask.reconstruction.refine import stitch_and_polish
-from ptychodask.reconstruction.run import Run
+from ptychodask.reconstruction.run import Run, RunFolders
 from ptychodask.reconstruction.tasks import MethodJob, StitchingJob, TileReport
 from ptychodask.reconstruction.to_store import write_result
 from ptychodask.result import Layers, TileArrays, make_dataset
@@ -335,7 +335,9 @@ def _in_memory(run: Run, client: AnyClient | None, started: float, progress: boo
         for name, part in report.arrays.items():
             arrays[name][..., y : y + height, x : x + width] = part
 
-    report = stitch_and_polish(run, client, None, copy_tile, progress=progress, screen=screen_for(run.spec.live))
+    report = stitch_and_polish(
+        run, client, RunFolders(), copy_tile, progress=progress, screen=screen_for(run.spec.live)
+    )
     return make_dataset(
         **arrays,
         corner=plan.box.corner,

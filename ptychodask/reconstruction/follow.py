@@ -86,22 +86,13 @@ class FollowedScan:
                 ledger.read()
             if run.scan.attributes["state"] != "growing":
                 return run
-            self._predict(run, ledger, sums, screen, trusted)
-            run = self._next(run)
-
-    def _predict(self, run: Run, ledger: Ledger, sums: Path, screen: Screen | None, trusted: set[int]) -> None:
-        """Predict the new chunks, and show them together with the others."""
-        folders = RunFolders(sums, ledger)
-        with stitching_of(run, self._executor, folders, screen, trusted) as stitching:
-            stitching.run(lambda tile, report: None, self._progress)
-        trusted.update(range(len(run.plan.chunks)))
-
-    def _next(self, run: Run) -> Run:
-        """Wait for another segment or the end; returns the next run."""
-        attributes = run.scan.attributes
-        known = attributes["state"], len(attributes["segments"])
-        _wait_for_growth(run.plan.store, known, run.spec.follow_timeout_s)
-        return self._plan_run()
+            # The new chunks are predicted, and shown together with the others.
+            with stitching_of(run, self._executor, RunFolders(sums, ledger), screen, trusted) as stitching:
+                stitching.run(lambda tile, report: None, self._progress)
+            trusted.update(range(len(run.plan.chunks)))
+            known = run.scan.attributes["state"], len(run.scan.attributes["segments"])
+            _wait_for_growth(run.plan.store, known, run.spec.follow_timeout_s)
+            run = self._plan_run()
 
 
 def first_run(plan_run: Callable[[], Run], store: str, limit_s: float) -> Run:

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 def stitch_and_polish(
     run: Run,
     client: AnyClient | None,
-    folders: RunFolders | None,
+    folders: RunFolders,
     on_tile: Callable[[Tile, TileReport], None],
     *,
     progress: bool | None,
@@ -61,8 +61,7 @@ def stitch_and_polish(
     run : Run
     client : distributed.Client or Executor, optional
         See `executor_for_run`.
-    folders : RunFolders, optional
-        Paths the result is written to; without them tiles are sent to the client.
+    folders : RunFolders
     on_tile : callable
         Takes each tile of the result, with its report.
     progress : bool, optional
@@ -82,11 +81,10 @@ def stitch_and_polish(
         if not run.spec.polish:
             stitching.run(on_tile, progress)
             return _report_attributes(stitching.report, plan.store)
-        if folders is None:
-            stitched, out = stitch_on_workers(run, executor, stitching, progress), None
+        if folders.stitched is None:
+            stitched = stitch_on_workers(run, executor, stitching, progress)
         else:
             stitching.run(lambda tile, report: None, progress)
-            out = folders.result
             stitched = [
                 executor.submit(stored_tile, folders.stitched, tile, run.start_yx(tile), priority=1)
                 for tile in plan.tiles
@@ -97,7 +95,7 @@ def stitch_and_polish(
         n_sweeps = int(run.spec.polish)
         with stage(report["seconds"], "polish"):
             r_factors = polishing.sweep(n_sweeps, progress)
-        polishing.deliver(out, on_tile, stitching.live)
+        polishing.deliver(folders.result, on_tile, stitching.live)
     logger.info(
         "%s: R %.4f after stitching and %.4f after %d sweeps", plan.store, r_factors[0], r_factors[-1], n_sweeps
     )
@@ -141,10 +139,8 @@ def stitch_on_workers(run: Run, executor: Executor, stitching: Stitching, progre
                 shown.add(ready)
                 stitching.live.add(reports[ready].result().coarse)
 
-    with (
-        progress_bar("reconstruct", plan.n_groups, "groups", progress) as bar,
-        Scheduler(executor, stitching.graph(every_tile=True)).cancelling_on_exit() as scheduler,
-    ):
+    scheduler = Scheduler(executor, stitching.graph(every_tile=True))
+    with progress_bar("reconstruct", plan.n_groups, "groups", progress) as bar:
         scheduler.complete(bar, on_tile=on_tile, on_verification=stitching.add_verification)
     for index, report in enumerate(gather_results(executor, [reports[index] for index in range(len(plan.tiles))])):
         stitching.report.add_tile(plan.tiles[index], report)
@@ -238,8 +234,7 @@ class Polishing:
             tile_name=lambda index: f"polishing the tile {tuple(boxes[index])}",
             every_tile=True,
         )
-        with Scheduler(self._executor, graph).cancelling_on_exit() as scheduler:
-            scheduler.complete(bar, on_tile=changes.__setitem__)
+        Scheduler(self._executor, graph).complete(bar, on_tile=changes.__setitem__)
         return [changes[index] for index in range(len(boxes))]
 
     def deliver(
@@ -266,11 +261,8 @@ class Polishing:
             tile_name=lambda index: f"delivering the tile {tuple(plan.tiles[index].box)}",
             every_tile=True,
         )
-        with (
-            progress_bar("deliver", 0, "tiles", False) as bar,
-            Scheduler(self._executor, graph).cancelling_on_exit() as scheduler,
-        ):
-            scheduler.complete(bar, on_tile=deliver)
+        with progress_bar("deliver", 0, "tiles", False) as bar:
+            Scheduler(self._executor, graph).complete(bar, on_tile=deliver)
 
     def _on_tiles(self, function: Callable[..., Any], *columns: Sequence[Any]) -> list[Future]:
         """Submit one task for each tile, with its element of each column."""

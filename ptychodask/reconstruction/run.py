@@ -63,17 +63,17 @@ class Run:
 
 @dataclass(frozen=True)
 class RunFolders:
-    """Paths that a run into a result store writes to."""
+    """Paths that a run writes to; by default none, and the client gets the tiles."""
 
-    sums: Location
-    """Folder of the sums of chunks."""
+    sums: Location | None = None
+    """Folder of the sums of chunks; without it they stay in the memory of the workers."""
 
-    ledger: Ledger
+    ledger: Ledger | None = None
     """Records finished chunks and tiles, and those of earlier runs."""
 
     stitched: Location | None = None
     """Store of the stitched tiles: the result itself, or a store beside it if they are polished afterwards. None while
-    a growing scan is followed: the sums are kept, and tiles are only shown."""
+    a growing scan is followed: its sums are kept, and tiles are only shown."""
 
     result: Location | None = None
     """Store that is being written."""

@@ -18,8 +18,7 @@ import logging
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -212,19 +211,6 @@ class Scheduler:
         self._longest_s = 0.0
         self._completed = executor.as_completed(with_results=graph.fetch_results)
 
-    @contextmanager
-    def cancelling_on_exit(self) -> Iterator[Scheduler]:
-        """Context that yields this scheduler; no task outlives it, however it ends."""
-        try:
-            yield self
-        finally:
-            # Cancelling does not stop a task that is already running. One that writes a tile is waited for: it could
-            # otherwise write into the store after the next run has begun there.
-            writing = [future for future, attempt in self._in_flight.items() if attempt.task_id.kind == "tile"]
-            self._executor.cancel([future for future in self._in_flight if future not in writing])
-            self._executor.wait(writing, WRITERS_WAIT_S)
-            self._executor.cancel(writing)
-
     def complete(
         self,
         bar: Progress,
@@ -233,7 +219,7 @@ class Scheduler:
         on_chunk: Callable[[int, Any], None] = _ignore,
         on_verification: Callable[[int, Any], None] = _ignore,
     ) -> None:
-        """Run all tasks, and pass each result to its callback.
+        """Run all tasks, and pass each result to its callback; once only.
 
         Parameters
         ----------
@@ -248,7 +234,17 @@ class Scheduler:
         OSError
             If the disk is full or refuses writing.
         """
-        callbacks = {"chunk": on_chunk, "tile": on_tile, "verification": on_verification}
+        try:
+            self._complete(bar, {"chunk": on_chunk, "tile": on_tile, "verification": on_verification})
+        finally:
+            # No task outlives this call. Cancelling does not stop one that is already running, and one that writes a
+            # tile is waited for: it could otherwise write into the store after the next run has begun there.
+            writing = [future for future, attempt in self._in_flight.items() if attempt.task_id.kind == "tile"]
+            self._executor.cancel([future for future in self._in_flight if future not in writing])
+            self._executor.wait(writing, WRITERS_WAIT_S)
+            self._executor.cancel(writing)
+
+    def _complete(self, bar: Progress, callbacks: Mapping[str, Callable[[int, Any], None]]) -> None:
         tiles_left = {tile for tile in self._open_tiles if self._graph.every_tile or self._graph.chunks_of[tile]}
         self._start(bar)
         while self._in_flight:

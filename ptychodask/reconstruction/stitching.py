@@ -53,7 +53,7 @@ SAME_OBJECT = 1e-5
 def stitching_of(
     run: Run,
     executor: Executor,
-    folders: RunFolders | None = None,
+    folders: RunFolders = RunFolders(),
     screen: Screen | None = None,
     trusted: Collection[int] = (),
 ) -> Iterator[Stitching]:
@@ -65,9 +65,7 @@ def stitching_of(
     ----------
     run : Run
     executor : Executor
-    folders : RunFolders, optional
-        Paths to write to; without them the sums of chunks stay in the memory of the workers, and tiles are sent to the
-        client.
+    folders : RunFolders
     screen : Screen, optional
         Shows the live picture.
     trusted : set of int
@@ -103,17 +101,14 @@ class Stitching:
         run: Run,
         executor: Executor,
         job_reference: StitchingJob | Broadcast,
-        folders: RunFolders | None,
+        folders: RunFolders,
         live: LivePicture | None,
         trusted: Collection[int],
     ) -> None:
         self._run, self._executor, self._job_reference = run, executor, job_reference
-        self._plan, self._tolerant = run.plan, run.spec.on_error == "skip"
-        self._folders, self._trusted = folders, trusted
-        self._folder = None if folders is None else folders.sums
-        self._out = None if folders is None else folders.stitched
-        self._ledger = None if folders is None else folders.ledger
-        self._sums_only = folders is not None and folders.stitched is None
+        self._plan, self._tolerant, self._trusted = run.plan, run.spec.on_error == "skip", trusted
+        self._folder, self._ledger, self._out = folders.sums, folders.ledger, folders.stitched
+        self._sums_only = folders.sums is not None and folders.stitched is None
         self.live = live
         """Picture that is shown during the run."""
         self.report = StitchingReport()
@@ -154,10 +149,8 @@ class Stitching:
 
         for index in graph.verified:
             sums.add_use(index)
-        with (
-            progress_bar("reconstruct", self._plan.n_groups, "groups", progress) as bar,
-            Scheduler(self._executor, graph, finished).cancelling_on_exit() as scheduler,
-        ):
+        scheduler = Scheduler(self._executor, graph, finished)
+        with progress_bar("reconstruct", self._plan.n_groups, "groups", progress) as bar:
             scheduler.complete(bar, on_tile=record_tile, on_chunk=record_chunk, on_verification=record_verification)
 
     def graph(self, finished: Finished = Finished(), *, every_tile: bool) -> TaskGraph:
