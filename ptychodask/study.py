@@ -16,13 +16,12 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, get_args
 
-import distributed
 import numpy as np
 import xarray as xr
-from distributed.scheduler import KilledWorker
 from numpy.typing import NDArray
 
 from ptychodask.cluster.clients import active_client, in_process_client
+from ptychodask.cluster.executor import AnyClient, Executor, executor_for_run
 from ptychodask.errors import PtychodaskError, check_choice, with_fields
 from ptychodask.judging.compare import compare, find_truth, truth_on_pixels
 from ptychodask.judging.metrics import align_gauge
@@ -33,6 +32,7 @@ from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.probes import probe_diameter_px
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.reconstruction import reconstruct
+from ptychodask.reconstruction.scheduler import Scheduler, TaskGraph
 from ptychodask.result import open_result
 from ptychodask.simulate import make_positions, scaled_probe, simulate
 from ptychodask.storage.atomic import read_json
@@ -350,7 +350,7 @@ def run_study(
     out: str | Path,
     *,
     recompute: Sequence[str] = (),
-    client: distributed.Client | None = None,
+    client: AnyClient | None = None,
     progress: bool | None = None,
 ) -> xr.Dataset:
     """Simulate, train, reconstruct and compare for every cell of a study.
@@ -365,7 +365,7 @@ def run_study(
         ``amplitude.png`` and ``phase.png``. If all cells are finished, the same call only returns the Dataset again.
     recompute : sequence of str
         Names of cells to compute again, with the wildcards ``*`` and ``?``.
-    client : distributed.Client, optional
+    client : distributed.Client or Executor, optional
         Client to run on, one cell for each worker at a time; by default the active client, else this thread.
     progress : bool, optional
         See `progress_bar`.
@@ -404,7 +404,8 @@ def run_study(
         if used is None:
             _run_here(pending, out / "cells", bar)
         else:
-            _run_on(used, pending, out / "cells", bar)
+            with executor_for_run(used) as executor:
+                _run_on(executor, pending, out / "cells", bar)
     results = _gather(spec, cells, out / "cells")
     _write_all(spec, results, cells, out)
     return results
@@ -452,57 +453,56 @@ def _run_here(cells: list[Cell], folder: Path, bar: Progress) -> None:
     failed = {}
     for cell in cells:
         bar.note(cell.name)
-        try:
-            run_cell(cell, folder / cell.name)
-        except PtychodaskError as error:
-            failed[cell.name] = str(error)
+        failed[cell.name] = _failure(cell, folder / cell.name)
         bar.advance()
-    _check_failed(failed, len(cells))
+    _check_failed(failed)
 
 
-def _run_on(client: distributed.Client, cells: list[Cell], folder: Path, bar: Progress) -> None:
+def _failure(cell: Cell, folder: Path) -> str | None:
+    """Compute a cell; returns its error message, or None."""
+    # Returned, not raised: an error of a cell comes again, so that no other attempt is worth its time.
+    try:
+        run_cell(cell, folder)
+    except PtychodaskError as error:
+        return str(error)
+    return None
+
+
+def _run_on(executor: Executor, cells: list[Cell], folder: Path, bar: Progress) -> None:
     """Run as many cells at a time as there are workers.
 
     Each worker trains one network at a time.
     """
-    waiting = iter(cells)
-    running: dict[distributed.Future, Cell] = {}
-    failed = {}
-    n_workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
-    completed = distributed.as_completed(loop=client.loop)
+    failed: dict[str, str | None] = {}
 
-    def submit(n_cells: int) -> None:
-        for cell in itertools.islice(waiting, n_cells):
-            future = client.submit(run_cell, cell, folder / cell.name, pure=False)
-            running[future] = cell
-            completed.add(future)
+    def record(index: int, failure: str | None) -> None:
+        failed[cells[index].name] = failure
+        bar.note(cells[index].name)
 
-    try:
-        submit(n_workers)
-        while running:
-            future = next(completed)
-            cell = running.pop(future)
-            try:
-                future.result()
-            except PtychodaskError as error:
-                failed[cell.name] = str(error)
-            except KilledWorker:
-                failed[cell.name] = (
-                    "the workers that it ran on died; give them more memory, or choose a smaller network or scan"
-                )
-            bar.note(cell.name)
-            bar.advance()
-            submit(1)
-    finally:
-        client.cancel(list(running))
-    _check_failed(failed, len(cells))
+    graph = TaskGraph(
+        n_units=[1] * len(cells),
+        chunk_task=lambda index: (_failure, cells[index], folder / cells[index].name),
+        chunk_name=lambda index: f"the cell {cells[index].name}",
+        command="study",
+        remedy_ended="start again, which continues from the finished cells",
+        fetch_results=True,
+        chunks_per_worker=1,
+        # Both would write into the folder of the cell.
+        once_at_a_time=True,
+        lost_chunk_result=lambda index: (
+            "the workers that it ran on died; give them more memory, or choose a smaller network or scan"
+        ),
+    )
+    Scheduler(executor, graph).complete(bar, on_chunk=record)
+    _check_failed(failed)
 
 
-def _check_failed(failed: dict[str, str], n_cells: int) -> None:
+def _check_failed(failures: dict[str, str | None]) -> None:
+    failed = {name: message for name, message in failures.items() if message is not None}
     if failed:
         name, message = next(iter(failed.items()))
         raise PtychodaskError(
-            f"study: {len(failed)} of {n_cells} cells failed, the others are done; the first is {name}: {message}"
+            f"study: {len(failed)} of {len(failures)} cells failed, the others are done; the first is {name}: {message}"
         )
 
 

@@ -13,6 +13,7 @@ import pytest
 from models_for_tests import LinearModel
 
 from ptychodask.cluster.clients import QUIET
+from ptychodask.cluster.executor import WorkerState
 from ptychodask.cluster.job import LOOPBACK
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, groups_kept
@@ -217,8 +218,8 @@ def test_several_models_go_without_polishing(store):
 def test_a_worker_with_too_little_memory_is_named_before_the_first_task(store, client, monkeypatch):
     model = LinearModel()
     monkeypatch.setattr(
-        "ptychodask.reconstruction.scheduler.workers_of",
-        lambda client: {"tcp://x": {"name": "small", "memory_limit": 2**20, "nthreads": 2, "resources": {}}},
+        "ptychodask.cluster.executor.DaskExecutor.workers",
+        lambda self: {"inproc://x": WorkerState("small", 2, 2**20, {})},
     )
     with pytest.raises(PtychodaskError, match=r"worker small may use 1 MiB, its 2 threads need .*pass memory_bytes="):
         reconstruct(store, model, client=client)

@@ -15,11 +15,10 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
-import distributed
 import numpy as np
 import xarray as xr
 
-from ptychodask.cluster.clients import client_for_run
+from ptychodask.cluster.executor import AnyClient, executor_for_run
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.models.choose import absolute_path, resolve_model
 from ptychodask.models.contract import PatchModel
@@ -32,8 +31,8 @@ from ptychodask.reconstruction.follow import FollowedScan, first_run
 from ptychodask.reconstruction.lazy import lazy_result
 from ptychodask.reconstruction.live import screen_for
 from ptychodask.reconstruction.patch_cache import patch_cache
-from ptychodask.reconstruction.run import Run, rates, run_reconstruction
-from ptychodask.reconstruction.stitching import start_yx
+from ptychodask.reconstruction.refine import stitch_and_polish
+from ptychodask.reconstruction.run import Run, RunFolders
 from ptychodask.reconstruction.tasks import MethodJob, StitchingJob, TileReport
 from ptychodask.reconstruction.to_store import write_result
 from ptychodask.result import Layers, TileArrays, make_dataset
@@ -65,7 +64,7 @@ def reconstruct(
     spec: ReconstructionSpec = ReconstructionSpec(),
     *,
     out: str | Path | S3Location | None = None,
-    client: distributed.Client | None = None,
+    client: AnyClient | None = None,
     overwrite: bool = False,
     resume: bool = False,
     compute: bool = True,
@@ -90,7 +89,7 @@ def reconstruct(
     out : path, optional
         Store to write the result into, tile by tile, on a disk or in a bucket; by default it stays in memory. For
         several scans a folder, which gets a ``<name>.object.zarr`` for each.
-    client : distributed.Client, optional
+    client : distributed.Client or Executor, optional
         Client to run on; by default the active client, else one in this process.
     overwrite : bool
         Replace what is at `out`, and what a stopped run left of it.
@@ -167,7 +166,7 @@ def reconstruct(
     }
     if isinstance(store, str | Path | S3Location):
         return _reconstruct_one(store, model, spec, out=out, client=client, **options)
-    with client_for_run(client) if compute else nullcontext(client) as used:
+    with executor_for_run(client) if compute else nullcontext(client) as used:
         return reconstruct_each(
             store,
             None if out is None else parse_location(out),
@@ -182,7 +181,7 @@ def _reconstruct_one(
     spec: ReconstructionSpec,
     *,
     out: str | Path | S3Location | None,
-    client: distributed.Client | None,
+    client: AnyClient | None,
     overwrite: bool,
     resume: bool,
     compute: bool,
@@ -211,7 +210,7 @@ def _reconstruct_one(
     is_resumed = resume and "segments" in scan.attributes and result is not None and is_resumable(result)
     if spec.follow and (is_growing or is_resumed):
         path = _check_followed(spec, result, plan.store)
-        with client_for_run(client) as used:
+        with executor_for_run(client) as used:
             followed = FollowedScan(plan_run, used, progress)
             return write_result(
                 run, path, used, started, progress, overwrite=overwrite, resume=resume, followed=followed
@@ -219,7 +218,7 @@ def _reconstruct_one(
     with patch_cache(scan, networks, plan, spec, result, overwrite=overwrite, resume=resume) as patches:
         run = replace(run, job=replace(run.job, **patches))
         if not compute:
-            return lazy_result(run.job, plan, scan.pixel_size_m, run.attributes)
+            return lazy_result(run)
         if result is None:
             return _in_memory(run, client, started, progress)
         return write_result(run, result, client, started, progress, overwrite=overwrite, resume=resume)
@@ -321,7 +320,7 @@ def _check_options(
         raise PtychodaskError(f"reconstruct: compute=False cannot fill the cache {spec.cache}; compute first")
 
 
-def _in_memory(run: Run, client: distributed.Client | None, started: float, progress: bool | None) -> xr.Dataset:
+def _in_memory(run: Run, client: AnyClient | None, started: float, progress: bool | None) -> xr.Dataset:
     plan = run.plan
     _check_in_memory(run)
     arrays: TileArrays = {
@@ -331,17 +330,19 @@ def _in_memory(run: Run, client: distributed.Client | None, started: float, prog
 
     def copy_tile(tile: Tile, report: TileReport) -> None:
         assert report.arrays is not None
-        y, x = start_yx(plan, tile)
+        y, x = run.start_yx(tile)
         height, width = tile.box.shape
         for name, part in report.arrays.items():
             arrays[name][..., y : y + height, x : x + width] = part
 
-    report = run_reconstruction(run, client, None, copy_tile, progress=progress, screen=screen_for(run.spec.live))
+    report = stitch_and_polish(
+        run, client, RunFolders(), copy_tile, progress=progress, screen=screen_for(run.spec.live)
+    )
     return make_dataset(
         **arrays,
         corner=plan.box.corner,
         pixel_size_m=run.scan.pixel_size_m,
-        attributes=run.attributes | rates(plan, report, started),
+        attributes=run.attributes_of_result(report, started),
         layers=run.job.layers,
     )
 

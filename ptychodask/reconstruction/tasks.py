@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import distributed
 import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.cluster.broadcast import Broadcast
+from ptychodask.cluster.executor import worker_address, worker_advertises_gpu
 from ptychodask.grouping import groups_kept
 from ptychodask.plan.chunks import Chunk, Tile
 from ptychodask.prediction import PatchBatch, PredictionJob, Skipped, open_reader, predict_groups, stage
@@ -200,23 +200,12 @@ def predict_chunk(
     return ChunkSums(paths, chunk.box.corner, report)
 
 
-def worker_address() -> str:
-    """Address of this Dask worker; "here" outside of workers."""
-    try:
-        return str(distributed.get_worker().address)
-    except ValueError:
-        return "here"
-
-
 def prepare_device(job: StitchingJob) -> None:
     """Set up the GPU of this process.
 
     Raises `PtychodaskError` if there is none although the worker advertises ``GPU`` or the job asks for one.
     """
-    try:
-        advertised = "GPU" in distributed.get_worker().state.total_resources
-    except ValueError:
-        advertised = False
+    advertised = worker_advertises_gpu()
     for method in job.methods:
         method.prediction.model.prepare_device(wanted=advertised or method.prediction.device == "gpu")
 

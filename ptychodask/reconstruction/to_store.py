@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import distributed
 import xarray as xr
 
+from ptychodask.cluster.executor import AnyClient
 from ptychodask.errors import PtychodaskError
 from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.prediction import stage
@@ -20,7 +20,8 @@ from ptychodask.pyramid import write_pyramid
 from ptychodask.reconstruction.follow import FollowedScan, growing_identity
 from ptychodask.reconstruction.ledger import Ledger, check_same, differences
 from ptychodask.reconstruction.live import Screen, screen_for
-from ptychodask.reconstruction.run import Run, RunFolders, identity, rates, run_reconstruction
+from ptychodask.reconstruction.refine import stitch_and_polish
+from ptychodask.reconstruction.run import Run, RunFolders, identity
 from ptychodask.result import PYRAMID, RESULT, create_result, finish_result, open_result
 from ptychodask.storage.atomic import Writing, atomic_store, is_complete, is_resumable
 from ptychodask.storage.location import Location, remove
@@ -39,7 +40,7 @@ STITCHED_FOLDER = "stitched"
 def write_result(
     run: Run,
     path: Location,
-    client: distributed.Client | None,
+    client: AnyClient | None,
     started: float,
     progress: bool | None,
     *,
@@ -65,13 +66,13 @@ def write_result(
     if resume and is_complete(path) and not is_resumable(path):
         stored = open_result(path)
         if not overwrite:
-            check_same(identity(stored.attrs), identity(run.attributes), str(path))
-        if not differences(identity(stored.attrs), identity(run.attributes)):
+            check_same(identity(stored.attrs), run.identity, str(path))
+        if not differences(identity(stored.attrs), run.identity):
             logger.info("%s: is complete already", path)
             return stored
     with atomic_store(path, overwrite=overwrite, kind=RESULT, resume=resume) as writing:
         screen = screen_for(run.spec.live)
-        made_by = identity(run.attributes) if followed is None else growing_identity(run)
+        made_by = run.identity if followed is None else growing_identity(run)
         ledger = Ledger(writing.beside, made_by)
         try:
             if followed is not None:
@@ -89,7 +90,7 @@ def write_result(
             with stage(report["seconds"], "pyramid"):
                 write_pyramid(writing.whole)
         writing.check_held()
-        finish_result(writing.whole, run.attributes | rates(run.plan, report, started))
+        finish_result(writing.whole, run.attributes_of_result(report, started))
     return open_result(path)
 
 
@@ -97,14 +98,14 @@ def _run_into(
     run: Run,
     writing: Writing,
     ledger: Ledger,
-    client: distributed.Client | None,
+    client: AnyClient | None,
     progress: bool | None,
     screen: Screen | None,
 ) -> dict[str, Any]:
-    """Run, or resume, into a result store; returns the attributes of `run_reconstruction`."""
+    """Run, or resume, into a result store; returns the attributes of `stitch_and_polish`."""
     result, beside = writing.whole, writing.beside
     stitched = beside / STITCHED_FOLDER if run.spec.polish else result
-    folders = RunFolders(result, stitched, beside / SUMS_FOLDER, ledger)
+    folders = RunFolders(beside / SUMS_FOLDER, ledger, stitched, result)
     if ledger.exists:
         ledger.read()
         _check_nothing_skipped(ledger, run.spec)
@@ -123,7 +124,7 @@ def _run_into(
             folders.sums.mkdir(exist_ok=True)
     if run.spec.pyramid:
         remove(result / PYRAMID)
-    return run_reconstruction(run, client, folders, lambda tile, report: None, progress=progress, screen=screen)
+    return stitch_and_polish(run, client, folders, lambda tile, report: None, progress=progress, screen=screen)
 
 
 def _empty(location: Location) -> None:
