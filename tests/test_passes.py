@@ -23,7 +23,7 @@ from ptychodask.reassembly import add_patches, empty_canvas, finish, illuminatio
 from ptychodask.reconstruction import reconstruct
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
-from ptychodask.store import ScanReader, open_scan
+from ptychodask.store import StoredScan, open_scan
 from ptychodask.store.groups import group
 
 SAME = ("object", "weight", "uncertainty", "count")
@@ -98,8 +98,8 @@ def test_several_models_read_each_pattern_once_and_give_what_each_gives_alone(
     models = {"pinn": LinearModel(), "baseline": LinearModel(content_hash="other", members=1, output="group")}
     group(store, GroupingSpec(members=1))
     reads = []
-    read = ScanReader.part
-    monkeypatch.setattr(ScanReader, "part", lambda self, index: reads.append(len(index)) or read(self, index))
+    read = StoredScan.part
+    monkeypatch.setattr(StoredScan, "part", lambda self, index: reads.append(len(index)) or read(self, index))
     out = tmp_path / "both.zarr" if on_disk else None
     both = reconstruct(store, models, client=client, groups_per_chunk=150, window="illumination", out=out)
     # The client binds the models with the first pattern; the only chunk reads all.

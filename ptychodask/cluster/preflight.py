@@ -19,9 +19,8 @@ from ptychodask.cluster.executor import DaskExecutor, Executor, Future
 from ptychodask.errors import PtychodaskError, in_brief
 from ptychodask.models.choose import resolve_model
 from ptychodask.models.contract import Device, PatchModel
-from ptychodask.prediction import ModelReference, PredictionJob
-from ptychodask.storage.location import parse_location
-from ptychodask.store import ScanReader
+from ptychodask.prediction import ModelReference, PredictionJob, open_once
+from ptychodask.store import StoredScan
 
 logger = logging.getLogger(__name__)
 
@@ -92,12 +91,11 @@ def preflight(
     --------
     >>> preflight(client, "scan.zarr", "scan.pinn.model")  # doctest: +SKIP
     """
-    reader = ScanReader(store)
-    scan = reader.first()
+    stored = StoredScan(store)
+    scan = stored.first()
     named = model if isinstance(model, Mapping) else {"": model}
     models = tuple(ModelReference.to(resolve_model(scan, one).bind(scan)) for one in named.values())
-    requirements = _Requirements(str(parse_location(store).resolve()), reader.data_hash, models, device)
-    _check_all(DaskExecutor(client), requirements)
+    _check_all(DaskExecutor(client), _Requirements(stored.path, stored.data_hash, models, device))
 
 
 def preflight_jobs(executor: Executor, jobs: Sequence[PredictionJob]) -> None:
@@ -206,11 +204,13 @@ def _report(requirements: _Requirements, advertised: bool) -> _Report:
 
 def _problem(requirements: _Requirements, advertised: bool) -> str | None:
     try:
-        data_hash = ScanReader(requirements.store).data_hash
-        if data_hash != requirements.data_hash:
-            raise PtychodaskError(
-                f"{requirements.store} has the data hash {data_hash} there, and {requirements.data_hash} here"
-            )
+        store, planned = requirements.store, requirements.data_hash
+        # Kept open for the tasks of the run.
+        open_once(
+            store,
+            planned,
+            lambda there: PtychodaskError(f"{store} has the data hash {there} there, and {planned} here"),
+        )
         for reference in requirements.models:
             reference.load()
     except (PtychodaskError, OSError, ImportError) as error:

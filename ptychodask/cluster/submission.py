@@ -24,7 +24,7 @@ from ptychodask.cluster.job import (
 from ptychodask.cluster.tls import AUTHORITY, CERTIFICATE, KEY
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.storage.location import Location, parse_location
-from ptychodask.store import ScanReader
+from ptychodask.store import StoredScan
 
 OPTIONS_OF_JOB = ("--scheduler", "--workers", "--tls", "--tls-folder", "--host")
 """Options of `reconstruct` that the script sets itself."""
@@ -158,7 +158,7 @@ def batch_script(store: str | Path, spec: JobSpec = JobSpec(), options: Sequence
     reserved = sorted({option.split("=")[0] for option in options} & set(OPTIONS_OF_JOB))
     if reserved:
         raise PtychodaskError(f"submit: {', '.join(reserved)}: set by the job itself; omit it")
-    ScanReader(store)
+    StoredScan(store)
     path = parse_location(store).resolve()
     folder = job_folder(spec, _folder_of(path))
     for text in (str(path), str(folder), str(Path.cwd()), *options):

@@ -26,6 +26,7 @@ from ptychodask.models.training_range import unlike_training
 from ptychodask.plan import Plan, plan_for, plan_together, prediction_job
 from ptychodask.plan.chunks import RESULT_PIXEL_BYTES, Tile
 from ptychodask.plan.spec import MIB, NOT_STORED, ReconstructionSpec, in_pixels
+from ptychodask.prediction import open_anew
 from ptychodask.reconstruction.batch import FailedScansError, reconstruct_each
 from ptychodask.reconstruction.follow import FollowedScan, first_run
 from ptychodask.reconstruction.lazy import lazy_result
@@ -40,7 +41,7 @@ from ptychodask.scan import Scan
 from ptychodask.storage.atomic import is_resumable
 from ptychodask.storage.location import Location, parse_location
 from ptychodask.storage.s3 import S3Location
-from ptychodask.store import ScanReader
+from ptychodask.store import StoredScan
 
 __all__ = ["FailedScansError", "reconstruct"]
 
@@ -191,8 +192,7 @@ def _reconstruct_one(
     started = time.perf_counter()
     several = isinstance(model, Mapping)
     _check_options(spec, out, compute=compute, several=several, resume=resume)
-    reader = ScanReader(store)
-    reader.check()
+    reader = open_anew(store)
     scan = reader.first()
     spec = in_pixels(spec, scan.pixel_size_m, str(store))
     models = model if isinstance(model, Mapping) else {"": model}
@@ -201,7 +201,7 @@ def _reconstruct_one(
     result = None if out is None else parse_location(out)
     plan_run = partial(_plan_stored, store, networks, spec, several=several)
     if spec.follow:
-        run = first_run(plan_run, str(store), spec.follow_timeout_s)
+        run = first_run(plan_run, reader, spec.follow_timeout_s)
     else:
         run = _plan_run(reader, scan, networks, spec, several=several)
     scan, plan = run.scan, run.plan
@@ -224,7 +224,7 @@ def _reconstruct_one(
         return write_result(run, result, client, started, progress, overwrite=overwrite, resume=resume)
 
 
-def _warn_outside_training_range(networks: Mapping[str, PatchModel], reader: ScanReader) -> None:
+def _warn_outside_training_range(networks: Mapping[str, PatchModel], reader: StoredScan) -> None:
     for model in networks.values():
         unlike = unlike_training(model, reader)
         if unlike:
@@ -241,13 +241,12 @@ def _plan_stored(
     store: str | Path | S3Location, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
 ) -> Run:
     """Plan the run over the present content of a store."""
-    reader = ScanReader(store)
-    reader.check()
+    reader = open_anew(store)
     return _plan_run(reader, reader.first(), networks, spec, several=several)
 
 
 def _plan_run(
-    reader: ScanReader, scan: Scan, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
+    reader: StoredScan, scan: Scan, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
 ) -> Run:
     """Plan the run over the scan of a reader."""
     plans = plan_together(reader, networks, spec) if several else {"": plan_for(reader, networks[""], spec)}
@@ -348,7 +347,7 @@ def _in_memory(run: Run, client: AnyClient | None, started: float, progress: boo
 
 
 def _attributes(
-    networks: Mapping[str, PatchModel], reader: ScanReader, plans: Mapping[str, Plan], spec: ReconstructionSpec
+    networks: Mapping[str, PatchModel], reader: StoredScan, plans: Mapping[str, Plan], spec: ReconstructionSpec
 ) -> dict[str, Any]:
     packages = ("ptychodask", "numpy", "numba", "dask", "distributed", "xarray", "zarr")
     first = next(iter(plans.values()))
@@ -364,7 +363,7 @@ def _attributes(
     }
 
 
-def _made_by(model: PatchModel, reader: ScanReader) -> dict[str, Any]:
+def _made_by(model: PatchModel, reader: StoredScan) -> dict[str, Any]:
     """Model attributes of a result.
 
     With `unlike_training` if the scan is outside the training range.

@@ -12,11 +12,12 @@ from typing import Any
 from ptychodask.cluster.executor import Executor
 from ptychodask.errors import PtychodaskError
 from ptychodask.plan.chunks import RegionNotReachedError
+from ptychodask.prediction import open_stored
 from ptychodask.reconstruction.ledger import Ledger, check_same
 from ptychodask.reconstruction.live import Screen
 from ptychodask.reconstruction.run import Run, RunFolders
 from ptychodask.reconstruction.stitching import stitching_of
-from ptychodask.store.append import growth
+from ptychodask.store import StoredScan
 
 logger = logging.getLogger(__name__)
 
@@ -91,17 +92,17 @@ class FollowedScan:
                 stitching.run(lambda tile, report: None, self._progress)
             trusted.update(range(len(run.plan.chunks)))
             known = run.scan.attributes["state"], len(run.scan.attributes["segments"])
-            _wait_for_growth(run.plan.store, known, run.spec.follow_timeout_s)
+            _wait_for_growth(open_stored(run.job.methods[0].prediction), known, run.spec.follow_timeout_s)
             run = self._plan_run()
 
 
-def first_run(plan_run: Callable[[], Run], store: str, limit_s: float) -> Run:
+def first_run(plan_run: Callable[[], Run], stored: StoredScan, limit_s: float) -> Run:
     """Run over a store, once its region of interest is reached.
 
     Parameters
     ----------
     plan_run : callable
-    store : str
+    stored : StoredScan
     limit_s : float
         Longest time without a new segment.
 
@@ -111,20 +112,20 @@ def first_run(plan_run: Callable[[], Run], store: str, limit_s: float) -> Run:
         As `plan_run` does; if the region is not reached, only once no other segment can come.
     """
     while True:
-        known = growth(store)
+        known = stored.growth()
         try:
             return plan_run()
         except RegionNotReachedError as error:
             if known[0] != "growing":
                 raise
             logger.info("%s; waiting for a segment that does", error)
-        _wait_for_growth(store, known, limit_s)
+        _wait_for_growth(stored, known, limit_s)
 
 
-def _wait_for_growth(store: str, known: tuple[str, int], limit_s: float) -> None:
-    """Return once state or number of segments change (see `growth`)."""
-    since = time.monotonic()
-    while growth(store) == known:
+def _wait_for_growth(stored: StoredScan, known: tuple[str, int], limit_s: float) -> None:
+    """Return once state or number of segments change (see `StoredScan.growth`)."""
+    store, since = stored.label, time.monotonic()
+    while stored.growth() == known:
         if time.monotonic() - since > limit_s:
             raise PtychodaskError(
                 f"{store}: no new segment within follow_timeout_s={limit_s:g} s after {known[1]} of them, and the "

@@ -17,7 +17,7 @@ from ptychodask.forward import footprint_corners
 from ptychodask.grouping import curve_order, patterns_without
 from ptychodask.plan import Plan
 from ptychodask.plan.chunks import Tile
-from ptychodask.prediction import PredictionJob, open_source, stage
+from ptychodask.prediction import PredictionJob, open_stored, stage
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.reassembly import Box
 from ptychodask.reconstruction.live import LivePicture, Screen
@@ -40,7 +40,6 @@ from ptychodask.refinement.polishing import (
 )
 from ptychodask.scan import Scan
 from ptychodask.storage.location import Location
-from ptychodask.store import open_scan
 
 logger = logging.getLogger(__name__)
 
@@ -164,9 +163,9 @@ class Polishing:
 
     def __init__(self, run: Run, executor: Executor, stitched: list[Future], drop: tuple[int, ...]) -> None:
         self._run, self._executor, self._plan, self._stitched = run, executor, run.plan, stitched
-        self._boxes, self._parts = plan_polishing(open_scan(run.plan.store), run.plan, drop)
-        # Without the model: sweeps only need the scan.
         job = run.job.methods[0].prediction
+        self._boxes, self._parts = plan_polishing(open_stored(job).scan, run.plan, drop)
+        # Without the model: sweeps only need the scan.
         self._job = replace(job, drop=drop, model=replace(job.model, model=None))
         self._parts_of = [
             tuple(index for index, part in enumerate(self._parts) if tile in part.tiles)
@@ -338,7 +337,7 @@ def prepare_tile(
     -------
     TileWeights
     """
-    scan = open_source(job)
+    scan = open_stored(job).scan
     kept = patterns_without(scan, job.drop)
     illumination, proximal_weight = illumination_and_proximal_weight(
         scan.probe, scan.position_yx_px[kept], box.corner, box.shape
@@ -364,7 +363,7 @@ def change_part(job: PredictionJob, part: PolishPart, objects: list[NDArray[np.c
     -------
     PartChange
     """
-    scan = open_source(job)
+    scan = open_stored(job).scan
     joined = np.empty(part.box.shape, np.complex64)
     for box, object_ in zip(part.tile_boxes, objects, strict=True):
         shared = part.box.overlap(box)

@@ -16,7 +16,7 @@ from ptychodask.cluster.preflight import preflight_jobs
 from ptychodask.errors import PtychodaskError
 from ptychodask.plan import Plan
 from ptychodask.plan.chunks import Tile
-from ptychodask.prediction import Skipped
+from ptychodask.prediction import Skipped, open_stored
 from ptychodask.progress import progress_bar
 from ptychodask.reconstruction.live import LivePicture, Screen
 from ptychodask.reconstruction.run import Run, RunFolders
@@ -37,7 +37,6 @@ from ptychodask.reconstruction.tasks import (
 )
 from ptychodask.result import remove_tile
 from ptychodask.storage.location import Location
-from ptychodask.store.groups import open_groups
 
 logger = logging.getLogger(__name__)
 
@@ -292,9 +291,9 @@ class Stitching:
 
     def _seeds(self, index: int, reason: str) -> Skipped:
         """Patterns that seed the groups of a chunk which is left out."""
-        chunk, table = self._plan.chunks[index], open_groups(self._plan.store, self._plan.groups)
-        assert table is not None
-        return Skipped(tuple(np.unique(table.rows(chunk.start, chunk.stop)[:, 0]).tolist()), reason)
+        chunk, stored = self._plan.chunks[index], open_stored(self._run.job.methods[0].prediction)
+        member = stored.member(self._plan.groups, chunk.start, chunk.stop)
+        return Skipped(tuple(np.unique(member[:, 0]).tolist()), reason)
 
     def _stored_sums(self, index: int) -> ChunkSums:
         assert self._folder is not None

@@ -15,7 +15,7 @@ from ptychodask.cluster.broadcast import Broadcast
 from ptychodask.cluster.executor import worker_address, worker_advertises_gpu
 from ptychodask.grouping import groups_kept
 from ptychodask.plan.chunks import Chunk, Tile
-from ptychodask.prediction import PatchBatch, PredictionJob, Skipped, open_reader, predict_groups, stage
+from ptychodask.prediction import PatchBatch, PredictionJob, Skipped, open_stored, predict_groups, stage
 from ptychodask.reassembly import (
     Box,
     Canvas,
@@ -175,7 +175,7 @@ def predict_chunk(
     skipped: list[Skipped] | None = [] if tolerant else None
     per_method = 2 if job.layers.split_half else 1
     canvases = [empty_canvas(chunk.box.corner, chunk.box.shape) for _ in range(job.n_canvases)]
-    probe = open_reader(job.methods[0].prediction).probe
+    probe = open_stored(job.methods[0].prediction).probe
     windows = [make_window(method.window, method.crop, probe) for method in job.methods]
     for number, batch in _patches_of(job, chunk, seconds, skipped):
         crop = job.methods[number].crop
@@ -306,7 +306,7 @@ def _patches_of(
 
 def _cached_patches(job: StitchingJob, chunk: Chunk, seconds: dict[str, float]) -> Iterator[tuple[int, PatchBatch]]:
     prediction, cache = job.methods[0].prediction, StoredPatches(Path(str(job.patches)))
-    reader = open_reader(prediction)
+    reader = open_stored(prediction)
     for start in range(chunk.start, chunk.stop, CACHED_GROUPS):
         with stage(seconds, "read"):
             member = reader.member(prediction.groups, start, min(start + CACHED_GROUPS, chunk.stop))

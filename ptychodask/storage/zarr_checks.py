@@ -172,7 +172,8 @@ def open_root(path: Location, kind: StoreKind, mode: str = "r") -> zarr.Group:
     if not path.is_dir():
         raise PtychodaskError(f"{path}: is a file, expected a {kind.noun} (a folder); {make}")
     with damage_errors(path, "is not a Zarr format 3 store", make):
-        root = zarr.open_group(zarr_store(path, read_only=mode == "r"), mode=mode, zarr_format=3)  # type: ignore[arg-type]
+        # Absolute, so that a store stays readable when the process changes its folder.
+        root = zarr.open_group(zarr_store(path.resolve(), read_only=mode == "r"), mode=mode, zarr_format=3)  # type: ignore[arg-type]
         attributes = dict(root.attrs)
     if attributes.get("format") != kind.name:
         raise PtychodaskError(

@@ -11,9 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.scan import (
-    Scan,
-)
+from ptychodask.scan import Scan
 from ptychodask.storage.location import Location, parse_location
 from ptychodask.storage.s3 import S3Location
 from ptychodask.storage.zarr_checks import consolidate, open_root

@@ -22,8 +22,7 @@ from ptychodask.scan import PatternSource, Scan, check_positions
 from ptychodask.storage.atomic import folder_lock
 from ptychodask.storage.location import on_disk
 from ptychodask.storage.zarr_checks import open_root
-from ptychodask.store import INGEST_AGAIN, SCAN, ScanReader, data_hash, open_scan
-from ptychodask.store.groups import segment_groups
+from ptychodask.store import INGEST_AGAIN, SCAN, data_hash, open_scan, segment_groups
 from ptychodask.store.write import (
     changing_root,
     chunk_patterns,
@@ -88,6 +87,7 @@ def append_segment(
     """
     path = on_disk(store, "a growing scan")
     with _appending(path):
+        # Opened under the lock: another writer may have appended since the caller looked at the store.
         scan = open_scan(path)
         _check_fits(scan, diffraction, flux, label)
         n_new, n_pixels = diffraction.shape[:2]
@@ -156,6 +156,7 @@ def finish_scan(store: str | Path) -> Scan:
             with changing_root(path) as root:
                 tables = _tables(root)
                 for folder in (path / "groups").glob("*/"):
+                    # Readers do not know it, and consolidating the finished store would publish it half-written.
                     if f"groups/{folder.name}" not in tables:
                         shutil.rmtree(folder)
                 for table, attributes in tables.items():
@@ -164,12 +165,6 @@ def finish_scan(store: str | Path) -> Scan:
                     update_node(root, path, name)
                 root["attributes"]["state"] = "complete"
     return open_scan(path)
-
-
-def growth(store: str | Path) -> tuple[str, int]:
-    """State of a store ("growing" or "complete") and its number of segments."""
-    attributes = ScanReader(store).attributes
-    return attributes["state"], len(attributes.get("segments", (None,)))
 
 
 @contextmanager
@@ -225,6 +220,8 @@ def _presence(values: Any) -> str:
 
 def _arrays(path: Path) -> dict[str, zarr.Array]:
     """Arrays of patterns, with their shapes on disk."""
+    # Not those of the consolidated metadata, which end before the rows that are being written or that a stopped writer
+    # left.
     root = zarr.open_group(path, mode="r+", zarr_format=3, use_consolidated=False)
     nodes = {name: root.get(name) for name in OF_PATTERNS}
     return {name: array for name, array in nodes.items() if isinstance(array, zarr.Array)}
@@ -259,6 +256,7 @@ def _publish(
         digest = hashlib.sha256("".join(segment["diffraction_hash"] for segment in segments).encode())
         attributes["diffraction_hash"] = digest.hexdigest()
         position = np.concatenate([scan.position_yx_px, position_yx_px])
+        # Each segment records the hash of the scan up to it: a run planned before another segment finds its data by it.
         attributes["data_hash"] = data_hash(attributes["diffraction_hash"], position, scan.mask, scan.probe)
         segments[-1]["data_hash"] = attributes["data_hash"]
         attributes["segments"] = segments
@@ -281,6 +279,7 @@ def _extend_groups(
         spec = GroupingSpec(**attributes["spec"])
         drawn = segment_groups(str(path), position_yx_px, scan_index, spec, n_patterns - n_new, n_patterns)
         before = attributes["segment_groups"]
+        # From the known rows on: a writer that was stopped here may have left others after them.
         _resized_table(path, table, [*before, len(drawn)])[sum(before) :] = drawn
         for name in (table, f"{table}/member"):
             update_node(root, path, name)

@@ -389,7 +389,7 @@ def _checked_counts(
 
 def _write_array(
     root: zarr.Group, name: str, values: NDArray[Any], dims: tuple[str, ...], growing: bool = False, **attributes: Any
-) -> None:
+) -> zarr.Array:
     # Tables of patterns and groups are read in parts, all other arrays at once. A growing table gets chunks of full
     # size, since its chunk size cannot change later.
     rows = len(values)
@@ -399,6 +399,7 @@ def _write_array(
         name, data=np.ascontiguousarray(values), chunks=(rows, *values.shape[1:]), dimension_names=dims
     )
     array.attrs.update(attributes)
+    return array
 
 
 @contextmanager

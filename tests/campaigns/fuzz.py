@@ -49,8 +49,7 @@ from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.reconstruction.patch_cache import StoredPatches, check_patches
 from ptychodask.result import open_result
-from ptychodask.store import ScanReader, open_scan
-from ptychodask.store.groups import read_groups, stored_group_names
+from ptychodask.store import StoredScan, open_scan
 from ptychodask.study import read_study
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 
@@ -294,11 +293,13 @@ def read_by_format(folder: Path, name: str) -> None:
 def read_scan(folder: Path) -> None:
     scan = open_scan(folder / "scan.zarr")
     scan.network_input(slice(None))
-    reader = ScanReader(folder / "scan.zarr")
-    reader.check()
-    reader.part(np.arange(min(3, reader.n_patterns)))
-    for name in stored_group_names(folder / "scan.zarr"):
-        read_groups(folder / "scan.zarr", name)
+    stored = StoredScan(folder / "scan.zarr")
+    stored.check()
+    stored.part(np.arange(min(3, stored.n_patterns)))
+    for name in stored.table_names():
+        table = stored.table(name)
+        if table is not None:
+            table.rows(0, len(table))
 
 
 def read_result(folder: Path) -> None:
