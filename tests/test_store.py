@@ -15,11 +15,12 @@ import pytest
 import xarray
 import zarr
 
-from ptychodask import folders
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, curve_order
 from ptychodask.scan import Scan, Truth
+from ptychodask.storage import atomic
 from ptychodask.storage.atomic import LOCK, WHOLE, atomic_folder, building_path, check_vacant_folder
+from ptychodask.storage.location import parse_location
 from ptychodask.store import SCAN, open_scan
 from ptychodask.store import write as store_module
 from ptychodask.store.annotate import record_model, replace_probe
@@ -261,7 +262,7 @@ def test_a_writer_restores_the_previous_version_before_it_replaces_it(killed_bet
 
 def test_a_store_that_another_run_finished_after_the_check_is_not_replaced(tmp_path, monkeypatch):
     first = write(tmp_path / "a.zarr")
-    monkeypatch.setattr(folders, "check_vacant", lambda path, **arguments: None)
+    monkeypatch.setattr(atomic, "check_vacant_folder", lambda path, **arguments: None)
     with pytest.raises(PtychodaskError, match="exists already"):
         write(tmp_path / "a.zarr", **scan_parts(seed=1))
     assert open_scan(tmp_path / "a.zarr").data_hash == first.data_hash
@@ -481,7 +482,7 @@ def test_positions_of_two_lengths_are_refused(tmp_path):
     write(tmp_path / "a.zarr")
     root = zarr.open_group(tmp_path / "a.zarr", mode="r+", use_consolidated=False)
     root["y_px"].resize((10,))
-    store_module.consolidate(tmp_path / "a.zarr")
+    store_module.consolidate(parse_location(tmp_path) / "a.zarr")
     with pytest.raises(PtychodaskError, match=r"array 'y_px' has shape \(10,\) .* for 40 patterns"):
         open_scan(tmp_path / "a.zarr")
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import distributed
@@ -19,6 +17,7 @@ from ptychodask.reconstruction.live import LivePicture, Screen
 from ptychodask.reconstruction.run import Run, identity
 from ptychodask.reconstruction.scheduler import check_workers
 from ptychodask.reconstruction.stitching import Stitching, broadcast_job
+from ptychodask.storage.location import Location
 from ptychodask.store.append import growth
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ class FollowedScan:
     def __init__(self, plan_run: Callable[[], Run], client: distributed.Client, progress: bool | None) -> None:
         self._plan_run, self._client, self._progress = plan_run, client, progress
 
-    def complete(self, run: Run, ledger: Ledger, sums: Path, screen: Screen | None) -> Run:
+    def complete(self, run: Run, ledger: Ledger, sums: Location, screen: Screen | None) -> Run:
         """Predict segment after segment; returns the run over the complete scan.
 
         Its chunks are recorded in the ledger.
@@ -63,7 +62,7 @@ class FollowedScan:
             Over the content of the store a moment ago.
         ledger : Ledger
             Made by `growing_identity`.
-        sums : Path
+        sums : Location
             Folder for the sums of chunks.
         screen : Screen or None
             Shows the live picture.
@@ -75,14 +74,14 @@ class FollowedScan:
         """
         made_by = growing_identity(run)
         trusted: set[int] = set()
-        sums.mkdir(exist_ok=True)
+        sums.make_folder()
         while True:
             now = growing_identity(run)
             check_same(made_by | {"plan": now["plan"]}, now, run.plan.store)
             if now != made_by:
                 logger.warning("%s: chunks became smaller to fit into memory: all are computed anew", run.plan.store)
-                shutil.rmtree(sums)
-                sums.mkdir()
+                sums.remove()
+                sums.make_folder()
                 ledger.begin_anew(now)
                 trusted, made_by = set(), now
             if ledger.exists:
@@ -95,7 +94,7 @@ class FollowedScan:
             self._predict(run, ledger, sums, live, trusted)
             run = self._next(run)
 
-    def _predict(self, run: Run, ledger: Ledger, sums: Path, live: LivePicture | None, trusted: set[int]) -> None:
+    def _predict(self, run: Run, ledger: Ledger, sums: Location, live: LivePicture | None, trusted: set[int]) -> None:
         """Predict the new chunks, and show them together with the others."""
         plan, client = run.plan, self._client
         with broadcast_job(client, run.job) as job_reference:

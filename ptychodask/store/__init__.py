@@ -28,7 +28,7 @@ from ptychodask.scan import (
 from ptychodask.storage.atomic import (
     StoreKind,
 )
-from ptychodask.storage.location import Location, parse_location
+from ptychodask.storage.location import LocationLike, parse_location
 from ptychodask.storage.zarr_checks import check_codecs, check_stored, damage_errors, open_root
 
 FORMAT = "ptychodask-scan"
@@ -190,7 +190,7 @@ def _hash_differs(label: str) -> PtychodaskError:
     )
 
 
-def open_scan(store: str | Location) -> Scan:
+def open_scan(store: LocationLike) -> Scan:
     """Open a stored scan; patterns and labels stay on disk.
 
     Parameters
@@ -257,7 +257,7 @@ class ScanReader:
         As `open_scan`, except that the data hash is not checked (see `check`).
     """
 
-    def __init__(self, store: str | Location) -> None:
+    def __init__(self, store: LocationLike) -> None:
         self.label = str(store)
         """Path of the store."""
         self._root = open_root(parse_location(store), SCAN)

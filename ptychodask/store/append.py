@@ -20,7 +20,7 @@ from ptychodask.grouping import GroupingSpec
 from ptychodask.progress import progress_bar
 from ptychodask.scan import PatternSource, Scan, check_positions
 from ptychodask.storage.atomic import folder_lock
-from ptychodask.storage.location import on_disk
+from ptychodask.storage.location import LocalLocation, on_disk
 from ptychodask.storage.zarr_checks import open_root
 from ptychodask.store import INGEST_AGAIN, SCAN, ScanReader, data_hash, open_scan
 from ptychodask.store.groups import segment_groups
@@ -173,7 +173,7 @@ def growth(store: str | Path) -> tuple[str, int]:
 
 
 @contextmanager
-def _appending(path: Path) -> Iterator[None]:
+def _appending(path: LocalLocation) -> Iterator[None]:
     """Lock a growing store for appending; disk errors become `PtychodaskError`."""
     state = open_root(path, SCAN).attrs["state"]
     if state != "growing":
@@ -223,7 +223,7 @@ def _presence(values: Any) -> str:
     return "none" if values is None else "some"
 
 
-def _arrays(path: Path) -> dict[str, zarr.Array]:
+def _arrays(path: LocalLocation) -> dict[str, zarr.Array]:
     """Arrays of patterns, with their shapes on disk."""
     root = zarr.open_group(path, mode="r+", zarr_format=3, use_consolidated=False)
     nodes = {name: root.get(name) for name in OF_PATTERNS}
@@ -236,7 +236,7 @@ def _resize(arrays: dict[str, zarr.Array], n_patterns: int) -> None:
 
 
 def _publish(
-    path: Path,
+    path: LocalLocation,
     scan: Scan,
     position_yx_px: NDArray[np.float64],
     scan_index: NDArray[np.int64],
@@ -269,7 +269,7 @@ def _publish(
 
 
 def _extend_groups(
-    path: Path,
+    path: LocalLocation,
     root: dict[str, Any],
     position_yx_px: NDArray[np.float64],
     scan_index: NDArray[np.int64] | None,
@@ -297,7 +297,7 @@ def _tables(root: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return tables
 
 
-def _resized_table(path: Path, table: str, segments: list[int]) -> zarr.Array:
+def _resized_table(path: LocalLocation, table: str, segments: list[int]) -> zarr.Array:
     """Resize a group table to its segments; returns its array."""
     zarr.open_group(path / table, mode="r+", zarr_format=3).attrs["segment_groups"] = segments
     member = zarr.open_array(path / table / "member", mode="r+", zarr_format=3)

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from copy import copy
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from ptychodask.grouping import GroupingSpec, Groups, group_positions
 from ptychodask.scan import (
     Scan,
 )
-from ptychodask.storage.location import Location, parse_location, zarr_store
+from ptychodask.storage.location import Location, LocationLike, parse_location
 from ptychodask.storage.zarr_checks import consolidate, open_root
 from ptychodask.store import SCAN, _array, _read_rows, open_scan, segment_sizes
 from ptychodask.store.write import _write_array, changing_root, update_node
@@ -26,7 +25,7 @@ from ptychodask.store.write import _write_array, changing_root, update_node
 logger = logging.getLogger(__name__)
 
 
-def group(store: str | Location, spec: GroupingSpec = GroupingSpec(), *, name: str | None = None) -> Groups:
+def group(store: LocationLike, spec: GroupingSpec = GroupingSpec(), *, name: str | None = None) -> Groups:
     """Stored group table of a scan, drawn and stored if missing.
 
     Parameters
@@ -52,11 +51,12 @@ def group(store: str | Location, spec: GroupingSpec = GroupingSpec(), *, name: s
         return Groups(stored.rows(0, len(stored)), spec, name)
     # Only a scan on a disk can grow. While a segment is appended its arrays are longer than readers may know:
     # consolidating would publish them unfinished, so only the nodes of the new table are added to the metadata.
-    if isinstance(path, Path) and open_root(path, SCAN).attrs["state"] == "growing":
-        with changing_root(path) as root:
+    folder = path.local_path
+    if folder is not None and open_root(path, SCAN).attrs["state"] == "growing":
+        with changing_root(folder) as root:
             groups = _write_groups(path, spec, name)
             for node in ("groups", f"groups/{name}", f"groups/{name}/member"):
-                update_node(root, path, node)
+                update_node(root, folder, node)
     else:
         groups = _write_groups(path, spec, name)
         consolidate(path)
@@ -64,7 +64,7 @@ def group(store: str | Location, spec: GroupingSpec = GroupingSpec(), *, name: s
     return groups
 
 
-def open_or_draw_groups(store: str | Location, spec: GroupingSpec) -> GroupTable:
+def open_or_draw_groups(store: LocationLike, spec: GroupingSpec) -> GroupTable:
     """Group table of a spec, stored or drawn with the same rows.
 
     Parameters
@@ -127,7 +127,7 @@ def _write_groups(path: Location, spec: GroupingSpec, name: str) -> Groups:
     tables = _draw_groups(scan, path, spec)
     groups = Groups(np.concatenate(tables), spec, name)
     # A killed run may have left a table that the consolidated metadata do not list: it is overwritten.
-    root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3, use_consolidated=False)
+    root = zarr.open_group(path.zarr_store(), mode="r+", zarr_format=3, use_consolidated=False)
     table = root.require_group("groups").create_group(name, overwrite=True)
     segmented = "segments" in scan.attributes
     _write_array(table, "member", groups.member, ("group", "channel"), scan.attributes["state"] == "growing")
@@ -245,7 +245,7 @@ class GroupTable:
         return PtychodaskError(f"{self._store}: group table '{self.name}' does not fit the scan; pass another name=")
 
 
-def open_groups(store: str | Location, name: str) -> GroupTable | None:
+def open_groups(store: LocationLike, name: str) -> GroupTable | None:
     """Stored group table, read lazily; None if there is none.
 
     Parameters
@@ -279,13 +279,13 @@ def open_groups(store: str | Location, name: str) -> GroupTable | None:
     return GroupTable(path, name, spec, _array(table, "member", str(path)), n_patterns, segments)
 
 
-def read_groups(store: str | Location, name: str) -> Groups | None:
+def read_groups(store: LocationLike, name: str) -> Groups | None:
     """Stored group table in memory; None and errors as for `open_groups`."""
     table = open_groups(store, name)
     return None if table is None else Groups(table.rows(0, len(table)), table.spec, name)
 
 
-def stored_group_names(store: str | Location) -> list[str]:
+def stored_group_names(store: LocationLike) -> list[str]:
     """Sorted names of the group tables in a store."""
     root = open_root(parse_location(store), SCAN)
     tables = root.get("groups")
