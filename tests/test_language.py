@@ -83,6 +83,7 @@ PARTICIPLES_KEPT = {
     "judging",
     "plotting",
     "pretrained",
+    "untrained",
     "mapping",
 }
 """Stages named after what happens in them, and `mapping`, which is a noun here."""
