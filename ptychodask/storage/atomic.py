@@ -327,7 +327,7 @@ def _rename_into_place(new: Path, path: Path) -> None:
 
 
 def remove_path(path: Path) -> None:
-    """Remove a file, or a folder with its content, if there is one."""
+    """Remove a file, or a folder with its content, if any."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -79,7 +79,7 @@ class Location(Protocol):
     def unlink(self, *, missing_ok: bool = False) -> None: ...
 
     def make_folder(self) -> None:
-        """Make a folder if missing, in one that exists; nothing in a bucket."""
+        """Make a folder if missing; nothing in a bucket."""
 
     def remove(self) -> None:
         """Remove everything at and below it, if anything."""

@@ -1,4 +1,4 @@
-"""Locations in an object store, where a claim takes the part of a lock."""
+"""Locations in an object store, with a claim instead of a lock."""
 
 from __future__ import annotations
 

@@ -130,14 +130,11 @@ class S3Location(ObjectLocation):
             _bucket(self).put(self.key, data)
 
     def create(self, content: bytes) -> bool:
-        """Create an object; False if one exists already.
-
-        A conditional put (``If-None-Match: *``): of several writers, exactly one succeeds.
-        """
         from obstore.exceptions import AlreadyExistsError
 
         with s3_errors(self):
             try:
+                # A conditional put (If-None-Match: *): of several writers, exactly one succeeds.
                 _bucket(self).put(self.key, content, mode="create")
             except AlreadyExistsError:
                 # If the answer to a put was lost, its second attempt finds the object of the first.
@@ -148,6 +145,7 @@ class S3Location(ObjectLocation):
 
     def delete(self, keys: list[str]) -> None:
         with s3_errors(self), suppress(FileNotFoundError):
+            # A server takes an empty list for a malformed request.
             if keys:
                 _bucket(self).delete(keys[0] if len(keys) == 1 else keys)
 

@@ -92,6 +92,7 @@ def append_segment(
         _check_fits(scan, diffraction, flux, label)
         n_new, n_pixels = diffraction.shape[:2]
         check_positions(position_yx_px, n_new, str(path))
+        # Sorted within the segment only: rows that readers have must keep their indices, which group tables refer to.
         order = storage_order(position_yx_px, chunk_patterns(n_pixels, diffraction.dtype.itemsize))
         position = np.ascontiguousarray(position_yx_px[order], np.float64)
         rows = np.arange(n_new) if source_index is None else np.asarray(source_index, np.int64)
@@ -105,6 +106,8 @@ def append_segment(
         if flux is not None:
             columns["flux"] = relative_to_mean(flux, str(path), _mean_flux(scan))[order]
         arrays = _arrays(path)
+        # From the number of patterns that readers know, not from the length on disk: rows that a stopped writer left
+        # beyond it are overwritten.
         _resize(arrays, scan.n_patterns + n_new)
         for name, values in columns.items():
             arrays[name][scan.n_patterns :] = values
@@ -122,6 +125,7 @@ def append_segment(
                 bar,
                 str(path),
             )
+        # Last: until the root is replaced no reader knows of the new rows, so a failure above leaves the scan as is.
         _publish(path, scan, position, columns["scan_index"], diffraction_hash, provenance)
     logger.info("%s: appended %d patterns to %d", path, n_new, scan.n_patterns)
     return open_scan(path)
@@ -225,6 +229,7 @@ def _presence(values: Any) -> str:
 
 def _arrays(path: LocalLocation) -> dict[str, zarr.Array]:
     """Arrays of patterns, with their shapes on disk."""
+    # Not from the consolidated metadata: a stopped writer may have left longer arrays than these list.
     root = zarr.open_group(path, mode="r+", zarr_format=3, use_consolidated=False)
     nodes = {name: root.get(name) for name in OF_PATTERNS}
     return {name: array for name, array in nodes.items() if isinstance(array, zarr.Array)}
@@ -256,10 +261,12 @@ def _publish(
                 **({"provenance": provenance} if provenance else {}),
             },
         ]
+        # Of the segments' hashes: reading all earlier patterns again would make each segment cost more than the last.
         digest = hashlib.sha256("".join(segment["diffraction_hash"] for segment in segments).encode())
         attributes["diffraction_hash"] = digest.hexdigest()
         position = np.concatenate([scan.position_yx_px, position_yx_px])
         attributes["data_hash"] = data_hash(attributes["diffraction_hash"], position, scan.mask, scan.probe)
+        # Each segment keeps the hash of the scan up to it, by which a run that was planned then knows its store.
         segments[-1]["data_hash"] = attributes["data_hash"]
         attributes["segments"] = segments
         for name in _arrays(path):
@@ -281,6 +288,7 @@ def _extend_groups(
         spec = GroupingSpec(**attributes["spec"])
         drawn = segment_groups(str(path), position_yx_px, scan_index, spec, n_patterns - n_new, n_patterns)
         before = attributes["segment_groups"]
+        # Resized to the groups that readers know and the new ones: those of a stopped writer are overwritten.
         _resized_table(path, table, [*before, len(drawn)])[sum(before) :] = drawn
         for name in (table, f"{table}/member"):
             update_node(root, path, name)
