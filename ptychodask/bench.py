@@ -29,7 +29,7 @@ from ptychodask.prediction import PredictionJob, compile_model, open_stored
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Scan
 from ptychodask.simulate import simulate
-from ptychodask.storage.location import parse_location, stored_sizes
+from ptychodask.storage.location import parse_location
 from ptychodask.store import StoredScan, open_scan
 
 Network = Literal["pinn", "ptychopinn"]
@@ -305,7 +305,7 @@ def _about_scan(scan: Scan, *, simulated: bool) -> dict[str, Any]:
         "n_patterns": scan.n_patterns,
         "n_pixels": scan.n_pixels,
         "dtype": scan.diffraction.dtype.name,
-        "stored_bytes": sum(stored_sizes(parse_location(str(scan.store)) / "diffraction")),
+        "stored_bytes": sum(size for _, size in (parse_location(str(scan.store)) / "diffraction").below()),
         "simulated": simulated,
     }
 

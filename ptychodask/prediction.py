@@ -22,7 +22,7 @@ from ptychodask.models.contract import Device, PatchModel, Predict
 from ptychodask.models.pretrained import is_pretrained
 from ptychodask.models.spec import Precision
 from ptychodask.scan import Scan
-from ptychodask.storage.location import Location
+from ptychodask.storage.location import LocationLike
 from ptychodask.store import StoredScan
 
 logger = logging.getLogger(__name__)
@@ -401,7 +401,7 @@ def _predict_rows(
             yield PatchBatch(patches, centre[real], member[real, 0])
 
 
-def open_anew(store: str | Location) -> StoredScan:
+def open_anew(store: LocationLike) -> StoredScan:
     """Open a store, checked, for planning and tasks in this process."""
     stored = StoredScan(store)
     stored.check()

@@ -18,8 +18,8 @@ from zarr.codecs import BloscCodec, BloscShuffle
 import ptychodask
 from ptychodask.errors import PtychodaskError
 from ptychodask.html import Markup, card, image
-from ptychodask.storage.atomic import StoreKind, atomic_store
-from ptychodask.storage.location import Location, location_of, parse_location, zarr_store
+from ptychodask.storage.atomic import StoreKind
+from ptychodask.storage.location import Location, LocationLike, location_of, parse_location
 from ptychodask.storage.zarr_checks import check_codecs, check_stored, consolidate, damage_errors, open_root
 
 FORMAT = "ptychodask-result"
@@ -185,8 +185,8 @@ def create_result(
 
     Parameters
     ----------
-    path : Path or S3Location
-        Empty location (see `atomic_store`).
+    path : Location
+        Empty location (see `Location.atomic_store`).
     shape, corner : (int, int)
         Pixels (y, x) of the complete object, and scan coordinates of its first one.
     tile : int
@@ -194,7 +194,7 @@ def create_result(
     pixel_size_m : float or None
     layers : Layers
     """
-    root = zarr.create_group(zarr_store(path), zarr_format=3)
+    root = zarr.create_group(path.zarr_store(), zarr_format=3)
     root.attrs.update({**_schema_attributes(pixel_size_m, layers), "state": "writing"})
     for name in layers.variables:
         _create_variable(root, name, shape, tile, pixel_size_m, layers)
@@ -230,13 +230,13 @@ def write_tile(path: Location, start_yx: tuple[int, int], arrays: TileArrays) ->
 
     Parameters
     ----------
-    path : Path or S3Location
+    path : Location
         Store that `create_result` made.
     start_yx : (int, int)
         Row and column of the first pixel of the tile in the complete arrays: multiples of the tile.
     arrays : dict of name to array (..., y, x)
     """
-    root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3, use_consolidated=False)
+    root = zarr.open_group(path.zarr_store(), mode="r+", zarr_format=3, use_consolidated=False)
     height, width = arrays["object"].shape[-2:]
     region = ..., slice(start_yx[0], start_yx[0] + height), slice(start_yx[1], start_yx[1] + width)
     for name, values in arrays.items():
@@ -250,7 +250,7 @@ def read_tile(path: Location, start_yx: tuple[int, int], shape: tuple[int, int])
 
     Parameters
     ----------
-    path : Path or S3Location
+    path : Location
         Store that `create_result` made, finished or not.
     start_yx : (int, int)
         Row and column of the first pixel of the tile in the complete arrays.
@@ -261,7 +261,7 @@ def read_tile(path: Location, start_yx: tuple[int, int], shape: tuple[int, int])
     -------
     dict of name to array (..., y, x)
     """
-    root = zarr.open_group(zarr_store(path, read_only=True), mode="r", zarr_format=3, use_consolidated=False)
+    root = zarr.open_group(path.zarr_store(read_only=True), mode="r", zarr_format=3, use_consolidated=False)
     region = ..., slice(start_yx[0], start_yx[0] + shape[0]), slice(start_yx[1], start_yx[1] + shape[1])
     return {name: np.asarray(stored_array(root, name)[region]) for name in VARIABLES | HALF_VARIABLES if name in root}
 
@@ -271,14 +271,14 @@ def remove_tile(path: Location, start_yx: tuple[int, int], tile: int) -> None:
 
     Parameters
     ----------
-    path : Path or S3Location
+    path : Location
         Store that `create_result` made.
     start_yx : (int, int)
         Row and column of the first pixel of the tile in the complete arrays.
     tile : int
         Pixels across a tile.
     """
-    root = zarr.open_group(zarr_store(path, read_only=True), mode="r", zarr_format=3, use_consolidated=False)
+    root = zarr.open_group(path.zarr_store(read_only=True), mode="r", zarr_format=3, use_consolidated=False)
     for name in VARIABLES | HALF_VARIABLES:
         if name in root:
             array = stored_array(root, name)
@@ -298,16 +298,16 @@ def finish_result(path: Location, attributes: dict[str, Any]) -> None:
 
     Parameters
     ----------
-    path : Path or S3Location
+    path : Location
     attributes : dict
         Plain values for JSON.
     """
-    root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3)
+    root = zarr.open_group(path.zarr_store(), mode="r+", zarr_format=3)
     stored = {name: stored_array(root, name).nchunks_initialized for name in VARIABLES | HALF_VARIABLES if name in root}
     consolidate(path).attrs.update({**attributes, STORED_CHUNKS: stored, "state": "complete"})
 
 
-def open_result(path: str | Location, level: int = 0) -> xr.Dataset:
+def open_result(path: LocationLike, level: int = 0) -> xr.Dataset:
     """Open a stored result; its arrays stay on disk.
 
     Parameters
@@ -332,7 +332,7 @@ def open_result(path: str | Location, level: int = 0) -> xr.Dataset:
         _check_arrays(root, location)
         if level:
             return _open_level(location, root, level)
-        ds = xr.open_zarr(zarr_store(location, read_only=True), chunks={}, consolidated=True, zarr_format=3)
+        ds = xr.open_zarr(location.zarr_store(read_only=True), chunks={}, consolidated=True, zarr_format=3)
         ds = ds[[name for name in VARIABLES | HALF_VARIABLES if name in ds]]
         del ds.attrs["state"]
         _check_complete(location, root, ds.attrs.pop(STORED_CHUNKS, {}))
@@ -376,10 +376,10 @@ def _open_level(location: Location, root: zarr.Group, level: int) -> xr.Dataset:
         )
         raise PtychodaskError(f"{location}: no level {level}; it has {available}")
     # xarray reads the metadata of the level itself, not the consolidated ones.
-    store = zarr_store(location / PYRAMID / str(level), read_only=True)
+    store = (location / PYRAMID / str(level)).zarr_store(read_only=True)
     _check_arrays(zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False), location)
     ds = xr.open_zarr(
-        zarr_store(location, read_only=True), group=f"{PYRAMID}/{level}", chunks={}, consolidated=False, zarr_format=3
+        location.zarr_store(read_only=True), group=f"{PYRAMID}/{level}", chunks={}, consolidated=False, zarr_format=3
     )
     ds.attrs = {key: value for key, value in root.attrs.items() if key not in ("state", STORED_CHUNKS)} | {
         "level": level
@@ -503,7 +503,7 @@ class PtychoAccessor:
         with reading_result():
             return self._ds.compute(optimize_graph=False)
 
-    def save(self, path: str | Location, *, overwrite: bool = False) -> None:
+    def save(self, path: LocationLike, *, overwrite: bool = False) -> None:
         """Load the result and write it to a store that `open_result` opens.
 
         Parameters
@@ -525,7 +525,7 @@ class PtychoAccessor:
         ds = self.compute()
         corner = (int(ds["y"][0]), int(ds["x"][0]))
         arrays = {name: ds[name].values for name in VARIABLES}
-        with atomic_store(parse_location(path), overwrite=overwrite, kind=RESULT) as writing:
+        with parse_location(path).atomic_store(overwrite=overwrite, kind=RESULT) as writing:
             pixel_size_m = ds.attrs.get("pixel_size_m")
             create_result(writing.whole, arrays["object"].shape, corner, CHUNK_PIXELS, pixel_size_m=pixel_size_m)
             write_tile(writing.whole, (0, 0), arrays)

@@ -35,7 +35,7 @@ from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.scheduler import Scheduler, TaskGraph
 from ptychodask.result import open_result
 from ptychodask.simulate import make_positions, scaled_probe, simulate
-from ptychodask.storage.atomic import read_json
+from ptychodask.storage.atomic import read_json, renamed_file
 from ptychodask.training import TrainingSpec
 from ptychodask.training.train import train
 
@@ -548,10 +548,8 @@ def run_cell(cell: Cell, folder: Path) -> None:
 
 
 def _write_json(path: Path, values: Any) -> None:
-    """Write a JSON file atomically."""
-    building = path.with_name(f".{path.name}")
-    building.write_text(json.dumps(values, indent=1) + "\n")
-    building.replace(path)
+    with renamed_file(path) as building:
+        building.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def _read_json(path: Path) -> Any:

@@ -94,6 +94,7 @@ WHY = (
     "plan/__init__.py",
     "plan/chunks.py",
     "storage/atomic.py",
+    "storage/objects.py",
     "storage/s3.py",
     "storage/zarr_checks.py",
     "store/__init__.py",

@@ -109,7 +109,7 @@ def submit(
 
 def _folder_of(store: Location) -> Path:
     """Folder of a store, or the current folder for a bucket."""
-    return store.parent if isinstance(store, Path) else Path.cwd()
+    return Path.cwd() if store.local_path is None else store.local_path.parent
 
 
 def sbatch(script: str, *options: str) -> str:

@@ -17,6 +17,7 @@ from ptychodask.io.source import (
     SourceScan,
 )
 from ptychodask.scan import Scan
+from ptychodask.storage.location import LocalLocation
 from ptychodask.store import open_scan
 from ptychodask.store.append import append_segment
 
@@ -37,7 +38,9 @@ OF_FIRST_SEGMENT = (
 """Options for properties that all segments of a growing scan have from the first."""
 
 
-def append_source(source: Path, store: Path, format: str | None, spec: IngestSpec, progress: bool | None) -> Scan:
+def append_source(
+    source: Path, store: LocalLocation, format: str | None, spec: IngestSpec, progress: bool | None
+) -> Scan:
     """Append a file to a growing scan, as one more segment."""
     scan = open_scan(store)
     recorded = scan.attributes.get("provenance", {})

@@ -19,7 +19,6 @@ from ptychodask.io.source import (
     IngestSpec,
 )
 from ptychodask.storage.location import Location
-from ptychodask.storage.s3 import S3Location
 
 
 @contextmanager
@@ -38,9 +37,9 @@ def scratch_folder(spec: IngestSpec, store: Location, stack: ExitStack) -> Path:
     """Folder for scratch files; by default the store's, if on disk."""
     if spec.scratch is not None:
         return Path(spec.scratch)
-    if isinstance(store, S3Location):
+    if store.local_path is None:
         return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ptychodask-")))
-    return store.parent
+    return store.local_path.parent
 
 
 def provenance_of(source: Path, opened: Source, spec: IngestSpec) -> dict[str, Any]:

@@ -35,7 +35,6 @@ from ptychodask.judging.registration import find_corner, on_whole_pixels, seen_b
 from ptychodask.result import make_dataset, open_result, recorded
 from ptychodask.scan import Scan, Truth
 from ptychodask.storage.location import parse_location
-from ptychodask.storage.s3 import S3Location
 from ptychodask.store import open_scan
 
 logger = logging.getLogger(__name__)
@@ -355,9 +354,10 @@ def _checked(label: str, ds: xr.Dataset) -> xr.Dataset:
 def _methods_of(result: Result) -> dict[str | None, xr.Dataset]:
     """Results contained in one, by recorded method name."""
     if isinstance(result, str | Path):
-        path = parse_location(result)
-        if isinstance(path, S3Location) or path.is_dir() or (not path.exists() and path.suffix in ("", ".zarr")):
-            result = open_result(path)
+        location = parse_location(result)
+        path = location.local_path
+        if path is None or path.is_dir() or (not path.exists() and path.suffix in ("", ".zarr")):
+            result = open_result(location)
         else:
             result = read_foreign_result(path)
     if isinstance(result, ForeignResult):

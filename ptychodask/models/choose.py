@@ -11,7 +11,6 @@ from ptychodask.models.contract import PatchModel
 from ptychodask.models.pretrained import is_pretrained, pretrained_for
 from ptychodask.scan import Scan
 from ptychodask.storage.location import parse_location
-from ptychodask.storage.s3 import S3Location
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ def recorded_or_packaged(scan: Scan) -> PatchModel:
         )
     store = parse_location(str(scan.store)).resolve()
     # The model of a scan in a bucket is recorded by its absolute path.
-    path = Path(record["path"]) if isinstance(store, S3Location) else store.parent / record["path"]
+    path = (store.local_path or Path()).parent / record["path"]
     if not path.exists():
         raise PtychodaskError(
             f"{scan.store}: no model found at {path}, where its latest {record['kind']} is recorded; "

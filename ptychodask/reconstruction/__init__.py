@@ -38,9 +38,7 @@ from ptychodask.reconstruction.tasks import MethodJob, StitchingJob, TileReport
 from ptychodask.reconstruction.to_store import write_result
 from ptychodask.result import Layers, TileArrays, make_dataset
 from ptychodask.scan import Scan
-from ptychodask.storage.atomic import is_resumable
-from ptychodask.storage.location import Location, parse_location
-from ptychodask.storage.s3 import S3Location
+from ptychodask.storage.location import Location, LocationLike, parse_location
 from ptychodask.store import StoredScan
 
 __all__ = ["FailedScansError", "reconstruct"]
@@ -53,18 +51,18 @@ Models = str | Path | PatchModel | Mapping[str, str | Path | PatchModel] | None
 
 @overload
 def reconstruct(
-    store: str | Path | S3Location, model: Models = None, spec: ReconstructionSpec = ..., **options: Any
+    store: LocationLike, model: Models = None, spec: ReconstructionSpec = ..., **options: Any
 ) -> xr.Dataset: ...
 @overload
 def reconstruct(
     store: list[Any] | tuple[Any, ...], model: Models = None, spec: ReconstructionSpec = ..., **options: Any
 ) -> dict[str, xr.Dataset]: ...
 def reconstruct(
-    store: str | Path | S3Location | Sequence[str | Path | S3Location],
+    store: LocationLike | Sequence[LocationLike],
     model: Models = None,
     spec: ReconstructionSpec = ReconstructionSpec(),
     *,
-    out: str | Path | S3Location | None = None,
+    out: LocationLike | None = None,
     client: AnyClient | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -165,23 +163,23 @@ def reconstruct(
         "compute": compute,
         "progress": progress,
     }
-    if isinstance(store, str | Path | S3Location):
-        return _reconstruct_one(store, model, spec, out=out, client=client, **options)
-    with executor_for_run(client) if compute else nullcontext(client) as used:
-        return reconstruct_each(
-            store,
-            None if out is None else parse_location(out),
-            spec,
-            lambda path, result: _reconstruct_one(path, model, spec, out=result, client=used, **options),
-        )
+    if isinstance(store, Sequence) and not isinstance(store, str):
+        with executor_for_run(client) if compute else nullcontext(client) as used:
+            return reconstruct_each(
+                store,
+                None if out is None else parse_location(out),
+                spec,
+                lambda path, result: _reconstruct_one(path, model, spec, out=result, client=used, **options),
+            )
+    return _reconstruct_one(store, model, spec, out=out, client=client, **options)
 
 
 def _reconstruct_one(
-    store: str | Path | S3Location,
+    store: LocationLike,
     model: Models,
     spec: ReconstructionSpec,
     *,
-    out: str | Path | S3Location | None,
+    out: LocationLike | None,
     client: AnyClient | None,
     overwrite: bool,
     resume: bool,
@@ -207,7 +205,7 @@ def _reconstruct_one(
     scan, plan = run.scan, run.plan
     is_growing = scan.attributes["state"] == "growing"
     # A run that followed the scan may have been stopped after the last segment: its ledger is that of a growing scan.
-    is_resumed = resume and "segments" in scan.attributes and result is not None and is_resumable(result)
+    is_resumed = resume and "segments" in scan.attributes and result is not None and result.is_resumable()
     if spec.follow and (is_growing or is_resumed):
         path = _check_followed(spec, result, plan.store)
         with executor_for_run(client) as used:
@@ -238,7 +236,7 @@ def _warn_outside_training_range(networks: Mapping[str, PatchModel], reader: Sto
 
 
 def _plan_stored(
-    store: str | Path | S3Location, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
+    store: LocationLike, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
 ) -> Run:
     """Plan the run over the present content of a store."""
     reader = open_anew(store)
@@ -259,9 +257,9 @@ def _plan_run(
     return Run(scan, job, next(iter(plans.values())), spec, _attributes(networks, reader, plans, spec))
 
 
-def _check_followed(spec: ReconstructionSpec, result: Location | None, store: str) -> Path:
+def _check_followed(spec: ReconstructionSpec, result: Location | None, store: str) -> Location:
     """Path of a followed scan's result; raises `PtychodaskError` for incompatible options."""
-    if not isinstance(result, Path):
+    if result is None or result.local_path is None:
         raise PtychodaskError(
             f"{store}: is still growing, and its predicted chunks are kept on a disk until it is finished; pass out= "
             "(--out) with a path on a disk"
@@ -276,7 +274,7 @@ def _check_followed(spec: ReconstructionSpec, result: Location | None, store: st
 
 
 def _check_options(
-    spec: ReconstructionSpec, out: str | Path | S3Location | None, *, compute: bool, several: bool, resume: bool
+    spec: ReconstructionSpec, out: LocationLike | None, *, compute: bool, several: bool, resume: bool
 ) -> None:
     """Raise `PtychodaskError` for options that exclude each other."""
     if resume and out is None:

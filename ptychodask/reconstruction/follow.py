@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ptychodask.cluster.executor import Executor
@@ -17,6 +15,7 @@ from ptychodask.reconstruction.ledger import Ledger, check_same
 from ptychodask.reconstruction.live import Screen
 from ptychodask.reconstruction.run import Run, RunFolders
 from ptychodask.reconstruction.stitching import stitching_of
+from ptychodask.storage.location import Location
 from ptychodask.store import StoredScan
 
 logger = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ class FollowedScan:
     def __init__(self, plan_run: Callable[[], Run], executor: Executor, progress: bool | None) -> None:
         self._plan_run, self._executor, self._progress = plan_run, executor, progress
 
-    def complete(self, run: Run, ledger: Ledger, sums: Path, screen: Screen | None) -> Run:
+    def complete(self, run: Run, ledger: Ledger, sums: Location, screen: Screen | None) -> Run:
         """Predict segment after segment; returns the run over the complete scan.
 
         Its chunks are recorded in the ledger.
@@ -61,7 +60,7 @@ class FollowedScan:
             Over the content of the store a moment ago.
         ledger : Ledger
             Made by `growing_identity`.
-        sums : Path
+        sums : Location
             Folder for the sums of chunks.
         screen : Screen or None
             Shows the live picture.
@@ -73,14 +72,14 @@ class FollowedScan:
         """
         made_by = growing_identity(run)
         trusted: set[int] = set()
-        sums.mkdir(exist_ok=True)
+        sums.make_folder()
         while True:
             now = growing_identity(run)
             check_same(made_by | {"plan": now["plan"]}, now, run.plan.store)
             if now != made_by:
                 logger.warning("%s: chunks became smaller to fit into memory: all are computed anew", run.plan.store)
-                shutil.rmtree(sums)
-                sums.mkdir()
+                sums.remove()
+                sums.make_folder()
                 ledger.begin_anew(now)
                 trusted, made_by = set(), now
             if ledger.exists:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.io.npy_stream import read_npz
-from ptychodask.storage.atomic import from_json, read_json
+from ptychodask.storage.atomic import from_json, read_json, renamed_file
 
 logger = logging.getLogger(__name__)
 
@@ -105,11 +104,11 @@ class Checkpoint:
         try:
             if not self.folder.exists():
                 self.folder.mkdir()
-                _write_atomic(self.folder / "training.json", json.dumps(self._identity, indent=2).encode())
+                with renamed_file(self.folder / "training.json") as building:
+                    building.write_text(json.dumps(self._identity, indent=2))
             self._write_log(snapshot.state["log"])
-            temporary = self.folder / "state.writing.npz"
-            np.savez(temporary, **arrays)
-            os.replace(temporary, self.folder / "state.npz")
+            with renamed_file(self.folder / "state.npz") as building:
+                np.savez(building, **arrays)
         except OSError as error:
             raise PtychodaskError(
                 f"{self.folder}: cannot be written ({error.strerror or error}); the previous epoch is kept: free space "
@@ -121,12 +120,10 @@ class Checkpoint:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _write_log(self, log: list[dict[str, float]]) -> None:
-        temporary = self.folder / "log.writing.csv"
-        with temporary.open("w", newline="") as file:
+        with renamed_file(self.folder / "log.csv") as building, building.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(log[0]))
             writer.writeheader()
             writer.writerows(log)
-        os.replace(temporary, self.folder / "log.csv")
 
     def _check_identity(self) -> None:
         path = self.folder / "training.json"
@@ -161,12 +158,6 @@ class Checkpoint:
         return PtychodaskError(
             f"{path}: cannot be read ({error}); pass overwrite=True (--overwrite) without resume to start again"
         )
-
-
-def _write_atomic(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.writing")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _differences(recorded: dict[str, dict[str, Any]], requested: dict[str, dict[str, Any]]) -> list[str]:
