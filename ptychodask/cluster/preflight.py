@@ -19,7 +19,7 @@ import distributed
 from ptychodask.cluster.broadcast import IN_PROCESS
 from ptychodask.errors import PtychodaskError, in_brief
 from ptychodask.models.choose import resolve_model
-from ptychodask.models.contract import Device, PatchModel
+from ptychodask.models.contract import Device, MinimalModel
 from ptychodask.prediction import ModelReference, PredictionJob
 from ptychodask.storage.location import parse_location
 from ptychodask.store import ScanReader
@@ -63,7 +63,7 @@ class _Report:
 def preflight(
     client: distributed.Client,
     store: str | Path,
-    model: str | Path | PatchModel | Mapping[str, str | Path | PatchModel] | None = None,
+    model: str | Path | MinimalModel | Mapping[str, str | Path | MinimalModel] | None = None,
     *,
     device: Device = "any",
 ) -> None:

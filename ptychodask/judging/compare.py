@@ -10,13 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from scipy.signal import fftconvolve
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.forward import footprint_corners
+from ptychodask.forward import MIN_SEEN_LIGHT, r_factor, seen_light
 from ptychodask.io import ForeignResult, read_foreign_result
 from ptychodask.judging.metrics import (
     PTYCHOPINN_PEAK,
+    WELL_LIT,
     Gauge,
     align_gauge,
     amplitude_ratio,
@@ -28,8 +28,8 @@ from ptychodask.judging.metrics import (
     ms_ssim,
     mse,
     psnr,
-    r_factor,
     ssim,
+    well_lit,
 )
 from ptychodask.judging.registration import find_corner, on_whole_pixels, seen_box
 from ptychodask.result import make_dataset, open_result, recorded
@@ -57,10 +57,6 @@ METHOD_OF_PROGRAM = {"pty-chi": "PtyChi"}
 """Method name of a result of another program, by the program named in its file."""
 
 
-MIN_SEEN_LIGHT = 0.99
-"""Minimum fraction of the probe intensity on seen pixels for a pattern to count in R."""
-
-
 LEAST_PIXELS = 8
 """Minimum pixels along each side of the area on which results are compared."""
 
@@ -86,7 +82,7 @@ def compare(
     ramp: bool = True,
     scale: bool = False,
     peak: float | Literal["range", "ptychopinn"] = "range",
-    min_weight: float = 0.1,
+    min_weight: float = WELL_LIT,
 ) -> xr.Dataset:
     """Metrics of several results on the area seen in all of them.
 
@@ -212,7 +208,7 @@ def align(
     *,
     truth: Truth | Scan | str | Path | None = None,
     register: bool = False,
-    min_weight: float = 0.1,
+    min_weight: float = WELL_LIT,
 ) -> dict[str, xr.Dataset]:
     """Results of any program, in common pixel coordinates.
 
@@ -385,8 +381,7 @@ def _well_lit_part(ds: xr.Dataset, min_weight: float) -> Truth:
     """Well-lit part of a result, NaN where the weight is small."""
     ds = _in_memory(ds)
     weight = ds["weight"].values
-    threshold = min_weight * float(np.median(weight[weight > 0])) if (weight > 0).any() else np.inf
-    object_ = np.where(weight >= threshold, ds["object"].values, np.complex64(complex(np.nan, np.nan)))
+    object_ = np.where(well_lit(weight, min_weight), ds["object"].values, np.complex64(complex(np.nan, np.nan)))
     return Truth(object_, _corner(ds))
 
 
@@ -646,18 +641,13 @@ def patterns_inside(results: Mapping[str, xr.Dataset], scan: Scan) -> NDArray[np
         Indices of patterns with at least `MIN_SEEN_LIGHT` of the probe intensity on seen pixels of every result.
     """
     inside = np.ones(scan.n_patterns, bool)
-    intensity = (np.abs(scan.probe) ** 2).sum(axis=0, dtype=np.float64)
     for label, ds in results.items():
         if _frame(ds) != "scan":
             raise PtychodaskError(
                 f"{label}: is not in scan coordinates, so R cannot be computed; pass truth= to register it"
             )
-        seen = np.pad(np.isfinite(ds["object"].values).astype(np.float64), scan.n_pixels)
-        fraction = fftconvolve(seen, intensity[::-1, ::-1] / intensity.sum(), mode="valid")
-        start = footprint_corners(scan.position_yx_px, scan.n_pixels) - np.asarray(_corner(ds), int) + scan.n_pixels
-        on = ((start >= 0) & (start < fraction.shape)).all(axis=1)
-        inside &= on
-        inside[on] &= fraction[tuple(start[on].T)] >= MIN_SEEN_LIGHT
+        seen = np.isfinite(ds["object"].values)
+        inside &= seen_light(seen, np.asarray(_corner(ds), int), scan.probe, scan.position_yx_px) >= MIN_SEEN_LIGHT
     return np.flatnonzero(inside)
 
 

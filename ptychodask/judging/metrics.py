@@ -16,7 +16,7 @@ from scipy.ndimage import binary_erosion, gaussian_filter
 from skimage.metrics import structural_similarity
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.forward import diffract, r_factor
+from ptychodask.forward import r_factor
 
 __all__ = [
     "Gauge",
@@ -26,18 +26,21 @@ __all__ = [
     "correlation",
     "crossing",
     "frc",
-    "frc50",
     "half_bit",
     "mae",
     "ms_ssim",
     "mse",
-    "patch_r_factor",
     "psnr",
     "r_factor",
     "seen_in_both",
     "spoke_contrast",
     "ssim",
+    "well_lit",
 ]
+
+
+WELL_LIT = 0.1
+"""Minimum weight of a well-lit pixel, relative to the median; excludes the edge of the scan."""
 
 
 PTYCHOPINN_PEAK = 255.0
@@ -164,6 +167,18 @@ def seen_in_both(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
     if not seen.any():
         raise PtychodaskError("metrics: no pixel is seen in both arrays, so they cannot be compared")
     return seen
+
+
+def well_lit(weight: NDArray[np.floating[Any]], least: float = WELL_LIT) -> NDArray[np.bool_]:
+    """True where a weight is at least `least` of its median.
+
+    Examples
+    --------
+    >>> well_lit(np.array([0.0, 0.1, 2.0, 3.0])).tolist()
+    [False, False, True, True]
+    """
+    reached = weight[weight > 0]
+    return weight >= (least * float(np.median(reached)) if reached.size else np.inf)
 
 
 def _ramp_of(product: NDArray[np.complex128]) -> tuple[float, float]:
@@ -519,11 +534,6 @@ def crossing(
     return float(np.interp(0.0, [above[k], above[k - 1]], [frequency[k], frequency[k - 1]]))
 
 
-def frc50(estimate: NDArray[Any], truth: NDArray[Any]) -> float:
-    """Frequency, cycles per pixel, at which `frc` falls below one half (`crossing`)."""
-    return crossing(*frc(estimate, truth), 0.5)
-
-
 def spoke_contrast(
     values: NDArray[np.floating[Any]], centre_yx_px: tuple[float, float], n_spokes: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -650,48 +660,3 @@ def contrast_radius(
     if np.isnan(contrast[k]):
         return float(radius_px[k + 1])
     return float(np.interp(threshold, contrast[k : k + 2], radius_px[k : k + 2]))
-
-
-def patch_r_factor(
-    patches: NDArray[np.complexfloating[Any, Any]],
-    probe: NDArray[np.complex64],
-    amplitude: NDArray[np.float32],
-    *,
-    mask: NDArray[np.bool_] | None = None,
-    flux: NDArray[np.float32] | None = None,
-) -> float:
-    """R-factor of patterns predicted from single patches of a network.
-
-    Parameters
-    ----------
-    patches : complex array (pattern, N, N)
-        Object around each position; pixel [N//2, N//2] is at the position.
-    probe : complex64 array (mode, N, N)
-    amplitude : float32 array (pattern, N, N)
-        Measured amplitude, from `Scan.amplitude`.
-    mask : bool array (N, N), optional
-        True where a detector pixel is good.
-    flux : float array (pattern,), optional
-        Incident flux of each pattern relative to the mean.
-
-    Returns
-    -------
-    float
-        R = Σ|√I_pred − √I| / Σ√I over good pixels; 0 is perfect.
-
-    Examples
-    --------
-    >>> probe = np.ones((1, 4, 4), np.complex64)
-    >>> patches = np.exp(1j * np.arange(32.0)).reshape(2, 4, 4)
-    >>> patch_r_factor(2 * patches, probe, np.sqrt(diffract(patches[:, None])))
-    1.0
-    """
-    good = np.ones(amplitude.shape[1:], bool) if mask is None else mask
-    misfit = total = 0.0
-    for j, (patch, measured) in enumerate(zip(patches, amplitude, strict=True)):
-        model = np.sqrt(diffract(probe * patch) * (1.0 if flux is None else flux[j]))
-        misfit += float(np.abs(model - measured)[good].sum(dtype=np.float64))
-        total += float(measured[good].sum(dtype=np.float64))
-    if not total > 0:
-        raise PtychodaskError("metrics: all measured patterns are zero, so there is no R-factor")
-    return misfit / total

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from importlib.metadata import version
-from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
@@ -22,7 +21,7 @@ import xarray as xr
 from ptychodask.cluster.clients import client_for_run
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.models.choose import absolute_path, resolve_model
-from ptychodask.models.contract import PatchModel
+from ptychodask.models.contract import MinimalModel, PatchModel
 from ptychodask.models.training_range import unlike_training
 from ptychodask.plan import Plan, plan_for, plan_together, prediction_job
 from ptychodask.plan.chunks import RESULT_PIXEL_BYTES, Tile
@@ -40,6 +39,7 @@ from ptychodask.result import Layers, TileArrays, make_dataset
 from ptychodask.scan import Scan
 from ptychodask.storage.atomic import is_resumable
 from ptychodask.storage.location import Location, parse_location
+from ptychodask.storage.records import plain
 from ptychodask.storage.s3 import S3Location
 from ptychodask.store import ScanReader
 
@@ -47,7 +47,7 @@ __all__ = ["FailedScansError", "reconstruct"]
 
 logger = logging.getLogger(__name__)
 
-Models = str | Path | PatchModel | Mapping[str, str | Path | PatchModel] | None
+Models = str | Path | MinimalModel | Mapping[str, str | Path | MinimalModel] | None
 """A model, or several by label; None for the one the store records, else a packaged one that fits."""
 
 
@@ -357,7 +357,9 @@ def _attributes(
         "store": first.store,
         "data_hash": first.data_hash,
         "model": made_by.get("", made_by),
-        "spec": {each.name: _plain(getattr(spec, each.name)) for each in fields(spec) if each.name not in NOT_STORED},
+        "spec": {
+            each.name: _recorded(getattr(spec, each.name)) for each in fields(spec) if each.name not in NOT_STORED
+        },
         "plan": summaries.get("", summaries),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
@@ -373,17 +375,11 @@ def _made_by(model: PatchModel, reader: ScanReader) -> dict[str, Any]:
     return {**recorded, "unlike_training": unlike} if unlike else recorded
 
 
-def _plain(value: Any) -> Any:
+def _recorded(value: Any) -> Any:
     """Value of a spec for JSON; an array by its hash."""
     if isinstance(value, np.ndarray):
         return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if hasattr(value, "__dataclass_fields__"):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, Path):
-        return str(value)
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+    return plain(value)
 
 
 def _check_in_memory(run: Run) -> None:

@@ -18,12 +18,13 @@ from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.prediction import stage
 from ptychodask.pyramid import write_pyramid
 from ptychodask.reconstruction.follow import FollowedScan, growing_identity
-from ptychodask.reconstruction.ledger import Ledger, check_same, differences
+from ptychodask.reconstruction.ledger import Ledger, check_same
 from ptychodask.reconstruction.live import Screen, screen_for
 from ptychodask.reconstruction.run import Run, RunFolders, identity, rates, run_reconstruction
 from ptychodask.result import PYRAMID, RESULT, create_result, finish_result, open_result
 from ptychodask.storage.atomic import Writing, atomic_store, is_complete, is_resumable
 from ptychodask.storage.location import Location, remove
+from ptychodask.storage.records import differences
 
 logger = logging.getLogger(__name__)
 
