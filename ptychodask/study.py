@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ptychodask.cluster.clients import active_client, in_process_client
 from ptychodask.errors import PtychodaskError, check_choice, with_fields
 from ptychodask.judging.compare import compare, find_truth, truth_on_pixels
-from ptychodask.judging.metrics import align_gauge, well_lit
+from ptychodask.judging.metrics import METRICS, align_gauge, well_lit
 from ptychodask.judging.plotting import plot_contact_sheet, plot_study
 from ptychodask.models import ModelSpec, load_model
 from ptychodask.models.spec import Kind
@@ -69,7 +69,7 @@ TRAINING_SEED = 1000
 SPEC_FILE, RECORD_FILE = "spec.json", "record.json"
 """Files in the folder of a cell: its specification, written first, and its metrics, written last."""
 
-DRAWN_METRICS = ("psnr", "ssim", "frc50")
+DRAWN_METRICS = tuple(name for name, metric in METRICS.items() if metric.is_drawn)
 """Metrics that are plotted over the dose."""
 
 THUMBNAIL_PIXELS = 128

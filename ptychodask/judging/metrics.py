@@ -6,6 +6,7 @@ for a probe of unknown scale, a factor of the amplitude.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,10 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.forward import r_factor
 
 __all__ = [
+    "METRICS",
     "Gauge",
+    "Metric",
+    "PartPair",
     "align_gauge",
     "amplitude_ratio",
     "contrast_radius",
@@ -660,3 +664,90 @@ def contrast_radius(
     if np.isnan(contrast[k]):
         return float(radius_px[k + 1])
     return float(np.interp(threshold, contrast[k : k + 2], radius_px[k : k + 2]))
+
+
+PARTS = ("amplitude", "phase")
+"""Parts of an object that have separate metrics."""
+
+
+@dataclass(frozen=True, eq=False)
+class PartPair:
+    """One part of an object and of its reference, on common pixels."""
+
+    estimate: NDArray[np.floating[Any]]
+    """float (y, x), gauge removed, NaN where unseen."""
+
+    truth: NDArray[np.floating[Any]]
+    """The reference, float (y, x)."""
+
+    data_range: float
+    """Range of the reference, for SSIM; 0 if it is constant."""
+
+    peak: float
+    """Peak for the PSNR; 0 if that is the range of a constant."""
+
+    ring_correlation: tuple[NDArray[np.float64], NDArray[np.float64]]
+    """Frequency and correlation of each ring, from `frc`."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of `compare`, and its presentation in tables, reports and studies."""
+
+    title: str
+    """Name in reports, with the unit."""
+
+    function: Callable[[PartPair], float]
+
+    parts: tuple[str, ...] = PARTS
+    """Parts that it applies to; NaN for others."""
+
+    needs_structure: bool = True
+    """NaN if the reference is constant, as the phase of an absorber, and has nothing to correlate with."""
+
+    is_crossing: bool = False
+    """The frequency, cycles per pixel, at which the ring correlation crosses a threshold: gives a resolution."""
+
+    is_drawn: bool = False
+    """Studies plot it over the dose."""
+
+    def value(self, part: str, pair: PartPair) -> float:
+        """Metric of one part; NaN if it does not apply."""
+        applies = part in self.parts and (pair.data_range > 0 or not self.needs_structure)
+        return self.function(pair) if applies else float("nan")
+
+
+METRICS = {
+    "correlation": Metric("correlation (Pearson)", lambda pair: correlation(pair.estimate, pair.truth)),
+    "ratio": Metric(
+        "ratio of mean amplitudes",
+        lambda pair: amplitude_ratio(pair.estimate, pair.truth),
+        parts=("amplitude",),
+        needs_structure=False,
+    ),
+    "mae": Metric("mean absolute error", lambda pair: mae(pair.estimate, pair.truth), needs_structure=False),
+    "mse": Metric("mean squared error", lambda pair: mse(pair.estimate, pair.truth), needs_structure=False),
+    "psnr": Metric(
+        "PSNR (dB)",
+        lambda pair: psnr(pair.estimate, pair.truth, peak=pair.peak) if pair.peak > 0 else float("nan"),
+        needs_structure=False,
+        is_drawn=True,
+    ),
+    "ssim": Metric("SSIM", lambda pair: ssim(pair.estimate, pair.truth, data_range=pair.data_range), is_drawn=True),
+    "ms_ssim": Metric("MS-SSIM", lambda pair: ms_ssim(pair.estimate, pair.truth, data_range=pair.data_range)),
+    "frc50": Metric(
+        "FRC crosses 1/2 (cycles per pixel)",
+        lambda pair: crossing(*pair.ring_correlation, 0.5),
+        is_crossing=True,
+        is_drawn=True,
+    ),
+    "frc_half_bit": Metric(
+        "FRC crosses the half-bit curve (cycles per pixel)",
+        lambda pair: crossing(*pair.ring_correlation, half_bit(pair.ring_correlation[0])),
+        is_crossing=True,
+    ),
+    "frc_1_7": Metric(
+        "FRC crosses 1/7 (cycles per pixel)", lambda pair: crossing(*pair.ring_correlation, 1 / 7), is_crossing=True
+    ),
+}
+"""Metrics of each part of an object, in the order of tables; a new one is an entry here."""
