@@ -325,8 +325,8 @@ def _in_memory(run: Run, client: distributed.Client | None, started: float, prog
     plan = run.plan
     _check_in_memory(run)
     arrays: TileArrays = {
-        name: np.full(run.job.layers.shape(name, plan.box.shape), fill, dtype)
-        for name, (dtype, fill, _) in run.job.layers.variables.items()
+        name: np.full(run.job.layers.shape(name, plan.box.shape), variable.fill, variable.dtype)
+        for name, variable in run.job.layers.variables.items()
     }
 
     def copy_tile(tile: Tile, report: TileReport) -> None:
