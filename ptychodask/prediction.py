@@ -76,7 +76,7 @@ class ModelReference:
         PtychodaskError
             If a GPU is `wanted` and none is available.
         """
-        if self.model is not None and not getattr(self.model, "runs_on_keras", False):
+        if self.model is not None and not self.model.runs_on_keras:
             return
         _GPU.get("device", models.use_given_gpu)
         if wanted:
@@ -318,7 +318,7 @@ def _leave_out(stored: StoredScan, patterns: NDArray[np.int32], reason: str, ski
 
 def _predictor(job: PredictionJob, part: Scan, batch_size: int) -> Predict:
     key = (job.model.content_hash, job.bound_to or job.data_hash, batch_size, job.precision)
-    return _PREDICTORS.get(key, lambda: compile_model(job.model.load().bind(part), batch_size, job.precision))
+    return _PREDICTORS.get(key, lambda: job.model.load().bind(part).compile(batch_size, job.precision))
 
 
 def _predict_batch(
@@ -352,16 +352,6 @@ def _in_smaller_calls(
         rows = np.minimum(np.arange(first, first + size), len(x) - 1)
         parts.append(np.asarray(predict(x[rows], offset[rows]))[: len(x) - first])
     return np.concatenate(parts)
-
-
-def compile_model(model: PatchModel, batch_size: int, precision: Precision) -> Predict:
-    """Compile a model for a batch size and one of its `precisions`."""
-    return model.compile(batch_size) if precision == "float32" else model.compile(batch_size, precision)  # type: ignore[call-arg]
-
-
-def precisions(model: PatchModel) -> tuple[Precision, ...]:
-    """Precisions that a model supports; by default float32 only."""
-    return getattr(model, "precisions", ("float32",))
 
 
 def _predict_rows(

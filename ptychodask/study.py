@@ -24,8 +24,8 @@ from ptychodask.cluster.clients import active_client, in_process_client
 from ptychodask.cluster.executor import AnyClient, Executor, executor_for_run
 from ptychodask.errors import PtychodaskError, check_choice, with_fields
 from ptychodask.judging.compare import compare, find_truth, truth_on_pixels
-from ptychodask.judging.metrics import align_gauge
-from ptychodask.judging.plotting import WELL_LIT, plot_contact_sheet, plot_study
+from ptychodask.judging.metrics import METRICS, align_gauge, well_lit
+from ptychodask.judging.plotting import plot_contact_sheet, plot_study
 from ptychodask.models import ModelSpec, load_model
 from ptychodask.models.spec import Kind
 from ptychodask.plan.spec import ReconstructionSpec
@@ -36,6 +36,7 @@ from ptychodask.reconstruction.scheduler import Scheduler, TaskGraph
 from ptychodask.result import open_result
 from ptychodask.simulate import make_positions, scaled_probe, simulate
 from ptychodask.storage.atomic import read_json, renamed_file
+from ptychodask.storage.records import differences, plain
 from ptychodask.training import TrainingSpec
 from ptychodask.training.train import train
 
@@ -68,7 +69,7 @@ TRAINING_SEED = 1000
 SPEC_FILE, RECORD_FILE = "spec.json", "record.json"
 """Files in the folder of a cell: its specification, written first, and its metrics, written last."""
 
-DRAWN_METRICS = ("psnr", "ssim", "frc50")
+DRAWN_METRICS = tuple(name for name, metric in METRICS.items() if metric.is_drawn)
 """Metrics that are plotted over the dose."""
 
 THUMBNAIL_PIXELS = 128
@@ -419,11 +420,12 @@ def _unfinished(cells: dict[str, Cell], folder: Path, recompute: Sequence[str]) 
     again = {name for name in cells if any(fnmatchcase(name, pattern) for pattern in recompute)}
     for name, cell in cells.items():
         recorded = _read_json(folder / name / SPEC_FILE)
-        if recorded is None or recorded == _plain(cell) or name in again:
+        changed = [] if recorded is None or name in again else differences(recorded, plain(cell))
+        if not changed:
             continue
         if (folder / name / RECORD_FILE).exists():
             raise PtychodaskError(
-                f"{folder / name}: was computed with {_difference(recorded, _plain(cell))}; "
+                f"{folder / name}: was computed with other values: {'; '.join(changed)}; "
                 f"recompute it by name (--recompute '{name}', or '*' for all), or give another --out"
             )
         # An unfinished cell with other values is computed anew: nothing finished is lost.
@@ -432,21 +434,6 @@ def _unfinished(cells: dict[str, Cell], folder: Path, recompute: Sequence[str]) 
         if (folder / name / SPEC_FILE).exists():
             shutil.rmtree(folder / name)
     return [cell for name, cell in cells.items() if not (folder / name / RECORD_FILE).exists()]
-
-
-def _plain(cell: Cell) -> Any:
-    return json.loads(json.dumps(asdict(cell)))
-
-
-def _difference(recorded: Any, expected: Any) -> str:
-    """Differing values of a cell, such as "train.epochs 5, now 20"."""
-    differences = []
-    for table in ("simulate", "train", "reconstruct", "compare"):
-        before, now = recorded.get(table, {}), expected[table]
-        for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
-                differences.append(f"{table}.{name} {before.get(name, 'not given')}, now {now.get(name, 'not given')}")
-    return "; ".join(differences) or "another format"
 
 
 def _run_here(cells: list[Cell], folder: Path, bar: Progress) -> None:
@@ -518,7 +505,7 @@ def run_cell(cell: Cell, folder: Path) -> None:
     store, bundle = folder / "scan.zarr", folder / "network.model"
     training_store = folder / "lesson.zarr" if cell.train["model"] == "baseline" else store
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / SPEC_FILE, _plain(cell))
+    _write_json(folder / SPEC_FILE, plain(cell))
     with _ONE_AT_A_TIME:
         if not store.exists():
             simulate(store, **cell.simulate, progress=False)
@@ -640,8 +627,8 @@ def _thumbnails(
         ds = open_result(folder / cell.name / "object.zarr")[["object", "weight"]]
         step = -(-max(ds.sizes.values()) // THUMBNAIL_PIXELS)
         ds = ds.isel(y=slice(None, None, step), x=slice(None, None, step)).compute()
-        lit = ds["weight"] >= WELL_LIT * ds["weight"].where(ds["weight"] > 0).median()
+        lit = well_lit(ds["weight"].values)
         truth = truth_on_pixels(find_truth(folder / cell.name / "scan.zarr"), ds["y"].values, ds["x"].values)
         pictures.setdefault(("truth", column), truth)
-        pictures[row, column] = align_gauge(ds["object"].where(lit).values, truth)[0]
+        pictures[row, column] = align_gauge(np.where(lit, ds["object"].values, np.complex64(np.nan)), truth)[0]
     return pictures

@@ -8,9 +8,9 @@ import xarray as xr
 import zarr
 
 from ptychodask.errors import PtychodaskError
+from ptychodask.reassembly import Finished
 from ptychodask.result import (
     CHUNK_PIXELS,
-    VARIABLES,
     create_result,
     finish_result,
     make_dataset,
@@ -86,7 +86,9 @@ def test_tiles_written_one_by_one_are_the_whole(result, tmp_path):
     create_result(parse_location(tmp_path), (50, 70), CORNER, tile, pixel_size_m=2e-9)
     for row in range(0, 50, tile):
         for column in range(0, 70, tile):
-            part = {n: a[row : row + tile, column : column + tile] for n, a in zip(VARIABLES, arrays, strict=True)}
+            part = {
+                n: a[row : row + tile, column : column + tile] for n, a in zip(Finished._fields, arrays, strict=True)
+            }
             write_tile(parse_location(tmp_path), (row, column), part)
     finish_result(parse_location(tmp_path), {k: v for k, v in result.attrs.items() if not k.startswith("format")})
     xr.testing.assert_identical(open_result(tmp_path).compute(), result)

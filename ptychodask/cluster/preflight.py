@@ -18,7 +18,7 @@ from ptychodask.cluster.broadcast import IN_PROCESS
 from ptychodask.cluster.executor import DaskExecutor, Executor, Future
 from ptychodask.errors import PtychodaskError, in_brief
 from ptychodask.models.choose import resolve_model
-from ptychodask.models.contract import Device, PatchModel
+from ptychodask.models.contract import Device, MinimalModel
 from ptychodask.prediction import ModelReference, PredictionJob, open_once
 from ptychodask.store import StoredScan
 
@@ -61,7 +61,7 @@ class _Report:
 def preflight(
     client: distributed.Client,
     store: str | Path,
-    model: str | Path | PatchModel | Mapping[str, str | Path | PatchModel] | None = None,
+    model: str | Path | MinimalModel | Mapping[str, str | Path | MinimalModel] | None = None,
     *,
     device: Device = "any",
 ) -> None:

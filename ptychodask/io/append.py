@@ -11,13 +11,14 @@ import numpy as np
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.io.grid import GriddedSource, on_grid
 from ptychodask.io.patterns import pattern_parts
-from ptychodask.io.provenance import _plain, open_source, provenance_of
+from ptychodask.io.provenance import open_source, provenance_of
 from ptychodask.io.source import (
     IngestSpec,
     SourceScan,
 )
 from ptychodask.scan import Scan
 from ptychodask.storage.location import LocalLocation
+from ptychodask.storage.records import plain
 from ptychodask.store import open_scan
 from ptychodask.store.append import append_segment
 
@@ -67,7 +68,7 @@ def append_source(
 
 def _with_first_options(spec: IngestSpec, recorded: dict[str, Any], label: str) -> IngestSpec:
     """Options of a scan's first segment, with `OF_EACH_SEGMENT` of this one."""
-    first, given = recorded["options"], {key: _plain(value) for key, value in spec.given().items()}
+    first, given = recorded["options"], plain(spec.given())
     for name, value in given.items():
         if name not in OF_EACH_SEGMENT and value != first.get(name):
             raise PtychodaskError(

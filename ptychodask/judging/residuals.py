@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ptychodask.cluster.broadcast import Broadcast
 from ptychodask.cluster.executor import AnyClient, Executor, executor_for_run
 from ptychodask.errors import PtychodaskError
-from ptychodask.forward import footprint_corners, predicted_amplitude
+from ptychodask.forward import MIN_SEEN_LIGHT, footprint_corners, predicted_amplitude, r_ratio, r_sums, seen_light
 from ptychodask.grouping import patterns_without
 from ptychodask.progress import progress_bar
 from ptychodask.reconstruction.scheduler import Scheduler, TaskGraph
@@ -25,10 +25,6 @@ from ptychodask.storage.location import parse_location
 from ptychodask.store import open_scan
 
 logger = logging.getLogger(__name__)
-
-
-MIN_SEEN_LIGHT = 0.99
-"""Minimum fraction of the probe intensity on seen pixels for a pattern to get residuals."""
 
 
 PART_PIXELS = 2**22
@@ -212,18 +208,12 @@ def judge_patterns(
     padded, start = _padded_to_footprints(object_, corner, corners, scan.n_pixels)
     seen = np.isfinite(padded)
     padded[~seen] = fill
-    intensity = (np.abs(scan.probe) ** 2).sum(axis=0, dtype=np.float64)
-    intensity /= intensity.sum()
     sums = np.empty((len(corners), 4))
-    for row, (footprint_corner, amplitude) in enumerate(zip(corners, scan.amplitude(part), strict=True)):
+    sums[:, 3] = seen_light(seen, start, scan.probe, scan.position_yx_px[part])
+    for row, amplitude in enumerate(scan.amplitude(part)):
         model = predicted_amplitude(padded, start, scan, part.start + row).astype(np.float64)
-        footprint = tuple(slice(side, side + scan.n_pixels) for side in footprint_corner - start)
-        sums[row] = (
-            np.abs(model - amplitude).sum(),
-            amplitude.sum(dtype=np.float64),
-            poisson_deviance(model**2, amplitude.astype(np.float64) ** 2, scan.mask),
-            intensity[seen[footprint]].sum(),
-        )
+        deviance = poisson_deviance(model**2, amplitude.astype(np.float64) ** 2, scan.mask)
+        sums[row, :3] = *r_sums(model - amplitude, amplitude), deviance
     if scan.domain != "counts":
         sums[:, 2] = np.nan
     return sums
@@ -279,8 +269,8 @@ def poisson_deviance(
 
 
 def _as_dataset(scan: Scan, sums: NDArray[np.float64], kept: NDArray[np.int64], *, flagged: bool) -> xr.Dataset:
-    misfit, amplitude, deviance, seen_light = sums.T
-    judged = seen_light >= MIN_SEEN_LIGHT
+    misfit, amplitude, deviance, fraction = sums.T
+    judged = fraction >= MIN_SEEN_LIGHT
     counted = judged.copy()
     counted[np.setdiff1d(np.arange(scan.n_patterns), kept)] = False
     if not amplitude[counted].sum() > 0:
@@ -300,7 +290,7 @@ def _as_dataset(scan: Scan, sums: NDArray[np.float64], kept: NDArray[np.int64], 
     if flagged:
         coords["dropped"] = ("pattern", ~np.isin(np.arange(scan.n_patterns), kept))
     known = scan.domain == "counts"
-    totals = {"r_factor": float(misfit[counted].sum() / amplitude[counted].sum())}
+    totals = {"r_factor": r_ratio(float(misfit[counted].sum()), float(amplitude[counted].sum()), "residuals")}
     if known:
         totals["poisson_deviance"] = float(deviance[counted].mean())
     note = {} if known else {"comment": "NaN: the store contains amplitudes, whose photon number is unknown"}
@@ -312,7 +302,7 @@ def _as_dataset(scan: Scan, sums: NDArray[np.float64], kept: NDArray[np.int64], 
                 np.where(judged, deviance, np.nan),
                 {"long_name": "Poisson deviance per good pixel", **note},
             ),
-            "seen_light": ("pattern", seen_light, {"long_name": "fraction of the probe intensity on seen pixels"}),
+            "seen_light": ("pattern", fraction, {"long_name": "fraction of the probe intensity on seen pixels"}),
         },
         coords=coords,
         attrs={

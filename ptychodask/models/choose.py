@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ptychodask import models
 from ptychodask.errors import PtychodaskError
-from ptychodask.models.contract import PatchModel
+from ptychodask.models.contract import AdaptedModel, MinimalModel, PatchModel
 from ptychodask.models.pretrained import is_pretrained, pretrained_for
 from ptychodask.scan import Scan
 from ptychodask.storage.location import parse_location
@@ -24,7 +24,7 @@ def absolute_path(path: str) -> str:
     return path if is_pretrained(path) else str(Path(path).resolve())
 
 
-def resolve_model(scan: Scan, model: str | Path | PatchModel | None) -> PatchModel:
+def resolve_model(scan: Scan, model: str | Path | MinimalModel | None) -> PatchModel:
     """Model given by an argument, recorded in the scan's store, or packaged.
 
     Parameters
@@ -33,7 +33,7 @@ def resolve_model(scan: Scan, model: str | Path | PatchModel | None) -> PatchMod
         Opened from a store.
     model : path, model or None
         None selects the latest recorded `pinn`, else the latest `baseline`, else the packaged model for patterns of N
-        pixels.
+        pixels. An object with the members of `MinimalModel` only is completed as an `AdaptedModel`.
 
     Returns
     -------
@@ -48,11 +48,13 @@ def resolve_model(scan: Scan, model: str | Path | PatchModel | None) -> PatchMod
         return recorded_or_packaged(scan)
     if isinstance(model, str | Path):
         return models.load_model(model)
-    if not isinstance(model, PatchModel):
-        raise PtychodaskError(
-            f"model: got {type(model).__name__}, expected a path, a model from load_model, or a CallableModel"
-        )
-    return model
+    if isinstance(model, PatchModel):
+        return model
+    if isinstance(model, MinimalModel):
+        return AdaptedModel(model)
+    raise PtychodaskError(
+        f"model: got {type(model).__name__}, expected a path, a model from load_model, or a CallableModel"
+    )
 
 
 def recorded_or_packaged(scan: Scan) -> PatchModel:

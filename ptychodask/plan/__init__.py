@@ -20,7 +20,7 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, check_drop
 from ptychodask.html import card
 from ptychodask.models.choose import recorded_model, resolve_model
-from ptychodask.models.contract import PatchModel
+from ptychodask.models.contract import MinimalModel, PatchModel
 from ptychodask.models.pretrained import pretrained_for
 from ptychodask.plan.chunks import (
     BLOCK_GROUPS,
@@ -35,7 +35,7 @@ from ptychodask.plan.chunks import (
     _tiles,
 )
 from ptychodask.plan.spec import MIB, ReconstructionSpec, in_pixels
-from ptychodask.prediction import ModelReference, PredictionJob, open_anew, precisions, predict_groups
+from ptychodask.prediction import ModelReference, PredictionJob, open_anew, predict_groups
 from ptychodask.reassembly import Box, Window
 from ptychodask.scan import Scan, check_positions
 from ptychodask.store import GroupTable, StoredScan
@@ -171,7 +171,7 @@ class Plan:
 
 def plan(
     store: str | Path,
-    model: str | Path | PatchModel | None = None,
+    model: str | Path | MinimalModel | None = None,
     spec: ReconstructionSpec = ReconstructionSpec(),
     *,
     measure: bool = False,
@@ -341,10 +341,10 @@ def _table_and_network(
             f"{stored.label}: patterns are {stored.n_pixels} pixels wide, the {model.kind} expects {model.n_pixels}; "
             f"ingest with n_pixels={model.n_pixels}, or pass another model"
         )
-    if spec.precision not in precisions(model):
+    if spec.precision not in model.precisions:
         raise PtychodaskError(
             f"reconstruct: precision is {spec.precision!r}, the {model.kind} supports: "
-            f"{', '.join(precisions(model))}; leave out precision="
+            f"{', '.join(model.precisions)}; leave out precision="
         )
     # Groups of one pattern never mix the halves, and a spec refuses halves for them.
     halves = spec.split_half and model.members > 1

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from importlib.metadata import version
-from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,7 +20,7 @@ import xarray as xr
 from ptychodask.cluster.executor import AnyClient, executor_for_run
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.models.choose import absolute_path, resolve_model
-from ptychodask.models.contract import PatchModel
+from ptychodask.models.contract import MinimalModel, PatchModel
 from ptychodask.models.training_range import unlike_training
 from ptychodask.plan import Plan, plan_for, plan_together, prediction_job
 from ptychodask.plan.chunks import RESULT_PIXEL_BYTES, Tile
@@ -39,13 +38,14 @@ from ptychodask.reconstruction.to_store import write_result
 from ptychodask.result import Layers, TileArrays, make_dataset
 from ptychodask.scan import Scan
 from ptychodask.storage.location import Location, LocationLike, parse_location
+from ptychodask.storage.records import plain
 from ptychodask.store import StoredScan
 
 __all__ = ["FailedScansError", "reconstruct"]
 
 logger = logging.getLogger(__name__)
 
-Models = str | Path | PatchModel | Mapping[str, str | Path | PatchModel] | None
+Models = str | Path | MinimalModel | Mapping[str, str | Path | MinimalModel] | None
 """A model, or several by label; None for the one the store records, else a packaged one that fits."""
 
 
@@ -321,8 +321,8 @@ def _in_memory(run: Run, client: AnyClient | None, started: float, progress: boo
     plan = run.plan
     _check_in_memory(run)
     arrays: TileArrays = {
-        name: np.full(run.job.layers.shape(name, plan.box.shape), fill, dtype)
-        for name, (dtype, fill, _) in run.job.layers.variables.items()
+        name: np.full(run.job.layers.shape(name, plan.box.shape), variable.fill, variable.dtype)
+        for name, variable in run.job.layers.variables.items()
     }
 
     def copy_tile(tile: Tile, report: TileReport) -> None:
@@ -355,7 +355,9 @@ def _attributes(
         "store": first.store,
         "data_hash": first.data_hash,
         "model": made_by.get("", made_by),
-        "spec": {each.name: _plain(getattr(spec, each.name)) for each in fields(spec) if each.name not in NOT_STORED},
+        "spec": {
+            each.name: _recorded(getattr(spec, each.name)) for each in fields(spec) if each.name not in NOT_STORED
+        },
         "plan": summaries.get("", summaries),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
@@ -371,17 +373,11 @@ def _made_by(model: PatchModel, reader: StoredScan) -> dict[str, Any]:
     return {**recorded, "unlike_training": unlike} if unlike else recorded
 
 
-def _plain(value: Any) -> Any:
+def _recorded(value: Any) -> Any:
     """Value of a spec for JSON; an array by its hash."""
     if isinstance(value, np.ndarray):
         return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if hasattr(value, "__dataclass_fields__"):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, Path):
-        return str(value)
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+    return plain(value)
 
 
 def _check_in_memory(run: Run) -> None:

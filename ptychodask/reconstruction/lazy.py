@@ -56,7 +56,7 @@ def lazy_result(run: Run) -> xr.Dataset:
     dependencies: dict[str, set[str]] = {job_key: set(), predict: {job_key}, tiles: {predict}}
     planes = tuple(_tile_sizes(side, plan.tile) for side in plan.box.shape)
     arrays = {}
-    for variable, (dtype, _, _) in job.layers.variables.items():
+    for variable, schema in job.layers.variables.items():
         name = f"{variable}-{token}"
         leading = tuple((size,) for size in job.layers.shape(variable, (0, 0))[:-2])
         picks = {}
@@ -64,7 +64,7 @@ def lazy_result(run: Run) -> xr.Dataset:
             key = (name, *[0] * len(leading), i // len(planes[1]), i % len(planes[1]))
             picks[key] = Task(key, getitem, TaskRef((tiles, i)), variable)
         graph = HighLevelGraph({**layers, name: MaterializedLayer(picks)}, {**dependencies, name: {tiles}})
-        arrays[variable] = da.Array(graph, name, (*leading, *planes), dtype=dtype)
+        arrays[variable] = da.Array(graph, name, (*leading, *planes), dtype=schema.dtype)
     return make_dataset(
         **arrays,
         corner=plan.box.corner,

@@ -14,6 +14,7 @@ from typing import Any
 from ptychodask.errors import PtychodaskError
 from ptychodask.storage.atomic import LEDGER, from_json
 from ptychodask.storage.location import Location
+from ptychodask.storage.records import differences, plain
 
 FORMAT = "ptychodask-ledger"
 FORMAT_VERSION = 1
@@ -40,8 +41,8 @@ class Ledger:
 
     def __init__(self, folder: Location, made_by: dict[str, Any]) -> None:
         self._path = folder / LEDGER
-        # Through JSON, as the recorded one went: tuples become lists, or nothing that was resumed would compare equal.
-        self._made_by = json.loads(json.dumps(made_by))
+        # As JSON types, like the recorded one: with tuples, nothing that was resumed would compare equal.
+        self._made_by = plain(made_by)
         self._has_header = False
         self.chunks: dict[int, dict[str, Any]] = {}
         """Records of finished chunks, by their index."""
@@ -95,7 +96,7 @@ class Ledger:
         self.forget()
         self.chunks.clear()
         self.tiles.clear()
-        self._made_by = json.loads(json.dumps(made_by))
+        self._made_by = plain(made_by)
 
     def forget(self) -> None:
         """Remove the ledger, so that nothing of the run can be resumed."""
@@ -149,26 +150,3 @@ def check_same(recorded: Any, expected: dict[str, Any], label: str) -> None:
             f"{label}: was made by another run: {listed}; repeat the options of that run to resume it, or pass "
             "overwrite=True (--overwrite), without resume, to start again"
         )
-
-
-def differences(recorded: Any, expected: Any, name: str = "") -> list[str]:
-    """Differences between nested plain values, in words.
-
-    Examples
-    --------
-    >>> differences({"spec": {"tile": 256, "crop": None}}, {"spec": {"tile": 512, "crop": None}})
-    ['spec.tile was 256, is 512']
-    """
-    if isinstance(recorded, dict) and isinstance(expected, dict):
-        names = sorted(recorded.keys() | expected.keys())
-        return [
-            difference
-            for key in names
-            for difference in differences(recorded.get(key), expected.get(key), f"{name}.{key}" if name else key)
-        ]
-    return [] if recorded == expected else [f"{name} was {_brief(recorded)}, is {_brief(expected)}"]
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -20,6 +20,7 @@ from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.scan import Scan
 from ptychodask.storage.atomic import LEDGER, StoreKind, atomic_folder
 from ptychodask.storage.location import Location, on_disk, parse_location
+from ptychodask.storage.records import differences
 from ptychodask.storage.zarr_checks import check_codecs, damage_errors, open_root
 
 
@@ -154,14 +155,9 @@ def check_patches(path: Path, made_by: dict[str, Any], *, finished: bool = True)
     """Raise `PtychodaskError` unless a cache is of the same data and model."""
     root = open_root(parse_location(path), PATCHES) if finished else zarr.open_group(path, mode="r", zarr_format=3)
     attributes = dict(root.attrs)
-    differences = [
-        f"{name} is {attributes.get(name)!r}, expected {value!r}"
-        for name, value in made_by.items()
-        if attributes.get(name) != value
-    ]
-    if differences:
+    if changed := differences({name: attributes.get(name) for name in made_by}, made_by):
         raise PtychodaskError(
-            f"{path}: contains patches of another run: {'; '.join(differences)}; name another cache=, or repeat the "
+            f"{path}: contains patches of another run: {'; '.join(changed)}; name another cache=, or repeat the "
             "arguments of that run"
         )
 

@@ -31,7 +31,7 @@ from ptychodask.reconstruction.live import CoarsePart, coarse_part
 from ptychodask.reconstruction.patch_cache import StoredPatches
 from ptychodask.reconstruction.sums import checksum, open_canvas, save_canvas, sums_files
 from ptychodask.refinement.polishing import seen_part
-from ptychodask.result import VARIABLES, Layers, TileArrays, read_tile, write_tile
+from ptychodask.result import Layers, TileArrays, read_tile, write_tile
 from ptychodask.storage.location import Location
 from ptychodask.storage.zarr_checks import DAMAGE
 
@@ -232,7 +232,7 @@ def verify_chunk(job: StitchingJob | Broadcast, chunk: Chunk, sums: ChunkSums) -
 def _difference(first: Canvas, second: Canvas) -> float:
     if not np.array_equal(first.count, second.count):
         return float("inf")
-    objects = [finish(canvas)[0].astype(np.complex128) for canvas in (first, second)]
+    objects = [finish(canvas).object.astype(np.complex128) for canvas in (first, second)]
     seen = np.asarray(first.count) > 0
     scale = float(np.median(np.abs(objects[0][seen]))) or 1.0
     return float(np.abs(objects[0][seen] - objects[1][seen]).max()) / scale
@@ -350,16 +350,9 @@ def _reassemble_method(layers: Layers, tile: Tile, parts: Sequence[ChunkSums], n
         return merge(empty_canvas(tile.box.corner, tile.box.shape), *(part.canvas(canvas) for part in parts))
 
     if not layers.split_half:
-        return _finished(merged(number))
+        return layers.arrays(merged(number))
     halves = [merged(2 * number), merged(2 * number + 1)]
-    finished = [_finished(half) for half in halves]
-    return _finished(merge(*halves)) | {
-        f"{name}_half": np.stack([arrays[name] for arrays in finished]) for name in ("object", "weight")
-    }
-
-
-def _finished(canvas: Canvas) -> TileArrays:
-    return dict(zip(VARIABLES, finish(canvas), strict=True))
+    return layers.arrays(merge(*halves), halves)
 
 
 def deliver_tile(

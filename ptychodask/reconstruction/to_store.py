@@ -16,13 +16,14 @@ from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.prediction import stage
 from ptychodask.pyramid import write_pyramid
 from ptychodask.reconstruction.follow import FollowedScan, growing_identity
-from ptychodask.reconstruction.ledger import Ledger, check_same, differences
+from ptychodask.reconstruction.ledger import Ledger, check_same
 from ptychodask.reconstruction.live import Screen, screen_for
 from ptychodask.reconstruction.refine import stitch_and_polish
 from ptychodask.reconstruction.run import Run, RunFolders, identity
 from ptychodask.result import PYRAMID, RESULT, create_result, finish_result, open_result
 from ptychodask.storage.atomic import Writing
 from ptychodask.storage.location import Location
+from ptychodask.storage.records import differences
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ptychodask.errors import PtychodaskError
 from ptychodask.io.npy_stream import read_npz
 from ptychodask.storage.atomic import from_json, read_json, renamed_file
+from ptychodask.storage.records import differences, plain
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class Checkpoint:
 
     def __init__(self, out: Path, identity: dict[str, dict[str, Any]]) -> None:
         self.folder = out.with_name(f".{out.name}.training")
-        self._identity = json.loads(json.dumps(identity))
+        self._identity = plain(identity)
 
     def begin(self, *, resume: bool, overwrite: bool) -> Snapshot | None:
         """Snapshot to resume from, or None to start at the first epoch.
@@ -130,12 +131,12 @@ class Checkpoint:
         if not path.is_file():
             return
         try:
-            differences = _differences(read_json(path), self._identity)
-        except (OSError, ValueError, AttributeError) as error:
+            changed = differences(read_json(path), self._identity)
+        except (OSError, ValueError) as error:
             raise self._damaged(path, error) from error
-        if differences:
+        if changed:
             raise PtychodaskError(
-                f"{self.folder}: is the checkpoint of another training ({'; '.join(differences)}); pass the same "
+                f"{self.folder}: is the checkpoint of another training ({'; '.join(changed)}); pass the same "
                 "settings, or overwrite=True (--overwrite) without resume to start again, or another out="
             )
 
@@ -158,18 +159,3 @@ class Checkpoint:
         return PtychodaskError(
             f"{path}: cannot be read ({error}); pass overwrite=True (--overwrite) without resume to start again"
         )
-
-
-def _differences(recorded: dict[str, dict[str, Any]], requested: dict[str, dict[str, Any]]) -> list[str]:
-    """Texts such as "epochs was 10, requested 20"."""
-    return [
-        f"{name} was {_brief(recorded.get(section, {}).get(name))}, requested {_brief(value)}"
-        for section, values in requested.items()
-        for name, value in values.items()
-        if recorded.get(section, {}).get(name) != value
-    ]
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value) if isinstance(value, list) else str(value)
-    return text if len(text) <= 24 else f"{text[:20]}..."
