@@ -13,6 +13,7 @@ from scipy.spatial import ConvexHull, KDTree, QhullError
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.html import card
+from ptychodask.options import option
 from ptychodask.scan import Scan
 
 CURVE_BITS = 16
@@ -23,21 +24,21 @@ CURVE_BITS = 16
 class GroupingSpec:
     """Options of the grouping of scan positions."""
 
-    members: int = 4
+    members: int = option(4, help="Patterns in one group.")
     """Patterns in one group, C; equals the input channels of the network."""
 
-    neighbours: int = 7
+    neighbours: int = option(7, help="Number of nearest positions from which members are drawn.")
     """Nearest positions from which the members other than the seed are drawn, K; at least `members` if `members` >
     1.
     """
 
-    oversampling: int = 1
+    oversampling: int = option(1, help="Number of groups drawn for each pattern.")
     """Groups that each pattern seeds; above 1 only with `members` > 1 and `neighbours` > `members`."""
 
-    seed: int = 0
+    seed: int = option(0, help="Random seed of the members.")
     """Seed of the generator that draws the members."""
 
-    halves: bool = False
+    halves: bool = option(False, help="Only group even patterns with even ones, and odd with odd.")
     """True: the patterns of a group have all even or all odd indices, so that two halves of a result share none."""
 
     def __post_init__(self) -> None:

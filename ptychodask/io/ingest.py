@@ -20,6 +20,7 @@ from ptychodask.io.recipe import with_recipe
 from ptychodask.io.source import (
     IngestSpec,
 )
+from ptychodask.options import takes_fields
 from ptychodask.scan import Scan
 from ptychodask.storage.atomic import check_vacant
 from ptychodask.storage.location import parse_location
@@ -28,6 +29,7 @@ from ptychodask.store import SCAN
 from ptychodask.store.write import write_scan
 
 
+@takes_fields(IngestSpec)
 def ingest(
     source: str | Path,
     store: str | Path | S3Location,

@@ -9,15 +9,12 @@ from pathlib import Path
 import xarray as xr
 
 from ptychodask.errors import PtychodaskError, in_brief
+from ptychodask.options import names_where
 from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.storage.location import Location, parse_location
 from ptychodask.storage.s3 import S3Location
 
 logger = logging.getLogger(__name__)
-
-
-SINGLE_SCAN_FIELDS = ("cache", "position_yx_px", "drop")
-"""Fields of a spec that refer to the patterns of one scan."""
 
 
 class FailedScansError(PtychodaskError):
@@ -74,7 +71,7 @@ def reconstruct_each(
         After all scans, if some failed; it has the results of the others.
     """
     names = scan_names(stores)
-    for field in SINGLE_SCAN_FIELDS:
+    for field in names_where(ReconstructionSpec, one_scan=True):
         if getattr(spec, field) not in (None, ()):
             raise PtychodaskError(f"reconstruct: {field} refers to one scan, and {len(names)} are given; remove it")
     if out is not None:
