@@ -115,7 +115,7 @@ def ingest(
 
     Example: ptychodask ingest raw.h5 scan.zarr --key diffraction=entry/data --key y=pos/y --key x=pos/x --domain counts
     """
-    from ptychodask.io import ingest
+    from ptychodask.io.ingest import ingest
     from ptychodask.store.append import finish_scan
 
     if store is None and not finish:

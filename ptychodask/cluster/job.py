@@ -8,10 +8,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from dask.utils import parse_bytes
+import lazy_loader
 
 from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.options import option
+
+# The options of `submit` are read from the spec, also for its help, which needs no Dask.
+dask = lazy_loader.load("dask")
 
 System = Literal["slurm", "pbs"]
 """Batch systems that scripts can be written for."""
@@ -156,7 +159,7 @@ class JobSpec:
     def memory_bytes(self) -> int:
         """Memory of one worker in bytes."""
         try:
-            return int(parse_bytes(self.memory))
+            return int(dask.utils.parse_bytes(self.memory))
         except (ValueError, AttributeError, OverflowError) as error:
             raise PtychodaskError(f"job: memory is {self.memory!r}, expected a number with unit (16GB)") from error
 

@@ -14,7 +14,7 @@ from scipy.signal import fftconvolve
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import footprint_corners
-from ptychodask.io import ForeignResult, read_foreign_result
+from ptychodask.io.products import ForeignResult, read_foreign_result
 from ptychodask.judging.metrics import (
     PTYCHOPINN_PEAK,
     Gauge,
