@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,7 +106,7 @@ def test_the_flags_of_the_command_line_reach_the_training(tmp_path, monkeypatch)
         given.update(options, store=store)
         return SimpleNamespace(path="x.model", history=[{"seconds": 1.0, "held_out_loss": 0.5}])
 
-    monkeypatch.setattr("ptychodask.training.train", fake)
+    monkeypatch.setattr(sys.modules["ptychodask.training.train"], "train", fake)
     np.save(tmp_path / "e.npy", np.arange(3))
     flags = "--patience 4 --schedule plateau --tv 0.1 --probe-rate 5 --accumulation 2 --precision mixed"
     flags += " --attention --resume"

@@ -333,7 +333,7 @@ def test_what_cannot_be_compared_is_one_line(refused, store, judged):
         ((ours,), "1 results and no truth"),
         ((ours, judged / "no.npz"), "no.npz: no such file"),
         ((theirs, "--key", "B=a", "--truth", store), "--key B=a: no result has this label"),
-        ((f"A={theirs}", "--key", "A=a", "--truth", store), "holds no array 'a'; keys found: reconstructed_object"),
+        ((f"A={theirs}", "--key", "A=a", "--truth", store), "has no array 'a'; keys found: reconstructed_object"),
         ((ours, theirs, "--baseline", "Nobody"), "baseline is 'Nobody', expected one of the results"),
         ((ours, theirs, "--peak", "high"), "peak is 'high', expected a positive number"),
         ((ours, theirs, "--csv", judged / "none" / "t.csv"), "none does not exist; make it first"),

@@ -17,7 +17,7 @@ import pytest
 from distributed import Client
 from models_for_tests import LinearModel
 
-from ptychodask import cluster
+from ptychodask.cluster import clients
 from ptychodask.cluster import preflight as asking
 from ptychodask.cluster.clients import connected_client, gpu_client, local_client, slurm_client
 from ptychodask.cluster.preflight import preflight, preflight_jobs
@@ -30,7 +30,7 @@ from ptychodask.reconstruction import reconstruct
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
 
-IMPORTED_FROM = [str(Path(cluster.__file__).parents[2]), str(Path(__file__).parent)]
+IMPORTED_FROM = [str(Path(clients.__file__).parents[2]), str(Path(__file__).parent)]
 
 pytestmark = pytest.mark.usefixtures("empty_caches")
 
@@ -161,7 +161,7 @@ def test_a_cluster_with_written_credentials_refuses_strangers(store, tmp_path, c
     fields = {"groups_per_chunk": 10, "tile": 24, "progress": False}
     plain = reconstruct(store, LinearModel(), client=client, **fields)
     write_credentials(tmp_path / "tls")
-    monkeypatch.setattr(cluster, "ANSWER_WITHIN", "2s")
+    monkeypatch.setattr(clients, "ANSWER_WITHIN", "2s")
     file = tmp_path / "scheduler.json"
     with started_by_hand(tmp_path, credentials=tmp_path / "tls"):
         with connected_client(str(file), security=credentials_in(tmp_path / "tls")) as known:

@@ -75,7 +75,16 @@ NAMES_OUT = set(
 NAMES_KEPT: dict[tuple[str, str], str] = {}
 """(module, name) of a name that is out and kept, with the reason."""
 
-PARTICIPLES_KEPT = {"grouping", "training", "polishing", "stitching", "judging", "plotting", "pretrained", "mapping",
+PARTICIPLES_KEPT = {
+    "grouping",
+    "training",
+    "polishing",
+    "stitching",
+    "judging",
+    "plotting",
+    "pretrained",
+    "untrained",
+    "mapping",
 }
 """Stages named after what happens in them, and `mapping`, which is a noun here."""
 

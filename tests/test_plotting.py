@@ -249,7 +249,7 @@ def test_halves_are_shown_with_their_ring_correlation():
 
 
 def test_plotting_leaves_pyplot_alone():
-    code = "import sys, ptychodask.plotting; print('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, ptychodask.judging.plotting; print('matplotlib.pyplot' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
 

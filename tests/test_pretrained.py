@@ -7,11 +7,11 @@ import logging
 import numpy as np
 import pytest
 
-from ptychodask import prediction, recipes
+from ptychodask import recipes
 from ptychodask.errors import PtychodaskError
 from ptychodask.judging.compare import compare
 from ptychodask.judging.report import write_report
-from ptychodask.models import load_model
+from ptychodask.models import load_model, training_range
 from ptychodask.models.choose import resolve_model
 from ptychodask.models.pretrained import CARD, FOLDER, is_pretrained, packaged_folder, pretrained_for, pretrained_names
 from ptychodask.models.training_range import (
@@ -116,7 +116,7 @@ def test_a_scan_that_is_unlike_the_lessons_is_warned_of_and_the_report_says_so(t
     unlike = ds.attrs["model"]["unlike_training"]
     assert any(line.startswith("photons in a pattern is ") for line in unlike)
     assert any(line.startswith("probe overlap, 1 - step / diameter is ") for line in unlike)
-    monkeypatch.setattr(prediction, "SPACING_POSITIONS", 20)
+    monkeypatch.setattr(training_range, "SPACING_POSITIONS", 20)
     sparser = unlike_training(load_model("pretrained:pinn-n64-c4"), ScanReader(path))
     assert [line.split(" is ")[0] for line in sparser] == [line.split(" is ")[0] for line in unlike]
     report = write_report(ds, tmp_path / "report.html").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,9 @@ from ptychodask.training.callbacks import TrainingCallback
 from ptychodask.training.probe_fit import in_gauge_of
 
 N = 16
+
+MODULE = sys.modules["ptychodask.training.train"]
+"""The module: its name stands for the function."""
 
 SHORT = {"levels": 1, "batch_size": 16, "epochs": 6, "validation_fraction": 0.15, "loss": "amplitude"}
 SHORT |= {"projections_before": 2, "projections_after": 1, "probe_rate": 10.0}
@@ -154,7 +158,7 @@ def test_weights_in_the_bundle_are_the_network_s_alone(fitted):
 def test_without_a_rate_there_is_no_probe_to_fit(scan, tmp_path, monkeypatch):
     store = stored(scan, tmp_path / "off.zarr", scan.probe)
     for name in ("FittedProbes", "ProbeAdam", "judge_probes"):
-        monkeypatch.setattr(f"ptychodask.training.train.{name}", lambda *_: pytest.fail("a probe is fitted"))
+        monkeypatch.setattr(MODULE, name, lambda *_: pytest.fail("a probe is fitted"))
     before = open_scan(store).data_hash
     model = train(store, out=tmp_path / "off.model", **TINY | {"probe_rate": 0.0})
     assert open_scan(store).data_hash == before
@@ -253,14 +257,14 @@ def test_a_run_that_is_killed_while_it_ends_leaves_store_and_bundle_that_work(sc
     store, out = stored(scan, tmp_path / "killed.zarr", blurred(scan.probe)), tmp_path / "k.model"
     before = open_scan(store)
     with monkeypatch.context() as patch:
-        patch.setattr("ptychodask.training.train.store_probe", interrupt)
+        patch.setattr(MODULE, "store_probe", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(store, out=out, **TINY)
     assert open_scan(store).data_hash == before.data_hash
     left = load_model(out)
     # Nothing is trained again: the run had finished its last epoch.
     with monkeypatch.context() as patch:
-        patch.setattr("ptychodask.training.train.record_model", interrupt)
+        patch.setattr(MODULE, "record_model", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(store, out=out, resume=True, overwrite=True, **TINY)
     model, opened = load_model(out), open_scan(store)
@@ -284,12 +288,12 @@ def test_a_rate_that_cannot_be_is_refused(fields, message):
 
 
 def test_probes_that_are_not_free_are_refused_before_anything_is_built(scan, tmp_path, monkeypatch):
-    monkeypatch.setattr("ptychodask.training.train.build_network", lambda *_: pytest.fail("a network was built"))
+    monkeypatch.setattr(MODULE, "build_network", lambda *_: pytest.fail("a network was built"))
     store = stored(scan, tmp_path / "s.zarr", scan.probe)
     with pytest.raises(PtychodaskError, match="is given twice, and probe_rate would fit two probes"):
         train([store, store], out=tmp_path / "x.model", **TINY)
     growing = replace(open_scan(store), attributes={"state": "growing"})
-    monkeypatch.setattr("ptychodask.training.train.open_scan", lambda _: growing)
+    monkeypatch.setattr(MODULE, "open_scan", lambda _: growing)
     with pytest.raises(PtychodaskError, match="still growing, and keeps the probe of its first segment"):
         train(store, out=tmp_path / "x.model", **TINY)
     assert not (tmp_path / "x.model").exists()

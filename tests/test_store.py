@@ -15,12 +15,13 @@ import pytest
 import xarray
 import zarr
 
-from ptychodask import folders
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, curve_order
 from ptychodask.scan import Scan, Truth
+from ptychodask.storage import atomic
 from ptychodask.storage.atomic import LOCK, WHOLE, atomic_folder, building_path, check_vacant_folder
 from ptychodask.store import SCAN, open_scan
+from ptychodask.store import groups as groups_module
 from ptychodask.store import write as store_module
 from ptychodask.store.annotate import record_model, replace_probe
 from ptychodask.store.groups import group, read_groups, stored_group_names
@@ -261,7 +262,7 @@ def test_a_writer_restores_the_previous_version_before_it_replaces_it(killed_bet
 
 def test_a_store_that_another_run_finished_after_the_check_is_not_replaced(tmp_path, monkeypatch):
     first = write(tmp_path / "a.zarr")
-    monkeypatch.setattr(folders, "check_vacant", lambda path, **arguments: None)
+    monkeypatch.setattr(atomic, "check_vacant_folder", lambda path, **arguments: None)
     with pytest.raises(PtychodaskError, match="exists already"):
         write(tmp_path / "a.zarr", **scan_parts(seed=1))
     assert open_scan(tmp_path / "a.zarr").data_hash == first.data_hash
@@ -337,13 +338,13 @@ def test_what_is_no_store_is_refused(tmp_path):
 def test_a_stored_group_table_is_read_not_computed_again(tmp_path, monkeypatch):
     write(tmp_path / "a.zarr")
     calls = []
-    compute = store_module.group_positions
+    compute = groups_module.group_positions
 
     def counted(*args: Any) -> Any:
         calls.append(args)
         return compute(*args)
 
-    monkeypatch.setattr(store_module, "group_positions", counted)
+    monkeypatch.setattr(groups_module, "group_positions", counted)
     first = group(tmp_path / "a.zarr", GroupingSpec(seed=3))
     again = group(tmp_path / "a.zarr", GroupingSpec(seed=3))
     assert len(calls) == 1
@@ -361,7 +362,7 @@ def test_a_grouping_that_was_killed_is_made_again(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(store_module, "consolidate", killed)
+        patched.setattr(groups_module, "consolidate", killed)
         with pytest.raises(KeyboardInterrupt):
             group(path)
     assert read_groups(path, GroupingSpec().name) is None

@@ -9,7 +9,7 @@ import pytest
 from distributed import Client
 from models_for_tests import LinearModel
 
-from ptychodask import cluster
+from ptychodask.cluster import clients
 from ptychodask.cluster.clients import connected_client, local_client
 from ptychodask.cluster.tls import credentials_in, temporary_credentials
 from ptychodask.errors import PtychodaskError
@@ -38,7 +38,7 @@ def test_the_object_is_the_same_and_strangers_are_refused(store, client, tmp_pat
     plain = reconstruct(store, LinearModel(), client=client, **fields)
     security = temporary_credentials()
     write_credentials(tmp_path, security)
-    monkeypatch.setattr(cluster, "ANSWER_WITHIN", "2s")
+    monkeypatch.setattr(clients, "ANSWER_WITHIN", "2s")
     with local_client(1, security=security) as encrypted:
         address = encrypted.scheduler.address
         assert address.startswith("tls://127.0.0.1:")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -228,7 +229,9 @@ def test_supervised_training_without_truth_is_refused_before_anything_is_built(s
         domain="counts",
         calibration="as_given",
     )
-    monkeypatch.setattr("ptychodask.training.train.build_network", lambda *_: pytest.fail("a network was built"))
+    monkeypatch.setattr(
+        sys.modules["ptychodask.training.train"], "build_network", lambda *_: pytest.fail("a network was built")
+    )
     with pytest.raises(PtychodaskError, match="neither truth nor labels"):
         train(store, model="baseline", out=tmp_path / "b.model")
     assert not (tmp_path / "b.model").exists()

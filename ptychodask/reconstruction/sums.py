@@ -79,6 +79,7 @@ def checksum(canvas: Canvas) -> int:
 
     Examples
     --------
+    >>> from ptychodask.reassembly import empty_canvas
     >>> checksum(empty_canvas((0, 0), (1, 1))) == checksum(empty_canvas((5, 7), (1, 1)))
     True
     """

@@ -112,7 +112,7 @@ class S3Location:
 
     Examples
     --------
-    >>> scan = parse_location("s3://beamline/2026/scan.zarr")
+    >>> scan = S3Location("beamline", "2026/scan.zarr")
     >>> str(scan / "zarr.json"), scan.name, str(scan.parent)
     ('s3://beamline/2026/scan.zarr/zarr.json', 'scan.zarr', 's3://beamline/2026')
     """

@@ -49,12 +49,12 @@ WARM_UP_S = 60.0
 
 DOCUMENTED = (
     "what is finished is kept",
-    "what was finished is kept",
+    "its finished parts are kept",
     "the Dask client, its scheduler or its workers ended",
     "no Dask scheduler answers",
     "cannot be read for patterns",
 )
-"""What the error of a broken run says, one of these."""
+"""Parts of the errors that a broken run may end with."""
 
 NAMESPACES = ("sched", "w1", "w2")
 
@@ -154,7 +154,7 @@ with Client(sys.argv[1], timeout="5s") as client:
 
 def environment() -> dict[str, str]:
     """Of the processes: they find the package and the networks of the tests."""
-    places = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    places = [str(folder) for folder in Path(__file__).parents[1:3]]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(places),
         "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -203,7 +203,7 @@ class Scene:
         command = [*self.cluster.inside("sched"), sys.executable, "-m", "tests.campaigns.victim", json.dumps(asked)]
         self.client = subprocess.Popen(
             command,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             env=environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

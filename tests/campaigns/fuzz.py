@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from foreign_files import measured, write_hxn, write_nexus, write_patterns, write_product
 from models_for_tests import LinearModel
@@ -252,7 +252,7 @@ def make_checkpoint(folder: Path) -> None:
 
 
 def make_study(folder: Path) -> None:
-    shutil.copy(Path(__file__).parents[1] / "docs" / "study.toml", folder / "study.toml")
+    shutil.copy(Path(__file__).parents[2] / "docs" / "study.toml", folder / "study.toml")
 
 
 MODEL = LinearModel(members=2, n_pixels=N)
@@ -571,7 +571,7 @@ class Child:
             [*map(str, command)],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"},
         ) as process:
             assert process.stdout is not None

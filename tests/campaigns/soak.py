@@ -29,7 +29,7 @@ from ptychodask.cluster.clients import local_client
 from ptychodask.errors import PtychodaskError
 from ptychodask.models import ModelSpec, Optics, untrained_model
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models_for_tests import FailingModel, LinearModel
 

@@ -1,0 +1,925 @@
+"""Coarse Gauss-Newton solve for the slowly varying part of the phase.
+
+A pattern fixes the slow part of the phase only through a small shift, so that networks and sweeps are weak there; with
+the fine detail known it is a linear least-squares problem with few unknowns. The phase is φ = Σ_k a_k B_k with bilinear
+hats B_k on a grid of nodes. Each part of the patterns adds JᵀJ and Jᵀr of its own patterns to small blocks of the grid
+(`normal_equations`), blocks are collected in any way (`merge`), added in one order and solved once (`solve`), and each
+tile is multiplied by its piece of the phase (`phase_on`). Patterns that had no part in it judge the step (`misfit`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import scipy.fft
+import scipy.sparse
+from numpy.typing import NDArray
+from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import LinearOperator, cg, splu
+from scipy.special import xlogy
+
+from ptychodask.errors import PtychodaskError
+from ptychodask.forward import footprint_corners, predicted_amplitude, shift_ramp
+from ptychodask.grouping import curve_order
+from ptychodask.probes import probe_centroid_px, squared_modulus
+from ptychodask.reassembly import Box
+from ptychodask.scan import Scan
+
+logger = logging.getLogger(__name__)
+
+JUDGE_EVERY = 16
+"""Patterns along the curve for each judge."""
+
+LEAST_JUDGED = 64
+"""Patterns of an experiment below which it has no judges."""
+
+LEAST_FALL = 1e-4
+"""Relative fall of the judges' misfit that a step must exceed to be kept."""
+
+SHARES = (8, 4, 2)
+"""Shares of the patterns to try, one in so many, smallest first; all of them last."""
+
+LEAST_PATTERNS = 256
+"""Patterns that a share must take."""
+
+LEAST_MEETINGS = 3
+"""Chosen patterns that each lit node must meet."""
+
+MET_SHARE = 1e-3
+"""Share of a pattern's light within a hat from which the pattern meets the node, and counts in its equation."""
+
+LIT_SHARE = 0.25
+"""Light of a lit node, relative to the median of the nodes with any."""
+
+REGULARISATION = 1e-3
+"""Weight λ of the squared differences between neighbouring nodes, relative to the mean diagonal of JᵀJ."""
+
+TINY = 1e-8
+"""Weight of the squared coefficients, relative to the mean diagonal: it fixes the constant, which no pattern does."""
+
+DARK_AMPLITUDE = 0.3
+"""Least model amplitude, square root of photons, that a residual of counts is divided by."""
+
+LEAST_COUNTS = 1e-3
+"""Least model counts in the Poisson deviance."""
+
+DIRECT_UNKNOWNS = 20_000
+"""Unknowns up to which a system is factorised; larger ones are solved by conjugate gradients."""
+
+CG_TOLERANCE = 1e-8
+"""Norm of the residual, relative to that of the right side, at which conjugate gradients stop."""
+
+CG_STEPS = 2000
+"""Most steps of conjugate gradients."""
+
+COARSENING = 8
+"""Nodes along an axis for each node of the preconditioner's coarse grid."""
+
+LEAST_SPACING_PX = 1.0
+"""Least distance of nodes, pixels: a narrower hat meets no pixel."""
+
+READ_BATCH = 64
+"""Patterns that are read at a time."""
+
+BLOCK_VALUES = 1 << 17
+"""Far-field values of all nodes and modes of a pattern that are in memory at a time, or those of one line."""
+
+PART_PATTERNS = 512
+"""Patterns in a part of `refine_slow_phase`."""
+
+MEETING_BATCH = 1 << 14
+"""Patterns whose light on nodes is counted at a time."""
+
+
+def curve_rank(scan: Scan, index: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ranks of some patterns along the curve, within each experiment.
+
+    Parameters
+    ----------
+    scan : Scan
+    index : int64 array (k,)
+        Patterns that are ranked among each other; for halves of a scan, those of one half.
+
+    Returns
+    -------
+    int64 array (k,)
+        From 0 in each experiment.
+    """
+    rank = np.empty(len(index), np.int64)
+    experiment = np.zeros(len(index), np.int64) if scan.scan_index is None else scan.scan_index[index]
+    for one in np.unique(experiment):
+        members = np.flatnonzero(experiment == one)
+        rank[members[curve_order(scan.position_yx_px[index[members]])]] = np.arange(len(members))
+    return rank
+
+
+def is_judge(scan: Scan, index: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """True for patterns that judge a refinement and take no part.
+
+    Parameters
+    ----------
+    scan : Scan
+    index : int64 array (k,)
+        See `curve_rank`.
+
+    Returns
+    -------
+    bool array (k,)
+        One pattern in `JUDGE_EVERY`; none in an experiment of fewer than `LEAST_JUDGED`.
+    """
+    judge = curve_rank(scan, index) % JUDGE_EVERY == JUDGE_EVERY // 2
+    if scan.scan_index is None:
+        return judge & (len(index) >= LEAST_JUDGED)
+    _, experiment, n_patterns = np.unique(scan.scan_index[index], return_inverse=True, return_counts=True)
+    return judge & (n_patterns[experiment] >= LEAST_JUDGED)
+
+
+def judge_index(scan: Scan, index: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Patterns that judge a refinement (see `is_judge`).
+
+    Parameters
+    ----------
+    scan : Scan
+    index : int64 array (k,)
+        See `curve_rank`.
+
+    Returns
+    -------
+    int64 array
+        Those of `index`, in its order.
+    """
+    return index[is_judge(scan, index)]
+
+
+@dataclass(frozen=True)
+class NodeGrid:
+    """Nodes of the slow phase: a regular grid over the object.
+
+    Examples
+    --------
+    >>> NodeGrid((-3, 0), 2.5, (3, 2)).coordinate_px(0, np.arange(3)).tolist()
+    [-3.0, -0.5, 2.0]
+    """
+
+    corner: tuple[int, int]
+    """Coordinates (y, x) of node [0, 0] in the scan's frame, pixels."""
+
+    spacing_px: float
+    """Distance of neighbouring nodes along an axis, pixels."""
+
+    shape: tuple[int, int]
+    """Nodes (y, x)."""
+
+    @property
+    def n_nodes(self) -> int:
+        """Nodes in it."""
+        return self.shape[0] * self.shape[1]
+
+    def coordinate_px(self, axis: int, node: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Coordinates of nodes, on the grid or off, along an axis, pixels."""
+        return self.corner[axis] + self.spacing_px * node.astype(np.float64)
+
+
+def node_spacing_px(probe: NDArray[np.complex64]) -> float:
+    """Distance of nodes that suits a probe.
+
+    Parameters
+    ----------
+    probe : complex64 array (mode, N, N)
+
+    Returns
+    -------
+    float
+        min(N/4, rms diameter of the intensity), pixels; `LEAST_SPACING_PX` or more. The rms diameter is twice the
+        root-mean-square distance of the light from its centroid.
+
+    Examples
+    --------
+    >>> y, x = np.indices((64, 64)) - 32
+    >>> round(node_spacing_px((np.hypot(y, x) < 8).astype(np.complex64)[None]), 1)
+    11.1
+    """
+    light_share = squared_modulus(probe).sum(axis=0, dtype=np.float64)
+    light_share /= light_share.sum()
+    y, x = np.indices(light_share.shape) - probe_centroid_px(probe)[:, None, None]
+    diameter = 2 * np.sqrt((light_share * (y**2 + x**2)).sum())
+    return float(max(min(probe.shape[-1] / 4, diameter), LEAST_SPACING_PX))
+
+
+def node_grid(box: Box, spacing_px: float) -> NodeGrid:
+    """Grid of nodes whose hats cover a box.
+
+    Parameters
+    ----------
+    box : Box
+        Holds the object and the frames of all patterns that take part.
+    spacing_px : float
+        See `node_spacing_px`.
+
+    Returns
+    -------
+    NodeGrid
+        From the first pixel of the box on; two nodes or more along each axis.
+
+    Examples
+    --------
+    >>> node_grid(Box(0, 17, -4, 14), 8.0)
+    NodeGrid(corner=(0, -4), spacing_px=8.0, shape=(3, 4))
+    """
+    ny, nx = (max(int(np.ceil((size - 1) / spacing_px)) + 1, 2) for size in box.shape)
+    return NodeGrid(box.corner, float(spacing_px), (ny, nx))
+
+
+@dataclass(frozen=True, eq=False)
+class _HatLight:
+    """Share of a probe's light within a hat at each whole pixel."""
+
+    share: NDArray[np.float64]
+    """Shares (v, u); those below `MET_SHARE` at the edges cut off."""
+
+    first: NDArray[np.int64]
+    """Pixel (y, x) of share [0, 0], from the frame's first."""
+
+    window: tuple[int, int]
+    """Nodes (y, x) that one pattern reaches, at most."""
+
+
+def _hat_light(probe: NDArray[np.complex64], spacing_px: float) -> _HatLight:
+    """Table of a probe's light within hats around its frame."""
+    n_pixels = probe.shape[-1]
+    margin = int(np.ceil(spacing_px))
+    lit = squared_modulus(probe).sum(axis=0, dtype=np.float64)
+    hat = _hats(np.arange(-margin, n_pixels + margin), spacing_px, n_pixels)
+    share = hat @ (lit / lit.sum()) @ hat.T
+    bounds = [np.flatnonzero((share >= MET_SHARE).any(axis=1 - axis))[[0, -1]] for axis in (0, 1)]
+    (y0, y1), (x0, x1) = bounds
+    # A node counts by the share at the whole pixel next to it, hence half a pixel more at either end.
+    wy, wx = (int((last - first + 1) / spacing_px) + 1 for first, last in bounds)
+    return _HatLight(share[y0 : y1 + 1, x0 : x1 + 1], np.array([y0, x0]) - margin, (wy, wx))
+
+
+def _hats(node_px: NDArray[Any], spacing_px: float, n_pixels: int) -> NDArray[np.float64]:
+    """Hats along an axis (node, N); `node_px` counts from the first pixel."""
+    return np.maximum(1 - np.abs(np.arange(n_pixels) - node_px[:, None]) / spacing_px, 0)
+
+
+def _nodes_reached(
+    nodes: NodeGrid, hat_light: _HatLight, frame_corner: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Nodes around each pattern, and the share of its light on them.
+
+    The first node (k, 2) of a window, and the shares within it (k, wy, wx): 0 off the grid.
+    """
+    first = np.empty_like(frame_corner)
+    pixel = []
+    for axis, size in enumerate(hat_light.window):
+        start = frame_corner[:, axis] + hat_light.first[axis] - nodes.corner[axis]
+        first[:, axis] = np.ceil((start - 0.5) / nodes.spacing_px)
+        node = first[:, axis, None] + np.arange(size)
+        near = np.rint(nodes.spacing_px * node - start[:, None]).astype(np.int64)
+        outside = (near < 0) | (near >= hat_light.share.shape[axis]) | (node < 0) | (node >= nodes.shape[axis])
+        pixel.append(np.where(outside, -1, near))
+    y, x = pixel[0][:, :, None], pixel[1][:, None, :]
+    return first, np.where((y < 0) | (x < 0), 0.0, hat_light.share[y, x])
+
+
+def slow_phase_patterns(scan: Scan, nodes: NodeGrid, index: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Patterns whose equations are summed: the smallest share that covers the nodes.
+
+    Parameters
+    ----------
+    scan : Scan
+    nodes : NodeGrid
+    index : int64 array (k,)
+        Patterns of one experiment (or of one half of it).
+
+    Returns
+    -------
+    int64 array
+        In the order of the curve, no judges. Ranks along the curve of one in eight, four or two, else all: the smallest
+        share of `LEAST_PATTERNS` or more in which every lit node meets `LEAST_MEETINGS` or more.
+
+    Notes
+    -----
+    A pattern meets a node if the node's hat holds `MET_SHARE` of its light. A node is lit if its hat holds
+    `LIT_SHARE` of the median of nodes that any pattern meets: nodes at the rim, which even all patterns hardly light,
+    do not decide.
+    """
+    rank = curve_rank(scan, index)
+    order = np.argsort(rank)
+    index, rank = index[order], rank[order]
+    free = ~is_judge(scan, index)
+    met, light_sum = _meetings(scan, nodes, index[free])
+    if not met.any():
+        return index[free]
+    lit = light_sum >= LIT_SHARE * np.median(light_sum[met > 0])
+    for share in SHARES:
+        # These ranks differ from those of the judges, and from share to share.
+        chosen = index[free & (rank % share == share // 2)]
+        if len(chosen) >= LEAST_PATTERNS and _meetings(scan, nodes, chosen)[0][lit].min() >= LEAST_MEETINGS:
+            return chosen
+    return index[free]
+
+
+def _meetings(scan: Scan, nodes: NodeGrid, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Patterns that meet each node (y, x), and their light there, summed."""
+    met, light_sum = np.zeros(nodes.n_nodes, np.int64), np.zeros(nodes.n_nodes)
+    hat_light = _hat_light(scan.probe, nodes.spacing_px)
+    for start in range(0, len(index), MEETING_BATCH):
+        corner = footprint_corners(scan.position_yx_px[index[start : start + MEETING_BATCH]], scan.n_pixels)
+        first, share = _nodes_reached(nodes, hat_light, corner)
+        pattern, y, x = np.nonzero(share >= MET_SHARE)
+        flat = (first[pattern, 0] + y) * nodes.shape[1] + first[pattern, 1] + x
+        met += np.bincount(flat, minlength=nodes.n_nodes)
+        light_sum += np.bincount(flat, share[pattern, y, x], minlength=nodes.n_nodes)
+    return met.reshape(nodes.shape), light_sum.reshape(nodes.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class EquationBlock:
+    """Sums over the patterns of one part, on nodes around them."""
+
+    order: int
+    """First pattern of the part; blocks are added in this order."""
+
+    first: tuple[int, int]
+    """Node (y, x) of the grid that element [0, 0] belongs to; it may be off the grid, and the sums there are 0."""
+
+    curvature: NDArray[np.float64]
+    """JᵀJ (y, x, dy, dx) of each node with the nodes around it, itself in the middle of the last two axes."""
+
+    slope: NDArray[np.float64]
+    """Jᵀr (y, x)."""
+
+    light_sum: NDArray[np.float64]
+    """Σ |P|² within each hat (y, x)."""
+
+
+@dataclass(frozen=True, eq=False)
+class NormalEquations:
+    """Normal equations of the slow phase, in blocks that `solve` adds."""
+
+    blocks: tuple[EquationBlock, ...] = ()
+    """In ascending order, each once."""
+
+
+def merge(*equations: NormalEquations) -> NormalEquations:
+    """Normal equations of several parts of the patterns together.
+
+    Parameters
+    ----------
+    *equations : NormalEquations
+        Of parts that share no pattern.
+
+    Returns
+    -------
+    NormalEquations
+        The same for any order and nesting of merges, to the last bit: blocks are collected, and added when solved.
+
+    Raises
+    ------
+    PtychodaskError
+        If two parts begin with the same pattern.
+    """
+    blocks = sorted((block for one in equations for block in one.blocks), key=lambda block: block.order)
+    for block, after in pairwise(blocks):
+        if block.order == after.order:
+            raise PtychodaskError(
+                f"slow phase: two parts begin with pattern {block.order}, expected each pattern once; merge parts once"
+            )
+    return NormalEquations(tuple(blocks))
+
+
+def normal_equations(
+    object_: NDArray[np.complex64], corner: tuple[int, int], scan: Scan, nodes: NodeGrid, index: NDArray[np.int64]
+) -> NormalEquations:
+    """Sums JᵀJ and Jᵀr of some patterns, linearised around an object.
+
+    Parameters
+    ----------
+    object_ : complex64 array (y, x)
+        Holds the whole frame at each of these positions; NaN counts as 0, a pixel that transmits nothing.
+    corner : (int, int)
+        Coordinates of its pixel [0, 0] in the scan's frame.
+    scan : Scan
+    nodes : NodeGrid
+        Covers the frames.
+    index : int64 array (k,)
+        Patterns of the part; `READ_BATCH` of them are in memory at a time.
+
+    Returns
+    -------
+    NormalEquations
+        Of one block, or of none without patterns.
+
+    Notes
+    -----
+    Gauss-Newton for the amplitude M = √μ of a pattern (J. Nocedal and S. Wright, Numerical Optimization, 2nd ed.,
+    section 10.3). With exit waves ψ_m, far fields Ψ_m = Fψ_m and the pattern's flux f: μ = f Σ_m |Ψ_m|² and
+    J_k = ∂M/∂a_k = √f Σ_m Re(Ψ_m* F[i B_k ψ_m]) / (Σ_m |Ψ_m|²)^½ on good pixels. The residual r is √n − M for
+    amplitudes and (n − μ)/(2 max(M, 0.3)) for counts, which keeps its mean where photons are few.
+    """
+    if not len(index):
+        return NormalEquations()
+    n_pixels = scan.n_pixels
+    position = scan.position_yx_px[index]
+    frame_corner = footprint_corners(position, n_pixels)
+    first, share = _nodes_reached(nodes, _hat_light(scan.probe, nodes.spacing_px), frame_corner)
+    window = np.array(share.shape[1:])
+    low = first.min(axis=0)
+    shape = first.max(axis=0) + window - low
+    curvature = np.zeros((*shape, *(2 * window - 1)))
+    slope, light_sum = np.zeros(shape), np.zeros(shape)
+    transmission = np.where(np.isfinite(object_), object_, np.complex64(0))
+    good = None if scan.mask is None else scipy.fft.ifftshift(scan.mask)
+    spectrum = scipy.fft.fft2(scan.probe)
+    for batch_first in range(0, len(index), READ_BATCH):
+        batch = np.arange(batch_first, min(batch_first + READ_BATCH, len(index)))
+        # One pattern at a time: transforms of many may round otherwise, and sums must not depend on the batch.
+        for j, amplitude in zip(batch, scan.amplitude(index[batch]), strict=True):
+            frame = tuple(slice(side, side + n_pixels) for side in frame_corner[j] - corner)
+            shifted = scipy.fft.ifft2(
+                spectrum * shift_ramp(position[j] - np.floor(position[j]), n_pixels, spectrum.dtype)
+            )
+            hat_y, hat_x = (
+                _hats(nodes.coordinate_px(axis, first[j, axis] + np.arange(size)) - start, nodes.spacing_px, n_pixels)
+                for axis, (size, start) in enumerate(zip(window, frame_corner[j], strict=True))
+            )
+            y, x = np.nonzero(share[j] >= MET_SHARE)
+            wave = shifted * transmission[frame]
+            direction, model = _far_field(wave, 1.0 if scan.flux is None else float(scan.flux[index[j]]), good)
+            products = _products(wave, direction, _residual(scan, amplitude, model), (hat_y, hat_x), (y, x))
+            row, column = y + first[j, 0] - low[0], x + first[j, 1] - low[1]
+            near = y - y[:, None] + window[0] - 1, x - x[:, None] + window[1] - 1
+            curvature[row[:, None], column[:, None], *near] += products[0]
+            slope[row, column] += products[1]
+            lit = squared_modulus(shifted).sum(axis=0, dtype=np.float64)
+            light_sum[row, column] += (hat_y @ lit @ hat_x.T)[y, x]
+    block = EquationBlock(int(index[0]), (int(low[0]), int(low[1])), curvature, slope, light_sum)
+    return NormalEquations((block,))
+
+
+def _far_field(
+    wave: NDArray[np.complex64], flux: float, good: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.complex64], NDArray[np.float32]]:
+    """Derivative of an amplitude by its far fields, and the amplitude.
+
+    The first, Ψ_m √f / (Σ|Ψ|²)^½ (mode, N, N), is 0 on bad pixels; the second is √μ (N, N); DC at [0, 0].
+    """
+    far = scipy.fft.fft2(wave, norm="ortho")
+    model = np.sqrt(squared_modulus(far).sum(axis=0))
+    # A pixel without model light has no phase, as in `project_modulus`.
+    far *= np.float32(np.sqrt(flux)) / np.maximum(model, np.float32(1e-6) * model.max() + np.finfo(np.float32).eps ** 2)
+    if good is not None:
+        far *= good
+    return far, np.float32(np.sqrt(flux)) * model
+
+
+def _products(
+    wave: NDArray[np.complex64],
+    direction: NDArray[np.complex64],
+    residual: NDArray[np.float64],
+    hats: tuple[NDArray[np.float64], NDArray[np.float64]],
+    at: tuple[NDArray[np.int64], NDArray[np.int64]],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """JᵀJ (node, node) and Jᵀr (node,) of one pattern.
+
+    Exit waves, `_far_field` and `_residual` of the pattern; hats along y and x, and those of each node.
+    """
+    n_nodes, n_pixels = len(at[0]), wave.shape[-1]
+    # A hat is a product of two, so that nodes of a row share the transform along y.
+    under = hats[0].astype(np.float32)[:, None, :, None] * wave
+    halfway = scipy.fft.fft(under, axis=-2, norm="ortho", overwrite_x=True)
+    products, slopes = np.zeros((n_nodes, n_nodes)), np.zeros(n_nodes)
+    for lines in _line_blocks(n_nodes * wave.size, n_pixels):
+        flat = _jacobian(halfway[:, :, lines], direction[:, lines], hats[1], *at).reshape(n_nodes, -1)
+        flat = flat.astype(np.float64)
+        products += flat @ flat.T
+        slopes += flat @ residual[lines].ravel()
+    return products, slopes
+
+
+def _jacobian(
+    halfway: NDArray[np.complex64],
+    direction: NDArray[np.complex64],
+    hat_x: NDArray[np.float64],
+    y: NDArray[np.int64],
+    x: NDArray[np.int64],
+) -> NDArray[np.float32]:
+    """Derivative of a pattern's amplitude by the coefficients of nodes.
+
+    Parameters
+    ----------
+    halfway : complex64 array (hat, mode, line, N)
+        Lines of the transforms along y of exit waves under each hat along y.
+    direction : complex64 array (mode, line, N)
+        The same lines of `_far_field`.
+    hat_x : float64 array (hat, N)
+    y, x : int64 arrays (node,)
+        Hats of each node along y and x.
+
+    Returns
+    -------
+    float32 array (node, line, N)
+    """
+    under = halfway[y] * hat_x.astype(np.float32)[x][:, None, None, :]
+    far = scipy.fft.fft(under, axis=-1, norm="ortho", overwrite_x=True)
+    # Re(Ψ* i F[B ψ]) without the complex product.
+    return (direction.imag * far.real - direction.real * far.imag).sum(axis=1)  # type: ignore[no-any-return]
+
+
+def _line_blocks(n_values: int, n_lines: int) -> list[slice]:
+    """Slices of lines that hold `BLOCK_VALUES` of `n_values`, or one line."""
+    size = max(BLOCK_VALUES * n_lines // n_values, 1)
+    return [slice(start, start + size) for start in range(0, n_lines, size)]
+
+
+def _residual(scan: Scan, amplitude: NDArray[np.float32], model: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Residual (N, N) of a measured pattern, DC at [0, 0]."""
+    measured = scipy.fft.ifftshift(amplitude).astype(np.float64)
+    if scan.domain == "amplitude":
+        return measured - model
+    return (measured**2 - model.astype(np.float64) ** 2) / (2 * np.maximum(model, DARK_AMPLITUDE))
+
+
+def solve(
+    equations: NormalEquations,
+    nodes: NodeGrid,
+    *,
+    regularisation: float = REGULARISATION,
+    direct_unknowns: int = DIRECT_UNKNOWNS,
+) -> NDArray[np.float64]:
+    """Coefficients of the slow phase by one Gauss-Newton step.
+
+    Parameters
+    ----------
+    equations : NormalEquations
+    nodes : NodeGrid
+        The grid they were made on.
+    regularisation : float
+        See `REGULARISATION`.
+    direct_unknowns : int
+        See `DIRECT_UNKNOWNS`.
+
+    Returns
+    -------
+    float64 array (y, x)
+        Phase at each node, radians. Nodes that no pattern reached continue the others as smoothly as their gradient
+        allows (the discrete Laplace equation). Zero mean, weighted by light, in each island: nodes that patterns
+        connect. All 0 where no pattern reached any.
+
+    Raises
+    ------
+    PtychodaskError
+        If conjugate gradients do not converge.
+
+    Notes
+    -----
+    (JᵀJ + λ mean(diag JᵀJ) ∇ᵀ∇ + tiny) a = Jᵀr over the nodes that patterns reached; ∇ are differences between
+    neighbours among them, so that islands do not act on each other.
+    """
+    matrix, slope, light_sum = _add_blocks(equations, nodes)
+    diagonal = matrix.diagonal()
+    lit = np.flatnonzero(diagonal > 0)
+    coefficients = np.zeros(nodes.n_nodes)
+    if not len(lit):
+        return coefficients.reshape(nodes.shape)
+    data = matrix[lit][:, lit]
+    scale = float(diagonal[lit].mean())
+    smooth = _laplacian(nodes, diagonal > 0)[lit][:, lit]
+    system = data + regularisation * scale * smooth + TINY * scale * scipy.sparse.eye_array(len(lit))
+    solution = _solve_positive(system, slope[lit], np.divmod(lit, nodes.shape[1]), direct_unknowns)
+    n_islands, island = connected_components(data, directed=False)
+    weighted = np.bincount(island, light_sum[lit] * solution, minlength=n_islands)
+    coefficients[lit] = solution - (weighted / np.bincount(island, light_sum[lit], minlength=n_islands))[island]
+    dark = np.flatnonzero(~(diagonal > 0))
+    if len(dark):
+        everywhere = _laplacian(nodes, np.ones(nodes.n_nodes, bool))[dark]
+        pull = -(everywhere[:, lit] @ coefficients[lit])
+        coefficients[dark] = _solve_positive(
+            everywhere[:, dark], pull, np.divmod(dark, nodes.shape[1]), direct_unknowns
+        )
+    return coefficients.reshape(nodes.shape)
+
+
+def _add_blocks(equations: NormalEquations, nodes: NodeGrid) -> tuple[Any, NDArray[np.float64], NDArray[np.float64]]:
+    """JᵀJ (sparse, node, node), Jᵀr and light (node,) of all blocks."""
+    slope, light_sum = np.zeros(nodes.shape), np.zeros(nodes.shape)
+    ny, nx = nodes.shape
+    rows: list[NDArray[np.int64]] = []
+    columns: list[NDArray[np.int64]] = []
+    values: list[NDArray[np.float64]] = []
+    for block in equations.blocks:
+        size_y, size_x, wide_y, wide_x = block.curvature.shape
+        (y0, x0), (y1, x1) = block.first, (block.first[0] + size_y, block.first[1] + size_x)
+        inside = slice(max(-y0, 0), size_y - max(y1 - ny, 0)), slice(max(-x0, 0), size_x - max(x1 - nx, 0))
+        within = slice(max(y0, 0), min(y1, ny)), slice(max(x0, 0), min(x1, nx))
+        slope[within] += block.slope[inside]
+        light_sum[within] += block.light_sum[inside]
+        y, x, dy, dx = np.nonzero(block.curvature)
+        rows.append((y + y0) * nx + x + x0)
+        columns.append((y + y0 + dy - wide_y // 2) * nx + x + x0 + dx - wide_x // 2)
+        values.append(block.curvature[y, x, dy, dx])
+    if not rows:
+        return scipy.sparse.csr_array((nodes.n_nodes, nodes.n_nodes)), slope.ravel(), light_sum.ravel()
+    at = np.concatenate(rows), np.concatenate(columns)
+    # Blocks come in one order, so that entries that several share are always added alike, to the last bit.
+    matrix = scipy.sparse.coo_array((np.concatenate(values), at), shape=(nodes.n_nodes, nodes.n_nodes))
+    return matrix.tocsr(), slope.ravel(), light_sum.ravel()
+
+
+def _laplacian(nodes: NodeGrid, kept: NDArray[np.bool_]) -> Any:
+    """∇ᵀ∇ (sparse, node, node) of the differences between neighbouring kept nodes."""
+    number = np.arange(nodes.n_nodes).reshape(nodes.shape)
+    one = np.concatenate([number[:-1].ravel(), number[:, :-1].ravel()])
+    other = np.concatenate([number[1:].ravel(), number[:, 1:].ravel()])
+    both = kept[one] & kept[other]
+    one, other = one[both], other[both]
+    edge = np.arange(len(one))
+    at = np.concatenate([edge, edge]), np.concatenate([one, other])
+    sign = np.repeat([1.0, -1.0], len(edge))
+    gradient = scipy.sparse.coo_array((sign, at), shape=(len(edge), nodes.n_nodes)).tocsr()
+    return (gradient.T @ gradient).tocsr()
+
+
+def _solve_positive(
+    system: Any, right: NDArray[np.float64], at: tuple[NDArray[np.int64], NDArray[np.int64]], direct_unknowns: int
+) -> NDArray[np.float64]:
+    """Solution of a symmetric positive definite system of nodes `at` (y, x)."""
+    if len(right) <= direct_unknowns:
+        return splu(system.tocsc(), permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True}).solve(right)
+    solution, failed = cg(
+        system, right, rtol=CG_TOLERANCE, maxiter=CG_STEPS, M=LinearOperator(system.shape, _two_levels(system, at))
+    )
+    if failed:
+        raise PtychodaskError(
+            f"slow phase: conjugate gradients for {len(right)} nodes did not reach {CG_TOLERANCE} in {CG_STEPS} steps; "
+            "pass slow_phase=False"
+        )
+    return solution  # type: ignore[no-any-return]
+
+
+def _two_levels(
+    system: Any, at: tuple[NDArray[np.int64], NDArray[np.int64]]
+) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    """Preconditioner: the inverse diagonal plus a solve on a coarser grid.
+
+    Additive two-level Schwarz (B. Smith, P. Bjørstad and W. Gropp, Domain Decomposition, 1996, section 2.2): the
+    diagonal alone is blind to slow modes, of which a large field has many.
+    """
+    weight, column = np.ones((len(at[0]), 1)), np.zeros((len(at[0]), 1), np.int64)
+    across = int(at[1].max()) // COARSENING + 2
+    for axis, stride in ((0, across), (1, 1)):
+        whole, part = np.divmod(at[axis], COARSENING)
+        part = part[:, None] / COARSENING
+        weight = np.hstack([weight * (1 - part), weight * part])
+        column = np.hstack([column + whole[:, None] * stride, column + (whole[:, None] + 1) * stride])
+    used, compact = np.unique(column, return_inverse=True)
+    row = np.repeat(np.arange(len(weight)), weight.shape[1])
+    spread = scipy.sparse.coo_array((weight.ravel(), (row, compact.ravel())), shape=(len(weight), len(used))).tocsr()
+    spread = spread[:, np.flatnonzero(abs(spread).sum(axis=0) > 0)]
+    coarse = splu((spread.T @ system @ spread).tocsc())
+    diagonal = system.diagonal()
+    return lambda residual: residual / diagonal + spread @ coarse.solve(spread.T @ residual)
+
+
+def phase_on(box: Box, nodes: NodeGrid, coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Slow phase over part of the object.
+
+    Parameters
+    ----------
+    box : Box
+        Within the box of the grid; beyond it the phase is that of the edge.
+    nodes : NodeGrid
+    coefficients : float64 array (y, x)
+        Phase at each node, radians.
+
+    Returns
+    -------
+    float64 array (y, x)
+        Bilinear between nodes, radians. A pixel's bits do not depend on the box.
+
+    Examples
+    --------
+    >>> phase_on(Box(0, 1, 0, 5), NodeGrid((0, 0), 4.0, (2, 2)), np.array([[0.0, 2.0], [0.0, 2.0]])).tolist()
+    [[0.0, 0.5, 1.0, 1.5, 2.0]]
+    """
+    whole, part = [], []
+    for axis, (start, stop) in enumerate(((box.y0, box.y1), (box.x0, box.x1))):
+        last = nodes.shape[axis] - 1
+        along = np.clip((np.arange(start, stop) - nodes.corner[axis]) / nodes.spacing_px, 0, last)
+        whole.append(np.minimum(along.astype(np.int64), last - 1))
+        part.append(along - whole[-1])
+    y, x = part[0][:, None], part[1]
+    rows = (1 - y) * coefficients[whole[0]] + y * coefficients[whole[0] + 1]
+    return (1 - x) * rows[:, whole[1]] + x * rows[:, whole[1] + 1]
+
+
+def apply_phase(object_: NDArray[np.complex64], phase: NDArray[np.float64]) -> NDArray[np.complex64]:
+    """Object times exp(i phase), both (y, x); NaN stays NaN."""
+    return (object_ * np.exp(1j * phase)).astype(np.complex64)
+
+
+def misfit(object_: NDArray[np.complex64], corner: tuple[int, int], scan: Scan, index: NDArray[np.int64]) -> float:
+    """Misfit of an object to the patterns that judge it.
+
+    Parameters
+    ----------
+    object_, corner, scan, index
+        See `normal_equations`.
+
+    Returns
+    -------
+    float
+        Sum over patterns and good pixels: the Poisson deviance 2(n ln(n/μ) − n + μ) for counts, μ at `LEAST_COUNTS` or
+        more, and (√n − M)² for amplitudes.
+    """
+    transmission = np.where(np.isfinite(object_), object_, np.complex64(0))
+    good = slice(None) if scan.mask is None else scan.mask
+    total = 0.0
+    for start in range(0, len(index), READ_BATCH):
+        batch = index[start : start + READ_BATCH]
+        for j, amplitude in zip(batch, scan.amplitude(batch), strict=True):
+            measured = amplitude[good].astype(np.float64)
+            model = predicted_amplitude(transmission, corner, scan, int(j))[good].astype(np.float64)
+            if scan.domain == "amplitude":
+                total += float(((measured - model) ** 2).sum())
+            else:
+                counts, expected = measured**2, np.maximum(model**2, LEAST_COUNTS)
+                total += float(2 * (xlogy(counts, counts / expected) - counts + expected).sum())
+    return total
+
+
+def is_better(before: float, after: float) -> bool:
+    """True if a misfit fell by more than `LEAST_FALL` of itself.
+
+    Examples
+    --------
+    >>> is_better(100.0, 99.0), is_better(100.0, 99.995), is_better(100.0, float("nan"))
+    (True, False, False)
+    """
+    return after < before * (1 - LEAST_FALL)
+
+
+@dataclass(frozen=True)
+class SlowPhaseRecord:
+    """Outcome of a slow-phase step, as results record it."""
+
+    kept: bool
+    """True if the object was multiplied by the phase."""
+
+    reason: str
+    """Why it was kept or rejected."""
+
+    misfit_before: float | None
+    """Misfit of the judges (see `misfit`); None without judges."""
+
+    misfit_after: float | None
+    """Their misfit with the phase, kept or not."""
+
+    n_patterns: int
+    """Patterns whose equations were summed."""
+
+    n_judges: int
+    """Patterns that judged."""
+
+    n_nodes: int
+    """Nodes of the grid."""
+
+    spacing_px: float
+    """Distance of nodes, pixels."""
+
+
+@dataclass(frozen=True, eq=False)
+class SlowPhase:
+    """Object after a slow-phase step, and the step."""
+
+    object: NDArray[np.complex64]
+    """The object (y, x), as given where the step was rejected."""
+
+    phase: NDArray[np.float64]
+    """Phase (y, x) that it was multiplied by, radians; 0 where the step was rejected."""
+
+    record: SlowPhaseRecord
+
+
+def refine_slow_phase(
+    scan: Scan,
+    object_: NDArray[np.complex64],
+    corner: tuple[int, int],
+    index: NDArray[np.int64] | None = None,
+    *,
+    part_patterns: int = PART_PATTERNS,
+) -> SlowPhase:
+    """Correct the slow part of an object's phase, in memory.
+
+    Parameters
+    ----------
+    scan : Scan
+        Patterns, positions, probe, mask and flux.
+    object_ : complex64 array (y, x)
+        NaN where unseen; such pixels, and all beyond the edges, count as 0 and stay as they are.
+    corner : (int, int)
+        Coordinates of its pixel [0, 0] in the scan's frame.
+    index : int64 array (k,), optional
+        Patterns of one experiment; all by default.
+    part_patterns : int
+        Patterns in one part of the sums.
+
+    Returns
+    -------
+    SlowPhase
+
+    Raises
+    ------
+    PtychodaskError
+        If the patterns belong to several experiments.
+    """
+    index = np.arange(scan.n_patterns) if index is None else np.asarray(index, np.int64)
+    if scan.scan_index is not None and len(np.unique(scan.scan_index[index])) > 1:
+        raise PtychodaskError(
+            f"{scan.store or 'scan'}: the slow phase of one object needs the patterns of one experiment, found "
+            f"{len(np.unique(scan.scan_index[index]))}; pass index= of one"
+        )
+    (height, width), (y, x) = object_.shape, corner
+    object_box = Box(y, y + height, x, x + width)
+    around = _frames_box(scan, index)
+    box = Box(*(f(a, b) for f, a, b in zip((min, max, min, max), object_box, around, strict=True)))
+    nodes = node_grid(box, node_spacing_px(scan.probe))
+    judges = judge_index(scan, index)
+    chosen = slow_phase_patterns(scan, nodes, index)
+    parts = [chosen[start : start + part_patterns] for start in range(0, len(chosen), part_patterns)]
+    sums = []
+    for part in parts:
+        part_box = _frames_box(scan, part)
+        sums.append(normal_equations(_cut(object_, object_box, part_box), part_box.corner, scan, nodes, part))
+    coefficients = solve(merge(*sums), nodes)
+    before, after = _judge(scan, object_, object_box, nodes, coefficients, judges)
+    kept = not len(judges) or is_better(before, after)
+    record = SlowPhaseRecord(
+        kept=kept,
+        reason=_reason(before, after, len(judges), len(index)),
+        misfit_before=before if len(judges) else None,
+        misfit_after=after if len(judges) else None,
+        n_patterns=len(chosen),
+        n_judges=len(judges),
+        n_nodes=nodes.n_nodes,
+        spacing_px=nodes.spacing_px,
+    )
+    logger.info("slow phase: %d patterns, %d nodes; %s", len(chosen), nodes.n_nodes, record.reason)
+    if not kept:
+        return SlowPhase(object_, np.zeros(object_.shape), record)
+    phase = phase_on(object_box, nodes, coefficients)
+    return SlowPhase(apply_phase(object_, phase), phase, record)
+
+
+def _judge(
+    scan: Scan,
+    object_: NDArray[np.complex64],
+    object_box: Box,
+    nodes: NodeGrid,
+    coefficients: NDArray[np.float64],
+    judges: NDArray[np.int64],
+) -> tuple[float, float]:
+    """Misfit of the judges without and with the slow phase."""
+    before = after = 0.0
+    for start in range(0, len(judges), READ_BATCH):
+        part = judges[start : start + READ_BATCH]
+        box = _frames_box(scan, part)
+        piece = _cut(object_, object_box, box)
+        before += misfit(piece, box.corner, scan, part)
+        after += misfit(apply_phase(piece, phase_on(box, nodes, coefficients)), box.corner, scan, part)
+    return before, after
+
+
+def _reason(before: float, after: float, n_judges: int, n_patterns: int) -> str:
+    """Reason why a step is kept or rejected."""
+    if not n_judges:
+        return f"{n_patterns} patterns are too few to judge by"
+    change = f"misfit of {n_judges} judges from {before:.6g} to {after:.6g}"
+    return change if is_better(before, after) else f"{change}, less than {LEAST_FALL} of itself lower"
+
+
+def _frames_box(scan: Scan, index: NDArray[np.int64]) -> Box:
+    """Box around the frames of some patterns."""
+    corner = footprint_corners(scan.position_yx_px[index], scan.n_pixels)
+    (y0, x0), (y1, x1) = corner.min(axis=0).tolist(), (corner.max(axis=0) + scan.n_pixels).tolist()
+    return Box(y0, y1, x0, x1)
+
+
+def _cut(object_: NDArray[np.complex64], object_box: Box, box: Box) -> NDArray[np.complex64]:
+    """Object over a box (y, x); 0 beyond its edges."""
+    piece = np.zeros(box.shape, np.complex64)
+    shared = object_box.overlap(box)
+    if shared.n_pixels:
+        at, source = (
+            (slice(shared.y0 - one.y0, shared.y1 - one.y0), slice(shared.x0 - one.x0, shared.x1 - one.x0))
+            for one in (box, object_box)
+        )
+        piece[at] = object_[source]
+    return piece
