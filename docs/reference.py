@@ -9,12 +9,13 @@ import html
 import inspect
 from collections.abc import Callable, Iterator
 from enum import Enum
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import typer
 
 import ptychodask
 from ptychodask.cli import COMMANDS
+from ptychodask.cli.fields import complete
 from ptychodask.progress import quiet_stderr
 
 NAMES = {
@@ -66,9 +67,8 @@ def _command(command: Callable[..., None]) -> Iterator[str]:
         example = paragraph.partition("Example: ")[2]
         yield from ("```sh", example, "```", "") if example else (paragraph, "")
     yield from ("| argument or option | type | meaning |", "|---|---|---|")
-    hints = get_type_hints(command, include_extras=True)
-    for name, parameter in inspect.signature(command).parameters.items():
-        kind, info = get_args(hints[name])
+    for name, parameter in inspect.signature(complete(command), eval_str=True).parameters.items():
+        kind, info = get_args(parameter.annotation)
         cells = (_flags(name, info), _kind(kind), html.escape(info.help, quote=False) + _default(parameter.default))
         yield "| {} | {} | {} |".format(*(cell.replace("|", r"\|").replace("*", r"\*") for cell in cells))
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.fft
-import scipy.ndimage
+import scipy
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError

@@ -22,7 +22,7 @@ import xarray as xr
 from ptychodask.errors import PtychodaskError
 from ptychodask.export import export
 from ptychodask.export.content import Picture
-from ptychodask.io import ingest
+from ptychodask.io.ingest import ingest
 from ptychodask.io.quantities import SQUARENESS
 from ptychodask.models import Model, load_model, save_model
 from ptychodask.models.contract import MinimalModel

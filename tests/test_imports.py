@@ -17,6 +17,7 @@ PACKAGE = Path(ptychodask.__file__).parent
 
 FLOORS = [
     "errors",
+    "options",
     "html",
     "scan",
     "probes",

@@ -31,14 +31,13 @@ from ptychodask.inspection.evidence import (
 )
 from ptychodask.inspection.findings import Finding, Inspection, Preview
 from ptychodask.inspection.stores import inspect_store
-from ptychodask.io import IngestSpec
 from ptychodask.io.formats import detect_format, open_container, options_of, read_source
 from ptychodask.io.grid import GriddedSource, on_grid
 from ptychodask.io.mapping import UNIT_NAMES
 from ptychodask.io.near_field import near_field
 from ptychodask.io.patterns import prepared
 from ptychodask.io.recipe import with_recipe
-from ptychodask.io.source import MOST_PIXELS, Container, Frames, SourceScan, frame_axes
+from ptychodask.io.source import MOST_PIXELS, Container, Frames, IngestSpec, SourceScan, frame_axes
 from ptychodask.probes import probe_diameter_px
 from ptychodask.scan import Domain
 from ptychodask.storage.location import parse_location

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.forward import predicted_amplitude, r_ratio, r_sums
 from ptychodask.inspection.command import Origin, PositionTurn, turned_command
-from ptychodask.io import IngestSpec, ingest
 from ptychodask.io.formats import detect_format, open_container, read_source
 from ptychodask.io.grid import on_grid
+from ptychodask.io.ingest import ingest
+from ptychodask.io.source import IngestSpec
 from ptychodask.iterative import Measured, around_middle, measure, run_sweeps
 from ptychodask.probes import defocus_starts, defocused
 from ptychodask.progress import Progress, progress_bar

@@ -16,26 +16,18 @@ from ptychodask.io.source import (
     IngestSpec,
     SourceScan,
 )
+from ptychodask.options import names_where
 from ptychodask.scan import Scan
 from ptychodask.storage.location import LocalLocation
 from ptychodask.storage.records import plain
 from ptychodask.store import open_scan
 from ptychodask.store.append import append_segment
 
-OF_EACH_SEGMENT = ("diffraction", "drop_frames", "scratch")
+OF_EACH_SEGMENT = names_where(IngestSpec, segment="each")
 """Options that may differ between the segments of a growing scan."""
 
 
-OF_FIRST_SEGMENT = (
-    "probe",
-    "probe_diameter_px",
-    "probe_stop_px",
-    "probe_defocus",
-    "probe_defocus_m",
-    "calibration",
-    "incident_counts",
-    "mask",
-)
+OF_FIRST_SEGMENT = names_where(IngestSpec, segment="first")
 """Options for properties that all segments of a growing scan have from the first."""
 
 

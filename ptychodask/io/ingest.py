@@ -20,12 +20,14 @@ from ptychodask.io.recipe import with_recipe
 from ptychodask.io.source import (
     IngestSpec,
 )
+from ptychodask.options import takes_fields
 from ptychodask.scan import Scan
 from ptychodask.storage.location import LocationLike, parse_location
 from ptychodask.store import SCAN
 from ptychodask.store.write import write_scan
 
 
+@takes_fields(IngestSpec)
 def ingest(
     source: str | Path,
     store: LocationLike,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import MIN_SEEN_LIGHT, r_factor, seen_light
-from ptychodask.io import ForeignResult, read_foreign_result
+from ptychodask.io.products import ForeignResult, read_foreign_result
 from ptychodask.judging.metrics import (
     METRICS,
     PARTS,

@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ptychodask.errors import PtychodaskError
+from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.grouping import GroupingSpec, check_drop
 from ptychodask.html import card
 from ptychodask.models.choose import recorded_model, resolve_model
 from ptychodask.models.contract import MinimalModel, PatchModel
 from ptychodask.models.pretrained import pretrained_for
+from ptychodask.options import takes_fields
 from ptychodask.plan.chunks import (
     BLOCK_GROUPS,
     RESULT_PIXEL_BYTES,
@@ -169,12 +170,14 @@ class Plan:
         return rows
 
 
+@takes_fields(ReconstructionSpec)
 def plan(
     store: str | Path,
     model: str | Path | MinimalModel | None = None,
     spec: ReconstructionSpec = ReconstructionSpec(),
     *,
     measure: bool = False,
+    **spec_fields: Any,
 ) -> Plan:
     """Plan of a reconstruction, without running it.
 
@@ -187,6 +190,8 @@ def plan(
     spec : ReconstructionSpec
     measure : bool
         Predict for a few seconds in this process, to estimate the time of the run.
+    **spec_fields
+        Fields of `ReconstructionSpec`, by name; they replace those of `spec`.
 
     Returns
     -------
@@ -204,6 +209,7 @@ def plan(
     not depend on the machine. The store is only read: a missing group table is drawn in memory, with the rows that
     `reconstruct` will store.
     """
+    spec = with_fields(spec, spec_fields)
     stored = open_anew(store)
     scan = stored.first()
     spec = in_pixels(spec, scan.pixel_size_m, stored.label)

@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +22,10 @@ from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.models.choose import absolute_path, resolve_model
 from ptychodask.models.contract import MinimalModel, PatchModel
 from ptychodask.models.training_range import unlike_training
+from ptychodask.options import names_where, takes_fields
 from ptychodask.plan import Plan, plan_for, plan_together, prediction_job
 from ptychodask.plan.chunks import RESULT_PIXEL_BYTES, Tile
-from ptychodask.plan.spec import MIB, NOT_STORED, ReconstructionSpec, in_pixels
+from ptychodask.plan.spec import MIB, ReconstructionSpec, in_pixels
 from ptychodask.prediction import open_anew
 from ptychodask.reconstruction.batch import FailedScansError, reconstruct_each
 from ptychodask.reconstruction.follow import FollowedScan, first_run
@@ -57,6 +58,7 @@ def reconstruct(
 def reconstruct(
     store: list[Any] | tuple[Any, ...], model: Models = None, spec: ReconstructionSpec = ..., **options: Any
 ) -> dict[str, xr.Dataset]: ...
+@takes_fields(ReconstructionSpec)
 def reconstruct(
     store: LocationLike | Sequence[LocationLike],
     model: Models = None,
@@ -100,7 +102,7 @@ def reconstruct(
     progress : bool, optional
         See `progress_bar`.
     **spec_fields
-        Fields of `spec` to replace, by name.
+        Fields of `ReconstructionSpec`, by name; they replace those of `spec`.
 
     Returns
     -------
@@ -264,7 +266,7 @@ def _check_followed(spec: ReconstructionSpec, result: Location | None, store: st
             f"{store}: is still growing, and its predicted chunks are kept on a disk until it is finished; pass out= "
             "(--out) with a path on a disk"
         )
-    for name in ("cache", "verify", "position_yx_px"):
+    for name in names_where(ReconstructionSpec, growing=False):
         if getattr(spec, name) not in (None, 0):
             raise PtychodaskError(
                 f"{store}: is followed while it grows, and {name} needs a complete scan; remove it, or reconstruct "
@@ -355,9 +357,7 @@ def _attributes(
         "store": first.store,
         "data_hash": first.data_hash,
         "model": made_by.get("", made_by),
-        "spec": {
-            each.name: _recorded(getattr(spec, each.name)) for each in fields(spec) if each.name not in NOT_STORED
-        },
+        "spec": {name: _recorded(getattr(spec, name)) for name in names_where(ReconstructionSpec, stored=True)},
         "plan": summaries.get("", summaries),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }

@@ -8,14 +8,11 @@ from collections.abc import Callable, Sequence
 import xarray as xr
 
 from ptychodask.errors import PtychodaskError, in_brief
+from ptychodask.options import names_where
 from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.storage.location import Location, LocationLike, parse_location
 
 logger = logging.getLogger(__name__)
-
-
-SINGLE_SCAN_FIELDS = ("cache", "position_yx_px", "drop")
-"""Fields of a spec that refer to the patterns of one scan."""
 
 
 class FailedScansError(PtychodaskError):
@@ -72,7 +69,7 @@ def reconstruct_each(
         After all scans, if some failed; it has the results of the others.
     """
     names = scan_names(stores)
-    for field in SINGLE_SCAN_FIELDS:
+    for field in names_where(ReconstructionSpec, one_scan=True):
         if getattr(spec, field) not in (None, ()):
             raise PtychodaskError(f"reconstruct: {field} refers to one scan, and {len(names)} are given; remove it")
     if out is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ptychodask.options import names_where
 from ptychodask.plan import Plan
 from ptychodask.plan.chunks import Tile
 from ptychodask.plan.spec import ReconstructionSpec
@@ -79,15 +80,12 @@ class RunFolders:
     """Store that is being written."""
 
 
-FIELDS_WITHOUT_EFFECT = ("memory_bytes", "on_error", "verify", "device", "pyramid")
-"""Fields of a spec that do not change the pixels of tiles."""
-
-
 def identity(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Attributes of a run that its tiles depend on."""
     # All else is left out, so that a stopped run can be resumed with other memory, another device, or patterns skipped.
     # The plan, which memory does change, is compared in full: it decides which sums and tiles there are.
-    spec = {name: value for name, value in attributes["spec"].items() if name not in FIELDS_WITHOUT_EFFECT}
+    without_effect = names_where(ReconstructionSpec, changes_result=False)
+    spec = {name: value for name, value in attributes["spec"].items() if name not in without_effect}
     return {
         "data_hash": attributes["data_hash"],
         "model": _model_identity(attributes["model"]),

@@ -24,6 +24,7 @@ from ptychodask.models.networks import (
 )
 from ptychodask.models.spec import Kind
 from ptychodask.models.training_range import ranges_of
+from ptychodask.options import takes_fields
 from ptychodask.progress import progress_bar
 from ptychodask.scan import Scan
 from ptychodask.storage.atomic import check_vacant_folder
@@ -197,6 +198,7 @@ def _for_devices(loss: Loss, devices: int) -> Loss:
     return lambda target, prediction: keras.ops.reshape(loss(target, prediction), (1,))
 
 
+@takes_fields(TrainingSpec)
 def train(
     store: str | Path | Sequence[str | Path],
     spec: TrainingSpec | None = None,
