@@ -26,6 +26,10 @@ class Facts:
     stored: bool = True
     """False: sets when a run starts and how it is displayed, so that a result does not record it."""
 
+    recorded_at_default: bool = True
+    """False: a result records it only if it is not the default, because version 0.1, whose runs can be resumed, did not
+    have it."""
+
     changes_result: bool = True
     """False: the pixels of tiles do not depend on it, so that a run can be resumed with another value."""
 
@@ -77,6 +81,27 @@ def names_where(spec: type[Frozen], **expected: Any) -> tuple[str, ...]:
         for name, facts in facts_of(spec).items()
         if all(getattr(facts, fact) == value for fact, value in expected.items())
     )
+
+
+def values_to_record(spec: Frozen) -> dict[str, Any]:
+    """Values of a spec that a result records, by name.
+
+    Examples
+    --------
+    >>> @dataclass(frozen=True)
+    ... class Spec:
+    ...     crop: int = option(20, help="Pixels that are used.")
+    ...     added: bool = option(False, help="An option of a later version.", recorded_at_default=False)
+    >>> values_to_record(Spec()), values_to_record(Spec(added=True))
+    ({'crop': 20}, {'crop': 20, 'added': True})
+    """
+    facts = facts_of(type(spec))
+    return {
+        each.name: getattr(spec, each.name)
+        for each in fields(spec)
+        if facts[each.name].stored
+        and (facts[each.name].recorded_at_default or getattr(spec, each.name) != each.default)
+    }
 
 
 def flags_of(spec: type[Frozen]) -> dict[str, str]:

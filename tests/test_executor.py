@@ -111,7 +111,9 @@ def store(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("fields", [{}, {"polish": 2}, {"split_half": True}, {"on_error": "skip", "verify": 2}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"polish": 2}, {"slow_phase": True}, {"split_half": True}, {"on_error": "skip", "verify": 2}]
+)
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_threads_reconstruct_to_the_same_bits(store, client, tmp_path, fields, on_disk):
     threads = Threads()

@@ -211,8 +211,9 @@ def test_what_cannot_be_asked_for_is_refused(store, fields, message):
 
 
 def test_several_models_go_without_polishing(store):
-    with pytest.raises(PtychodaskError, match="polish and cache need a single model, and several are given"):
-        reconstruct(store, {"a": LinearModel(), "b": LinearModel()}, polish=1)
+    for fields in ({"polish": 1}, {"slow_phase": True}):
+        with pytest.raises(PtychodaskError, match="polish, slow_phase and cache need a single model, and several are"):
+            reconstruct(store, {"a": LinearModel(), "b": LinearModel()}, **fields)
 
 
 def test_a_worker_with_too_little_memory_is_named_before_the_first_task(store, client, monkeypatch):

@@ -37,6 +37,10 @@ LARGEST = {"batch_size": 2**31, "groups_per_chunk": 2**31, "tile": 2**16}
 """Upper limits of fields: a larger number is a typing error, and a larger tile does not fit into a store."""
 
 
+REFINEMENTS = {"polish": ("sweeps", "polish"), "slow_phase": ("its equations", "correct")}
+"""Fields that refine the stitched object, with the words of their messages."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionSpec:
     """Options of a reconstruction; None means automatic."""
@@ -78,6 +82,15 @@ class ReconstructionSpec:
 
     polish: int = option(0, help="Data-consistency sweeps after stitching.")
     """Data-consistency sweeps over the patterns that polish the stitched object."""
+
+    slow_phase: bool = option(
+        False,
+        help="Correct the slowly varying part of the phase after stitching. Patterns that judge the correction are "
+        "still used by --polish.",
+        recorded_at_default=False,
+    )
+    """Correct the slowly varying part of the stitched phase, before any sweeps, by least squares over a share of the
+    patterns. It is kept if it improves the agreement with other patterns, the judges; sweeps use all patterns."""
 
     precision: Precision = option(
         "float32", help="Precision of the convolutions: float32, or mixed (bfloat16).", timed=True
@@ -185,10 +198,8 @@ class ReconstructionSpec:
             raise PtychodaskError(
                 f"reconstruct: verify is {self.verify!r}, expected a number of chunks, an integer of at least 0"
             )
-        if self.polish and self.split_half:
-            raise PtychodaskError(
-                f"reconstruct: polish={self.polish} with split_half=True: sweeps would mix the halves; pass only one"
-            )
+        if not isinstance(self.slow_phase, bool):
+            raise PtychodaskError(f"reconstruct: slow_phase is {self.slow_phase!r}, expected True or False")
         if self.position_yx_px is not None:
             object.__setattr__(self, "position_yx_px", _as_positions(self.position_yx_px))
         if self.position_yx_px is not None and self.cache is None:
@@ -196,15 +207,26 @@ class ReconstructionSpec:
                 "reconstruct: position_yx_px without cache=: the network's input uses the stored positions; pass "
                 "cache= to stitch cached patches, or ingest with the corrected positions"
             )
-        if self.polish and self.position_yx_px is not None:
+        for name, (equations, verb) in REFINEMENTS.items():
+            if getattr(self, name):
+                self._check_refined(f"reconstruct: {name}={getattr(self, name)}", equations, verb)
+
+    @property
+    def refines(self) -> bool:
+        """True if the stitched object is refined."""
+        return any(getattr(self, name) for name in REFINEMENTS)
+
+    def _check_refined(self, given: str, equations: str, verb: str) -> None:
+        if self.split_half:
+            raise PtychodaskError(f"{given} with split_half=True: {equations} would mix the halves; pass only one")
+        if self.position_yx_px is not None:
             raise PtychodaskError(
-                f"reconstruct: polish={self.polish} with position_yx_px: sweeps use the stored positions; "
-                "ingest with the corrected ones"
+                f"{given} with position_yx_px: {equations} use the stored positions; ingest with the corrected ones"
             )
-        if self.polish and self.roi is not None:
+        if self.roi is not None:
             raise PtychodaskError(
-                f"reconstruct: polish={self.polish} with roi {self.roi}: patterns at its edge reach beyond it; "
-                "polish the complete object and crop it"
+                f"{given} with roi {self.roi}: patterns at its edge reach beyond it; {verb} the complete object and "
+                "crop it"
             )
 
 

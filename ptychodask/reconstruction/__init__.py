@@ -22,7 +22,7 @@ from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.models.choose import absolute_path, resolve_model
 from ptychodask.models.contract import MinimalModel, PatchModel
 from ptychodask.models.training_range import unlike_training
-from ptychodask.options import names_where, takes_fields
+from ptychodask.options import names_where, takes_fields, values_to_record
 from ptychodask.plan import Plan, plan_for, plan_together, prediction_job
 from ptychodask.plan.chunks import RESULT_PIXEL_BYTES, Tile
 from ptychodask.plan.spec import MIB, ReconstructionSpec, in_pixels
@@ -32,7 +32,7 @@ from ptychodask.reconstruction.follow import FollowedScan, first_run
 from ptychodask.reconstruction.lazy import lazy_result
 from ptychodask.reconstruction.live import screen_for
 from ptychodask.reconstruction.patch_cache import patch_cache
-from ptychodask.reconstruction.refine import stitch_and_polish
+from ptychodask.reconstruction.refine import check_one_experiment, stitch_and_refine
 from ptychodask.reconstruction.run import Run, RunFolders
 from ptychodask.reconstruction.tasks import MethodJob, StitchingJob, TileReport
 from ptychodask.reconstruction.to_store import write_result
@@ -149,6 +149,11 @@ def reconstruct(
 
     A cache stores the patches as float16, 11 bits of each number.
 
+    ``slow_phase=True`` multiplies the stitched object by exp(i φ), with φ bilinear between nodes as far apart as the
+    probe is wide: one Gauss-Newton step of least squares for the amplitudes of a share of the patterns. One pattern in
+    16 takes no part and judges the step, which is kept if it lowers their misfit. Sweeps of ``polish`` come afterwards
+    and use all patterns. The attribute ``refinement`` records the outcome. See `ptychodask.refinement.slow_phase`.
+
     Polishing fits the stitched object to the amplitudes of the patterns, with the store's probe: it lowers
     Σ(√I_pred − √I)² + Σ h |object − stitched|², where the proximal weight h keeps pixels that received less intensity
     than the brightest of one exposure near the network's prediction. All patterns are projected at once in each sweep
@@ -250,6 +255,8 @@ def _plan_run(
 ) -> Run:
     """Plan the run over the scan of a reader."""
     plans = plan_together(reader, networks, spec) if several else {"": plan_for(reader, networks[""], spec)}
+    if spec.slow_phase:
+        check_one_experiment(reader.scan, spec.drop)
     methods = tuple(
         MethodJob(prediction_job(plans[label], network, scan, spec), plans[label].window, plans[label].crop)
         for label, network in networks.items()
@@ -303,9 +310,15 @@ def _check_options(
             f"reconstruct: compute=False with polish={spec.polish}: each sweep needs the complete object; compute, "
             "or remove polish"
         )
-    if several and (spec.polish or spec.cache is not None):
+    if spec.slow_phase and not compute:
         raise PtychodaskError(
-            "reconstruct: polish and cache need a single model, and several are given; reconstruct with one at a time"
+            "reconstruct: compute=False with slow_phase=True: its equations need the complete object; compute, or "
+            "remove slow_phase"
+        )
+    if several and (spec.refines or spec.cache is not None):
+        raise PtychodaskError(
+            "reconstruct: polish, slow_phase and cache need a single model, and several are given; reconstruct with "
+            "one at a time"
         )
     if (
         spec.cache is not None
@@ -334,7 +347,7 @@ def _in_memory(run: Run, client: AnyClient | None, started: float, progress: boo
         for name, part in report.arrays.items():
             arrays[name][..., y : y + height, x : x + width] = part
 
-    report = stitch_and_polish(
+    report = stitch_and_refine(
         run, client, RunFolders(), copy_tile, progress=progress, screen=screen_for(run.spec.live)
     )
     return make_dataset(
@@ -357,7 +370,7 @@ def _attributes(
         "store": first.store,
         "data_hash": first.data_hash,
         "model": made_by.get("", made_by),
-        "spec": {name: _recorded(getattr(spec, name)) for name in names_where(ReconstructionSpec, stored=True)},
+        "spec": {name: _recorded(value) for name, value in values_to_record(spec).items()},
         "plan": summaries.get("", summaries),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }

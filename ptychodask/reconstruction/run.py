@@ -73,7 +73,7 @@ class RunFolders:
     """Records finished chunks and tiles, and those of earlier runs."""
 
     stitched: Location | None = None
-    """Store of the stitched tiles: the result itself, or a store beside it if they are polished afterwards. None while
+    """Store of the stitched tiles: the result itself, or a store beside it if they are refined afterwards. None while
     a growing scan is followed: its sums are kept, and tiles are only shown."""
 
     result: Location | None = None

@@ -413,16 +413,16 @@ def show_tile(
     return TileReport(None, {}, [part.report for part in parts], coarse=coarse)
 
 
-def deliver_polished(
+def deliver_refined(
     tile: Tile,
     box: Box,
     stitched: TileReport,
-    polished: NDArray[np.complex64],
+    refined: NDArray[np.complex64],
     out: Location | None,
     start_yx: tuple[int, int],
     coarse_step: int = 0,
 ) -> TileReport:
-    """Replace a tile's object by the polished one, and deliver the tile.
+    """Replace a tile's object by the refined one, and deliver the tile.
 
     It is written, or sent to the client; unseen pixels stay NaN.
 
@@ -431,16 +431,16 @@ def deliver_polished(
     tile, out, start_yx, coarse_step
         See `deliver_tile`.
     box : Box
-        Extent of `polished`.
+        Extent of `refined`.
     stitched : TileReport
-    polished : complex64 array (y, x)
+    refined : complex64 array (y, x)
 
     Returns
     -------
     TileReport
     """
     assert stitched.arrays is not None
-    arrays: dict[str, Any] = stitched.arrays | {"object": seen_part(tile.box, box, stitched.arrays["object"], polished)}
+    arrays: dict[str, Any] = stitched.arrays | {"object": seen_part(tile.box, box, stitched.arrays["object"], refined)}
     if out is not None:
         write_tile(out, start_yx, arrays)
     coarse = coarse_part(arrays["object"], start_yx, coarse_step) if coarse_step else None

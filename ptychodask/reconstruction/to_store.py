@@ -18,7 +18,7 @@ from ptychodask.pyramid import write_pyramid
 from ptychodask.reconstruction.follow import FollowedScan, growing_identity
 from ptychodask.reconstruction.ledger import Ledger, check_same
 from ptychodask.reconstruction.live import Screen, screen_for
-from ptychodask.reconstruction.refine import stitch_and_polish
+from ptychodask.reconstruction.refine import stitch_and_refine
 from ptychodask.reconstruction.run import Run, RunFolders, identity
 from ptychodask.result import PYRAMID, RESULT, create_result, finish_result, open_result
 from ptychodask.storage.atomic import Writing
@@ -33,7 +33,7 @@ SUMS_FOLDER = "sums"
 
 
 STITCHED_FOLDER = "stitched"
-"""Store of the tiles that are still to be polished, beside a result that is being written."""
+"""Store of the tiles that are still to be refined, beside a result that is being written."""
 
 
 def write_result(
@@ -100,9 +100,9 @@ def _run_into(
     progress: bool | None,
     screen: Screen | None,
 ) -> dict[str, Any]:
-    """Run, or resume, into a result store; returns the attributes of `stitch_and_polish`."""
+    """Run, or resume, into a result store; returns the attributes of `stitch_and_refine`."""
     result, beside = writing.whole, writing.beside
-    stitched = beside / STITCHED_FOLDER if run.spec.polish else result
+    stitched = beside / STITCHED_FOLDER if run.spec.refines else result
     folders = RunFolders(beside / SUMS_FOLDER, ledger, stitched, result)
     if ledger.exists:
         ledger.read()
@@ -122,7 +122,7 @@ def _run_into(
         (beside / SUMS_FOLDER).make_folder()
     if run.spec.pyramid:
         (result / PYRAMID).remove()
-    return stitch_and_polish(run, client, folders, lambda tile, report: None, progress=progress, screen=screen)
+    return stitch_and_refine(run, client, folders, lambda tile, report: None, progress=progress, screen=screen)
 
 
 def _check_nothing_skipped(ledger: Ledger, spec: ReconstructionSpec) -> None:
