@@ -76,9 +76,9 @@ def test_an_unknown_name_is_refused_with_the_names_of_the_fields(name, tmp_path)
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda each: each.__name__)
 def test_commands_have_the_fields_as_options(command):
     spec, facts = COMMANDS_OF.get(command.__name__, (None, {}))
-    own = set(inspect.signature(command).parameters)
-    added = set(inspect.signature(complete(command)).parameters) - own
-    assert added == (set() if spec is None else set(names_where(spec, **facts)) - own)
+    kept = set(inspect.signature(command).parameters)
+    added = set(inspect.signature(complete(command)).parameters) - kept
+    assert added == (set() if spec is None else set(names_where(spec, **facts)) - kept)
     shown = {parameter.name: parameter for parameter in typer_command(command).params}
     for name in added:
         assert flags_of(spec)[name] == shown[name].opts[0]
