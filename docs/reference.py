@@ -40,6 +40,9 @@ NAMES = {
 ACCESSOR = "ptychodask.result.PtychoAccessor"
 """Class of ``ds.ptycho``."""
 
+METRICS = "ptychodask.judging.metrics"
+"""Module of the metrics of arrays, such as `spoke_contrast`."""
+
 WORKER_FROM_ELSEWHERE = "https://unpkg.com/iframe-worker/shim"
 """Script that the theme loads when the pages are opened from a folder."""
 
@@ -117,7 +120,20 @@ def api_page() -> str:
         for name in names:
             public = getattr(ptychodask, name)
             lines += ["", f"::: {public.__module__}.{public.__qualname__}"]
-    return "\n".join([*lines, "", "## The accessor of results", "", f"::: {ACCESSOR}", ""])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "## Metrics of arrays",
+            "",
+            f"::: {METRICS}",
+            "",
+            "## The accessor of results",
+            "",
+            f"::: {ACCESSOR}",
+            "",
+        ]
+    )
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:

@@ -22,16 +22,15 @@ from ptychodask.cluster.clients import client_for_run
 from ptychodask.cluster.job import THREAD_VARIABLES
 from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.models.choose import recorded_model, resolve_model
-from ptychodask.models.contract import PatchModel
+from ptychodask.models.contract import MinimalModel, PatchModel
 from ptychodask.plan import Plan, plan_for, prediction_job
 from ptychodask.plan.spec import MIB, ReconstructionSpec, in_pixels
-from ptychodask.prediction import PredictionJob, compile_model
+from ptychodask.prediction import PredictionJob, open_stored
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Scan
 from ptychodask.simulate import simulate
-from ptychodask.storage.location import parse_location, stored_sizes
-from ptychodask.store import ScanReader, open_scan
-from ptychodask.store.groups import read_groups
+from ptychodask.storage.location import parse_location
+from ptychodask.store import StoredScan, open_scan
 
 Network = Literal["pinn", "ptychopinn"]
 """Network that is built if no model is given: ours, or one of PtychoPINN's layer sizes."""
@@ -99,7 +98,7 @@ class BareRun:
 
 def bench(
     store: str | Path | None = None,
-    model: str | Path | PatchModel | None = None,
+    model: str | Path | MinimalModel | None = None,
     spec: BenchSpec = BenchSpec(),
     *,
     reconstruction: ReconstructionSpec = ReconstructionSpec(),
@@ -156,7 +155,7 @@ def bench(
         started = time.perf_counter()
         # As `reconstruct` plans it, which stores the group table that workers read.
         in_px = in_pixels(reconstruction, scan.pixel_size_m, str(scan.store))
-        planned = plan_for(ScanReader(str(scan.store)), network, in_px)
+        planned = plan_for(StoredScan(str(scan.store)), network, in_px)
         plan_s = time.perf_counter() - started
         job = _bare_job(prediction_job(planned, network, scan, reconstruction), planned.n_groups, len(workers))
         start_up_s = max(run.start_up_s for run in _bare(used, workers, replace(job, n_batches=1)))
@@ -206,7 +205,7 @@ def _scan(store: str | Path | None, spec: BenchSpec, scratch: Path, progress: bo
     )
 
 
-def _network(scan: Scan, model: str | Path | PatchModel | None, spec: BenchSpec, scratch: Path) -> PatchModel:
+def _network(scan: Scan, model: str | Path | MinimalModel | None, spec: BenchSpec, scratch: Path) -> PatchModel:
     """Given or recorded model, else a new one, bound to the scan."""
     network: PatchModel
     if model is not None or recorded_model(scan) is not None:
@@ -247,8 +246,8 @@ def run_bare(job: BareJob) -> BareRun:
     """
     started = time.perf_counter()
     prediction = job.prediction
-    scan = open_scan(prediction.store)
-    predict = compile_model(prediction.model.load().bind(scan), prediction.batch_size, prediction.precision)
+    scan = open_stored(prediction).scan
+    predict = prediction.model.load().bind(scan).compile(prediction.batch_size, prediction.precision)
     batches = _batches(prediction, scan, min(DISTINCT_BATCHES, job.n_batches))
     np.asarray(predict(*batches[0]))
     ready = time.perf_counter()
@@ -262,12 +261,13 @@ def _batches(job: PredictionJob, scan: Scan, n_batches: int) -> list[tuple[NDArr
 
     Each is X (batch, N, N, C) and offsets (batch, C, 2), all of full size.
     """
-    groups = read_groups(job.store, job.groups)
-    assert groups is not None
+    table = open_stored(job).table(job.groups)
+    assert table is not None
+    all_members = table.rows(0, len(table))
     batches = []
     for index in range(n_batches):
-        rows = np.arange(index * job.batch_size, (index + 1) * job.batch_size) % len(groups)
-        member = groups.member[rows]
+        rows = np.arange(index * job.batch_size, (index + 1) * job.batch_size) % len(all_members)
+        member = all_members[rows]
         patterns = scan.network_input(member.reshape(-1)).reshape(*member.shape, scan.n_pixels, scan.n_pixels)
         position = scan.position_yx_px[member]
         offset = (position - position.mean(axis=1, keepdims=True)).astype(np.float32)
@@ -305,7 +305,7 @@ def _about_scan(scan: Scan, *, simulated: bool) -> dict[str, Any]:
         "n_patterns": scan.n_patterns,
         "n_pixels": scan.n_pixels,
         "dtype": scan.diffraction.dtype.name,
-        "stored_bytes": sum(stored_sizes(parse_location(str(scan.store)) / "diffraction")),
+        "stored_bytes": sum(size for _, size in (parse_location(str(scan.store)) / "diffraction").below()),
         "simulated": simulated,
     }
 

@@ -92,12 +92,12 @@ def takes_fields(spec: type[Frozen]) -> Callable[[Function], Function]:
 
     def decorate(function: Function) -> Function:
         plain = signature(function)
-        kept = [each for each in plain.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
+        declared = [each for each in plain.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
         added = [
             Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
             for each in fields(spec)
         ]
-        function.__signature__ = plain.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+        function.__signature__ = plain.replace(parameters=[*declared, *added])  # type: ignore[attr-defined]
         function.__doc__ = f"{cleandoc(function.__doc__ or '')}\n\n{_section(spec)}"
         return function
 

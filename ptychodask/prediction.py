@@ -22,19 +22,17 @@ from ptychodask.models.contract import Device, PatchModel, Predict
 from ptychodask.models.pretrained import is_pretrained
 from ptychodask.models.spec import Precision
 from ptychodask.scan import Scan
-from ptychodask.store import ScanReader, open_scan
+from ptychodask.storage.location import LocationLike
+from ptychodask.store import StoredScan
 
 logger = logging.getLogger(__name__)
 
 
 CACHE_SIZE = 4
-"""Number of scans, and of compiled models, that a process caches for its next tasks."""
+"""Number of open stores, and of compiled models, that a process caches for its next tasks."""
 
 
 Cached = TypeVar("Cached")
-
-
-Opened = TypeVar("Opened", Scan, ScanReader)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +76,7 @@ class ModelReference:
         PtychodaskError
             If a GPU is `wanted` and none is available.
         """
-        if self.model is not None and not getattr(self.model, "runs_on_keras", False):
+        if self.model is not None and not self.model.runs_on_keras:
             return
         _GPU.get("device", models.use_given_gpu)
         if wanted:
@@ -170,9 +168,9 @@ class _ProcessCache(Generic[Cached]):
         self._lock = threading.Lock()
         self._kept: OrderedDict[Hashable, Cached] = OrderedDict()
 
-    def get(self, key: Hashable, make: Callable[[], Cached]) -> Cached:
+    def get(self, key: Hashable, make: Callable[[], Cached], *, anew: bool = False) -> Cached:
         with self._lock:
-            if key not in self._kept:
+            if anew or key not in self._kept:
                 self._kept[key] = make()
                 while len(self._kept) > CACHE_SIZE:
                     self._kept.popitem(last=False)
@@ -181,10 +179,7 @@ class _ProcessCache(Generic[Cached]):
 
 
 # Per process and not per Dask worker: the threaded scheduler has no worker, and one process may run several.
-_SCANS: _ProcessCache[Scan] = _ProcessCache()
-
-
-_READERS: _ProcessCache[ScanReader] = _ProcessCache()
+_STORES: _ProcessCache[StoredScan] = _ProcessCache()
 
 
 _PREDICTORS: _ProcessCache[Predict] = _ProcessCache()
@@ -248,10 +243,10 @@ def predict_groups(
     Patterns are read outside the device lock, so that one thread can read while another predicts.
     """
     with stage(seconds, "read"):
-        reader = open_reader(jobs[0])
-        rows = [_rows_of(reader, job, start, stop) for job in jobs]
+        stored = open_stored(jobs[0])
+        rows = [_rows_of(stored, job, start, stop) for job in jobs]
         wanted = np.unique(np.concatenate([member.ravel() for _, member in rows]))
-        patterns = _read_patterns(reader, wanted, skipped)
+        patterns = _read_patterns(stored, wanted, skipped)
     if patterns is None:
         return
     if len(patterns.pattern) < len(wanted):
@@ -268,54 +263,54 @@ def predict_groups(
 
 
 def _rows_of(
-    reader: ScanReader, job: PredictionJob, start: int, stop: int
+    stored: StoredScan, job: PredictionJob, start: int, stop: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Rows of a job's group table and their members, without dropped ones."""
-    member = reader.member(job.groups, start, stop) if job.member is None else job.member[start:stop]
+    member = stored.member(job.groups, start, stop) if job.member is None else job.member[start:stop]
     if len(member) != stop - start:
         raise _changed(job)
     kept = groups_kept(member, job.drop)
     return np.arange(start, stop)[kept], member[kept]
 
 
-def _read_patterns(reader: ScanReader, wanted: NDArray[np.int32], skipped: list[Skipped] | None) -> _Patterns | None:
+def _read_patterns(stored: StoredScan, wanted: NDArray[np.int32], skipped: list[Skipped] | None) -> _Patterns | None:
     """Usable ones of the wanted patterns; None if there is none."""
     if skipped is not None:
-        readable = reader.readable(wanted)
-        _leave_out(reader, wanted[~readable], "cannot be read", skipped)
+        readable = stored.readable(wanted)
+        _leave_out(stored, wanted[~readable], "cannot be read", skipped)
         wanted = wanted[readable]
     if len(wanted) == 0:
         return None
-    scan = _part(reader, wanted)
+    scan = _part(stored, wanted)
     with np.errstate(invalid="ignore"):
         x = scan.network_input(slice(None))
     # A sum is not finite if one of its values is not, which includes the square root of negative counts.
     total, lowest = x.sum(axis=(1, 2)), x.min(axis=(1, 2))
     wrong, dark = ~np.isfinite(total) | (lowest < 0), total == 0
-    _leave_out(reader, wanted[wrong], "have values that are negative or not finite", skipped)
-    _leave_out(reader, wanted[dark], "are dark: zero in all good pixels", skipped)
+    _leave_out(stored, wanted[wrong], "have values that are negative or not finite", skipped)
+    _leave_out(stored, wanted[dark], "are dark: zero in all good pixels", skipped)
     usable = ~(wrong | dark)
     if usable.all():
         return _Patterns(scan, wanted, scan.position_yx_px, x)
     return _Patterns(scan, wanted[usable], scan.position_yx_px[usable], x[usable]) if usable.any() else None
 
 
-def _part(reader: ScanReader, wanted: NDArray[np.int32]) -> Scan:
+def _part(stored: StoredScan, wanted: NDArray[np.int32]) -> Scan:
     """Some patterns of the scan; damaged chunks between them are not read."""
     try:
-        return reader.part(wanted)
+        return stored.part(wanted)
     except PtychodaskError:
-        return reader.part(wanted, gaps=False)
+        return stored.part(wanted, gaps=False)
 
 
-def _leave_out(reader: ScanReader, patterns: NDArray[np.int32], reason: str, skipped: list[Skipped] | None) -> None:
+def _leave_out(stored: StoredScan, patterns: NDArray[np.int32], reason: str, skipped: list[Skipped] | None) -> None:
     """Record patterns that are left out; raises `PtychodaskError` if `skipped` is None."""
     if len(patterns) == 0:
         return
     if skipped is None:
         listed = ", ".join(map(str, patterns[:10].tolist())) + (", ..." if len(patterns) > 10 else "")
         raise PtychodaskError(
-            f"{reader.label}: {len(patterns)} patterns {reason} ({listed}); leave them out with drop= (--drop) or "
+            f"{stored.label}: {len(patterns)} patterns {reason} ({listed}); leave them out with drop= (--drop) or "
             "on_error='skip' (--on-error skip)"
         )
     skipped.append(Skipped(tuple(patterns.tolist()), reason))
@@ -323,7 +318,7 @@ def _leave_out(reader: ScanReader, patterns: NDArray[np.int32], reason: str, ski
 
 def _predictor(job: PredictionJob, part: Scan, batch_size: int) -> Predict:
     key = (job.model.content_hash, job.bound_to or job.data_hash, batch_size, job.precision)
-    return _PREDICTORS.get(key, lambda: compile_model(job.model.load().bind(part), batch_size, job.precision))
+    return _PREDICTORS.get(key, lambda: job.model.load().bind(part).compile(batch_size, job.precision))
 
 
 def _predict_batch(
@@ -357,16 +352,6 @@ def _in_smaller_calls(
         rows = np.minimum(np.arange(first, first + size), len(x) - 1)
         parts.append(np.asarray(predict(x[rows], offset[rows]))[: len(x) - first])
     return np.concatenate(parts)
-
-
-def compile_model(model: PatchModel, batch_size: int, precision: Precision) -> Predict:
-    """Compile a model for a batch size and one of its `precisions`."""
-    return model.compile(batch_size) if precision == "float32" else model.compile(batch_size, precision)  # type: ignore[call-arg]
-
-
-def precisions(model: PatchModel) -> tuple[Precision, ...]:
-    """Precisions that a model supports; by default float32 only."""
-    return getattr(model, "precisions", ("float32",))
 
 
 def _predict_rows(
@@ -406,29 +391,34 @@ def _predict_rows(
             yield PatchBatch(patches, centre[real], member[real, 0])
 
 
-def open_reader(job: PredictionJob) -> ScanReader:
-    """Reader of a job's store, opened once per process.
+def open_anew(store: LocationLike) -> StoredScan:
+    """Open a store, checked, for planning and tasks in this process."""
+    stored = StoredScan(store)
+    stored.check()
+    return _STORES.get((stored.data_hash, stored.path), lambda: stored, anew=True)
+
+
+def open_stored(job: PredictionJob) -> StoredScan:
+    """Store of a job, opened once per process.
 
     Raises `PtychodaskError` if the store changed since it was planned.
     """
-    return _READERS.get((job.data_hash, job.store), lambda: _as_planned(job, ScanReader(job.store)))
+    return open_once(job.store, job.data_hash, lambda _: _changed(job))
 
 
-def open_source(job: PredictionJob) -> Scan:
-    """Scan of a job, opened once per process.
+def open_once(store: str, data_hash: str, changed: Callable[[str], PtychodaskError]) -> StoredScan:
+    """Store planned with a data hash, opened once per process.
 
-    Raises `PtychodaskError` if the store changed since it was planned.
+    Raises the error that `changed` makes of the present data hash, if the scan was never that of `data_hash`.
     """
-    return _SCANS.get((job.data_hash, job.store), lambda: _as_planned(job, open_scan(job.store)))
 
+    def opened() -> StoredScan:
+        stored = StoredScan(store)
+        if not stored.had_hash(data_hash):
+            raise changed(stored.data_hash)
+        return stored
 
-def _as_planned(job: PredictionJob, opened: Opened) -> Opened:
-    # Segments appended since then do not move the patterns that were planned.
-    attributes: dict[str, Any] = opened.attributes
-    earlier: list[str | None] = [one.get("data_hash") for one in attributes.get("segments", ())]
-    if job.data_hash not in (opened.data_hash, *earlier):
-        raise _changed(job)
-    return opened
+    return _STORES.get((data_hash, store), opened)
 
 
 def _changed(job: PredictionJob) -> PtychodaskError:

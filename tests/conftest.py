@@ -75,7 +75,7 @@ def refused(run):
 @pytest.fixture
 def empty_caches(monkeypatch):
     """Nothing that an earlier test left in this process: no open store, no compiled network."""
-    for name in ("_SCANS", "_READERS", "_PREDICTORS"):
+    for name in ("_STORES", "_PREDICTORS"):
         monkeypatch.setattr(prediction, name, prediction._ProcessCache())
 
 

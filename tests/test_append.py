@@ -21,11 +21,11 @@ from ptychodask.io import ingest
 from ptychodask.iterative import refine_probe
 from ptychodask.simulate import simulate
 from ptychodask.storage import atomic as folders
+from ptychodask.store import StoredScan, open_scan
 from ptychodask.store import append as growing
-from ptychodask.store import open_scan
 from ptychodask.store.annotate import record_model, replace_probe
 from ptychodask.store.append import append_segment, finish_scan
-from ptychodask.store.groups import group, read_groups
+from ptychodask.store.groups import group
 
 SIZES = (70, 31, 90)
 """Patterns of the segments: chunks of the store (2048 patterns) and of tables hold several."""
@@ -97,7 +97,7 @@ def test_groups_that_grew_are_those_of_the_finished_scan(files, tmp_path, spec):
             np.testing.assert_array_equal(table[: len(before)], before)
         before = table
     scan = finish_scan(store)
-    np.testing.assert_array_equal(read_groups(store, spec.name).member, before)
+    np.testing.assert_array_equal(StoredScan(store).table(spec.name).rows(0, len(before)), before)
     late = tmp_path / "late.zarr"
     grown(late, files)
     np.testing.assert_array_equal(group(late, spec).member, before)

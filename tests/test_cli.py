@@ -17,9 +17,8 @@ from ptychodask.models import Model, ModelSpec, Optics, save_model
 from ptychodask.models.networks import build_network
 from ptychodask.result import make_dataset, open_result
 from ptychodask.simulate import simulate
-from ptychodask.store import open_scan
+from ptychodask.store import StoredScan, open_scan
 from ptychodask.store.annotate import record_model, replace_probe
-from ptychodask.store.groups import stored_group_names
 from ptychodask.store.write import write_scan
 
 N = 16
@@ -194,7 +193,7 @@ def test_a_model_for_another_size_is_refused(refused, store, tmp_path):
 def test_a_model_for_another_number_of_members_is_refused(refused, run, store, tmp_path):
     run("group", store, "--members", 3)
     untrained(tmp_path / "four.model", store)
-    name = next(name for name in stored_group_names(store) if name.startswith("c3"))
+    name = next(name for name in StoredScan(store).table_names() if name.startswith("c3"))
     line = refused("reconstruct", store, "--model", tmp_path / "four.model", "--groups", name)
     assert "4" in line
     assert "3" in line

@@ -13,7 +13,6 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.forward import r_factor, shift_probe
 from ptychodask.io import ForeignResult
 from ptychodask.judging.compare import (
-    METRICS,
     align,
     compare,
     patterns_inside,
@@ -21,7 +20,7 @@ from ptychodask.judging.compare import (
     results_by_label,
     truth_on_pixels,
 )
-from ptychodask.judging.metrics import frc, half_bit
+from ptychodask.judging.metrics import METRICS, frc, half_bit
 from ptychodask.judging.tables import to_csv, to_markdown
 from ptychodask.result import make_dataset
 from ptychodask.scan import Truth

@@ -19,9 +19,9 @@ from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.reconstruction import follow, live, reconstruct
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
-from ptychodask.store import open_scan
+from ptychodask.store import GroupTable, StoredScan, open_scan
 from ptychodask.store.append import append_segment, finish_scan
-from ptychodask.store.groups import GroupTable, group, open_groups
+from ptychodask.store.groups import group
 from ptychodask.store.write import write_scan
 
 pytestmark = pytest.mark.usefixtures("empty_caches")
@@ -95,7 +95,7 @@ class Appending:
 def test_chunks_begin_anew_in_each_segment(finished):
     group(finished)
     todo = plan(finished, LinearModel())
-    table = open_groups(finished, todo.groups)
+    table = StoredScan(finished).table(todo.groups)
     assert isinstance(table, GroupTable)
     assert table.segments == SIZES
     edges = chunk_edges(SIZES, todo.groups_per_chunk).tolist()

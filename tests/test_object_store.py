@@ -29,11 +29,11 @@ from ptychodask.result import open_result
 from ptychodask.simulate import simulate
 from ptychodask.storage import s3 as places
 from ptychodask.storage.atomic import LEDGER
-from ptychodask.storage.location import parse_location, zarr_store
+from ptychodask.storage.location import parse_location
 from ptychodask.storage.s3 import CLAIM, S3Location, S3ZarrStore
-from ptychodask.store import open_scan
+from ptychodask.store import StoredScan, open_scan
 from ptychodask.store.annotate import replace_probe
-from ptychodask.store.groups import group, open_groups
+from ptychodask.store.groups import group
 from ptychodask.store.write import write_scan
 
 needs_ceph = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -174,7 +174,7 @@ def test_a_scan_in_a_bucket_is_the_one_on_the_disk(stored, on_disk) -> None:
     found, expected = open_scan(stored), open_scan(on_disk[0])
     assert found.data_hash == expected.data_hash
     np.testing.assert_array_equal(found.diffraction[[7, 3, 3, 250]], expected.diffraction[[7, 3, 3, 250]])
-    with xr.open_zarr(zarr_store(parse_location(stored), read_only=True), consolidated=True) as ds:
+    with xr.open_zarr(parse_location(stored).zarr_store(read_only=True), consolidated=True) as ds:
         assert ds.attrs["state"] == "complete"
 
 
@@ -220,7 +220,7 @@ def test_worker_processes_open_the_bucket_themselves(stored, on_disk) -> None:
 def test_group_tables_plans_and_refined_probes_are_kept_in_the_bucket(gateway, run) -> None:
     scan = simulate("s3://scans/kept.zarr", **SIZES)
     groups = group("s3://scans/kept.zarr", GroupingSpec(members=4))
-    table = open_groups("s3://scans/kept.zarr", groups.name)
+    table = StoredScan("s3://scans/kept.zarr").table(groups.name)
     np.testing.assert_array_equal(table.rows(0, 5), groups.member[:5])
     assert plan("s3://scans/kept.zarr", LinearModel()).store == "s3://scans/kept.zarr"
     changed = replace_probe("s3://scans/kept.zarr", 2 * scan.probe, {"by": "a test"})

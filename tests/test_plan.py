@@ -17,10 +17,10 @@ from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.reassembly import Box
 from ptychodask.reconstruction import reconstruct
 from ptychodask.simulate import simulate
-from ptychodask.store import open_scan
-from ptychodask.store import write as store_module
+from ptychodask.store import StoredScan, open_scan
+from ptychodask.store import groups as group_tables
 from ptychodask.store.append import append_segment
-from ptychodask.store.groups import group, stored_group_names
+from ptychodask.store.groups import group
 from ptychodask.store.write import write_scan
 
 N_PATTERNS = 120
@@ -200,8 +200,8 @@ def no_table(tmp_path, monkeypatch):
     """A store without a group table, whose writers fail until `monkeypatch.undo`."""
     path = tmp_path / "scan.zarr"
     simulate(path, n_pixels=16, n_patterns=60, step_px=4.0, seed=3)
-    for writer in ("_write_groups", "consolidate", "changing_root"):
-        monkeypatch.setattr(store_module, writer, refuse)
+    for writer in ("_write_table", "consolidate", "changing_root"):
+        monkeypatch.setattr(group_tables, writer, refuse)
     return path
 
 
@@ -223,13 +223,13 @@ def test_planning_writes_nothing_and_equals_the_plan_of_the_stored_table(no_tabl
     spec = ReconstructionSpec(**fields)
     drawn = plan(no_table, model, spec, measure=measure)
     assert contents(no_table) == before
-    assert stored_group_names(no_table) == []
+    assert StoredScan(no_table).table_names() == []
     monkeypatch.undo()
     members = 4 if model is None else model.members
     halves = "split_half" in fields and members > 1
     group(no_table, fields.get("groups") or GroupingSpec(members=members, halves=halves))
     stored = plan(no_table, model, spec)
-    assert stored_group_names(no_table) == [stored.groups]
+    assert StoredScan(no_table).table_names() == [stored.groups]
     assert dataclasses.replace(drawn, groups_per_s=None).summary() == stored.summary()
     assert (drawn.chunks, drawn.tiles, drawn.data_hash) == (stored.chunks, stored.tiles, stored.data_hash)
     assert (drawn.groups_per_s is not None) == measure
@@ -255,7 +255,7 @@ def test_reconstruct_stores_the_table_that_was_planned(tmp_path):
     simulate(path, n_pixels=16, n_patterns=60, step_px=4.0, seed=3)
     planned = plan(path, LinearModel())
     ds = reconstruct(path, {"one": LinearModel(), "other": LinearModel("other", members=2)}, progress=False)
-    assert stored_group_names(path) == ["c2-k7-s0", "c4-k7-s0"]
+    assert StoredScan(path).table_names() == ["c2-k7-s0", "c4-k7-s0"]
     assert ds.attrs["plan"]["one"]["groups_hash"] == planned.groups_hash
 
 

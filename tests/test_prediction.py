@@ -14,9 +14,9 @@ from ptychodask.grouping import GroupingSpec
 from ptychodask.models.choose import resolve_model
 from ptychodask.prediction import ModelReference, PredictionJob, predict_groups
 from ptychodask.simulate import simulate
-from ptychodask.store import ScanReader, open_scan
+from ptychodask.store import StoredScan, open_scan
 from ptychodask.store.annotate import record_model, replace_probe
-from ptychodask.store.groups import group, read_groups
+from ptychodask.store.groups import group
 
 N_PATTERNS = 40
 
@@ -31,7 +31,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _empty_caches(monkeypatch):
-    monkeypatch.setattr(prediction, "_READERS", prediction._ProcessCache())
+    monkeypatch.setattr(prediction, "_STORES", prediction._ProcessCache())
     monkeypatch.setattr(prediction, "_PREDICTORS", prediction._ProcessCache())
 
 
@@ -47,7 +47,7 @@ def predicted(job, start=0, stop=N_PATTERNS):
 @pytest.mark.parametrize("output", ["member", "group"])
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_patches_are_the_networks_own_at_their_positions(store, output, batch_size):
-    model, scan, member = LinearModel(output=output), open_scan(store), read_groups(store, "c4-k7-s0").member[3:29]
+    model, scan, member = LinearModel(output=output), open_scan(store), StoredScan(store).member("c4-k7-s0", 3, 29)
     patches, position = predicted(job_for(store, model, batch_size), 3, 29)
     own = scan.position_yx_px[member]
     x = np.moveaxis(scan.network_input(member.ravel()).reshape(*member.shape, 16, 16), 1, -1)
@@ -64,11 +64,11 @@ def test_every_call_has_one_shape_and_the_last_is_padded(store):
 
 def test_a_chunk_reads_each_pattern_once(store, monkeypatch):
     reads = []
-    read = ScanReader.part
-    monkeypatch.setattr(ScanReader, "part", lambda self, index: reads.append(index) or read(self, index))
+    read = StoredScan.part
+    monkeypatch.setattr(StoredScan, "part", lambda self, index: reads.append(index) or read(self, index))
     predicted(job_for(store, LinearModel()), 5, 25)
     (index,) = reads
-    np.testing.assert_array_equal(index, np.unique(read_groups(store, "c4-k7-s0").member[5:25]))
+    np.testing.assert_array_equal(index, np.unique(StoredScan(store).member("c4-k7-s0", 5, 25)))
 
 
 def test_stages_are_timed(store):

@@ -27,7 +27,7 @@ from ptychodask.prediction import ModelReference
 from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.run import identity
 from ptychodask.simulate import simulate
-from ptychodask.store import ScanReader, open_scan
+from ptychodask.store import StoredScan, open_scan
 from ptychodask.training import train
 
 NAMES = ["pinn-n64-c4", "pinn-n64-c1", "baseline-n64-c1"]
@@ -117,7 +117,7 @@ def test_a_scan_that_is_unlike_the_lessons_is_warned_of_and_the_report_says_so(t
     assert any(line.startswith("photons in a pattern is ") for line in unlike)
     assert any(line.startswith("probe overlap, 1 - step / diameter is ") for line in unlike)
     monkeypatch.setattr(training_range, "SPACING_POSITIONS", 20)
-    sparser = unlike_training(load_model("pretrained:pinn-n64-c4"), ScanReader(path))
+    sparser = unlike_training(load_model("pretrained:pinn-n64-c4"), StoredScan(path))
     assert [line.split(" is ")[0] for line in sparser] == [line.split(" is ")[0] for line in unlike]
     report = write_report(ds, tmp_path / "report.html").read_text()
     assert "The scan is outside the range of the training scans: " in report

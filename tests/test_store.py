@@ -15,16 +15,17 @@ import pytest
 import xarray
 import zarr
 
+from ptychodask import store as stores
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, curve_order
 from ptychodask.scan import Scan, Truth
 from ptychodask.storage import atomic
 from ptychodask.storage.atomic import LOCK, WHOLE, atomic_folder, building_path, check_vacant_folder
-from ptychodask.store import SCAN, open_scan
-from ptychodask.store import groups as groups_module
+from ptychodask.storage.location import parse_location
+from ptychodask.store import SCAN, StoredScan, open_scan
 from ptychodask.store import write as store_module
 from ptychodask.store.annotate import record_model, replace_probe
-from ptychodask.store.groups import group, read_groups, stored_group_names
+from ptychodask.store.groups import group
 from ptychodask.store.write import write_scan
 
 
@@ -338,20 +339,20 @@ def test_what_is_no_store_is_refused(tmp_path):
 def test_a_stored_group_table_is_read_not_computed_again(tmp_path, monkeypatch):
     write(tmp_path / "a.zarr")
     calls = []
-    compute = groups_module.group_positions
+    compute = stores.group_positions
 
     def counted(*args: Any) -> Any:
         calls.append(args)
         return compute(*args)
 
-    monkeypatch.setattr(groups_module, "group_positions", counted)
+    monkeypatch.setattr(stores, "group_positions", counted)
     first = group(tmp_path / "a.zarr", GroupingSpec(seed=3))
     again = group(tmp_path / "a.zarr", GroupingSpec(seed=3))
     assert len(calls) == 1
     np.testing.assert_array_equal(first.member, again.member)
     group(tmp_path / "a.zarr", GroupingSpec(seed=4))
     assert len(calls) == 2
-    assert stored_group_names(tmp_path / "a.zarr") == ["c4-k7-s3", "c4-k7-s4"]
+    assert StoredScan(tmp_path / "a.zarr").table_names() == ["c4-k7-s3", "c4-k7-s4"]
 
 
 def test_a_grouping_that_was_killed_is_made_again(tmp_path, monkeypatch):
@@ -362,12 +363,12 @@ def test_a_grouping_that_was_killed_is_made_again(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(groups_module, "consolidate", killed)
+        patched.setattr("ptychodask.store.groups.consolidate", killed)
         with pytest.raises(KeyboardInterrupt):
             group(path)
-    assert read_groups(path, GroupingSpec().name) is None
+    assert StoredScan(path).table(GroupingSpec().name) is None
     made = group(path)
-    np.testing.assert_array_equal(read_groups(path, made.name).member, made.member)
+    np.testing.assert_array_equal(StoredScan(path).table(made.name).rows(0, len(made)), made.member)
 
 
 def test_grouping_leaves_the_patterns_untouched(tmp_path):
@@ -385,7 +386,7 @@ def test_a_group_name_taken_by_another_spec_is_refused(tmp_path):
         group(tmp_path / "a.zarr", GroupingSpec(seed=5), name="mine")
     with pytest.raises(PtychodaskError, match="is not a valid name of a group table"):
         group(tmp_path / "a.zarr", GroupingSpec(), name="a/b")
-    assert read_groups(tmp_path / "a.zarr", "unknown") is None
+    assert StoredScan(tmp_path / "a.zarr").table("unknown") is None
 
 
 def test_a_refined_probe_replaces_the_probe_but_not_the_initial_one(tmp_path):
@@ -466,7 +467,7 @@ def test_a_group_table_whose_file_is_gone_is_noticed(tmp_path):
     table = group(tmp_path / "a.zarr")
     shutil.rmtree(tmp_path / "a.zarr" / "groups" / table.name / "member")
     with pytest.raises(PtychodaskError, match="does not fit the scan"):
-        read_groups(tmp_path / "a.zarr", table.name)
+        StoredScan(tmp_path / "a.zarr").member(table.name, 0, 2)
 
 
 @pytest.mark.parametrize("attribute", ["normalization", "pixel_size_m", "diffraction_hash"])
@@ -482,7 +483,7 @@ def test_positions_of_two_lengths_are_refused(tmp_path):
     write(tmp_path / "a.zarr")
     root = zarr.open_group(tmp_path / "a.zarr", mode="r+", use_consolidated=False)
     root["y_px"].resize((10,))
-    store_module.consolidate(tmp_path / "a.zarr")
+    store_module.consolidate(parse_location(tmp_path) / "a.zarr")
     with pytest.raises(PtychodaskError, match=r"array 'y_px' has shape \(10,\) .* for 40 patterns"):
         open_scan(tmp_path / "a.zarr")
 
@@ -490,4 +491,4 @@ def test_positions_of_two_lengths_are_refused(tmp_path):
 def test_a_name_that_leaves_the_store_is_refused(tmp_path):
     write(tmp_path / "a.zarr")
     with pytest.raises(PtychodaskError, match="is not a valid name of a group table"):
-        read_groups(tmp_path / "a.zarr", "../x")
+        StoredScan(tmp_path / "a.zarr").table("../x")

@@ -38,7 +38,7 @@ def options_of(module: str, spec: str, **facts: Any) -> Callable[[Command], Comm
 
     def decorate(command: Command) -> Command:
         plain = inspect.signature(command, eval_str=True)
-        kept = [each for each in plain.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
+        declared = [each for each in plain.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
 
         def with_fields() -> Command:
             parameters, readers = _options(getattr(import_module(module), spec), plain.parameters, facts)
@@ -50,14 +50,14 @@ def options_of(module: str, spec: str, **facts: Any) -> Callable[[Command], Comm
                 command(**values, **fields)
 
             ordered = [
-                *(each for each in kept if each.kind is not Parameter.KEYWORD_ONLY),
+                *(each for each in declared if each.kind is not Parameter.KEYWORD_ONLY),
                 *parameters,
-                *(each for each in kept if each.kind is Parameter.KEYWORD_ONLY),
+                *(each for each in declared if each.kind is Parameter.KEYWORD_ONLY),
             ]
             run.__signature__ = plain.replace(parameters=ordered)  # type: ignore[attr-defined]
             return run
 
-        command.__signature__ = plain.replace(parameters=kept)  # type: ignore[attr-defined]
+        command.__signature__ = plain.replace(parameters=declared)  # type: ignore[attr-defined]
         command.with_fields = with_fields  # type: ignore[attr-defined]
         return command
 

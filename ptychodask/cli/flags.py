@@ -127,7 +127,7 @@ def named(path: Path) -> Any:
 
 def beside(path: Any, name: str) -> Path:
     """File beside a path; for a bucket, in the current folder."""
-    return path.with_name(name) if isinstance(path, Path) else Path(name)
+    return (path.local_path or Path(name)).with_name(name)
 
 
 def check_folders(*paths: Path | None) -> None:

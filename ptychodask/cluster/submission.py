@@ -25,7 +25,7 @@ from ptychodask.cluster.tls import AUTHORITY, CERTIFICATE, KEY
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.options import takes_fields
 from ptychodask.storage.location import Location, parse_location
-from ptychodask.store import ScanReader
+from ptychodask.store import StoredScan
 
 OPTIONS_OF_JOB = ("--scheduler", "--workers", "--tls", "--tls-folder", "--host")
 """Options of `reconstruct` that the script sets itself."""
@@ -111,7 +111,7 @@ def submit(
 
 def _folder_of(store: Location) -> Path:
     """Folder of a store, or the current folder for a bucket."""
-    return store.parent if isinstance(store, Path) else Path.cwd()
+    return Path.cwd() if store.local_path is None else store.local_path.parent
 
 
 def sbatch(script: str, *options: str) -> str:
@@ -161,7 +161,7 @@ def batch_script(store: str | Path, spec: JobSpec = JobSpec(), options: Sequence
     reserved = sorted({option.split("=")[0] for option in options} & set(OPTIONS_OF_JOB))
     if reserved:
         raise PtychodaskError(f"submit: {', '.join(reserved)}: set by the job itself; omit it")
-    ScanReader(store)
+    StoredScan(store)
     path = parse_location(store).resolve()
     folder = job_folder(spec, _folder_of(path))
     for text in (str(path), str(folder), str(Path.cwd()), *options):

@@ -14,8 +14,7 @@ from ptychodask.inspection.findings import Finding, Inspection, Preview
 from ptychodask.probes import probe_diameter_px
 from ptychodask.scan import Scan
 from ptychodask.storage.location import Location
-from ptychodask.store import open_scan
-from ptychodask.store.groups import open_groups, stored_group_names
+from ptychodask.store import StoredScan
 
 
 def inspect_store(path: Location) -> Inspection:
@@ -37,7 +36,8 @@ def inspect_store(path: Location) -> Inspection:
     PtychodaskError
         If there is no such store, or it is damaged.
     """
-    scan = open_scan(path)
+    stored = StoredScan(path)
+    scan = stored.scan
     rows = spread_rows(scan.n_patterns, SAMPLE_FRAMES)
     # Amplitude, so that bad pixels are 0.
     sample = Sample(scan.amplitude(rows), rows, scan.n_patterns, scan.n_patterns)
@@ -47,7 +47,7 @@ def inspect_store(path: Location) -> Inspection:
         label=str(path),
         what=f"a store of {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}",
         arrays=list(_arrays(scan)),
-        findings=[*_on_data(scan, sample), *_on_positions(scan), *_on_probe(scan), *_on_work(scan, path)],
+        findings=[*_on_data(scan, sample), *_on_positions(scan), *_on_probe(scan), *_on_work(stored)],
         command=_next(scan, path),
         preview=Preview(
             mean=mean,
@@ -117,11 +117,11 @@ def _on_probe(scan: Scan) -> Iterator[Finding]:
         yield Finding("truth", "the true object is stored, so results can be compared with it", "noted")
 
 
-def _on_work(scan: Scan, path: Location) -> Iterator[Finding]:
-    tables = [table for name in stored_group_names(path) if (table := open_groups(path, name)) is not None]
+def _on_work(stored: StoredScan) -> Iterator[Finding]:
+    tables = [table for name in stored.table_names() if (table := stored.table(name)) is not None]
     names = ", ".join(f"'{table.name}' ({len(table)} of {table.spec.members})" for table in tables)
     yield Finding("groups", names or "none stored; they are made when needed", "noted")
-    models = [model for model in scan.attributes.get("models", []) if isinstance(model, dict)]
+    models = [model for model in stored.attributes.get("models", []) if isinstance(model, dict)]
     paths = ", ".join(f"{model.get('kind')} {model.get('path')}" for model in models)
     yield Finding("models", paths or "none trained on this scan", "noted")
 

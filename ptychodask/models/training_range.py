@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from ptychodask.models.contract import PatchModel
 from ptychodask.models.spec import Optics
 from ptychodask.probes import probe_diameter_px
 from ptychodask.scan import Scan
-from ptychodask.store import ScanReader
+from ptychodask.store import StoredScan
 
 Ranges = dict[str, tuple[float, float]]
 """Lowest and highest value of each quantity."""
@@ -143,15 +143,14 @@ SPACING_POSITIONS = 20_000
 """Largest number of positions used for the mean spacing of a scan, which is compared with the training scans."""
 
 
-def unlike_training(model: PatchModel, reader: ScanReader) -> list[str]:
+def unlike_training(model: PatchModel, stored: StoredScan) -> list[str]:
     """Properties of a scan outside the range of the training scans.
 
     One line each; empty if the range is unknown.
     """
-    trained_on = getattr(model, "trained_on", None)
-    ranges = read_ranges(trained_on.get("traits") if isinstance(trained_on, Mapping) else None)
+    ranges = read_ranges(model.trained_on.get("traits"))
     if not ranges:
         return []
-    every = -(-reader.n_patterns // SPACING_POSITIONS)
-    step_px = spacing_px(reader.position_yx_px(np.arange(0, reader.n_patterns, every)))
-    return outside_range(ranges, reader.first(), None if step_px is None else step_px / np.sqrt(every))
+    every = -(-stored.n_patterns // SPACING_POSITIONS)
+    step_px = spacing_px(stored.position_yx_px(np.arange(0, stored.n_patterns, every)))
+    return outside_range(ranges, stored.first(), None if step_px is None else step_px / np.sqrt(every))

@@ -14,8 +14,8 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import groups_kept
 from ptychodask.plan.spec import MIB, NOWHERE, ReconstructionSpec
 from ptychodask.reassembly import CANVAS_PIXEL_BYTES, Box
-from ptychodask.store import ScanReader
-from ptychodask.store.groups import GroupTable
+from ptychodask.result import Layers
+from ptychodask.store import GroupTable, StoredScan
 
 BLOCK_GROUPS = 2**15
 """Groups processed together, unless one chunk has more."""
@@ -68,7 +68,7 @@ class Survey:
 
 
 def survey(
-    reader: ScanReader,
+    stored: StoredScan,
     table: GroupTable,
     *,
     size: int,
@@ -82,7 +82,7 @@ def survey(
 
     Parameters
     ----------
-    reader : ScanReader
+    stored : StoredScan
     table : GroupTable
     size : int
         Most groups in a chunk; no chunk has groups of two segments.
@@ -106,7 +106,7 @@ def survey(
     PtychodaskError
         If the table or the positions cannot be read, or a row names a pattern that the scan does not have.
     """
-    used = np.zeros(reader.n_patterns, bool)
+    used = np.zeros(stored.n_patterns, bool)
     edges = chunk_edges(table.segments, size)
     parts: list[list[NDArray[np.int64]]] = []
     digest = hashlib.sha256()
@@ -114,18 +114,18 @@ def survey(
         digest.update(np.ascontiguousarray(member).data)
         kept = groups_kept(member, drop)
         chunk = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(member)))
-        position = _positions(reader, member, position_yx_px)
+        position = _positions(stored, member, position_yx_px)
         first, last = _reach(position if output == "member" else position.mean(axis=1, keepdims=True), crop, kept)
         low, high = np.minimum.reduceat(first, starts), np.maximum.reduceat(last, starts)
-        pairs = np.unique(chunk[kept, None] * reader.n_patterns + member[kept])
-        pattern_chunk, pattern = np.divmod(pairs, reader.n_patterns)
+        pairs = np.unique(chunk[kept, None] * stored.n_patterns + member[kept])
+        pattern_chunk, pattern = np.divmod(pairs, stored.n_patterns)
         parts.append(
             [
                 low,
                 high,
                 np.bincount(chunk[kept], minlength=len(starts)),
                 np.bincount(pattern_chunk, minlength=len(starts)),
-                _decompressed(reader, pattern_chunk, pattern, len(starts)),
+                _decompressed(stored, pattern_chunk, pattern, len(starts)),
             ]
         )
         used[pattern[_reaching(low, high, region)[pattern_chunk]]] = True
@@ -167,12 +167,12 @@ def _blocks(table: GroupTable, edges: NDArray[np.int64]) -> Iterator[tuple[NDArr
 
 
 def _positions(
-    reader: ScanReader, member: NDArray[np.int32], position_yx_px: NDArray[np.float64] | None
+    stored: StoredScan, member: NDArray[np.int32], position_yx_px: NDArray[np.float64] | None
 ) -> NDArray[np.float64]:
     if position_yx_px is not None:
         return position_yx_px[member]
     wanted, inverse = np.unique(member, return_inverse=True)
-    return reader.position_yx_px(wanted.astype(np.int64))[inverse.reshape(member.shape)]
+    return stored.position_yx_px(wanted.astype(np.int64))[inverse.reshape(member.shape)]
 
 
 def _reach(
@@ -197,13 +197,14 @@ def _reaching(first: NDArray[np.int64], last: NDArray[np.int64], region: Box | N
 
 
 def _decompressed(
-    reader: ScanReader, chunk: NDArray[np.int64], pattern: NDArray[np.int64], n_chunks: int
+    stored: StoredScan, chunk: NDArray[np.int64], pattern: NDArray[np.int64], n_chunks: int
 ) -> NDArray[np.int64]:
     """Patterns in the stored chunks read by each chunk of groups."""
-    per_stored = reader.stored_chunk_patterns
-    n_stored = -(-reader.n_patterns // per_stored)
-    read_by, stored = np.divmod(np.unique(chunk * n_stored + pattern // per_stored), n_stored)
-    sizes = np.minimum(per_stored, reader.n_patterns - stored * per_stored)
+    per_stored = stored.stored_chunk_patterns
+    n_stored = -(-stored.n_patterns // per_stored)
+    # A chunk of groups decompresses a stored chunk once, however many of its patterns it reads.
+    read_by, in_chunk = np.divmod(np.unique(chunk * n_stored + pattern // per_stored), n_stored)
+    sizes = np.minimum(per_stored, stored.n_patterns - in_chunk * per_stored)
     return np.bincount(read_by, weights=sizes, minlength=n_chunks).astype(np.int64)
 
 
@@ -231,8 +232,8 @@ TILE_PIXELS = 256
 """Pixels across an automatic tile, at least."""
 
 
-RESULT_PIXEL_BYTES = 20
-"""Bytes of one pixel of a result: object, weight, uncertainty and count."""
+RESULT_PIXEL_BYTES = sum(np.dtype(each.dtype).itemsize for each in Layers().variables.values())
+"""Bytes of one pixel of a result without halves."""
 
 
 class RegionNotReachedError(PtychodaskError):
@@ -308,7 +309,7 @@ def _tile(box: Box) -> int:
 
 
 def _fitting_chunks(
-    reader: ScanReader,
+    stored: StoredScan,
     table: GroupTable,
     network: _Network,
     crop: int,
@@ -325,7 +326,7 @@ def _fitting_chunks(
         # The survey depends on the size of chunks, so it is repeated for each; a pass takes about a second for 10^6
         # groups.
         surveyed = survey(
-            reader,
+            stored,
             table,
             size=size,
             output=network.output,
@@ -336,13 +337,13 @@ def _fitting_chunks(
         )
         if not surveyed.n_groups.any():
             raise PtychodaskError(
-                f"{reader.label}: each of the {len(table)} groups of '{table.name}' contains one of the "
+                f"{stored.label}: each of the {len(table)} groups of '{table.name}' contains one of the "
                 f"{len(spec.drop)} patterns to drop; drop fewer"
             )
-        object_box = _object_box(surveyed.whole, spec.roi, reader.label) if box is None else box
-        chunks, n_bytes = _chunks(reader, surveyed, network, object_box, batch_size, spec)
+        object_box = _object_box(surveyed.whole, spec.roi, stored.label) if box is None else box
+        chunks, n_bytes = _chunks(stored, surveyed, network, object_box, batch_size, spec)
         if not chunks:
-            raise RegionNotReachedError(f"{reader.label}: no pattern reaches roi {spec.roi}; pass another region")
+            raise RegionNotReachedError(f"{stored.label}: no pattern reaches roi {spec.roi}; pass another region")
         if max(n_bytes) <= spec.memory_bytes:
             return surveyed, chunks, max(n_bytes), object_box
         # A size that was passed is refused, not changed: with another one the object differs in its last bits, and the
@@ -359,7 +360,7 @@ def _fitting_chunks(
 
 
 def _chunks(
-    reader: ScanReader,
+    stored: StoredScan,
     surveyed: Survey,
     network: _Network,
     box: Box,
@@ -369,7 +370,7 @@ def _chunks(
     """Chunks that overlap the object, and bytes of each prediction task."""
     # Two copies of the network input (float32) and two of the patches (complex64).
     batch_bytes = batch_size * network.members * network.n_pixels**2 * (2 * 4 + 2 * 8)
-    pattern_bytes = network.n_pixels**2 * (reader.pattern_itemsize + 4)
+    pattern_bytes = network.n_pixels**2 * (stored.pattern_itemsize + 4)
     canvas_bytes = CANVAS_PIXEL_BYTES * (2 if spec.split_half else 1)
     chunks, n_bytes = [], []
     for index in np.flatnonzero(surveyed.n_groups).tolist():

@@ -20,7 +20,7 @@ from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.grouping import GroupingSpec, check_drop
 from ptychodask.html import card
 from ptychodask.models.choose import recorded_model, resolve_model
-from ptychodask.models.contract import PatchModel
+from ptychodask.models.contract import MinimalModel, PatchModel
 from ptychodask.models.pretrained import pretrained_for
 from ptychodask.options import takes_fields
 from ptychodask.plan.chunks import (
@@ -36,12 +36,11 @@ from ptychodask.plan.chunks import (
     _tiles,
 )
 from ptychodask.plan.spec import MIB, ReconstructionSpec, in_pixels
-from ptychodask.prediction import ModelReference, PredictionJob, precisions, predict_groups
+from ptychodask.prediction import ModelReference, PredictionJob, open_anew, predict_groups
 from ptychodask.reassembly import Box, Window
 from ptychodask.scan import Scan, check_positions
-from ptychodask.storage.location import parse_location
-from ptychodask.store import ScanReader
-from ptychodask.store.groups import GroupTable, group, open_groups, open_or_draw_groups, stored_group_names
+from ptychodask.store import GroupTable, StoredScan
+from ptychodask.store.groups import stored_table
 
 GROUP_CROP = 20
 """Pixels across the middle of a group's patch that a uniform window keeps by default, as in PtychoPINN."""
@@ -51,8 +50,8 @@ MEASURE_S = 3.0
 """Longest duration of a speed measurement, seconds, after the network is compiled."""
 
 
-TableOfSpec = Callable[[str, GroupingSpec], GroupTable]
-"""Function that returns the group table of a spec: `open_or_draw_groups`, or one that also stores the table."""
+TableOfSpec = Callable[[StoredScan, GroupingSpec], GroupTable]
+"""Function that returns the group table of a spec: `StoredScan.stored_or_drawn`, or `stored_table`, which stores it."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -174,7 +173,7 @@ class Plan:
 @takes_fields(ReconstructionSpec)
 def plan(
     store: str | Path,
-    model: str | Path | PatchModel | None = None,
+    model: str | Path | MinimalModel | None = None,
     spec: ReconstructionSpec = ReconstructionSpec(),
     *,
     measure: bool = False,
@@ -211,18 +210,17 @@ def plan(
     `reconstruct` will store.
     """
     spec = with_fields(spec, spec_fields)
-    reader = ScanReader(store)
-    reader.check()
-    scan = reader.first()
-    spec = in_pixels(spec, scan.pixel_size_m, reader.label)
+    stored = open_anew(store)
+    scan = stored.first()
+    spec = in_pixels(spec, scan.pixel_size_m, stored.label)
     has_model = recorded_model(scan) is not None or pretrained_for(scan.n_pixels) is not None
     # Sizes need the members and the kind of output only, so a scan can be planned before a model is trained on it.
     if model is None and not measure and (spec.groups is not None or not has_model):
-        table = _known_segments(reader, _default_table(str(store), spec))
-        return make_plan(reader, table, _Network(table.spec.members, scan.n_pixels, "member"), spec)
+        table = _default_table(stored, spec)
+        return make_plan(stored, table, _Network(table.spec.members, scan.n_pixels, "member"), spec)
     patch_model = resolve_model(scan, model)
-    table, network = _table_and_network(reader, patch_model, spec, open_or_draw_groups)
-    planned = make_plan(reader, table, network, spec)
+    table, network = _table_and_network(stored, patch_model, spec, StoredScan.stored_or_drawn)
+    planned = make_plan(stored, table, network, spec)
     if not measure:
         return planned
     # Measuring reads rows as a run does, but a table that was drawn for this plan is not in the store.
@@ -259,23 +257,23 @@ def _measured_rate(planned: Plan, job: PredictionJob) -> float:
     return n_groups / (time.perf_counter() - started)
 
 
-def plan_for(reader: ScanReader, model: PatchModel, spec: ReconstructionSpec) -> Plan:
+def plan_for(stored: StoredScan, model: PatchModel, spec: ReconstructionSpec) -> Plan:
     """Plan of a run on an open store (see `plan`).
 
     A missing group table is stored, since the tasks read its rows from the store.
     """
-    table, network = _table_and_network(reader, model, spec, _stored_table)
-    return make_plan(reader, table, network, spec)
+    table, network = _table_and_network(stored, model, spec, stored_table)
+    return make_plan(stored, table, network, spec)
 
 
-def plan_together(reader: ScanReader, models: Mapping[str, PatchModel], spec: ReconstructionSpec) -> dict[str, Plan]:
+def plan_together(stored: StoredScan, models: Mapping[str, PatchModel], spec: ReconstructionSpec) -> dict[str, Plan]:
     """Plans of several models for a single pass over the patterns.
 
     The plans share object, chunks and tiles.
 
     Parameters
     ----------
-    reader : ScanReader
+    stored : StoredScan
     models : dict of label to model
     spec : ReconstructionSpec
 
@@ -293,17 +291,17 @@ def plan_together(reader: ScanReader, models: Mapping[str, PatchModel], spec: Re
         raise PtychodaskError("reconstruct: model is an empty dict, expected at least one label with its model")
     # Tables first: chunks are ranges of rows, so models can share them only if all tables have the same seeds in the
     # same rows. A task then reads the patterns of its rows once for all models.
-    parts = {label: _table_and_network(reader, model, spec, _stored_table) for label, model in models.items()}
-    _check_same_seeds(reader, {label: table for label, (table, _) in parts.items()})
+    parts = {label: _table_and_network(stored, model, spec, stored_table) for label, model in models.items()}
+    _check_same_seeds(stored, {label: table for label, (table, _) in parts.items()})
     # A task has the canvases of all models in memory at the same time, so each is planned for its share of the limit.
     share = replace(spec, memory_bytes=max(1, spec.memory_bytes // len(models)))
-    separate = [make_plan(reader, table, network, share) for table, network in parts.values()]
+    separate = [make_plan(stored, table, network, share) for table, network in parts.values()]
     # Crops and members differ between models, and with them the pixels that patches reach: the common object is the box
     # around all, and the smallest chunk fits the memory of each model.
     box = _enclosing(one.box for one in separate)
     n_groups = min(one.groups_per_chunk for one in separate)
     common = replace(share, groups_per_chunk=n_groups, tile=spec.tile or _tile(box))
-    plans = {label: make_plan(reader, *part, common, box=box) for label, part in parts.items()}
+    plans = {label: make_plan(stored, *part, common, box=box) for label, part in parts.items()}
     chunks = _merged_chunks(plan.chunks for plan in plans.values())
     tiles = _tiles(box, int(common.tile or 0), chunks)
     n_bytes = sum(one.predict_bytes for one in plans.values())
@@ -313,7 +311,7 @@ def plan_together(reader: ScanReader, models: Mapping[str, PatchModel], spec: Re
     }
 
 
-def _check_same_seeds(reader: ScanReader, tables: Mapping[str, GroupTable]) -> None:
+def _check_same_seeds(stored: StoredScan, tables: Mapping[str, GroupTable]) -> None:
     (first, table), *others = tables.items()
     for label, other in others:
         # Compared block by block, so that the memory of planning does not grow with the scan.
@@ -322,7 +320,7 @@ def _check_same_seeds(reader: ScanReader, tables: Mapping[str, GroupTable]) -> N
             (other.rows(*block)[:, 0] != table.rows(*block)[:, 0]).any() for block in blocks
         ):
             raise PtychodaskError(
-                f"{reader.label}: group tables '{table.name}' of {first} and '{other.name}' of {label} do not have the "
+                f"{stored.label}: group tables '{table.name}' of {first} and '{other.name}' of {label} do not have the "
                 "same seeds, so they cannot share a pass; reconstruct with one model at a time"
             )
 
@@ -342,91 +340,80 @@ def _merged_chunks(chunks: Iterable[Sequence[Chunk]]) -> tuple[Chunk, ...]:
 
 
 def _table_and_network(
-    reader: ScanReader, model: PatchModel, spec: ReconstructionSpec, table_of_spec: TableOfSpec
+    stored: StoredScan, model: PatchModel, spec: ReconstructionSpec, table_of_spec: TableOfSpec
 ) -> tuple[GroupTable, _Network]:
-    if model.n_pixels != reader.n_pixels:
+    if model.n_pixels != stored.n_pixels:
         raise PtychodaskError(
-            f"{reader.label}: patterns are {reader.n_pixels} pixels wide, the {model.kind} expects {model.n_pixels}; "
+            f"{stored.label}: patterns are {stored.n_pixels} pixels wide, the {model.kind} expects {model.n_pixels}; "
             f"ingest with n_pixels={model.n_pixels}, or pass another model"
         )
-    if spec.precision not in precisions(model):
+    if spec.precision not in model.precisions:
         raise PtychodaskError(
             f"reconstruct: precision is {spec.precision!r}, the {model.kind} supports: "
-            f"{', '.join(precisions(model))}; leave out precision="
+            f"{', '.join(model.precisions)}; leave out precision="
         )
     # Groups of one pattern never mix the halves, and a spec refuses halves for them.
     halves = spec.split_half and model.members > 1
-    table = _known_segments(reader, _table_of(reader.label, spec.groups, model.members, table_of_spec, halves=halves))
+    table = _table_of(stored, spec.groups, model.members, table_of_spec, halves=halves)
     return table, _Network(model.members, model.n_pixels, model.output)
 
 
-def _known_segments(reader: ScanReader, table: GroupTable) -> GroupTable:
-    """Group table without segments appended after the scan was opened."""
-    # The table is opened after the scan, and a writer may append in between; the reader knows none of those patterns.
-    return table.in_segments(len(reader.attributes.get("segments", (None,))))
-
-
-def _default_table(store: str, spec: ReconstructionSpec) -> GroupTable:
+def _default_table(stored: StoredScan, spec: ReconstructionSpec) -> GroupTable:
     """Group table if there is no model: named, only stored, or default."""
     if spec.groups is not None:
-        return _named_table(store, spec.groups, open_or_draw_groups)
-    names = stored_group_names(store)
-    return _named_table(store, names[0] if len(names) == 1 else GroupingSpec(), open_or_draw_groups)
+        return _named_table(stored, spec.groups, StoredScan.stored_or_drawn)
+    names = stored.table_names()
+    return _named_table(stored, names[0] if len(names) == 1 else GroupingSpec(), StoredScan.stored_or_drawn)
 
 
-def _stored_table(store: str, spec: GroupingSpec) -> GroupTable:
-    """Group table of a spec, stored if it was not yet."""
-    # Tasks read rows of the table from the store: 10^6 groups of 4 are 16 MB, too much to send with each task.
-    group(store, spec)
-    return open_or_draw_groups(store, spec)
-
-
-def _named_table(store: str, groups: str | GroupingSpec, table_of_spec: TableOfSpec) -> GroupTable:
+def _named_table(stored: StoredScan, groups: str | GroupingSpec, table_of_spec: TableOfSpec) -> GroupTable:
     if isinstance(groups, GroupingSpec):
-        return table_of_spec(store, groups)
-    table = open_groups(store, groups)
+        return table_of_spec(stored, groups)
+    table = stored.table(groups)
     if table is None:
-        stored = ", ".join(stored_group_names(store)) or "none"
+        names = ", ".join(stored.table_names()) or "none"
         raise PtychodaskError(
-            f"{store}: no group table '{groups}'; stored tables: {stored}; create it with 'ptychodask group'"
+            f"{stored.label}: no group table '{groups}'; stored tables: {names}; create it with 'ptychodask group'"
         )
     return table
 
 
 def _table_of(
-    store: str, groups: str | GroupingSpec | None, members: int, table_of_spec: TableOfSpec, *, halves: bool
+    stored: StoredScan, groups: str | GroupingSpec | None, members: int, table_of_spec: TableOfSpec, *, halves: bool
 ) -> GroupTable:
     """Group table for a model: named, stored with its members, or default."""
     if groups is not None:
-        named = _named_table(store, groups, table_of_spec)
+        named = _named_table(stored, groups, table_of_spec)
         if named.spec.members != members:
             raise PtychodaskError(
-                f"{store}: group table '{named.name}' has {named.spec.members} patterns in a group, "
+                f"{stored.label}: group table '{named.name}' has {named.spec.members} patterns in a group, "
                 f"the model expects {members}; pass another groups=, or leave it out"
             )
         return named
     default = GroupingSpec(members=members, neighbours=max(GroupingSpec.neighbours, members), halves=halves)
-    stored = [table for name in stored_group_names(store) if (table := open_groups(store, name))]
-    fitting = [table for table in stored if table.spec.members == members and table.spec.halves == halves]
+    tables = [table for name in stored.table_names() if (table := stored.table(name))]
+    fitting = [table for table in tables if table.spec.members == members and table.spec.halves == halves]
     if not fitting:
-        return table_of_spec(store, default)
+        return table_of_spec(stored, default)
     # One that is not the default is taken only if it is the only one: which of two was meant cannot be known, and the
     # object depends on it.
     for table in fitting:
         if len(fitting) == 1 or table.spec == default:
             return table
     listed = ", ".join(table.name for table in fitting)
-    raise PtychodaskError(f"{store}: several group tables have {members} patterns in a group ({listed}); pass groups=")
+    raise PtychodaskError(
+        f"{stored.label}: several group tables have {members} patterns in a group ({listed}); pass groups="
+    )
 
 
 def make_plan(
-    reader: ScanReader, table: GroupTable, network: _Network, spec: ReconstructionSpec, *, box: Box | None = None
+    stored: StoredScan, table: GroupTable, network: _Network, spec: ReconstructionSpec, *, box: Box | None = None
 ) -> Plan:
     """Plan of a scan, from its positions and group table.
 
     Parameters
     ----------
-    reader : ScanReader
+    stored : StoredScan
     table : GroupTable
     network : (members, n_pixels, output)
     spec : ReconstructionSpec
@@ -442,13 +429,13 @@ def make_plan(
     PtychodaskError
         See `plan`.
     """
-    check_drop(reader.label, reader.n_patterns, tuple(spec.drop))
+    check_drop(stored.label, stored.n_patterns, tuple(spec.drop))
     if spec.position_yx_px is not None:
-        check_positions(spec.position_yx_px, reader.n_patterns, "position_yx_px")
+        check_positions(spec.position_yx_px, stored.n_patterns, "position_yx_px")
     window, crop = _window_and_crop(spec, network)
     # A growing scan keeps the sizes that fit its first segment, so that chunks predicted early stay valid.
     batch_size = _batch_size(spec, network, table.segments[0])
-    surveyed, chunks, predict_bytes, box = _fitting_chunks(reader, table, network, crop, batch_size, spec, box)
+    surveyed, chunks, predict_bytes, box = _fitting_chunks(stored, table, network, crop, batch_size, spec, box)
     tile = int(spec.tile or _tile(box))
     tiles = _tiles(box, tile, chunks)
     reassemble_bytes = max(_reassemble_bytes(part, chunks) for part in tiles)
@@ -464,8 +451,8 @@ def make_plan(
     in_plan = np.searchsorted(surveyed.edges, [chunk.start for chunk in chunks])
     n_patterns = int(np.count_nonzero(surveyed.used))
     return Plan(
-        store=str(parse_location(reader.label).resolve()),
-        data_hash=reader.data_hash,
+        store=stored.path,
+        data_hash=stored.data_hash,
         groups=table.name,
         groups_hash=surveyed.table_hash,
         members=network.members,

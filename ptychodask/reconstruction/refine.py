@@ -1,27 +1,29 @@
-"""Refinement of the stitched object as Dask tasks over its tiles."""
+"""Execution of a run: stitching, then refinement of the object's tiles."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import Any
 
-import distributed
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.cluster.executor import AnyClient, Executor, Future, executor_for_run
 from ptychodask.forward import footprint_corners
 from ptychodask.grouping import curve_order, patterns_without
 from ptychodask.plan import Plan
 from ptychodask.plan.chunks import Tile
-from ptychodask.prediction import PredictionJob, open_source
+from ptychodask.prediction import PredictionJob, open_stored, stage
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.reassembly import Box
-from ptychodask.reconstruction.live import LivePicture
+from ptychodask.reconstruction.live import LivePicture, Screen
+from ptychodask.reconstruction.run import Run, RunFolders
 from ptychodask.reconstruction.scheduler import Scheduler, TaskGraph, check_done
-from ptychodask.reconstruction.stitching import Stitching, start_yx
+from ptychodask.reconstruction.stitching import Stitching, StitchingReport, stitching_of
 from ptychodask.reconstruction.tasks import TileReport, deliver_polished, stored_tile
 from ptychodask.refinement.polishing import (
     PartChange,
@@ -39,41 +41,111 @@ from ptychodask.refinement.polishing import (
 from ptychodask.scan import Scan
 from ptychodask.storage.location import Location
 
+logger = logging.getLogger(__name__)
 
-def stitch_on_workers(
-    client: distributed.Client, stitching: Stitching, plan: Plan, progress: bool | None
-) -> list[distributed.Future]:
-    """Stitch a plan; returns a future `TileReport` for each tile.
+
+def stitch_and_polish(
+    run: Run,
+    client: AnyClient | None,
+    folders: RunFolders,
+    on_tile: Callable[[Tile, TileReport], None],
+    *,
+    progress: bool | None,
+    screen: Screen | None,
+) -> dict[str, Any]:
+    """Stitch and polish.
+
+    Parameters
+    ----------
+    run : Run
+    client : distributed.Client or Executor, optional
+        See `executor_for_run`.
+    folders : RunFolders
+    on_tile : callable
+        Takes each tile of the result, with its report.
+    progress : bool, optional
+        See `progress_bar`.
+    screen : Screen or None
+        Shows the live picture.
+
+    Returns
+    -------
+    dict
+        Attributes of the run: wall time of each stage, skipped patterns, verified chunks, R of the sweeps.
+    """
+    plan = run.plan
+    n_chunks, n_tiles = len(plan.chunks), len(plan.tiles)
+    logger.info("%s: %d groups in %d chunks onto %d tiles", plan.store, plan.n_groups, n_chunks, n_tiles)
+    with executor_for_run(client) as executor, stitching_of(run, executor, folders, screen) as stitching:
+        if not run.spec.polish:
+            stitching.run(on_tile, progress)
+            return _report_attributes(stitching.report, plan.store)
+        if folders.stitched is None:
+            stitched = stitch_on_workers(run, executor, stitching, progress)
+        else:
+            stitching.run(lambda tile, report: None, progress)
+            stitched = [
+                executor.submit(stored_tile, folders.stitched, tile, run.start_yx(tile), priority=1)
+                for tile in plan.tiles
+            ]
+        report = _report_attributes(stitching.report, plan.store)
+        drop = {*run.spec.drop, *(index for patterns in report["skipped"].values() for index in patterns)}
+        polishing = Polishing(run, executor, stitched, tuple(sorted(drop)))
+        n_sweeps = int(run.spec.polish)
+        with stage(report["seconds"], "polish"):
+            r_factors = polishing.sweep(n_sweeps, progress)
+        polishing.deliver(folders.result, on_tile, stitching.live)
+    logger.info(
+        "%s: R %.4f after stitching and %.4f after %d sweeps", plan.store, r_factors[0], r_factors[-1], n_sweeps
+    )
+    return report | {"polish": {"sweeps": n_sweeps, "n_patterns": polishing.n_patterns, "r_factor": r_factors}}
+
+
+def _report_attributes(report: StitchingReport, store: str) -> dict[str, Any]:
+    """Attributes of a stitching; skipped patterns are logged too."""
+    skipped = report.skipped()
+    for reason, patterns in skipped.items():
+        logger.warning("%s: left out %d patterns, which %s: %s", store, len(patterns), reason, _first_of(patterns))
+    verifications = report.verifications.values()
+    verified = {
+        "chunks": sorted(report.verifications),
+        "same_bits": sum(verification.same_bits for verification in verifications),
+        "largest_difference": max((verification.largest_difference for verification in verifications), default=0.0),
+        "elsewhere": sum(len(set(verification.workers)) == 2 for verification in verifications),
+    }
+    return {"seconds": report.seconds(), "skipped": skipped} | ({"verified": verified} if verifications else {})
+
+
+def _first_of(patterns: list[int]) -> str:
+    return ", ".join(map(str, patterns[:20])) + (", ..." if len(patterns) > 20 else "")
+
+
+def stitch_on_workers(run: Run, executor: Executor, stitching: Stitching, progress: bool | None) -> list[Future]:
+    """Stitch a run; returns a future `TileReport` for each tile.
 
     The arrays stay in the memory of the workers.
     """
-    tiles: dict[int, distributed.Future] = {}
-    reports: dict[int, distributed.Future] = {}
+    plan = run.plan
+    tiles: dict[int, Future] = {}
+    reports: dict[int, Future] = {}
     shown: set[int] = set()
 
-    def on_tile(index: int, future: distributed.Future) -> None:
+    def on_tile(index: int, future: Future) -> None:
         tiles[index] = future
-        reports[index] = client.submit(_without_arrays, future, priority=1, pure=False)
+        reports[index] = executor.submit(_without_arrays, future, priority=1)
         if stitching.live is not None:
             for ready in [ready for ready in reports if ready not in shown and reports[ready].status == "finished"]:
                 shown.add(ready)
                 stitching.live.add(reports[ready].result().coarse)
 
-    with (
-        progress_bar("reconstruct", plan.n_groups, "groups", progress) as bar,
-        Scheduler(client, stitching.graph(every_tile=True)).cancelling_on_exit() as scheduler,
-    ):
-        scheduler.complete(on_tile, bar, on_verification=stitching.add_verification)
-    for index, report in enumerate(gather_results(client, [reports[index] for index in range(len(plan.tiles))])):
+    scheduler = Scheduler(executor, stitching.graph(every_tile=True))
+    with progress_bar("reconstruct", plan.n_groups, "groups", progress) as bar:
+        scheduler.complete(bar, on_tile=on_tile, on_verification=stitching.add_verification)
+    for index, report in enumerate(gather_results(executor, [reports[index] for index in range(len(plan.tiles))])):
         stitching.report.add_tile(plan.tiles[index], report)
         if stitching.live is not None and index not in shown:
             stitching.live.add(report.coarse)
     return [tiles[index] for index in range(len(plan.tiles))]
-
-
-def tiles_from_disk(client: distributed.Client, out: Location, plan: Plan) -> list[distributed.Future]:
-    """Tiles of a result store, read by the workers: futures of `TileReport`."""
-    return [client.submit(stored_tile, out, tile, start_yx(plan, tile), priority=1, pure=False) for tile in plan.tiles]
 
 
 class Polishing:
@@ -81,41 +153,31 @@ class Polishing:
 
     Parameters
     ----------
-    client : distributed.Client
-    job : PredictionJob
-        Names the store.
-    plan : Plan
-    scan : Scan
+    run : Run
+    executor : Executor
     stitched : list of Future
         `TileReport` of each tile.
     drop : ints
         Patterns that are left out.
     """
 
-    def __init__(
-        self,
-        client: distributed.Client,
-        job: PredictionJob,
-        plan: Plan,
-        scan: Scan,
-        stitched: list[distributed.Future],
-        drop: tuple[int, ...],
-    ) -> None:
-        self._client, self._plan, self._stitched = client, plan, stitched
-        self._boxes, self._parts = plan_polishing(scan, plan, drop)
+    def __init__(self, run: Run, executor: Executor, stitched: list[Future], drop: tuple[int, ...]) -> None:
+        self._run, self._executor, self._plan, self._stitched = run, executor, run.plan, stitched
+        job = run.job.methods[0].prediction
+        self._boxes, self._parts = plan_polishing(open_stored(job).scan, run.plan, drop)
         # Without the model: sweeps only need the scan.
         self._job = replace(job, drop=drop, model=replace(job.model, model=None))
         self._parts_of = [
             tuple(index for index, part in enumerate(self._parts) if tile in part.tiles)
-            for tile in range(len(plan.tiles))
+            for tile in range(len(run.plan.tiles))
         ]
         self.n_patterns = sum(len(part.index) for part in self._parts)
-        self._objects: list[distributed.Future] = []
+        self._objects: list[Future] = []
 
     def sweep(self, n_sweeps: int, progress: bool | None) -> list[float]:
         """Sweep over the patterns; returns R before and after each sweep."""
         stitched = self._on_tiles(_object_of, self._stitched)
-        summed = gather_results(self._client, self._on_tiles(amplitude_sum, stitched))
+        summed = gather_results(self._executor, self._on_tiles(amplitude_sum, stitched))
         mean = sum(total for total, _ in summed) / sum(count for _, count in summed)
         boxes = [tile.box for tile in self._plan.tiles]
         prepare = partial(prepare_tile, self._job, mean=mean)
@@ -127,7 +189,7 @@ class Polishing:
         with progress_bar("polish", (n_sweeps + 1) * self.n_patterns, "patterns", progress) as bar:
             for sweep in range(n_sweeps + 1):
                 earlier, changes = changes, self._changes(weights, objects, before, changes, bar)
-                reports = gather_results(self._client, self._on_tiles(attrgetter("report"), changes))
+                reports = gather_results(self._executor, self._on_tiles(attrgetter("report"), changes))
                 misfit = misfit_in_all(reports)
                 r_factors.append(misfit.r_factor)
                 bar.note(f"{sweep} of {n_sweeps} sweeps, R {misfit.r_factor:.4f}")
@@ -145,20 +207,20 @@ class Polishing:
 
     def _changes(
         self,
-        weights: list[distributed.Future],
-        objects: list[distributed.Future],
-        before: list[distributed.Future],
+        weights: list[Future],
+        objects: list[Future],
+        before: list[Future],
         earlier: list[Any],
         bar: Progress,
-    ) -> list[distributed.Future]:
+    ) -> list[Future]:
         """Change of the object for all patterns, tile by tile."""
         parts, boxes = self._parts, self._boxes
-        changes: dict[int, distributed.Future] = {}
+        changes: dict[int, Future] = {}
 
         def part_task(index: int) -> tuple[Any, ...]:
             return change_part, self._job, parts[index], [objects[tile] for tile in parts[index].tiles]
 
-        def tile_task(index: int, part_changes: list[distributed.Future]) -> tuple[Any, ...]:
+        def tile_task(index: int, part_changes: list[Future]) -> tuple[Any, ...]:
             state = weights[index], objects[index], before[index], earlier[index]
             return change_tile, boxes[index], *state, part_changes, self._parts_of[index]
 
@@ -171,8 +233,7 @@ class Polishing:
             tile_name=lambda index: f"polishing the tile {tuple(boxes[index])}",
             every_tile=True,
         )
-        with Scheduler(self._client, graph).cancelling_on_exit() as scheduler:
-            scheduler.complete(changes.__setitem__, bar)
+        Scheduler(self._executor, graph).complete(bar, on_tile=changes.__setitem__)
         return [changes[index] for index in range(len(boxes))]
 
     def deliver(
@@ -182,12 +243,12 @@ class Polishing:
         plan = self._plan
         coarse_step = 0 if live is None else live.step
 
-        def tile_task(index: int, _: list[distributed.Future]) -> tuple[Any, ...]:
+        def tile_task(index: int, _: list[Future]) -> tuple[Any, ...]:
             tile = plan.tiles[index]
             box, stitched, polished = self._boxes[index], self._stitched[index], self._objects[index]
-            return deliver_polished, tile, box, stitched, polished, out, start_yx(plan, tile), coarse_step
+            return deliver_polished, tile, box, stitched, polished, out, self._run.start_yx(tile), coarse_step
 
-        def deliver(index: int, future: distributed.Future) -> None:
+        def deliver(index: int, future: Future) -> None:
             report = future.result()
             if live is not None:
                 live.add(report.coarse)
@@ -195,29 +256,24 @@ class Polishing:
 
         graph = TaskGraph(
             chunks_of=[()] * len(plan.tiles),
-            n_units=[],
-            chunk_task=lambda index: (),
             tile_task=tile_task,
-            chunk_name=lambda index: "",
             tile_name=lambda index: f"delivering the tile {tuple(plan.tiles[index].box)}",
             every_tile=True,
         )
-        with (
-            progress_bar("deliver", 0, "tiles", False) as bar,
-            Scheduler(self._client, graph).cancelling_on_exit() as scheduler,
-        ):
-            scheduler.complete(deliver, bar)
+        with progress_bar("deliver", 0, "tiles", False) as bar:
+            Scheduler(self._executor, graph).complete(bar, on_tile=deliver)
 
-    def _on_tiles(self, function: Callable[..., Any], *columns: Sequence[Any]) -> list[distributed.Future]:
+    def _on_tiles(self, function: Callable[..., Any], *columns: Sequence[Any]) -> list[Future]:
         """Submit one task for each tile, with its element of each column."""
-        return [self._client.submit(function, *row, priority=1, pure=False) for row in zip(*columns, strict=True)]
+        return [self._executor.submit(function, *row, priority=1) for row in zip(*columns, strict=True)]
 
 
-def gather_results(client: distributed.Client, futures: list[distributed.Future]) -> list[Any]:
+def gather_results(executor: Executor, futures: list[Future]) -> list[Any]:
     """Gather results of small tasks, raising the first error."""
-    for future in distributed.as_completed(futures, loop=client.loop):
+    executor.wait(futures)
+    for future in futures:
         check_done(future, "polishing")
-    return list(client.gather(futures))
+    return executor.gather(futures)
 
 
 def _object_of(report: TileReport) -> NDArray[np.complex64]:
@@ -281,7 +337,7 @@ def prepare_tile(
     -------
     TileWeights
     """
-    scan = open_source(job)
+    scan = open_stored(job).scan
     kept = patterns_without(scan, job.drop)
     illumination, proximal_weight = illumination_and_proximal_weight(
         scan.probe, scan.position_yx_px[kept], box.corner, box.shape
@@ -307,7 +363,7 @@ def change_part(job: PredictionJob, part: PolishPart, objects: list[NDArray[np.c
     -------
     PartChange
     """
-    scan = open_source(job)
+    scan = open_stored(job).scan
     joined = np.empty(part.box.shape, np.complex64)
     for box, object_ in zip(part.tile_boxes, objects, strict=True):
         shared = part.box.overlap(box)

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import distributed
 import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.cluster.broadcast import Broadcast
+from ptychodask.cluster.executor import worker_address, worker_advertises_gpu
 from ptychodask.grouping import groups_kept
 from ptychodask.plan.chunks import Chunk, Tile
-from ptychodask.prediction import PatchBatch, PredictionJob, Skipped, open_reader, predict_groups, stage
+from ptychodask.prediction import PatchBatch, PredictionJob, Skipped, open_stored, predict_groups, stage
 from ptychodask.reassembly import (
     Box,
     Canvas,
@@ -31,7 +31,7 @@ from ptychodask.reconstruction.live import CoarsePart, coarse_part
 from ptychodask.reconstruction.patch_cache import StoredPatches
 from ptychodask.reconstruction.sums import checksum, open_canvas, save_canvas, sums_files
 from ptychodask.refinement.polishing import seen_part
-from ptychodask.result import VARIABLES, Layers, TileArrays, read_tile, write_tile
+from ptychodask.result import Layers, TileArrays, read_tile, write_tile
 from ptychodask.storage.location import Location
 from ptychodask.storage.zarr_checks import DAMAGE
 
@@ -175,7 +175,7 @@ def predict_chunk(
     skipped: list[Skipped] | None = [] if tolerant else None
     per_method = 2 if job.layers.split_half else 1
     canvases = [empty_canvas(chunk.box.corner, chunk.box.shape) for _ in range(job.n_canvases)]
-    probe = open_reader(job.methods[0].prediction).probe
+    probe = open_stored(job.methods[0].prediction).probe
     windows = [make_window(method.window, method.crop, probe) for method in job.methods]
     for number, batch in _patches_of(job, chunk, seconds, skipped):
         crop = job.methods[number].crop
@@ -200,23 +200,12 @@ def predict_chunk(
     return ChunkSums(paths, chunk.box.corner, report)
 
 
-def worker_address() -> str:
-    """Address of this Dask worker; "here" outside of workers."""
-    try:
-        return str(distributed.get_worker().address)
-    except ValueError:
-        return "here"
-
-
 def prepare_device(job: StitchingJob) -> None:
     """Set up the GPU of this process.
 
     Raises `PtychodaskError` if there is none although the worker advertises ``GPU`` or the job asks for one.
     """
-    try:
-        advertised = "GPU" in distributed.get_worker().state.total_resources
-    except ValueError:
-        advertised = False
+    advertised = worker_advertises_gpu()
     for method in job.methods:
         method.prediction.model.prepare_device(wanted=advertised or method.prediction.device == "gpu")
 
@@ -243,7 +232,7 @@ def verify_chunk(job: StitchingJob | Broadcast, chunk: Chunk, sums: ChunkSums) -
 def _difference(first: Canvas, second: Canvas) -> float:
     if not np.array_equal(first.count, second.count):
         return float("inf")
-    objects = [finish(canvas)[0].astype(np.complex128) for canvas in (first, second)]
+    objects = [finish(canvas).object.astype(np.complex128) for canvas in (first, second)]
     seen = np.asarray(first.count) > 0
     scale = float(np.median(np.abs(objects[0][seen]))) or 1.0
     return float(np.abs(objects[0][seen] - objects[1][seen]).max()) / scale
@@ -317,7 +306,7 @@ def _patches_of(
 
 def _cached_patches(job: StitchingJob, chunk: Chunk, seconds: dict[str, float]) -> Iterator[tuple[int, PatchBatch]]:
     prediction, cache = job.methods[0].prediction, StoredPatches(Path(str(job.patches)))
-    reader = open_reader(prediction)
+    reader = open_stored(prediction)
     for start in range(chunk.start, chunk.stop, CACHED_GROUPS):
         with stage(seconds, "read"):
             member = reader.member(prediction.groups, start, min(start + CACHED_GROUPS, chunk.stop))
@@ -361,16 +350,9 @@ def _reassemble_method(layers: Layers, tile: Tile, parts: Sequence[ChunkSums], n
         return merge(empty_canvas(tile.box.corner, tile.box.shape), *(part.canvas(canvas) for part in parts))
 
     if not layers.split_half:
-        return _finished(merged(number))
+        return layers.arrays(merged(number))
     halves = [merged(2 * number), merged(2 * number + 1)]
-    finished = [_finished(half) for half in halves]
-    return _finished(merge(*halves)) | {
-        f"{name}_half": np.stack([arrays[name] for arrays in finished]) for name in ("object", "weight")
-    }
-
-
-def _finished(canvas: Canvas) -> TileArrays:
-    return dict(zip(VARIABLES, finish(canvas), strict=True))
+    return layers.arrays(merge(*halves), halves)
 
 
 def deliver_tile(

@@ -20,10 +20,9 @@ from ptychodask.grouping import GroupingSpec
 from ptychodask.progress import progress_bar
 from ptychodask.scan import PatternSource, Scan, check_positions
 from ptychodask.storage.atomic import folder_lock
-from ptychodask.storage.location import on_disk
+from ptychodask.storage.location import LocalLocation, on_disk
 from ptychodask.storage.zarr_checks import open_root
-from ptychodask.store import INGEST_AGAIN, SCAN, ScanReader, data_hash, open_scan
-from ptychodask.store.groups import segment_groups
+from ptychodask.store import INGEST_AGAIN, SCAN, data_hash, open_scan, segment_groups
 from ptychodask.store.write import (
     changing_root,
     chunk_patterns,
@@ -88,10 +87,12 @@ def append_segment(
     """
     path = on_disk(store, "a growing scan")
     with _appending(path):
+        # Opened under the lock: another writer may have appended since the caller looked at the store.
         scan = open_scan(path)
         _check_fits(scan, diffraction, flux, label)
         n_new, n_pixels = diffraction.shape[:2]
         check_positions(position_yx_px, n_new, str(path))
+        # Sorted within the segment only: rows that readers have must keep their indices, which group tables refer to.
         order = storage_order(position_yx_px, chunk_patterns(n_pixels, diffraction.dtype.itemsize))
         position = np.ascontiguousarray(position_yx_px[order], np.float64)
         rows = np.arange(n_new) if source_index is None else np.asarray(source_index, np.int64)
@@ -105,6 +106,8 @@ def append_segment(
         if flux is not None:
             columns["flux"] = relative_to_mean(flux, str(path), _mean_flux(scan))[order]
         arrays = _arrays(path)
+        # From the number of patterns that readers know, not from the length on disk: rows that a stopped writer left
+        # beyond it are overwritten.
         _resize(arrays, scan.n_patterns + n_new)
         for name, values in columns.items():
             arrays[name][scan.n_patterns :] = values
@@ -122,6 +125,7 @@ def append_segment(
                 bar,
                 str(path),
             )
+        # Last: until the root is replaced no reader knows of the new rows, so a failure above leaves the scan as is.
         _publish(path, scan, position, columns["scan_index"], diffraction_hash, provenance)
     logger.info("%s: appended %d patterns to %d", path, n_new, scan.n_patterns)
     return open_scan(path)
@@ -156,6 +160,7 @@ def finish_scan(store: str | Path) -> Scan:
             with changing_root(path) as root:
                 tables = _tables(root)
                 for folder in (path / "groups").glob("*/"):
+                    # Readers do not know it, and consolidating the finished store would publish it half-written.
                     if f"groups/{folder.name}" not in tables:
                         shutil.rmtree(folder)
                 for table, attributes in tables.items():
@@ -166,14 +171,8 @@ def finish_scan(store: str | Path) -> Scan:
     return open_scan(path)
 
 
-def growth(store: str | Path) -> tuple[str, int]:
-    """State of a store ("growing" or "complete") and its number of segments."""
-    attributes = ScanReader(store).attributes
-    return attributes["state"], len(attributes.get("segments", (None,)))
-
-
 @contextmanager
-def _appending(path: Path) -> Iterator[None]:
+def _appending(path: LocalLocation) -> Iterator[None]:
     """Lock a growing store for appending; disk errors become `PtychodaskError`."""
     state = open_root(path, SCAN).attrs["state"]
     if state != "growing":
@@ -223,8 +222,10 @@ def _presence(values: Any) -> str:
     return "none" if values is None else "some"
 
 
-def _arrays(path: Path) -> dict[str, zarr.Array]:
+def _arrays(path: LocalLocation) -> dict[str, zarr.Array]:
     """Arrays of patterns, with their shapes on disk."""
+    # Not those of the consolidated metadata, which end before the rows that are being written or that a stopped writer
+    # left.
     root = zarr.open_group(path, mode="r+", zarr_format=3, use_consolidated=False)
     nodes = {name: root.get(name) for name in OF_PATTERNS}
     return {name: array for name, array in nodes.items() if isinstance(array, zarr.Array)}
@@ -236,7 +237,7 @@ def _resize(arrays: dict[str, zarr.Array], n_patterns: int) -> None:
 
 
 def _publish(
-    path: Path,
+    path: LocalLocation,
     scan: Scan,
     position_yx_px: NDArray[np.float64],
     scan_index: NDArray[np.int64],
@@ -256,9 +257,11 @@ def _publish(
                 **({"provenance": provenance} if provenance else {}),
             },
         ]
+        # Of the segments' hashes: reading all earlier patterns again would make each segment cost more than the last.
         digest = hashlib.sha256("".join(segment["diffraction_hash"] for segment in segments).encode())
         attributes["diffraction_hash"] = digest.hexdigest()
         position = np.concatenate([scan.position_yx_px, position_yx_px])
+        # Each segment records the hash of the scan up to it: a run planned before another segment finds its data by it.
         attributes["data_hash"] = data_hash(attributes["diffraction_hash"], position, scan.mask, scan.probe)
         segments[-1]["data_hash"] = attributes["data_hash"]
         attributes["segments"] = segments
@@ -269,7 +272,7 @@ def _publish(
 
 
 def _extend_groups(
-    path: Path,
+    path: LocalLocation,
     root: dict[str, Any],
     position_yx_px: NDArray[np.float64],
     scan_index: NDArray[np.int64] | None,
@@ -281,6 +284,7 @@ def _extend_groups(
         spec = GroupingSpec(**attributes["spec"])
         drawn = segment_groups(str(path), position_yx_px, scan_index, spec, n_patterns - n_new, n_patterns)
         before = attributes["segment_groups"]
+        # From the known rows on: a writer that was stopped here may have left others after them.
         _resized_table(path, table, [*before, len(drawn)])[sum(before) :] = drawn
         for name in (table, f"{table}/member"):
             update_node(root, path, name)
@@ -297,7 +301,7 @@ def _tables(root: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return tables
 
 
-def _resized_table(path: Path, table: str, segments: list[int]) -> zarr.Array:
+def _resized_table(path: LocalLocation, table: str, segments: list[int]) -> zarr.Array:
     """Resize a group table to its segments; returns its array."""
     zarr.open_group(path / table, mode="r+", zarr_format=3).attrs["segment_groups"] = segments
     member = zarr.open_array(path / table / "member", mode="r+", zarr_format=3)

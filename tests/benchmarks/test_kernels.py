@@ -13,7 +13,8 @@ from ptychodask.grouping import GroupingSpec, group_positions
 from ptychodask.plan import plan
 from ptychodask.reassembly import add_patches, cosine_window, empty_canvas, finish, merge
 from ptychodask.simulate import raster_positions
-from ptychodask.store.groups import group, read_groups
+from ptychodask.store import StoredScan
+from ptychodask.store.groups import group
 from tests.benchmarks.measuring import CheapModel, noisy_scan
 
 N_PATCHES = 1000
@@ -107,7 +108,7 @@ def test_network_input_of_one_chunk(benchmark, scan):
 
 @pytest.mark.benchmark(min_rounds=3)
 def test_read_a_million_groups(benchmark, million_store):
-    benchmark(read_groups, million_store, GroupingSpec(members=4).name)
+    benchmark(lambda: StoredScan(million_store).member(GroupingSpec(members=4).name, 0, MILLION))
 
 
 @pytest.mark.benchmark(min_rounds=3)

@@ -49,8 +49,8 @@ from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.reconstruction.patch_cache import StoredPatches, check_patches
 from ptychodask.result import open_result
-from ptychodask.store import ScanReader, open_scan
-from ptychodask.store.groups import read_groups, stored_group_names
+from ptychodask.storage.location import parse_location
+from ptychodask.store import StoredScan, open_scan
 from ptychodask.study import read_study
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 
@@ -237,7 +237,7 @@ def make_ptychopinn(folder: Path) -> None:
 
 
 def make_ledger(folder: Path) -> None:
-    ledger = Ledger(folder, {"spec": {"tile": 16}, "plan": {"n_chunks": 3}})
+    ledger = Ledger(parse_location(folder), {"spec": {"tile": 16}, "plan": {"n_chunks": 3}})
     for index in range(3):
         ledger.add("chunk", index, {"seconds": {"read": 0.1}, "skipped": [], "checksums": [1, 2], "worker": "w"})
     ledger.add("tile", 0, {"seconds": {}, "checksum": 3})
@@ -294,11 +294,13 @@ def read_by_format(folder: Path, name: str) -> None:
 def read_scan(folder: Path) -> None:
     scan = open_scan(folder / "scan.zarr")
     scan.network_input(slice(None))
-    reader = ScanReader(folder / "scan.zarr")
-    reader.check()
-    reader.part(np.arange(min(3, reader.n_patterns)))
-    for name in stored_group_names(folder / "scan.zarr"):
-        read_groups(folder / "scan.zarr", name)
+    stored = StoredScan(folder / "scan.zarr")
+    stored.check()
+    stored.part(np.arange(min(3, stored.n_patterns)))
+    for name in stored.table_names():
+        table = stored.table(name)
+        if table is not None:
+            table.rows(0, len(table))
 
 
 def read_result(folder: Path) -> None:
@@ -317,7 +319,7 @@ def read_checkpoint(folder: Path) -> None:
 
 
 def read_ledger(folder: Path) -> None:
-    Ledger(folder, {"spec": {"tile": 16}, "plan": {"n_chunks": 3}}).read()
+    Ledger(parse_location(folder), {"spec": {"tile": 16}, "plan": {"n_chunks": 3}}).read()
 
 
 KINDS: dict[str, Kind] = {
