@@ -64,7 +64,7 @@ class Run:
 
 @dataclass(frozen=True)
 class RunFolders:
-    """Paths that a run writes to; by default none, and the client gets the tiles."""
+    """Paths that a run writes to; by default none."""
 
     sums: Location | None = None
     """Folder of the sums of chunks; without it they stay in the memory of the workers."""
@@ -73,8 +73,8 @@ class RunFolders:
     """Records finished chunks and tiles, and those of earlier runs."""
 
     stitched: Location | None = None
-    """Store of the stitched tiles: the result itself, or a store beside it if they are polished afterwards. None while
-    a growing scan is followed: its sums are kept, and tiles are only shown."""
+    """Store of the stitched tiles: the result itself, or a store beside it if they are polished afterwards. Without any
+    folder the client gets the tiles; with `sums` alone (a scan that is followed) they are only shown."""
 
     result: Location | None = None
     """Store that is being written."""
