@@ -1,4 +1,4 @@
-"""Facts of the fields of specs: help, flag, and effect on a run."""
+"""Facts of spec fields: help, flag, and effect on a run."""
 
 from __future__ import annotations
 
@@ -117,12 +117,12 @@ def takes_fields(spec: type[Frozen]) -> Callable[[Function], Function]:
 
     def decorate(function: Function) -> Function:
         plain = signature(function)
-        own = [each for each in plain.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
+        declared = [each for each in plain.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
         added = [
             Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
             for each in fields(spec)
         ]
-        function.__signature__ = plain.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        function.__signature__ = plain.replace(parameters=[*declared, *added])  # type: ignore[attr-defined]
         function.__doc__ = f"{cleandoc(function.__doc__ or '')}\n\n{_section(spec)}"
         return function
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.probes import illumination
-
-Window = Literal["illumination", "uniform", "cosine"]
-"""Name of the weights with which a patch enters a canvas: see `make_window`."""
-
+from ptychodask.probes import Window, illumination
 
 CANVAS_PIXEL_BYTES = 36
 """Bytes of one canvas pixel: complex128 and float64 sums and an int32 count."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import floordiv
@@ -215,6 +215,7 @@ def create_result(
     *,
     pixel_size_m: float | None,
     layers: Layers = Layers(),
+    variables: Iterable[str] | None = None,
 ) -> None:
     """Create an empty result store, unfinished until `finish_result`.
 
@@ -228,10 +229,12 @@ def create_result(
         Pixels across a tile. A tile is one shard, so that no two tiles share a file.
     pixel_size_m : float or None
     layers : Layers
+    variables : iterable of str, optional
+        Names of the variables; by default all of the layers.
     """
     root = zarr.create_group(path.zarr_store(), zarr_format=3)
     root.attrs.update({**_schema_attributes(pixel_size_m, layers), "state": "writing"})
-    for name in layers.variables:
+    for name in layers.variables if variables is None else variables:
         _create_variable(root, name, shape, tile, pixel_size_m, layers)
     for name, (dim, values, attributes) in _coordinates(shape, corner, pixel_size_m).items():
         root.create_array(name, data=values, chunks=values.shape, dimension_names=(dim,)).attrs.update(attributes)
@@ -563,7 +566,8 @@ class PtychoAccessor:
         arrays = {name: ds[name].values for name in Layers().variables if name in ds}
         with parse_location(path).atomic_store(overwrite=overwrite, kind=RESULT) as writing:
             pixel_size_m = ds.attrs.get("pixel_size_m")
-            create_result(writing.whole, arrays["object"].shape, corner, CHUNK_PIXELS, pixel_size_m=pixel_size_m)
+            shape = arrays["object"].shape
+            create_result(writing.whole, shape, corner, CHUNK_PIXELS, pixel_size_m=pixel_size_m, variables=arrays)
             write_tile(writing.whole, (0, 0), arrays)
             writing.check_held()
             finish_result(writing.whole, ds.attrs)

@@ -91,7 +91,7 @@ PARTICIPLES_KEPT = {
 WHY = (
     "reconstruction/scheduler.py",
     "reconstruction/ledger.py",
-    "plan/__init__.py",
+    "plan/plan.py",
     "plan/chunks.py",
     "storage/atomic.py",
     "storage/objects.py",

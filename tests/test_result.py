@@ -83,7 +83,7 @@ def test_a_result_is_not_replaced_unasked(result, tmp_path):
 
 def test_tiles_written_one_by_one_are_the_whole(result, tmp_path):
     tile, arrays = 32, some_arrays()
-    create_result(parse_location(tmp_path), (50, 70), CORNER, tile, pixel_size_m=2e-9)
+    create_result(parse_location(tmp_path), (50, 70), CORNER, tile, pixel_size_m=2e-9, variables=Finished._fields)
     for row in range(0, 50, tile):
         for column in range(0, 70, tile):
             part = {

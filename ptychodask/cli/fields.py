@@ -23,7 +23,7 @@ Reader = Callable[[Any], Any]
 
 
 def options_of(module: str, spec: str, **facts: Any) -> Callable[[Command], Command]:
-    """Decorator that adds the fields of a spec to the options of a command.
+    """Decorator that adds the fields of a spec to a command.
 
     They come before its keyword-only parameters. The command gets the fields that were set as ``**fields``; for the
     others, the defaults of the spec apply.
@@ -38,7 +38,7 @@ def options_of(module: str, spec: str, **facts: Any) -> Callable[[Command], Comm
 
     def decorate(command: Command) -> Command:
         plain = inspect.signature(command, eval_str=True)
-        own = [each for each in plain.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
+        declared = [each for each in plain.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
 
         def with_fields() -> Command:
             parameters, readers = _options(getattr(import_module(module), spec), plain.parameters, facts)
@@ -50,14 +50,14 @@ def options_of(module: str, spec: str, **facts: Any) -> Callable[[Command], Comm
                 command(**values, **fields)
 
             ordered = [
-                *(each for each in own if each.kind is not Parameter.KEYWORD_ONLY),
+                *(each for each in declared if each.kind is not Parameter.KEYWORD_ONLY),
                 *parameters,
-                *(each for each in own if each.kind is Parameter.KEYWORD_ONLY),
+                *(each for each in declared if each.kind is Parameter.KEYWORD_ONLY),
             ]
             run.__signature__ = plain.replace(parameters=ordered)  # type: ignore[attr-defined]
             return run
 
-        command.__signature__ = plain.replace(parameters=own)  # type: ignore[attr-defined]
+        command.__signature__ = plain.replace(parameters=declared)  # type: ignore[attr-defined]
         command.with_fields = with_fields  # type: ignore[attr-defined]
         return command
 
@@ -65,7 +65,7 @@ def options_of(module: str, spec: str, **facts: Any) -> Callable[[Command], Comm
 
 
 def complete(command: Command) -> Command:
-    """The command with the fields of its spec as parameters, if it takes any."""
+    """Command with the fields of its spec as parameters."""
     return command.with_fields() if hasattr(command, "with_fields") else command
 
 
@@ -79,7 +79,7 @@ def typer_command(command: Command) -> Any:
 def _options(
     spec: type[Frozen], taken: Collection[str], facts: dict[str, Any]
 ) -> tuple[list[Parameter], dict[str, Reader]]:
-    """Parameters of a command, and functions from their values to those of the fields."""
+    """Parameters of a command, and functions that read their values."""
     parameters, readers = [], {}
     hints, flags, known = get_type_hints(spec), flags_of(spec), facts_of(spec)
     for name in names_where(spec, **facts):
@@ -94,7 +94,7 @@ def _options(
 
 
 def _as_text(hint: Any, flag: str, meaning: str) -> tuple[Any, str, Reader]:
-    """Type of an option for a field of a type, its help, and the function that reads its value."""
+    """Type, help and reader of the option for a field."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     origins = {get_origin(kind): get_args(kind) for kind in kinds}
     content = f"{meaning[0].lower()}{meaning[1:]}"

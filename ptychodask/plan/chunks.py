@@ -14,7 +14,6 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import groups_kept
 from ptychodask.plan.spec import MIB, NOWHERE, ReconstructionSpec
 from ptychodask.reassembly import CANVAS_PIXEL_BYTES, Box
-from ptychodask.result import Layers
 from ptychodask.store import GroupTable, StoredScan
 
 BLOCK_GROUPS = 2**15
@@ -232,8 +231,9 @@ TILE_PIXELS = 256
 """Pixels across an automatic tile, at least."""
 
 
-RESULT_PIXEL_BYTES = sum(np.dtype(each.dtype).itemsize for each in Layers().variables.values())
-"""Bytes of one pixel of a result without halves."""
+# Not derived from the variables: plans record it, and a stopped run is resumed only with an equal plan.
+RESULT_PIXEL_BYTES = 20
+"""Bytes of one pixel of a result: object, weight, uncertainty and count."""
 
 
 class RegionNotReachedError(PtychodaskError):

@@ -16,7 +16,7 @@ from ptychodask.grouping import GroupingSpec
 from ptychodask.models.contract import Device
 from ptychodask.models.spec import Precision
 from ptychodask.options import option
-from ptychodask.reassembly import Window
+from ptychodask.probes import Window
 
 NOWHERE = 2**40
 """Coordinate outside of every object, pixels."""

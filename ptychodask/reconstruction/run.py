@@ -64,7 +64,7 @@ class Run:
 
 @dataclass(frozen=True)
 class RunFolders:
-    """Paths that a run writes to; by default none, and the client gets the tiles."""
+    """Paths that a run writes to; without them the client gets tiles."""
 
     sums: Location | None = None
     """Folder of the sums of chunks; without it they stay in the memory of the workers."""
