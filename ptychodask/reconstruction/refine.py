@@ -524,7 +524,7 @@ class SlowStep(NamedTuple):
 def judge_part(
     job: PredictionJob, step: SlowStep, part: PolishPart, objects: list[NDArray[np.complex64]]
 ) -> tuple[float, float]:
-    """Misfit of the judges of one part, without and with the slow phase.
+    """Misfit of the judges in one part, before and after.
 
     Parameters
     ----------
@@ -541,7 +541,7 @@ def turn_tile(step: SlowStep, box: Box, object_: NDArray[np.complex64]) -> NDArr
 
 
 def _joined(part: PolishPart, objects: list[NDArray[np.complex64]]) -> NDArray[np.complex64]:
-    """Object over the box of a part, from its tiles; 0 beyond them."""
+    """Object over the box of a part, 0 outside its tiles."""
     joined = np.zeros(part.box.shape, np.complex64)
     for box, object_ in zip(part.tile_boxes, objects, strict=True):
         shared = part.box.overlap(box)
