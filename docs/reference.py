@@ -9,12 +9,13 @@ import html
 import inspect
 from collections.abc import Callable, Iterator
 from enum import Enum
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import typer
 
 import ptychodask
 from ptychodask.cli import COMMANDS
+from ptychodask.cli.fields import complete
 from ptychodask.progress import quiet_stderr
 
 NAMES = {
@@ -38,6 +39,9 @@ NAMES = {
 
 ACCESSOR = "ptychodask.result.PtychoAccessor"
 """Class of ``ds.ptycho``."""
+
+METRICS = "ptychodask.judging.metrics"
+"""Module of the metrics of arrays, such as `spoke_contrast`."""
 
 WORKER_FROM_ELSEWHERE = "https://unpkg.com/iframe-worker/shim"
 """Script that the theme loads when the pages are opened from a folder."""
@@ -63,9 +67,8 @@ def _command(command: Callable[..., None]) -> Iterator[str]:
         example = paragraph.partition("Example: ")[2]
         yield from ("```sh", example, "```", "") if example else (paragraph, "")
     yield from ("| argument or option | type | meaning |", "|---|---|---|")
-    hints = get_type_hints(command, include_extras=True)
-    for name, parameter in inspect.signature(command).parameters.items():
-        kind, info = get_args(hints[name])
+    for name, parameter in inspect.signature(complete(command), eval_str=True).parameters.items():
+        kind, info = get_args(parameter.annotation)
         cells = (_flags(name, info), _kind(kind), html.escape(info.help, quote=False) + _default(parameter.default))
         yield "| {} | {} | {} |".format(*(cell.replace("|", r"\|").replace("*", r"\*") for cell in cells))
 
@@ -117,7 +120,20 @@ def api_page() -> str:
         for name in names:
             public = getattr(ptychodask, name)
             lines += ["", f"::: {public.__module__}.{public.__qualname__}"]
-    return "\n".join([*lines, "", "## The accessor of results", "", f"::: {ACCESSOR}", ""])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "## Metrics of arrays",
+            "",
+            f"::: {METRICS}",
+            "",
+            "## The accessor of results",
+            "",
+            f"::: {ACCESSOR}",
+            "",
+        ]
+    )
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:

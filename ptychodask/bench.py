@@ -22,14 +22,14 @@ from ptychodask.cluster.clients import client_for_run
 from ptychodask.cluster.job import THREAD_VARIABLES
 from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.models.choose import recorded_model, resolve_model
-from ptychodask.models.contract import PatchModel
+from ptychodask.models.contract import MinimalModel, PatchModel
 from ptychodask.plan import Plan, plan_for, prediction_job
 from ptychodask.plan.spec import MIB, ReconstructionSpec, in_pixels
-from ptychodask.prediction import PredictionJob, compile_model, open_stored
+from ptychodask.prediction import PredictionJob, open_stored
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Scan
 from ptychodask.simulate import simulate
-from ptychodask.storage.location import parse_location, stored_sizes
+from ptychodask.storage.location import parse_location
 from ptychodask.store import StoredScan, open_scan
 
 Network = Literal["pinn", "ptychopinn"]
@@ -98,7 +98,7 @@ class BareRun:
 
 def bench(
     store: str | Path | None = None,
-    model: str | Path | PatchModel | None = None,
+    model: str | Path | MinimalModel | None = None,
     spec: BenchSpec = BenchSpec(),
     *,
     reconstruction: ReconstructionSpec = ReconstructionSpec(),
@@ -205,7 +205,7 @@ def _scan(store: str | Path | None, spec: BenchSpec, scratch: Path, progress: bo
     )
 
 
-def _network(scan: Scan, model: str | Path | PatchModel | None, spec: BenchSpec, scratch: Path) -> PatchModel:
+def _network(scan: Scan, model: str | Path | MinimalModel | None, spec: BenchSpec, scratch: Path) -> PatchModel:
     """Given or recorded model, else a new one, bound to the scan."""
     network: PatchModel
     if model is not None or recorded_model(scan) is not None:
@@ -247,7 +247,7 @@ def run_bare(job: BareJob) -> BareRun:
     started = time.perf_counter()
     prediction = job.prediction
     scan = open_stored(prediction).scan
-    predict = compile_model(prediction.model.load().bind(scan), prediction.batch_size, prediction.precision)
+    predict = prediction.model.load().bind(scan).compile(prediction.batch_size, prediction.precision)
     batches = _batches(prediction, scan, min(DISTINCT_BATCHES, job.n_batches))
     np.asarray(predict(*batches[0]))
     ready = time.perf_counter()
@@ -305,7 +305,7 @@ def _about_scan(scan: Scan, *, simulated: bool) -> dict[str, Any]:
         "n_patterns": scan.n_patterns,
         "n_pixels": scan.n_pixels,
         "dtype": scan.diffraction.dtype.name,
-        "stored_bytes": sum(stored_sizes(parse_location(str(scan.store)) / "diffraction")),
+        "stored_bytes": sum(size for _, size in (parse_location(str(scan.store)) / "diffraction").below()),
         "simulated": simulated,
     }
 

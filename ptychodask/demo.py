@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.io import ingest
+from ptychodask.io.ingest import ingest
 from ptychodask.judging.compare import compare
 from ptychodask.judging.plotting import plot, plot_comparison
 from ptychodask.judging.tables import to_markdown

@@ -214,16 +214,42 @@ def r_factor(
     """
     index = np.arange(scan.n_patterns) if index is None else np.asarray(index)
     filled, corner = filled_object(object_, corner_yx_px, scan.position_yx_px[index], scan.n_pixels)
-    misfit = total = 0.0
+    absolute = total = 0.0
     for start in range(0, len(index), PROBE_BATCH):
         batch = index[start : start + PROBE_BATCH]
         for j, amplitude in zip(batch, scan.amplitude(batch), strict=True):
-            model = predicted_amplitude(filled, corner, scan, int(j))
-            misfit += float(np.abs(model - amplitude).sum(dtype=np.float64))
-            total += float(amplitude.sum(dtype=np.float64))
-    if not total > 0:
-        raise PtychodaskError(f"{scan.store or 'scan'}: the patterns to compare with are all zero; pass others")
-    return misfit / total
+            sums = r_sums(predicted_amplitude(filled, corner, scan, int(j)) - amplitude, amplitude)
+            absolute, total = absolute + float(sums[0]), total + float(sums[1])
+    return r_ratio(absolute, total, str(scan.store or "scan"))
+
+
+def r_sums(
+    difference: NDArray[np.floating[Any]], amplitude: NDArray[np.floating[Any]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Numerator and denominator of the R-factor of each pattern.
+
+    Parameters
+    ----------
+    difference, amplitude : float array (..., N, N)
+        √I_pred − √I and √I, bad pixels 0.
+
+    Returns
+    -------
+    float64 arrays (...)
+        Σ|√I_pred − √I| and Σ√I; both add up over patterns.
+    """
+    absolute, total = (values.sum(axis=(-2, -1), dtype=np.float64) for values in (np.abs(difference), amplitude))
+    return absolute, total
+
+
+def r_ratio(absolute: float, amplitude: float, label: str) -> float:
+    """R-factor of patterns from their `r_sums`.
+
+    Raises `PtychodaskError`, beginning with `label`, if the patterns are all zero.
+    """
+    if not amplitude > 0:
+        raise PtychodaskError(f"{label}: the patterns are all zero, so R is undefined; choose others")
+    return absolute / amplitude
 
 
 def predicted_amplitude(
@@ -279,3 +305,41 @@ def filled_object(
 def footprint_corners(position_yx_px: NDArray[np.float64], n_pixels: int) -> NDArray[np.int64]:
     """Coordinates (y, x) of each footprint's first pixel, int64 (..., 2)."""
     return np.floor(position_yx_px).astype(np.int64) - n_pixels // 2
+
+
+MIN_SEEN_LIGHT = 0.99
+"""Minimum fraction of the probe intensity on seen pixels for a pattern to have an R-factor."""
+
+
+def seen_light(
+    seen: NDArray[np.bool_],
+    corner: NDArray[np.integer[Any]] | tuple[int, int],
+    probe: NDArray[np.complexfloating[Any, Any]],
+    position_yx_px: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Fraction of the probe intensity on seen pixels, for each position.
+
+    Parameters
+    ----------
+    seen : bool array (y, x)
+        True where patches reached the object; pixels outside of the array are unseen.
+    corner : (int, int)
+        Scan coordinates of its pixel [0, 0].
+    probe : complex array (mode, N, N)
+    position_yx_px : float64 array (pattern, 2)
+        Rounded down to whole pixels.
+
+    Returns
+    -------
+    float64 array (pattern,)
+    """
+    n_pixels = probe.shape[-1]
+    intensity = (np.abs(probe) ** 2).sum(axis=0, dtype=np.float64)
+    intensity /= intensity.sum()
+    fraction = np.empty(len(position_yx_px))
+    starts = footprint_corners(position_yx_px, n_pixels) - np.asarray(corner, np.int64)
+    low, high = np.clip(starts, 0, seen.shape), np.clip(starts + n_pixels, 0, seen.shape)
+    for j, start in enumerate(starts):
+        lit = intensity[tuple(slice(*ends) for ends in zip(low[j] - start, high[j] - start, strict=True))]
+        fraction[j] = lit[seen[tuple(slice(*ends) for ends in zip(low[j], high[j], strict=True))]].sum()
+    return fraction

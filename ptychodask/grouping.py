@@ -8,11 +8,12 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
+import scipy  # its subpackages load on first use: specs are read for every --help
 from numpy.typing import NDArray
-from scipy.spatial import ConvexHull, KDTree, QhullError
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.html import card
+from ptychodask.options import option
 from ptychodask.scan import Scan
 
 CURVE_BITS = 16
@@ -23,21 +24,21 @@ CURVE_BITS = 16
 class GroupingSpec:
     """Options of the grouping of scan positions."""
 
-    members: int = 4
+    members: int = option(4, help="Patterns in one group.")
     """Patterns in one group, C; equals the input channels of the network."""
 
-    neighbours: int = 7
+    neighbours: int = option(7, help="Number of nearest positions from which members are drawn.")
     """Nearest positions from which the members other than the seed are drawn, K; at least `members` if `members` >
     1.
     """
 
-    oversampling: int = 1
+    oversampling: int = option(1, help="Number of groups drawn for each pattern.")
     """Groups that each pattern seeds; above 1 only with `members` > 1 and `neighbours` > `members`."""
 
-    seed: int = 0
+    seed: int = option(0, help="Random seed of the members.")
     """Seed of the generator that draws the members."""
 
-    halves: bool = False
+    halves: bool = option(False, help="Only group even patterns with even ones, and odd with odd.")
     """True: the patterns of a group have all even or all odd indices, so that two halves of a result share none."""
 
     def __post_init__(self) -> None:
@@ -169,8 +170,8 @@ def mean_spacing_px(position_yx_px: NDArray[np.float64]) -> float:
     2.93
     """
     try:
-        return float(np.sqrt(ConvexHull(position_yx_px).volume / len(position_yx_px)))
-    except (QhullError, ValueError) as error:
+        return float(np.sqrt(scipy.spatial.ConvexHull(position_yx_px).volume / len(position_yx_px)))
+    except (scipy.spatial.QhullError, ValueError) as error:
         raise PtychodaskError(
             f"{len(position_yx_px)} positions span no area, expected three or more that are not collinear"
         ) from error
@@ -197,7 +198,7 @@ def median_step_px(position_yx_px: NDArray[np.float64]) -> float | None:
     different = np.unique(position_yx_px, axis=0)
     if len(different) < 2:
         return None
-    distance, _ = KDTree(different).query(different, k=2, workers=-1)
+    distance, _ = scipy.spatial.KDTree(different).query(different, k=2, workers=-1)
     return float(np.median(distance[:, 1]))
 
 
@@ -220,7 +221,7 @@ def nearest_neighbour(position_yx_px: NDArray[np.float64]) -> tuple[NDArray[np.f
     >>> nearest_neighbour(np.array([[0.0, 0.0], [0.0, 2.0], [5.0, 2.0]]))[1]
     array([1, 0, 1])
     """
-    distance, index = KDTree(position_yx_px).query(position_yx_px, k=2, workers=-1)
+    distance, index = scipy.spatial.KDTree(position_yx_px).query(position_yx_px, k=2, workers=-1)
     # Of two equal positions, the tree may list either first.
     itself_first = index[:, 0] == np.arange(len(index))
     return distance[:, 1], np.where(itself_first, index[:, 1], index[:, 0])
@@ -330,7 +331,7 @@ def _nearest(
                 f"grouping: neighbours={neighbours} needs {neighbours + 1} patterns, found {len(mine)}; "
                 f"pass {fewer}members=1"
             )
-        _, index = KDTree(position_yx_px[mine]).query(position_yx_px[mine], k=neighbours + 1, workers=-1)
+        _, index = scipy.spatial.KDTree(position_yx_px[mine]).query(position_yx_px[mine], k=neighbours + 1, workers=-1)
         _put_seed_first(index)
         nearest[mine] = index if experiment is None else mine[index]
     return nearest

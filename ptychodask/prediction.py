@@ -22,7 +22,7 @@ from ptychodask.models.contract import Device, PatchModel, Predict
 from ptychodask.models.pretrained import is_pretrained
 from ptychodask.models.spec import Precision
 from ptychodask.scan import Scan
-from ptychodask.storage.location import Location
+from ptychodask.storage.location import LocationLike
 from ptychodask.store import StoredScan
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class ModelReference:
         PtychodaskError
             If a GPU is `wanted` and none is available.
         """
-        if self.model is not None and not getattr(self.model, "runs_on_keras", False):
+        if self.model is not None and not self.model.runs_on_keras:
             return
         _GPU.get("device", models.use_given_gpu)
         if wanted:
@@ -318,7 +318,7 @@ def _leave_out(stored: StoredScan, patterns: NDArray[np.int32], reason: str, ski
 
 def _predictor(job: PredictionJob, part: Scan, batch_size: int) -> Predict:
     key = (job.model.content_hash, job.bound_to or job.data_hash, batch_size, job.precision)
-    return _PREDICTORS.get(key, lambda: compile_model(job.model.load().bind(part), batch_size, job.precision))
+    return _PREDICTORS.get(key, lambda: job.model.load().bind(part).compile(batch_size, job.precision))
 
 
 def _predict_batch(
@@ -352,16 +352,6 @@ def _in_smaller_calls(
         rows = np.minimum(np.arange(first, first + size), len(x) - 1)
         parts.append(np.asarray(predict(x[rows], offset[rows]))[: len(x) - first])
     return np.concatenate(parts)
-
-
-def compile_model(model: PatchModel, batch_size: int, precision: Precision) -> Predict:
-    """Compile a model for a batch size and one of its `precisions`."""
-    return model.compile(batch_size) if precision == "float32" else model.compile(batch_size, precision)  # type: ignore[call-arg]
-
-
-def precisions(model: PatchModel) -> tuple[Precision, ...]:
-    """Precisions that a model supports; by default float32 only."""
-    return getattr(model, "precisions", ("float32",))
 
 
 def _predict_rows(
@@ -401,7 +391,7 @@ def _predict_rows(
             yield PatchBatch(patches, centre[real], member[real, 0])
 
 
-def open_anew(store: str | Location) -> StoredScan:
+def open_anew(store: LocationLike) -> StoredScan:
     """Open a store, checked, for planning and tasks in this process."""
     stored = StoredScan(store)
     stored.check()

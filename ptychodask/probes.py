@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import scipy.fft
-import scipy.ndimage
+import scipy
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
+
+Window = Literal["illumination", "uniform", "cosine"]
+"""Name of the weights with which a patch enters a canvas: see `make_window`."""
 
 
 def disc_probe(n_pixels: int, *, diameter_px: float, edge_px: float = 1.0) -> NDArray[np.complex64]:

@@ -22,10 +22,10 @@ import xarray as xr
 from ptychodask.errors import PtychodaskError
 from ptychodask.export import export
 from ptychodask.export.content import Picture
-from ptychodask.io import ingest
+from ptychodask.io.ingest import ingest
 from ptychodask.io.quantities import SQUARENESS
 from ptychodask.models import Model, load_model, save_model
-from ptychodask.models.contract import PatchModel
+from ptychodask.models.contract import MinimalModel
 from ptychodask.progress import progress_bar
 from ptychodask.reconstruction import reconstruct
 from ptychodask.scan import Calibration, Scan
@@ -52,7 +52,7 @@ MODEL_SUFFIX = ".model"
 
 
 def reconstructor_library(
-    model: str | Path | PatchModel | None = None,
+    model: str | Path | MinimalModel | None = None,
     *,
     calibration: Calibration = "mean_counts",
     training: dict[str, Any] | None = None,
@@ -131,7 +131,7 @@ class _Reconstructor:
     def __init__(
         self,
         api: SimpleNamespace,
-        model: str | Path | PatchModel | None,
+        model: str | Path | MinimalModel | None,
         calibration: Calibration,
         training: dict[str, Any],
         spec_fields: dict[str, Any],

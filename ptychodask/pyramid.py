@@ -7,7 +7,7 @@ import zarr
 from numpy.typing import NDArray
 
 from ptychodask.result import PYRAMID, stored_array
-from ptychodask.storage.location import Location, zarr_store
+from ptychodask.storage.location import Location
 
 COARSEST_PIXELS = 512
 """Upper bound of the longer side of the coarsest level of a pyramid, pixels."""
@@ -21,7 +21,7 @@ def write_pyramid(path: Location) -> None:
 
     Parameters
     ----------
-    path : Path or S3Location
+    path : Location
         Store that `create_result` made, with all tiles written.
 
     Notes
@@ -30,7 +30,7 @@ def write_pyramid(path: Location) -> None:
     theirs. It is centred between them, so its coordinate is that of the first plus half a pixel. One tile is in memory
     at a time.
     """
-    root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3)
+    root = zarr.open_group(path.zarr_store(), mode="r+", zarr_format=3)
     finer, level = root, 1
     while level == 1 or max(stored_array(finer, "object").shape[-2:]) >= COARSEST_PIXELS:
         finer = _write_level(root.require_group(f"{PYRAMID}/{level}"), finer)

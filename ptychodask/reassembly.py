@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.probes import illumination
-
-Window = Literal["illumination", "uniform", "cosine"]
-"""Name of the weights with which a patch enters a canvas: see `make_window`."""
-
+from ptychodask.probes import Window, illumination
 
 CANVAS_PIXEL_BYTES = 36
 """Bytes of one canvas pixel: complex128 and float64 sums and an int32 count."""
@@ -260,29 +256,32 @@ def _window_of(canvas: Canvas, box: Box) -> tuple[slice, slice]:
     return slice(box.y0 - y, box.y1 - y), slice(box.x0 - x, box.x1 - x)
 
 
-def finish(
-    canvas: Canvas,
-) -> tuple[NDArray[np.complex64], NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]:
-    """Object of a canvas, with weight, uncertainty and count.
+class Finished(NamedTuple):
+    """Object of a canvas, with weight, uncertainty and count."""
 
-    Returns
-    -------
-    object : complex64 array (y, x)
-        Σw·patch / Σw; NaN where no patch reached.
-    weight : float32 array (y, x)
-        Σw.
-    uncertainty : float32 array (y, x)
-        Weighted standard deviation of the overlapping patches, sqrt(Σw|patch|²/Σw − |object|²); NaN where fewer than
-        two overlap.
-    count : int32 array (y, x)
-        Patches that reached each pixel.
-    """
+    object: NDArray[np.complex64]
+    """Σw·patch / Σw (y, x); NaN where no patch reached."""
+
+    weight: NDArray[np.float32]
+    """Σw (y, x)."""
+
+    uncertainty: NDArray[np.float32]
+    """Weighted standard deviation of the overlapping patches, sqrt(Σw|patch|²/Σw − |object|²) (y, x).
+
+    NaN where fewer than two overlap."""
+
+    count: NDArray[np.int32]  # type: ignore[assignment]
+    """Patches that reached each pixel (y, x)."""
+
+
+def finish(canvas: Canvas) -> Finished:
+    """Arrays of a result from the sums of a canvas."""
     reached = canvas.count > 0
     weight = np.where(reached, canvas.weight, 1.0)
     mean = canvas.weighted / weight
     variance = canvas.weighted_square / weight - (mean.real**2 + mean.imag**2)
     spread = np.where(canvas.count > 1, np.sqrt(np.maximum(variance, 0.0)), np.nan)
-    return (
+    return Finished(
         np.where(reached, mean, NOTHING).astype(np.complex64),
         canvas.weight.astype(np.float32),
         spread.astype(np.float32),

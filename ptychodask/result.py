@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import floordiv
@@ -18,8 +18,9 @@ from zarr.codecs import BloscCodec, BloscShuffle
 import ptychodask
 from ptychodask.errors import PtychodaskError
 from ptychodask.html import Markup, card, image
-from ptychodask.storage.atomic import StoreKind, atomic_store
-from ptychodask.storage.location import Location, location_of, parse_location, zarr_store
+from ptychodask.reassembly import Canvas, Finished, finish
+from ptychodask.storage.atomic import StoreKind
+from ptychodask.storage.location import Location, LocationLike, location_of, parse_location
 from ptychodask.storage.zarr_checks import check_codecs, check_stored, consolidate, damage_errors, open_root
 
 FORMAT = "ptychodask-result"
@@ -35,20 +36,45 @@ CHUNK_PIXELS = 256
 """Pixels across a chunk of a stored result, if the tile is a multiple of it."""
 
 
-VARIABLES: dict[str, tuple[type, Any, str]] = {
-    "object": (np.complex64, complex(np.nan, np.nan), "complex transmission of the object"),
-    "weight": (np.float32, 0.0, "sum of the weights of the patches"),
-    "uncertainty": (np.float32, np.nan, "weighted standard deviation of the overlapping estimates"),
-    "count": (np.int32, 0, "patches that reached the pixel"),
-}
-"""Data variables of a result: dtype, value where no patch reached, meaning."""
+@dataclass(frozen=True)
+class Variable:
+    """Schema of one data variable, and its source in a canvas."""
+
+    dtype: type
+
+    fill: Any
+    """Value where no patch reached."""
+
+    long_name: str
+    """Meaning, an attribute of the variable."""
+
+    of: Callable[[Canvas, Finished], NDArray[Any]]
+    """Array (y, x) from a canvas and its finished arrays."""
+
+    per_half: bool = False
+    """True if it describes the two halves of the patterns: it has a dimension `half` of 2."""
 
 
-HALF_VARIABLES: dict[str, tuple[type, Any, str]] = {
-    "object_half": (np.complex64, complex(np.nan, np.nan), "object from every other pattern"),
-    "weight_half": (np.float32, 0.0, "sum of the weights of the patches of one half"),
+NAN = complex(np.nan, np.nan)
+
+VARIABLES = {
+    "object": Variable(np.complex64, NAN, "complex transmission of the object", lambda _, done: done.object),
+    "weight": Variable(np.float32, 0.0, "sum of the weights of the patches", lambda _, done: done.weight),
+    "uncertainty": Variable(
+        np.float32,
+        np.nan,
+        "weighted standard deviation of the overlapping estimates",
+        lambda _, done: done.uncertainty,
+    ),
+    "count": Variable(np.int32, 0, "patches that reached the pixel", lambda _, done: done.count),
+    "object_half": Variable(
+        np.complex64, NAN, "object from every other pattern", lambda _, done: done.object, per_half=True
+    ),
+    "weight_half": Variable(
+        np.float32, 0.0, "sum of the weights of the patches of one half", lambda _, done: done.weight, per_half=True
+    ),
 }
-"""Additional data variables of a result with two halves; they have a dimension `half` of 2."""
+"""Data variables of a result by name; a new one is an entry here."""
 
 
 TileArrays = dict[str, NDArray[Any]]
@@ -86,13 +112,21 @@ class Layers:
     """True if the two halves are stored as well."""
 
     @property
-    def variables(self) -> dict[str, tuple[type, Any, str]]:
-        """Data variables: dtype, fill value, meaning."""
-        return VARIABLES | (HALF_VARIABLES if self.split_half else {})
+    def variables(self) -> dict[str, Variable]:
+        """Data variables by name."""
+        return {name: each for name, each in VARIABLES.items() if self.split_half or not each.per_half}
+
+    def arrays(self, whole: Canvas, halves: Sequence[Canvas] = ()) -> TileArrays:
+        """Arrays of one method, from its canvas and those of its halves."""
+        done, half_done = finish(whole), [(half, finish(half)) for half in halves]
+        return {
+            name: np.stack([each.of(*one) for one in half_done]) if each.per_half else each.of(whole, done)
+            for name, each in self.variables.items()
+        }
 
     def dims(self, name: str) -> tuple[str, ...]:
         """Dimensions of a data variable."""
-        return (*(("method",) if self.methods else ()), *(("half",) if name in HALF_VARIABLES else ()), "y", "x")
+        return (*(("method",) if self.methods else ()), *(("half",) if VARIABLES[name].per_half else ()), "y", "x")
 
     def shape(self, name: str, plane: tuple[int, int]) -> tuple[int, ...]:
         """Shape of a data variable over a plane of pixels (y, x)."""
@@ -110,7 +144,7 @@ def make_dataset(
     pixel_size_m: float | None,
     attributes: dict[str, Any],
     layers: Layers = Layers(),
-    **halves: Any,
+    **others: Any,
 ) -> xr.Dataset:
     """Dataset of a reconstructed object.
 
@@ -128,13 +162,13 @@ def make_dataset(
         Plain values for JSON: hashes, plan, versions, rates.
     layers : Layers
         With several methods, the first axis of each array is the method.
-    **halves : array
-        ``object_half`` and ``weight_half`` (half, y, x), if the layers have them.
+    **others : array
+        Other variables of the layers, such as ``object_half`` (half, y, x).
 
     Returns
     -------
     xarray.Dataset
-        Variables of `VARIABLES`; scan coordinates ``y``, ``x`` in pixels.
+        Given ones of `VARIABLES`; scan coordinates ``y``, ``x`` in pixels.
 
     Examples
     --------
@@ -143,11 +177,12 @@ def make_dataset(
     >>> ds.y.values.tolist(), ds.x.values.tolist()
     ([-1.0, 0.0], [4.0, 5.0, 6.0])
     """
-    arrays = {"object": object, "weight": weight, "uncertainty": uncertainty, "count": count, **halves}
+    arrays = {"object": object, "weight": weight, "uncertainty": uncertainty, "count": count, **others}
     return xr.Dataset(
         {
-            name: (layers.dims(name), arrays[name].astype(dtype, copy=False), {"long_name": meaning})
-            for name, (dtype, _, meaning) in layers.variables.items()
+            name: (layers.dims(name), arrays[name].astype(each.dtype, copy=False), {"long_name": each.long_name})
+            for name, each in layers.variables.items()
+            if name in arrays
         },
         coords=_coordinates(object.shape[-2:], corner, pixel_size_m)
         | ({"method": list(layers.methods)} if layers.methods else {}),
@@ -180,23 +215,26 @@ def create_result(
     *,
     pixel_size_m: float | None,
     layers: Layers = Layers(),
+    variables: Iterable[str] | None = None,
 ) -> None:
     """Create an empty result store, unfinished until `finish_result`.
 
     Parameters
     ----------
-    path : Path or S3Location
-        Empty location (see `atomic_store`).
+    path : Location
+        Empty location (see `Location.atomic_store`).
     shape, corner : (int, int)
         Pixels (y, x) of the complete object, and scan coordinates of its first one.
     tile : int
         Pixels across a tile. A tile is one shard, so that no two tiles share a file.
     pixel_size_m : float or None
     layers : Layers
+    variables : iterable of str, optional
+        Names of the variables; by default all of the layers.
     """
-    root = zarr.create_group(zarr_store(path), zarr_format=3)
+    root = zarr.create_group(path.zarr_store(), zarr_format=3)
     root.attrs.update({**_schema_attributes(pixel_size_m, layers), "state": "writing"})
-    for name in layers.variables:
+    for name in layers.variables if variables is None else variables:
         _create_variable(root, name, shape, tile, pixel_size_m, layers)
     for name, (dim, values, attributes) in _coordinates(shape, corner, pixel_size_m).items():
         root.create_array(name, data=values, chunks=values.shape, dimension_names=(dim,)).attrs.update(attributes)
@@ -205,20 +243,20 @@ def create_result(
 def _create_variable(
     root: zarr.Group, name: str, shape: tuple[int, int], tile: int, pixel_size_m: float | None, layers: Layers
 ) -> zarr.Array:
-    dtype, fill, meaning = layers.variables[name]
+    variable = VARIABLES[name]
     chunk = CHUNK_PIXELS if tile % CHUNK_PIXELS == 0 else tile
     full_shape = layers.shape(name, shape)
     array = root.create_array(
         name,
         shape=full_shape,
-        dtype=dtype,
+        dtype=variable.dtype,
         chunks=(*[1] * (len(full_shape) - 2), chunk, chunk),
         shards=(*full_shape[:-2], tile, tile),
-        fill_value=dtype(fill),
+        fill_value=variable.dtype(variable.fill),
         compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.bitshuffle),
         dimension_names=layers.dims(name),
     )
-    array.attrs["long_name"] = meaning
+    array.attrs["long_name"] = variable.long_name
     if pixel_size_m is not None:
         # The CF convention by which xarray distinguishes coordinates from data.
         array.attrs["coordinates"] = "y_m x_m"
@@ -230,19 +268,20 @@ def write_tile(path: Location, start_yx: tuple[int, int], arrays: TileArrays) ->
 
     Parameters
     ----------
-    path : Path or S3Location
+    path : Location
         Store that `create_result` made.
     start_yx : (int, int)
         Row and column of the first pixel of the tile in the complete arrays: multiples of the tile.
     arrays : dict of name to array (..., y, x)
     """
-    root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3, use_consolidated=False)
+    root = zarr.open_group(path.zarr_store(), mode="r+", zarr_format=3, use_consolidated=False)
     height, width = arrays["object"].shape[-2:]
     region = ..., slice(start_yx[0], start_yx[0] + height), slice(start_yx[1], start_yx[1] + width)
     for name, values in arrays.items():
-        array = root[name]
-        assert isinstance(array, zarr.Array)
-        array[region] = values
+        array = root.get(name)
+        # A resumed run of an earlier version keeps the variables that it began with.
+        if isinstance(array, zarr.Array):
+            array[region] = values
 
 
 def read_tile(path: Location, start_yx: tuple[int, int], shape: tuple[int, int]) -> TileArrays:
@@ -250,7 +289,7 @@ def read_tile(path: Location, start_yx: tuple[int, int], shape: tuple[int, int])
 
     Parameters
     ----------
-    path : Path or S3Location
+    path : Location
         Store that `create_result` made, finished or not.
     start_yx : (int, int)
         Row and column of the first pixel of the tile in the complete arrays.
@@ -261,9 +300,9 @@ def read_tile(path: Location, start_yx: tuple[int, int], shape: tuple[int, int])
     -------
     dict of name to array (..., y, x)
     """
-    root = zarr.open_group(zarr_store(path, read_only=True), mode="r", zarr_format=3, use_consolidated=False)
+    root = zarr.open_group(path.zarr_store(read_only=True), mode="r", zarr_format=3, use_consolidated=False)
     region = ..., slice(start_yx[0], start_yx[0] + shape[0]), slice(start_yx[1], start_yx[1] + shape[1])
-    return {name: np.asarray(stored_array(root, name)[region]) for name in VARIABLES | HALF_VARIABLES if name in root}
+    return {name: np.asarray(stored_array(root, name)[region]) for name in VARIABLES if name in root}
 
 
 def remove_tile(path: Location, start_yx: tuple[int, int], tile: int) -> None:
@@ -271,15 +310,15 @@ def remove_tile(path: Location, start_yx: tuple[int, int], tile: int) -> None:
 
     Parameters
     ----------
-    path : Path or S3Location
+    path : Location
         Store that `create_result` made.
     start_yx : (int, int)
         Row and column of the first pixel of the tile in the complete arrays.
     tile : int
         Pixels across a tile.
     """
-    root = zarr.open_group(zarr_store(path, read_only=True), mode="r", zarr_format=3, use_consolidated=False)
-    for name in VARIABLES | HALF_VARIABLES:
+    root = zarr.open_group(path.zarr_store(read_only=True), mode="r", zarr_format=3, use_consolidated=False)
+    for name in VARIABLES:
         if name in root:
             array = stored_array(root, name)
             shard = (*[0] * (array.ndim - 2), start_yx[0] // tile, start_yx[1] // tile)
@@ -298,16 +337,16 @@ def finish_result(path: Location, attributes: dict[str, Any]) -> None:
 
     Parameters
     ----------
-    path : Path or S3Location
+    path : Location
     attributes : dict
         Plain values for JSON.
     """
-    root = zarr.open_group(zarr_store(path), mode="r+", zarr_format=3)
-    stored = {name: stored_array(root, name).nchunks_initialized for name in VARIABLES | HALF_VARIABLES if name in root}
+    root = zarr.open_group(path.zarr_store(), mode="r+", zarr_format=3)
+    stored = {name: stored_array(root, name).nchunks_initialized for name in VARIABLES if name in root}
     consolidate(path).attrs.update({**attributes, STORED_CHUNKS: stored, "state": "complete"})
 
 
-def open_result(path: str | Location, level: int = 0) -> xr.Dataset:
+def open_result(path: LocationLike, level: int = 0) -> xr.Dataset:
     """Open a stored result; its arrays stay on disk.
 
     Parameters
@@ -332,8 +371,8 @@ def open_result(path: str | Location, level: int = 0) -> xr.Dataset:
         _check_arrays(root, location)
         if level:
             return _open_level(location, root, level)
-        ds = xr.open_zarr(zarr_store(location, read_only=True), chunks={}, consolidated=True, zarr_format=3)
-        ds = ds[[name for name in VARIABLES | HALF_VARIABLES if name in ds]]
+        ds = xr.open_zarr(location.zarr_store(read_only=True), chunks={}, consolidated=True, zarr_format=3)
+        ds = ds[[name for name in VARIABLES if name in ds]]
         del ds.attrs["state"]
         _check_complete(location, root, ds.attrs.pop(STORED_CHUNKS, {}))
         return _with_methods(ds)
@@ -376,10 +415,10 @@ def _open_level(location: Location, root: zarr.Group, level: int) -> xr.Dataset:
         )
         raise PtychodaskError(f"{location}: no level {level}; it has {available}")
     # xarray reads the metadata of the level itself, not the consolidated ones.
-    store = zarr_store(location / PYRAMID / str(level), read_only=True)
+    store = (location / PYRAMID / str(level)).zarr_store(read_only=True)
     _check_arrays(zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False), location)
     ds = xr.open_zarr(
-        zarr_store(location, read_only=True), group=f"{PYRAMID}/{level}", chunks={}, consolidated=False, zarr_format=3
+        location.zarr_store(read_only=True), group=f"{PYRAMID}/{level}", chunks={}, consolidated=False, zarr_format=3
     )
     ds.attrs = {key: value for key, value in root.attrs.items() if key not in ("state", STORED_CHUNKS)} | {
         "level": level
@@ -503,7 +542,7 @@ class PtychoAccessor:
         with reading_result():
             return self._ds.compute(optimize_graph=False)
 
-    def save(self, path: str | Location, *, overwrite: bool = False) -> None:
+    def save(self, path: LocationLike, *, overwrite: bool = False) -> None:
         """Load the result and write it to a store that `open_result` opens.
 
         Parameters
@@ -524,10 +563,11 @@ class PtychoAccessor:
         _check_savable(self._ds)
         ds = self.compute()
         corner = (int(ds["y"][0]), int(ds["x"][0]))
-        arrays = {name: ds[name].values for name in VARIABLES}
-        with atomic_store(parse_location(path), overwrite=overwrite, kind=RESULT) as writing:
+        arrays = {name: ds[name].values for name in Layers().variables if name in ds}
+        with parse_location(path).atomic_store(overwrite=overwrite, kind=RESULT) as writing:
             pixel_size_m = ds.attrs.get("pixel_size_m")
-            create_result(writing.whole, arrays["object"].shape, corner, CHUNK_PIXELS, pixel_size_m=pixel_size_m)
+            shape = arrays["object"].shape
+            create_result(writing.whole, shape, corner, CHUNK_PIXELS, pixel_size_m=pixel_size_m, variables=arrays)
             write_tile(writing.whole, (0, 0), arrays)
             writing.check_held()
             finish_result(writing.whole, ds.attrs)
@@ -574,7 +614,7 @@ def _pictures(plane: NDArray[np.complex64], label: str) -> list[Markup]:
 
 
 def _check_savable(ds: xr.Dataset) -> None:
-    for name in VARIABLES:
+    for name in Finished._fields:
         if name not in ds or ds[name].dims != ("y", "x"):
             content = f"dims {ds[name].dims}" if name in ds else f"variables {', '.join(map(str, ds))}"
             raise PtychodaskError(

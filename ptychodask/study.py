@@ -16,26 +16,27 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, get_args
 
-import distributed
 import numpy as np
 import xarray as xr
-from distributed.scheduler import KilledWorker
 from numpy.typing import NDArray
 
 from ptychodask.cluster.clients import active_client, in_process_client
+from ptychodask.cluster.executor import AnyClient, Executor, executor_for_run
 from ptychodask.errors import PtychodaskError, check_choice, with_fields
 from ptychodask.judging.compare import compare, find_truth, truth_on_pixels
-from ptychodask.judging.metrics import align_gauge
-from ptychodask.judging.plotting import WELL_LIT, plot_contact_sheet, plot_study
+from ptychodask.judging.metrics import METRICS, align_gauge, well_lit
+from ptychodask.judging.plotting import plot_contact_sheet, plot_study
 from ptychodask.models import ModelSpec, load_model
 from ptychodask.models.spec import Kind
 from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.probes import probe_diameter_px
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.reconstruction import reconstruct
+from ptychodask.reconstruction.scheduler import Scheduler, TaskGraph
 from ptychodask.result import open_result
 from ptychodask.simulate import make_positions, scaled_probe, simulate
-from ptychodask.storage.atomic import read_json
+from ptychodask.storage.atomic import read_json, renamed_file
+from ptychodask.storage.records import differences, plain
 from ptychodask.training import TrainingSpec
 from ptychodask.training.train import train
 
@@ -68,7 +69,7 @@ TRAINING_SEED = 1000
 SPEC_FILE, RECORD_FILE = "spec.json", "record.json"
 """Files in the folder of a cell: its specification, written first, and its metrics, written last."""
 
-DRAWN_METRICS = ("psnr", "ssim", "frc50")
+DRAWN_METRICS = tuple(name for name, metric in METRICS.items() if metric.is_drawn)
 """Metrics that are plotted over the dose."""
 
 THUMBNAIL_PIXELS = 128
@@ -350,7 +351,7 @@ def run_study(
     out: str | Path,
     *,
     recompute: Sequence[str] = (),
-    client: distributed.Client | None = None,
+    client: AnyClient | None = None,
     progress: bool | None = None,
 ) -> xr.Dataset:
     """Simulate, train, reconstruct and compare for every cell of a study.
@@ -365,7 +366,7 @@ def run_study(
         ``amplitude.png`` and ``phase.png``. If all cells are finished, the same call only returns the Dataset again.
     recompute : sequence of str
         Names of cells to compute again, with the wildcards ``*`` and ``?``.
-    client : distributed.Client, optional
+    client : distributed.Client or Executor, optional
         Client to run on, one cell for each worker at a time; by default the active client, else this thread.
     progress : bool, optional
         See `progress_bar`.
@@ -404,7 +405,8 @@ def run_study(
         if used is None:
             _run_here(pending, out / "cells", bar)
         else:
-            _run_on(used, pending, out / "cells", bar)
+            with executor_for_run(used) as executor:
+                _run_on(executor, pending, out / "cells", bar)
     results = _gather(spec, cells, out / "cells")
     _write_all(spec, results, cells, out)
     return results
@@ -418,11 +420,12 @@ def _unfinished(cells: dict[str, Cell], folder: Path, recompute: Sequence[str]) 
     again = {name for name in cells if any(fnmatchcase(name, pattern) for pattern in recompute)}
     for name, cell in cells.items():
         recorded = _read_json(folder / name / SPEC_FILE)
-        if recorded is None or recorded == _plain(cell) or name in again:
+        changed = [] if recorded is None or name in again else differences(recorded, plain(cell))
+        if not changed:
             continue
         if (folder / name / RECORD_FILE).exists():
             raise PtychodaskError(
-                f"{folder / name}: was computed with {_difference(recorded, _plain(cell))}; "
+                f"{folder / name}: was computed with other values: {'; '.join(changed)}; "
                 f"recompute it by name (--recompute '{name}', or '*' for all), or give another --out"
             )
         # An unfinished cell with other values is computed anew: nothing finished is lost.
@@ -433,76 +436,60 @@ def _unfinished(cells: dict[str, Cell], folder: Path, recompute: Sequence[str]) 
     return [cell for name, cell in cells.items() if not (folder / name / RECORD_FILE).exists()]
 
 
-def _plain(cell: Cell) -> Any:
-    return json.loads(json.dumps(asdict(cell)))
-
-
-def _difference(recorded: Any, expected: Any) -> str:
-    """Differing values of a cell, such as "train.epochs 5, now 20"."""
-    differences = []
-    for table in ("simulate", "train", "reconstruct", "compare"):
-        before, now = recorded.get(table, {}), expected[table]
-        for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
-                differences.append(f"{table}.{name} {before.get(name, 'not given')}, now {now.get(name, 'not given')}")
-    return "; ".join(differences) or "another format"
-
-
 def _run_here(cells: list[Cell], folder: Path, bar: Progress) -> None:
     failed = {}
     for cell in cells:
         bar.note(cell.name)
-        try:
-            run_cell(cell, folder / cell.name)
-        except PtychodaskError as error:
-            failed[cell.name] = str(error)
+        failed[cell.name] = _failure(cell, folder / cell.name)
         bar.advance()
-    _check_failed(failed, len(cells))
+    _check_failed(failed)
 
 
-def _run_on(client: distributed.Client, cells: list[Cell], folder: Path, bar: Progress) -> None:
+def _failure(cell: Cell, folder: Path) -> str | None:
+    """Compute a cell; returns its error message, or None."""
+    # Returned, not raised: an error of a cell comes again, so that no other attempt is worth its time.
+    try:
+        run_cell(cell, folder)
+    except PtychodaskError as error:
+        return str(error)
+    return None
+
+
+def _run_on(executor: Executor, cells: list[Cell], folder: Path, bar: Progress) -> None:
     """Run as many cells at a time as there are workers.
 
     Each worker trains one network at a time.
     """
-    waiting = iter(cells)
-    running: dict[distributed.Future, Cell] = {}
-    failed = {}
-    n_workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
-    completed = distributed.as_completed(loop=client.loop)
+    failed: dict[str, str | None] = {}
 
-    def submit(n_cells: int) -> None:
-        for cell in itertools.islice(waiting, n_cells):
-            future = client.submit(run_cell, cell, folder / cell.name, pure=False)
-            running[future] = cell
-            completed.add(future)
+    def record(index: int, failure: str | None) -> None:
+        failed[cells[index].name] = failure
+        bar.note(cells[index].name)
 
-    try:
-        submit(n_workers)
-        while running:
-            future = next(completed)
-            cell = running.pop(future)
-            try:
-                future.result()
-            except PtychodaskError as error:
-                failed[cell.name] = str(error)
-            except KilledWorker:
-                failed[cell.name] = (
-                    "the workers that it ran on died; give them more memory, or choose a smaller network or scan"
-                )
-            bar.note(cell.name)
-            bar.advance()
-            submit(1)
-    finally:
-        client.cancel(list(running))
-    _check_failed(failed, len(cells))
+    graph = TaskGraph(
+        n_units=[1] * len(cells),
+        chunk_task=lambda index: (_failure, cells[index], folder / cells[index].name),
+        chunk_name=lambda index: f"the cell {cells[index].name}",
+        command="study",
+        remedy_ended="start again, which continues from the finished cells",
+        fetch_results=True,
+        chunks_per_worker=1,
+        # Both would write into the folder of the cell.
+        once_at_a_time=True,
+        lost_chunk_result=lambda index: (
+            "the workers that it ran on died; give them more memory, or choose a smaller network or scan"
+        ),
+    )
+    Scheduler(executor, graph).complete(bar, on_chunk=record)
+    _check_failed(failed)
 
 
-def _check_failed(failed: dict[str, str], n_cells: int) -> None:
+def _check_failed(failures: dict[str, str | None]) -> None:
+    failed = {name: message for name, message in failures.items() if message is not None}
     if failed:
         name, message = next(iter(failed.items()))
         raise PtychodaskError(
-            f"study: {len(failed)} of {n_cells} cells failed, the others are done; the first is {name}: {message}"
+            f"study: {len(failed)} of {len(failures)} cells failed, the others are done; the first is {name}: {message}"
         )
 
 
@@ -518,7 +505,7 @@ def run_cell(cell: Cell, folder: Path) -> None:
     store, bundle = folder / "scan.zarr", folder / "network.model"
     training_store = folder / "lesson.zarr" if cell.train["model"] == "baseline" else store
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / SPEC_FILE, _plain(cell))
+    _write_json(folder / SPEC_FILE, plain(cell))
     with _ONE_AT_A_TIME:
         if not store.exists():
             simulate(store, **cell.simulate, progress=False)
@@ -548,10 +535,8 @@ def run_cell(cell: Cell, folder: Path) -> None:
 
 
 def _write_json(path: Path, values: Any) -> None:
-    """Write a JSON file atomically."""
-    building = path.with_name(f".{path.name}")
-    building.write_text(json.dumps(values, indent=1) + "\n")
-    building.replace(path)
+    with renamed_file(path) as building:
+        building.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def _read_json(path: Path) -> Any:
@@ -642,8 +627,8 @@ def _thumbnails(
         ds = open_result(folder / cell.name / "object.zarr")[["object", "weight"]]
         step = -(-max(ds.sizes.values()) // THUMBNAIL_PIXELS)
         ds = ds.isel(y=slice(None, None, step), x=slice(None, None, step)).compute()
-        lit = ds["weight"] >= WELL_LIT * ds["weight"].where(ds["weight"] > 0).median()
+        lit = well_lit(ds["weight"].values)
         truth = truth_on_pixels(find_truth(folder / cell.name / "scan.zarr"), ds["y"].values, ds["x"].values)
         pictures.setdefault(("truth", column), truth)
-        pictures[row, column] = align_gauge(ds["object"].where(lit).values, truth)[0]
+        pictures[row, column] = align_gauge(np.where(lit, ds["object"].values, np.complex64(np.nan)), truth)[0]
     return pictures

@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -34,12 +34,16 @@ class LinearModel:
     calls: list[tuple[int, ...]] = field(default_factory=list)
     """Shape of X in each call; shared with the tasks that run in this process."""
 
+    precisions: ClassVar = ("float32",)
+    runs_on_keras: ClassVar = False
+    trained_on: ClassVar = {}
+
     def bind(self, scan):
         if scan.n_pixels != self.n_pixels:
             raise PtychodaskError(f"model takes N={self.n_pixels}, the scan has N={scan.n_pixels}")
         return self
 
-    def compile(self, batch_size):
+    def compile(self, batch_size, precision="float32"):
         def call(x, offset_yx_px):
             assert x.shape == (batch_size, self.n_pixels, self.n_pixels, self.members)
             assert offset_yx_px.shape == (batch_size, self.members, 2)

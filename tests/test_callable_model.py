@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import cloudpickle
 import keras
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.models import CallableModel
-from ptychodask.models.contract import PatchModel
+from ptychodask.models import CallableModel, Model, PtychoPinnModel
+from ptychodask.models.choose import resolve_model
+from ptychodask.models.contract import AdaptedModel, PatchModel
 from ptychodask.reconstruction import reconstruct
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
@@ -47,6 +50,54 @@ def test_it_is_what_the_engine_asks_for():
     model = model_of(patches_by_hand)
     assert isinstance(model, PatchModel)
     assert (model.kind, model.output, model.path) == ("own", "member", None)
+
+
+class LeastModel:
+    """A user's class with the members of `MinimalModel` only."""
+
+    content_hash, kind, path, output, members, n_pixels = "least", "least", None, "member", 4, N
+
+    def bind(self, scan):
+        return self
+
+    def compile(self, batch_size):
+        return patches_by_hand
+
+
+def test_a_class_with_the_least_members_is_completed_at_the_border(store):
+    assert not isinstance(LeastModel(), PatchModel)
+    model = resolve_model(open_scan(store), LeastModel())
+    assert isinstance(model, PatchModel)
+    assert model.precisions == ("float32",)
+    ds = reconstruct(store, LeastModel(), progress=False)
+    by_hand = reconstruct(store, model_of(patches_by_hand), progress=False)
+    np.testing.assert_array_equal(ds["object"], by_hand["object"])
+    assert ds.attrs["model"] == {"kind": "least", "hash": "least", "path": None}
+    with pytest.raises(PtychodaskError, match="precision"):
+        reconstruct(store, LeastModel(), precision="mixed", progress=False)
+
+
+@pytest.mark.parametrize("kind", [Model, PtychoPinnModel, CallableModel, AdaptedModel])
+def test_every_model_class_has_the_complete_interface(kind):
+    members = {name for base in PatchModel.__mro__ for name in vars(base) if not name.startswith("_")}
+    assert members >= {"bind", "compile", "path", "precisions", "runs_on_keras", "trained_on"}
+    assert members <= set(dir(kind)) | set(kind.__dataclass_fields__)
+
+
+def test_a_callable_runs_without_keras(store):
+    code = (
+        "import sys\n"
+        "import numpy as np\n"
+        "import ptychodask\n"
+        "call = lambda x, offset_yx_px: np.moveaxis(x, -1, 1).astype(np.complex64)\n"
+        f"model = ptychodask.CallableModel(load=lambda: call, n_pixels={N}, members=4, content_hash='x')\n"
+        f"ds = ptychodask.reconstruct({str(store)!r}, model, progress=False)\n"
+        "assert np.isfinite(ds['object']).any()\n"
+        f"model.predict(np.ones((1, {N}, {N}, 4), np.float32), np.zeros((1, 4, 2), np.float32))\n"
+        "sys.exit(any(name in sys.modules for name in ('keras', 'tensorflow', 'torch', 'jax')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_any_number_of_groups_is_predicted_in_batches_of_one_size():

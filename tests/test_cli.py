@@ -284,6 +284,18 @@ def test_overwriting_replaces_only_what_is_of_the_same_kind(refused, run, store,
         assert run(*arguments, tmp_path / "o.zarr", "-q")[0] == 0
 
 
+def test_the_slow_phase_is_a_flag(run, refused, store, tmp_path):
+    untrained(tmp_path / "a.model", store)
+    arguments = ("reconstruct", store, "--model", tmp_path / "a.model", "-q", "--out")
+    code, _, err = run(*arguments, tmp_path / "o.zarr", "--slow-phase", "--polish", 1)
+    assert code == 0, err
+    attributes = open_result(tmp_path / "o.zarr").attrs
+    assert attributes["refinement"]["slow_phase"]["n_patterns"] == 60
+    assert (attributes["spec"]["slow_phase"], attributes["polish"]["sweeps"]) == (True, 1)
+    line = refused(*arguments, tmp_path / "p.zarr", "--slow-phase", "--split-half")
+    assert "slow_phase=True with split_half=True" in line
+
+
 def test_one_result_without_truth_is_judged_by_the_patterns(run, tmp_path):
     simulate(tmp_path / "known.zarr", n_pixels=N, n_patterns=60, step_px=3.0, dose=1e5, probe="zone_plate")
     scan = open_scan(tmp_path / "known.zarr")

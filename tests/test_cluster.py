@@ -20,6 +20,7 @@ from models_for_tests import LinearModel
 from ptychodask.cluster import clients
 from ptychodask.cluster import preflight as asking
 from ptychodask.cluster.clients import connected_client, gpu_client, local_client, slurm_client
+from ptychodask.cluster.executor import DaskExecutor
 from ptychodask.cluster.preflight import preflight, preflight_jobs
 from ptychodask.cluster.tls import credentials_in, temporary_credentials, write_credentials
 from ptychodask.errors import PtychodaskError
@@ -89,7 +90,7 @@ def test_workers_that_are_fit_are_passed(store, tmp_path):
 
 
 def test_workers_in_this_process_are_not_asked(job, client):
-    preflight_jobs(client, [replace(job, store="/nowhere.zarr")])
+    preflight_jobs(DaskExecutor(client), [replace(job, store="/nowhere.zarr")])
 
 
 def test_a_worker_without_the_package_is_named(job, tmp_path):
@@ -99,7 +100,7 @@ def test_a_worker_without_the_package_is_named(job, tmp_path):
         refusal = r"worker w1 on 127\.0\.0\.1 cannot run the check \(.*\)"
         remedy = r"start it with the same Python 3\.\d+ and ptychodask \d"
         with pytest.raises(PtychodaskError, match=f"{refusal}; {remedy}"):
-            preflight_jobs(client, [job])
+            preflight_jobs(DaskExecutor(client), [job])
 
 
 def test_a_worker_with_other_versions_is_named(job, tmp_path):
@@ -111,7 +112,7 @@ def test_a_worker_with_other_versions_is_named(job, tmp_path):
         # A network that is no Keras network does not mind Keras.
         message = rf"worker w1 .* has numpy 0\.0\.1 \(here {np.__version__}\); install the same versions"
         with pytest.raises(PtychodaskError, match=message):
-            preflight_jobs(client, [job])
+            preflight_jobs(DaskExecutor(client), [job])
 
 
 def test_a_worker_without_store_model_or_gpu_is_named(store, job, tmp_path):
@@ -120,13 +121,15 @@ def test_a_worker_without_store_model_or_gpu_is_named(store, job, tmp_path):
     model = save_model(model, tmp_path / "net.model")
     with started_by_hand(tmp_path, flags=["--resources", "GPU=1"]) as (client, _):
         with pytest.raises(PtychodaskError, match=r"worker w1 on .*/nowhere\.zarr: no such store.*all nodes share"):
-            preflight_jobs(client, [replace(job, store="/nowhere.zarr")])
+            preflight_jobs(DaskExecutor(client), [replace(job, store="/nowhere.zarr")])
         with pytest.raises(PtychodaskError, match=r"scan\.zarr has the data hash .* there, and 123 here"):
-            preflight_jobs(client, [replace(job, data_hash="123")])
+            preflight_jobs(DaskExecutor(client), [replace(job, data_hash="123")])
         with pytest.raises(
             PtychodaskError, match=r"worker w1 on .*the model's hash is .*, expected 123.*all nodes share"
         ):
-            preflight_jobs(client, [replace(job, model=ModelReference("123", str(tmp_path / "net.model"), None))])
+            preflight_jobs(
+                DaskExecutor(client), [replace(job, model=ModelReference("123", str(tmp_path / "net.model"), None))]
+            )
         # It advertises a GPU that TensorFlow does not find.
         with pytest.raises(PtychodaskError, match=r"worker w1 on .*a GPU is required, but .* sees none"):
             preflight(client, store, model)
@@ -136,7 +139,7 @@ def test_a_silent_worker_is_reported(job, tmp_path, monkeypatch, told):
     monkeypatch.setattr(asking, "ANSWERS_WITHIN_S", 0.5)
     with started_by_hand(tmp_path) as (client, worker):
         worker.send_signal(signal.SIGSTOP)
-        preflight_jobs(client, [job])
+        preflight_jobs(DaskExecutor(client), [job])
     assert any("worker w1 on 127.0.0.1 ended or did not answer" in line for line in told)
 
 
@@ -144,7 +147,7 @@ def test_a_cluster_that_starts_workers_for_tasks_is_not_waited_for(job, tmp_path
     with started_by_hand(tmp_path) as (client, worker):
         ended(worker)
         client.retire_workers(names=["w1"])
-        preflight_jobs(client, [job])
+        preflight_jobs(DaskExecutor(client), [job])
     assert any("no worker has connected yet: none is checked" in line for line in told)
 
 

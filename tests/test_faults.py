@@ -39,6 +39,7 @@ from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
 from ptychodask.storage.atomic import LEDGER, WHOLE, building_path
+from ptychodask.storage.location import parse_location
 from ptychodask.storage.zarr_checks import consolidate
 from ptychodask.store import open_scan
 from ptychodask.store.groups import group
@@ -85,7 +86,7 @@ def spoil(path: Path, pattern: int, value: float) -> None:
         config={"write_empty_chunks": True},
     )
     array.attrs.update(attributes)
-    consolidate(path)
+    consolidate(parse_location(path))
 
 
 def assert_same_bits(ds, other):

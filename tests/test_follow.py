@@ -129,6 +129,7 @@ def test_a_growing_scan_is_reconstructed_as_it_is_now(whole, client, tmp_path):
         {},
         {"groups_per_chunk": 13, "batch_size": 5, "tile": 24},
         {"polish": 1},
+        {"slow_phase": True},
         {"split_half": True},
         {"roi": (-30, 5, -20, 15)},
         {"on_error": "skip"},

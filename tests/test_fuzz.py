@@ -22,6 +22,7 @@ from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.result import create_result, finish_result, open_result
 from ptychodask.simulate import simulate
 from ptychodask.storage.atomic import LEDGER
+from ptychodask.storage.location import parse_location
 from ptychodask.store import open_scan
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
 
@@ -58,8 +59,8 @@ def test_damaged_files_are_read_or_refused_in_one_line(tmp_path):
     ],
 )
 def test_a_result_whose_metadata_make_no_sense_is_refused(tmp_path, before, after):
-    create_result(tmp_path, (40, 40), (0, 0), 32, pixel_size_m=None)
-    finish_result(tmp_path, {})
+    create_result(parse_location(tmp_path), (40, 40), (0, 0), 32, pixel_size_m=None)
+    finish_result(parse_location(tmp_path), {})
     root = (tmp_path / "zarr.json").read_text()
     compact = "".join(line.strip() for line in root.splitlines()).replace('": ', '":')
     assert before in compact
@@ -168,11 +169,11 @@ def test_a_checkpoint_that_claims_what_it_does_not_hold_is_refused(tmp_path):
 
 @pytest.mark.parametrize("line", ["7", "[]", '{"kind": "tile"}', '{"kind": "tile", "index": "x"}', "{"])
 def test_a_ledger_of_strange_lines_is_refused_or_read_without_them(tmp_path, line):
-    ledger = Ledger(tmp_path, {})
+    ledger = Ledger(parse_location(tmp_path), {})
     ledger.add("tile", 0, {})
     path = tmp_path / LEDGER
     path.write_text(path.read_text() + f"{line}\t{zlib.crc32(line.encode()):08x}\n")
-    again = Ledger(tmp_path, {})
+    again = Ledger(parse_location(tmp_path), {})
     with suppress(PtychodaskError):
         again.read()
     assert list(again.tiles) == [0]

@@ -17,6 +17,7 @@ PACKAGE = Path(ptychodask.__file__).parent
 
 FLOORS = [
     "errors",
+    "options",
     "html",
     "scan",
     "probes",
@@ -80,8 +81,8 @@ OWNERS = {
         "ptychodus_plugin",
     },
     "numba": {"reassembly"},
-    "dask": {"reconstruction", "cluster", "result", "judging"},
-    "distributed": {"reconstruction", "cluster", "judging", "study"},
+    "dask": {"reconstruction", "cluster", "result"},
+    "distributed": {"cluster"},
     "skimage": {"judging"},
     "matplotlib": {"judging", "inspection"},
     "rich": {"progress", "cli"},

@@ -91,9 +91,10 @@ PARTICIPLES_KEPT = {
 WHY = (
     "reconstruction/scheduler.py",
     "reconstruction/ledger.py",
-    "plan/__init__.py",
+    "plan/plan.py",
     "plan/chunks.py",
     "storage/atomic.py",
+    "storage/objects.py",
     "storage/s3.py",
     "storage/zarr_checks.py",
     "store/__init__.py",

@@ -9,7 +9,6 @@ from scipy.special import ive
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.forward import diffract
 from ptychodask.judging.metrics import (
     PTYCHOPINN_PEAK,
     align_gauge,
@@ -18,12 +17,10 @@ from ptychodask.judging.metrics import (
     correlation,
     crossing,
     frc,
-    frc50,
     half_bit,
     mae,
     ms_ssim,
     mse,
-    patch_r_factor,
     psnr,
     spoke_contrast,
     ssim,
@@ -236,7 +233,6 @@ def test_ring_correlation_crosses_where_the_common_band_ends(rng):
     limited = np.fft.ifft2(np.where(high, np.fft.fft2(other), np.fft.fft2(one))).real
     # The Hann window is three frequencies wide, the square's are 1/128 apart.
     np.testing.assert_allclose(all_crossings(limited, one), 0.2, atol=2 / 128)
-    assert frc50(limited, one) == all_crossings(limited, one)[0]
 
 
 def test_ring_correlation_of_signal_and_noise_follows_their_ratio(rng):
@@ -277,20 +273,6 @@ def test_a_curve_crosses_between_rings_and_once():
     assert crossing(frequency, curve, np.array([1, 0.1, 0.1, 0.1, 1.0, 1.0])) == pytest.approx(0.3 + 0.1 * 0.1 / 0.2)
     assert crossing(frequency, np.full(6, 0.9), 0.5) == 0.5
     assert crossing(frequency, np.zeros(6), 0.5) == pytest.approx(0.1)
-
-
-def test_patch_r_factor_is_zero_for_exact_patches_and_leaves_bad_pixels_out(rng):
-    patches = rng.standard_normal((5, 16, 16)) + 1j * rng.standard_normal((5, 16, 16))
-    probe = (rng.standard_normal((2, 16, 16)) + 0j).astype(np.complex64)
-    flux = rng.uniform(0.5, 1.5, 5).astype(np.float32)
-    amplitude = np.sqrt(diffract(probe * patches[:, None]) * flux[:, None, None]).astype(np.float32)
-    assert patch_r_factor(patches, probe, amplitude, flux=flux) < 1e-6
-    mask = rng.random((16, 16)) > 0.1
-    amplitude[:, ~mask] = 0
-    assert patch_r_factor(patches, probe, amplitude, flux=flux, mask=mask) < 1e-6
-    assert patch_r_factor(patches, probe, amplitude, flux=flux) > 0.05
-    with pytest.raises(PtychodaskError, match="all measured patterns are zero"):
-        patch_r_factor(patches, probe, np.zeros_like(amplitude))
 
 
 def blurred_contrast(radius_px, n_spokes, sigma_px):

@@ -29,7 +29,7 @@ from ptychodask.result import open_result
 from ptychodask.simulate import simulate
 from ptychodask.storage import s3 as places
 from ptychodask.storage.atomic import LEDGER
-from ptychodask.storage.location import parse_location, zarr_store
+from ptychodask.storage.location import parse_location
 from ptychodask.storage.s3 import CLAIM, S3Location, S3ZarrStore
 from ptychodask.store import StoredScan, open_scan
 from ptychodask.store.annotate import replace_probe
@@ -174,7 +174,7 @@ def test_a_scan_in_a_bucket_is_the_one_on_the_disk(stored, on_disk) -> None:
     found, expected = open_scan(stored), open_scan(on_disk[0])
     assert found.data_hash == expected.data_hash
     np.testing.assert_array_equal(found.diffraction[[7, 3, 3, 250]], expected.diffraction[[7, 3, 3, 250]])
-    with xr.open_zarr(zarr_store(parse_location(stored), read_only=True), consolidated=True) as ds:
+    with xr.open_zarr(parse_location(stored).zarr_store(read_only=True), consolidated=True) as ds:
         assert ds.attrs["state"] == "complete"
 
 

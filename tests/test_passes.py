@@ -13,6 +13,7 @@ import pytest
 from models_for_tests import LinearModel
 
 from ptychodask.cluster.clients import QUIET
+from ptychodask.cluster.executor import WorkerState
 from ptychodask.cluster.job import LOOPBACK
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, groups_kept
@@ -175,7 +176,7 @@ def test_a_cache_of_something_else_or_with_holes_is_refused(store, client, tmp_p
     with pytest.raises(PtychodaskError, match="compute=False cannot fill the cache"):
         reconstruct(store, LinearModel(), compute=False, cache=cache)
     reconstruct(store, LinearModel(), client=client, cache=cache)
-    with pytest.raises(PtychodaskError, match="contains patches of another run: model_hash is 'linear', expected 'b'"):
+    with pytest.raises(PtychodaskError, match='contains patches of another run: model_hash was "linear", is "b"'):
         reconstruct(store, LinearModel(content_hash="b"), client=client, cache=cache)
     for file in (cache / "patches" / "c").rglob("*"):
         if file.is_file():
@@ -210,15 +211,16 @@ def test_what_cannot_be_asked_for_is_refused(store, fields, message):
 
 
 def test_several_models_go_without_polishing(store):
-    with pytest.raises(PtychodaskError, match="polish and cache need a single model, and several are given"):
-        reconstruct(store, {"a": LinearModel(), "b": LinearModel()}, polish=1)
+    for fields in ({"polish": 1}, {"slow_phase": True}):
+        with pytest.raises(PtychodaskError, match="polish, slow_phase and cache need a single model, and several are"):
+            reconstruct(store, {"a": LinearModel(), "b": LinearModel()}, **fields)
 
 
 def test_a_worker_with_too_little_memory_is_named_before_the_first_task(store, client, monkeypatch):
     model = LinearModel()
     monkeypatch.setattr(
-        "ptychodask.reconstruction.scheduler.workers_of",
-        lambda client: {"tcp://x": {"name": "small", "memory_limit": 2**20, "nthreads": 2, "resources": {}}},
+        "ptychodask.cluster.executor.DaskExecutor.workers",
+        lambda self: {"inproc://x": WorkerState("small", 2, 2**20, {})},
     )
     with pytest.raises(PtychodaskError, match=r"worker small may use 1 MiB, its 2 threads need .*pass memory_bytes="):
         reconstruct(store, model, client=client)
@@ -275,9 +277,9 @@ class WaitingModel(LinearModel):
     seen: ClassVar[set[str]] = set()
     compiled: ClassVar[list[int]] = []
 
-    def compile(self, batch_size):
+    def compile(self, batch_size, precision="float32"):
         self.compiled.append(batch_size)
-        return super().compile(batch_size)
+        return super().compile(batch_size, precision)
 
     def patches(self, x, offset_yx_px):
         self.begun.set()

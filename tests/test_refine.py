@@ -1,9 +1,10 @@
-"""Polishing: the same object however it is cut, nearer to the data after every run, and not one pixel invented."""
+"""Refinement: the same object however it is cut, nearer to the data after every run, and not one pixel invented."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from ptychodask.refinement.polishing import (
     step_products,
     take_step,
 )
+from ptychodask.refinement.slow_phase import refine_slow_phase
 from ptychodask.simulate import simulate
 from ptychodask.store.groups import group
 from ptychodask.store.write import write_scan
@@ -104,6 +106,128 @@ def test_r_falls_and_is_the_r_of_the_object(scan, client, polished):
         assert r_factor(ds["object"].values, corner, scan) == pytest.approx(r, rel=1e-3)
     assert record["r_factor"][-1] < 0.3 * record["r_factor"][0]
     assert polished.attrs["spec"]["polish"] == 4
+
+
+@pytest.fixture(scope="module")
+def plain(scan, client):
+    return reconstruct(scan.store, FlatModel(), client=client, **FIELDS)
+
+
+def corner_of(ds):
+    return int(ds["y"][0]), int(ds["x"][0])
+
+
+@pytest.mark.parametrize(
+    "fields", [FIELDS, {"groups_per_chunk": 7, "tile": 24}, {"groups_per_chunk": 120, "tile": 200}]
+)
+def test_the_slow_phase_is_that_of_the_whole_object_in_memory(scan, client, plain, fields):
+    ds = reconstruct(scan.store, FlatModel(), client=client, slow_phase=True, **fields)
+    unrefined = reconstruct(scan.store, FlatModel(), client=client, **fields)
+    wanted = refine_slow_phase(scan, unrefined["object"].values, corner_of(unrefined))
+    np.testing.assert_array_equal(np.isnan(ds["object"]), ds["count"] == 0)
+    assert np.nanmax(np.abs(ds["object"].values - wanted.object)) < 1e-5
+    record = ds.attrs["refinement"]["slow_phase"]
+    assert record.pop("misfit_before") == pytest.approx(wanted.record.misfit_before)
+    assert record.pop("misfit_after") == pytest.approx(wanted.record.misfit_after)
+    assert record.items() <= asdict(wanted.record).items()
+    assert (record["kept"], record["n_patterns"], record["n_judges"]) == (True, 113, 7)
+    assert ds.attrs["seconds"]["slow_phase"] > 0
+    assert np.nanmax(np.abs(ds["object"].values - unrefined["object"].values)) > 0.1
+    for name in ("weight", "uncertainty", "count"):
+        np.testing.assert_array_equal(ds[name].values, unrefined[name].values)
+
+
+def test_two_processes_give_the_same_slow_phase_as_none_on_disk_and_in_memory(scan, client, tmp_path):
+    fields = FIELDS | {"slow_phase": True, "polish": 2}
+    here = reconstruct(scan.store, FlatModel(), client=client, **fields)
+    with local_client(2):
+        there = reconstruct(scan.store, FlatModel(), **fields)
+        written = reconstruct(scan.store, FlatModel(), out=tmp_path / "object.zarr", **fields)
+    assert_same_bits(there, here)
+    assert_same_bits(written, here)
+    assert json.loads(json.dumps(written.attrs["refinement"])) == here.attrs["refinement"]
+
+
+def test_sweeps_start_from_the_corrected_object(scan, client, plain):
+    slow, both = (
+        reconstruct(scan.store, FlatModel(), client=client, slow_phase=True, polish=polish, **FIELDS)
+        for polish in (0, 2)
+    )
+    first, last = both.attrs["polish"]["r_factor"][0], both.attrs["polish"]["r_factor"][-1]
+    assert r_factor(slow["object"].values, corner_of(slow), scan) == pytest.approx(first, rel=1e-3)
+    assert last < first < r_factor(plain["object"].values, corner_of(plain), scan)
+    assert both.attrs["refinement"] == slow.attrs["refinement"]
+    # Judges take part in sweeps.
+    assert both.attrs["polish"]["n_patterns"] == N_PATTERNS
+
+
+def test_a_rejected_slow_phase_leaves_the_object_as_it_was(client, tmp_path):
+    fields = {"n_pixels": 16, "n_patterns": N_PATTERNS, "step_px": 2.0, "path": "raster", "seed": 3}
+    simulate(tmp_path / "scan.zarr", dose=30, **fields)
+    plain, slow = (
+        reconstruct(tmp_path / "scan.zarr", FlatModel(), client=client, slow_phase=slow_phase, **FIELDS)
+        for slow_phase in (False, True)
+    )
+    assert_same_bits(slow, plain)
+    record = slow.attrs["refinement"]["slow_phase"]
+    assert not record["kept"]
+    assert record["misfit_after"] > record["misfit_before"]
+    assert "less than 0.0001 of itself lower" in record["reason"]
+
+
+def test_dropped_patterns_take_no_part_in_the_slow_phase(scan, client, tmp_path):
+    drop = np.arange(0, N_PATTERNS, 5)
+    spoilt = scan.diffraction[:]
+    spoilt[drop] = spoilt[drop, ::-1] // 2
+    store_of(scan, tmp_path / "spoilt.zarr", diffraction=spoilt)
+    one, other = (
+        reconstruct(store, FlatModel(), client=client, slow_phase=True, drop=drop, **FIELDS)
+        for store in (scan.store, tmp_path / "spoilt.zarr")
+    )
+    assert_same_bits(one, other)
+    record = one.attrs["refinement"]["slow_phase"]
+    assert record == other.attrs["refinement"]["slow_phase"]
+    assert record["n_patterns"] + record["n_judges"] == N_PATTERNS - len(drop)
+
+
+def test_runs_without_the_slow_phase_are_recorded_as_before(scan, client, plain, tmp_path):
+    assert "slow_phase" not in plain.attrs["spec"]
+    assert "refinement" not in plain.attrs
+    fields = FIELDS | {"client": client, "out": tmp_path / "object.zarr"}
+    slow = reconstruct(scan.store, FlatModel(), slow_phase=True, **fields)
+    assert slow.attrs["spec"]["slow_phase"] is True
+    with pytest.raises(PtychodaskError, match=r"spec\.slow_phase was true, is null"):
+        reconstruct(scan.store, FlatModel(), resume=True, **fields)
+
+
+def test_a_stopped_slow_phase_is_done_again_from_the_stitched_tiles(scan, client, tmp_path, monkeypatch):
+    fail = Mock(side_effect=RuntimeError("the disk went away"))
+    monkeypatch.setattr(polishing, "judged", fail)
+    fields = FIELDS | {"slow_phase": True, "out": tmp_path / "object.zarr", "client": client}
+    with pytest.raises(PtychodaskError, match=r"the slow phase of the patterns over .* failed: RuntimeError: the disk"):
+        reconstruct(scan.store, FlatModel(), **fields)
+    monkeypatch.undo()
+    monkeypatch.setattr(FlatModel, "patches", fail)
+    resumed = reconstruct(scan.store, FlatModel(), resume=True, **fields)
+    monkeypatch.undo()
+    assert_same_bits(resumed, reconstruct(scan.store, FlatModel(), **FIELDS, slow_phase=True, client=client))
+    assert [path.name for path in tmp_path.iterdir()] == ["object.zarr"]
+
+
+def test_a_task_of_the_slow_phase_that_fails_once_is_tried_again(scan, client, monkeypatch):
+    wanted = reconstruct(scan.store, FlatModel(), client=client, slow_phase=True, **FIELDS)
+    flaky = Mock(wraps=polishing.normal_equations, side_effect=[RuntimeError("once"), *[DEFAULT] * 9])
+    monkeypatch.setattr(polishing, "normal_equations", flaky)
+    ds = reconstruct(scan.store, FlatModel(), client=client, slow_phase=True, **FIELDS)
+    assert flaky.call_count == 4
+    assert_same_bits(ds, wanted)
+
+
+def test_the_slow_phase_of_several_experiments_is_refused_before_the_network(scan, tmp_path, monkeypatch):
+    monkeypatch.setattr(FlatModel, "patches", lambda *_: pytest.fail("the network was used"))
+    store_of(scan, tmp_path / "two.zarr", scan_index=np.arange(N_PATTERNS) % 2)
+    with pytest.raises(PtychodaskError, match="slow_phase=True with 2 experiments in one store"):
+        reconstruct(tmp_path / "two.zarr", FlatModel(), slow_phase=True, **FIELDS)
 
 
 def test_a_failing_sweep_gives_one_line_and_the_run_goes_on_without_the_network(scan, client, tmp_path, monkeypatch):
@@ -352,6 +476,17 @@ def test_excluded_patterns_have_no_say_in_the_iterative_engine(scan, tmp_path):
         ({"polish": 1.5}, "polish is 1.5, expected a number of sweeps, an integer"),
         ({"polish": 2, "roi": (0, 9, 0, 9)}, r"polish=2 with roi \(0, 9, 0, 9\): patterns at its edge reach beyond it"),
         ({"polish": 2, "compute": False}, "compute=False with polish=2: each sweep needs the complete object"),
+        ({"slow_phase": 1}, "slow_phase is 1, expected True or False"),
+        ({"slow_phase": True, "split_half": True}, "slow_phase=True with split_half=True: its equations would mix"),
+        ({"slow_phase": True, "compute": False}, "compute=False with slow_phase=True: its equations need the complete"),
+        (
+            {"slow_phase": True, "roi": (0, 9, 0, 9)},
+            r"slow_phase=True with roi \(0, 9, 0, 9\): .* correct the complete",
+        ),
+        (
+            {"slow_phase": True, "position_yx_px": np.zeros((N_PATTERNS, 2)), "cache": "patches.zarr"},
+            "slow_phase=True with position_yx_px: its equations use the stored positions",
+        ),
         ({"drop": [-1]}, "expected a list of pattern indices, 0 or more"),
         ({"drop": [0.5]}, "drop has shape .* expected a list of pattern indices"),
         ({"drop": [N_PATTERNS]}, f"patterns {N_PATTERNS}..{N_PATTERNS} are to be left out, expected indices 0..119"),

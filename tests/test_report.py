@@ -91,6 +91,7 @@ def ds():
         "model": {"kind": EVIL, "hash": EVIL, "path": EVIL},
         "plan": {"n_groups": EVIL, EVIL: [EVIL, {EVIL: None}]},
         "polish": {"sweeps": EVIL, "r_factor": [EVIL, EVIL]},
+        "refinement": {"slow_phase": {"kept": True, "n_nodes": EVIL, "n_patterns": EVIL}},
         "versions": {"ptychodask": EVIL},
         EVIL: EVIL,
     }

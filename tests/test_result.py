@@ -8,15 +8,16 @@ import xarray as xr
 import zarr
 
 from ptychodask.errors import PtychodaskError
+from ptychodask.reassembly import Finished
 from ptychodask.result import (
     CHUNK_PIXELS,
-    VARIABLES,
     create_result,
     finish_result,
     make_dataset,
     open_result,
     write_tile,
 )
+from ptychodask.storage.location import parse_location
 
 CORNER = (-7, 12)
 
@@ -82,26 +83,28 @@ def test_a_result_is_not_replaced_unasked(result, tmp_path):
 
 def test_tiles_written_one_by_one_are_the_whole(result, tmp_path):
     tile, arrays = 32, some_arrays()
-    create_result(tmp_path, (50, 70), CORNER, tile, pixel_size_m=2e-9)
+    create_result(parse_location(tmp_path), (50, 70), CORNER, tile, pixel_size_m=2e-9, variables=Finished._fields)
     for row in range(0, 50, tile):
         for column in range(0, 70, tile):
-            part = {n: a[row : row + tile, column : column + tile] for n, a in zip(VARIABLES, arrays, strict=True)}
-            write_tile(tmp_path, (row, column), part)
-    finish_result(tmp_path, {k: v for k, v in result.attrs.items() if not k.startswith("format")})
+            part = {
+                n: a[row : row + tile, column : column + tile] for n, a in zip(Finished._fields, arrays, strict=True)
+            }
+            write_tile(parse_location(tmp_path), (row, column), part)
+    finish_result(parse_location(tmp_path), {k: v for k, v in result.attrs.items() if not k.startswith("format")})
     xr.testing.assert_identical(open_result(tmp_path).compute(), result)
 
 
 @pytest.mark.parametrize("tile", [32, 2 * CHUNK_PIXELS])
 def test_a_tile_is_a_whole_number_of_shards(tmp_path, tile):
-    create_result(tmp_path, (600, 600), (0, 0), tile, pixel_size_m=None)
+    create_result(parse_location(tmp_path), (600, 600), (0, 0), tile, pixel_size_m=None)
     array = zarr.open_group(tmp_path, mode="r")["object"]
     assert array.shards == (tile, tile)
     assert all(s % c == 0 for s, c in zip(array.shards, array.chunks, strict=True))
 
 
 def test_a_tile_that_was_never_written_is_nothing(tmp_path):
-    create_result(tmp_path, (40, 40), (0, 0), 32, pixel_size_m=None)
-    finish_result(tmp_path, {})
+    create_result(parse_location(tmp_path), (40, 40), (0, 0), 32, pixel_size_m=None)
+    finish_result(parse_location(tmp_path), {})
     ds = open_result(tmp_path).compute()
     assert np.isnan(ds["object"]).all()
     assert np.isnan(ds["uncertainty"]).all()
@@ -137,10 +140,10 @@ def test_a_damaged_array_is_named_when_it_is_read(result, tmp_path):
 
 
 def test_unfinished_and_newer_results_are_refused(tmp_path):
-    create_result(tmp_path, (40, 40), (0, 0), 32, pixel_size_m=None)
+    create_result(parse_location(tmp_path), (40, 40), (0, 0), 32, pixel_size_m=None)
     with pytest.raises(PtychodaskError, match=r"unfinished \(state is 'writing'"):
         open_result(tmp_path)
-    finish_result(tmp_path, {"format_version": 99})
+    finish_result(parse_location(tmp_path), {"format_version": 99})
     with pytest.raises(PtychodaskError, match="format version 99, this ptychodask reads up to 1; upgrade"):
         open_result(tmp_path)
     (tmp_path / ".late.zarr.writing").mkdir()

@@ -35,6 +35,7 @@ from ptychodask.result import open_result
 from ptychodask.simulate import simulate
 from ptychodask.storage import zarr_checks as store
 from ptychodask.storage.atomic import LEDGER
+from ptychodask.storage.location import parse_location
 from ptychodask.store import open_scan
 from ptychodask.study import read_study
 from ptychodask.training.checkpoint import Checkpoint
@@ -334,7 +335,7 @@ def test_brackets_without_end_are_refused(tmp_path, what):
         "model": lambda: load_model(tmp_path),
         "study": lambda: read_study(path),
         "checkpoint": lambda: checkpoint.begin(resume=True, overwrite=False),
-        "ledger": lambda: Ledger(path, {}).read(),
+        "ledger": lambda: Ledger(parse_location(path), {}).read(),
     }
     with pytest.raises(PtychodaskError, match=r"nested too deeply|recursion|no ledger"):
         readers[what]()

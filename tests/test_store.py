@@ -21,6 +21,7 @@ from ptychodask.grouping import GroupingSpec, curve_order
 from ptychodask.scan import Scan, Truth
 from ptychodask.storage import atomic
 from ptychodask.storage.atomic import LOCK, WHOLE, atomic_folder, building_path, check_vacant_folder
+from ptychodask.storage.location import parse_location
 from ptychodask.store import SCAN, StoredScan, open_scan
 from ptychodask.store import write as store_module
 from ptychodask.store.annotate import record_model, replace_probe
@@ -482,7 +483,7 @@ def test_positions_of_two_lengths_are_refused(tmp_path):
     write(tmp_path / "a.zarr")
     root = zarr.open_group(tmp_path / "a.zarr", mode="r+", use_consolidated=False)
     root["y_px"].resize((10,))
-    store_module.consolidate(tmp_path / "a.zarr")
+    store_module.consolidate(parse_location(tmp_path) / "a.zarr")
     with pytest.raises(PtychodaskError, match=r"array 'y_px' has shape \(10,\) .* for 40 patterns"):
         open_scan(tmp_path / "a.zarr")
 

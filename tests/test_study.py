@@ -164,7 +164,7 @@ def test_cells_of_another_study_are_refused_or_computed_again_by_name(fake, tmp_
     run_study(first, tmp_path)
     changed = replace(first, train={"epochs": 7})
     with pytest.raises(
-        PtychodaskError, match=r"train.epochs not given, now 7; .*--recompute 'dose1000-step4-g1-pinn-s0'"
+        PtychodaskError, match=r"train.epochs was null, is 7; .*--recompute 'dose1000-step4-g1-pinn-s0'"
     ):
         run_study(changed, tmp_path)
     with pytest.raises(PtychodaskError, match=r"dose1000-step4-g1-baseline-s0: was computed with"):

@@ -11,10 +11,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from ptychodask.cli.fields import typer_command
 from ptychodask.cli.formats import export
 from ptychodask.cli.jobs import submit
 from ptychodask.cli.judging import compare, report, residuals, study
@@ -23,7 +25,18 @@ from ptychodask.cli.runs import bench, demo, plan, reconstruct
 from ptychodask.cli.scans import group, ingest, inspect, refine_probe, simulate
 from ptychodask.errors import PtychodaskError
 
+
+class Commands(TyperGroup):
+    """Commands that get the options of their specs when they are used."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        listed: Any = command and command.callback
+        return name, listed and typer_command(listed.__wrapped__), rest
+
+
 app = typer.Typer(
+    cls=Commands,
     name="ptychodask",
     help="Reconstruct ptychography scans with neural networks, chunk by chunk, on one or many workers.",
     no_args_is_help=True,

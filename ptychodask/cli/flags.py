@@ -40,93 +40,16 @@ Format = Annotated[
         help="File format: ptychopinn, tike, ptychodus, nexus, cxi, hxn or mapping; by default detected from the keys."
     ),
 ]
-Key = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="NAME=KEY: key of an array in the file; NAME is diffraction, y, x, position, probe, mask, object, label "
-        "or flux. Repeatable."
-    ),
-]
-PatternDomain = Annotated[str | None, typer.Option("--domain", help="Unit of the patterns: counts or amplitude.")]
-FrameAxes = Annotated[
-    str | None, typer.Option("--axes", help="Order of the pattern axes: pattern,qy,qx or qy,qx,pattern.")
-]
-Beam = Annotated[
-    str | None, typer.Option("--dc", help="Position of the direct beam in the file's patterns: centre or corner.")
-]
-Units = Annotated[str | None, typer.Option(help="Unit of the positions: px, um or m.")]
-FlipY = Annotated[bool, typer.Option("--flip-y", help="Change the sign of y in the positions (after --swap-xy).")]
-FlipX = Annotated[bool, typer.Option("--flip-x", help="Change the sign of x in the positions (after --swap-xy).")]
-SwapXY = Annotated[bool, typer.Option("--swap-xy", help="Swap x and y in the positions.")]
-Affine = Annotated[
-    str | None,
-    typer.Option(
-        help="a,b,c,d: map positions (y, x) to (a y + b x, c y + d x), after the swap and the flips. For every format."
-    ),
-]
-NPixels = Annotated[
-    int | None, typer.Option(help="Pixels across a stored pattern; crops or pads about the beam centre.")
-]
-Bin = Annotated[int | None, typer.Option(help="Binning: sum this many detector pixels along each axis.")]
-Centre = Annotated[
-    str | None,
-    typer.Option(help="Beam centre in a frame: dc (the middle), auto (centre of mass), or y,x in pixels."),
-]
-EnergyEv = Annotated[float | None, typer.Option(help="Photon energy, eV.")]
-WavelengthM = Annotated[float | None, typer.Option(help="Wavelength, metres, instead of the energy.")]
-DistanceM = Annotated[float | None, typer.Option(help="Distance from sample to detector, metres.")]
-DetectorPixelM = Annotated[float | None, typer.Option(help="Size of a detector pixel in the file, metres.")]
-PixelSizeM = Annotated[float | None, typer.Option(help="Size of an object pixel, metres, after --n-pixels and --bin.")]
 Recipe = Annotated[
     Path | None, typer.Option("--recipe", help="YAML file with these options, as written by inspect --yaml.")
 ]
-PatternsFile = Annotated[
-    Path | None, typer.Option("--diffraction", help="File with the patterns, if the format has a separate one.")
-]
-FarField = Annotated[
-    bool, typer.Option("--far-field", help="Accept patterns as far-field even if they look like near-field shadows.")
-]
-MaskFile = Annotated[Path | None, typer.Option("--mask", help=".npy mask of the detector frame, True = good pixel.")]
-DropFrames = Annotated[str | None, typer.Option(help='Frames to leave out, as row numbers in the file: "3,10:20".')]
-Scratch = Annotated[Path | None, typer.Option(help="Folder for temporary unpacked data; by default beside the store.")]
 
 
-def reading_options(
-    *,
-    key: list[str] | None,
-    centre: str | None,
-    affine: str | None,
-    flip_y: bool,
-    flip_x: bool,
-    swap_xy: bool,
-    far_field: bool,
-    **plain: Any,
-) -> dict[str, Any]:
-    """Fields of `IngestSpec` from the given flags; `plain` needs no conversion."""
-    return given(
-        keys=pairs(key),
-        centre=None if centre is None else centre_yx(centre),
-        affine=None if affine is None else numbers("--affine", affine, 4),
-        # A format that defines its axes refuses these flags, so only those that were set are passed on.
-        **given(flip_y=flip_y or None, flip_x=flip_x or None, swap_xy=swap_xy or None, far_field=far_field or None),
-        **plain,
-    )
-
-
-def pairs(keys: list[str] | None) -> dict[str, str] | None:
-    if not keys:
-        return None
+def pairs(keys: list[str]) -> dict[str, str]:
     for text in keys:
         if "=" not in text:
             raise PtychodaskError(f"--key {text}: expected NAME=KEY, for example --key diffraction=entry/data")
     return dict(text.split("=", 1) for text in keys)
-
-
-def centre_yx(text: str) -> str | tuple[float, float]:
-    if text in ("dc", "auto"):
-        return text
-    y, x = numbers("--centre", text, 2)
-    return y, x
 
 
 def progress_option(quiet: bool) -> bool | None:
@@ -204,7 +127,7 @@ def named(path: Path) -> Any:
 
 def beside(path: Any, name: str) -> Path:
     """File beside a path; for a bucket, in the current folder."""
-    return path.with_name(name) if isinstance(path, Path) else Path(name)
+    return (path.local_path or Path(name)).with_name(name)
 
 
 def check_folders(*paths: Path | None) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ptychodask.cli.flags import Overwrite, Quiet, given, numbers_in, progress_option
+from ptychodask.cli.fields import options_of
+from ptychodask.cli.flags import Overwrite, Quiet, progress_option
 from ptychodask.progress import quiet_stderr
 
 
@@ -19,6 +20,7 @@ class ModelKind(StrEnum):
     baseline = "baseline"
 
 
+@options_of("ptychodask.training.spec", "TrainingSpec")
 def train(
     store: Annotated[
         list[Path],
@@ -31,66 +33,12 @@ def train(
     initial: Annotated[
         Path | None, typer.Option(help="Model bundle with the initial weights, or pretrained:NAME.")
     ] = None,
-    members: Annotated[int | None, typer.Option(help="Patterns in one group.")] = None,
-    neighbours: Annotated[
-        int | None, typer.Option(help="Number of nearest positions from which members are drawn.")
-    ] = None,
-    oversampling: Annotated[int | None, typer.Option(help="Number of groups drawn for each pattern.")] = None,
-    n_filters_scale: Annotated[
-        int | None, typer.Option(help="Width of the network: multiplies its number of filters.")
-    ] = None,
-    levels: Annotated[int | None, typer.Option(help="Number of downsampling steps of the U-Net.")] = None,
-    projections_before: Annotated[int | None, typer.Option(help="Data-consistency steps before the U-Net.")] = None,
-    projections_after: Annotated[int | None, typer.Option(help="Data-consistency steps after the U-Net.")] = None,
-    momentum: Annotated[
-        float | None, typer.Option(help="Momentum of the data-consistency steps, 0 to 1 (default 0.8).")
-    ] = None,
-    attention: Annotated[
-        bool, typer.Option("--attention", help="Add self-attention at the bottom of the U-Net.")
-    ] = False,
-    epochs: Annotated[int | None, typer.Option(help="Largest number of epochs.")] = None,
-    max_minutes: Annotated[float | None, typer.Option(help="Stop after this many minutes.")] = None,
-    patience: Annotated[
-        int | None, typer.Option(help="Stop after this many epochs without a lower held-out loss.")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Groups in one batch.")] = None,
-    accumulation: Annotated[
-        int | None, typer.Option(help="Number of batches whose gradients are averaged into one step.")
-    ] = None,
-    devices: Annotated[int | None, typer.Option(help="Number of devices that share each batch.")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="Precision of the convolutions: float32, or mixed (bfloat16).")
-    ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Initial learning rate.")] = None,
-    scale_learning_rate: Annotated[
-        bool,
-        typer.Option("--scale-learning-rate", help="Multiply the learning rate by (groups per step) / 16."),
-    ] = False,
-    schedule: Annotated[str | None, typer.Option(help="Learning-rate schedule: cosine, constant or plateau.")] = None,
-    loss: Annotated[str | None, typer.Option(help="Loss function: amplitude, mae, poisson or staged.")] = None,
-    tv: Annotated[float | None, typer.Option(help="Weight of the total variation of the patches.")] = None,
-    real_space: Annotated[
-        float | None, typer.Option(help="Weight of the mismatch between overlapping patches of a group.")
-    ] = None,
-    probe_rate: Annotated[
-        float | None, typer.Option(help="Also fit the probe, at this multiple of the learning rate; 0 keeps it fixed.")
-    ] = None,
-    freeze_encoder: Annotated[
-        bool, typer.Option("--freeze-encoder", help="Freeze the U-Net's encoder at the weights of --initial.")
-    ] = False,
-    validation: Annotated[
-        str | None,
-        typer.Option(help="Held-out patterns: random, or on one side of the scan (left, right, top, bottom)."),
-    ] = None,
-    validation_fraction: Annotated[float | None, typer.Option(help="Fraction of the patterns held out.")] = None,
-    exclude: Annotated[
-        Path | None, typer.Option(help=".npy file of pattern indices to exclude from training and validation.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed of split, groups, weights and order.")] = None,
+    *,
     log_to: Annotated[str | None, typer.Option(help="Log metrics to tensorboard:FOLDER or mlflow:URI.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run from its last epoch.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
+    **fields: Any,
 ) -> None:
     """Train a network on one or several scans.
 
@@ -102,36 +50,6 @@ def train(
     """
     with quiet_stderr():
         from ptychodask.training.train import train
-    options = given(
-        members=members,
-        neighbours=neighbours,
-        oversampling=oversampling,
-        n_filters_scale=n_filters_scale,
-        levels=levels,
-        projections_before=projections_before,
-        projections_after=projections_after,
-        momentum=momentum,
-        attention=attention or None,
-        epochs=epochs,
-        max_minutes=max_minutes,
-        patience=patience,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        devices=devices,
-        precision=precision,
-        learning_rate=learning_rate,
-        scale_learning_rate=scale_learning_rate or None,
-        schedule=schedule,
-        loss=loss,
-        tv=tv,
-        real_space=real_space,
-        probe_rate=probe_rate,
-        freeze_encoder=freeze_encoder or None,
-        validation=validation,
-        validation_fraction=validation_fraction,
-        exclude=None if exclude is None else numbers_in("--exclude", exclude, "pattern indices"),
-        seed=seed,
-    )
     trained = train(
         store,
         model=model.value,
@@ -141,7 +59,7 @@ def train(
         overwrite=overwrite,
         log_to=log_to,
         progress=progress_option(quiet),
-        **options,
+        **fields,
     )
     last = trained.history[-1]
     best = min(entry["held_out_loss"] for entry in trained.history)

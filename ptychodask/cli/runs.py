@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ptychodask.cli.fields import options_of
 from ptychodask.cli.flags import (
     Host,
     Overwrite,
@@ -21,10 +22,7 @@ from ptychodask.cli.flags import (
     client_for,
     given,
     named,
-    numbers,
-    numbers_in,
     progress_option,
-    whole_numbers,
 )
 from ptychodask.errors import PtychodaskError
 from ptychodask.progress import quiet_stderr
@@ -32,19 +30,6 @@ from ptychodask.progress import quiet_stderr
 ModelBundle = Annotated[
     Path | None,
     typer.Option(help="Model bundle; by default the last one trained on the scan, else a packaged one."),
-]
-GroupTable = Annotated[str | None, typer.Option(help="Name of a stored group table.")]
-Crop = Annotated[int | None, typer.Option(help="Width in pixels of the central part of each patch that is used.")]
-BatchSize = Annotated[int | None, typer.Option(help="Groups in one call of the network.")]
-GroupsPerChunk = Annotated[int | None, typer.Option(help="Groups predicted by one task.")]
-Tile = Annotated[int | None, typer.Option(help="Pixels across a tile of the object.")]
-Roi = Annotated[str | None, typer.Option(help="Region of interest: y0,y1,x0,x1 in pixels.")]
-RoiM = Annotated[
-    str | None,
-    typer.Option(help="Region of interest in metres: y0,y1,x0,x1, such as 0,2e-6,1e-6,3e-6."),
-]
-MemoryBytes = Annotated[
-    int | None, typer.Option(help="Memory in bytes that one task may use, in addition to the network.")
 ]
 
 
@@ -63,20 +48,15 @@ def demo(
     typer.echo(run_demo(out, overwrite=overwrite, progress=progress_option(quiet)))
 
 
+@options_of("ptychodask.plan.spec", "ReconstructionSpec", planned=True)
 def plan(
     store: Store,
     model: ModelBundle = None,
-    groups: GroupTable = None,
-    crop: Crop = None,
-    batch_size: BatchSize = None,
-    groups_per_chunk: GroupsPerChunk = None,
-    tile: Tile = None,
-    roi: Roi = None,
-    roi_m: RoiM = None,
-    memory_bytes: MemoryBytes = None,
+    *,
     measure: Annotated[
         bool, typer.Option("--measure", help="Run the network for a few seconds to estimate the time.")
     ] = False,
+    **fields: Any,
 ) -> None:
     """Show the chunks, tiles and memory of a reconstruction.
 
@@ -87,22 +67,10 @@ def plan(
     with quiet_stderr():
         import ptychodask.models.model  # noqa: F401
         from ptychodask.plan import plan
-        from ptychodask.plan.spec import ReconstructionSpec
-    spec = ReconstructionSpec(
-        **given(
-            groups=groups,
-            crop=crop,
-            batch_size=batch_size,
-            groups_per_chunk=groups_per_chunk,
-            tile=tile,
-            roi=None if roi is None else whole_numbers("--roi", roi, 4),
-            roi_m=None if roi_m is None else numbers("--roi-m", roi_m, 4),
-            memory_bytes=memory_bytes,
-        )
-    )
-    typer.echo(str(plan(store, model, spec, measure=measure)))
+    typer.echo(str(plan(store, model, measure=measure, **fields)))
 
 
+@options_of("ptychodask.plan.spec", "ReconstructionSpec")
 def reconstruct(
     stores: Annotated[
         list[Path],
@@ -124,49 +92,7 @@ def reconstruct(
         typer.Option(help="Result to write; by default <store>.object.zarr. For several scans, a folder."),
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Figure to write; by default beside the result.")] = None,
-    groups: GroupTable = None,
-    window: Annotated[
-        str | None, typer.Option(help="Weights of the pixels of a patch: illumination, uniform or cosine.")
-    ] = None,
-    crop: Crop = None,
-    batch_size: BatchSize = None,
-    groups_per_chunk: GroupsPerChunk = None,
-    tile: Tile = None,
-    roi: Roi = None,
-    roi_m: RoiM = None,
-    polish: Annotated[int | None, typer.Option(help="Data-consistency sweeps after stitching.")] = None,
-    drop: Annotated[Path | None, typer.Option(help=".npy file of pattern indices to leave out.")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="Precision of the convolutions: float32, or mixed (bfloat16).")
-    ] = None,
-    split_half: Annotated[
-        bool, typer.Option("--split-half", help="Also stitch even and odd patterns into two separate objects.")
-    ] = False,
-    pyramid: Annotated[bool, typer.Option("--pyramid", help="Add levels of coarser resolution to the result.")] = False,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="Store of predicted patches: written by the first run; later runs read it and skip the network."
-        ),
-    ] = None,
-    positions: Annotated[
-        Path | None, typer.Option(help=".npy file of corrected positions (y, x), at which cached patches are stitched.")
-    ] = None,
-    memory_bytes: MemoryBytes = None,
-    on_error: Annotated[
-        str | None, typer.Option(help="raise, or skip: leave out unusable patterns and list them in the result.")
-    ] = None,
-    verify: Annotated[
-        int | None, typer.Option(help="Number of chunks that a second worker computes again as a check.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="any (default), or gpu: fail if there is no GPU.")] = None,
-    live: Annotated[Path | None, typer.Option(help="PNG preview, updated as tiles finish.")] = None,
-    follow: Annotated[
-        bool, typer.Option("--follow", help="Process a growing scan as its segments arrive, until it is finished.")
-    ] = False,
-    follow_timeout_s: Annotated[
-        float | None, typer.Option(help="With --follow: fail after this many seconds without a new segment.")
-    ] = None,
+    *,
     workers: Workers = None,
     scheduler: Scheduler = None,
     tls: Tls = False,
@@ -175,6 +101,7 @@ def reconstruct(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
+    **fields: Any,
 ) -> None:
     """Reconstruct the object of a scan, and draw it.
 
@@ -200,35 +127,11 @@ def reconstruct(
         from ptychodask.judging.plotting import check_figure_path
         from ptychodask.reconstruction import FailedScansError, reconstruct
         from ptychodask.reconstruction.batch import result_path
-    options = given(
-        groups=groups,
-        window=window,
-        crop=crop,
-        batch_size=batch_size,
-        groups_per_chunk=groups_per_chunk,
-        tile=tile,
-        roi=None if roi is None else whole_numbers("--roi", roi, 4),
-        roi_m=None if roi_m is None else numbers("--roi-m", roi_m, 4),
-        polish=polish,
-        drop=None if drop is None else numbers_in("--drop", drop, "pattern indices"),
-        memory_bytes=memory_bytes,
-        precision=precision,
-        split_half=split_half or None,
-        pyramid=pyramid or None,
-        cache=cache,
-        position_yx_px=None if positions is None else numbers_in("--positions", positions, "positions"),
-        on_error=on_error,
-        verify=verify,
-        device=device,
-        live=live,
-        follow=follow or None,
-        follow_timeout_s=follow_timeout_s,
-    )
     if not several:
         check_figure_path(png or _figure_beside(target))
     failed = None
     with client_for(workers, scheduler, tls, tls_folder, host) as client:
-        arguments: dict[str, Any] = options | {
+        arguments: dict[str, Any] = fields | {
             "model": _models(model),
             "out": target,
             "client": client,
@@ -278,6 +181,7 @@ def _models(given: list[str] | None) -> str | dict[str, str] | None:
     return models
 
 
+@options_of("ptychodask.plan.spec", "ReconstructionSpec", timed=True)
 def bench(
     store: Annotated[
         Path | None, typer.Argument(help="Store of the scan; by default one is simulated.", show_default=False)
@@ -290,11 +194,7 @@ def bench(
     n_pixels: Annotated[int | None, typer.Option(help="Pixels across a pattern of the simulated scan.")] = None,
     members: Annotated[int | None, typer.Option(help="Patterns in one group of the untrained network.")] = None,
     n_filters_scale: Annotated[int | None, typer.Option(help="Width of the untrained network.")] = None,
-    batch_size: BatchSize = None,
-    groups_per_chunk: GroupsPerChunk = None,
-    precision: Annotated[
-        str | None, typer.Option(help="Precision of the convolutions: float32, or mixed (bfloat16).")
-    ] = None,
+    *,
     workers: Workers = None,
     scheduler: Scheduler = None,
     tls: Tls = False,
@@ -303,6 +203,7 @@ def bench(
     folder: Annotated[Path | None, typer.Option(help="Folder for temporary data, shared by all workers.")] = None,
     json: Annotated[Path | None, typer.Option(help="JSON file to write all measurements to.")] = None,
     quiet: Quiet = False,
+    **fields: Any,
 ) -> None:
     """Time each stage of a reconstruction, from disk to disk.
 
@@ -315,26 +216,23 @@ def bench(
     from json import dumps
 
     check_one_cluster("bench", workers, scheduler)
-    fields = given(
+    bench_fields = given(
         n_groups=n_groups, n_pixels=n_pixels, network=network, members=members, n_filters_scale=n_filters_scale
     )
-    _check_fields(store, model, fields)
+    _check_fields(store, model, bench_fields)
     if json is not None and not json.parent.is_dir():
         raise PtychodaskError(f"cannot write {json}: folder {json.parent} does not exist; make it first")
     with quiet_stderr():
         import ptychodask.models.model  # noqa: F401
         from ptychodask.bench import BenchSpec, bench, describe
         from ptychodask.plan.spec import ReconstructionSpec
-    spec = BenchSpec(**fields)
-    reconstruction = ReconstructionSpec(
-        **given(batch_size=batch_size, groups_per_chunk=groups_per_chunk, precision=precision)
-    )
+    spec = BenchSpec(**bench_fields)
     with client_for(workers, scheduler, tls, tls_folder, host) as client:
         report = bench(
             store,
             model,
             spec,
-            reconstruction=reconstruction,
+            reconstruction=ReconstructionSpec(**fields),
             client=client,
             folder=folder,
             progress=progress_option(quiet),

@@ -3,47 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ptychodask.cli.fields import options_of
 from ptychodask.cli.flags import (
-    Affine,
-    Beam,
-    Bin,
-    Centre,
-    DetectorPixelM,
-    DistanceM,
-    DropFrames,
-    EnergyEv,
-    FarField,
-    FlipX,
-    FlipY,
     Format,
-    FrameAxes,
-    Key,
-    MaskFile,
-    NPixels,
     Overwrite,
-    PatternDomain,
-    PatternsFile,
-    PixelSizeM,
     Quiet,
     Recipe,
-    Scratch,
     Store,
-    SwapXY,
-    Units,
-    WavelengthM,
     check_folders,
     given,
     named,
     progress_option,
-    reading_options,
 )
 from ptychodask.errors import PtychodaskError
 
 
+@options_of("ptychodask.io.source", "IngestSpec", inspected=True)
 def inspect(
     source: Annotated[
         Path, typer.Argument(help="NPZ (or .npz.bz2) or HDF5 file, or store of a scan.", show_default=False)
@@ -63,29 +42,9 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print the output as JSON.")] = False,
     format: Format = None,
     recipe: Recipe = None,
-    diffraction: PatternsFile = None,
-    key: Key = None,
-    domain: PatternDomain = None,
-    axes: FrameAxes = None,
-    dc: Beam = None,
-    units: Units = None,
-    flip_y: FlipY = False,
-    flip_x: FlipX = False,
-    swap_xy: SwapXY = False,
-    affine: Affine = None,
-    n_pixels: NPixels = None,
-    bin: Bin = None,
-    centre: Centre = None,
-    energy_ev: EnergyEv = None,
-    wavelength_m: WavelengthM = None,
-    distance_m: DistanceM = None,
-    detector_pixel_m: DetectorPixelM = None,
-    pixel_size_m: PixelSizeM = None,
-    mask: MaskFile = None,
-    drop_frames: DropFrames = None,
-    far_field: FarField = False,
-    scratch: Scratch = None,
+    *,
     quiet: Quiet = False,
+    **fields: Any,
 ) -> None:
     """Show the contents of a file or store, and the next command.
 
@@ -107,31 +66,7 @@ def inspect(
     if png is not None:
         check_figure_path(png)
     check_folders(yaml)
-    options = reading_options(
-        key=key,
-        domain=domain,
-        axes=axes,
-        dc=dc,
-        units=units,
-        flip_y=flip_y,
-        flip_x=flip_x,
-        swap_xy=swap_xy,
-        affine=affine,
-        n_pixels=n_pixels,
-        bin=bin,
-        centre=centre,
-        energy_ev=energy_ev,
-        wavelength_m=wavelength_m,
-        distance_m=distance_m,
-        detector_pixel_m=detector_pixel_m,
-        pixel_size_m=pixel_size_m,
-        diffraction=diffraction,
-        far_field=far_field,
-        mask=mask,
-        drop_frames=drop_frames,
-        scratch=scratch,
-    )
-    inspection = inspect_file(source, format=format, recipe=recipe, **options)
+    inspection = inspect_file(source, format=format, recipe=recipe, **fields)
     if yaml is not None:
         yaml.write_text(inspection.as_yaml())
     if png is not None and inspection.preview is not None:
@@ -145,6 +80,7 @@ def inspect(
     typer.echo(dumps(verdict.as_json(), indent=2) if json else str(verdict))
 
 
+@options_of("ptychodask.io.source", "IngestSpec")
 def ingest(
     source: Annotated[
         Path,
@@ -158,55 +94,14 @@ def ingest(
     ] = None,
     format: Format = None,
     recipe: Recipe = None,
-    diffraction: PatternsFile = None,
-    key: Key = None,
-    domain: PatternDomain = None,
-    axes: FrameAxes = None,
-    dc: Beam = None,
-    units: Units = None,
-    flip_y: FlipY = False,
-    flip_x: FlipX = False,
-    swap_xy: SwapXY = False,
-    affine: Affine = None,
-    n_pixels: NPixels = None,
-    bin: Bin = None,
-    centre: Centre = None,
-    energy_ev: EnergyEv = None,
-    wavelength_m: WavelengthM = None,
-    distance_m: DistanceM = None,
-    detector_pixel_m: DetectorPixelM = None,
-    pixel_size_m: PixelSizeM = None,
-    probe: Annotated[
-        str | None,
-        typer.Option(help="Probe: file (from the scan file), disc, zone_plate, estimate, or path of a .npy or .npz."),
-    ] = None,
-    probe_diameter_px: Annotated[
-        float | None,
-        typer.Option(help="Diameter of the disc (object pixels) or of the zone plate's pupil (pattern pixels)."),
-    ] = None,
-    probe_stop_px: Annotated[
-        float | None, typer.Option(help="Zone plate: diameter of the central stop, pattern pixels.")
-    ] = None,
-    probe_defocus: Annotated[
-        float | None, typer.Option(help="Zone plate: defocus phase at the rim of the pupil, radians.")
-    ] = None,
-    probe_defocus_m: Annotated[float | None, typer.Option(help="Zone plate: distance from the focus, metres.")] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="Scale of the probe: as_given, incident or mean_counts.")
-    ] = None,
-    incident_counts: Annotated[
-        float | None, typer.Option(help="Photons per pattern on the sample, for --calibration incident.")
-    ] = None,
-    mask: MaskFile = None,
-    drop_frames: DropFrames = None,
-    far_field: FarField = False,
-    scratch: Scratch = None,
+    *,
     append: Annotated[bool, typer.Option("--append", help="Add the file to a growing scan, as a new segment.")] = False,
     finish: Annotated[
         bool, typer.Option("--finish", help="Mark a growing scan as complete; no more segments can be added.")
     ] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
+    **fields: Any,
 ) -> None:
     """Convert a file of another program to a store.
 
@@ -220,46 +115,15 @@ def ingest(
 
     Example: ptychodask ingest raw.h5 scan.zarr --key diffraction=entry/data --key y=pos/y --key x=pos/x --domain counts
     """
-    from ptychodask.io import ingest
+    from ptychodask.io.ingest import ingest
     from ptychodask.store.append import finish_scan
 
     if store is None and not finish:
         raise PtychodaskError(f"ingest: {source} is the file, but the store is missing; name the store after the file")
     if store is not None and finish and not append:
         raise PtychodaskError("ingest: --finish needs --append, or only the store as argument; add --append")
-    options = reading_options(
-        key=key,
-        domain=domain,
-        axes=axes,
-        dc=dc,
-        units=units,
-        flip_y=flip_y,
-        flip_x=flip_x,
-        swap_xy=swap_xy,
-        affine=affine,
-        n_pixels=n_pixels,
-        bin=bin,
-        centre=centre,
-        energy_ev=energy_ev,
-        wavelength_m=wavelength_m,
-        distance_m=distance_m,
-        detector_pixel_m=detector_pixel_m,
-        pixel_size_m=pixel_size_m,
-        probe=probe,
-        probe_diameter_px=probe_diameter_px,
-        probe_stop_px=probe_stop_px,
-        probe_defocus=probe_defocus,
-        probe_defocus_m=probe_defocus_m,
-        calibration=calibration,
-        incident_counts=incident_counts,
-        diffraction=diffraction,
-        far_field=far_field,
-        mask=mask,
-        drop_frames=drop_frames,
-        scratch=scratch,
-    )
     if store is None:
-        if options or append or overwrite or format is not None or recipe is not None:
+        if fields or append or overwrite or format is not None or recipe is not None:
             raise PtychodaskError(
                 "ingest: --finish without a file accepts no other option; leave the others out, or name a file"
             )
@@ -273,7 +137,7 @@ def ingest(
             append=append,
             overwrite=overwrite,
             progress=progress_option(quiet),
-            **options,
+            **fields,
         )
         scan = finish_scan(store) if finish else scan
     state = "" if scan.attributes["state"] == "complete" else ", still growing"
@@ -316,20 +180,14 @@ def simulate(
     typer.echo(f"{scan.store}: {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}, with the true object")
 
 
+@options_of("ptychodask.grouping", "GroupingSpec")
 def group(
     store: Store,
-    members: Annotated[int | None, typer.Option(help="Patterns in one group.")] = None,
-    neighbours: Annotated[
-        int | None, typer.Option(help="Number of nearest positions from which members are drawn.")
-    ] = None,
-    oversampling: Annotated[int | None, typer.Option(help="Number of groups drawn for each pattern.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed of the members.")] = None,
-    halves: Annotated[
-        bool, typer.Option("--halves", help="Only group even patterns with even ones, and odd with odd.")
-    ] = False,
+    *,
     name: Annotated[
         str | None, typer.Option(help="Name of the table; by default made from the options, such as c4-k7-s0.")
     ] = None,
+    **fields: Any,
 ) -> None:
     """Group neighbouring patterns, and store the table of groups.
 
@@ -340,9 +198,7 @@ def group(
     from ptychodask.grouping import GroupingSpec
     from ptychodask.store.groups import group
 
-    spec = GroupingSpec(
-        **given(members=members, neighbours=neighbours, oversampling=oversampling, seed=seed, halves=halves or None)
-    )
+    spec = GroupingSpec(**fields)
     groups = group(store, spec, name=name)
     typer.echo(f"{named(store)}: {len(groups)} groups of {spec.members} as '{groups.name}'")
 

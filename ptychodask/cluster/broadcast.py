@@ -54,6 +54,17 @@ class _Delivery(WorkerPlugin):
 
 
 @contextmanager
+def shared_here(content: Any) -> Iterator[Broadcast]:
+    """An object shared with the tasks of this process, for a block."""
+    sent = Broadcast(f"ptychodask-{uuid.uuid4().hex}")
+    _BROADCASTS[sent.key] = content
+    try:
+        yield sent
+    finally:
+        _BROADCASTS.pop(sent.key, None)
+
+
+@contextmanager
 def broadcast(client: Client, content: Any) -> Iterator[Broadcast]:
     """Send an object to all workers, for the tasks of a block.
 
@@ -72,21 +83,20 @@ def broadcast(client: Client, content: Any) -> Iterator[Broadcast]:
     ``client.scatter(broadcast=True)`` would not keep the data on all workers: the scheduler's memory manager removes
     copies that it considers redundant.
     """
-    sent = Broadcast(f"ptychodask-{uuid.uuid4().hex}")
-    _BROADCASTS[sent.key] = content
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    elsewhere = not workers or not all(address.startswith(IN_PROCESS) for address in workers)
-    if elsewhere:
+    with shared_here(content) as sent:
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        if workers and all(address.startswith(IN_PROCESS) for address in workers):
+            yield sent
+            return
         client.register_plugin(_Delivery(sent.key, content))
-    try:
-        yield sent
-    finally:
-        _BROADCASTS.pop(sent.key, None)
-        if elsewhere and client.status == "running":
-            # In a thread with a time limit, because a hanging worker would never answer.
-            removal = threading.Thread(target=_remove_from_workers, args=(client, sent.key), daemon=True)
-            removal.start()
-            removal.join(REMOVED_WITHIN_S)
+        try:
+            yield sent
+        finally:
+            if client.status == "running":
+                # In a thread with a time limit, because a hanging worker would never answer.
+                removal = threading.Thread(target=_remove_from_workers, args=(client, sent.key), daemon=True)
+                removal.start()
+                removal.join(REMOVED_WITHIN_S)
 
 
 def _remove_from_workers(client: Client, key: str) -> None:

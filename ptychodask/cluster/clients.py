@@ -36,6 +36,7 @@ from ptychodask.cluster.job import (
 from ptychodask.cluster.submission import prologue, sbatch, worker_variables
 from ptychodask.cluster.tls import write_credentials
 from ptychodask.errors import PtychodaskError, in_brief, with_fields
+from ptychodask.options import takes_fields
 from ptychodask.progress import quiet_stderr
 
 logger = logging.getLogger(__name__)
@@ -308,6 +309,7 @@ class _OwningClient(Client):
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+@takes_fields(JobSpec)
 def slurm_client(
     spec: JobSpec = JobSpec(), *, at_most: int | None = None, host: str | None = None, **spec_fields: Any
 ) -> Client:

@@ -8,9 +8,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from dask.utils import parse_bytes
+import lazy_loader
 
 from ptychodask.errors import PtychodaskError, check_choice
+from ptychodask.options import option
+
+# The options of `submit` are read from the spec, also for its help, which needs no Dask.
+dask = lazy_loader.load("dask")
 
 System = Literal["slurm", "pbs"]
 """Batch systems that scripts can be written for."""
@@ -38,64 +42,68 @@ class JobSpec:
     (8, 1200)
     """
 
-    gpus: int | None = None
+    gpus: int | None = option(None, help="Number of workers with one GPU each.")
     """Workers with one GPU each; instead of `workers`."""
 
-    workers: int | None = None
+    workers: int | None = option(None, help="Number of workers without a GPU.")
     """Workers without a GPU; one if `gpus` is not given either."""
 
-    time: str = "01:00"
+    time: str = option("01:00", help="Wall-time limit as HH:MM, HH:MM:SS or minutes; by default 01:00.")
     """Wall-time limit: hours:minutes, hours:minutes:seconds, or minutes."""
 
-    cpus: int = 4
+    cpus: int = option(4, help="CPU cores per worker.")
     """CPU cores of one worker."""
 
-    memory: str = "16GB"
+    memory: str = option("16GB", help="Memory per worker, such as 16GB.")
     """Memory of one worker, with unit."""
 
-    nodes: int | None = None
+    nodes: int | None = option(None, help="Number of nodes; by default the batch system chooses.")
     """Nodes that the workers are distributed over; by default chosen by the batch system."""
 
-    name: str = "ptychodask"
+    name: str = option("ptychodask", help="Name of the job and its log.")
     """Name of the job."""
 
-    account: str | None = None
+    account: str | None = option(None, help="Account to charge.")
     """Account that the time is charged to."""
 
-    partition: str | None = None
+    partition: str | None = option(None, help="SLURM partition, or PBS queue.")
     """Partition of SLURM, or queue of PBS."""
 
-    qos: str | None = None
+    qos: str | None = option(None, help="SLURM quality of service.")
     """Quality of service in SLURM."""
 
-    constraint: str | None = None
+    constraint: str | None = option(None, help="Required features of SLURM nodes, such as a100|h100.")
     """Features required of nodes in SLURM, such as ``a100|h100``."""
 
-    modules: tuple[str, ...] = ()
+    modules: tuple[str, ...] = option((), help="Environment modules to load.", flag="--module")
     """Environment modules to load, in this order."""
 
-    lines: tuple[str, ...] = ()
+    lines: tuple[str, ...] = option((), help="Shell lines to run at the start, after the modules.", flag="--line")
     """Shell lines to run first, after loading the modules."""
 
-    directives: tuple[str, ...] = ()
+    directives: tuple[str, ...] = option(
+        (), help="Further directives, such as --directive=--exclusive.", flag="--directive"
+    )
     """Additional directives, such as ``--exclusive``."""
 
-    folder: str | None = None
+    folder: str | None = option(
+        None, help="Folder for the log, shared by all nodes; by default the folder of the store."
+    )
     """Folder shared by all nodes, for the log, the certificates and the scheduler's address."""
 
-    scratch: str | None = None
+    scratch: str | None = option(None, help="Local folder of each node for data that do not fit into memory.")
     """Folder on each node for data that workers move out of memory; by default the node's temporary folder."""
 
-    interface: str | None = None
+    interface: str | None = option(None, help="Network interface between nodes, such as ib0.")
     """Network interface for communication between nodes, such as ``ib0``."""
 
-    python: str = sys.executable
+    python: str = option(sys.executable, help="Python interpreter with ptychodask; by default this one.")
     """Interpreter with ptychodask, at the same path on all nodes."""
 
-    requeue: bool = True
+    requeue: bool = option(True, help="Put the job back into the queue after its time limit, to resume.")
     """Requeue the job when it reaches its time limit or loses its node, to resume the run."""
 
-    system: System = "slurm"
+    system: System = option("slurm", help="Batch system: slurm, or pbs (a template, only with --dry-run).")
     """Batch system that the script is for."""
 
     def __post_init__(self) -> None:
@@ -151,7 +159,7 @@ class JobSpec:
     def memory_bytes(self) -> int:
         """Memory of one worker in bytes."""
         try:
-            return int(parse_bytes(self.memory))
+            return int(dask.utils.parse_bytes(self.memory))
         except (ValueError, AttributeError, OverflowError) as error:
             raise PtychodaskError(f"job: memory is {self.memory!r}, expected a number with unit (16GB)") from error
 

@@ -8,18 +8,17 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import distributed
 
 from ptychodask.cluster.broadcast import IN_PROCESS
+from ptychodask.cluster.executor import DaskExecutor, Executor, Future
 from ptychodask.errors import PtychodaskError, in_brief
 from ptychodask.models.choose import resolve_model
-from ptychodask.models.contract import Device, PatchModel
+from ptychodask.models.contract import Device, MinimalModel
 from ptychodask.prediction import ModelReference, PredictionJob, open_once
 from ptychodask.store import StoredScan
 
@@ -62,7 +61,7 @@ class _Report:
 def preflight(
     client: distributed.Client,
     store: str | Path,
-    model: str | Path | PatchModel | Mapping[str, str | Path | PatchModel] | None = None,
+    model: str | Path | MinimalModel | Mapping[str, str | Path | MinimalModel] | None = None,
     *,
     device: Device = "any",
 ) -> None:
@@ -96,62 +95,59 @@ def preflight(
     scan = stored.first()
     named = model if isinstance(model, Mapping) else {"": model}
     models = tuple(ModelReference.to(resolve_model(scan, one).bind(scan)) for one in named.values())
-    _check_all(client, _Requirements(stored.path, stored.data_hash, models, device))
+    _check_all(DaskExecutor(client), _Requirements(stored.path, stored.data_hash, models, device))
 
 
-def preflight_jobs(client: distributed.Client, jobs: Sequence[PredictionJob]) -> None:
+def preflight_jobs(executor: Executor, jobs: Sequence[PredictionJob]) -> None:
     """Like `preflight`, for the jobs of a run.
 
     Does nothing if all workers are inside this process.
 
     Parameters
     ----------
-    client : distributed.Client
+    executor : Executor
     jobs : sequence of PredictionJob
         Jobs on one store, one for each model.
     """
     first = jobs[0]
-    _check_all(client, _Requirements(first.store, first.data_hash, tuple(job.model for job in jobs), first.device))
+    _check_all(executor, _Requirements(first.store, first.data_hash, tuple(job.model for job in jobs), first.device))
 
 
-def _check_all(client: distributed.Client, requirements: _Requirements) -> None:
-    workers = _workers(client)
+def _check_all(executor: Executor, requirements: _Requirements) -> None:
+    # An adaptive cluster may start workers only for tasks, and have none yet.
+    workers = executor.workers()
     if not workers:
         logger.info("no worker has connected yet: none is checked")
     if all(address.startswith(IN_PROCESS) for address in workers):
         return
     name = uuid.uuid4().hex[:12]
     futures = {
-        address: client.submit(
+        address: executor.submit(
             _report,
             requirements,
-            "GPU" in worker["resources"],
+            "GPU" in worker.resources,
             key=f"preflight-{name}-{address}",
             workers=[address],
-            allow_other_workers=False,
             priority=10,
-            retries=0,
-            pure=False,
         )
         for address, worker in workers.items()
     }
     try:
-        _wait(client, futures)
+        _wait(executor, futures)
         expected = _versions()
         for address, future in futures.items():
-            _check(f"worker {workers[address]['name']} on {_host(address)}", future, expected, requirements)
+            _check(f"worker {workers[address].name} on {_host(address)}", future, expected, requirements)
     finally:
-        client.cancel(list(futures.values()))
+        executor.cancel(list(futures.values()))
 
 
-def _wait(client: distributed.Client, futures: Mapping[str, distributed.Future]) -> None:
+def _wait(executor: Executor, futures: Mapping[str, Future]) -> None:
     """Wait until every connected worker has answered, at most `ANSWERS_WITHIN_S`."""
     deadline = time.monotonic() + ANSWERS_WITHIN_S
     waiting = dict(futures)
     while waiting and time.monotonic() < deadline:
-        with client.as_current(), suppress(TimeoutError):
-            distributed.wait(list(waiting.values()), timeout=POLL_S)
-        connected = _workers(client)
+        executor.wait(list(waiting.values()), POLL_S)
+        connected = executor.workers()
         waiting = {
             address: future
             for address, future in waiting.items()
@@ -159,21 +155,11 @@ def _wait(client: distributed.Client, futures: Mapping[str, distributed.Future])
         }
 
 
-def _workers(client: distributed.Client) -> dict[str, dict[str, Any]]:
-    """The scheduler's record of each worker, by address.
-
-    Empty if an adaptive cluster starts workers only for tasks.
-    """
-    return dict(client.scheduler_info(n_workers=-1)["workers"])
-
-
 def _host(address: str) -> str:
     return address.partition("://")[2].rpartition(":")[0]
 
 
-def _check(
-    label: str, future: distributed.Future, expected: Mapping[str, str | None], requirements: _Requirements
-) -> None:
+def _check(label: str, future: Future, expected: Mapping[str, str | None], requirements: _Requirements) -> None:
     """Raise `PtychodaskError` unless a worker can do the run."""
     if future.status == "error":
         error = future.exception()

@@ -23,6 +23,7 @@ from ptychodask.cluster.job import (
 )
 from ptychodask.cluster.tls import AUTHORITY, CERTIFICATE, KEY
 from ptychodask.errors import PtychodaskError, with_fields
+from ptychodask.options import takes_fields
 from ptychodask.storage.location import Location, parse_location
 from ptychodask.store import StoredScan
 
@@ -61,6 +62,7 @@ class SubmittedJob:
     """The script as submitted."""
 
 
+@takes_fields(JobSpec)
 def submit(
     store: str | Path, spec: JobSpec = JobSpec(), options: Sequence[str] = (), **spec_fields: Any
 ) -> SubmittedJob:
@@ -109,7 +111,7 @@ def submit(
 
 def _folder_of(store: Location) -> Path:
     """Folder of a store, or the current folder for a bucket."""
-    return store.parent if isinstance(store, Path) else Path.cwd()
+    return Path.cwd() if store.local_path is None else store.local_path.parent
 
 
 def sbatch(script: str, *options: str) -> str:
@@ -137,6 +139,7 @@ def sbatch(script: str, *options: str) -> str:
     return done.stdout.strip()
 
 
+@takes_fields(JobSpec)
 def batch_script(store: str | Path, spec: JobSpec = JobSpec(), options: Sequence[str] = (), **spec_fields: Any) -> str:
     """Script of a reconstruction as a batch job, in POSIX shell.
 

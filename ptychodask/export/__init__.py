@@ -21,7 +21,7 @@ from ptychodask.export.content import Content, Picture, check_object
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.result import RESULT, open_result, recorded
 from ptychodask.scan import Scan
-from ptychodask.storage.atomic import DAMAGED, StoreKind, atomic_file, atomic_folder, recorded_format
+from ptychodask.storage.atomic import DAMAGED, StoreKind, atomic_file, atomic_folder
 from ptychodask.storage.location import parse_location
 from ptychodask.store import SCAN, open_scan
 
@@ -152,7 +152,7 @@ def _opened(source: str | Path | xr.Dataset | Scan) -> xr.Dataset | Scan:
     if isinstance(source, xr.Dataset | Scan):
         return source
     path = parse_location(source)
-    kind = recorded_format(path)
+    kind = path.recorded_format()
     if kind == SCAN.name:
         return open_scan(path)
     if path.exists() and kind not in (RESULT.name, DAMAGED):

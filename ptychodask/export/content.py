@@ -107,7 +107,7 @@ class Picture:
             arrays = {}
             for name in names:
                 arrays[name] = np.full(
-                    (stop - start, width), VARIABLES[name][1] if name in VARIABLES else 0, self.ds[name].dtype
+                    (stop - start, width), VARIABLES[name].fill if name in VARIABLES else 0, self.ds[name].dtype
                 )
                 if block is not None:
                     arrays[name][:, left : left + inner_width] = block[name].values

@@ -31,11 +31,11 @@ def write(content: Content, path: Path, bar: Progress) -> None:
     names = [str(name) for name in ds.data_vars if ds[name].dims == ("y", "x")]
     with Hdf5Disk(path) as disk, h5netcdf.File(disk, "w") as file:
         file.dimensions = dict(zip(("y", "x"), content.object.shape, strict=True))
-        file.attrs.update(_plain(ds.attrs))
+        file.attrs.update(_supported(ds.attrs))
         for name, coordinate in ds.coords.items():
             if coordinate.ndim == 1:
                 axis = file.create_variable(str(name), coordinate.dims, coordinate.dtype, data=coordinate.values)
-                axis.attrs.update(_plain(coordinate.attrs))
+                axis.attrs.update(_supported(coordinate.attrs))
         variables = {name: _variables(file, name, ds[name].dtype, ds[name].attrs) for name in names}
         for rows, arrays in disk.between(content.object.rows(bar, names)):
             for name, parts in variables.items():
@@ -56,17 +56,17 @@ def _variables(file: h5netcdf.File, name: str, dtype: np.dtype[Any], attributes:
         variable = file.create_variable(
             f"{name}{ending}", ("y", "x"), kind, chunks=chunks, compression="gzip", compression_opts=1, shuffle=True
         )
-        variable.attrs.update(_plain(attributes))
+        variable.attrs.update(_supported(attributes))
         variables[part] = variable
     return variables
 
 
-def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
+def _supported(attributes: dict[str, Any]) -> dict[str, Any]:
     """Attributes in types that NetCDF supports.
 
     Examples
     --------
-    >>> _plain({"units": "m", "plan": {"tile": 256}, "resumed": False})
+    >>> _supported({"units": "m", "plan": {"tile": 256}, "resumed": False})
     {'units': 'm', 'plan': '{"tile": 256}', 'resumed': 'false'}
     """
     plain = (str, int, float)

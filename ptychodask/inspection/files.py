@@ -31,18 +31,16 @@ from ptychodask.inspection.evidence import (
 )
 from ptychodask.inspection.findings import Finding, Inspection, Preview
 from ptychodask.inspection.stores import inspect_store
-from ptychodask.io import IngestSpec
 from ptychodask.io.formats import detect_format, open_container, options_of, read_source
 from ptychodask.io.grid import GriddedSource, on_grid
 from ptychodask.io.mapping import UNIT_NAMES
 from ptychodask.io.near_field import near_field
 from ptychodask.io.patterns import prepared
 from ptychodask.io.recipe import with_recipe
-from ptychodask.io.source import MOST_PIXELS, Container, Frames, SourceScan, frame_axes
+from ptychodask.io.source import MOST_PIXELS, Container, Frames, IngestSpec, SourceScan, frame_axes
 from ptychodask.probes import probe_diameter_px
 from ptychodask.scan import Domain
 from ptychodask.storage.location import parse_location
-from ptychodask.storage.s3 import S3Location
 
 USUAL_STEP = 0.3
 """Step over probe diameter assumed for guessing an unknown pixel size: the overlap of most scans."""
@@ -89,7 +87,7 @@ def inspect_file(
     temporary folder (scratch=).
     """
     location = parse_location(path)
-    if isinstance(location, S3Location) or location.is_dir():
+    if location.local_path is None or location.is_dir():
         if format is not None or recipe is not None or reader_options:
             given = {"format": format, "recipe": recipe, **reader_options}
             options = ", ".join(sorted(name for name, value in given.items() if value is not None))
@@ -97,7 +95,7 @@ def inspect_file(
                 f"{location}: is a store; options of ingest ({options}) are for files; leave them out"
             )
         return inspect_store(location)
-    path = location
+    path = location.local_path
     spec = with_fields(IngestSpec(), with_recipe(recipe, reader_options))
     with tempfile.TemporaryDirectory(prefix="ptychodask-") as folder, ExitStack() as stack:
         container = open_container(path, Path(folder) if spec.scratch is None else Path(spec.scratch), stack)

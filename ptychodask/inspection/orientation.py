@@ -15,11 +15,12 @@ import scipy.fft
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, with_fields
-from ptychodask.forward import predicted_amplitude
+from ptychodask.forward import predicted_amplitude, r_ratio, r_sums
 from ptychodask.inspection.command import Origin, PositionTurn, turned_command
-from ptychodask.io import IngestSpec, ingest
 from ptychodask.io.formats import detect_format, open_container, read_source
 from ptychodask.io.grid import on_grid
+from ptychodask.io.ingest import ingest
+from ptychodask.io.source import IngestSpec
 from ptychodask.iterative import Measured, around_middle, measure, run_sweeps
 from ptychodask.probes import defocus_starts, defocused
 from ptychodask.progress import Progress, progress_bar
@@ -292,14 +293,14 @@ class _Judge:
         scan = replace(scan, probe=refined)
         amplitude = scan.amplitude(held_out)
         predicted = np.stack([predicted_amplitude(object_, measured.corner_yx_px, scan, int(j)) for j in held_out])
-        residual = np.abs(predicted - amplitude).sum(axis=(1, 2), dtype=np.float64)
-        total = amplitude.sum(axis=(1, 2), dtype=np.float64)
+        residual, total = r_sums(predicted - amplitude, amplitude)
         if not total.all():
             raise PtychodaskError(
                 f"{scan.store}: some patterns near the middle of the scan are all zero; exclude them with drop_frames="
             )
         bar.advance(1)
-        return Candidate(turn, float(residual.sum() / total.sum()), misfit=residual / total)
+        r_factor = r_ratio(float(residual.sum()), float(total.sum()), str(scan.store))
+        return Candidate(turn, r_factor, misfit=residual / total)
 
 
 def _only(measured: Measured, index: NDArray[np.int64]) -> Measured:

@@ -3,8 +3,21 @@
 Renaming, flips, cropping, binning and conversion of units happen here and nowhere else.
 """
 
-from ptychodask.io.ingest import ingest
-from ptychodask.io.products import ForeignResult, read_foreign_result
-from ptychodask.io.source import IngestSpec
+import sys
 
-__all__ = ["ForeignResult", "IngestSpec", "ingest", "read_foreign_result"]
+import lazy_loader
+
+import ptychodask
+
+# Reading a spec must not import the readers.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "ingest": ["ingest"],
+        "products": ["ForeignResult", "read_foreign_result"],
+        "source": ["IngestSpec"],
+    },
+)
+
+# `ingest` stays the function when the module of that name is imported, as in the package itself.
+sys.modules[__name__].__class__ = type(ptychodask)

@@ -11,33 +11,29 @@ import numpy as np
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.io.grid import GriddedSource, on_grid
 from ptychodask.io.patterns import pattern_parts
-from ptychodask.io.provenance import _plain, open_source, provenance_of
+from ptychodask.io.provenance import open_source, provenance_of
 from ptychodask.io.source import (
     IngestSpec,
     SourceScan,
 )
+from ptychodask.options import names_where
 from ptychodask.scan import Scan
+from ptychodask.storage.location import LocalLocation
+from ptychodask.storage.records import plain
 from ptychodask.store import open_scan
 from ptychodask.store.append import append_segment
 
-OF_EACH_SEGMENT = ("diffraction", "drop_frames", "scratch")
+OF_EACH_SEGMENT = names_where(IngestSpec, segment="each")
 """Options that may differ between the segments of a growing scan."""
 
 
-OF_FIRST_SEGMENT = (
-    "probe",
-    "probe_diameter_px",
-    "probe_stop_px",
-    "probe_defocus",
-    "probe_defocus_m",
-    "calibration",
-    "incident_counts",
-    "mask",
-)
+OF_FIRST_SEGMENT = names_where(IngestSpec, segment="first")
 """Options for properties that all segments of a growing scan have from the first."""
 
 
-def append_source(source: Path, store: Path, format: str | None, spec: IngestSpec, progress: bool | None) -> Scan:
+def append_source(
+    source: Path, store: LocalLocation, format: str | None, spec: IngestSpec, progress: bool | None
+) -> Scan:
     """Append a file to a growing scan, as one more segment."""
     scan = open_scan(store)
     recorded = scan.attributes.get("provenance", {})
@@ -64,7 +60,7 @@ def append_source(source: Path, store: Path, format: str | None, spec: IngestSpe
 
 def _with_first_options(spec: IngestSpec, recorded: dict[str, Any], label: str) -> IngestSpec:
     """Options of a scan's first segment, with `OF_EACH_SEGMENT` of this one."""
-    first, given = recorded["options"], {key: _plain(value) for key, value in spec.given().items()}
+    first, given = recorded["options"], plain(spec.given())
     for name, value in given.items():
         if name not in OF_EACH_SEGMENT and value != first.get(name):
             raise PtychodaskError(

@@ -20,17 +20,17 @@ from ptychodask.io.recipe import with_recipe
 from ptychodask.io.source import (
     IngestSpec,
 )
+from ptychodask.options import takes_fields
 from ptychodask.scan import Scan
-from ptychodask.storage.atomic import check_vacant
-from ptychodask.storage.location import parse_location
-from ptychodask.storage.s3 import S3Location
+from ptychodask.storage.location import LocationLike, parse_location
 from ptychodask.store import SCAN
 from ptychodask.store.write import write_scan
 
 
+@takes_fields(IngestSpec)
 def ingest(
     source: str | Path,
-    store: str | Path | S3Location,
+    store: LocationLike,
     *,
     format: str | None = None,
     recipe: str | Path | None = None,
@@ -82,17 +82,18 @@ def ingest(
     cropped there.
     """
     source, store = Path(source), parse_location(store)
+    folder = store.local_path
     spec = with_fields(IngestSpec(), with_recipe(recipe, reader_options))
     if append and overwrite:
         raise PtychodaskError(f"{store}: append=True adds to the scan, overwrite=True replaces it; pass one of them")
-    if append and isinstance(store, S3Location):
+    if append and folder is None:
         raise PtychodaskError(
             f"{store}: append=True needs a store on disk, not in an object store; append to one on disk, and copy it "
             "when the scan is complete"
         )
-    if append and isinstance(store, Path) and store.exists():
-        return append_source(source, store, format, spec, progress)
-    check_vacant(store, overwrite=overwrite, kind=SCAN)
+    if append and folder is not None and folder.exists():
+        return append_source(source, folder, format, spec, progress)
+    store.check_vacant(overwrite=overwrite, kind=SCAN)
     with open_source(source, store, format, spec) as (opened, scratch, stack):
         gridded = on_grid(opened.scan, spec, opened.container.label)
         scan_parts = _prepare(opened, gridded, scratch, stack, progress)

@@ -19,7 +19,7 @@ from ptychodask.io.source import (
     IngestSpec,
 )
 from ptychodask.storage.location import Location
-from ptychodask.storage.s3 import S3Location
+from ptychodask.storage.records import plain
 
 
 @contextmanager
@@ -38,9 +38,9 @@ def scratch_folder(spec: IngestSpec, store: Location, stack: ExitStack) -> Path:
     """Folder for scratch files; by default the store's, if on disk."""
     if spec.scratch is not None:
         return Path(spec.scratch)
-    if isinstance(store, S3Location):
+    if store.local_path is None:
         return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ptychodask-")))
-    return store.parent
+    return store.local_path.parent
 
 
 def provenance_of(source: Path, opened: Source, spec: IngestSpec) -> dict[str, Any]:
@@ -51,19 +51,10 @@ def provenance_of(source: Path, opened: Source, spec: IngestSpec) -> dict[str, A
         "sha256": _sha256(source),
         **({} if second is None else {"second_source": str(second.resolve()), "second_sha256": _sha256(second)}),
         "reader": opened.format,
-        "options": {key: _plain(value) for key, value in spec.given().items()},
+        "options": plain(spec.given()),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def _plain(value: Any) -> Any:
-    """Value of an option as JSON types."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else str(value)
 
 
 def _sha256(path: Path) -> str:

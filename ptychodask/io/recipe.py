@@ -10,11 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.io.source import IngestSpec
+from ptychodask.storage.records import plain
 
 LONGEST_BYTES = 2**20
 """Largest accepted size of a file of options, which has a few lines."""
@@ -32,19 +32,7 @@ def as_yaml(options: Mapping[str, Any]) -> str:
     - 3.0
     - 4.0
     """
-    return yaml.safe_dump(
-        {name: list(value) if isinstance(value, tuple) else _plain(value) for name, value in options.items()},
-        sort_keys=False,
-        allow_unicode=True,
-    )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    return value if value is None or isinstance(value, bool | int | float | str | list) else str(value)
+    return yaml.safe_dump(plain(options), sort_keys=False, allow_unicode=True)
 
 
 def read_options(path: str | Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, check_choice
+from ptychodask.options import names_where, option
 from ptychodask.scan import Calibration, Domain
 
 Unit = Literal["px", "um", "m"]
@@ -43,102 +44,137 @@ SLAB_BYTES = 32 * 2**20
 Larger slabs make longer contiguous writes.
 """
 
-FORMAT_OPTIONS = ("keys", "domain", "axes", "dc", "units", "flip_y", "flip_x", "swap_xy", "diffraction")
-"""Options for properties that not all formats define; a format that defines one refuses the option."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class IngestSpec:
     """Options for converting a foreign file to a scan."""
 
-    keys: Mapping[str, str] | None = None
+    keys: Mapping[str, str] | None = option(
+        None,
+        help="Keys of arrays in the file, by name: diffraction, y, x, position, probe, mask, object, label or flux.",
+        flag="--key",
+        of_format=True,
+    )
     """Keys of the arrays in the file, for example ``{"diffraction": "dp", "y": "pos_y", "x": "pos_x"}``."""
 
-    domain: Domain | None = None
+    domain: Domain | None = option(None, help="Unit of the patterns: counts or amplitude.", of_format=True)
     """Unit of the patterns, if the format does not define it."""
 
-    axes: Axes | None = None
+    axes: Axes | None = option(None, help="Order of the pattern axes: pattern,qy,qx or qy,qx,pattern.", of_format=True)
     """Order of the patterns' axes, if their shape is ambiguous."""
 
-    dc: Dc | None = None
+    dc: Dc | None = option(
+        None, help="Position of the direct beam in the file's patterns: centre or corner.", of_format=True
+    )
     """Pixel of the direct beam in the file; the middle by default."""
 
-    units: Unit | None = None
+    units: Unit | None = option(None, help="Unit of the positions: px, um or m.", of_format=True)
     """Unit of the positions."""
 
-    flip_y: bool = False
+    flip_y: bool = option(False, help="Change the sign of y in the positions (after --swap-xy).", of_format=True)
     """Positions: y becomes -y (after `swap_xy`), for files where +y is up."""
 
-    flip_x: bool = False
+    flip_x: bool = option(False, help="Change the sign of x in the positions (after --swap-xy).", of_format=True)
     """Positions: x becomes -x (after `swap_xy`), for files where +x is left."""
 
-    swap_xy: bool = False
+    swap_xy: bool = option(False, help="Swap x and y in the positions.", of_format=True)
     """Positions: exchange the two axes."""
 
-    affine: tuple[float, float, float, float] | None = None
+    affine: tuple[float, float, float, float] | None = option(
+        None,
+        help="a,b,c,d: map positions (y, x) to (a y + b x, c y + d x), after the swap and the flips. For every format.",
+    )
     """Positions: (y, x) becomes (a·y + b·x, c·y + d·x) with (a, b, c, d), after `swap_xy` and the flips and before
     conversion of units. Corrects a stage that is rotated, scaled or sheared against the detector. For every format."""
 
-    n_pixels: int | None = None
+    n_pixels: int | None = option(None, help="Pixels across a stored pattern; crops or pads about the beam centre.")
     """Pixels across a stored pattern, N; crops or pads about the beam centre. By default the frame size over `bin`."""
 
-    bin: int = 1
+    bin: int = option(1, help="Binning: sum this many detector pixels along each axis.")
     """Detector pixels along each axis that are summed into one."""
 
-    centre: Literal["dc", "auto"] | tuple[float, float] = "dc"
+    centre: Literal["dc", "auto"] | tuple[float, float] = option(
+        "dc", help="Beam centre in a frame: dc (the middle), auto (centre of mass), or y,x in pixels."
+    )
     """Beam centre in a frame (after `dc`): "dc" is [h//2, w//2], "auto" the centre of mass of the mean pattern, or
     (y, x) in pixels of the frame; rounded to whole pixels."""
 
-    energy_ev: float | None = None
+    energy_ev: float | None = option(None, help="Photon energy, eV.")
     """Photon energy, electronvolts."""
 
-    wavelength_m: float | None = None
+    wavelength_m: float | None = option(None, help="Wavelength, metres, instead of the energy.")
     """Wavelength, metres, in place of `energy_ev`."""
 
-    distance_m: float | None = None
+    distance_m: float | None = option(None, help="Distance from sample to detector, metres.")
     """Distance from sample to detector, metres."""
 
-    detector_pixel_m: float | None = None
+    detector_pixel_m: float | None = option(None, help="Size of a detector pixel in the file, metres.")
     """Size of a detector pixel of the file, metres."""
 
-    pixel_size_m: float | None = None
+    pixel_size_m: float | None = option(None, help="Size of an object pixel, metres, after --n-pixels and --bin.")
     """Size of an object pixel of the stored scan, after `n_pixels` and `bin`, metres."""
 
-    probe: str | None = None
+    probe: str | None = option(
+        None,
+        help="Probe: file (from the scan file), disc, zone_plate, estimate, or path of a .npy or .npz.",
+        segment="first",
+        inspected=False,
+    )
     """One of "file", "disc", "zone_plate" and "estimate", or the path of a .npy or .npz with a probe on the grid of the
     file or of the store. By default the probe in the file, or the estimate if it has none."""
 
-    probe_diameter_px: float | None = None
+    probe_diameter_px: float | None = option(
+        None,
+        help="Diameter of the disc (object pixels) or of the zone plate's pupil (pattern pixels).",
+        segment="first",
+        inspected=False,
+    )
     """Disc: diameter in object pixels. Zone plate: outer diameter of its pupil in pixels of the stored patterns."""
 
-    probe_stop_px: float | None = None
+    probe_stop_px: float | None = option(
+        None, help="Zone plate: diameter of the central stop, pattern pixels.", segment="first", inspected=False
+    )
     """Zone plate: diameter of the central stop in pixels of the stored patterns."""
 
-    probe_defocus: float | None = None
+    probe_defocus: float | None = option(
+        None, help="Zone plate: defocus phase at the rim of the pupil, radians.", segment="first", inspected=False
+    )
     """Zone plate: phase of the defocus at the pupil's rim, radians."""
 
-    probe_defocus_m: float | None = None
+    probe_defocus_m: float | None = option(
+        None, help="Zone plate: distance from the focus, metres.", segment="first", inspected=False
+    )
     """Zone plate: distance from the focus, metres, in place of `probe_defocus`; needs the optics."""
 
-    calibration: Calibration | None = None
+    calibration: Calibration | None = option(
+        None, help="Scale of the probe: as_given, incident or mean_counts.", segment="first", inspected=False
+    )
     """Scale of the probe; by default that of the format, or "mean_counts" for a modelled probe."""
 
-    incident_counts: float | None = None
+    incident_counts: float | None = option(
+        None, help="Photons per pattern on the sample, for --calibration incident.", segment="first", inspected=False
+    )
     """Photons per pattern incident on the sample, for calibration "incident"."""
 
-    diffraction: str | Path | None = None
+    diffraction: str | Path | None = option(
+        None, help="File with the patterns, if the format has a separate one.", of_format=True, segment="each"
+    )
     """File with the patterns, for formats that store them in a separate file from the positions."""
 
-    far_field: bool = False
+    far_field: bool = option(False, help="Accept patterns as far-field even if they look like near-field shadows.")
     """Accept the patterns as far-field patterns even if they look like near-field shadows."""
 
-    mask: str | Path | None = None
+    mask: str | Path | None = option(None, help=".npy mask of the detector frame, True = good pixel.", segment="first")
     """A .npy with the shape of a frame, True (or not 0) where a detector pixel is good."""
 
-    drop_frames: str | Sequence[int | slice] | None = None
+    drop_frames: str | Sequence[int | slice] | None = option(
+        None, help='Frames to leave out, as row numbers in the file: "3,10:20".', segment="each"
+    )
     """Frames to leave out, by row in the file: "3,10:20" or a list of numbers and slices."""
 
-    scratch: str | Path | None = None
+    scratch: str | Path | None = option(
+        None, help="Folder for temporary unpacked data; by default beside the store.", segment="each"
+    )
     """Folder for temporary files with unpacked or transposed arrays; by default the folder of the store."""
 
     def __post_init__(self) -> None:
@@ -206,6 +242,10 @@ class IngestSpec:
     def given(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+FORMAT_OPTIONS = names_where(IngestSpec, of_format=True)
+"""Options for properties that not all formats define; a format that defines one refuses the option."""
 
 
 def _is_pair(centre: Any) -> bool:

@@ -10,43 +10,29 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from scipy.signal import fftconvolve
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.forward import footprint_corners
-from ptychodask.io import ForeignResult, read_foreign_result
+from ptychodask.forward import MIN_SEEN_LIGHT, r_factor, seen_light
+from ptychodask.io.products import ForeignResult, read_foreign_result
 from ptychodask.judging.metrics import (
+    METRICS,
+    PARTS,
     PTYCHOPINN_PEAK,
+    WELL_LIT,
     Gauge,
+    PartPair,
     align_gauge,
-    amplitude_ratio,
-    correlation,
-    crossing,
     frc,
     half_bit,
-    mae,
-    ms_ssim,
-    mse,
-    psnr,
-    r_factor,
-    ssim,
+    well_lit,
 )
 from ptychodask.judging.registration import find_corner, on_whole_pixels, seen_box
 from ptychodask.result import make_dataset, open_result, recorded
 from ptychodask.scan import Scan, Truth
 from ptychodask.storage.location import parse_location
-from ptychodask.storage.s3 import S3Location
 from ptychodask.store import open_scan
 
 logger = logging.getLogger(__name__)
-
-
-METRICS = ("correlation", "ratio", "mae", "mse", "psnr", "ssim", "ms_ssim", "frc50", "frc_half_bit", "frc_1_7")
-"""Metrics of each part of an object; `ratio` is for amplitudes only, the last three are in cycles per pixel."""
-
-
-PARTS = ("amplitude", "phase")
-"""Parts of an object that have separate metrics."""
 
 
 METHOD_OF_KIND = {"pinn": "PtychoPINN", "baseline": "Baseline"}
@@ -55,10 +41,6 @@ METHOD_OF_KIND = {"pinn": "PtychoPINN", "baseline": "Baseline"}
 
 METHOD_OF_PROGRAM = {"pty-chi": "PtyChi"}
 """Method name of a result of another program, by the program named in its file."""
-
-
-MIN_SEEN_LIGHT = 0.99
-"""Minimum fraction of the probe intensity on seen pixels for a pattern to count in R."""
 
 
 LEAST_PIXELS = 8
@@ -86,7 +68,7 @@ def compare(
     ramp: bool = True,
     scale: bool = False,
     peak: float | Literal["range", "ptychopinn"] = "range",
-    min_weight: float = 0.1,
+    min_weight: float = WELL_LIT,
 ) -> xr.Dataset:
     """Metrics of several results on the area seen in all of them.
 
@@ -118,10 +100,8 @@ def compare(
     Returns
     -------
     xarray.Dataset
-        ``value`` (method, part, metric): correlation, ratio of the mean amplitudes, mean absolute and squared error,
-        PSNR (dB), SSIM, MS-SSIM, and the frequencies (cycles per pixel) at which the ring correlation crosses one half,
-        the half-bit curve and 1/7, over the smallest rectangle that contains the common area (the last three over its
-        central square);
+        ``value`` (method, part, metric): the metrics of `METRICS`, over the smallest rectangle that contains the common
+        area (the crossings of the ring correlation over its central square);
         ``difference`` (method, part, metric), the value minus that of `baseline`;
         ``frc`` (method, part, frequency), the curves, and ``half_bit`` (frequency);
         ``resolution_px`` and, where the pixel size is known, ``resolution_m`` (method, part, criterion), the inverse of
@@ -212,7 +192,7 @@ def align(
     *,
     truth: Truth | Scan | str | Path | None = None,
     register: bool = False,
-    min_weight: float = 0.1,
+    min_weight: float = WELL_LIT,
 ) -> dict[str, xr.Dataset]:
     """Results of any program, in common pixel coordinates.
 
@@ -355,9 +335,10 @@ def _checked(label: str, ds: xr.Dataset) -> xr.Dataset:
 def _methods_of(result: Result) -> dict[str | None, xr.Dataset]:
     """Results contained in one, by recorded method name."""
     if isinstance(result, str | Path):
-        path = parse_location(result)
-        if isinstance(path, S3Location) or path.is_dir() or (not path.exists() and path.suffix in ("", ".zarr")):
-            result = open_result(path)
+        location = parse_location(result)
+        path = location.local_path
+        if path is None or path.is_dir() or (not path.exists() and path.suffix in ("", ".zarr")):
+            result = open_result(location)
         else:
             result = read_foreign_result(path)
     if isinstance(result, ForeignResult):
@@ -385,8 +366,7 @@ def _well_lit_part(ds: xr.Dataset, min_weight: float) -> Truth:
     """Well-lit part of a result, NaN where the weight is small."""
     ds = _in_memory(ds)
     weight = ds["weight"].values
-    threshold = min_weight * float(np.median(weight[weight > 0])) if (weight > 0).any() else np.inf
-    object_ = np.where(weight >= threshold, ds["object"].values, np.complex64(complex(np.nan, np.nan)))
+    object_ = np.where(well_lit(weight, min_weight), ds["object"].values, np.complex64(complex(np.nan, np.nan)))
     return Truth(object_, _corner(ds))
 
 
@@ -507,26 +487,32 @@ def _metrics_of(
         "phase": _range(reference_parts["phase"], np.pi),
     }
     peaks = {part: _peak(peak, data_range[part]) for part in PARTS}
-    all_parts = [_parts(object_, reference) for object_ in objects.values()]
-    curves = [[frc(parts[part], reference_parts[part]) for part in PARTS] for parts in all_parts]
-    frequency = curves[0][0][0]
-    thresholds: dict[str, float | NDArray[np.float64]] = {
-        "frc50": 0.5,
-        "frc_half_bit": half_bit(frequency),
-        "frc_1_7": 1 / 7,
-    }
-    crossings = np.array(
-        [[[crossing(*curve, level) for level in thresholds.values()] for curve in row] for row in curves]
+    pairs = [
+        [
+            PartPair(
+                each[part], reference_parts[part], data_range[part], peaks[part], frc(each[part], reference_parts[part])
+            )
+            for part in PARTS
+        ]
+        for each in (_parts(object_, reference) for object_ in objects.values())
+    ]
+    values = np.array(
+        [
+            [[metric.value(part, pair) for metric in METRICS.values()] for part, pair in zip(PARTS, row, strict=True)]
+            for row in pairs
+        ]
     )
-    others = np.array(
-        [[_metrics_of_part(parts, reference_parts, part, data_range, peaks) for part in PARTS] for parts in all_parts]
-    )
+    is_crossing = np.array([metric.is_crossing for metric in METRICS.values()])
+    frequency = pairs[0][0].ring_correlation[0]
     metrics = xr.Dataset(
         {
-            "value": (("method", "part", "metric"), np.concatenate([others, crossings], axis=2)),
-            "frc": (("method", "part", "frequency"), np.array([[c for _, c in row] for row in curves])),
-            "half_bit": ("frequency", thresholds["frc_half_bit"]),
-            "resolution_px": (("method", "part", "criterion"), 1 / crossings, {"units": "px"}),
+            "value": (("method", "part", "metric"), values),
+            "frc": (
+                ("method", "part", "frequency"),
+                np.array([[pair.ring_correlation[1] for pair in row] for row in pairs]),
+            ),
+            "half_bit": ("frequency", half_bit(frequency)),
+            "resolution_px": (("method", "part", "criterion"), 1 / values[..., is_crossing], {"units": "px"}),
             "data_range": ("part", list(data_range.values())),
             "peak": ("part", list(peaks.values())),
         },
@@ -534,15 +520,11 @@ def _metrics_of(
             "method": list(objects),
             "part": list(PARTS),
             "metric": list(METRICS),
-            "criterion": list(thresholds),
+            "criterion": np.array(list(METRICS))[is_crossing],
             "frequency": ("frequency", frequency, {"units": "1/px", "long_name": "spatial frequency"}),
         },
     )
-    # A part that is constant in the reference, as the phase of an absorber, has no structure to correlate with.
-    structured = metrics["data_range"] > 0
-    for name in ("frc", "resolution_px"):
-        metrics[name] = metrics[name].where(structured)
-    metrics["value"] = metrics["value"].where(structured | metrics["metric"].isin(["ratio", "mae", "mse", "psnr"]))
+    metrics["frc"] = metrics["frc"].where(metrics["data_range"] > 0)
     if pixel_size_m is not None:
         metrics["resolution_m"] = (metrics["resolution_px"] * pixel_size_m).assign_attrs(units="m")
     return metrics
@@ -569,26 +551,6 @@ def _peak(peak: float | Literal["range", "ptychopinn"], data_range: float) -> fl
     if not (isinstance(peak, int | float) and peak > 0):
         raise PtychodaskError(f"compare: peak is {peak!r}, expected a positive number or one of {', '.join(named)}")
     return float(peak)
-
-
-def _metrics_of_part(
-    parts: Mapping[str, NDArray[np.floating[Any]]],
-    reference_parts: Mapping[str, NDArray[np.floating[Any]]],
-    part: str,
-    data_range: Mapping[str, float],
-    peaks: Mapping[str, float],
-) -> list[float]:
-    """Metrics of one part except the crossings, in the order of `METRICS`."""
-    pair, span, peak = (parts[part], reference_parts[part]), data_range[part], peaks[part]
-    return [
-        correlation(*pair),
-        amplitude_ratio(*pair) if part == "amplitude" else np.nan,
-        mae(*pair),
-        mse(*pair),
-        psnr(*pair, peak=peak) if peak > 0 else np.nan,
-        ssim(*pair, data_range=span) if span > 0 else np.nan,
-        ms_ssim(*pair, data_range=span) if span > 0 else np.nan,
-    ]
 
 
 def _with_gauges(metrics: xr.Dataset, gauges: list[Gauge], opened: Mapping[str, xr.Dataset]) -> xr.Dataset:
@@ -646,18 +608,13 @@ def patterns_inside(results: Mapping[str, xr.Dataset], scan: Scan) -> NDArray[np
         Indices of patterns with at least `MIN_SEEN_LIGHT` of the probe intensity on seen pixels of every result.
     """
     inside = np.ones(scan.n_patterns, bool)
-    intensity = (np.abs(scan.probe) ** 2).sum(axis=0, dtype=np.float64)
     for label, ds in results.items():
         if _frame(ds) != "scan":
             raise PtychodaskError(
                 f"{label}: is not in scan coordinates, so R cannot be computed; pass truth= to register it"
             )
-        seen = np.pad(np.isfinite(ds["object"].values).astype(np.float64), scan.n_pixels)
-        fraction = fftconvolve(seen, intensity[::-1, ::-1] / intensity.sum(), mode="valid")
-        start = footprint_corners(scan.position_yx_px, scan.n_pixels) - np.asarray(_corner(ds), int) + scan.n_pixels
-        on = ((start >= 0) & (start < fraction.shape)).all(axis=1)
-        inside &= on
-        inside[on] &= fraction[tuple(start[on].T)] >= MIN_SEEN_LIGHT
+        seen = np.isfinite(ds["object"].values)
+        inside &= seen_light(seen, np.asarray(_corner(ds), int), scan.probe, scan.position_yx_px) >= MIN_SEEN_LIGHT
     return np.flatnonzero(inside)
 
 

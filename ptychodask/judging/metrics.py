@@ -6,6 +6,7 @@ for a probe of unknown scale, a factor of the amplitude.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,28 +17,34 @@ from scipy.ndimage import binary_erosion, gaussian_filter
 from skimage.metrics import structural_similarity
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.forward import diffract, r_factor
+from ptychodask.forward import r_factor
 
 __all__ = [
+    "METRICS",
     "Gauge",
+    "Metric",
+    "PartPair",
     "align_gauge",
     "amplitude_ratio",
     "contrast_radius",
     "correlation",
     "crossing",
     "frc",
-    "frc50",
     "half_bit",
     "mae",
     "ms_ssim",
     "mse",
-    "patch_r_factor",
     "psnr",
     "r_factor",
     "seen_in_both",
     "spoke_contrast",
     "ssim",
+    "well_lit",
 ]
+
+
+WELL_LIT = 0.1
+"""Minimum weight of a well-lit pixel, relative to the median; excludes the edge of the scan."""
 
 
 PTYCHOPINN_PEAK = 255.0
@@ -164,6 +171,18 @@ def seen_in_both(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
     if not seen.any():
         raise PtychodaskError("metrics: no pixel is seen in both arrays, so they cannot be compared")
     return seen
+
+
+def well_lit(weight: NDArray[np.floating[Any]], least: float = WELL_LIT) -> NDArray[np.bool_]:
+    """True where a weight is at least `least` of its median.
+
+    Examples
+    --------
+    >>> well_lit(np.array([0.0, 0.1, 2.0, 3.0])).tolist()
+    [False, False, True, True]
+    """
+    reached = weight[weight > 0]
+    return weight >= (least * float(np.median(reached)) if reached.size else np.inf)
 
 
 def _ramp_of(product: NDArray[np.complex128]) -> tuple[float, float]:
@@ -519,11 +538,6 @@ def crossing(
     return float(np.interp(0.0, [above[k], above[k - 1]], [frequency[k], frequency[k - 1]]))
 
 
-def frc50(estimate: NDArray[Any], truth: NDArray[Any]) -> float:
-    """Frequency, cycles per pixel, at which `frc` falls below one half (`crossing`)."""
-    return crossing(*frc(estimate, truth), 0.5)
-
-
 def spoke_contrast(
     values: NDArray[np.floating[Any]], centre_yx_px: tuple[float, float], n_spokes: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -652,46 +666,88 @@ def contrast_radius(
     return float(np.interp(threshold, contrast[k : k + 2], radius_px[k : k + 2]))
 
 
-def patch_r_factor(
-    patches: NDArray[np.complexfloating[Any, Any]],
-    probe: NDArray[np.complex64],
-    amplitude: NDArray[np.float32],
-    *,
-    mask: NDArray[np.bool_] | None = None,
-    flux: NDArray[np.float32] | None = None,
-) -> float:
-    """R-factor of patterns predicted from single patches of a network.
+PARTS = ("amplitude", "phase")
+"""Parts of an object that have separate metrics."""
 
-    Parameters
-    ----------
-    patches : complex array (pattern, N, N)
-        Object around each position; pixel [N//2, N//2] is at the position.
-    probe : complex64 array (mode, N, N)
-    amplitude : float32 array (pattern, N, N)
-        Measured amplitude, from `Scan.amplitude`.
-    mask : bool array (N, N), optional
-        True where a detector pixel is good.
-    flux : float array (pattern,), optional
-        Incident flux of each pattern relative to the mean.
 
-    Returns
-    -------
-    float
-        R = Σ|√I_pred − √I| / Σ√I over good pixels; 0 is perfect.
+@dataclass(frozen=True, eq=False)
+class PartPair:
+    """One part of an object and of its reference, on common pixels."""
 
-    Examples
-    --------
-    >>> probe = np.ones((1, 4, 4), np.complex64)
-    >>> patches = np.exp(1j * np.arange(32.0)).reshape(2, 4, 4)
-    >>> patch_r_factor(2 * patches, probe, np.sqrt(diffract(patches[:, None])))
-    1.0
-    """
-    good = np.ones(amplitude.shape[1:], bool) if mask is None else mask
-    misfit = total = 0.0
-    for j, (patch, measured) in enumerate(zip(patches, amplitude, strict=True)):
-        model = np.sqrt(diffract(probe * patch) * (1.0 if flux is None else flux[j]))
-        misfit += float(np.abs(model - measured)[good].sum(dtype=np.float64))
-        total += float(measured[good].sum(dtype=np.float64))
-    if not total > 0:
-        raise PtychodaskError("metrics: all measured patterns are zero, so there is no R-factor")
-    return misfit / total
+    estimate: NDArray[np.floating[Any]]
+    """float (y, x), gauge removed, NaN where unseen."""
+
+    truth: NDArray[np.floating[Any]]
+    """The reference, float (y, x)."""
+
+    data_range: float
+    """Range of the reference, for SSIM; 0 if it is constant."""
+
+    peak: float
+    """Peak for the PSNR; 0 if that is the range of a constant."""
+
+    ring_correlation: tuple[NDArray[np.float64], NDArray[np.float64]]
+    """Frequency and correlation of each ring, from `frc`."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of `compare`, and its presentation in tables, reports and studies."""
+
+    title: str
+    """Name in reports, with the unit."""
+
+    function: Callable[[PartPair], float]
+
+    parts: tuple[str, ...] = PARTS
+    """Parts that it applies to; NaN for others."""
+
+    needs_structure: bool = True
+    """NaN if the reference is constant, as the phase of an absorber, and has nothing to correlate with."""
+
+    is_crossing: bool = False
+    """The frequency, cycles per pixel, at which the ring correlation crosses a threshold: gives a resolution."""
+
+    is_drawn: bool = False
+    """Studies plot it over the dose."""
+
+    def value(self, part: str, pair: PartPair) -> float:
+        """Metric of one part; NaN if it does not apply."""
+        applies = part in self.parts and (pair.data_range > 0 or not self.needs_structure)
+        return self.function(pair) if applies else float("nan")
+
+
+METRICS = {
+    "correlation": Metric("correlation (Pearson)", lambda pair: correlation(pair.estimate, pair.truth)),
+    "ratio": Metric(
+        "ratio of mean amplitudes",
+        lambda pair: amplitude_ratio(pair.estimate, pair.truth),
+        parts=("amplitude",),
+        needs_structure=False,
+    ),
+    "mae": Metric("mean absolute error", lambda pair: mae(pair.estimate, pair.truth), needs_structure=False),
+    "mse": Metric("mean squared error", lambda pair: mse(pair.estimate, pair.truth), needs_structure=False),
+    "psnr": Metric(
+        "PSNR (dB)",
+        lambda pair: psnr(pair.estimate, pair.truth, peak=pair.peak) if pair.peak > 0 else float("nan"),
+        needs_structure=False,
+        is_drawn=True,
+    ),
+    "ssim": Metric("SSIM", lambda pair: ssim(pair.estimate, pair.truth, data_range=pair.data_range), is_drawn=True),
+    "ms_ssim": Metric("MS-SSIM", lambda pair: ms_ssim(pair.estimate, pair.truth, data_range=pair.data_range)),
+    "frc50": Metric(
+        "FRC crosses 1/2 (cycles per pixel)",
+        lambda pair: crossing(*pair.ring_correlation, 0.5),
+        is_crossing=True,
+        is_drawn=True,
+    ),
+    "frc_half_bit": Metric(
+        "FRC crosses the half-bit curve (cycles per pixel)",
+        lambda pair: crossing(*pair.ring_correlation, half_bit(pair.ring_correlation[0])),
+        is_crossing=True,
+    ),
+    "frc_1_7": Metric(
+        "FRC crosses 1/7 (cycles per pixel)", lambda pair: crossing(*pair.ring_correlation, 1 / 7), is_crossing=True
+    ),
+}
+"""Metrics of each part of an object, in the order of tables; a new one is an entry here."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.judging.compare import find_truth, truth_on_pixels
-from ptychodask.judging.metrics import align_gauge, frc, half_bit
+from ptychodask.judging.metrics import WELL_LIT, align_gauge, frc, half_bit, well_lit
 from ptychodask.scan import Scan, Truth
 
 LIMIT_PERCENTILES = (1.0, 99.0)
@@ -35,10 +35,6 @@ DOTS_PER_INCH = 120
 
 UNSEEN_COLOUR = "lightsteelblue"
 """Colour of unseen pixels (covered by no patch)."""
-
-
-WELL_LIT = 0.1
-"""Minimum weight, relative to the median, of pixels that set colour scales; excludes the scan's edge."""
 
 
 CONTOURS: dict[float, Literal["dashed", "solid"]] = {WELL_LIT: "dashed", 0.5: "solid"}
@@ -438,7 +434,7 @@ def plot_split_half(ds: xr.Dataset, *, resolution: xr.Dataset | None = None, pat
         raise PtychodaskError(f"plot_split_half: the Dataset has no {', '.join(missing)} (half, y, x)")
     shown = ds[["object_half", "weight_half"]].ptycho.compute()
     one, other = shown["object_half"].values
-    lit = np.all([_is_well_lit(weight) for weight in shown["weight_half"].values], axis=0)
+    lit = np.logical_and(*map(well_lit, shown["weight_half"].values))
     lit &= np.isfinite(one) & np.isfinite(other)
     if not lit.any():
         raise PtychodaskError("plot_split_half: no pixel is well lit in both halves, so they cannot be compared")
@@ -516,18 +512,12 @@ def _mean_phase_factor(object_: NDArray[np.complexfloating]) -> np.complexfloati
     return np.exp(-1j * np.angle(object_.sum()))
 
 
-def _is_well_lit(weight: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """True where the weight is at least `WELL_LIT` of its median."""
-    lit = weight > 0
-    return weight >= WELL_LIT * np.median(weight[lit]) if lit.any() else lit
-
-
 def _well_lit(ds: xr.Dataset) -> NDArray[np.bool_]:
     """Mask of the seen, well-lit pixels, which set the colour scales."""
     seen = np.isfinite(ds["object"].values)
     if not seen.any():
         raise PtychodaskError("plot: the object has no seen pixel, so there is nothing to show")
-    return seen & _is_well_lit(np.where(seen, ds["weight"].values, 0))
+    return seen & well_lit(np.where(seen, ds["weight"].values, 0))
 
 
 def _step_px(ds: xr.Dataset) -> float:

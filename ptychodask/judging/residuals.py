@@ -8,28 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import dask
-import distributed
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from ptychodask.cluster.broadcast import Broadcast, broadcast
-from ptychodask.cluster.clients import client_for_run
+from ptychodask.cluster.broadcast import Broadcast
+from ptychodask.cluster.executor import AnyClient, Executor, executor_for_run
 from ptychodask.errors import PtychodaskError
-from ptychodask.forward import footprint_corners, predicted_amplitude
+from ptychodask.forward import MIN_SEEN_LIGHT, footprint_corners, predicted_amplitude, r_ratio, r_sums, seen_light
 from ptychodask.grouping import patterns_without
 from ptychodask.progress import progress_bar
+from ptychodask.reconstruction.scheduler import Scheduler, TaskGraph
 from ptychodask.result import open_result, reading_result
 from ptychodask.scan import Scan
 from ptychodask.storage.location import parse_location
 from ptychodask.store import open_scan
 
 logger = logging.getLogger(__name__)
-
-
-MIN_SEEN_LIGHT = 0.99
-"""Minimum fraction of the probe intensity on seen pixels for a pattern to get residuals."""
 
 
 PART_PIXELS = 2**22
@@ -52,7 +47,7 @@ def residuals(
     result: xr.Dataset | str | Path,
     scan: Scan | str | Path,
     *,
-    client: distributed.Client | None = None,
+    client: AnyClient | None = None,
     drop: Sequence[int] | NDArray[np.integer[Any]] = (),
     progress: bool | None = None,
 ) -> xr.Dataset:
@@ -64,8 +59,8 @@ def residuals(
         With ``object`` (y, x): from `reconstruct` or `reconstruct_iterative`, or the store of such a result.
     scan : Scan or path
         The measured scan: patterns, positions, probe, mask and flux.
-    client : distributed.Client, optional
-        Dask client; by default the active one, else one in this process.
+    client : distributed.Client or Executor, optional
+        Client to run on; by default the active one, else one in this process.
     drop : int array (k,), optional
         Patterns flagged as dropped and left out of the totals; their residuals are computed too.
     progress : bool, optional
@@ -112,11 +107,12 @@ def residuals(
     kept = patterns_without(measured, drop)
     # Fields that the tasks do not need are not sent; a truth may be as large as the object.
     sent = replace(measured, truth=None, label=None, probe_initial=None, scan_index=None, source_index=None)
-    with client_for_run(client) as run_client, run_client.as_current(), reading_result():
-        fill = float(abs(object_).mean(dtype=np.float64))
+    with executor_for_run(client) as executor, reading_result():
+        (mean,) = executor.gather(executor.compute([abs(object_).mean(dtype=np.float64).data]))
+        fill = float(mean)
         if not np.isfinite(fill):
             raise PtychodaskError("residuals: the object has no seen pixel, so no pattern can be predicted")
-        sums = _run(run_client, sent, object_, fill, progress)
+        sums = _judge_all(executor, sent, object_, fill, progress)
     return _as_dataset(measured, sums, kept, flagged=len(drop) > 0)
 
 
@@ -131,33 +127,36 @@ def _object_of(ds: xr.Dataset) -> xr.DataArray:
     return ds["object"]
 
 
-def _run(
-    client: distributed.Client, scan: Scan, object_: xr.DataArray, fill: float, progress: bool | None
+def _judge_all(
+    executor: Executor, scan: Scan, object_: xr.DataArray, fill: float, progress: bool | None
 ) -> NDArray[np.float64]:
     """`judge_patterns` of all patterns, in their order."""
-    with broadcast(client, scan) as sent:
-        return _judge_all(client, scan, sent, object_, fill, progress)
+    parts = _parts(scan)
+    pieces = [_illuminated_part(object_, scan.position_yx_px[part], scan.n_pixels) for part in parts]
+    # All at once: a lazy result computes what several parts share once only.
+    computed = dict(enumerate(executor.compute([illuminated.data for illuminated, _ in pieces])))
+    done: dict[int, NDArray[np.float64]] = {}
 
+    def record(index: int, sums: NDArray[np.float64]) -> None:
+        done[index] = sums
+        # The workers drop this part of the object.
+        del computed[index]
 
-def _judge_all(
-    client: distributed.Client, scan: Scan, sent: Broadcast, object_: xr.DataArray, fill: float, progress: bool | None
-) -> NDArray[np.float64]:
-    tasks = []
-    for part in _parts(scan):
-        illuminated, corner = _illuminated_part(object_, scan.position_yx_px[part], scan.n_pixels)
-        tasks.append(dask.delayed(_judge_sent, pure=False)(sent, part, illuminated.data, corner, fill))
-    # The graph of a lazy object is not optimised, which would drop the resource annotations of its tasks.
-    futures = client.compute(tasks, optimize_graph=False)
-    done: dict[distributed.Future, NDArray[np.float64]] = {}
-    logger.info("%s: %d patterns in %d tasks", scan.store or "scan", scan.n_patterns, len(futures))
-    try:
-        with progress_bar("residuals", scan.n_patterns, "patterns", progress) as bar:
-            for future, sums in distributed.as_completed(futures, with_results=True, loop=client.loop):
-                done[future] = sums
-                bar.advance(len(sums))
-    finally:
-        client.cancel(futures)
-    return np.concatenate([done[future] for future in futures])
+    logger.info("%s: %d patterns in %d tasks", scan.store or "scan", scan.n_patterns, len(parts))
+    with executor.broadcast(scan) as sent, progress_bar("residuals", scan.n_patterns, "patterns", progress) as bar:
+        graph = TaskGraph(
+            n_units=[part.stop - part.start for part in parts],
+            chunk_task=lambda index: (_judge_sent, sent, parts[index], computed[index], pieces[index][1], fill),
+            chunk_name=lambda index: f"judging patterns {parts[index].start}..{parts[index].stop - 1}",
+            command="residuals",
+            remedy_lost="give workers more memory",
+            remedy_ended="start again",
+            fetch_results=True,
+            # As the parts of the object are all on their way, so are the tasks that use them up.
+            chunks_per_worker=len(parts),
+        )
+        Scheduler(executor, graph).complete(bar, on_chunk=record)
+    return np.concatenate([done[index] for index in range(len(parts))])
 
 
 def _parts(scan: Scan) -> list[slice]:
@@ -209,18 +208,12 @@ def judge_patterns(
     padded, start = _padded_to_footprints(object_, corner, corners, scan.n_pixels)
     seen = np.isfinite(padded)
     padded[~seen] = fill
-    intensity = (np.abs(scan.probe) ** 2).sum(axis=0, dtype=np.float64)
-    intensity /= intensity.sum()
     sums = np.empty((len(corners), 4))
-    for row, (footprint_corner, amplitude) in enumerate(zip(corners, scan.amplitude(part), strict=True)):
+    sums[:, 3] = seen_light(seen, start, scan.probe, scan.position_yx_px[part])
+    for row, amplitude in enumerate(scan.amplitude(part)):
         model = predicted_amplitude(padded, start, scan, part.start + row).astype(np.float64)
-        footprint = tuple(slice(side, side + scan.n_pixels) for side in footprint_corner - start)
-        sums[row] = (
-            np.abs(model - amplitude).sum(),
-            amplitude.sum(dtype=np.float64),
-            poisson_deviance(model**2, amplitude.astype(np.float64) ** 2, scan.mask),
-            intensity[seen[footprint]].sum(),
-        )
+        deviance = poisson_deviance(model**2, amplitude.astype(np.float64) ** 2, scan.mask)
+        sums[row, :3] = *r_sums(model - amplitude, amplitude), deviance
     if scan.domain != "counts":
         sums[:, 2] = np.nan
     return sums
@@ -276,8 +269,8 @@ def poisson_deviance(
 
 
 def _as_dataset(scan: Scan, sums: NDArray[np.float64], kept: NDArray[np.int64], *, flagged: bool) -> xr.Dataset:
-    misfit, amplitude, deviance, seen_light = sums.T
-    judged = seen_light >= MIN_SEEN_LIGHT
+    misfit, amplitude, deviance, fraction = sums.T
+    judged = fraction >= MIN_SEEN_LIGHT
     counted = judged.copy()
     counted[np.setdiff1d(np.arange(scan.n_patterns), kept)] = False
     if not amplitude[counted].sum() > 0:
@@ -297,7 +290,7 @@ def _as_dataset(scan: Scan, sums: NDArray[np.float64], kept: NDArray[np.int64], 
     if flagged:
         coords["dropped"] = ("pattern", ~np.isin(np.arange(scan.n_patterns), kept))
     known = scan.domain == "counts"
-    totals = {"r_factor": float(misfit[counted].sum() / amplitude[counted].sum())}
+    totals = {"r_factor": r_ratio(float(misfit[counted].sum()), float(amplitude[counted].sum()), "residuals")}
     if known:
         totals["poisson_deviance"] = float(deviance[counted].mean())
     note = {} if known else {"comment": "NaN: the store contains amplitudes, whose photon number is unknown"}
@@ -309,7 +302,7 @@ def _as_dataset(scan: Scan, sums: NDArray[np.float64], kept: NDArray[np.int64], 
                 np.where(judged, deviance, np.nan),
                 {"long_name": "Poisson deviance per good pixel", **note},
             ),
-            "seen_light": ("pattern", seen_light, {"long_name": "fraction of the probe intensity on seen pixels"}),
+            "seen_light": ("pattern", fraction, {"long_name": "fraction of the probe intensity on seen pixels"}),
         },
         coords=coords,
         attrs={

@@ -11,7 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, check_choice
-from ptychodask.judging.metrics import crossing, frc, half_bit
+from ptychodask.judging.metrics import crossing, frc, half_bit, well_lit
 from ptychodask.result import open_result
 
 Criterion = Literal["1/7", "half-bit", "1/2"]
@@ -35,10 +35,6 @@ LARGEST_SQUARE = 4096
 
 SEEN_SHARE = 0.9
 """Minimum fraction of a window's pixels that are well lit in both halves."""
-
-
-LIT_SHARE = 0.1
-"""Minimum weight of a well-lit pixel, as a fraction of the median weight."""
 
 
 def resolution(
@@ -141,10 +137,7 @@ def _halves(ds: xr.Dataset) -> list[NDArray[np.complex64]]:
     """Both objects in memory, NaN where either is poorly lit or unseen."""
     shown = ds[["object_half", "weight_half"]].ptycho.compute()
     objects, weights = shown["object_half"].values, shown["weight_half"].values
-    lit = [
-        weight >= LIT_SHARE * np.median(weight[weight > 0]) if (weight > 0).any() else weight > 0 for weight in weights
-    ]
-    seen = np.logical_and(*lit) & np.isfinite(objects).all(axis=0)
+    seen = np.logical_and(*map(well_lit, weights)) & np.isfinite(objects).all(axis=0)
     if not seen.any():
         raise PtychodaskError("resolution: no pixel is well lit in both halves, so they cannot be compared")
     return [np.where(seen, object_, np.complex64(np.nan)) for object_ in objects]

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ptychodask.judging.compare import PARTS, other_data
+from ptychodask.judging.compare import other_data
+from ptychodask.judging.metrics import PARTS
 
 
 def to_markdown(comparison: xr.Dataset) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, check_choice
-from ptychodask.models.contract import InputDomain, Output
-from ptychodask.models.model import CompiledCall, check_n_pixels, predict_in_batches
+from ptychodask.models.contract import InputDomain, Output, Predict, check_n_pixels, predict_in_batches
+from ptychodask.models.spec import Precision
 from ptychodask.scan import Scan
 
 
@@ -57,12 +57,21 @@ class CallableModel:
     normalization: float | None = None
     """Factor from amplitude to X of the scan it is bound to."""
 
+    precisions: ClassVar[tuple[Precision, ...]] = ("float32",)
+    """Precisions it can compute in."""
+
+    runs_on_keras: ClassVar[bool] = False
+    """False: `load` chooses the device."""
+
+    trained_on: ClassVar[Mapping[str, Any]] = {}
+    """Empty: the training is unknown."""
+
     def __post_init__(self) -> None:
         check_choice("output", self.output, get_args(Output), "model")
         check_choice("input_domain", self.input_domain, get_args(InputDomain), "model")
-        for name in ("n_pixels", "members"):
-            if getattr(self, name) < 1:
-                raise PtychodaskError(f"model: {name} is {getattr(self, name)}, expected 1 or more")
+        for name, value in (("n_pixels", self.n_pixels), ("members", self.members)):
+            if value < 1:
+                raise PtychodaskError(f"model: {name} is {value}, expected 1 or more")
         if not self.content_hash:
             raise PtychodaskError("model: content_hash is empty, expected a string that changes with the weights")
 
@@ -82,7 +91,7 @@ class CallableModel:
         check_n_pixels(self, scan)
         return replace(self, normalization=scan.normalization)
 
-    def compile(self, batch_size: int) -> CompiledCall:
+    def compile(self, batch_size: int, precision: Precision = "float32") -> Predict:
         """Prediction function of a fixed batch size.
 
         From normalised X and offsets, as in `Model.compile`, to complex64 patches.

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from ptychodask import models
 from ptychodask.errors import PtychodaskError
-from ptychodask.models.contract import PatchModel
+from ptychodask.models.contract import AdaptedModel, MinimalModel, PatchModel
 from ptychodask.models.pretrained import is_pretrained, pretrained_for
 from ptychodask.scan import Scan
 from ptychodask.storage.location import parse_location
-from ptychodask.storage.s3 import S3Location
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ def absolute_path(path: str) -> str:
     return path if is_pretrained(path) else str(Path(path).resolve())
 
 
-def resolve_model(scan: Scan, model: str | Path | PatchModel | None) -> PatchModel:
+def resolve_model(scan: Scan, model: str | Path | MinimalModel | None) -> PatchModel:
     """Model given by an argument, recorded in the scan's store, or packaged.
 
     Parameters
@@ -34,7 +33,7 @@ def resolve_model(scan: Scan, model: str | Path | PatchModel | None) -> PatchMod
         Opened from a store.
     model : path, model or None
         None selects the latest recorded `pinn`, else the latest `baseline`, else the packaged model for patterns of N
-        pixels.
+        pixels. An object with the members of `MinimalModel` only is completed as an `AdaptedModel`.
 
     Returns
     -------
@@ -49,11 +48,13 @@ def resolve_model(scan: Scan, model: str | Path | PatchModel | None) -> PatchMod
         return recorded_or_packaged(scan)
     if isinstance(model, str | Path):
         return models.load_model(model)
-    if not isinstance(model, PatchModel):
-        raise PtychodaskError(
-            f"model: got {type(model).__name__}, expected a path, a model from load_model, or a CallableModel"
-        )
-    return model
+    if isinstance(model, PatchModel):
+        return model
+    if isinstance(model, MinimalModel):
+        return AdaptedModel(model)
+    raise PtychodaskError(
+        f"model: got {type(model).__name__}, expected a path, a model from load_model, or a CallableModel"
+    )
 
 
 def recorded_or_packaged(scan: Scan) -> PatchModel:
@@ -69,7 +70,7 @@ def recorded_or_packaged(scan: Scan) -> PatchModel:
         )
     store = parse_location(str(scan.store)).resolve()
     # The model of a scan in a bucket is recorded by its absolute path.
-    path = Path(record["path"]) if isinstance(store, S3Location) else store.parent / record["path"]
+    path = (store.local_path or Path()).parent / record["path"]
     if not path.exists():
         raise PtychodaskError(
             f"{scan.store}: no model found at {path}, where its latest {record['kind']} is recorded; "

@@ -6,22 +6,17 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, get_args
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.errors import PtychodaskError
 from ptychodask.html import card, curves
+from ptychodask.models.contract import Output, PatchModel, Predict, check_n_pixels, predict_in_batches
 from ptychodask.models.networks import build_network
 from ptychodask.models.spec import ModelSpec, Optics, Precision
 from ptychodask.scan import Scan
-
-CompiledCall = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.complex64]]
-"""From X (batch, N, N, C) and offsets (batch, C, 2), of one fixed batch size, to patches (batch, ..., N, N)."""
-
-PREDICT_BATCH = 32
 
 LOSSES = {"held_out_loss": "held out", "loss": "trained on"}
 """Losses in an entry of the training history, and their labels in a plot."""
@@ -52,7 +47,7 @@ class Model:
     content_hash: str = ""
     """SHA-256 over spec and weights."""
 
-    output: Literal["member", "group"] = "member"
+    output: Output = "member"
     """One patch per member, at the member's position."""
 
     runs_on_keras: ClassVar[bool] = True
@@ -125,7 +120,7 @@ class Model:
         network.set_weights(self.weights)
         return network
 
-    def compile(self, batch_size: int, precision: Precision = "float32") -> CompiledCall:
+    def compile(self, batch_size: int, precision: Precision = "float32") -> Predict:
         """Prediction function of a fixed batch size, compiled if the backend compiles.
 
         Parameters
@@ -166,34 +161,7 @@ class Model:
         return predict_in_batches(self, x, offset_yx_px)
 
 
-class Predictor(Protocol):
-    """Interface of a model for prediction."""
-
-    @property
-    def members(self) -> int:
-        """Patterns in one group, C."""
-
-    @property
-    def n_pixels(self) -> int:
-        """Pixels across a pattern, N."""
-
-    @property
-    def kind(self) -> str:
-        """Short name of the kind of model."""
-
-    @property
-    def output(self) -> Literal["member", "group"]:
-        """`member` for one patch per member, `group` for one per group."""
-
-    @property
-    def path(self) -> str | None:
-        """Path on disk, or None."""
-
-    def compile(self, batch_size: int) -> CompiledCall:
-        """Prediction function of a fixed batch size."""
-
-
-def one_line(model: Predictor, weights: Iterable[NDArray[np.float32]]) -> str:
+def one_line(model: PatchModel, weights: Iterable[NDArray[np.float32]]) -> str:
     """One-line description of a model."""
     n_weights = sum(array.size for array in weights)
     label = f"{model.path}: " if model.path else ""
@@ -201,48 +169,6 @@ def one_line(model: Predictor, weights: Iterable[NDArray[np.float32]]) -> str:
         f"{type(model).__name__}({label}{model.kind}, N = {model.n_pixels}, C = {model.members}, "
         f"one patch per {model.output}, {n_weights:,} weights)"
     )
-
-
-def check_n_pixels(model: Predictor, scan: Scan) -> None:
-    """Raise `PtychodaskError` if pattern sizes of scan and network differ."""
-    if scan.n_pixels != model.n_pixels:
-        raise PtychodaskError(
-            f"{model.path or 'model'}: takes patterns of {model.n_pixels} pixels, {scan.store or 'the scan'} has "
-            f"{scan.n_pixels}; train a model on this scan, or ingest it with n_pixels={model.n_pixels}"
-        )
-
-
-def predict_in_batches(
-    model: Predictor, x: NDArray[np.float32], offset_yx_px: NDArray[np.float32]
-) -> NDArray[np.complex64]:
-    """Patches of any number of groups, predicted in batches of one size.
-
-    Arguments and errors as in `Model.predict`.
-    """
-    shape = (model.n_pixels, model.n_pixels, model.members)
-    if x.ndim != 4 or x.shape[1:] != shape:
-        raise PtychodaskError(f"model: X has shape {x.shape}, expected (group, {', '.join(map(str, shape))})")
-    if offset_yx_px.shape != (len(x), model.members, 2):
-        raise PtychodaskError(
-            f"model: offsets have shape {offset_yx_px.shape}, expected ({len(x)}, {model.members}, 2)"
-        )
-    call = model.compile(PREDICT_BATCH)
-    channels = (model.members,) if model.output == "member" else ()
-    patches = np.empty((len(x), *channels, model.n_pixels, model.n_pixels), np.complex64)
-    for start in range(0, len(x), PREDICT_BATCH):
-        part = slice(start, start + PREDICT_BATCH)
-        # The compiled call has one batch shape, so the last batch is padded and cut.
-        padded = [pad_batch(values[part], PREDICT_BATCH) for values in (x, offset_yx_px)]
-        patches[part] = call(*padded)[: len(x[part])]
-    return patches
-
-
-def pad_batch(values: NDArray[np.float32], batch_size: int) -> NDArray[np.float32]:
-    """Pad values to `batch_size` by repeating the last entry; float32, contiguous."""
-    missing = batch_size - len(values)
-    if missing:
-        values = np.concatenate([values, np.repeat(values[-1:], missing, axis=0)])
-    return np.ascontiguousarray(values, dtype=np.float32)
 
 
 def hash_weights(spec: ModelSpec, weights: list[NDArray[np.float32]]) -> str:
@@ -259,7 +185,7 @@ def hash_weights(spec: ModelSpec, weights: list[NDArray[np.float32]]) -> str:
     return digest.hexdigest()
 
 
-def compiled_call(network: keras.Model, batch_size: int) -> CompiledCall:
+def compiled_call(network: keras.Model, batch_size: int) -> Predict:
     """Prediction function of a network at a fixed batch size.
 
     Compiled if the backend compiles (TensorFlow, JAX).

@@ -113,24 +113,6 @@ def shift_ramps(shift_yx_px: Tensor, n_pixels: int) -> ComplexPair:
     )
 
 
-def translate(image: ComplexPair, shift_yx_px: Tensor) -> ComplexPair:
-    """Sample images at shifted positions by the Fourier shift theorem.
-
-    out(k) = in(k + shift).
-
-    Parameters
-    ----------
-    image : pair of tensors (..., N, N)
-        Zero at the rim, since the shift is periodic.
-    shift_yx_px : tensor (..., 2)
-
-    Returns
-    -------
-    pair of tensors (..., N, N)
-    """
-    return ops.ifft2(multiply(ops.fft2(image), shift_ramps(shift_yx_px, image[0].shape[-1])))
-
-
 def gather_members(values: ComplexPair, ramps: ComplexPair) -> ComplexPair:
     """Sum of all members' values, in the coordinates of each member.
 

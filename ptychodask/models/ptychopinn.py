@@ -14,11 +14,11 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import h5py
 import keras
@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from ptychodask.errors import PtychodaskError
 from ptychodask.io.hdf5_stream import check_bytes_in_subprocess
 from ptychodask.io.npy_stream import check_compression, check_member
-from ptychodask.models.model import CompiledCall, check_n_pixels, compiled_call, one_line, predict_in_batches
+from ptychodask.models.contract import Output, Predict, check_n_pixels, predict_in_batches
+from ptychodask.models.model import compiled_call, one_line
 from ptychodask.models.networks import convolution_dtype
 from ptychodask.models.physics import ComplexPair, Tensor
 from ptychodask.models.spec import BOUNDS, Precision
@@ -106,13 +107,16 @@ class PtychoPinnModel:
 
     kind: str = "pinn"
 
-    output: Literal["member", "group"] = "group"
+    output: Output = "group"
 
     runs_on_keras: ClassVar[bool] = True
     """Runs on Keras' backend, on the devices visible to it."""
 
     precisions: ClassVar[tuple[Precision, ...]] = get_args(Precision)
     """Precisions it can compute in."""
+
+    trained_on: ClassVar[Mapping[str, Any]] = {}
+    """Empty: the archive has no record of the scans."""
 
     def __repr__(self) -> str:
         return one_line(self, (array for arrays in self.weights.values() for array in arrays))
@@ -132,7 +136,7 @@ class PtychoPinnModel:
         """The Keras network, see `build_ptychopinn`."""
         return build_ptychopinn(self, precision)
 
-    def compile(self, batch_size: int, precision: Precision = "float32") -> CompiledCall:
+    def compile(self, batch_size: int, precision: Precision = "float32") -> Predict:
         """Prediction function of a fixed batch size.
 
         From X and offsets, as in `Model.compile`, to complex64 (batch_size, N, N).

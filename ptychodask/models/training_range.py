@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,8 +148,7 @@ def unlike_training(model: PatchModel, stored: StoredScan) -> list[str]:
 
     One line each; empty if the range is unknown.
     """
-    trained_on = getattr(model, "trained_on", None)
-    ranges = read_ranges(trained_on.get("traits") if isinstance(trained_on, Mapping) else None)
+    ranges = read_ranges(model.trained_on.get("traits"))
     if not ranges:
         return []
     every = -(-stored.n_patterns // SPACING_POSITIONS)

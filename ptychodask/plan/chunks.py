@@ -231,6 +231,7 @@ TILE_PIXELS = 256
 """Pixels across an automatic tile, at least."""
 
 
+# Not derived from the variables: plans record it, and a stopped run is resumed only with an equal plan.
 RESULT_PIXEL_BYTES = 20
 """Bytes of one pixel of a result: object, weight, uncertainty and count."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,7 +15,8 @@ from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.grouping import GroupingSpec
 from ptychodask.models.contract import Device
 from ptychodask.models.spec import Precision
-from ptychodask.reassembly import Window
+from ptychodask.options import option
+from ptychodask.probes import Window
 
 NOWHERE = 2**40
 """Coordinate outside of every object, pixels."""
@@ -32,87 +33,129 @@ Live = bool | str | Path | Callable[[Any], Any] | None
 """Live picture of a run: True for one in a notebook, the path of a PNG, or a function that receives a Dataset."""
 
 
-NOT_STORED = ("live", "follow", "follow_timeout_s")
-"""Fields of a `ReconstructionSpec` that no result depends on: they set when a run starts and how it is displayed."""
-
-
 LARGEST = {"batch_size": 2**31, "groups_per_chunk": 2**31, "tile": 2**16}
 """Upper limits of fields: a larger number is a typing error, and a larger tile does not fit into a store."""
+
+
+REFINEMENTS = {"polish": ("sweeps", "polish"), "slow_phase": ("its equations", "correct")}
+"""Fields that refine the stitched object, with the words of their messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionSpec:
     """Options of a reconstruction; None means automatic."""
 
-    groups: str | GroupingSpec | None = None
+    groups: str | GroupingSpec | None = option(None, help="Name of a stored group table.", planned=True)
     """Name of a stored group table, or its spec; by default the stored table with the model's number of members."""
 
-    window: Window | None = None
+    window: Window | None = option(None, help="Weights of the pixels of a patch: illumination, uniform or cosine.")
     """Weights of a patch; by default "illumination" for one patch per member, "uniform" for one patch per group."""
 
-    crop: int | None = None
+    crop: int | None = option(
+        None, help="Width in pixels of the central part of each patch that is used.", planned=True
+    )
     """Pixels M across the middle of a patch that are used, even; by default N, or 20 for uniform group patches."""
 
-    batch_size: int | None = None
+    batch_size: int | None = option(None, help="Groups in one call of the network.", planned=True, timed=True)
     """Groups in one call of the network."""
 
-    groups_per_chunk: int | None = None
+    groups_per_chunk: int | None = option(None, help="Groups predicted by one task.", planned=True, timed=True)
     """Consecutive groups predicted by one task."""
 
-    tile: int | None = None
+    tile: int | None = option(None, help="Pixels across a tile of the object.", planned=True)
     """Pixels across one tile of the object."""
 
-    roi: tuple[int, int, int, int] | None = None
+    roi: tuple[int, int, int, int] | None = option(
+        None, help="Region of interest: y0,y1,x0,x1 in pixels.", planned=True
+    )
     """Part of the object to reconstruct, (y0, y1, x0, x1) in pixels of the scan coordinates, ends excluded."""
 
-    roi_m: tuple[float, float, float, float] | None = None
+    roi_m: tuple[float, float, float, float] | None = option(
+        None, help="Region of interest in metres: y0,y1,x0,x1, such as 0,2e-6,1e-6,3e-6.", planned=True
+    )
     """The same part in metres: pixels with y0 <= ``y_m`` < y1 and x0 <= ``x_m`` < x1. The scan's pixel size must be
     known."""
 
-    drop: Sequence[int] | NDArray[np.integer[Any]] = ()
+    drop: Sequence[int] | NDArray[np.integer[Any]] = option((), help="Pattern indices to leave out.", one_scan=True)
     """Patterns of the store to leave out, of groups (each group that contains one is left out) and of polishing.
     Converted to ascending integers."""
 
-    polish: int = 0
+    polish: int = option(0, help="Data-consistency sweeps after stitching.")
     """Data-consistency sweeps over the patterns that polish the stitched object."""
 
-    precision: Precision = "float32"
+    slow_phase: bool = option(
+        False,
+        help="Correct the slowly varying part of the phase after stitching. Patterns that judge the correction are "
+        "still used by --polish.",
+        recorded_at_default=False,
+    )
+    """Correct the slowly varying part of the stitched phase, before any sweeps, by least squares over a share of the
+    patterns. It is kept if it improves the agreement with other patterns, the judges; sweeps use all patterns."""
+
+    precision: Precision = option(
+        "float32", help="Precision of the convolutions: float32, or mixed (bfloat16).", timed=True
+    )
     """Precision of the network's convolutions: "mixed" computes them in bfloat16."""
 
-    device: Device = "any"
+    device: Device = option("any", help="any (default), or gpu: fail if there is no GPU.", changes_result=False)
     """Device of the network: "gpu" raises an error if a worker has no GPU."""
 
-    on_error: OnError = "raise"
+    on_error: OnError = option(
+        "raise", help="raise, or skip: leave out unusable patterns and list them in the result.", changes_result=False
+    )
     """Handling of unusable patterns and of groups that no worker can predict: "raise" stops and names them, "skip"
     leaves them out and lists them in the attribute ``skipped``."""
 
-    verify: int = 0
+    verify: int = option(
+        0, help="Number of chunks that a second worker computes again as a check.", changes_result=False, growing=False
+    )
     """Number of chunks, drawn at random, that a second worker computes too; the run fails if the two differ."""
 
-    split_half: bool = False
+    split_half: bool = option(False, help="Also stitch even and odd patterns into two separate objects.")
     """Also stitch the even and the odd patterns separately, in the same pass: ``object_half`` and ``weight_half``.
     By default no group then mixes the two halves."""
 
-    pyramid: bool = False
+    pyramid: bool = option(False, help="Add levels of coarser resolution to the result.", changes_result=False)
     """Add coarser levels to the written result (see `open_result`)."""
 
-    cache: str | Path | None = None
+    cache: str | Path | None = option(
+        None,
+        help="Store of predicted patches: written by the first run; later runs read it and skip the network.",
+        one_scan=True,
+        growing=False,
+    )
     """Store of predicted patches (float16): filled by the first run; later runs read it instead of predicting."""
 
-    position_yx_px: NDArray[np.float64] | None = field(default=None, compare=False)
+    position_yx_px: NDArray[np.float64] | None = option(
+        None,
+        compare=False,
+        help="Corrected positions (y, x), at which cached patches are stitched.",
+        flag="--positions",
+        one_scan=True,
+        growing=False,
+    )
     """Corrected positions, float64 (pattern, 2) in the order of the store, at which cached patches are stitched."""
 
-    memory_bytes: int = 1024 * MIB
+    memory_bytes: int = option(
+        1024 * MIB,
+        help="Memory in bytes that one task may use, in addition to the network.",
+        changes_result=False,
+        planned=True,
+    )
     """Memory limit of one task, without the network itself; automatic sizes respect it."""
 
-    live: Live = field(default=None, compare=False)
+    live: Live = option(None, compare=False, help="PNG preview, updated as tiles finish.", stored=False)
     """Coarse picture that fills in as tiles finish, updated at most twice a second: True displays it in a notebook, a
     path names a PNG that is overwritten, a function receives a Dataset."""
 
-    follow: bool = field(default=False, compare=False)
+    follow: bool = option(
+        False, compare=False, help="Process a growing scan as its segments arrive, until it is finished.", stored=False
+    )
     """Follow a growing scan: predict its segments as they are appended, until it is finished."""
 
-    follow_timeout_s: float = field(default=600.0, compare=False)
+    follow_timeout_s: float = option(
+        600.0, compare=False, help="With --follow: fail after this many seconds without a new segment.", stored=False
+    )
     """Longest wait for a new segment of a followed scan, seconds; infinity waits forever."""
 
     def __post_init__(self) -> None:
@@ -155,10 +198,8 @@ class ReconstructionSpec:
             raise PtychodaskError(
                 f"reconstruct: verify is {self.verify!r}, expected a number of chunks, an integer of at least 0"
             )
-        if self.polish and self.split_half:
-            raise PtychodaskError(
-                f"reconstruct: polish={self.polish} with split_half=True: sweeps would mix the halves; pass only one"
-            )
+        if not isinstance(self.slow_phase, bool):
+            raise PtychodaskError(f"reconstruct: slow_phase is {self.slow_phase!r}, expected True or False")
         if self.position_yx_px is not None:
             object.__setattr__(self, "position_yx_px", _as_positions(self.position_yx_px))
         if self.position_yx_px is not None and self.cache is None:
@@ -166,15 +207,26 @@ class ReconstructionSpec:
                 "reconstruct: position_yx_px without cache=: the network's input uses the stored positions; pass "
                 "cache= to stitch cached patches, or ingest with the corrected positions"
             )
-        if self.polish and self.position_yx_px is not None:
+        for name, (equations, verb) in REFINEMENTS.items():
+            if getattr(self, name):
+                self._check_refined(f"reconstruct: {name}={getattr(self, name)}", equations, verb)
+
+    @property
+    def refines(self) -> bool:
+        """True if the stitched object is refined."""
+        return any(getattr(self, name) for name in REFINEMENTS)
+
+    def _check_refined(self, given: str, equations: str, verb: str) -> None:
+        if self.split_half:
+            raise PtychodaskError(f"{given} with split_half=True: {equations} would mix the halves; pass only one")
+        if self.position_yx_px is not None:
             raise PtychodaskError(
-                f"reconstruct: polish={self.polish} with position_yx_px: sweeps use the stored positions; "
-                "ingest with the corrected ones"
+                f"{given} with position_yx_px: {equations} use the stored positions; ingest with the corrected ones"
             )
-        if self.polish and self.roi is not None:
+        if self.roi is not None:
             raise PtychodaskError(
-                f"reconstruct: polish={self.polish} with roi {self.roi}: patterns at its edge reach beyond it; "
-                "polish the complete object and crop it"
+                f"{given} with roi {self.roi}: patterns at its edge reach beyond it; {verb} the complete object and "
+                "crop it"
             )
 
 

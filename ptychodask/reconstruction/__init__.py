@@ -8,65 +8,64 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
-from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
-import distributed
 import numpy as np
 import xarray as xr
 
-from ptychodask.cluster.clients import client_for_run
+from ptychodask.cluster.executor import AnyClient, executor_for_run
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.models.choose import absolute_path, resolve_model
-from ptychodask.models.contract import PatchModel
+from ptychodask.models.contract import MinimalModel, PatchModel
 from ptychodask.models.training_range import unlike_training
+from ptychodask.options import names_where, takes_fields, values_to_record
 from ptychodask.plan import Plan, plan_for, plan_together, prediction_job
 from ptychodask.plan.chunks import RESULT_PIXEL_BYTES, Tile
-from ptychodask.plan.spec import MIB, NOT_STORED, ReconstructionSpec, in_pixels
+from ptychodask.plan.spec import MIB, ReconstructionSpec, in_pixels
 from ptychodask.prediction import open_anew
 from ptychodask.reconstruction.batch import FailedScansError, reconstruct_each
 from ptychodask.reconstruction.follow import FollowedScan, first_run
 from ptychodask.reconstruction.lazy import lazy_result
 from ptychodask.reconstruction.live import screen_for
 from ptychodask.reconstruction.patch_cache import patch_cache
-from ptychodask.reconstruction.run import Run, rates, run_reconstruction
-from ptychodask.reconstruction.stitching import start_yx
+from ptychodask.reconstruction.refine import check_one_experiment, stitch_and_refine
+from ptychodask.reconstruction.run import Run, RunFolders
 from ptychodask.reconstruction.tasks import MethodJob, StitchingJob, TileReport
 from ptychodask.reconstruction.to_store import write_result
 from ptychodask.result import Layers, TileArrays, make_dataset
 from ptychodask.scan import Scan
-from ptychodask.storage.atomic import is_resumable
-from ptychodask.storage.location import Location, parse_location
-from ptychodask.storage.s3 import S3Location
+from ptychodask.storage.location import Location, LocationLike, parse_location
+from ptychodask.storage.records import plain
 from ptychodask.store import StoredScan
 
 __all__ = ["FailedScansError", "reconstruct"]
 
 logger = logging.getLogger(__name__)
 
-Models = str | Path | PatchModel | Mapping[str, str | Path | PatchModel] | None
+Models = str | Path | MinimalModel | Mapping[str, str | Path | MinimalModel] | None
 """A model, or several by label; None for the one the store records, else a packaged one that fits."""
 
 
 @overload
 def reconstruct(
-    store: str | Path | S3Location, model: Models = None, spec: ReconstructionSpec = ..., **options: Any
+    store: LocationLike, model: Models = None, spec: ReconstructionSpec = ..., **options: Any
 ) -> xr.Dataset: ...
 @overload
 def reconstruct(
     store: list[Any] | tuple[Any, ...], model: Models = None, spec: ReconstructionSpec = ..., **options: Any
 ) -> dict[str, xr.Dataset]: ...
+@takes_fields(ReconstructionSpec)
 def reconstruct(
-    store: str | Path | S3Location | Sequence[str | Path | S3Location],
+    store: LocationLike | Sequence[LocationLike],
     model: Models = None,
     spec: ReconstructionSpec = ReconstructionSpec(),
     *,
-    out: str | Path | S3Location | None = None,
-    client: distributed.Client | None = None,
+    out: LocationLike | None = None,
+    client: AnyClient | None = None,
     overwrite: bool = False,
     resume: bool = False,
     compute: bool = True,
@@ -91,7 +90,7 @@ def reconstruct(
     out : path, optional
         Store to write the result into, tile by tile, on a disk or in a bucket; by default it stays in memory. For
         several scans a folder, which gets a ``<name>.object.zarr`` for each.
-    client : distributed.Client, optional
+    client : distributed.Client or Executor, optional
         Client to run on; by default the active client, else one in this process.
     overwrite : bool
         Replace what is at `out`, and what a stopped run left of it.
@@ -103,7 +102,7 @@ def reconstruct(
     progress : bool, optional
         See `progress_bar`.
     **spec_fields
-        Fields of `spec` to replace, by name.
+        Fields of `ReconstructionSpec`, by name; they replace those of `spec`.
 
     Returns
     -------
@@ -150,6 +149,11 @@ def reconstruct(
 
     A cache stores the patches as float16, 11 bits of each number.
 
+    ``slow_phase=True`` multiplies the stitched object by exp(i φ), with φ bilinear between nodes as far apart as the
+    probe is wide: one Gauss-Newton step of least squares for the amplitudes of a share of the patterns. One pattern in
+    16 takes no part and judges the step, which is kept if it lowers their misfit. Sweeps of ``polish`` come afterwards
+    and use all patterns. The attribute ``refinement`` records the outcome. See `ptychodask.refinement.slow_phase`.
+
     Polishing fits the stitched object to the amplitudes of the patterns, with the store's probe: it lowers
     Σ(√I_pred − √I)² + Σ h |object − stitched|², where the proximal weight h keeps pixels that received less intensity
     than the brightest of one exposure near the network's prediction. All patterns are projected at once in each sweep
@@ -166,24 +170,24 @@ def reconstruct(
         "compute": compute,
         "progress": progress,
     }
-    if isinstance(store, str | Path | S3Location):
-        return _reconstruct_one(store, model, spec, out=out, client=client, **options)
-    with client_for_run(client) if compute else nullcontext(client) as used:
-        return reconstruct_each(
-            store,
-            None if out is None else parse_location(out),
-            spec,
-            lambda path, result: _reconstruct_one(path, model, spec, out=result, client=used, **options),
-        )
+    if isinstance(store, Sequence) and not isinstance(store, str):
+        with executor_for_run(client) if compute else nullcontext(client) as used:
+            return reconstruct_each(
+                store,
+                None if out is None else parse_location(out),
+                spec,
+                lambda path, result: _reconstruct_one(path, model, spec, out=result, client=used, **options),
+            )
+    return _reconstruct_one(store, model, spec, out=out, client=client, **options)
 
 
 def _reconstruct_one(
-    store: str | Path | S3Location,
+    store: LocationLike,
     model: Models,
     spec: ReconstructionSpec,
     *,
-    out: str | Path | S3Location | None,
-    client: distributed.Client | None,
+    out: LocationLike | None,
+    client: AnyClient | None,
     overwrite: bool,
     resume: bool,
     compute: bool,
@@ -208,10 +212,10 @@ def _reconstruct_one(
     scan, plan = run.scan, run.plan
     is_growing = scan.attributes["state"] == "growing"
     # A run that followed the scan may have been stopped after the last segment: its ledger is that of a growing scan.
-    is_resumed = resume and "segments" in scan.attributes and result is not None and is_resumable(result)
+    is_resumed = resume and "segments" in scan.attributes and result is not None and result.is_resumable()
     if spec.follow and (is_growing or is_resumed):
         path = _check_followed(spec, result, plan.store)
-        with client_for_run(client) as used:
+        with executor_for_run(client) as used:
             followed = FollowedScan(plan_run, used, progress)
             return write_result(
                 run, path, used, started, progress, overwrite=overwrite, resume=resume, followed=followed
@@ -219,7 +223,7 @@ def _reconstruct_one(
     with patch_cache(scan, networks, plan, spec, result, overwrite=overwrite, resume=resume) as patches:
         run = replace(run, job=replace(run.job, **patches))
         if not compute:
-            return lazy_result(run.job, plan, scan.pixel_size_m, run.attributes)
+            return lazy_result(run)
         if result is None:
             return _in_memory(run, client, started, progress)
         return write_result(run, result, client, started, progress, overwrite=overwrite, resume=resume)
@@ -239,7 +243,7 @@ def _warn_outside_training_range(networks: Mapping[str, PatchModel], reader: Sto
 
 
 def _plan_stored(
-    store: str | Path | S3Location, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
+    store: LocationLike, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
 ) -> Run:
     """Plan the run over the present content of a store."""
     reader = open_anew(store)
@@ -251,6 +255,8 @@ def _plan_run(
 ) -> Run:
     """Plan the run over the scan of a reader."""
     plans = plan_together(reader, networks, spec) if several else {"": plan_for(reader, networks[""], spec)}
+    if spec.slow_phase:
+        check_one_experiment(reader.scan, spec.drop)
     methods = tuple(
         MethodJob(prediction_job(plans[label], network, scan, spec), plans[label].window, plans[label].crop)
         for label, network in networks.items()
@@ -260,14 +266,14 @@ def _plan_run(
     return Run(scan, job, next(iter(plans.values())), spec, _attributes(networks, reader, plans, spec))
 
 
-def _check_followed(spec: ReconstructionSpec, result: Location | None, store: str) -> Path:
+def _check_followed(spec: ReconstructionSpec, result: Location | None, store: str) -> Location:
     """Path of a followed scan's result; raises `PtychodaskError` for incompatible options."""
-    if not isinstance(result, Path):
+    if result is None or result.local_path is None:
         raise PtychodaskError(
             f"{store}: is still growing, and its predicted chunks are kept on a disk until it is finished; pass out= "
             "(--out) with a path on a disk"
         )
-    for name in ("cache", "verify", "position_yx_px"):
+    for name in names_where(ReconstructionSpec, growing=False):
         if getattr(spec, name) not in (None, 0):
             raise PtychodaskError(
                 f"{store}: is followed while it grows, and {name} needs a complete scan; remove it, or reconstruct "
@@ -277,7 +283,7 @@ def _check_followed(spec: ReconstructionSpec, result: Location | None, store: st
 
 
 def _check_options(
-    spec: ReconstructionSpec, out: str | Path | S3Location | None, *, compute: bool, several: bool, resume: bool
+    spec: ReconstructionSpec, out: LocationLike | None, *, compute: bool, several: bool, resume: bool
 ) -> None:
     """Raise `PtychodaskError` for options that exclude each other."""
     if resume and out is None:
@@ -304,9 +310,15 @@ def _check_options(
             f"reconstruct: compute=False with polish={spec.polish}: each sweep needs the complete object; compute, "
             "or remove polish"
         )
-    if several and (spec.polish or spec.cache is not None):
+    if spec.slow_phase and not compute:
         raise PtychodaskError(
-            "reconstruct: polish and cache need a single model, and several are given; reconstruct with one at a time"
+            "reconstruct: compute=False with slow_phase=True: its equations need the complete object; compute, or "
+            "remove slow_phase"
+        )
+    if several and (spec.refines or spec.cache is not None):
+        raise PtychodaskError(
+            "reconstruct: polish, slow_phase and cache need a single model, and several are given; reconstruct with "
+            "one at a time"
         )
     if (
         spec.cache is not None
@@ -320,27 +332,29 @@ def _check_options(
         raise PtychodaskError(f"reconstruct: compute=False cannot fill the cache {spec.cache}; compute first")
 
 
-def _in_memory(run: Run, client: distributed.Client | None, started: float, progress: bool | None) -> xr.Dataset:
+def _in_memory(run: Run, client: AnyClient | None, started: float, progress: bool | None) -> xr.Dataset:
     plan = run.plan
     _check_in_memory(run)
     arrays: TileArrays = {
-        name: np.full(run.job.layers.shape(name, plan.box.shape), fill, dtype)
-        for name, (dtype, fill, _) in run.job.layers.variables.items()
+        name: np.full(run.job.layers.shape(name, plan.box.shape), variable.fill, variable.dtype)
+        for name, variable in run.job.layers.variables.items()
     }
 
     def copy_tile(tile: Tile, report: TileReport) -> None:
         assert report.arrays is not None
-        y, x = start_yx(plan, tile)
+        y, x = run.start_yx(tile)
         height, width = tile.box.shape
         for name, part in report.arrays.items():
             arrays[name][..., y : y + height, x : x + width] = part
 
-    report = run_reconstruction(run, client, None, copy_tile, progress=progress, screen=screen_for(run.spec.live))
+    report = stitch_and_refine(
+        run, client, RunFolders(), copy_tile, progress=progress, screen=screen_for(run.spec.live)
+    )
     return make_dataset(
         **arrays,
         corner=plan.box.corner,
         pixel_size_m=run.scan.pixel_size_m,
-        attributes=run.attributes | rates(plan, report, started),
+        attributes=run.attributes_of_result(report, started),
         layers=run.job.layers,
     )
 
@@ -356,7 +370,7 @@ def _attributes(
         "store": first.store,
         "data_hash": first.data_hash,
         "model": made_by.get("", made_by),
-        "spec": {each.name: _plain(getattr(spec, each.name)) for each in fields(spec) if each.name not in NOT_STORED},
+        "spec": {name: _recorded(value) for name, value in values_to_record(spec).items()},
         "plan": summaries.get("", summaries),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
@@ -372,17 +386,11 @@ def _made_by(model: PatchModel, reader: StoredScan) -> dict[str, Any]:
     return {**recorded, "unlike_training": unlike} if unlike else recorded
 
 
-def _plain(value: Any) -> Any:
+def _recorded(value: Any) -> Any:
     """Value of a spec for JSON; an array by its hash."""
     if isinstance(value, np.ndarray):
         return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if hasattr(value, "__dataclass_fields__"):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, Path):
-        return str(value)
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+    return plain(value)
 
 
 def _check_in_memory(run: Run) -> None:

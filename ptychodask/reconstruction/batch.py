@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import xarray as xr
 
 from ptychodask.errors import PtychodaskError, in_brief
+from ptychodask.options import names_where
 from ptychodask.plan.spec import ReconstructionSpec
-from ptychodask.storage.location import Location, parse_location
-from ptychodask.storage.s3 import S3Location
+from ptychodask.storage.location import Location, LocationLike, parse_location
 
 logger = logging.getLogger(__name__)
-
-
-SINGLE_SCAN_FIELDS = ("cache", "position_yx_px", "drop")
-"""Fields of a spec that refer to the patterns of one scan."""
 
 
 class FailedScansError(PtychodaskError):
@@ -27,7 +22,7 @@ class FailedScansError(PtychodaskError):
     ----------
     errors : dict of name to exception
     results : dict of name to Dataset
-    kept_in : Path, S3Location or None
+    kept_in : Location or None
         Folder of the results.
     """
 
@@ -45,17 +40,17 @@ class FailedScansError(PtychodaskError):
 
 
 def reconstruct_each(
-    stores: Sequence[str | Path | S3Location],
+    stores: Sequence[LocationLike],
     out: Location | None,
     spec: ReconstructionSpec,
-    reconstruct_one: Callable[[str | Path | S3Location, Location | None], xr.Dataset],
+    reconstruct_one: Callable[[LocationLike, Location | None], xr.Dataset],
 ) -> dict[str, xr.Dataset]:
     """Reconstruct one scan after the other.
 
     Parameters
     ----------
     stores : sequence of path
-    out : Path or S3Location, optional
+    out : Location, optional
         Folder for the results, created if missing.
     spec : ReconstructionSpec
     reconstruct_one : callable
@@ -74,7 +69,7 @@ def reconstruct_each(
         After all scans, if some failed; it has the results of the others.
     """
     names = scan_names(stores)
-    for field in SINGLE_SCAN_FIELDS:
+    for field in names_where(ReconstructionSpec, one_scan=True):
         if getattr(spec, field) not in (None, ()):
             raise PtychodaskError(f"reconstruct: {field} refers to one scan, and {len(names)} are given; remove it")
     if out is not None:
@@ -92,7 +87,7 @@ def reconstruct_each(
     return results
 
 
-def scan_names(stores: Sequence[str | Path | S3Location]) -> list[str]:
+def scan_names(stores: Sequence[LocationLike]) -> list[str]:
     """Names of scans, from their stores; raises `PtychodaskError` if two agree.
 
     Examples
@@ -118,10 +113,6 @@ def result_path(folder: Location, name: str) -> Location:
 
 
 def _make_folder(out: Location) -> None:
-    if isinstance(out, S3Location):
-        return  # a bucket has no folders
-    if out.is_file() or (out / "zarr.json").exists():
+    if (out.exists() and not out.is_dir()) or (out / "zarr.json").exists():
         raise PtychodaskError(f"{out}: is a file or a store, and results of several scans need a folder; name one")
-    if not out.parent.is_dir():
-        raise PtychodaskError(f"{out}: its folder {out.parent} does not exist; make it first")
-    out.mkdir(exist_ok=True)
+    out.make_folder()

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import distributed
-
-from ptychodask.cluster.preflight import preflight_jobs
+from ptychodask.cluster.executor import Executor
 from ptychodask.errors import PtychodaskError
 from ptychodask.plan.chunks import RegionNotReachedError
 from ptychodask.prediction import open_stored
 from ptychodask.reconstruction.ledger import Ledger, check_same
-from ptychodask.reconstruction.live import LivePicture, Screen
-from ptychodask.reconstruction.run import Run, identity
-from ptychodask.reconstruction.scheduler import check_workers
-from ptychodask.reconstruction.stitching import Stitching, broadcast_job
+from ptychodask.reconstruction.live import Screen
+from ptychodask.reconstruction.run import Run, RunFolders
+from ptychodask.reconstruction.stitching import stitching_of
+from ptychodask.storage.location import Location
 from ptychodask.store import StoredScan
 
 logger = logging.getLogger(__name__)
@@ -40,7 +36,7 @@ class FollowedScan:
     ----------
     plan_run : callable
         Returns the run over the present content of the store.
-    client : distributed.Client
+    executor : Executor
     progress : bool, optional
         See `progress_bar`.
 
@@ -50,10 +46,10 @@ class FollowedScan:
     object, and with them those of its tiles, known. The live picture is stitched from the same sums.
     """
 
-    def __init__(self, plan_run: Callable[[], Run], client: distributed.Client, progress: bool | None) -> None:
-        self._plan_run, self._client, self._progress = plan_run, client, progress
+    def __init__(self, plan_run: Callable[[], Run], executor: Executor, progress: bool | None) -> None:
+        self._plan_run, self._executor, self._progress = plan_run, executor, progress
 
-    def complete(self, run: Run, ledger: Ledger, sums: Path, screen: Screen | None) -> Run:
+    def complete(self, run: Run, ledger: Ledger, sums: Location, screen: Screen | None) -> Run:
         """Predict segment after segment; returns the run over the complete scan.
 
         Its chunks are recorded in the ledger.
@@ -64,7 +60,7 @@ class FollowedScan:
             Over the content of the store a moment ago.
         ledger : Ledger
             Made by `growing_identity`.
-        sums : Path
+        sums : Location
             Folder for the sums of chunks.
         screen : Screen or None
             Shows the live picture.
@@ -76,55 +72,27 @@ class FollowedScan:
         """
         made_by = growing_identity(run)
         trusted: set[int] = set()
-        sums.mkdir(exist_ok=True)
+        sums.make_folder()
         while True:
             now = growing_identity(run)
             check_same(made_by | {"plan": now["plan"]}, now, run.plan.store)
             if now != made_by:
                 logger.warning("%s: chunks became smaller to fit into memory: all are computed anew", run.plan.store)
-                shutil.rmtree(sums)
-                sums.mkdir()
+                sums.remove()
+                sums.make_folder()
                 ledger.begin_anew(now)
                 trusted, made_by = set(), now
             if ledger.exists:
                 ledger.read()
             if run.scan.attributes["state"] != "growing":
                 return run
-            live = None
-            if screen is not None:
-                live = LivePicture(screen, run.plan, run.job.layers, run.scan.pixel_size_m)
-            self._predict(run, ledger, sums, live, trusted)
-            run = self._next(run)
-
-    def _predict(self, run: Run, ledger: Ledger, sums: Path, live: LivePicture | None, trusted: set[int]) -> None:
-        """Predict the new chunks, and show them together with the others."""
-        plan, client = run.plan, self._client
-        with broadcast_job(client, run.job) as job_reference:
-            preflight_jobs(client, [method.prediction for method in run.job.methods])
-            check_workers(client, max(plan.predict_bytes, plan.reassemble_bytes))
-            stitching = Stitching(
-                client,
-                run.job,
-                job_reference,
-                plan,
-                tolerant=run.spec.on_error == "skip",
-                folder=sums,
-                ledger=ledger,
-                live=live,
-                sums_only=True,
-                trusted=trusted,
-            )
-            stitching.run(lambda tile, report: None, self._progress)
-        if live is not None:
-            live.finish()
-        trusted.update(range(len(plan.chunks)))
-
-    def _next(self, run: Run) -> Run:
-        """Wait for another segment or the end; returns the next run."""
-        attributes = run.scan.attributes
-        known = attributes["state"], len(attributes["segments"])
-        _wait_for_growth(open_stored(run.job.methods[0].prediction), known, run.spec.follow_timeout_s)
-        return self._plan_run()
+            # The new chunks are predicted, and shown together with the others.
+            with stitching_of(run, self._executor, RunFolders(sums, ledger), screen, trusted) as stitching:
+                stitching.run(lambda tile, report: None, self._progress)
+            trusted.update(range(len(run.plan.chunks)))
+            known = run.scan.attributes["state"], len(run.scan.attributes["segments"])
+            _wait_for_growth(open_stored(run.job.methods[0].prediction), known, run.spec.follow_timeout_s)
+            run = self._plan_run()
 
 
 def first_run(plan_run: Callable[[], Run], stored: StoredScan, limit_s: float) -> Run:
@@ -169,7 +137,7 @@ def _wait_for_growth(stored: StoredScan, known: tuple[str, int], limit_s: float)
 def growing_identity(run: Run) -> dict[str, Any]:
     """Attributes that the sums of a growing scan depend on."""
     # Nothing that another segment changes: with the hash of all data, or the plan's sizes, each would be another run.
-    recorded = identity(run.attributes)
+    recorded = run.identity
     first = run.scan.attributes["segments"][0].get("data_hash", recorded["data_hash"])
     plans = recorded.pop("plan")
     common = {label: _common(plan) for label, plan in plans.items()} if "groups" not in plans else _common(plans)

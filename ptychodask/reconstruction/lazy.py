@@ -12,17 +12,18 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
 from ptychodask.cluster.clients import active_client
-from ptychodask.plan import Plan
-from ptychodask.reconstruction.scheduler import device_share, workers_of
-from ptychodask.reconstruction.tasks import StitchingJob, predict_chunk, reassemble_tile
+from ptychodask.cluster.executor import DaskExecutor, device_share
+from ptychodask.reconstruction.run import Run
+from ptychodask.reconstruction.tasks import predict_chunk, reassemble_tile
 from ptychodask.result import make_dataset
 
 
-def lazy_result(job: StitchingJob, plan: Plan, pixel_size_m: float | None, attributes: dict[str, Any]) -> xr.Dataset:
+def lazy_result(run: Run) -> xr.Dataset:
     """Dataset of Dask arrays, computed on demand.
 
     One task for each chunk, and one for each tile, which returns all arrays of the tile.
     """
+    job, plan = run.job, run.plan
     predictions = [method.prediction for method in job.methods]
     token = tokenize(
         [
@@ -46,9 +47,7 @@ def lazy_result(job: StitchingJob, plan: Plan, pixel_size_m: float | None, attri
         for i, tile in enumerate(plan.tiles)
     }
     client = active_client()
-    resources = (
-        device_share(worker["resources"] for worker in workers_of(client).values()) if client is not None else None
-    )
+    resources = None if client is None else device_share(DaskExecutor(client).workers())
     layers: dict[str, Any] = {
         job_key: MaterializedLayer({job_key: DataNode(job_key, job)}),
         predict: MaterializedLayer(chunk_tasks, annotations={"resources": resources} if resources else None),
@@ -57,7 +56,7 @@ def lazy_result(job: StitchingJob, plan: Plan, pixel_size_m: float | None, attri
     dependencies: dict[str, set[str]] = {job_key: set(), predict: {job_key}, tiles: {predict}}
     planes = tuple(_tile_sizes(side, plan.tile) for side in plan.box.shape)
     arrays = {}
-    for variable, (dtype, _, _) in job.layers.variables.items():
+    for variable, schema in job.layers.variables.items():
         name = f"{variable}-{token}"
         leading = tuple((size,) for size in job.layers.shape(variable, (0, 0))[:-2])
         picks = {}
@@ -65,9 +64,13 @@ def lazy_result(job: StitchingJob, plan: Plan, pixel_size_m: float | None, attri
             key = (name, *[0] * len(leading), i // len(planes[1]), i % len(planes[1]))
             picks[key] = Task(key, getitem, TaskRef((tiles, i)), variable)
         graph = HighLevelGraph({**layers, name: MaterializedLayer(picks)}, {**dependencies, name: {tiles}})
-        arrays[variable] = da.Array(graph, name, (*leading, *planes), dtype=dtype)
+        arrays[variable] = da.Array(graph, name, (*leading, *planes), dtype=schema.dtype)
     return make_dataset(
-        **arrays, corner=plan.box.corner, pixel_size_m=pixel_size_m, attributes=attributes, layers=job.layers
+        **arrays,
+        corner=plan.box.corner,
+        pixel_size_m=run.scan.pixel_size_m,
+        attributes=run.attributes,
+        layers=job.layers,
     )
 
 

@@ -6,7 +6,6 @@ A text file beside the data, with one line for each of them, from which a stoppe
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,8 +13,8 @@ from typing import Any
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.storage.atomic import LEDGER, from_json
-from ptychodask.storage.location import Location, remove
-from ptychodask.storage.s3 import S3Location
+from ptychodask.storage.location import Location
+from ptychodask.storage.records import differences, plain
 
 FORMAT = "ptychodask-ledger"
 FORMAT_VERSION = 1
@@ -37,14 +36,13 @@ class Ledger:
 
     Notes
     -----
-    Lines are appended one by one, each flushed to the disk. Each ends with a checksum, which shows if it was cut short.
-    Nothing can be appended to an object in a bucket: there each line is an object, below the name of the file.
+    Lines are appended one by one, by `Location.add_lines`. Each ends with a checksum, which shows if it was cut short.
     """
 
     def __init__(self, folder: Location, made_by: dict[str, Any]) -> None:
         self._path = folder / LEDGER
-        # Through JSON, as the recorded one went: tuples become lists, or nothing that was resumed would compare equal.
-        self._made_by = json.loads(json.dumps(made_by))
+        # As JSON types, like the recorded one: with tuples, nothing that was resumed would compare equal.
+        self._made_by = plain(made_by)
         self._has_header = False
         self.chunks: dict[int, dict[str, Any]] = {}
         """Records of finished chunks, by their index."""
@@ -69,6 +67,7 @@ class Ledger:
             raise self._foreign()
         # Sums of another scan, model or plan have the same file names and valid checksums: only this finds them.
         check_same(header.get("made_by"), self._made_by, str(self._path.parent))
+        self._has_header = True
         try:
             # The last record of an index counts: one that was found damaged was computed and recorded again.
             for record in records:
@@ -86,55 +85,28 @@ class Ledger:
         """Record a finished chunk or tile; on disk when this returns."""
         # Called after the task has written its files, never before: a run that is killed in between computes
         # one chunk again, while a line without its data would be a promise that resuming has to find broken.
-        if isinstance(self._path, S3Location):
-            self._add_object(self._path, kind, index, record)
-            return
-        # A newline first, so that a line which a full disk cut short does not spoil this one.
-        text = "\n" if self.exists else self._header()
-        text += _line({"kind": kind, "index": index, **record})
-        with self._path.open("a") as file:
-            file.write(text)
-            # Finished work is to survive a power cut. The data are not synced: if they are lost although the line is
-            # not, the checksum in the line shows it, and they are computed again.
-            file.flush()
-            os.fsync(file.fileno())
+        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "made_by": self._made_by}
+        # The header first: records without one are no ledger, and nothing could be resumed.
+        lines = {} if self._has_header else {HEADER: _line(header)}
+        self._path.add_lines(lines | {f"{kind}-{index}": _line({"kind": kind, "index": index, **record})})
+        self._has_header = True
 
     def begin_anew(self, made_by: dict[str, Any]) -> None:
         """Remove all records, and start with another `made_by`."""
         self.forget()
         self.chunks.clear()
         self.tiles.clear()
-        self._made_by = json.loads(json.dumps(made_by))
-
-    def _header(self) -> str:
-        return _line({"format": FORMAT, "format_version": FORMAT_VERSION, "made_by": self._made_by})
-
-    def _add_object(self, path: S3Location, kind: str, index: int, record: Mapping[str, Any]) -> None:
-        # The header first: records without one are no ledger, and nothing could be resumed.
-        if not self._has_header:
-            (path / HEADER).write_bytes(self._header().encode())
-            self._has_header = True
-        (path / f"{kind}-{index}").write_bytes(_line({"kind": kind, "index": index, **record}).encode())
+        self._made_by = plain(made_by)
 
     def forget(self) -> None:
         """Remove the ledger, so that nothing of the run can be resumed."""
-        if isinstance(self._path, S3Location):
-            remove(self._path)
-        else:
-            self._path.unlink(missing_ok=True)
+        self._path.remove()
+        self._has_header = False
 
 
 def _line(record: Mapping[str, Any]) -> str:
     text = json.dumps(record)
     return f"{text}\t{zlib.crc32(text.encode()):08x}\n"
-
-
-def _lines(path: Location) -> list[str]:
-    # Damaged bytes are replaced rather than an error: their line fails its checksum, and all others still count.
-    if isinstance(path, S3Location):
-        keys = sorted((key for key, _ in path.below()), key=str)
-        return [key.read_bytes().decode(errors="replace").strip() for key in keys]
-    return path.read_text(errors="replace").splitlines()
 
 
 def _valid_records(path: Location) -> list[dict[str, Any]]:
@@ -144,7 +116,7 @@ def _valid_records(path: Location) -> list[dict[str, Any]]:
     """
     records = []
     try:
-        lines = _lines(path)
+        lines = path.lines()
     except OSError as error:
         raise PtychodaskError(
             f"{path}: cannot be read ({error.strerror or error}); pass overwrite=True (--overwrite), without resume, "
@@ -178,26 +150,3 @@ def check_same(recorded: Any, expected: dict[str, Any], label: str) -> None:
             f"{label}: was made by another run: {listed}; repeat the options of that run to resume it, or pass "
             "overwrite=True (--overwrite), without resume, to start again"
         )
-
-
-def differences(recorded: Any, expected: Any, name: str = "") -> list[str]:
-    """Differences between nested plain values, in words.
-
-    Examples
-    --------
-    >>> differences({"spec": {"tile": 256, "crop": None}}, {"spec": {"tile": 512, "crop": None}})
-    ['spec.tile was 256, is 512']
-    """
-    if isinstance(recorded, dict) and isinstance(expected, dict):
-        names = sorted(recorded.keys() | expected.keys())
-        return [
-            difference
-            for key in names
-            for difference in differences(recorded.get(key), expected.get(key), f"{name}.{key}" if name else key)
-        ]
-    return [] if recorded == expected else [f"{name} was {_brief(recorded)}, is {_brief(expected)}"]
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -18,8 +18,9 @@ from ptychodask.models.contract import PatchModel
 from ptychodask.plan import Plan
 from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.scan import Scan
-from ptychodask.storage.atomic import LEDGER, StoreKind, atomic_folder, is_resumable
-from ptychodask.storage.location import Location, on_disk
+from ptychodask.storage.atomic import LEDGER, StoreKind, atomic_folder
+from ptychodask.storage.location import Location, on_disk, parse_location
+from ptychodask.storage.records import differences
 from ptychodask.storage.zarr_checks import check_codecs, damage_errors, open_root
 
 
@@ -77,7 +78,7 @@ def patch_cache(
             f"{path}: no such cache of patches, and roi, drop and position_yx_px would leave it with holes; fill it "
             "with the complete scan first"
         )
-    if resume and result is not None and is_resumable(result) and not is_resumable(path):
+    if resume and result is not None and result.is_resumable() and not path.is_resumable():
         raise PtychodaskError(
             f"{path}: the cache that the stopped run was filling is gone; start again with overwrite=True "
             "(--overwrite), without resume"
@@ -101,7 +102,7 @@ def patch_cache(
         try:
             yield {"patches": str(building.resolve()), "fill": True}
         except BaseException:
-            if result is None or not is_resumable(result):
+            if result is None or not result.is_resumable():
                 marker.unlink(missing_ok=True)
             raise
         finish_patches(building)
@@ -152,16 +153,11 @@ def finish_patches(path: Path) -> None:
 
 def check_patches(path: Path, made_by: dict[str, Any], *, finished: bool = True) -> None:
     """Raise `PtychodaskError` unless a cache is of the same data and model."""
-    root = open_root(path, PATCHES) if finished else zarr.open_group(path, mode="r", zarr_format=3)
+    root = open_root(parse_location(path), PATCHES) if finished else zarr.open_group(path, mode="r", zarr_format=3)
     attributes = dict(root.attrs)
-    differences = [
-        f"{name} is {attributes.get(name)!r}, expected {value!r}"
-        for name, value in made_by.items()
-        if attributes.get(name) != value
-    ]
-    if differences:
+    if changed := differences({name: attributes.get(name) for name in made_by}, made_by):
         raise PtychodaskError(
-            f"{path}: contains patches of another run: {'; '.join(differences)}; name another cache=, or repeat the "
+            f"{path}: contains patches of another run: {'; '.join(changed)}; name another cache=, or repeat the "
             "arguments of that run"
         )
 

@@ -1,8 +1,9 @@
-"""Scheduler of a run's chunk and tile tasks on a Dask client.
+"""Scheduler of chunk and tile tasks on an executor.
 
 The graph has two levels: chunks are independent of each other, and a tile is ready once all chunks that touch it are
-done. The client submits it piece by piece instead of all at once, because much is decided only while it runs. A loop
-waits for any attempt in flight (an attempt is one Dask future), records its result, submits the tiles which that makes
+done (residuals and studies have chunks only). The client submits it piece by piece instead of all at once, because much
+is decided only while it runs. A loop
+waits for any attempt in flight (an attempt is one future), records its result, submits the tiles which that makes
 ready, and refills the chunks in flight up to a bound. An attempt that fails is repeated. An attempt far slower than all
 others gets a second one on another worker, and the first to finish counts; both would return the same bits. A chunk
 whose workers died is set aside until no other chunk is in flight, and then runs alone: only then does a death show that
@@ -17,21 +18,15 @@ import logging
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-import distributed
-
+from ptychodask.cluster.executor import Executor, Future, KilledWorker, device_share
 from ptychodask.errors import PtychodaskError, in_brief
 from ptychodask.progress import Progress
 
 logger = logging.getLogger(__name__)
-
-
-DEVICE_SHARE = 0.5
-"""Part of a worker's `GPU` that a predict task asks for: two overlap, one reading while the other predicts."""
 
 
 WRITERS_WAIT_S = 60
@@ -73,28 +68,41 @@ PERMANENT_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, 
 """Disk errors that another attempt would meet again; `atomic_folder` gives their message."""
 
 
-@dataclass(frozen=True)
+def _no_task(index: int, *_: Any) -> Any:
+    raise AssertionError("the graph has no such task")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskGraph:
     """Chunk tasks, and tile tasks that take the results of their chunks."""
 
-    chunks_of: list[tuple[int, ...]]
-    """Chunks that touch each tile, ascending."""
-
-    n_units: list[int]
+    n_units: Sequence[int] = ()
     """Units of progress in each chunk."""
 
-    chunk_task: Callable[[int], tuple[Any, ...]]
+    chunk_task: Callable[[int], tuple[Any, ...]] = _no_task
     """Function and arguments of a chunk's task."""
 
-    tile_task: Callable[[int, list[Any]], tuple[Any, ...]]
+    chunk_name: Callable[[int], str] = _no_task
+    """Description of a chunk's task, for messages."""
+
+    chunks_of: Sequence[tuple[int, ...]] = ()
+    """Chunks that touch each tile, ascending. Without tiles all chunks have a task."""
+
+    tile_task: Callable[[int, list[Any]], tuple[Any, ...]] = _no_task
     """Function and arguments of a tile's task, from the results of its chunks: futures, or values if they are
     fetched."""
 
-    chunk_name: Callable[[int], str]
-    """Description of a chunk's task, for messages."""
-
-    tile_name: Callable[[int], str]
+    tile_name: Callable[[int], str] = _no_task
     """Description of a tile's task, for messages."""
+
+    command: str = "reconstruct"
+    """Name of the command, for messages."""
+
+    remedy_lost: str = "give workers more memory, or leave these groups out with on_error='skip' (--on-error skip)"
+    """Remedy if a chunk crashes every worker."""
+
+    remedy_ended: str = "start again, with resume=True (--resume) if out= is given"
+    """Remedy if the cluster ended."""
 
     on_device: bool = False
     """Chunk tasks ask for a share of a GPU if workers advertise one."""
@@ -105,12 +113,17 @@ class TaskGraph:
     fetch_results: bool = False
     """Results are small, with their data on disk: the client fetches them, so that losing a worker loses none."""
 
+    chunks_per_worker: int | None = None
+    """Chunks in flight for each worker; by default enough to keep its threads busy."""
+
+    once_at_a_time: bool = False
+    """Two attempts at a chunk would disturb each other: slow ones get no second worker."""
+
     tolerant_chunk_task: Callable[[int], tuple[Any, ...]] | None = None
     """Task of a failed chunk that leaves out unusable patterns; without it the run fails."""
 
-    lost_chunk_result: Callable[[int, str], Any] | None = None
-    """Result used for a chunk that no worker survives, given the reason; without it the run fails once the rest is
-    done."""
+    lost_chunk_result: Callable[[int], Any] | None = None
+    """Result used for a chunk that no worker survives; without it the run fails once the rest is done."""
 
     verified: frozenset[int] = frozenset()
     """Chunks that a second worker computes again."""
@@ -159,14 +172,14 @@ class Scheduler:
 
     Parameters
     ----------
-    client : distributed.Client
+    executor : Executor
     graph : TaskGraph
     finished : Finished
         Chunks and tiles that need no task any more.
     """
 
-    def __init__(self, client: distributed.Client, graph: TaskGraph, finished: Finished = Finished()) -> None:
-        self._client, self._graph = client, graph
+    def __init__(self, executor: Executor, graph: TaskGraph, finished: Finished = Finished()) -> None:
+        self._executor, self._graph = executor, graph
         self._name = uuid.uuid4().hex[:12]
         self._results: dict[int, Any] = dict(finished.chunks)
         self._open_tiles = [index for index in range(len(graph.chunks_of)) if index not in set(finished.tiles)]
@@ -178,9 +191,13 @@ class Scheduler:
                 self._n_missing[tile] += chunk not in self._results
         self._n_uses_left = [len(tiles) for tiles in self._tiles_of]
         # A chunk whose tiles are all done has no use left, even if its own result was lost.
-        self._queue = deque(index for index, tiles in enumerate(self._tiles_of) if tiles and index not in self._results)
-        self._in_flight: dict[distributed.Future, _Attempt] = {}
-        self._futures_of: dict[_TaskId, list[distributed.Future]] = {}
+        self._queue = deque(
+            index
+            for index, tiles in enumerate(self._tiles_of)
+            if (tiles or not graph.chunks_of) and index not in self._results
+        )
+        self._in_flight: dict[Future, _Attempt] = {}
+        self._futures_of: dict[_TaskId, list[Future]] = {}
         self._n_submitted: Counter[_TaskId] = Counter()
         self._n_failures: Counter[_TaskId] = Counter()
         self._tolerant: set[_TaskId] = set()
@@ -192,48 +209,23 @@ class Scheduler:
         self._polled_at = -WORKERS_POLL_S
         self._worker_seen_at = time.monotonic()
         self._longest_s = 0.0
-        # Dask fetches results in the background, side by side. Fetched one by one in the loop, they would slow it down.
-        self._completed = distributed.as_completed(
-            loop=client.loop, with_results=graph.fetch_results, raise_errors=False
-        )
-
-    @contextmanager
-    def cancelling_on_exit(self) -> Iterator[Scheduler]:
-        """Context that yields this scheduler; no task outlives it, however it ends."""
-        try:
-            yield self
-        finally:
-            # Cancelling does not stop a task that is already running. One that writes a tile is waited for: it could
-            # otherwise write into the store after the next run has begun there.
-            writing = [future for future, attempt in self._in_flight.items() if attempt.task_id.kind == "tile"]
-            # If the scheduler is gone there is nothing to cancel with: its workers end without it.
-            with suppress(TimeoutError, OSError, distributed.CancelledError):
-                self._cancel([future for future in self._in_flight if future not in writing])
-                if writing and self._client.status == "running":
-                    with self._client.as_current():
-                        distributed.wait(writing, timeout=WRITERS_WAIT_S)
-            self._cancel(writing)
-
-    def _cancel(self, futures: list[distributed.Future]) -> None:
-        if futures and self._client.status == "running":
-            with suppress(OSError):
-                self._client.cancel(futures)
+        self._completed = executor.as_completed(with_results=graph.fetch_results)
 
     def complete(
         self,
-        on_tile: Callable[[int, Any], None],
         bar: Progress,
         *,
+        on_tile: Callable[[int, Any], None] = _ignore,
         on_chunk: Callable[[int, Any], None] = _ignore,
         on_verification: Callable[[int, Any], None] = _ignore,
     ) -> None:
-        """Run all tasks, and pass each result to its callback.
+        """Run all tasks, and pass each result to its callback; once only.
 
         Parameters
         ----------
+        bar : Progress
         on_tile, on_chunk, on_verification : callable
             Take the index of a tile or chunk, and its future, or its result where results are fetched.
-        bar : Progress
 
         Raises
         ------
@@ -242,11 +234,22 @@ class Scheduler:
         OSError
             If the disk is full or refuses writing.
         """
-        callbacks = {"chunk": on_chunk, "tile": on_tile, "verification": on_verification}
+        try:
+            self._complete(bar, {"chunk": on_chunk, "tile": on_tile, "verification": on_verification})
+        finally:
+            # No task outlives this call. Cancelling does not stop one that is already running, and one that writes a
+            # tile is waited for: it could otherwise write into the store after the next run has begun there.
+            writing = [future for future, attempt in self._in_flight.items() if attempt.task_id.kind == "tile"]
+            self._executor.cancel([future for future in self._in_flight if future not in writing])
+            self._executor.wait(writing, WRITERS_WAIT_S)
+            self._executor.cancel(writing)
+
+    def _complete(self, bar: Progress, callbacks: Mapping[str, Callable[[int, Any], None]]) -> None:
         tiles_left = {tile for tile in self._open_tiles if self._graph.every_tile or self._graph.chunks_of[tile]}
         self._start(bar)
         while self._in_flight:
-            for future, result in self._wait_for_results():
+            # The wait is cut into short ones, since workers that hang or leave end no task: only polling notices them.
+            for future, result in self._completed.ended(WAKE_S):
                 # None: another attempt at the task finished first, and this one was cancelled.
                 attempt = self._in_flight.pop(future, None)
                 outcome = _PENDING if attempt is None else self._outcome(future, attempt, result)
@@ -258,8 +261,8 @@ class Scheduler:
         if self._lost:
             names = " and ".join(self._graph.chunk_name(index) for index in sorted(self._lost))
             raise PtychodaskError(
-                f"reconstruct: {names} crashed every worker, also when run alone; the rest is complete: give workers "
-                "more memory, or leave these groups out with on_error='skip' (--on-error skip)"
+                f"{self._graph.command}: {names} crashed every worker, also when run alone; the rest is complete: "
+                f"{self._graph.remedy_lost}"
             )
         assert not tiles_left, "every tile has a task until it is done"
 
@@ -271,16 +274,6 @@ class Scheduler:
             if self._n_missing[tile] == 0 and (self._graph.every_tile or self._graph.chunks_of[tile]):
                 self._submit_tile(tile)
         self._submit_chunks()
-
-    def _wait_for_results(self) -> list[tuple[distributed.Future, Any]]:
-        """Attempts that have ended, each with its result or future."""
-        # The wait is cut into short ones, since workers that hang or leave end no task: only polling notices them.
-        while not self._completed.has_ready():
-            with self._completed.thread_condition:
-                self._completed.thread_condition.wait(timeout=WAKE_S)
-            self._poll_workers()
-        batch = self._completed.next_batch(block=False)
-        return list(batch) if self._graph.fetch_results else [(future, future) for future in batch]
 
     def _submit_chunks(self) -> None:
         """Submit chunks up to the bound on those in flight."""
@@ -304,7 +297,7 @@ class Scheduler:
             return
         self._polled_at = now
         try:
-            workers = workers_of(self._client)
+            workers = self._executor.workers()
         except OSError:
             # The scheduler is gone: the tasks in flight fail with that, and their error names the cause.
             return
@@ -313,11 +306,15 @@ class Scheduler:
         elif now - self._worker_seen_at > NO_WORKER_S:
             logger.warning("no worker for %.0f s: waiting for one", NO_WORKER_S)
             self._worker_seen_at = now
-        threads = sum(worker["nthreads"] for worker in workers.values())
-        self._max_chunks_in_flight = max(IN_FLIGHT_AT_LEAST, IN_FLIGHT_PER_THREAD * threads)
+        if self._graph.chunks_per_worker is None:
+            threads = sum(worker.n_threads for worker in workers.values())
+            self._max_chunks_in_flight = max(IN_FLIGHT_AT_LEAST, IN_FLIGHT_PER_THREAD * threads)
+        else:
+            self._max_chunks_in_flight = max(1, self._graph.chunks_per_worker * len(workers))
         if self._graph.on_device:
-            self._resources = device_share(worker["resources"] for worker in workers.values())
-        self._duplicate_stragglers(now, list(workers))
+            self._resources = device_share(workers)
+        if not self._graph.once_at_a_time:
+            self._duplicate_stragglers(now, list(workers))
 
     def _duplicate_stragglers(self, now: float, workers: list[str]) -> None:
         """Submit tasks far slower than others to a second worker too."""
@@ -332,12 +329,10 @@ class Scheduler:
         # Before any task has ended there is nothing to compare with: the first may all be slow, compiling the network.
         if not late or self._longest_s == 0:
             return
-        processing = self._client.processing()
-        # A hanging worker does not hand over finished results either, so holders of results count as well.
-        done_by = self._client.who_has([future for future, _ in late])
+        # A hanging worker does not hand over finished results either, so those that have a result count as well.
+        who_has = self._executor.who_has([future for future, _ in late])
         for future, attempt in late:
-            holders = {worker for worker in workers if future.key in processing.get(worker, ())}
-            holders.update(done_by.get(future.key, ()))
+            holders = who_has[future.key]
             others = [worker for worker in workers if worker not in holders]
             # Without a holder the task only waits for a free worker.
             if holders and others:
@@ -362,7 +357,7 @@ class Scheduler:
     def _submit(self, task_id: _TaskId, task: tuple[Any, ...], workers: list[str] | None = None) -> None:
         function, *arguments = task
         n_before = self._n_submitted[task_id]
-        future = self._client.submit(
+        future = self._executor.submit(
             function,
             *arguments,
             # A key of its own for each run and attempt: for a known key Dask would return the earlier future.
@@ -371,14 +366,13 @@ class Scheduler:
             # Tiles and verifications first: they free the sums of chunks, and another chunk adds to them.
             priority=0 if task_id.kind == "chunk" else 1,
             workers=workers,
-            pure=False,
         )
         self._n_submitted[task_id] += 1
         self._in_flight[future] = _Attempt(task_id, task, time.monotonic())
         self._futures_of.setdefault(task_id, []).append(future)
         self._completed.add(future)
 
-    def _outcome(self, future: distributed.Future, attempt: _Attempt, result: Any) -> Any:
+    def _outcome(self, future: Future, attempt: _Attempt, result: Any) -> Any:
         """Result of an attempt, or `_PENDING` if another one follows.
 
         Raises the error of the last attempt.
@@ -391,12 +385,12 @@ class Scheduler:
         if self._futures_of[task_id]:
             return _PENDING
         del self._futures_of[task_id]
-        if isinstance(error, distributed.KilledWorker) and task_id.kind == "chunk":
+        if isinstance(error, KilledWorker) and task_id.kind == "chunk":
             return self._after_worker_deaths(task_id, error)
         self._n_failures[task_id] += 1
         task = self._next_task(attempt, error)
         if task is None:
-            check_done(future, self._name_of(task_id))
+            check_done(future, self._name_of(task_id), self._graph)
         assert task is not None
         assert error is not None
         logger.info("%s failed and is tried again: %s", self._name_of(task_id), in_brief(error))
@@ -412,7 +406,7 @@ class Scheduler:
             self._set_aside.append(task_id)
             return _PENDING
         if self._graph.lost_chunk_result is not None:
-            return self._graph.lost_chunk_result(task_id.number, "ended every worker that took them")
+            return self._graph.lost_chunk_result(task_id.number)
         self._lost.append(task_id.number)
         return _PENDING
 
@@ -429,19 +423,20 @@ class Scheduler:
         self._tolerant.add(task_id)
         return self._graph.tolerant_chunk_task(task_id.number)
 
-    def _record(self, future: distributed.Future, attempt: _Attempt, result: Any, bar: Progress) -> None:
+    def _record(self, future: Future, attempt: _Attempt, result: Any, bar: Progress) -> None:
         """Record a finished task, and submit the tasks it makes ready."""
         task_id = attempt.task_id
         others = [future for future in self._futures_of.pop(task_id, []) if future in self._in_flight]
         for future in others:
             del self._in_flight[future]
-        self._client.cancel(others)
+        self._executor.cancel(others)
         self._longest_s = max(self._longest_s, time.monotonic() - attempt.submitted_at)
         if task_id.kind != "chunk":
             return
         index = task_id.number
         bar.advance(self._graph.n_units[index])
-        self._results[index] = result
+        if self._tiles_of[index]:
+            self._results[index] = result
         if index in self._graph.verified and self._graph.verify_task is not None:
             # On the same worker a fault of its memory or device would repeat, and go unnoticed.
             workers = self._workers_without(future)
@@ -451,10 +446,10 @@ class Scheduler:
             if self._n_missing[tile] == 0:
                 self._submit_tile(tile)
 
-    def _workers_without(self, future: distributed.Future) -> list[str] | None:
+    def _workers_without(self, future: Future) -> list[str] | None:
         """Workers without the result of a task; None if all have it."""
-        holders = self._client.who_has([future]).get(future.key, ())
-        return [worker for worker in workers_of(self._client) if worker not in holders] or None
+        holders = self._executor.who_has([future])[future.key]
+        return [worker for worker in self._executor.workers() if worker not in holders] or None
 
     def _name_of(self, task_id: _TaskId) -> str:
         if task_id.kind == "tile":
@@ -466,30 +461,20 @@ def _is_permanent(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in PERMANENT_DISK_ERRORS
 
 
-def workers_of(client: distributed.Client) -> dict[str, dict[str, Any]]:
-    """Scheduler's description of each worker, by its address."""
-    return dict(client.scheduler_info(n_workers=-1)["workers"])
-
-
-def check_workers(client: distributed.Client, task_bytes: int) -> None:
+def check_workers(executor: Executor, task_bytes: int) -> None:
     """Raise `PtychodaskError` if a worker has too little memory for its threads."""
     # Checked before any task runs: Dask kills a worker over its limit, and the error would then blame a chunk.
-    for worker in workers_of(client).values():
-        limit, threads = worker["memory_limit"], worker["nthreads"]
+    for worker in executor.workers().values():
+        limit, threads = worker.memory_bytes, worker.n_threads
         if limit and threads * task_bytes > limit:
             raise PtychodaskError(
-                f"reconstruct: worker {worker['name']} may use {limit / 2**20:,.0f} MiB, its {threads} threads need "
+                f"reconstruct: worker {worker.name} may use {limit / 2**20:,.0f} MiB, its {threads} threads need "
                 f"{threads * task_bytes / 2**20:,.0f} MiB; pass memory_bytes= below {limit // threads}, start workers "
                 "with more memory, or with fewer threads"
             )
 
 
-def device_share(resources: Any) -> dict[str, float] | None:
-    """Dask resources of a predict task: a share of an advertised GPU."""
-    return {"GPU": DEVICE_SHARE} if any("GPU" in offered for offered in resources) else None
-
-
-def check_done(future: distributed.Future, task_name: str) -> None:
+def check_done(future: Future, task_name: str, graph: TaskGraph = TaskGraph()) -> None:
     """Raise the error of a task that did not finish.
 
     A `PtychodaskError` and a permanent disk error are raised unchanged, others as one line with the task's name.
@@ -498,10 +483,10 @@ def check_done(future: distributed.Future, task_name: str) -> None:
         return
     if future.status != "error":
         raise PtychodaskError(
-            f"reconstruct: {task_name} was {future.status}: the Dask client, its scheduler or its workers ended; start "
-            "again, with resume=True (--resume) if out= is given"
+            f"{graph.command}: {task_name} was {future.status}: the Dask client, its scheduler or its workers ended; "
+            f"{graph.remedy_ended}"
         )
     error = future.exception()
     if isinstance(error, PtychodaskError) or _is_permanent(error):
         raise error
-    raise PtychodaskError(f"reconstruct: {task_name} failed: {type(error).__name__}: {in_brief(error)}") from error
+    raise PtychodaskError(f"{graph.command}: {task_name} failed: {type(error).__name__}: {in_brief(error)}") from error

@@ -1,4 +1,4 @@
-"""Client side of stitching: tasks of a plan, their ledger and reports."""
+"""Client side of stitching: tasks of a run, their ledger and reports."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
-import distributed
 import numpy as np
 
-from ptychodask.cluster.broadcast import Broadcast, broadcast
+from ptychodask.cluster.broadcast import Broadcast
+from ptychodask.cluster.executor import Executor
+from ptychodask.cluster.preflight import preflight_jobs
 from ptychodask.errors import PtychodaskError
 from ptychodask.plan import Plan
 from ptychodask.plan.chunks import Tile
 from ptychodask.prediction import Skipped, open_stored
 from ptychodask.progress import progress_bar
-from ptychodask.reconstruction.ledger import Ledger
-from ptychodask.reconstruction.live import LivePicture
-from ptychodask.reconstruction.scheduler import Finished, Scheduler, TaskGraph
+from ptychodask.reconstruction.live import LivePicture, Screen
+from ptychodask.reconstruction.run import Run, RunFolders
+from ptychodask.reconstruction.scheduler import Finished, Scheduler, TaskGraph, check_workers
 from ptychodask.reconstruction.sums import sums_are_intact, sums_files
 from ptychodask.reconstruction.tasks import (
     ChunkReport,
@@ -39,71 +40,74 @@ from ptychodask.storage.location import Location
 
 logger = logging.getLogger(__name__)
 
+LOST = "ended every worker that took them"
+"""Reason for which a chunk that no worker survives is left out."""
+
+
 SAME_OBJECT = 1e-5
 """Largest accepted difference of a chunk that is computed twice, relative to the median of its modulus."""
 
 
 @contextmanager
-def broadcast_job(client: distributed.Client, job: StitchingJob) -> Iterator[StitchingJob | Broadcast]:
-    """Job as passed to tasks.
+def stitching_of(
+    run: Run,
+    executor: Executor,
+    folders: RunFolders = RunFolders(),
+    screen: Screen | None = None,
+    trusted: Collection[int] = (),
+) -> Iterator[Stitching]:
+    """Context with the stitching of a run, once all workers are checked.
 
-    The job itself, or a `Broadcast` of it if it contains positions or a model in memory.
-    """
-    in_memory = job.position_yx_px is not None or any(
-        method.prediction.model.model is not None for method in job.methods
-    )
-    with broadcast(client, job) if in_memory else nullcontext(job) as job_reference:
-        yield job_reference
-
-
-class Stitching:
-    """One run over the chunks and tiles of a plan.
+    The workers have what its tasks need until the block ends.
 
     Parameters
     ----------
-    client : distributed.Client
-    job : StitchingJob
-    job_reference : StitchingJob or Broadcast
-        The job as tasks take it (`broadcast_job`).
-    plan : Plan
-    tolerant : bool
-        Leave out unusable patterns.
-    n_verified : int
-        Chunks that a second worker computes again.
-    out : Location, optional
-        Result store to write tiles into; by default they are sent to the client.
-    folder : Location, optional
-        Folder of the sums of chunks until their tiles are done; by default they stay in the memory of the workers.
-    ledger : Ledger, optional
-        Records finished chunks and tiles, and those of earlier runs.
-    live : LivePicture, optional
-        Shows each tile, reduced.
-    sums_only : bool
-        Keep the sums of chunks; tiles are only shown, not delivered.
+    run : Run
+    executor : Executor
+    folders : RunFolders
+    screen : Screen, optional
+        Shows the live picture.
     trusted : set of int
         Chunks whose stored sums need no check.
+    """
+    job, plan = run.job, run.plan
+    # Only what cannot be opened from its path is sent.
+    in_memory = job.position_yx_px is not None or any(each.prediction.model.model is not None for each in job.methods)
+    with executor.broadcast(job) if in_memory else nullcontext(job) as job_reference:
+        preflight_jobs(executor, [method.prediction for method in job.methods])
+        check_workers(executor, max(plan.predict_bytes, plan.reassemble_bytes))
+        stitching = Stitching(run, executor, job_reference, folders, run.live_picture(screen), trusted)
+        yield stitching
+        if stitching.live is not None:
+            stitching.live.finish()
+
+
+class Stitching:
+    """Tasks of a run's chunks and tiles, and their reports.
+
+    Parameters
+    ----------
+    run, executor, folders, trusted
+        See `stitching_of`.
+    job_reference : StitchingJob or Broadcast
+        The job as tasks take it.
+    live : LivePicture or None
+        Shows each tile, reduced.
     """
 
     def __init__(
         self,
-        client: distributed.Client,
-        job: StitchingJob,
+        run: Run,
+        executor: Executor,
         job_reference: StitchingJob | Broadcast,
-        plan: Plan,
-        *,
-        tolerant: bool = False,
-        n_verified: int = 0,
-        out: Location | None = None,
-        folder: Location | None = None,
-        ledger: Ledger | None = None,
-        live: LivePicture | None = None,
-        sums_only: bool = False,
-        trusted: Collection[int] = (),
+        folders: RunFolders,
+        live: LivePicture | None,
+        trusted: Collection[int],
     ) -> None:
-        self._client, self._job, self._job_reference, self._plan = client, job, job_reference, plan
-        self._tolerant, self._n_verified = tolerant, n_verified
-        self._out, self._folder, self._ledger = out, folder, ledger
-        self._sums_only, self._trusted = sums_only, trusted
+        self._run, self._executor, self._job_reference = run, executor, job_reference
+        self._plan, self._tolerant, self._trusted = run.plan, run.spec.on_error == "skip", trusted
+        self._folder, self._ledger, self._out = folders.sums, folders.ledger, folders.stitched
+        self._sums_only = folders.sums is not None and folders.stitched is None
         self.live = live
         """Picture that is shown during the run."""
         self.report = StitchingReport()
@@ -118,7 +122,7 @@ class Stitching:
             If a task fails, or two workers do not agree on a chunk.
         """
         finished = self._read_finished()
-        sums = _SumsFiles(self._plan, self._folder, finished.tiles, self._job.n_canvases)
+        sums = _SumsFiles(self._plan, self._folder, finished.tiles, self._run.job.n_canvases)
         graph = self.graph(finished, every_tile=False)
 
         def record_chunk(index: int, result: Any) -> None:
@@ -126,7 +130,7 @@ class Stitching:
                 self._ledger.add("chunk", index, asdict(result.report))
 
         def record_tile(index: int, result: Any) -> None:
-            report = result.result() if isinstance(result, distributed.Future) else result
+            report = self._value(result)
             self.report.add_tile(self._plan.tiles[index], report)
             if self._ledger is not None and not self._sums_only:
                 self._ledger.add("tile", index, {"seconds": report.seconds, "checksum": report.checksum})
@@ -144,11 +148,9 @@ class Stitching:
 
         for index in graph.verified:
             sums.add_use(index)
-        with (
-            progress_bar("reconstruct", self._plan.n_groups, "groups", progress) as bar,
-            Scheduler(self._client, graph, finished).cancelling_on_exit() as scheduler,
-        ):
-            scheduler.complete(record_tile, bar, on_chunk=record_chunk, on_verification=record_verification)
+        scheduler = Scheduler(self._executor, graph, finished)
+        with progress_bar("reconstruct", self._plan.n_groups, "groups", progress) as bar:
+            scheduler.complete(bar, on_tile=record_tile, on_chunk=record_chunk, on_verification=record_verification)
 
     def graph(self, finished: Finished = Finished(), *, every_tile: bool) -> TaskGraph:
         """Tasks of the plan: `predict_chunk`, `deliver_tile` and `verify_chunk`.
@@ -159,17 +161,17 @@ class Stitching:
         every_tile : bool
             Tiles that no chunk touches are delivered too.
         """
-        plan, job, folder = self._plan, self._job_reference, self._folder
+        run, plan, job, folder = self._run, self._plan, self._job_reference, self._folder
         coarse_step = 0 if self.live is None else self.live.step
 
         def tile_task(index: int, parts: list[Any]) -> tuple[Any, ...]:
             tile = plan.tiles[index]
             if self._sums_only:
-                return show_tile, self._job.layers, tile, parts, start_yx(plan, tile), coarse_step
-            return deliver_tile, self._job.layers, tile, parts, self._out, start_yx(plan, tile), coarse_step
+                return show_tile, run.job.layers, tile, parts, run.start_yx(tile), coarse_step
+            return deliver_tile, run.job.layers, tile, parts, self._out, run.start_yx(tile), coarse_step
 
-        def empty_sums(index: int, reason: str) -> ChunkSums:
-            return ChunkSums((), plan.chunks[index].box.corner, ChunkReport({}, (self._seeds(index, reason),)))
+        def empty_sums(index: int) -> ChunkSums:
+            return ChunkSums((), plan.chunks[index].box.corner, ChunkReport({}, (self._seeds(index, LOST),)))
 
         return TaskGraph(
             chunks_of=[tile.chunks for tile in plan.tiles],
@@ -194,11 +196,11 @@ class Stitching:
         open_tiles = [tile for index, tile in enumerate(self._plan.tiles) if index not in finished.tiles]
         fresh = sorted({chunk for tile in open_tiles for chunk in tile.chunks} - finished.chunks.keys())
         rng = np.random.default_rng(int(self._plan.data_hash[:8], 16))
-        return frozenset(rng.choice(fresh, min(self._n_verified, len(fresh)), replace=False).tolist())
+        return frozenset(rng.choice(fresh, min(int(self._run.spec.verify), len(fresh)), replace=False).tolist())
 
     def add_verification(self, index: int, result: Any) -> None:
         """Record the comparison of a chunk; raises `PtychodaskError` if workers disagree."""
-        verification: Verification = result.result() if isinstance(result, distributed.Future) else result
+        verification: Verification = self._value(result)
         chunk = self._plan.chunks[index]
         self.report.verifications[index] = verification
         if not verification.largest_difference <= SAME_OBJECT:
@@ -231,14 +233,14 @@ class Stitching:
         intact = self._check_on_workers(
             tile_is_intact,
             [
-                (self._out, plan.tiles[index], start_yx(plan, plan.tiles[index]), ledger.tiles[index]["checksum"])
+                (self._out, plan.tiles[index], self._run.start_yx(plan.tiles[index]), ledger.tiles[index]["checksum"])
                 for index in tiles
             ],
         )
         done = frozenset(index for index, good in zip(tiles, intact, strict=True) if good)
         for index in set(tiles) - done:
             assert self._out is not None
-            remove_tile(self._out, start_yx(plan, plan.tiles[index]), plan.tile)
+            remove_tile(self._out, self._run.start_yx(plan.tiles[index]), plan.tile)
         for index in done:
             self.report.tiles.append(ledger.tiles[index]["seconds"])
         self._show_stored(sorted(done))
@@ -266,11 +268,10 @@ class Stitching:
         """Check stored data on workers; data whose worker died count as damaged."""
         if not arguments:
             return []
-        futures = [self._client.submit(is_intact, *each, pure=False) for each in arguments]
-        with self._client.as_current():
-            distributed.wait(futures)
+        futures = [self._executor.submit(is_intact, *each) for each in arguments]
+        self._executor.wait(futures)
         finished = [index for index, future in enumerate(futures) if future.status == "finished"]
-        answers = dict(zip(finished, self._client.gather([futures[index] for index in finished]), strict=True))
+        answers = dict(zip(finished, self._executor.gather([futures[index] for index in finished]), strict=True))
         return [answers.get(index, False) for index in range(len(futures))]
 
     def _show_stored(self, tiles: Sequence[int]) -> None:
@@ -278,22 +279,19 @@ class Stitching:
         if self.live is None:
             return
         parts = [
-            self._client.submit(
-                coarse_stored_tile,
-                self._out,
-                self._plan.tiles[index],
-                start_yx(self._plan, self._plan.tiles[index]),
-                self.live.step,
-                pure=False,
-            )
-            for index in tiles
+            self._executor.submit(coarse_stored_tile, self._out, tile, self._run.start_yx(tile), self.live.step)
+            for tile in (self._plan.tiles[index] for index in tiles)
         ]
-        for part in self._client.gather(parts):
+        for part in self._executor.gather(parts):
             self.live.add(part)
+
+    def _value(self, result: Any) -> Any:
+        """Result of a task, fetched if it is still on the workers."""
+        return result.result() if self._folder is None else result
 
     def _seeds(self, index: int, reason: str) -> Skipped:
         """Patterns that seed the groups of a chunk which is left out."""
-        chunk, stored = self._plan.chunks[index], open_stored(self._job.methods[0].prediction)
+        chunk, stored = self._plan.chunks[index], open_stored(self._run.job.methods[0].prediction)
         member = stored.member(self._plan.groups, chunk.start, chunk.stop)
         return Skipped(tuple(np.unique(member[:, 0]).tolist()), reason)
 
@@ -359,8 +357,3 @@ class StitchingReport:
             for skipped in report.skipped:
                 patterns.setdefault(skipped.reason, set()).update(skipped.patterns)
         return {reason: sorted(indices) for reason, indices in sorted(patterns.items())}
-
-
-def start_yx(plan: Plan, tile: Tile) -> tuple[int, int]:
-    """Row and column of a tile's first pixel in the complete object."""
-    return tile.box.y0 - plan.box.y0, tile.box.x0 - plan.box.x0

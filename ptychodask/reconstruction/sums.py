@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import uuid
 import zlib
 from collections.abc import Sequence
 
@@ -14,12 +13,14 @@ from ptychodask.reassembly import (
     Canvas,
 )
 from ptychodask.storage.location import Location
-from ptychodask.storage.s3 import S3Location
 
 PIXEL = np.dtype(
     [("weighted", np.complex128), ("weight", np.float64), ("weighted_square", np.float64), ("count", np.int32)]
 )
 """Data type of one pixel of a stored canvas."""
+
+HEADER_BYTES = 1024
+"""Bytes that contain the header of an NPY file of `PIXEL`, with some to spare."""
 
 
 def save_canvas(canvas: Canvas, path: Location) -> None:
@@ -28,7 +29,7 @@ def save_canvas(canvas: Canvas, path: Location) -> None:
     Parameters
     ----------
     canvas : Canvas
-    path : Path or S3Location
+    path : Location
         Becomes an NPY array (y, x) of `PIXEL`, 36 bytes per pixel.
 
     Raises
@@ -36,24 +37,18 @@ def save_canvas(canvas: Canvas, path: Location) -> None:
     OSError
         If writing to the disk fails.
     """
-    pixels = np.empty(canvas.weight.shape, PIXEL)
+    shape = canvas.weight.shape
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": np.lib.format.dtype_to_descr(PIXEL), "fortran_order": False, "shape": shape}
+    )
+    # Header and sums in one buffer, so that the sums are in memory once only.
+    content = bytearray(header.tell() + canvas.weight.size * PIXEL.itemsize)
+    content[: header.tell()] = header.getvalue()
+    pixels = np.frombuffer(content, PIXEL, offset=header.tell()).reshape(shape)
     for name in PIXEL.names or ():
         pixels[name] = getattr(canvas, name)
-    if isinstance(path, S3Location):
-        content = io.BytesIO()
-        np.save(content, pixels, allow_pickle=False)
-        path.write_bytes(content.getvalue())
-        return
-    being_written = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        with being_written.open("wb") as file:
-            # As np.save, except for the data: np.save does not report a full disk.
-            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(pixels))
-            file.write(np.ascontiguousarray(pixels).data)
-        being_written.replace(path)
-    except OSError:
-        being_written.unlink(missing_ok=True)
-        raise
+    path.write_bytes(content)
 
 
 def open_canvas(path: Location, corner: tuple[int, int]) -> Canvas:
@@ -63,14 +58,15 @@ def open_canvas(path: Location, corner: tuple[int, int]) -> Canvas:
 
     Parameters
     ----------
-    path : Path or S3Location
+    path : Location
     corner : (int, int)
         Scan coordinates (y, x) of its first pixel.
     """
-    if isinstance(path, S3Location):
-        pixels = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-    else:
-        pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+    content = path.read_buffer()
+    header = io.BytesIO(content[:HEADER_BYTES])
+    np.lib.format.read_magic(header)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+    pixels = np.frombuffer(content, dtype, offset=header.tell()).reshape(shape)
     return Canvas(corner, **{name: pixels[name] for name in PIXEL.names or ()})
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import distributed
 import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.cluster.broadcast import Broadcast
+from ptychodask.cluster.executor import worker_address, worker_advertises_gpu
 from ptychodask.grouping import groups_kept
 from ptychodask.plan.chunks import Chunk, Tile
 from ptychodask.prediction import PatchBatch, PredictionJob, Skipped, open_stored, predict_groups, stage
@@ -31,7 +31,7 @@ from ptychodask.reconstruction.live import CoarsePart, coarse_part
 from ptychodask.reconstruction.patch_cache import StoredPatches
 from ptychodask.reconstruction.sums import checksum, open_canvas, save_canvas, sums_files
 from ptychodask.refinement.polishing import seen_part
-from ptychodask.result import VARIABLES, Layers, TileArrays, read_tile, write_tile
+from ptychodask.result import Layers, TileArrays, read_tile, write_tile
 from ptychodask.storage.location import Location
 from ptychodask.storage.zarr_checks import DAMAGE
 
@@ -200,23 +200,12 @@ def predict_chunk(
     return ChunkSums(paths, chunk.box.corner, report)
 
 
-def worker_address() -> str:
-    """Address of this Dask worker; "here" outside of workers."""
-    try:
-        return str(distributed.get_worker().address)
-    except ValueError:
-        return "here"
-
-
 def prepare_device(job: StitchingJob) -> None:
     """Set up the GPU of this process.
 
     Raises `PtychodaskError` if there is none although the worker advertises ``GPU`` or the job asks for one.
     """
-    try:
-        advertised = "GPU" in distributed.get_worker().state.total_resources
-    except ValueError:
-        advertised = False
+    advertised = worker_advertises_gpu()
     for method in job.methods:
         method.prediction.model.prepare_device(wanted=advertised or method.prediction.device == "gpu")
 
@@ -243,7 +232,7 @@ def verify_chunk(job: StitchingJob | Broadcast, chunk: Chunk, sums: ChunkSums) -
 def _difference(first: Canvas, second: Canvas) -> float:
     if not np.array_equal(first.count, second.count):
         return float("inf")
-    objects = [finish(canvas)[0].astype(np.complex128) for canvas in (first, second)]
+    objects = [finish(canvas).object.astype(np.complex128) for canvas in (first, second)]
     seen = np.asarray(first.count) > 0
     scale = float(np.median(np.abs(objects[0][seen]))) or 1.0
     return float(np.abs(objects[0][seen] - objects[1][seen]).max()) / scale
@@ -361,16 +350,9 @@ def _reassemble_method(layers: Layers, tile: Tile, parts: Sequence[ChunkSums], n
         return merge(empty_canvas(tile.box.corner, tile.box.shape), *(part.canvas(canvas) for part in parts))
 
     if not layers.split_half:
-        return _finished(merged(number))
+        return layers.arrays(merged(number))
     halves = [merged(2 * number), merged(2 * number + 1)]
-    finished = [_finished(half) for half in halves]
-    return _finished(merge(*halves)) | {
-        f"{name}_half": np.stack([arrays[name] for arrays in finished]) for name in ("object", "weight")
-    }
-
-
-def _finished(canvas: Canvas) -> TileArrays:
-    return dict(zip(VARIABLES, finish(canvas), strict=True))
+    return layers.arrays(merge(*halves), halves)
 
 
 def deliver_tile(
@@ -431,16 +413,16 @@ def show_tile(
     return TileReport(None, {}, [part.report for part in parts], coarse=coarse)
 
 
-def deliver_polished(
+def deliver_refined(
     tile: Tile,
     box: Box,
     stitched: TileReport,
-    polished: NDArray[np.complex64],
+    refined: NDArray[np.complex64],
     out: Location | None,
     start_yx: tuple[int, int],
     coarse_step: int = 0,
 ) -> TileReport:
-    """Replace a tile's object by the polished one, and deliver the tile.
+    """Replace a tile's object by the refined one, and deliver the tile.
 
     It is written, or sent to the client; unseen pixels stay NaN.
 
@@ -449,16 +431,16 @@ def deliver_polished(
     tile, out, start_yx, coarse_step
         See `deliver_tile`.
     box : Box
-        Extent of `polished`.
+        Extent of `refined`.
     stitched : TileReport
-    polished : complex64 array (y, x)
+    refined : complex64 array (y, x)
 
     Returns
     -------
     TileReport
     """
     assert stitched.arrays is not None
-    arrays: dict[str, Any] = stitched.arrays | {"object": seen_part(tile.box, box, stitched.arrays["object"], polished)}
+    arrays: dict[str, Any] = stitched.arrays | {"object": seen_part(tile.box, box, stitched.arrays["object"], refined)}
     if out is not None:
         write_tile(out, start_yx, arrays)
     coarse = coarse_part(arrays["object"], start_yx, coarse_step) if coarse_step else None

@@ -6,24 +6,24 @@ A stopped run is resumed from its ledger.
 from __future__ import annotations
 
 import logging
-import shutil
-from pathlib import Path
 from typing import Any
 
-import distributed
 import xarray as xr
 
+from ptychodask.cluster.executor import AnyClient
 from ptychodask.errors import PtychodaskError
 from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.prediction import stage
 from ptychodask.pyramid import write_pyramid
 from ptychodask.reconstruction.follow import FollowedScan, growing_identity
-from ptychodask.reconstruction.ledger import Ledger, check_same, differences
+from ptychodask.reconstruction.ledger import Ledger, check_same
 from ptychodask.reconstruction.live import Screen, screen_for
-from ptychodask.reconstruction.run import Run, RunFolders, identity, rates, run_reconstruction
+from ptychodask.reconstruction.refine import stitch_and_refine
+from ptychodask.reconstruction.run import Run, RunFolders, identity
 from ptychodask.result import PYRAMID, RESULT, create_result, finish_result, open_result
-from ptychodask.storage.atomic import Writing, atomic_store, is_complete, is_resumable
-from ptychodask.storage.location import Location, remove
+from ptychodask.storage.atomic import Writing
+from ptychodask.storage.location import Location
+from ptychodask.storage.records import differences
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +33,13 @@ SUMS_FOLDER = "sums"
 
 
 STITCHED_FOLDER = "stitched"
-"""Store of the tiles that are still to be polished, beside a result that is being written."""
+"""Store of the tiles that are still to be refined, beside a result that is being written."""
 
 
 def write_result(
     run: Run,
     path: Location,
-    client: distributed.Client | None,
+    client: AnyClient | None,
     started: float,
     progress: bool | None,
     *,
@@ -62,20 +62,19 @@ def write_result(
     """
     if str(path.resolve()) == run.plan.store:
         raise PtychodaskError(f"{path}: is the store of the scan itself; name another path with out=")
-    if resume and is_complete(path) and not is_resumable(path):
+    if resume and path.is_complete() and not path.is_resumable():
         stored = open_result(path)
         if not overwrite:
-            check_same(identity(stored.attrs), identity(run.attributes), str(path))
-        if not differences(identity(stored.attrs), identity(run.attributes)):
+            check_same(identity(stored.attrs), run.identity, str(path))
+        if not differences(identity(stored.attrs), run.identity):
             logger.info("%s: is complete already", path)
             return stored
-    with atomic_store(path, overwrite=overwrite, kind=RESULT, resume=resume) as writing:
+    with path.atomic_store(overwrite=overwrite, kind=RESULT, resume=resume) as writing:
         screen = screen_for(run.spec.live)
-        made_by = identity(run.attributes) if followed is None else growing_identity(run)
+        made_by = run.identity if followed is None else growing_identity(run)
         ledger = Ledger(writing.beside, made_by)
         try:
             if followed is not None:
-                assert isinstance(writing.beside, Path)
                 run = followed.complete(run, ledger, writing.beside / SUMS_FOLDER, screen)
             report = _run_into(run, writing, ledger, client, progress, screen)
         except PtychodaskError as error:
@@ -89,28 +88,29 @@ def write_result(
             with stage(report["seconds"], "pyramid"):
                 write_pyramid(writing.whole)
         writing.check_held()
-        finish_result(writing.whole, run.attributes | rates(run.plan, report, started))
+        finish_result(writing.whole, run.attributes_of_result(report, started))
     return open_result(path)
 
 
 def _run_into(
     run: Run,
-    writing: Writing,
+    writing: Writing[Location],
     ledger: Ledger,
-    client: distributed.Client | None,
+    client: AnyClient | None,
     progress: bool | None,
     screen: Screen | None,
 ) -> dict[str, Any]:
-    """Run, or resume, into a result store; returns the attributes of `run_reconstruction`."""
+    """Run, or resume, into a result store; returns the attributes of `stitch_and_refine`."""
     result, beside = writing.whole, writing.beside
-    stitched = beside / STITCHED_FOLDER if run.spec.polish else result
-    folders = RunFolders(result, stitched, beside / SUMS_FOLDER, ledger)
+    stitched = beside / STITCHED_FOLDER if run.spec.refines else result
+    folders = RunFolders(beside / SUMS_FOLDER, ledger, stitched, result)
     if ledger.exists:
         ledger.read()
         _check_nothing_skipped(ledger, run.spec)
     if not ledger.tiles:
         for path in {result, stitched}:
-            _empty(path)
+            path.remove()
+            path.make_folder()
             create_result(
                 path,
                 run.plan.box.shape,
@@ -119,23 +119,10 @@ def _run_into(
                 pixel_size_m=run.scan.pixel_size_m,
                 layers=run.job.layers,
             )
-        if isinstance(folders.sums, Path):
-            folders.sums.mkdir(exist_ok=True)
+        (beside / SUMS_FOLDER).make_folder()
     if run.spec.pyramid:
-        remove(result / PYRAMID)
-    return run_reconstruction(run, client, folders, lambda tile, report: None, progress=progress, screen=screen)
-
-
-def _empty(location: Location) -> None:
-    """Remove the content of a location, if any; a folder itself stays."""
-    if not isinstance(location, Path):
-        location.remove()
-        return
-    for path in location.glob("*"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        (result / PYRAMID).remove()
+    return stitch_and_refine(run, client, folders, lambda tile, report: None, progress=progress, screen=screen)
 
 
 def _check_nothing_skipped(ledger: Ledger, spec: ReconstructionSpec) -> None:

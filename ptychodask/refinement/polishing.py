@@ -10,8 +10,7 @@ import scipy.fft
 import scipy.ndimage
 from numpy.typing import NDArray
 
-from ptychodask.errors import PtychodaskError
-from ptychodask.forward import footprint_corners, project_modulus, shift_ramp
+from ptychodask.forward import footprint_corners, project_modulus, r_ratio, r_sums, shift_ramp
 from ptychodask.probes import squared_modulus
 from ptychodask.reassembly import Box
 from ptychodask.scan import Scan
@@ -219,9 +218,7 @@ class Misfit:
 
         Raises `PtychodaskError` if the patterns are all zero.
         """
-        if not self.amplitude > 0:
-            raise PtychodaskError("polish: the patterns are all zero, so R is undefined; drop fewer")
-        return self.absolute / self.amplitude
+        return r_ratio(self.absolute, self.amplitude, "polish")
 
     def __add__(self, other: Misfit) -> Misfit:
         return Misfit(self.absolute + other.absolute, self.amplitude + other.amplitude, self.square + other.square)
@@ -277,11 +274,8 @@ def negative_gradient(
 
 def _misfit(model: NDArray[np.float32], amplitude: NDArray[np.float32], root_flux: float) -> Misfit:
     difference = (model - amplitude).astype(np.float64)
-    return Misfit(
-        root_flux * float(np.abs(difference).sum()),
-        root_flux * float(amplitude.sum(dtype=np.float64)),
-        float((difference**2).sum()),
-    )
+    absolute, total = r_sums(difference, amplitude)
+    return Misfit(root_flux * float(absolute), root_flux * float(total), float((difference**2).sum()))
 
 
 def illumination_and_proximal_weight(

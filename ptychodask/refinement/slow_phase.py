@@ -796,6 +796,88 @@ class SlowPhaseRecord:
 
 
 @dataclass(frozen=True, eq=False)
+class SlowPhasePlan:
+    """Nodes of a slow phase, and its patterns."""
+
+    nodes: NodeGrid
+
+    chosen: NDArray[np.int64]
+    """Patterns whose equations are summed (see `slow_phase_patterns`)."""
+
+    judges: NDArray[np.int64]
+    """Patterns that judge the step (see `judge_index`)."""
+
+    n_candidates: int
+    """Patterns that these were chosen from."""
+
+    def record(self, before: float, after: float) -> SlowPhaseRecord:
+        """Outcome, from the judges' misfit without and with the step."""
+        n_judges = len(self.judges)
+        record = SlowPhaseRecord(
+            kept=not n_judges or is_better(before, after),
+            reason=_reason(before, after, n_judges, self.n_candidates),
+            misfit_before=before if n_judges else None,
+            misfit_after=after if n_judges else None,
+            n_patterns=len(self.chosen),
+            n_judges=n_judges,
+            n_nodes=self.nodes.n_nodes,
+            spacing_px=self.nodes.spacing_px,
+        )
+        logger.info("slow phase: %d patterns, %d nodes; %s", record.n_patterns, record.n_nodes, record.reason)
+        return record
+
+
+def plan_slow_phase(scan: Scan, object_box: Box, index: NDArray[np.int64]) -> SlowPhasePlan:
+    """Nodes and patterns of the slow phase of an object.
+
+    Parameters
+    ----------
+    scan : Scan
+    object_box : Box
+        Extent of the object.
+    index : int64 array (k,)
+        Patterns of one experiment.
+
+    Returns
+    -------
+    SlowPhasePlan
+    """
+    around = frames_box(scan, index)
+    box = Box(*(f(a, b) for f, a, b in zip((min, max, min, max), object_box, around, strict=True)))
+    nodes = node_grid(box, node_spacing_px(scan.probe))
+    return SlowPhasePlan(nodes, slow_phase_patterns(scan, nodes, index), judge_index(scan, index), len(index))
+
+
+def judged(
+    piece: NDArray[np.complex64],
+    box: Box,
+    scan: Scan,
+    nodes: NodeGrid,
+    coefficients: NDArray[np.float64],
+    index: NDArray[np.int64],
+) -> tuple[float, float]:
+    """Misfit of some judges without and with the slow phase.
+
+    Parameters
+    ----------
+    piece : complex64 array (y, x)
+        Object in the frames of these patterns.
+    box : Box
+        Extent of `piece`.
+    scan, nodes, coefficients
+        See `phase_on`.
+    index : int64 array (k,)
+
+    Returns
+    -------
+    (float, float)
+        See `misfit`.
+    """
+    turned = apply_phase(piece, phase_on(box, nodes, coefficients))
+    return misfit(piece, box.corner, scan, index), misfit(turned, box.corner, scan, index)
+
+
+@dataclass(frozen=True, eq=False)
 class SlowPhase:
     """Object after a slow-phase step, and the step."""
 
@@ -848,53 +930,25 @@ def refine_slow_phase(
         )
     (height, width), (y, x) = object_.shape, corner
     object_box = Box(y, y + height, x, x + width)
-    around = _frames_box(scan, index)
-    box = Box(*(f(a, b) for f, a, b in zip((min, max, min, max), object_box, around, strict=True)))
-    nodes = node_grid(box, node_spacing_px(scan.probe))
-    judges = judge_index(scan, index)
-    chosen = slow_phase_patterns(scan, nodes, index)
-    parts = [chosen[start : start + part_patterns] for start in range(0, len(chosen), part_patterns)]
+    plan = plan_slow_phase(scan, object_box, index)
+    nodes = plan.nodes
     sums = []
-    for part in parts:
-        part_box = _frames_box(scan, part)
-        sums.append(normal_equations(_cut(object_, object_box, part_box), part_box.corner, scan, nodes, part))
+    for start in range(0, len(plan.chosen), part_patterns):
+        part = plan.chosen[start : start + part_patterns]
+        box = frames_box(scan, part)
+        sums.append(normal_equations(_cut(object_, object_box, box), box.corner, scan, nodes, part))
     coefficients = solve(merge(*sums), nodes)
-    before, after = _judge(scan, object_, object_box, nodes, coefficients, judges)
-    kept = not len(judges) or is_better(before, after)
-    record = SlowPhaseRecord(
-        kept=kept,
-        reason=_reason(before, after, len(judges), len(index)),
-        misfit_before=before if len(judges) else None,
-        misfit_after=after if len(judges) else None,
-        n_patterns=len(chosen),
-        n_judges=len(judges),
-        n_nodes=nodes.n_nodes,
-        spacing_px=nodes.spacing_px,
-    )
-    logger.info("slow phase: %d patterns, %d nodes; %s", len(chosen), nodes.n_nodes, record.reason)
-    if not kept:
+    before = after = 0.0
+    for start in range(0, len(plan.judges), READ_BATCH):
+        part = plan.judges[start : start + READ_BATCH]
+        box = frames_box(scan, part)
+        one, other = judged(_cut(object_, object_box, box), box, scan, nodes, coefficients, part)
+        before, after = before + one, after + other
+    record = plan.record(before, after)
+    if not record.kept:
         return SlowPhase(object_, np.zeros(object_.shape), record)
     phase = phase_on(object_box, nodes, coefficients)
     return SlowPhase(apply_phase(object_, phase), phase, record)
-
-
-def _judge(
-    scan: Scan,
-    object_: NDArray[np.complex64],
-    object_box: Box,
-    nodes: NodeGrid,
-    coefficients: NDArray[np.float64],
-    judges: NDArray[np.int64],
-) -> tuple[float, float]:
-    """Misfit of the judges without and with the slow phase."""
-    before = after = 0.0
-    for start in range(0, len(judges), READ_BATCH):
-        part = judges[start : start + READ_BATCH]
-        box = _frames_box(scan, part)
-        piece = _cut(object_, object_box, box)
-        before += misfit(piece, box.corner, scan, part)
-        after += misfit(apply_phase(piece, phase_on(box, nodes, coefficients)), box.corner, scan, part)
-    return before, after
 
 
 def _reason(before: float, after: float, n_judges: int, n_patterns: int) -> str:
@@ -905,7 +959,7 @@ def _reason(before: float, after: float, n_judges: int, n_patterns: int) -> str:
     return change if is_better(before, after) else f"{change}, less than {LEAST_FALL} of itself lower"
 
 
-def _frames_box(scan: Scan, index: NDArray[np.int64]) -> Box:
+def frames_box(scan: Scan, index: NDArray[np.int64]) -> Box:
     """Box around the frames of some patterns."""
     corner = footprint_corners(scan.position_yx_px[index], scan.n_pixels)
     (y0, x0), (y1, x1) = corner.min(axis=0).tolist(), (corner.max(axis=0) + scan.n_pixels).tolist()

@@ -1,6 +1,6 @@
-"""Atomic creation of folders and files.
+"""Atomic creation of folders and files on a disk.
 
-A lock guards a folder on a disk, a claim a name in a bucket.
+A folder or file is written under another name and renamed when it is complete; a lock keeps a second writer out.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Generic, TypeVar
+from uuid import uuid4
 
 from ptychodask.errors import PtychodaskError
 
@@ -23,13 +24,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
-from typing import TYPE_CHECKING
-from uuid import uuid4
-
-if TYPE_CHECKING:
-    pass
-from ptychodask.storage.location import Location, remove
-from ptychodask.storage.s3 import CLAIM, S3Location
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +66,23 @@ class StoreKind:
 
     may_grow: bool = False
     """True if readers open it while it is still growing."""
+
+
+L_co = TypeVar("L_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class Writing(Generic[L_co]):
+    """Store that is being written, with the files of its writer."""
+
+    whole: L_co
+    """Location to write into: a folder is renamed at the end, objects have their final names from the beginning."""
+
+    beside: L_co
+    """Ledger, sums and lock or claim of the writer; removed at the end."""
+
+    check_held: Callable[[], None] = lambda: None
+    """Raises `PtychodaskError` if another writer has taken over; called just before the store is marked as complete."""
 
 
 def check_vacant_folder(path: Path, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> None:
@@ -175,7 +186,7 @@ def _locked_building(path: Path, *, resume: bool) -> Iterator[Path]:
     building = building_path(path)
     resuming = resume and is_resumable_folder(path)
     if not resuming:
-        _remove(building)
+        remove_path(building)
     # Of two writers that start together, mkdir lets one through; of two that resume, the lock below does.
     try:
         building.mkdir(exist_ok=resuming)
@@ -276,6 +287,21 @@ def replaced_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.replaced")
 
 
+def unfinished_folder(path: Path, noun: str, again: str) -> str | None:
+    """Reason why a missing folder is unfinished; None if nobody began it."""
+    if replaced_path(path).exists():
+        return (
+            f"its writer is at work, or was stopped, while it replaced the {noun}; the previous one "
+            f"is {replaced_path(path)}: wait for the writer, or rename that folder to {path.name}"
+        )
+    if building_path(path).exists():
+        return (
+            f"the {noun} is unfinished: its writer is still at work, or was stopped "
+            f"({building_path(path)}); wait for it, or {again}"
+        )
+    return None
+
+
 def _restore_previous(path: Path) -> None:
     """Restore the previous version if its writer was killed between renames."""
     if replaced_path(path).exists() and not path.exists():
@@ -286,7 +312,7 @@ def _rename_into_place(new: Path, path: Path) -> None:
     """Rename `new` to `path`; the previous version returns if that fails."""
     old = replaced_path(path)
     # Left by a writer that was killed while it removed this folder; its new version has the name `path`.
-    _remove(old)
+    remove_path(old)
     # No rename replaces a folder that is not empty, so it takes two. The previous version is deleted last: a writer
     # that is killed anywhere leaves either version complete.
     if path.exists():
@@ -297,10 +323,11 @@ def _rename_into_place(new: Path, path: Path) -> None:
         if old.exists():
             old.rename(path)
         raise
-    _remove(old)
+    remove_path(old)
 
 
-def _remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
+    """Remove a file, or a folder with its content, if any."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -401,15 +428,9 @@ def atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
         raise PtychodaskError(f"{path}: exists already; pass overwrite=True (--overwrite), or another name")
     if not path.parent.is_dir():
         raise PtychodaskError(f"{path}: its folder {path.parent} does not exist; make it first")
-    # The process id keeps two writers apart until the rename, which the later one wins; the suffix stays, for some
-    # libraries choose the format by it.
-    building = path.with_name(f".{path.stem}.{os.getpid()}.writing{path.suffix}")
     try:
-        try:
+        with renamed_file(path) as building:
             yield building
-            building.replace(path)
-        finally:
-            building.unlink(missing_ok=True)
     except OSError as error:
         raise PtychodaskError(
             f"{path}: cannot be written ({error.strerror or error}); nothing of it was kept, and an earlier version is "
@@ -417,183 +438,20 @@ def atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
         ) from error
 
 
-def is_complete(location: Location) -> bool:
-    """True if a location exists and is not being written."""
-    # A folder has its name only once it is complete; objects are there from the first put on.
-    if isinstance(location, Path):
-        return location.exists()
-    return _root_of(location).get("state") == "complete"
-
-
-def is_resumable(location: Location) -> bool:
-    """True if a stopped writer of a location left finished parts."""
-    return is_resumable_folder(location) if isinstance(location, Path) else (_beside(location) / LEDGER).exists()
-
-
-@dataclass(frozen=True)
-class Writing:
-    """Store that is being written, with the files of its writer."""
-
-    whole: Location
-    """Location to write into: a folder is renamed at the end, objects have their final names from the beginning."""
-
-    beside: Location
-    """Ledger, sums and lock or claim of the writer; removed at the end."""
-
-    claim: bytes | None = None
-    """Content of the object `CLAIM` while it is this writer's; None on a disk, where a file is locked."""
-
-    def check_held(self) -> None:
-        """Raise `PtychodaskError` if another writer has taken over."""
-        # Asked just before the store is marked as complete: the objects may by now be those of the other writer.
-        if self.claim is not None and not self._is_held():
-            raise PtychodaskError(
-                f"{self.whole}: another run took over with overwrite=True or resume=True while this one was writing "
-                "it; wait until that run has finished, and check its result"
-            )
-
-    def _is_held(self) -> bool:
-        try:
-            return isinstance(self.beside, Path) or (self.beside / CLAIM).read_bytes() == self.claim
-        except FileNotFoundError:
-            return False
-
-    def leave(self) -> None:
-        """Remove an unfinished store, unless it is resumable or another writer's."""
-        assert isinstance(self.whole, S3Location)
-        assert isinstance(self.beside, S3Location)
-        try:
-            if not self._is_held():
-                return
-            # What a ledger lists is kept. Only the claim goes, so that the next run sees that no writer is at work.
-            if (self.beside / LEDGER).exists():
-                (self.beside / CLAIM).unlink(missing_ok=True)
-                return
-            self.whole.remove()
-            self.beside.remove()
-        except PtychodaskError as error:
-            # The error that ended the writing is on its way; a second one must not hide it.
-            logger.warning("%s; the unfinished store is left there, and cannot be opened", error)
-
-
 @contextmanager
-def atomic_store(location: Location, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> Iterator[Writing]:
-    """Store to write into; complete if the block succeeds, else removed.
-
-    Parameters
-    ----------
-    location : Path or S3Location
-        Final location of the store.
-    overwrite, kind, resume
-        As for `atomic_folder`.
-
-    Yields
-    ------
-    Writing
+def renamed_file(path: Path) -> Iterator[Path]:
+    """As `atomic_file`, replacing any file, without its checks and messages.
 
     Raises
     ------
-    PtychodaskError
-        As `atomic_folder`; and if the object store does not answer.
-
-    Notes
-    -----
-    Nothing can be renamed in a bucket. An existing store is removed first, and the new one is written under its name;
-    the last put of the block marks it as complete. A writer that is killed leaves a store that readers refuse.
+    OSError
+        If writing fails.
     """
-    if isinstance(location, Path):
-        with atomic_folder(location, overwrite=overwrite, kind=kind, resume=resume) as building:
-            # Workers may have another current folder.
-            yield Writing(building.resolve(), building.resolve().parent)
-        return
-    writing = _claimed(location, overwrite=overwrite, kind=kind, resume=resume)
+    # A name of its own keeps two writers apart, also on two machines, until the rename, which the later one wins; the
+    # suffix stays, for some libraries choose the format by it.
+    building = Path(path.with_name(f".{path.stem}.{uuid4().hex}.writing{path.suffix}"))
     try:
-        yield writing
-    except BaseException:
-        writing.leave()
-        raise
-    # Last: a writer that is killed just before leaves a claim, by which the next one is refused until it takes over,
-    # and never an unfinished store that looks free.
-    remove(writing.beside)
-
-
-def _claimed(location: S3Location, *, overwrite: bool, kind: StoreKind, resume: bool) -> Writing:
-    """Claim a location for this writer, and remove an existing store."""
-    check_vacant(location, overwrite=overwrite, kind=kind, resume=resume)
-    beside, claim = _beside(location), uuid4().hex.encode()
-    resuming = resume and is_resumable(location)
-    # A bucket has no lock that ends with a process, so the claim is an object, and one of a killed writer stays. With
-    # overwrite or resume the user has stated that no other run is at work: its claim goes.
-    if resuming:
-        (beside / CLAIM).unlink(missing_ok=True)
-    else:
-        beside.remove()
-    # Of several writers that come this far, the conditional put lets one through.
-    if not (beside / CLAIM).create(claim):
-        raise _at_work(location)
-    # Only the one that has the claim removes the existing store.
-    if not resuming:
-        location.remove()
-    return Writing(location, beside, claim)
-
-
-def check_vacant(location: Location, *, overwrite: bool, kind: StoreKind, resume: bool = False) -> None:
-    """Raise `PtychodaskError` unless a location can be written.
-
-    Parameters
-    ----------
-    location : Path or S3Location
-    overwrite, kind, resume
-        As for `atomic_store`.
-    """
-    if isinstance(location, Path):
-        check_vacant_folder(location, overwrite=overwrite, kind=kind, resume=resume)
-        return
-    complete, claimed, resumable = is_complete(location), (_beside(location) / CLAIM).exists(), is_resumable(location)
-    if claimed and not (overwrite or resume):
-        raise _at_work(location)
-    if resumable and not complete and not (overwrite or resume):
-        raise PtychodaskError(
-            f"{location}: a stopped run left finished parts; continue it with resume=True (--resume), or start again "
-            "with overwrite=True (--overwrite)"
-        )
-    if not location.exists():
-        return
-    if not overwrite and (complete or not (resume or claimed)):
-        raise PtychodaskError(f"{location}: exists already; pass overwrite=True (--overwrite), or another name")
-    # The root goes first: a writer killed while it removed the existing store leaves objects without a root, and its
-    # claim, which it got only because the root was of this kind.
-    format_name = recorded_format(location) or (kind.name if claimed else "something of another kind")
-    if format_name not in (kind.name, DAMAGED):
-        raise PtychodaskError(
-            f"{location}: is {format_name}, and overwrite=True (--overwrite) replaces only a {kind.name}; pass another "
-            "name, or remove it first"
-        )
-
-
-def recorded_format(location: Location) -> str | None:
-    """Format recorded in the root at a location; None without one."""
-    return recorded_folder_format(location) if isinstance(location, Path) else _root_of(location).get("format")
-
-
-def _root_of(location: S3Location) -> dict[str, Any]:
-    """Root attributes of a Zarr store; their format is `DAMAGED` if unreadable."""
-    try:
-        attributes = from_json((location / "zarr.json").read_bytes().decode())["attributes"]
-        return attributes if isinstance(attributes, dict) else {"format": DAMAGED}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError):
-        return {"format": DAMAGED}
-
-
-def _beside(location: S3Location) -> S3Location:
-    return location.with_name(building_path(Path(location.name)).name)
-
-
-def _at_work(location: S3Location) -> PtychodaskError:
-    resuming = "continue with resume=True (--resume), or " if is_resumable(location) else ""
-    return PtychodaskError(
-        f"{location}: another run is writing it, or was killed ({_beside(location) / CLAIM} exists); wait for it, or, "
-        f"if no run is at work, {resuming}start again with overwrite=True (--overwrite)"
-    )
+        yield building
+        building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
 from multiprocessing import parent_process
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -20,14 +17,12 @@ from uuid import uuid4
 from zarr.storage import ObjectStore
 
 from ptychodask.errors import PtychodaskError
+from ptychodask.storage.objects import CLAIM, ObjectLocation
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
-
-
-SCHEME = "s3:"
 
 
 RETRY_S = 150
@@ -50,10 +45,6 @@ REQUEST_S = 60
 
 CONNECT_S = 10
 """Time limit of one attempt to connect, seconds."""
-
-
-CLAIM = "claim"
-"""Object beside an unfinished store; its content is a random text that only its writer knows."""
 
 
 CAUSES = {
@@ -104,11 +95,8 @@ class _Settings(NamedTuple):
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
-@dataclass(frozen=True)
-class S3Location:
-    """Object or prefix in a bucket, with methods of `pathlib.Path`.
-
-    It contains no credentials: each process that receives it uses those of its environment.
+class S3Location(ObjectLocation):
+    """Object or prefix in a bucket of S3.
 
     Examples
     --------
@@ -117,48 +105,9 @@ class S3Location:
     ('s3://beamline/2026/scan.zarr/zarr.json', 'scan.zarr', 's3://beamline/2026')
     """
 
-    bucket: str
+    scheme = "s3"
 
-    key: str
-    """Names joined by slashes, without one at either end."""
-
-    def __str__(self) -> str:
-        return f"{SCHEME}//{self.bucket}/{self.key}".rstrip("/")
-
-    def __truediv__(self, name: str) -> S3Location:
-        return S3Location(self.bucket, f"{self.key}/{name}".strip("/"))
-
-    @property
-    def name(self) -> str:
-        return self.key.rpartition("/")[2]
-
-    @property
-    def stem(self) -> str:
-        return PurePosixPath(self.key).stem
-
-    @property
-    def suffix(self) -> str:
-        return PurePosixPath(self.key).suffix
-
-    @property
-    def parent(self) -> S3Location:
-        return S3Location(self.bucket, self.key.rpartition("/")[0])
-
-    def with_name(self, name: str) -> S3Location:
-        return self.parent / name
-
-    def resolve(self) -> S3Location:
-        return self
-
-    def exists(self) -> bool:
-        """True if there is an object of this name or below it."""
-        return self._is_object() or self.is_dir()
-
-    def is_dir(self) -> bool:
-        """True if there is any object below this name."""
-        return next(self.below(), None) is not None
-
-    def _is_object(self) -> bool:
+    def is_object(self) -> bool:
         with s3_errors(self):
             try:
                 _bucket(self).head(self.key)
@@ -167,31 +116,25 @@ class S3Location:
         return True
 
     def below(self) -> Iterator[tuple[S3Location, int]]:
-        """Objects below this name, each with its size in bytes."""
         with s3_errors(self):
             for batch in _bucket(self).list(prefix=self.key or None):
                 for entry in batch:
                     yield S3Location(self.bucket, entry["path"]), int(entry["size"])
 
     def read_bytes(self) -> bytes:
-        """Content of an object; raises `FileNotFoundError` if there is none."""
         with s3_errors(self):
             return bytes(_bucket(self).get(self.key).bytes())
 
-    def write_bytes(self, content: bytes) -> None:
-        """Create or replace an object; it appears only when complete."""
+    def write_bytes(self, data: Any, /) -> None:
         with s3_errors(self):
-            _bucket(self).put(self.key, content)
+            _bucket(self).put(self.key, data)
 
     def create(self, content: bytes) -> bool:
-        """Create an object; False if one exists already.
-
-        A conditional put (``If-None-Match: *``): of several writers, exactly one succeeds.
-        """
         from obstore.exceptions import AlreadyExistsError
 
         with s3_errors(self):
             try:
+                # A conditional put (If-None-Match: *): of several writers, exactly one succeeds.
                 _bucket(self).put(self.key, content, mode="create")
             except AlreadyExistsError:
                 # If the answer to a put was lost, its second attempt finds the object of the first.
@@ -200,24 +143,14 @@ class S3Location:
                 return False
         return True
 
-    def unlink(self, *, missing_ok: bool = False) -> None:
-        """Remove an object; raises `FileNotFoundError` if there is none, unless `missing_ok`."""
-        # S3 answers the delete of a missing object as that of an existing one; only a head request
-        # shows the difference.
-        if not missing_ok and not self._is_object():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+    def delete(self, keys: list[str]) -> None:
         with s3_errors(self), suppress(FileNotFoundError):
-            _bucket(self).delete(self.key)
-
-    def remove(self) -> None:
-        """Remove all objects below this name."""
-        # Removal is not atomic, and Zarr reads a missing chunk as fill values. Without its root, the rest is no store
-        # to any reader, however far the removal got.
-        (self / "zarr.json").unlink(missing_ok=True)
-        keys = [location.key for location, _ in self.below()]
-        with s3_errors(self):
+            # A server takes an empty list for a malformed request.
             if keys:
-                _bucket(self).delete(keys)
+                _bucket(self).delete(keys[0] if len(keys) == 1 else keys)
+
+    def zarr_store(self, *, read_only: bool = False) -> S3ZarrStore:
+        return S3ZarrStore(self, read_only=read_only)
 
 
 @contextmanager

@@ -7,19 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from operator import floordiv
-from pathlib import Path
 from typing import Any
 
 import zarr
 from zarr.errors import ZarrUserWarning
 
 from ptychodask.errors import PtychodaskError, in_brief
-from ptychodask.storage.atomic import (
-    StoreKind,
-    building_path,
-    replaced_path,
-)
-from ptychodask.storage.location import Location, location_of, stored_sizes, zarr_store
+from ptychodask.storage.atomic import StoreKind
+from ptychodask.storage.location import Location, LocationLike, location_of
 
 CODECS = {"blosc", "bytes", "crc32c", "gzip", "sharding_indexed", "transpose", "zstd"}
 """Codecs that may run: they decode bytes to numbers, and do nothing else."""
@@ -52,7 +47,7 @@ DAMAGE: tuple[type[Exception], ...] = (
 
 
 @contextmanager
-def damage_errors(label: str | Location, problem: str, remedy: str) -> Iterator[None]:
+def damage_errors(label: LocationLike, problem: str, remedy: str) -> Iterator[None]:
     """Raise exceptions from damaged files in a block as one-line `PtychodaskError`.
 
     Parameters
@@ -76,17 +71,17 @@ def consolidate(path: Location) -> zarr.Group:
 
     Parameters
     ----------
-    path : Path or S3Location
+    path : Location
     """
     # Readers take all metadata from the consolidated copy in the root, one request for the complete store. After any
     # change that copy is stale, and an array or table that it does not list does not exist for them.
     with warnings.catch_warnings():
         # zarr warns that format 3 has not standardised them.
         warnings.simplefilter("ignore", ZarrUserWarning)
-        return zarr.consolidate_metadata(zarr_store(path), zarr_format=3)
+        return zarr.consolidate_metadata(path.zarr_store(), zarr_format=3)
 
 
-def check_codecs(array: zarr.Array, label: str | Location, remedy: str) -> None:
+def check_codecs(array: zarr.Array, label: LocationLike, remedy: str) -> None:
     """Raise `PtychodaskError` unless an array contains numbers in known codecs.
 
     Parameters
@@ -117,7 +112,7 @@ def check_codecs(array: zarr.Array, label: str | Location, remedy: str) -> None:
         raise PtychodaskError(f"{name} has shape {array.shape} in chunks of {array.chunks}; {remedy}")
 
 
-def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, label: str | Location, remedy: str) -> None:
+def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, label: LocationLike, remedy: str) -> None:
     """Raise `PtychodaskError` if arrays claim more than their files can contain.
 
     Parameters
@@ -132,7 +127,7 @@ def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, label: str | 
     """
     if claimed_bytes <= SMALL_BYTES:
         return
-    sizes = (size for array in arrays for size in stored_sizes(location_of(array.store) / array.path))
+    sizes = (size for array in arrays for _, size in (location_of(array.store) / array.path).below())
     # Lazily: the files of a large store are too many to list, and the first few are mostly enough.
     if all(total < claimed_bytes // PACKED_AT_MOST for total in accumulate(sizes)):
         listed = ", ".join(f"'{array.path}' of shape {array.shape} in chunks of {array.chunks}" for array in arrays)
@@ -158,22 +153,13 @@ def open_root(path: Location, kind: StoreKind, mode: str = "r") -> zarr.Group:
     make = f"make one with 'ptychodask {kind.maker}'"
     again = f"{kind.maker} again with overwrite=True (--overwrite)"
     if not path.exists():
-        if isinstance(path, Path) and replaced_path(path).exists():
-            raise PtychodaskError(
-                f"{path}: its writer is at work, or was stopped, while it replaced the {kind.noun}; the previous one "
-                f"is {replaced_path(path)}: wait for the writer, or rename that folder to {path.name}"
-            )
-        if isinstance(path, Path) and building_path(path).exists():
-            raise PtychodaskError(
-                f"{path}: the {kind.noun} is unfinished: its writer is still at work, or was stopped "
-                f"({building_path(path)}); wait for it, or {again}"
-            )
-        raise PtychodaskError(f"{path}: no such {kind.noun}; {make}")
+        raise PtychodaskError(f"{path}: {path.unfinished(kind.noun, again) or f'no such {kind.noun}; {make}'}")
     if not path.is_dir():
         raise PtychodaskError(f"{path}: is a file, expected a {kind.noun} (a folder); {make}")
     with damage_errors(path, "is not a Zarr format 3 store", make):
         # Absolute, so that a store stays readable when the process changes its folder.
-        root = zarr.open_group(zarr_store(path.resolve(), read_only=mode == "r"), mode=mode, zarr_format=3)  # type: ignore[arg-type]
+        store = path.resolve().zarr_store(read_only=mode == "r")
+        root = zarr.open_group(store, mode=mode, zarr_format=3)  # type: ignore[arg-type]
         attributes = dict(root.attrs)
     if attributes.get("format") != kind.name:
         raise PtychodaskError(

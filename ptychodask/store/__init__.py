@@ -26,7 +26,7 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, group_positions
 from ptychodask.scan import PatternSource, Scan, Truth
 from ptychodask.storage.atomic import StoreKind
-from ptychodask.storage.location import Location, parse_location
+from ptychodask.storage.location import LocationLike, parse_location
 from ptychodask.storage.zarr_checks import check_codecs, check_stored, damage_errors, open_root
 
 FORMAT = "ptychodask-scan"
@@ -236,7 +236,7 @@ class StoredScan:
     later are seen too, without the groups of later segments.
     """
 
-    def __init__(self, store: str | Location) -> None:
+    def __init__(self, store: LocationLike) -> None:
         self.label = str(store)
         """The store as it was named, for messages."""
         location = parse_location(store)
@@ -523,7 +523,7 @@ class StoredScan:
         return _read_rows(array, self.label, ...)
 
 
-def open_scan(store: str | Location) -> Scan:
+def open_scan(store: LocationLike) -> Scan:
     """Open a stored scan; patterns and labels stay on disk.
 
     Parameters

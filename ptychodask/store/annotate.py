@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.scan import Scan
-from ptychodask.storage.location import Location, parse_location
-from ptychodask.storage.s3 import S3Location
+from ptychodask.storage.location import LocationLike, parse_location
 from ptychodask.storage.zarr_checks import consolidate, open_root
 from ptychodask.store import SCAN, _array, hash_with_probe, open_scan
 from ptychodask.store.write import changing_root
@@ -28,7 +27,7 @@ def check_probe_is_free(scan: Scan) -> None:
         )
 
 
-def replace_probe(store: str | Location, probe: NDArray[np.complex64], record: dict[str, Any]) -> Scan:
+def replace_probe(store: LocationLike, probe: NDArray[np.complex64], record: dict[str, Any]) -> Scan:
     """Replace the probe of a store; `probe_initial` and the patterns stay.
 
     Parameters
@@ -72,7 +71,7 @@ def replace_probe(store: str | Location, probe: NDArray[np.complex64], record: d
     return open_scan(path)
 
 
-def record_model(store: str | Location, *, kind: str, path: str | Path, content_hash: str) -> None:
+def record_model(store: LocationLike, *, kind: str, path: str | Path, content_hash: str) -> None:
     """Record a trained model in a store as its latest of `kind`.
 
     Parameters
@@ -88,10 +87,11 @@ def record_model(store: str | Location, *, kind: str, path: str | Path, content_
     """
     location, bundle = parse_location(store), Path(path).resolve()
     root = open_root(location, SCAN, "r+")
-    recorded = str(bundle) if isinstance(location, S3Location) else os.path.relpath(bundle, location.resolve().parent)
+    folder = location.local_path
+    recorded = str(bundle) if folder is None else os.path.relpath(bundle, folder.resolve().parent)
     model = {"kind": kind, "path": recorded, "hash": content_hash, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    if isinstance(location, Path) and root.attrs["state"] == "growing":
-        with changing_root(location) as metadata:
+    if folder is not None and root.attrs["state"] == "growing":
+        with changing_root(folder) as metadata:
             metadata["attributes"].setdefault("models", []).append(model)
         return
     root.attrs["models"] = [*root.attrs.get("models", []), model]  # type: ignore[misc]

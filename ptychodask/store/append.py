@@ -20,7 +20,7 @@ from ptychodask.grouping import GroupingSpec
 from ptychodask.progress import progress_bar
 from ptychodask.scan import PatternSource, Scan, check_positions
 from ptychodask.storage.atomic import folder_lock
-from ptychodask.storage.location import on_disk
+from ptychodask.storage.location import LocalLocation, on_disk
 from ptychodask.storage.zarr_checks import open_root
 from ptychodask.store import INGEST_AGAIN, SCAN, data_hash, open_scan, segment_groups
 from ptychodask.store.write import (
@@ -92,6 +92,7 @@ def append_segment(
         _check_fits(scan, diffraction, flux, label)
         n_new, n_pixels = diffraction.shape[:2]
         check_positions(position_yx_px, n_new, str(path))
+        # Sorted within the segment only: rows that readers have must keep their indices, which group tables refer to.
         order = storage_order(position_yx_px, chunk_patterns(n_pixels, diffraction.dtype.itemsize))
         position = np.ascontiguousarray(position_yx_px[order], np.float64)
         rows = np.arange(n_new) if source_index is None else np.asarray(source_index, np.int64)
@@ -105,6 +106,8 @@ def append_segment(
         if flux is not None:
             columns["flux"] = relative_to_mean(flux, str(path), _mean_flux(scan))[order]
         arrays = _arrays(path)
+        # From the number of patterns that readers know, not from the length on disk: rows that a stopped writer left
+        # beyond it are overwritten.
         _resize(arrays, scan.n_patterns + n_new)
         for name, values in columns.items():
             arrays[name][scan.n_patterns :] = values
@@ -122,6 +125,7 @@ def append_segment(
                 bar,
                 str(path),
             )
+        # Last: until the root is replaced no reader knows of the new rows, so a failure above leaves the scan as is.
         _publish(path, scan, position, columns["scan_index"], diffraction_hash, provenance)
     logger.info("%s: appended %d patterns to %d", path, n_new, scan.n_patterns)
     return open_scan(path)
@@ -168,7 +172,7 @@ def finish_scan(store: str | Path) -> Scan:
 
 
 @contextmanager
-def _appending(path: Path) -> Iterator[None]:
+def _appending(path: LocalLocation) -> Iterator[None]:
     """Lock a growing store for appending; disk errors become `PtychodaskError`."""
     state = open_root(path, SCAN).attrs["state"]
     if state != "growing":
@@ -218,7 +222,7 @@ def _presence(values: Any) -> str:
     return "none" if values is None else "some"
 
 
-def _arrays(path: Path) -> dict[str, zarr.Array]:
+def _arrays(path: LocalLocation) -> dict[str, zarr.Array]:
     """Arrays of patterns, with their shapes on disk."""
     # Not those of the consolidated metadata, which end before the rows that are being written or that a stopped writer
     # left.
@@ -233,7 +237,7 @@ def _resize(arrays: dict[str, zarr.Array], n_patterns: int) -> None:
 
 
 def _publish(
-    path: Path,
+    path: LocalLocation,
     scan: Scan,
     position_yx_px: NDArray[np.float64],
     scan_index: NDArray[np.int64],
@@ -253,6 +257,7 @@ def _publish(
                 **({"provenance": provenance} if provenance else {}),
             },
         ]
+        # Of the segments' hashes: reading all earlier patterns again would make each segment cost more than the last.
         digest = hashlib.sha256("".join(segment["diffraction_hash"] for segment in segments).encode())
         attributes["diffraction_hash"] = digest.hexdigest()
         position = np.concatenate([scan.position_yx_px, position_yx_px])
@@ -267,7 +272,7 @@ def _publish(
 
 
 def _extend_groups(
-    path: Path,
+    path: LocalLocation,
     root: dict[str, Any],
     position_yx_px: NDArray[np.float64],
     scan_index: NDArray[np.int64] | None,
@@ -296,7 +301,7 @@ def _tables(root: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return tables
 
 
-def _resized_table(path: Path, table: str, segments: list[int]) -> zarr.Array:
+def _resized_table(path: LocalLocation, table: str, segments: list[int]) -> zarr.Array:
     """Resize a group table to its segments; returns its array."""
     zarr.open_group(path / table, mode="r+", zarr_format=3).attrs["segment_groups"] = segments
     member = zarr.open_array(path / table / "member", mode="r+", zarr_format=3)

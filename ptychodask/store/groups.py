@@ -8,7 +8,7 @@ import numpy as np
 import zarr
 
 from ptychodask.grouping import GroupingSpec, Groups
-from ptychodask.storage.location import Location, on_disk, parse_location, zarr_store
+from ptychodask.storage.location import LocationLike, on_disk, parse_location
 from ptychodask.storage.zarr_checks import consolidate
 from ptychodask.store import GroupTable, StoredScan
 from ptychodask.store.write import _write_array, changing_root, update_node
@@ -16,7 +16,7 @@ from ptychodask.store.write import _write_array, changing_root, update_node
 logger = logging.getLogger(__name__)
 
 
-def group(store: str | Location, spec: GroupingSpec = GroupingSpec(), *, name: str | None = None) -> Groups:
+def group(store: LocationLike, spec: GroupingSpec = GroupingSpec(), *, name: str | None = None) -> Groups:
     """Stored group table of a scan, drawn and stored if missing.
 
     Parameters
@@ -66,7 +66,7 @@ def _write_table(stored: StoredScan, spec: GroupingSpec, name: str) -> GroupTabl
     tables = stored.draw(spec)
     groups, segments = Groups(np.concatenate(tables), spec, name), [len(part) for part in tables]
     # A killed run may have left a table that the consolidated metadata do not list: it is overwritten.
-    root = zarr.open_group(zarr_store(parse_location(stored.path)), mode="r+", zarr_format=3, use_consolidated=False)
+    root = zarr.open_group(parse_location(stored.path).zarr_store(), mode="r+", zarr_format=3, use_consolidated=False)
     table = root.require_group("groups").create_group(name, overwrite=True)
     is_growing = stored.attributes["state"] == "growing"
     member = _write_array(table, "member", groups.member, ("group", "channel"), is_growing)

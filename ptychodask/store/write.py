@@ -31,11 +31,10 @@ from ptychodask.scan import (
 )
 from ptychodask.storage.atomic import (
     atomic_file,
-    atomic_store,
     folder_lock,
     read_json,
 )
-from ptychodask.storage.location import Location, parse_location, zarr_store
+from ptychodask.storage.location import LocationLike, parse_location
 from ptychodask.storage.zarr_checks import consolidate
 from ptychodask.store import FORMAT, FORMAT_VERSION, SCAN, TABLE_ROWS, data_hash, open_scan
 
@@ -100,7 +99,7 @@ def _chunks_read(curve: NDArray[np.int64], row: NDArray[np.int64], patterns_per_
 
 
 def write_scan(
-    store: str | Location,
+    store: LocationLike,
     *,
     diffraction: PatternSource,
     position_yx_px: NDArray[np.float64],
@@ -181,8 +180,8 @@ def write_scan(
     source_rows = np.arange(n_patterns) if source_index is None else np.asarray(source_index, np.int64)
     relative_flux = None if flux is None else relative_to_mean(flux, store_name)
     optics = {"pixel_size_m": pixel_size_m, "energy_ev": energy_ev, "distance_m": distance_m}
-    with atomic_store(path, overwrite=overwrite, kind=SCAN) as writing:
-        root = zarr.create_group(zarr_store(writing.whole), zarr_format=3)
+    with path.atomic_store(overwrite=overwrite, kind=SCAN) as writing:
+        root = zarr.create_group(writing.whole.zarr_store(), zarr_format=3)
         # First, so that readers and later writers recognise an unfinished store, in a bucket or after a kill, as a
         # scan.
         root.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "state": "writing"})

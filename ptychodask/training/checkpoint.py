@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.io.npy_stream import read_npz
-from ptychodask.storage.atomic import from_json, read_json
+from ptychodask.storage.atomic import from_json, read_json, renamed_file
+from ptychodask.storage.records import differences, plain
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Checkpoint:
 
     def __init__(self, out: Path, identity: dict[str, dict[str, Any]]) -> None:
         self.folder = out.with_name(f".{out.name}.training")
-        self._identity = json.loads(json.dumps(identity))
+        self._identity = plain(identity)
 
     def begin(self, *, resume: bool, overwrite: bool) -> Snapshot | None:
         """Snapshot to resume from, or None to start at the first epoch.
@@ -105,11 +105,11 @@ class Checkpoint:
         try:
             if not self.folder.exists():
                 self.folder.mkdir()
-                _write_atomic(self.folder / "training.json", json.dumps(self._identity, indent=2).encode())
+                with renamed_file(self.folder / "training.json") as building:
+                    building.write_text(json.dumps(self._identity, indent=2))
             self._write_log(snapshot.state["log"])
-            temporary = self.folder / "state.writing.npz"
-            np.savez(temporary, **arrays)
-            os.replace(temporary, self.folder / "state.npz")
+            with renamed_file(self.folder / "state.npz") as building:
+                np.savez(building, **arrays)
         except OSError as error:
             raise PtychodaskError(
                 f"{self.folder}: cannot be written ({error.strerror or error}); the previous epoch is kept: free space "
@@ -121,24 +121,22 @@ class Checkpoint:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _write_log(self, log: list[dict[str, float]]) -> None:
-        temporary = self.folder / "log.writing.csv"
-        with temporary.open("w", newline="") as file:
+        with renamed_file(self.folder / "log.csv") as building, building.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(log[0]))
             writer.writeheader()
             writer.writerows(log)
-        os.replace(temporary, self.folder / "log.csv")
 
     def _check_identity(self) -> None:
         path = self.folder / "training.json"
         if not path.is_file():
             return
         try:
-            differences = _differences(read_json(path), self._identity)
-        except (OSError, ValueError, AttributeError) as error:
+            changed = differences(read_json(path), self._identity)
+        except (OSError, ValueError) as error:
             raise self._damaged(path, error) from error
-        if differences:
+        if changed:
             raise PtychodaskError(
-                f"{self.folder}: is the checkpoint of another training ({'; '.join(differences)}); pass the same "
+                f"{self.folder}: is the checkpoint of another training ({'; '.join(changed)}); pass the same "
                 "settings, or overwrite=True (--overwrite) without resume to start again, or another out="
             )
 
@@ -161,24 +159,3 @@ class Checkpoint:
         return PtychodaskError(
             f"{path}: cannot be read ({error}); pass overwrite=True (--overwrite) without resume to start again"
         )
-
-
-def _write_atomic(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.writing")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def _differences(recorded: dict[str, dict[str, Any]], requested: dict[str, dict[str, Any]]) -> list[str]:
-    """Texts such as "epochs was 10, requested 20"."""
-    return [
-        f"{name} was {_brief(recorded.get(section, {}).get(name))}, requested {_brief(value)}"
-        for section, values in requested.items()
-        for name, value in values.items()
-        if recorded.get(section, {}).get(name) != value
-    ]
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value) if isinstance(value, list) else str(value)
-    return text if len(text) <= 24 else f"{text[:20]}..."

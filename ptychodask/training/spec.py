@@ -12,6 +12,7 @@ from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.grouping import GroupingSpec
 from ptychodask.models import ModelSpec
 from ptychodask.models.spec import Kind, Precision
+from ptychodask.options import option
 
 Loss = Literal["amplitude", "mae", "poisson", "staged"]
 Schedule = Literal["cosine", "constant", "plateau"]
@@ -25,95 +26,99 @@ REFERENCE_STEP = 16
 class TrainingSpec:
     """Settings of a training."""
 
-    model: Kind = "pinn"
+    model: Kind = option("pinn", help="Network to train.")
     """`pinn` (needs only patterns) or `baseline` (needs the truth or labels)."""
 
-    members: int | None = None
+    members: int | None = option(None, help="Patterns in one group.")
     """Patterns in one group, C; by default 4 for the PINN, always 1 for the baseline."""
 
-    neighbours: int = GroupingSpec.neighbours
+    neighbours: int = option(GroupingSpec.neighbours, help="Number of nearest positions from which members are drawn.")
     """Nearest positions that members are drawn from, K."""
 
-    oversampling: int = GroupingSpec.oversampling
+    oversampling: int = option(GroupingSpec.oversampling, help="Number of groups drawn for each pattern.")
     """Training groups seeded by each pattern."""
 
-    n_filters_scale: int = ModelSpec.n_filters_scale
+    n_filters_scale: int = option(
+        ModelSpec.n_filters_scale, help="Width of the network: multiplies its number of filters."
+    )
     """Width of the network."""
 
-    levels: int = ModelSpec.levels
+    levels: int = option(ModelSpec.levels, help="Number of downsampling steps of the U-Net.")
     """Number of times the U-Net halves the resolution."""
 
-    projections_before: int = ModelSpec.projections_before
+    projections_before: int = option(ModelSpec.projections_before, help="Data-consistency steps before the U-Net.")
     """Data-consistency steps before the U-Net."""
 
-    projections_after: int = ModelSpec.projections_after
+    projections_after: int = option(ModelSpec.projections_after, help="Data-consistency steps after the U-Net.")
     """Data-consistency steps after the U-Net."""
 
-    momentum: float = ModelSpec.momentum
+    momentum: float = option(ModelSpec.momentum, help="Momentum of the data-consistency steps, 0 to 1 (default 0.8).")
     """Momentum of the data-consistency steps before the U-Net, 0 to less than 1."""
 
-    attention: bool = ModelSpec.attention
+    attention: bool = option(ModelSpec.attention, help="Add self-attention at the bottom of the U-Net.")
     """Self-attention at the bottom of the U-Net."""
 
-    epochs: int = 50
+    epochs: int = option(50, help="Largest number of epochs.")
     """Maximum number of passes over the training groups."""
 
-    max_minutes: float | None = None
+    max_minutes: float | None = option(None, help="Stop after this many minutes.")
     """Time limit, after which only the held-out loss is computed; the learning rate then decreases with time."""
 
-    patience: int | None = None
+    patience: int | None = option(None, help="Stop after this many epochs without a lower held-out loss.")
     """Stop after this many epochs without a lower held-out loss (a staged loss then continues with its next stage)."""
 
-    batch_size: int = 16
+    batch_size: int = option(16, help="Groups in one batch.")
     """Groups in one batch."""
 
-    accumulation: int = 1
+    accumulation: int = option(1, help="Number of batches whose gradients are averaged into one step.")
     """Batches whose gradients are averaged into one step."""
 
-    devices: int = 1
+    devices: int = option(1, help="Number of devices that share each batch.")
     """Devices that share each batch; more than one needs TensorFlow (MirroredStrategy) or JAX (keras.distribution)."""
 
-    precision: Precision = "float32"
+    precision: Precision = option("float32", help="Precision of the convolutions: float32, or mixed (bfloat16).")
     """Precision of the U-Net's convolutions: `float32`, or `mixed` (bfloat16); physics and weights are float32."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = option(1e-3, help="Initial learning rate.")
     """Initial learning rate of Adam."""
 
-    scale_learning_rate: bool = False
+    scale_learning_rate: bool = option(False, help="Multiply the learning rate by (groups per step) / 16.")
     """Multiply the rate by groups per step / 16."""
 
-    schedule: Schedule = "cosine"
+    schedule: Schedule = option("cosine", help="Learning-rate schedule: cosine, constant or plateau.")
     """`cosine`: the rate decreases to zero along a half cosine; `constant`; `plateau`: it halves when the held-out loss
     stops decreasing."""
 
-    loss: Loss | None = None
+    loss: Loss | None = option(None, help="Loss function: amplitude, mae, poisson or staged.")
     """`amplitude`, `mae` (of the amplitude), `poisson` or `staged` (amplitude, then Poisson); by default staged for
     counts, amplitude for amplitudes, whose photon number is unknown."""
 
-    tv: float = 0.0
+    tv: float = option(0.0, help="Weight of the total variation of the patches.")
     """Weight of the patches' total variation over illuminated pixels, per pixel, relative to the flat object."""
 
-    real_space: float = 0.0
+    real_space: float = option(0.0, help="Weight of the mismatch between overlapping patches of a group.")
     """Weight of the mean squared difference between members' patches and the group's merged patch."""
 
-    probe_rate: float = 0.0
+    probe_rate: float = option(0.0, help="Also fit the probe, at this multiple of the learning rate; 0 keeps it fixed.")
     """Fit the probe too: step size relative to the rate of the weights and to the root mean square of each mode over
     illuminated pixels; 0 keeps the stored probe. PINN only; 3 to 10 suit the default rate."""
 
-    freeze_encoder: bool = False
+    freeze_encoder: bool = option(False, help="Freeze the U-Net's encoder at the initial weights.")
     """Keep the weights of the U-Net's encoder and bottleneck from `initial`."""
 
-    validation: Validation = "random"
+    validation: Validation = option(
+        "random", help="Held-out patterns: random, or on one side of the scan (left, right, top, bottom)."
+    )
     """Held-out patterns: drawn at random (each validated in a group with its neighbours), or those on one side of the
     scan, with a gap so that no illumination is shared."""
 
-    validation_fraction: float = 0.1
+    validation_fraction: float = option(0.1, help="Fraction of the patterns held out.")
     """Share of the patterns that is held out."""
 
-    exclude: Sequence[int] = ()
+    exclude: Sequence[int] = option((), help="Pattern indices to exclude from training and validation.")
     """Patterns (indices in the store) used in neither training nor validation."""
 
-    seed: int = 0
+    seed: int = option(0, help="Random seed of split, groups, weights and order.")
     """Seed of the split, the groups, the weights and the order of the steps."""
 
     def __post_init__(self) -> None:

@@ -24,11 +24,11 @@ from ptychodask.models.networks import (
 )
 from ptychodask.models.spec import Kind
 from ptychodask.models.training_range import ranges_of
+from ptychodask.options import takes_fields
 from ptychodask.progress import progress_bar
 from ptychodask.scan import Scan
 from ptychodask.storage.atomic import check_vacant_folder
 from ptychodask.storage.location import on_disk, parse_location
-from ptychodask.storage.s3 import S3Location
 from ptychodask.store import hash_with_probe, open_scan
 from ptychodask.store.annotate import check_probe_is_free, record_model
 from ptychodask.training.batches import BUFFER_BYTES, GroupStream, MixedStream
@@ -198,6 +198,7 @@ def _for_devices(loss: Loss, devices: int) -> Loss:
     return lambda target, prediction: keras.ops.reshape(loss(target, prediction), (1,))
 
 
+@takes_fields(TrainingSpec)
 def train(
     store: str | Path | Sequence[str | Path],
     spec: TrainingSpec | None = None,
@@ -408,9 +409,9 @@ def default_model_path(store: str | Path, kind: Kind) -> Path:
     >>> default_model_path("data/scan.zarr", "pinn").as_posix()
     'data/scan.pinn.model'
     """
-    path = parse_location(store)
-    if isinstance(path, S3Location):
-        raise PtychodaskError(f"{path}: a model cannot be written to an object store; pass a local out= (--out)")
+    path = parse_location(store).local_path
+    if path is None:
+        raise PtychodaskError(f"{store}: a model cannot be written to an object store; pass a local out= (--out)")
     return path.with_name(f"{path.name.removesuffix('.zarr')}.{kind}.model")
 
 

@@ -49,6 +49,7 @@ from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.reconstruction.patch_cache import StoredPatches, check_patches
 from ptychodask.result import open_result
+from ptychodask.storage.location import parse_location
 from ptychodask.store import StoredScan, open_scan
 from ptychodask.study import read_study
 from ptychodask.training.checkpoint import Checkpoint, Snapshot
@@ -236,7 +237,7 @@ def make_ptychopinn(folder: Path) -> None:
 
 
 def make_ledger(folder: Path) -> None:
-    ledger = Ledger(folder, {"spec": {"tile": 16}, "plan": {"n_chunks": 3}})
+    ledger = Ledger(parse_location(folder), {"spec": {"tile": 16}, "plan": {"n_chunks": 3}})
     for index in range(3):
         ledger.add("chunk", index, {"seconds": {"read": 0.1}, "skipped": [], "checksums": [1, 2], "worker": "w"})
     ledger.add("tile", 0, {"seconds": {}, "checksum": 3})
@@ -318,7 +319,7 @@ def read_checkpoint(folder: Path) -> None:
 
 
 def read_ledger(folder: Path) -> None:
-    Ledger(folder, {"spec": {"tile": 16}, "plan": {"n_chunks": 3}}).read()
+    Ledger(parse_location(folder), {"spec": {"tile": 16}, "plan": {"n_chunks": 3}}).read()
 
 
 KINDS: dict[str, Kind] = {

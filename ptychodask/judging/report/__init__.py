@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ptychodask.judging.compare import results_by_label
 from ptychodask.judging.report.content import _collect, check_report_path
 from ptychodask.judging.report.page import _page
 from ptychodask.scan import Scan, Truth
+from ptychodask.storage.atomic import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +66,7 @@ def write_report(
     opened = results_by_label([(label, result), *others])
     store = None if isinstance(result, xr.Dataset) else Path(result).name.removesuffix(".zarr")
     content = _collect(label or store or next(iter(opened)), opened, scan, truth, progress)
-    building = path.with_name(f".{path.name}.writing")
-    try:
+    with atomic_file(path, overwrite=True) as building:
         building.write_text(_page(content), encoding="utf-8")
-        os.replace(building, path)
-    finally:
-        building.unlink(missing_ok=True)
     logger.info("%s: %d kB", path, path.stat().st_size // 1000)
     return path

@@ -36,7 +36,7 @@ def methods_text(content: Content) -> list[str]:
     attributes = content.result.attrs
     paragraphs = [
         [*_measured(content.scan), *_probe(content.scan)],
-        [*_network(attributes, content.training), *_stitched(attributes, content.result), *_polished(attributes)],
+        [*_network(attributes, content.training), *_stitched(attributes, content.result), *_refined(attributes)],
         [*_explained(content), *_compared(content)],
         _unknown(content),
     ]
@@ -144,6 +144,17 @@ def _stitched(attributes: Mapping[str, Any], result: xr.Dataset) -> list[str]:
         f"The central region of each predicted patch ({crop} pixels across), weighted by the window “{window}”, was "
         f"averaged with the others at the measured positions to form an object of {height} × {width} pixels.",
     ]
+
+
+def _refined(attributes: Mapping[str, Any]) -> list[str]:
+    kept, n_nodes, n_patterns = (
+        recorded(attributes, "refinement", "slow_phase", name) for name in ("kept", "n_nodes", "n_patterns")
+    )
+    slow_phase = (
+        f"The slowly varying part of its phase was corrected by a least-squares fit of {n_nodes} coefficients to "
+        f"{n_patterns} patterns."
+    )
+    return [*([slow_phase] if kept is True else []), *_polished(attributes)]
 
 
 def _polished(attributes: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from ptychodask.html import Markup, tag
 from ptychodask.judging.compare import other_data
+from ptychodask.judging.metrics import METRICS
 from ptychodask.judging.plotting import (
     plot,
     plot_comparison,
@@ -42,21 +43,6 @@ RESOLUTION_WINDOW_PX = 64
 
 LONGEST_LIST = 20
 """Maximum entries of a recorded list that are written out."""
-
-
-METRIC_NAMES = {
-    "correlation": "correlation (Pearson)",
-    "ratio": "ratio of mean amplitudes",
-    "mae": "mean absolute error",
-    "mse": "mean squared error",
-    "psnr": "PSNR (dB)",
-    "ssim": "SSIM",
-    "ms_ssim": "MS-SSIM",
-    "frc50": "FRC crosses 1/2 (cycles per pixel)",
-    "frc_half_bit": "FRC crosses the half-bit curve (cycles per pixel)",
-    "frc_1_7": "FRC crosses 1/7 (cycles per pixel)",
-}
-"""Display names of metrics; others keep their name."""
 
 
 def _page(content: Content) -> str:
@@ -163,7 +149,7 @@ def _comparison(content: Content) -> list[Markup]:
     methods = [str(method) for method in table["method"].values]
     rows = [
         [
-            f"{part}: {METRIC_NAMES.get(str(metric), str(metric))}",
+            f"{part}: {METRICS[str(metric)].title}",
             *map(number, table["value"].loc[:, part, metric].values),
         ]
         for part in table["part"].values
