@@ -196,8 +196,8 @@ def test_nodes_that_hardly_meet_a_pattern_hold_none_of_its_light(scan_of):
     block = normal_equations(scan.truth.object, corner_of(scan), scan, nodes, np.array([60])).blocks[0]
     total = (np.abs(scan.probe) ** 2).sum()
     # Shares are read at the next whole pixel, half a pixel away at most.
-    assert block.light_sum[block.light_sum > 0].min() > 0.3 * slow_phase.MET_SHARE * total
-    assert block.light_sum.sum() == pytest.approx(total, rel=0.02)
+    assert block.illumination_sum[block.illumination_sum > 0].min() > 0.3 * slow_phase.MET_SHARE * total
+    assert block.illumination_sum.sum() == pytest.approx(total, rel=0.02)
 
 
 def parts_of(scan, n_parts=5):
@@ -279,8 +279,8 @@ def test_the_mean_weighted_by_light_is_zero(scan_of):
     scan = scan_of("structured")
     nodes, parts = parts_of(scan)
     coefficients = solve(merge(*parts), nodes)
-    light_sum = slow_phase._add_blocks(merge(*parts), nodes)[2].reshape(nodes.shape)
-    assert abs((light_sum * coefficients).sum()) < 1e-9 * (light_sum * np.abs(coefficients)).sum()
+    illumination_sum = slow_phase._add_blocks(merge(*parts), nodes)[2].reshape(nodes.shape)
+    assert abs((illumination_sum * coefficients).sum()) < 1e-9 * (illumination_sum * np.abs(coefficients)).sum()
 
 
 def test_nodes_without_light_follow_their_neighbours(scan_of):
@@ -312,14 +312,19 @@ def test_islands_are_zero_mean_each_and_do_not_act_on_each_other(scan_of, direct
     other = normal_equations(there, (y, x + far_px), moved, nodes, index)
     both = merge(one, NormalEquations((replace(other.blocks[0], order=1),)))
     together, alone = (solve(each, nodes, direct_unknowns=direct_unknowns) for each in (both, one))
-    met = one.blocks[0].light_sum > 0
+    met = one.blocks[0].illumination_sum > 0
     first = one.blocks[0].first
     island = tuple(slice(first[axis], first[axis] + met.shape[axis]) for axis in (0, 1))
     # The regulariser's scale is the mean of both islands, hence not the same to the last digit.
     np.testing.assert_allclose(together[island][met], alone[island][met], atol=1e-3 * np.ptp(alone))
     for block in both.blocks:
-        part = tuple(slice(block.first[axis], block.first[axis] + block.light_sum.shape[axis]) for axis in (0, 1))
-        assert abs((block.light_sum * together[part]).sum()) < 1e-6 * (block.light_sum * np.abs(together[part])).sum()
+        part = tuple(
+            slice(block.first[axis], block.first[axis] + block.illumination_sum.shape[axis]) for axis in (0, 1)
+        )
+        assert (
+            abs((block.illumination_sum * together[part]).sum())
+            < 1e-6 * (block.illumination_sum * np.abs(together[part])).sum()
+        )
     added = 0.5 * slow_field(scan.truth.object.shape)[::-1]
     (y0, y1), (x0, x1) = (part.indices(10**9)[:2] for part in lit_part(scan))
     phase = phase_on(Box(y + y0, y + y1, x + x0 + far_px, x + x1 + far_px), nodes, together)
@@ -431,9 +436,9 @@ def test_the_smallest_share_that_covers_the_nodes_takes_part(n_patterns, step_px
     assert not np.isin(chosen, judges).any()
     if share > 1:
         met, _ = slow_phase._meetings(scan, nodes, chosen)
-        _, light_sum = slow_phase._meetings(scan, nodes, np.setdiff1d(index, judges))
+        _, illumination_sum = slow_phase._meetings(scan, nodes, np.setdiff1d(index, judges))
         assert len(chosen) >= 256
-        assert met[light_sum >= 0.25 * np.median(light_sum[light_sum > 0])].min() >= 3
+        assert met[illumination_sum >= 0.25 * np.median(illumination_sum[illumination_sum > 0])].min() >= 3
 
 
 def test_patterns_of_several_experiments_are_refused():

@@ -8,17 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ptychodask.cli.fields import options_of
-from ptychodask.cli.flags import (
-    Format,
-    Overwrite,
-    Quiet,
-    Recipe,
-    Store,
-    check_folders,
-    given,
-    named,
-    progress_option,
-)
+from ptychodask.cli.flags import Format, Overwrite, Quiet, Recipe, Store, check_folders, given, named, progress_option
 from ptychodask.errors import PtychodaskError
 
 

@@ -12,10 +12,7 @@ from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.io.grid import GriddedSource, on_grid
 from ptychodask.io.patterns import pattern_parts
 from ptychodask.io.provenance import open_source, provenance_of
-from ptychodask.io.source import (
-    IngestSpec,
-    SourceScan,
-)
+from ptychodask.io.source import IngestSpec, SourceScan
 from ptychodask.options import names_where
 from ptychodask.scan import Scan
 from ptychodask.storage.location import LocalLocation

@@ -11,20 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.io.geometry import (
-    HC_EV_M,
-    FrameGrid,
-    centre_of_mass,
-    mean_counts,
-    pixel_size_m,
-)
+from ptychodask.io.geometry import HC_EV_M, FrameGrid, centre_of_mass, mean_counts, pixel_size_m
 from ptychodask.io.npy_stream import read_npy
-from ptychodask.io.source import (
-    IngestSpec,
-    SourceScan,
-    as_mask,
-    as_matrix,
-)
+from ptychodask.io.source import IngestSpec, SourceScan, as_mask, as_matrix
 from ptychodask.scan import Truth, check_pattern_shape, check_positions
 
 logger = logging.getLogger(__name__)

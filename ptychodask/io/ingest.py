@@ -9,17 +9,13 @@ from typing import Any
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.io.append import append_source
 from ptychodask.io.formats import Source
-from ptychodask.io.geometry import (
-    HC_EV_M,
-)
+from ptychodask.io.geometry import HC_EV_M
 from ptychodask.io.grid import GriddedSource, on_grid
 from ptychodask.io.initial_probe import initial_probe
 from ptychodask.io.patterns import pattern_parts
 from ptychodask.io.provenance import open_source, provenance_of
 from ptychodask.io.recipe import with_recipe
-from ptychodask.io.source import (
-    IngestSpec,
-)
+from ptychodask.io.source import IngestSpec
 from ptychodask.options import takes_fields
 from ptychodask.scan import Scan
 from ptychodask.storage.location import LocationLike, parse_location

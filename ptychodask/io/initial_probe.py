@@ -12,21 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.io.geometry import (
-    FrameGrid,
-    mean_counts,
-    rim_phase,
-)
+from ptychodask.io.geometry import FrameGrid, mean_counts, rim_phase
 from ptychodask.io.grid import wavelength_of
 from ptychodask.io.npy_stream import NpzFile, read_npy, reading
 from ptychodask.io.raw import block_ranges
-from ptychodask.io.source import (
-    PROBE_MODELS,
-    IngestSpec,
-    SourceScan,
-    as_probe,
-    listed_keys,
-)
+from ptychodask.io.source import PROBE_MODELS, IngestSpec, SourceScan, as_probe, listed_keys
 from ptychodask.probes import disc_probe, estimate_probe, zone_plate_probe
 from ptychodask.scan import Calibration, PatternSource
 

@@ -22,14 +22,7 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.io.raw import (
-    RawFrames,
-    block_ranges,
-    oriented,
-    read_exactly,
-    scratch_file,
-    transpose_patterns_first,
-)
+from ptychodask.io.raw import RawFrames, block_ranges, oriented, read_exactly, scratch_file, transpose_patterns_first
 from ptychodask.io.source import BLOCK_BYTES, Frames, pattern_axes, require_keys
 
 DEFLATE_LIMIT = 1032

@@ -11,18 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptychodask.io.geometry import (
-    FrameGrid,
-    as_stored,
-    stored_dtype,
-)
+from ptychodask.io.geometry import FrameGrid, as_stored, stored_dtype
 from ptychodask.io.grid import GriddedSource
 from ptychodask.io.near_field import check_far_field
 from ptychodask.io.raw import RawFrames, scratch_file, spill
-from ptychodask.io.source import (
-    Frames,
-    SourceScan,
-)
+from ptychodask.io.source import Frames, SourceScan
 from ptychodask.scan import Domain, PatternSource
 
 

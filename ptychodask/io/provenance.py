@@ -14,10 +14,7 @@ from typing import Any
 
 from ptychodask.io.formats import Source, detect_format, open_container, read_source
 from ptychodask.io.npy_stream import reading
-from ptychodask.io.source import (
-    BLOCK_BYTES,
-    IngestSpec,
-)
+from ptychodask.io.source import BLOCK_BYTES, IngestSpec
 from ptychodask.storage.location import Location
 from ptychodask.storage.records import plain
 

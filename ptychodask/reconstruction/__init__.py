@@ -197,18 +197,18 @@ def _reconstruct_one(
     started = time.perf_counter()
     several = isinstance(model, Mapping)
     _check_options(spec, out, compute=compute, several=several, resume=resume)
-    reader = open_anew(store)
-    scan = reader.first()
+    stored = open_anew(store)
+    scan = stored.first()
     spec = in_pixels(spec, scan.pixel_size_m, str(store))
     models = model if isinstance(model, Mapping) else {"": model}
     networks = {str(label): resolve_model(scan, given) for label, given in models.items()}
-    _warn_outside_training_range(networks, reader)
+    _warn_outside_training_range(networks, stored)
     result = None if out is None else parse_location(out)
     plan_run = partial(_plan_stored, store, networks, spec, several=several)
     if spec.follow:
-        run = first_run(plan_run, reader, spec.follow_timeout_s)
+        run = first_run(plan_run, stored, spec.follow_timeout_s)
     else:
-        run = _plan_run(reader, scan, networks, spec, several=several)
+        run = _plan_run(stored, scan, networks, spec, several=several)
     scan, plan = run.scan, run.plan
     is_growing = scan.attributes["state"] == "growing"
     # A run that followed the scan may have been stopped after the last segment: its ledger is that of a growing scan.
@@ -229,14 +229,14 @@ def _reconstruct_one(
         return write_result(run, result, client, started, progress, overwrite=overwrite, resume=resume)
 
 
-def _warn_outside_training_range(networks: Mapping[str, PatchModel], reader: StoredScan) -> None:
+def _warn_outside_training_range(networks: Mapping[str, PatchModel], stored: StoredScan) -> None:
     for model in networks.values():
-        unlike = unlike_training(model, reader)
+        unlike = unlike_training(model, stored)
         if unlike:
             logger.warning(
                 "%s: is outside the training range of %s (%s): check the result with care, and polish it "
                 "(polish=10, --polish 10) or train on the scan",
-                reader.label,
+                stored.label,
                 model.path or f"the {model.kind}",
                 "; ".join(unlike),
             )
@@ -246,24 +246,24 @@ def _plan_stored(
     store: LocationLike, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
 ) -> Run:
     """Plan the run over the present content of a store."""
-    reader = open_anew(store)
-    return _plan_run(reader, reader.first(), networks, spec, several=several)
+    stored = open_anew(store)
+    return _plan_run(stored, stored.first(), networks, spec, several=several)
 
 
 def _plan_run(
-    reader: StoredScan, scan: Scan, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
+    stored: StoredScan, scan: Scan, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
 ) -> Run:
-    """Plan the run over the scan of a reader."""
-    plans = plan_together(reader, networks, spec) if several else {"": plan_for(reader, networks[""], spec)}
+    """Plan the run over a stored scan."""
+    plans = plan_together(stored, networks, spec) if several else {"": plan_for(stored, networks[""], spec)}
     if spec.slow_phase:
-        check_one_experiment(reader.scan, spec.drop)
+        check_one_experiment(stored.scan, spec.drop)
     methods = tuple(
         MethodJob(prediction_job(plans[label], network, scan, spec), plans[label].window, plans[label].crop)
         for label, network in networks.items()
     )
     layers = Layers(tuple(networks) if several else (), spec.split_half)
     job = StitchingJob(methods, layers, position_yx_px=spec.position_yx_px)
-    return Run(scan, job, next(iter(plans.values())), spec, _attributes(networks, reader, plans, spec))
+    return Run(scan, job, next(iter(plans.values())), spec, _attributes(networks, stored, plans, spec))
 
 
 def _check_followed(spec: ReconstructionSpec, result: Location | None, store: str) -> Location:
@@ -360,11 +360,11 @@ def _in_memory(run: Run, client: AnyClient | None, started: float, progress: boo
 
 
 def _attributes(
-    networks: Mapping[str, PatchModel], reader: StoredScan, plans: Mapping[str, Plan], spec: ReconstructionSpec
+    networks: Mapping[str, PatchModel], stored: StoredScan, plans: Mapping[str, Plan], spec: ReconstructionSpec
 ) -> dict[str, Any]:
     packages = ("ptychodask", "numpy", "numba", "dask", "distributed", "xarray", "zarr")
     first = next(iter(plans.values()))
-    made_by = {label: _made_by(network, reader) for label, network in networks.items()}
+    made_by = {label: _made_by(network, stored) for label, network in networks.items()}
     summaries = {label: plan.summary() for label, plan in plans.items()}
     return {
         "store": first.store,
@@ -376,13 +376,13 @@ def _attributes(
     }
 
 
-def _made_by(model: PatchModel, reader: StoredScan) -> dict[str, Any]:
+def _made_by(model: PatchModel, stored: StoredScan) -> dict[str, Any]:
     """Model attributes of a result.
 
     With `unlike_training` if the scan is outside the training range.
     """
     recorded = {"kind": model.kind, "hash": model.content_hash, "path": model.path and absolute_path(model.path)}
-    unlike = unlike_training(model, reader)
+    unlike = unlike_training(model, stored)
     return {**recorded, "unlike_training": unlike} if unlike else recorded
 
 

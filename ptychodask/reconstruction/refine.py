@@ -30,13 +30,13 @@ from ptychodask.refinement.polishing import (
     PolishPart,
     StepProducts,
     TileWeights,
-    _within,
     amplitude_sum,
     change_tile,
     illumination_and_proximal_weight,
     misfit_in_all,
     negative_gradient,
     step_tile,
+    within,
 )
 from ptychodask.refinement.slow_phase import (
     NodeGrid,
@@ -471,7 +471,7 @@ def prepare_tile(
     )
     start = np.full(box.shape, mean, np.complex64)
     seen = np.isfinite(stitched)
-    start[_within(tile, box)][seen] = stitched[seen]
+    start[within(tile, box)][seen] = stitched[seen]
     return TileWeights(start, illumination + proximal_weight, proximal_weight)
 
 
@@ -545,7 +545,7 @@ def _joined(part: PolishPart, objects: list[NDArray[np.complex64]]) -> NDArray[n
     joined = np.zeros(part.box.shape, np.complex64)
     for box, object_ in zip(part.tile_boxes, objects, strict=True):
         shared = part.box.overlap(box)
-        joined[_within(shared, part.box)] = object_[_within(shared, box)]
+        joined[within(shared, part.box)] = object_[within(shared, box)]
     return joined
 
 

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ptychodask.plan.chunks import Chunk
-from ptychodask.reassembly import (
-    Canvas,
-)
+from ptychodask.reassembly import Canvas
 from ptychodask.storage.location import Location
 
 PIXEL = np.dtype(

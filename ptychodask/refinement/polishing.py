@@ -119,7 +119,7 @@ def change_tile(
     total = (weights.proximal_weight * deviation).astype(np.complex128)
     for part in changes:
         shared = box.overlap(part.box)
-        total[_within(shared, box)] += part.change[_within(shared, part.box)]
+        total[within(shared, box)] += part.change[within(shared, part.box)]
     change = total.astype(np.complex64)
     products = StepProducts()
     if earlier is not None:
@@ -176,7 +176,7 @@ def seen_part(
     -------
     complex64 array (y, x)
     """
-    return np.where(np.isfinite(stitched), polished[_within(tile, box)], stitched)
+    return np.where(np.isfinite(stitched), polished[within(tile, box)], stitched)
 
 
 def misfit_in_all(reports: list[SweepReport]) -> Misfit:
@@ -190,7 +190,7 @@ def misfit_in_all(reports: list[SweepReport]) -> Misfit:
     return sum((parts[index] for index in sorted(parts)), Misfit())
 
 
-def _within(part: Box, whole: Box) -> tuple[slice, slice]:
+def within(part: Box, whole: Box) -> tuple[slice, slice]:
     """Slices of a box in an array over a larger one."""
     return slice(part.y0 - whole.y0, part.y1 - whole.y0), slice(part.x0 - whole.x0, part.x1 - whole.x0)
 

@@ -204,10 +204,10 @@ def node_spacing_px(probe: NDArray[np.complex64]) -> float:
     >>> round(node_spacing_px((np.hypot(y, x) < 8).astype(np.complex64)[None]), 1)
     11.1
     """
-    light_share = squared_modulus(probe).sum(axis=0, dtype=np.float64)
-    light_share /= light_share.sum()
-    y, x = np.indices(light_share.shape) - probe_centroid_px(probe)[:, None, None]
-    diameter = 2 * np.sqrt((light_share * (y**2 + x**2)).sum())
+    intensity_share = squared_modulus(probe).sum(axis=0, dtype=np.float64)
+    intensity_share /= intensity_share.sum()
+    y, x = np.indices(intensity_share.shape) - probe_centroid_px(probe)[:, None, None]
+    diameter = 2 * np.sqrt((intensity_share * (y**2 + x**2)).sum())
     return float(max(min(probe.shape[-1] / 4, diameter), LEAST_SPACING_PX))
 
 
@@ -236,7 +236,7 @@ def node_grid(box: Box, spacing_px: float) -> NodeGrid:
 
 
 @dataclass(frozen=True, eq=False)
-class _HatLight:
+class _HatIllumination:
     """Share of a probe's light within a hat at each whole pixel."""
 
     share: NDArray[np.float64]
@@ -249,7 +249,7 @@ class _HatLight:
     """Nodes (y, x) that one pattern reaches, at most."""
 
 
-def _hat_light(probe: NDArray[np.complex64], spacing_px: float) -> _HatLight:
+def _hat_illumination(probe: NDArray[np.complex64], spacing_px: float) -> _HatIllumination:
     """Table of a probe's light within hats around its frame."""
     n_pixels = probe.shape[-1]
     margin = int(np.ceil(spacing_px))
@@ -260,7 +260,7 @@ def _hat_light(probe: NDArray[np.complex64], spacing_px: float) -> _HatLight:
     (y0, y1), (x0, x1) = bounds
     # A node counts by the share at the whole pixel next to it, hence half a pixel more at either end.
     wy, wx = (int((last - first + 1) / spacing_px) + 1 for first, last in bounds)
-    return _HatLight(share[y0 : y1 + 1, x0 : x1 + 1], np.array([y0, x0]) - margin, (wy, wx))
+    return _HatIllumination(share[y0 : y1 + 1, x0 : x1 + 1], np.array([y0, x0]) - margin, (wy, wx))
 
 
 def _hats(node_px: NDArray[Any], spacing_px: float, n_pixels: int) -> NDArray[np.float64]:
@@ -269,7 +269,7 @@ def _hats(node_px: NDArray[Any], spacing_px: float, n_pixels: int) -> NDArray[np
 
 
 def _nodes_reached(
-    nodes: NodeGrid, hat_light: _HatLight, frame_corner: NDArray[np.int64]
+    nodes: NodeGrid, hat_illumination: _HatIllumination, frame_corner: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Nodes around each pattern, and the share of its light on them.
 
@@ -277,15 +277,15 @@ def _nodes_reached(
     """
     first = np.empty_like(frame_corner)
     pixel = []
-    for axis, size in enumerate(hat_light.window):
-        start = frame_corner[:, axis] + hat_light.first[axis] - nodes.corner[axis]
+    for axis, size in enumerate(hat_illumination.window):
+        start = frame_corner[:, axis] + hat_illumination.first[axis] - nodes.corner[axis]
         first[:, axis] = np.ceil((start - 0.5) / nodes.spacing_px)
         node = first[:, axis, None] + np.arange(size)
         near = np.rint(nodes.spacing_px * node - start[:, None]).astype(np.int64)
-        outside = (near < 0) | (near >= hat_light.share.shape[axis]) | (node < 0) | (node >= nodes.shape[axis])
+        outside = (near < 0) | (near >= hat_illumination.share.shape[axis]) | (node < 0) | (node >= nodes.shape[axis])
         pixel.append(np.where(outside, -1, near))
     y, x = pixel[0][:, :, None], pixel[1][:, None, :]
-    return first, np.where((y < 0) | (x < 0), 0.0, hat_light.share[y, x])
+    return first, np.where((y < 0) | (x < 0), 0.0, hat_illumination.share[y, x])
 
 
 def slow_phase_patterns(scan: Scan, nodes: NodeGrid, index: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -314,10 +314,10 @@ def slow_phase_patterns(scan: Scan, nodes: NodeGrid, index: NDArray[np.int64]) -
     order = np.argsort(rank)
     index, rank = index[order], rank[order]
     free = ~is_judge(scan, index)
-    met, light_sum = _meetings(scan, nodes, index[free])
+    met, illumination_sum = _meetings(scan, nodes, index[free])
     if not met.any():
         return index[free]
-    lit = light_sum >= LIT_SHARE * np.median(light_sum[met > 0])
+    lit = illumination_sum >= LIT_SHARE * np.median(illumination_sum[met > 0])
     for share in SHARES:
         # These ranks differ from those of the judges, and from share to share.
         chosen = index[free & (rank % share == share // 2)]
@@ -328,16 +328,16 @@ def slow_phase_patterns(scan: Scan, nodes: NodeGrid, index: NDArray[np.int64]) -
 
 def _meetings(scan: Scan, nodes: NodeGrid, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Patterns that meet each node (y, x), and their light there, summed."""
-    met, light_sum = np.zeros(nodes.n_nodes, np.int64), np.zeros(nodes.n_nodes)
-    hat_light = _hat_light(scan.probe, nodes.spacing_px)
+    met, illumination_sum = np.zeros(nodes.n_nodes, np.int64), np.zeros(nodes.n_nodes)
+    hat_illumination = _hat_illumination(scan.probe, nodes.spacing_px)
     for start in range(0, len(index), MEETING_BATCH):
         corner = footprint_corners(scan.position_yx_px[index[start : start + MEETING_BATCH]], scan.n_pixels)
-        first, share = _nodes_reached(nodes, hat_light, corner)
+        first, share = _nodes_reached(nodes, hat_illumination, corner)
         pattern, y, x = np.nonzero(share >= MET_SHARE)
         flat = (first[pattern, 0] + y) * nodes.shape[1] + first[pattern, 1] + x
         met += np.bincount(flat, minlength=nodes.n_nodes)
-        light_sum += np.bincount(flat, share[pattern, y, x], minlength=nodes.n_nodes)
-    return met.reshape(nodes.shape), light_sum.reshape(nodes.shape)
+        illumination_sum += np.bincount(flat, share[pattern, y, x], minlength=nodes.n_nodes)
+    return met.reshape(nodes.shape), illumination_sum.reshape(nodes.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,7 +356,7 @@ class EquationBlock:
     slope: NDArray[np.float64]
     """Jᵀr (y, x)."""
 
-    light_sum: NDArray[np.float64]
+    illumination_sum: NDArray[np.float64]
     """Σ |P|² within each hat (y, x)."""
 
 
@@ -429,12 +429,12 @@ def normal_equations(
     n_pixels = scan.n_pixels
     position = scan.position_yx_px[index]
     frame_corner = footprint_corners(position, n_pixels)
-    first, share = _nodes_reached(nodes, _hat_light(scan.probe, nodes.spacing_px), frame_corner)
+    first, share = _nodes_reached(nodes, _hat_illumination(scan.probe, nodes.spacing_px), frame_corner)
     window = np.array(share.shape[1:])
     low = first.min(axis=0)
     shape = first.max(axis=0) + window - low
     curvature = np.zeros((*shape, *(2 * window - 1)))
-    slope, light_sum = np.zeros(shape), np.zeros(shape)
+    slope, illumination_sum = np.zeros(shape), np.zeros(shape)
     transmission = np.where(np.isfinite(object_), object_, np.complex64(0))
     good = None if scan.mask is None else scipy.fft.ifftshift(scan.mask)
     spectrum = scipy.fft.fft2(scan.probe)
@@ -459,8 +459,8 @@ def normal_equations(
             curvature[row[:, None], column[:, None], *near] += products[0]
             slope[row, column] += products[1]
             lit = squared_modulus(shifted).sum(axis=0, dtype=np.float64)
-            light_sum[row, column] += (hat_y @ lit @ hat_x.T)[y, x]
-    block = EquationBlock(int(index[0]), (int(low[0]), int(low[1])), curvature, slope, light_sum)
+            illumination_sum[row, column] += (hat_y @ lit @ hat_x.T)[y, x]
+    block = EquationBlock(int(index[0]), (int(low[0]), int(low[1])), curvature, slope, illumination_sum)
     return NormalEquations((block,))
 
 
@@ -583,7 +583,7 @@ def solve(
     (JᵀJ + λ mean(diag JᵀJ) ∇ᵀ∇ + tiny) a = Jᵀr over the nodes that patterns reached; ∇ are differences between
     neighbours among them, so that islands do not act on each other.
     """
-    matrix, slope, light_sum = _add_blocks(equations, nodes)
+    matrix, slope, illumination_sum = _add_blocks(equations, nodes)
     diagonal = matrix.diagonal()
     lit = np.flatnonzero(diagonal > 0)
     coefficients = np.zeros(nodes.n_nodes)
@@ -595,8 +595,8 @@ def solve(
     system = data + regularisation * scale * smooth + TINY * scale * scipy.sparse.eye_array(len(lit))
     solution = _solve_positive(system, slope[lit], np.divmod(lit, nodes.shape[1]), direct_unknowns)
     n_islands, island = connected_components(data, directed=False)
-    weighted = np.bincount(island, light_sum[lit] * solution, minlength=n_islands)
-    coefficients[lit] = solution - (weighted / np.bincount(island, light_sum[lit], minlength=n_islands))[island]
+    weighted = np.bincount(island, illumination_sum[lit] * solution, minlength=n_islands)
+    coefficients[lit] = solution - (weighted / np.bincount(island, illumination_sum[lit], minlength=n_islands))[island]
     dark = np.flatnonzero(~(diagonal > 0))
     if len(dark):
         everywhere = _laplacian(nodes, np.ones(nodes.n_nodes, bool))[dark]
@@ -609,7 +609,7 @@ def solve(
 
 def _add_blocks(equations: NormalEquations, nodes: NodeGrid) -> tuple[Any, NDArray[np.float64], NDArray[np.float64]]:
     """JᵀJ (sparse, node, node), Jᵀr and light (node,) of all blocks."""
-    slope, light_sum = np.zeros(nodes.shape), np.zeros(nodes.shape)
+    slope, illumination_sum = np.zeros(nodes.shape), np.zeros(nodes.shape)
     ny, nx = nodes.shape
     rows: list[NDArray[np.int64]] = []
     columns: list[NDArray[np.int64]] = []
@@ -620,17 +620,17 @@ def _add_blocks(equations: NormalEquations, nodes: NodeGrid) -> tuple[Any, NDArr
         inside = slice(max(-y0, 0), size_y - max(y1 - ny, 0)), slice(max(-x0, 0), size_x - max(x1 - nx, 0))
         within = slice(max(y0, 0), min(y1, ny)), slice(max(x0, 0), min(x1, nx))
         slope[within] += block.slope[inside]
-        light_sum[within] += block.light_sum[inside]
+        illumination_sum[within] += block.illumination_sum[inside]
         y, x, dy, dx = np.nonzero(block.curvature)
         rows.append((y + y0) * nx + x + x0)
         columns.append((y + y0 + dy - wide_y // 2) * nx + x + x0 + dx - wide_x // 2)
         values.append(block.curvature[y, x, dy, dx])
     if not rows:
-        return scipy.sparse.csr_array((nodes.n_nodes, nodes.n_nodes)), slope.ravel(), light_sum.ravel()
+        return scipy.sparse.csr_array((nodes.n_nodes, nodes.n_nodes)), slope.ravel(), illumination_sum.ravel()
     at = np.concatenate(rows), np.concatenate(columns)
     # Blocks come in one order, so that entries that several share are always added alike, to the last bit.
     matrix = scipy.sparse.coo_array((np.concatenate(values), at), shape=(nodes.n_nodes, nodes.n_nodes))
-    return matrix.tocsr(), slope.ravel(), light_sum.ravel()
+    return matrix.tocsr(), slope.ravel(), illumination_sum.ravel()
 
 
 def _laplacian(nodes: NodeGrid, kept: NDArray[np.bool_]) -> Any:

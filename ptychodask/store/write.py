@@ -29,11 +29,7 @@ from ptychodask.scan import (
     check_positions,
     input_normalization,
 )
-from ptychodask.storage.atomic import (
-    atomic_file,
-    folder_lock,
-    read_json,
-)
+from ptychodask.storage.atomic import atomic_file, folder_lock, read_json
 from ptychodask.storage.location import LocationLike, parse_location
 from ptychodask.storage.zarr_checks import consolidate
 from ptychodask.store import FORMAT, FORMAT_VERSION, SCAN, TABLE_ROWS, data_hash, open_scan

@@ -15,13 +15,7 @@ from numpy.typing import NDArray
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.models import Model, ModelSpec, Optics, load_model, save_model
 from ptychodask.models.bundle import MODEL
-from ptychodask.models.networks import (
-    FittedProbes,
-    build_autoencoder,
-    build_network,
-    encoder_layers,
-    with_penalties,
-)
+from ptychodask.models.networks import FittedProbes, build_autoencoder, build_network, encoder_layers, with_penalties
 from ptychodask.models.spec import Kind
 from ptychodask.models.training_range import ranges_of
 from ptychodask.options import takes_fields

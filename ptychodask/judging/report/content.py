@@ -13,9 +13,7 @@ import xarray as xr
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.judging.compare import align, compare, find_truth
-from ptychodask.judging.plotting import (
-    thinned,
-)
+from ptychodask.judging.plotting import thinned
 from ptychodask.judging.residuals import residuals
 from ptychodask.models.description import read_description, read_history
 from ptychodask.models.pretrained import bundle_folder
