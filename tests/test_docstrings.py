@@ -8,9 +8,9 @@ import pkgutil
 
 import numpy as np
 import pytest
+from test_imports import ALIASES
 
 import ptychodask
-from tests.test_imports import ALIASES
 
 MODULES = [
     module.name

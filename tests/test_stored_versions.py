@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from stored.make import SIZES, VARIABLES, FixedModel
 
 import ptychodask
-from tests.stored.make import SIZES, VARIABLES, FixedModel
 
 ARCHIVE = Path(__file__).parent / "stored" / "version_0_1.zip"
 
