@@ -133,7 +133,9 @@ def plot(
 
 
 def plot_refinement(ds: xr.Dataset, *, scan: Scan | str | Path | None = None, path: str | Path | None = None) -> Figure:
-    """Figure of the refinement of a result: misfit over the stages, added phase, displacements.
+    """Figure of the refinement of a result.
+
+    Misfit over the stages, the phase before and after, the added phase, and displacements of positions.
 
     Parameters
     ----------
@@ -202,7 +204,7 @@ def _draw_each(axes: NDArray[Any], panels: list[Callable[[Axes], None]]) -> None
 
 
 def _added_panels(shown: xr.Dataset, scan: Scan | str | Path | None) -> list[Callable[[Axes], None]]:
-    """Panels of the phase and the displacements that a refinement added, if known."""
+    """Panels of the added phase and the displacements, if known."""
     added = added_phase(shown)
     stored = open_scan(scan) if isinstance(scan, str | Path) else scan
     shifts = shifts_of(shown, stored)
@@ -215,7 +217,7 @@ def _added_panels(shown: xr.Dataset, scan: Scan | str | Path | None) -> list[Cal
 
 
 def _before_and_after(shown: xr.Dataset) -> list[Callable[[Axes], None]]:
-    """Panels of the stitched and the refined phase, on the scale of the latter."""
+    """Panels of the stitched and the refined phase on one scale."""
     lit = _well_lit(shown)
     after = shown["object"].values
     middle = _mean_phase_factor(after[lit])

@@ -1,6 +1,7 @@
-"""Refinement of a result, as its attributes record it: stages, slow phase and shifts of positions.
+"""Record of the refinement of a result.
 
-Attributes come with a store that anyone may have written, so an entry of another kind counts as absent.
+Stages and their misfit, the slow phase that was added, and the shifts of positions. Attributes come with a store that
+anyone may have written, so an entry of another kind counts as absent.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Refinement:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """Kept changes of the object: the slow phase, and the number of sweeps."""
+        """Kept changes of the object: slow phase, number of sweeps."""
         kept = [stage.name for stage in self.stages if stage.kept and stage.name != STITCHED]
         n_sweeps = sum(name != SLOW_PHASE for name in kept)
         sweeps = f"{n_sweeps} sweep{'s' if n_sweeps > 1 else ''}"
@@ -136,7 +137,7 @@ def _stages(entries: list[Any]) -> tuple[Stage, ...]:
 
 
 def _stages_before_judged_sweeps(attributes: Mapping[str, Any]) -> tuple[Stage, ...]:
-    """Stages of results whose sweeps had no judges: R in the attribute ``polish``."""
+    """Stages of results that record sweeps by their R only."""
     slow, r_factors = recorded(attributes, "refinement", SLOW_PHASE), recorded(attributes, "polish", "r_factor")
     slow = slow if isinstance(slow, Mapping) else None
     r_factors = [_number(value) for value in r_factors] if isinstance(r_factors, list) else []

@@ -141,7 +141,7 @@ def _pictures(content: Content) -> list[Markup]:
 
 
 def _refinement(content: Content) -> list[Markup]:
-    """Stages of the refinement, their figure, and the reason if it was left out."""
+    """Stages of the refinement and their figure."""
     record = refinement_of(content.result.attrs)
     if record.left_out is not None:
         return [tag("p", f"Refinement was left out: {record.left_out}.")]
