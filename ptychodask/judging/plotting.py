@@ -80,6 +80,10 @@ FINEST_PX = 2.0
 """Finest possible resolution, a full period in pixels."""
 
 
+Panel = Callable[[Axes], None]
+"""Function that draws one panel of a figure."""
+
+
 def plot(
     ds: xr.Dataset,
     *,
@@ -119,7 +123,7 @@ def plot(
     object_, weight, uncertainty = (shown[name].values for name in ("object", "weight", "uncertainty"))
     lit = _well_lit(shown)
     phase = np.angle(object_ * _mean_phase_factor(object_[lit]))
-    extras = _added_panels(shown, scan) if refinement else []
+    extras = [*_added_phase_panels(shown), *_displacement_panels(shown, scan)] if refinement else []
     n_columns = 3 if extras else 2
     figure = _empty_figure(5.5 * n_columns, 9.5)
     axes = figure.subplots(2, n_columns)
@@ -135,7 +139,7 @@ def plot(
 def plot_refinement(ds: xr.Dataset, *, scan: Scan | str | Path | None = None, path: str | Path | None = None) -> Figure:
     """Figure of the refinement of a result.
 
-    Misfit over the stages, the phase before and after, the added phase, and displacements of positions.
+    The phase before and after, the phase that was added, misfit over the stages, and displacements of positions.
 
     Parameters
     ----------
@@ -150,11 +154,11 @@ def plot_refinement(ds: xr.Dataset, *, scan: Scan | str | Path | None = None, pa
     -------
     matplotlib.figure.Figure
         One panel for each of these that the result records:
-        the misfit of the judges (patterns that take no part) after each stage relative to the first, a rejected stage
-        as a red cross, and R of the patterns after each stage that was kept;
         the phases of the stitched and the refined object on one scale, if the result has ``object_stitched``;
         the phase that was added, in radians and in cycles (2π): the slow phase if its nodes are recorded, else all that
         refinement changed;
+        the misfit of the judges (patterns that take no part) after each stage relative to the first, a rejected stage
+        as a red cross, and R of the patterns after each stage that was kept;
         the displacement of each refined position, as arrows that are enlarged to be visible.
 
     Raises
@@ -175,7 +179,7 @@ def plot_refinement(ds: xr.Dataset, *, scan: Scan | str | Path | None = None, pa
     return _saved(figure, path)
 
 
-def refinement_panels(shown: xr.Dataset, scan: Scan | str | Path | None = None) -> list[Callable[[Axes], None]]:
+def refinement_panels(shown: xr.Dataset, scan: Scan | str | Path | None = None) -> list[Panel]:
     """Functions that draw the panels of `plot_refinement`, empty without a refinement.
 
     Parameters
@@ -186,16 +190,13 @@ def refinement_panels(shown: xr.Dataset, scan: Scan | str | Path | None = None) 
         As for `plot`.
     """
     record = refinement_of(shown.attrs)
-    r_factor = [stage.r_factor for stage in record.stages]
-    panels: list[Callable[[Axes], None]] = []
-    if np.isfinite([*record.relative_misfit, *r_factor]).sum() > 1:
+    panels = [*_before_and_after(shown), *_added_phase_panels(shown)]
+    if np.isfinite([*record.relative_misfit, *(stage.r_factor for stage in record.stages)]).sum() > 1:
         panels.append(lambda axes: _draw_stages(axes, record))
-    if "object_stitched" in shown:
-        panels += _before_and_after(shown)
-    return [*panels, *_added_panels(shown, scan)]
+    return [*panels, *_displacement_panels(shown, scan)]
 
 
-def _draw_each(axes: NDArray[Any], panels: list[Callable[[Axes], None]]) -> None:
+def _draw_each(axes: NDArray[Any], panels: list[Panel]) -> None:
     """Draw panels into axes; those left stay empty."""
     for one, draw in zip(axes, panels, strict=False):
         draw(one)
@@ -203,21 +204,10 @@ def _draw_each(axes: NDArray[Any], panels: list[Callable[[Axes], None]]) -> None
         one.set_axis_off()
 
 
-def _added_panels(shown: xr.Dataset, scan: Scan | str | Path | None) -> list[Callable[[Axes], None]]:
-    """Panels of the added phase and the displacements, if known."""
-    added = added_phase(shown)
-    stored = open_scan(scan) if isinstance(scan, str | Path) else scan
-    shifts = shifts_of(shown, stored)
-    panels: list[Callable[[Axes], None]] = []
-    if added is not None:
-        panels.append(lambda axes: _draw_added_phase(axes, added, shown))
-    if shifts is not None:
-        panels.append(lambda axes: _draw_displacements(axes, shifts))
-    return panels
-
-
-def _before_and_after(shown: xr.Dataset) -> list[Callable[[Axes], None]]:
+def _before_and_after(shown: xr.Dataset) -> list[Panel]:
     """Panels of the stitched and the refined phase on one scale."""
+    if "object_stitched" not in shown:
+        return []
     lit = _well_lit(shown)
     after = shown["object"].values
     middle = _mean_phase_factor(after[lit])
@@ -225,10 +215,20 @@ def _before_and_after(shown: xr.Dataset) -> list[Callable[[Axes], None]]:
     phases = {"stitched": np.angle(before * middle), "refined": np.angle(after * middle)}
     scale = _phase_scale(phases["refined"][lit])
 
-    def panel(name: str) -> Callable[[Axes], None]:
+    def panel(name: str) -> Panel:
         return lambda axes: _panel(axes, phases[name], f"{name}: phase (rad)", shown, *scale)
 
     return [panel(name) for name in phases]
+
+
+def _added_phase_panels(shown: xr.Dataset) -> list[Panel]:
+    added = added_phase(shown)
+    return [] if added is None else [lambda axes: _draw_added_phase(axes, added, shown)]
+
+
+def _displacement_panels(shown: xr.Dataset, scan: Scan | str | Path | None) -> list[Panel]:
+    shifts = shifts_of(shown, open_scan(scan) if isinstance(scan, str | Path) else scan)
+    return [] if shifts is None else [lambda axes: _draw_displacements(axes, shifts)]
 
 
 def _draw_added_phase(axes: Axes, added: AddedPhase, ds: xr.Dataset) -> None:
@@ -520,7 +520,7 @@ def _draw_frc(
         ylabel="correlation",
     )
     axes.set_title(title)
-    axes.legend(loc="lower left", fontsize="small")
+    axes.legend(loc="best", fontsize="small")
     ticks = [tick for tick in FREQUENCY_TICKS if frequency[1] <= tick <= frequency[-1]]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()

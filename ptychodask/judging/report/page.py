@@ -148,8 +148,8 @@ def _refinement(content: Content) -> list[Markup]:
     if not refinement_panels(content.shown, content.scan):
         return []
     caption = (
-        "What is recorded of: the misfit of the judges, patterns that took no part, after each stage, and R; the phase "
-        "before and after; the phase that was added, in radians and in cycles (2π); the displacement of each position "
+        "What is recorded of: the phase before and after; the phase that was added, in radians and in cycles (2π); the "
+        "misfit of the judges, patterns that took no part, after each stage, and R; the displacement of each position "
         "from the planned to the refined one, as an enlarged arrow."
     )
     elements = [_picture(plot_refinement(content.shown, scan=content.scan), caption)]
