@@ -511,7 +511,7 @@ def _draw_frc(
     axes.plot(frequency[1:], half_bit(frequency)[1:], color="gray", linewidth=0.8, linestyle="dotted", label="half bit")
     axes.axhline(0.5, color="gray", linewidth=0.8, linestyle="dashed", label="1/2")
     axes.axhline(1 / 7, color="gray", linewidth=0.8, linestyle="dashdot", label="1/7")
-    axes.axvspan(*BAND_EDGES, color="gray", alpha=0.1, linewidth=0)
+    axes.axvspan(*BAND_EDGES, color="gray", alpha=0.2, linewidth=0)
     axes.set(
         xscale="log",
         xlim=(0.9 * frequency[1], frequency[-1]),
