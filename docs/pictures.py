@@ -76,19 +76,22 @@ def write_refinement(folder: Path) -> None:
     write_small(folder / "refinement.png", FOLDER / "refinement.png")
 
 
-def write_small(source: Path, path: Path) -> None:
-    """Write a picture with fewer pixels and colours."""
+def write_small(source: Path, path: Path, method: Image.Quantize = Image.Quantize.MEDIANCUT) -> None:
+    """Write a picture with fewer pixels and colours.
+
+    Median cut has the finer greys; an octree keeps thin lines of many colours apart.
+    """
     with Image.open(source) as picture:
         picture = picture.convert("RGB")
         picture.thumbnail((WIDEST_PX, 10 * WIDEST_PX))
-        picture.quantize(COLOURS, method=Image.Quantize.FASTOCTREE).save(path, optimize=True)
+        picture.quantize(COLOURS, method=method).save(path, optimize=True)
 
 
 def main() -> None:
     """Write all pictures."""
     with tempfile.TemporaryDirectory() as scratch:
         print(run_demo(Path(scratch) / "demo"))
-        write_small(Path(scratch) / "demo" / "comparison.png", FOLDER / "demo.png")
+        write_small(Path(scratch) / "demo" / "comparison.png", FOLDER / "demo.png", Image.Quantize.FASTOCTREE)
         write_small(Path(scratch) / "demo" / "refinement.png", FOLDER / "demo-refinement.png")
         write_refinement(Path(scratch))
 
