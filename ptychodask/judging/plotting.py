@@ -525,9 +525,10 @@ def _draw_frc(
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     if pixel_size_m is not None:
-        periods = [length_label(float(f"{pixel_size_m / tick:.3g}")) for tick in ticks]
+        # Labels with units are wider than those of frequencies.
+        few = ticks[::-1][::2]
         above = axes.secondary_xaxis("top")
-        above.set_xticks(ticks, periods)
+        above.set_xticks(few, [length_label(float(f"{pixel_size_m / tick:.3g}")) for tick in few])
         above.minorticks_off()
 
 
@@ -653,17 +654,24 @@ def plot_split_half(ds: xr.Dataset, *, resolution: xr.Dataset | None = None, pat
     phases = [np.angle(half * middle) for half in (one, other)]
     n_columns = 2 if resolution is None else 3
     figure = _empty_figure(5.5 * n_columns, 10)
-    axes = figure.subplots(2, n_columns)
-    for panel, phase, label in zip(axes[0, :2], phases, ("first", "second"), strict=True):
+    grid = figure.add_gridspec(2, n_columns)
+    top = [figure.add_subplot(grid[0, column]) for column in range(n_columns)]
+    for panel, phase, label in zip(top[:2], phases, ("first", "second"), strict=True):
         _panel(panel, phase, f"{label} half: phase (rad)", shown, *_phase_scale(phases[0][lit]))
     difference = np.abs(one - other)
-    _panel(axes[1, 0], difference, "|first − second|", shown, (0.0, _limits(difference[lit])[1]), "magma")
+    _panel(
+        figure.add_subplot(grid[1, 0]),
+        difference,
+        "|first − second|",
+        shown,
+        (0.0, _limits(difference[lit])[1]),
+        "magma",
+    )
     frequency, curve = frc(*(np.where(lit, half, np.complex64(np.nan)) for half in (one, other)))
-    _draw_frc(axes[1, 1], frequency, {"object": curve}, "FRC of the halves", ds.attrs.get("pixel_size_m"))
-    axes[1, 1].set_box_aspect(0.8)
+    wide = figure.add_subplot(grid[1, 1:], box_aspect=0.8 / (n_columns - 1))
+    _draw_frc(wide, frequency, {"object": curve}, "FRC of the halves", ds.attrs.get("pixel_size_m"))
     if resolution is not None:
-        _draw_local_resolution(axes[0, 2], resolution, shown)
-        axes[1, 2].set_axis_off()
+        _draw_local_resolution(top[2], resolution, shown)
     return _saved(figure, path)
 
 
