@@ -77,6 +77,13 @@ VARIABLES = {
 """Data variables of a result by name; a new one is an entry here."""
 
 
+PATTERN_VARIABLES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "position_refined_yx_px": (("pattern", "yx"), {"units": "px", "long_name": "refined positions of the patterns"}),
+    "flux_refined": (("pattern",), {"units": "1", "long_name": "refined relative flux of the patterns"}),
+}
+"""Dimensions and attributes of variables that have one entry for each stored pattern."""
+
+
 TileArrays = dict[str, NDArray[Any]]
 """One tile of each data variable, by name."""
 
@@ -182,6 +189,11 @@ def make_dataset(
         {
             name: (layers.dims(name), arrays[name].astype(each.dtype, copy=False), {"long_name": each.long_name})
             for name, each in layers.variables.items()
+            if name in arrays
+        }
+        | {
+            name: (dims, arrays[name], described)
+            for name, (dims, described) in PATTERN_VARIABLES.items()
             if name in arrays
         },
         coords=_coordinates(object.shape[-2:], corner, pixel_size_m)
@@ -332,7 +344,9 @@ def stored_array(group: zarr.Group, name: str) -> zarr.Array:
     return array
 
 
-def finish_result(path: Location, attributes: dict[str, Any]) -> None:
+def finish_result(
+    path: Location, attributes: dict[str, Any], of_patterns: Mapping[str, NDArray[Any]] | None = None
+) -> None:
     """Record the attributes of a result and mark its store as complete.
 
     Parameters
@@ -340,8 +354,13 @@ def finish_result(path: Location, attributes: dict[str, Any]) -> None:
     path : Location
     attributes : dict
         Plain values for JSON.
+    of_patterns : dict of name to array (pattern, ...), optional
+        Some of `PATTERN_VARIABLES`.
     """
     root = zarr.open_group(path.zarr_store(), mode="r+", zarr_format=3)
+    for name, values in (of_patterns or {}).items():
+        dims, described = PATTERN_VARIABLES[name]
+        root.create_array(name, data=values, dimension_names=dims, overwrite=True).attrs.update(described)
     stored = {name: stored_array(root, name).nchunks_initialized for name in VARIABLES if name in root}
     consolidate(path).attrs.update({**attributes, STORED_CHUNKS: stored, "state": "complete"})
 
@@ -372,7 +391,7 @@ def open_result(path: LocationLike, level: int = 0) -> xr.Dataset:
         if level:
             return _open_level(location, root, level)
         ds = xr.open_zarr(location.zarr_store(read_only=True), chunks={}, consolidated=True, zarr_format=3)
-        ds = ds[[name for name in VARIABLES if name in ds]]
+        ds = ds[[name for name in (*VARIABLES, *PATTERN_VARIABLES) if name in ds]]
         del ds.attrs["state"]
         _check_complete(location, root, ds.attrs.pop(STORED_CHUNKS, {}))
         return _with_methods(ds)
@@ -570,7 +589,7 @@ class PtychoAccessor:
             create_result(writing.whole, shape, corner, CHUNK_PIXELS, pixel_size_m=pixel_size_m, variables=arrays)
             write_tile(writing.whole, (0, 0), arrays)
             writing.check_held()
-            finish_result(writing.whole, ds.attrs)
+            finish_result(writing.whole, ds.attrs, {name: ds[name].values for name in PATTERN_VARIABLES if name in ds})
 
 
 def _middle(size: int) -> slice:

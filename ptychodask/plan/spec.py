@@ -37,7 +37,7 @@ LARGEST = {"batch_size": 2**31, "groups_per_chunk": 2**31, "tile": 2**16}
 """Upper limits of fields: a larger number is a typing error, and a larger tile does not fit into a store."""
 
 
-REFINEMENTS = ("polish", "slow_phase")
+REFINEMENTS = ("polish", "slow_phase", "refine_positions", "refine_flux")
 """Fields that refine the stitched object."""
 
 
@@ -93,6 +93,17 @@ class ReconstructionSpec:
     )
     """Correct the slowly varying part of the stitched phase by least squares over a share of the patterns. It is kept
     if it lowers the misfit of the judges. "auto": where it can be; True: refused where it cannot."""
+
+    refine_positions: bool = option(
+        False, help="Refine the positions of the patterns together with the object.", recorded_at_default=False
+    )
+    """Refine the positions of the patterns between sweeps: ``position_refined_yx_px`` in the result."""
+
+    refine_flux: bool = option(
+        False, help="Refine the relative flux of the patterns together with the object.", recorded_at_default=False
+    )
+    """Refine the relative flux of the patterns between sweeps: ``flux_refined`` in the result. It trades against slow
+    variations of the transmission."""
 
     precision: Precision = option(
         "float32", help="Precision of the convolutions: float32, or mixed (bfloat16).", timed=True
@@ -210,13 +221,21 @@ class ReconstructionSpec:
                 "reconstruct: position_yx_px without cache=: the network's input uses the stored positions; pass "
                 "cache= to stitch cached patches, or ingest with the corrected positions"
             )
+        for name in ("refine_positions", "refine_flux"):
+            if not isinstance(getattr(self, name), bool):
+                raise PtychodaskError(f"reconstruct: {name} is {getattr(self, name)!r}, expected True or False")
+            if getattr(self, name) and self.polish != "auto" and self.polish <= 2:
+                raise PtychodaskError(
+                    f"reconstruct: {name}=True with polish={self.polish}: each step follows two sweeps; pass "
+                    "polish='auto', or more than 2"
+                )
         if self.position_yx_px is not None:
             self._refuse_refinement("position_yx_px", "the patterns are refined at the stored positions")
 
     @property
     def refines(self) -> bool:
         """True if the stitched object is refined."""
-        return bool(self.slow_phase) or bool(self.polish)
+        return any(getattr(self, name) for name in REFINEMENTS)
 
     def _refuse_refinement(self, given: str, reason: str) -> None:
         """Raise `PtychodaskError` if a refinement that cannot be is asked for."""

@@ -33,7 +33,7 @@ from ptychodask.reconstruction.follow import FollowedScan, first_run
 from ptychodask.reconstruction.lazy import lazy_result
 from ptychodask.reconstruction.live import screen_for
 from ptychodask.reconstruction.patch_cache import patch_cache
-from ptychodask.reconstruction.refine import check_one_experiment, stitch_and_refine
+from ptychodask.reconstruction.refine import OF_PATTERNS, check_one_experiment, stitch_and_refine
 from ptychodask.reconstruction.run import Run, RunFolders
 from ptychodask.reconstruction.tasks import MethodJob, StitchingJob, TileReport
 from ptychodask.reconstruction.to_store import write_result
@@ -357,8 +357,10 @@ def _in_memory(run: Run, client: AnyClient | None, started: float, progress: boo
     report = stitch_and_refine(
         run, client, RunFolders(), copy_tile, progress=progress, screen=screen_for(run.spec.live)
     )
+    of_patterns = report.pop(OF_PATTERNS, {})
     return make_dataset(
         **arrays,
+        **of_patterns,
         corner=plan.box.corner,
         pixel_size_m=run.scan.pixel_size_m,
         attributes=run.attributes_of_result(report, started),

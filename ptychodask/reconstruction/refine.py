@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ from ptychodask.reconstruction.tasks import TileReport
 from ptychodask.scan import Scan
 
 logger = logging.getLogger(__name__)
+
+OF_PATTERNS = "of_patterns"
+"""Key of the variables that are refined for each pattern, in what `stitch_and_refine` returns."""
 
 LEAST_PATTERNS = 4
 """Fewest patterns that refinement needs."""
@@ -64,7 +67,8 @@ def stitch_and_refine(
     Returns
     -------
     dict
-        Attributes of the run: wall time of each stage, skipped patterns, verified chunks, outcome of the refinement.
+        Attributes of the run: wall time of each stage, skipped patterns, verified chunks, outcome of the refinement;
+        and under `OF_PATTERNS` the variables that it refined for each pattern.
     """
     plan = run.plan
     n_chunks, n_tiles = len(plan.chunks), len(plan.tiles)
@@ -88,6 +92,8 @@ def stitch_and_refine(
             refined.append(one)
         records = {one.layer.label: one.record for one in refined}
         report["refinement"] = records.get("", records)
+        # Halves have refined positions of their own, which only they are judged by.
+        report[OF_PATTERNS] = refined[0].of_patterns
         _deliver(run, executor, stitched, refined, folders, on_tile, stitching.live)
     return report
 
@@ -202,6 +208,9 @@ class Refined:
     record: dict[str, Any]
     """Its outcome, for the attribute ``refinement``."""
 
+    of_patterns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Refined positions and flux, by the names of the result's variables."""
+
 
 def refine_layer(
     run: Run,
@@ -239,7 +248,7 @@ def refine_layer(
         return Refined(layer, (), [], {"left_out": reason})
     refinement = Refinement(run, executor, layer, stitched, job, scan, index, tiles)
     record = refinement.run(seconds, progress)
-    return Refined(layer, refinement.boxes, refinement.objects, record)
+    return Refined(layer, refinement.boxes, refinement.objects, record, refinement.of_patterns)
 
 
 def scan_job(run: Run, drop: tuple[int, ...]) -> PredictionJob:
