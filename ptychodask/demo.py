@@ -72,7 +72,7 @@ def run_demo(folder: str | Path, *, overwrite: bool = False, progress: bool | No
     write_ptychopinn_npz(simulated, folder / "scan.npz")
     ingest(folder / "scan.npz", store, domain="counts", overwrite=overwrite, progress=progress)
     both = reconstruct(store, MODELS, out=folder / "scan.object.zarr", overwrite=overwrite, progress=progress)
-    results = {label: both.sel({"method": label}) for label in MODELS}
+    results = {label: both.sel(network=label) for label in MODELS}
     comparison = compare(results, truth=store, scan=store)
     table = to_markdown(comparison)
     (folder / "comparison.md").write_text(table + "\n")

@@ -359,13 +359,61 @@ def _draw_members(nearest: NDArray[np.int32], members: int, rng: np.random.Gener
     return np.take_along_axis(nearest, np.column_stack([np.zeros(len(nearest), np.int64), drawn]), axis=1)
 
 
-def patterns_without(scan: Scan, exclude: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """Indices of the patterns of a scan without excluded ones, ascending.
+def experiment_number(given: Any, command: str) -> int:
+    """Number of an experiment as int; raises `PtychodaskError` for any other value."""
+    if not isinstance(given, Integral) or isinstance(given, bool):
+        raise PtychodaskError(
+            f"{command}: experiment is {given!r}, expected the number of one experiment, a value of scan_index"
+        )
+    return int(given)
+
+
+def experiments_of(scan_index: NDArray[np.int64] | None) -> list[int]:
+    """Numbers of the experiments of some patterns, ascending.
+
+    Examples
+    --------
+    >>> experiments_of(np.array([3, 0, 3])), experiments_of(None)
+    ([0, 3], [0])
+    """
+    return [0] if scan_index is None else np.unique(scan_index).tolist()
+
+
+def check_experiment(label: str, experiments: list[int], experiment: int | None) -> None:
+    """Raise `PtychodaskError` unless one of some experiments is chosen.
+
+    Parameters
+    ----------
+    label : str
+        The scan, for messages.
+    experiments : list of int
+        Experiments of its patterns.
+    experiment : int, optional
+        The chosen one; None if there is only one.
+    """
+    listed = ", ".join(map(str, experiments[:10])) + (", ..." if len(experiments) > 10 else "")
+    if experiment is None and len(experiments) > 1:
+        raise PtychodaskError(
+            f"{label}: has {len(experiments)} experiments ({listed}), and each has an object of its own; choose one "
+            f"with experiment= (--experiment), such as {experiments[0]}"
+        )
+    if experiment is not None and experiment not in experiments:
+        raise PtychodaskError(
+            f"{label}: experiment is {experiment} (--experiment), but its patterns are of {listed}; pass one of these"
+        )
+
+
+def chosen_patterns(
+    scan: Scan, experiment: int | None, drop: Sequence[int] | NDArray[np.integer[Any]] = ()
+) -> NDArray[np.int64]:
+    """Indices of the patterns of one experiment without dropped ones, ascending.
 
     Parameters
     ----------
     scan : Scan
-    exclude : int array (k,)
+    experiment : int, optional
+        Number of the experiment; by default the only one.
+    drop : int array (k,)
         Patterns to leave out.
 
     Returns
@@ -375,9 +423,16 @@ def patterns_without(scan: Scan, exclude: Sequence[int] | NDArray[np.integer[Any
     Raises
     ------
     PtychodaskError
-        If a pattern to leave out does not exist, or no pattern remains.
+        If a pattern to leave out does not exist, no pattern remains, the experiment does not exist, or there are
+        several and none is chosen.
     """
-    check_drop(scan.store or "scan", scan.n_patterns, exclude)
+    label = scan.store or "scan"
+    check_drop(label, scan.n_patterns, drop)
     kept = np.ones(scan.n_patterns, bool)
-    kept[np.asarray(exclude, np.int64)] = False
-    return np.flatnonzero(kept)
+    kept[np.asarray(drop, np.int64)] = False
+    index = np.flatnonzero(kept)
+    if scan.scan_index is None:
+        check_experiment(label, [0], experiment)
+        return index
+    check_experiment(label, experiments_of(scan.scan_index[index]), experiment)
+    return index if experiment is None else index[scan.scan_index[index] == experiment]

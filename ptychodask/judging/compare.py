@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import MIN_SEEN_LIGHT, r_factor, seen_light
+from ptychodask.grouping import chosen_patterns
 from ptychodask.io.products import ForeignResult, read_foreign_result
 from ptychodask.judging.metrics import (
     METRICS,
@@ -27,7 +28,7 @@ from ptychodask.judging.metrics import (
     well_lit,
 )
 from ptychodask.judging.registration import find_corner, on_whole_pixels, seen_box
-from ptychodask.result import make_dataset, open_result, recorded
+from ptychodask.result import experiment_of, make_dataset, open_result, recorded
 from ptychodask.scan import Scan, Truth
 from ptychodask.storage.location import parse_location
 from ptychodask.store import open_scan
@@ -63,6 +64,7 @@ def compare(
     *,
     truth: Truth | Scan | str | Path | None = None,
     scan: Scan | str | Path | None = None,
+    experiment: int | None = None,
     baseline: str | None = None,
     register: bool = False,
     ramp: bool = True,
@@ -83,6 +85,8 @@ def compare(
         The known object, or a scan (store) that has one; without it the first result is the reference.
     scan : Scan or path, optional
         The measured scan (store); adds the R-factor of each object, see `r_factors`.
+    experiment : int, optional
+        Experiment of the results, in a scan of several; by default the one that they record.
     baseline : str, optional
         Label of the result from which signed differences are taken.
     register : bool
@@ -149,8 +153,8 @@ def compare(
     }
     measured = scan if isinstance(scan, Scan) or scan is None else open_scan(scan)
     if measured is not None:
-        comparison["r_factor"] = ("method", list(r_factors(aligned_results, measured).values()))
-        comparison.attrs["r_patterns"] = len(patterns_inside(aligned_results, measured))
+        comparison["r_factor"] = ("method", list(r_factors(aligned_results, measured, experiment).values()))
+        comparison.attrs["r_patterns"] = len(patterns_inside(aligned_results, measured, experiment))
     comparison.attrs |= _different_data(aligned_results, {"the scan": measured, "the truth": truth})
     if warning := other_data(comparison):
         logger.warning("compare: %s", warning)
@@ -343,10 +347,10 @@ def _methods_of(result: Result) -> dict[str | None, xr.Dataset]:
             result = read_foreign_result(path)
     if isinstance(result, ForeignResult):
         return {METHOD_OF_PROGRAM.get(result.program or ""): _from_foreign(result)}
-    if "method" in result.coords:
-        several = result if "method" in result.dims else result.expand_dims("method")
-        kinds = [str(kind) for kind in several["method"].values]
-        return {METHOD_OF_KIND.get(kind, kind): several.isel(method=i, drop=True) for i, kind in enumerate(kinds)}
+    if "network" in result.coords:
+        several = result if "network" in result.dims else result.expand_dims("network")
+        kinds = [str(kind) for kind in several["network"].values]
+        return {METHOD_OF_KIND.get(kind, kind): several.isel(network=i, drop=True) for i, kind in enumerate(kinds)}
     if recorded(result.attrs, "spec", "engine") == "iterative":
         return {"Iterative": result}
     return {METHOD_OF_KIND.get(str(recorded(result.attrs, "model", "kind"))): result}
@@ -565,7 +569,9 @@ def _with_gauges(metrics: xr.Dataset, gauges: list[Gauge], opened: Mapping[str, 
     ).assign_coords(axis=["y", "x"])
 
 
-def r_factors(results: Mapping[str, Result] | Sequence[Result], scan: Scan | str | Path) -> dict[str, float]:
+def r_factors(
+    results: Mapping[str, Result] | Sequence[Result], scan: Scan | str | Path, experiment: int | None = None
+) -> dict[str, float]:
     """R-factor of each object over the measured patterns.
 
     Parameters
@@ -573,6 +579,8 @@ def r_factors(results: Mapping[str, Result] | Sequence[Result], scan: Scan | str
     results : dict of label to result, or list of results
         As in `compare`, in scan coordinates.
     scan : Scan or path
+    experiment : int, optional
+        As in `patterns_inside`.
 
     Returns
     -------
@@ -586,14 +594,14 @@ def r_factors(results: Mapping[str, Result] | Sequence[Result], scan: Scan | str
     """
     measured = scan if isinstance(scan, Scan) else open_scan(scan)
     opened = {label: _in_memory(ds) for label, ds in align(results).items()}
-    index = patterns_inside(opened, measured)
+    index = patterns_inside(opened, measured, experiment)
     if not len(index):
         logger.warning("compare: no pattern illuminates only pixels seen in all results, so there is no R")
         return dict.fromkeys(opened, float("nan"))
     return {label: r_factor(ds["object"].values, _corner(ds), measured, index) for label, ds in opened.items()}
 
 
-def patterns_inside(results: Mapping[str, xr.Dataset], scan: Scan) -> NDArray[np.int64]:
+def patterns_inside(results: Mapping[str, xr.Dataset], scan: Scan, experiment: int | None = None) -> NDArray[np.int64]:
     """Patterns that illuminate only the area seen in all results.
 
     Parameters
@@ -601,13 +609,23 @@ def patterns_inside(results: Mapping[str, xr.Dataset], scan: Scan) -> NDArray[np
     results : dict of label to Dataset
         In scan coordinates.
     scan : Scan
+    experiment : int, optional
+        Experiment of the results, in a scan of several; by default the one that they record.
 
     Returns
     -------
     int64 array (k,)
         Indices of patterns with at least `MIN_SEEN_LIGHT` of the probe intensity on seen pixels of every result.
+
+    Raises
+    ------
+    PtychodaskError
+        If a result is not in scan coordinates; if the scan has several experiments, and the results are of several or
+        do not record theirs.
     """
-    inside = np.ones(scan.n_patterns, bool)
+    index = chosen_patterns(scan, experiment_of(results, scan, experiment, "compare"))
+    inside = np.zeros(scan.n_patterns, bool)
+    inside[index] = True
     for label, ds in results.items():
         if _frame(ds) != "scan":
             raise PtychodaskError(

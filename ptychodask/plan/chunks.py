@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.grouping import groups_kept
 from ptychodask.plan.spec import MIB, NOWHERE, ReconstructionSpec
 from ptychodask.reassembly import CANVAS_PIXEL_BYTES, Box
 from ptychodask.store import GroupTable, StoredScan
@@ -74,6 +73,7 @@ def survey(
     output: Literal["member", "group"],
     crop: int,
     drop: Sequence[int] = (),
+    experiment: int | None = None,
     position_yx_px: NDArray[np.float64] | None = None,
     region: Box | None = None,
 ) -> Survey:
@@ -91,6 +91,8 @@ def survey(
         Elements across the central part of a patch that is used, M.
     drop : ints
         Patterns whose groups are left out.
+    experiment : int, optional
+        Experiment whose groups are predicted; by default all.
     position_yx_px : float64 array (pattern, 2), optional
         Positions at which patches are stitched; by default the stored ones.
     region : Box, optional
@@ -111,7 +113,7 @@ def survey(
     digest = hashlib.sha256()
     for member, starts in _blocks(table, edges):
         digest.update(np.ascontiguousarray(member).data)
-        kept = groups_kept(member, drop)
+        kept = stored.groups_kept(member, drop, experiment)
         chunk = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(member)))
         position = _positions(stored, member, position_yx_px)
         first, last = _reach(position if output == "member" else position.mean(axis=1, keepdims=True), crop, kept)
@@ -332,6 +334,7 @@ def _fitting_chunks(
             output=network.output,
             crop=crop,
             drop=tuple(spec.drop),
+            experiment=spec.experiment,
             position_yx_px=spec.position_yx_px,
             region=None if spec.roi is None else Box(*(int(value) for value in spec.roi)),
         )

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.cluster.executor import AnyClient, Executor, Future, executor_for_run
-from ptychodask.errors import PtychodaskError
-from ptychodask.grouping import curve_order, patterns_without
+from ptychodask.grouping import chosen_patterns, curve_order
 from ptychodask.plan import Plan
 from ptychodask.plan.chunks import Tile
 from ptychodask.prediction import PredictionJob, open_stored, stage
@@ -186,7 +185,7 @@ class Polishing:
     def __init__(self, run: Run, executor: Executor, objects: list[Future], drop: tuple[int, ...]) -> None:
         self._executor, self._tiles = executor, [tile.box for tile in run.plan.tiles]
         self._job = scan_job(run, drop)
-        self.boxes, self._parts = plan_polishing(open_stored(self._job).scan, run.plan, drop)
+        self.boxes, self._parts = plan_polishing(open_stored(self._job).scan, run.plan, run.spec.experiment, drop)
         """Box of each tile while it is polished."""
         self._parts_of = [
             tuple(index for index, part in enumerate(self._parts) if tile in part.tiles)
@@ -296,7 +295,7 @@ def correct_slow_phase(
     """
     job, boxes = scan_job(run, drop), tuple(tile.box for tile in run.plan.tiles)
     scan = open_stored(job).scan
-    index = patterns_without(scan, drop)
+    index = chosen_patterns(scan, run.spec.experiment, drop)
     plan = plan_slow_phase(scan, run.plan.box, index)
     index = index[curve_order(scan.position_yx_px[index])]
     chosen, judges = (
@@ -384,7 +383,9 @@ def _without_arrays(report: TileReport) -> TileReport:
     return replace(report, arrays=None)
 
 
-def plan_polishing(scan: Scan, plan: Plan, drop: tuple[int, ...]) -> tuple[tuple[Box, ...], tuple[PolishPart, ...]]:
+def plan_polishing(
+    scan: Scan, plan: Plan, experiment: int | None, drop: tuple[int, ...]
+) -> tuple[tuple[Box, ...], tuple[PolishPart, ...]]:
     """Boxes of the polished tiles, and parts of the patterns.
 
     Parameters
@@ -392,6 +393,8 @@ def plan_polishing(scan: Scan, plan: Plan, drop: tuple[int, ...]) -> tuple[tuple
     scan : Scan
     plan : Plan
         Of the complete object.
+    experiment : int or None
+        Experiment whose patterns are used; None for the only one.
     drop : ints
         Patterns that are left out.
 
@@ -402,7 +405,7 @@ def plan_polishing(scan: Scan, plan: Plan, drop: tuple[int, ...]) -> tuple[tuple
     parts : tuple of PolishPart
         Consecutive patterns along the curve, as many as a chunk has groups.
     """
-    index = patterns_without(scan, drop)
+    index = chosen_patterns(scan, experiment, drop)
     index = index[curve_order(scan.position_yx_px[index])]
     around = frames_box(scan, index)
     boxes = tuple(_extended(tile.box, plan.box, around) for tile in plan.tiles)
@@ -465,7 +468,7 @@ def prepare_tile(
     TileWeights
     """
     scan = open_stored(job).scan
-    kept = patterns_without(scan, job.drop)
+    kept = chosen_patterns(scan, job.experiment, job.drop)
     illumination, proximal_weight = illumination_and_proximal_weight(
         scan.probe, scan.position_yx_px[kept], box.corner, box.shape
     )
@@ -547,16 +550,6 @@ def _joined(part: PolishPart, objects: list[NDArray[np.complex64]]) -> NDArray[n
         shared = part.box.overlap(box)
         joined[within(shared, part.box)] = object_[within(shared, box)]
     return joined
-
-
-def check_one_experiment(scan: Scan, drop: Sequence[int] | NDArray[np.integer[Any]]) -> None:
-    """Raise `PtychodaskError` if a store has several experiments."""
-    n_experiments = 1 if scan.scan_index is None else len(np.unique(scan.scan_index[patterns_without(scan, drop)]))
-    if n_experiments > 1:
-        raise PtychodaskError(
-            f"{scan.store}: slow_phase=True with {n_experiments} experiments in one store: it is the phase of one "
-            "object; remove slow_phase, or ingest them into a store each"
-        )
 
 
 def _extended(tile: Box, whole: Box, around: Box) -> Box:

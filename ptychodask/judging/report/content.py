@@ -85,11 +85,12 @@ def _collect(
     results: Mapping[str, xr.Dataset],
     scan: Scan | str | Path | None,
     truth: Truth | Scan | str | Path | None,
+    experiment: int | None,
     progress: bool | None,
 ) -> Content:
     measured = None if scan is None else scan if isinstance(scan, Scan) else open_scan(scan)
     label, result = next(iter(results.items()))
-    result = _of_first_method(result)
+    result = _of_first_network(result)
     _check_same_data(label, result, measured)
     if truth is None and measured is not None:
         truth = measured.truth
@@ -105,31 +106,31 @@ def _collect(
         truth=known,
         training=_training(result.attrs),
         aligned_results=aligned_results,
-        comparison=compare(aligned_results, truth=known, scan=measured) if is_compared else None,
-        residuals=None if measured is None else _residuals(result, measured, progress),
+        comparison=compare(aligned_results, truth=known, scan=measured, experiment=experiment) if is_compared else None,
+        residuals=None if measured is None else _residuals(result, measured, experiment, progress),
     )
 
 
-def _residuals(result: xr.Dataset, scan: Scan, progress: bool | None) -> xr.Dataset:
+def _residuals(result: xr.Dataset, scan: Scan, experiment: int | None, progress: bool | None) -> xr.Dataset:
     """Residuals of all patterns, with those dropped in the reconstruction flagged."""
     dropped = recorded(result.attrs, "spec", "drop") or []
     if not (isinstance(dropped, list) and all(isinstance(pattern, int) for pattern in dropped)):
         raise PtychodaskError(
             f"report: the result records {str(dropped)[:60]} as dropped, expected indices of patterns"
         )
-    return residuals(result, scan, drop=dropped, progress=progress)
+    return residuals(result, scan, drop=dropped, experiment=experiment, progress=progress)
 
 
-def _of_first_method(result: xr.Dataset) -> xr.Dataset:
-    """Result with the attributes of its first method only.
+def _of_first_network(result: xr.Dataset) -> xr.Dataset:
+    """Result with the attributes of its first network only.
 
-    Several methods that were stored together share one record.
+    Several networks that were stored together share one record.
     """
-    methods = recorded(result.attrs, "methods")
-    if not isinstance(methods, list):
+    networks = recorded(result.attrs, "networks")
+    if not isinstance(networks, list):
         return result
-    first = {name: recorded(result.attrs, name, methods[0]) for name in ("model", "plan")}
-    return result.assign_attrs({**first, "methods": methods[0]})
+    first = {name: recorded(result.attrs, name, networks[0]) for name in ("model", "plan")}
+    return result.assign_attrs({**first, "networks": networks[0]})
 
 
 def _check_same_data(label: str, result: xr.Dataset, scan: Scan | None) -> None:
