@@ -24,7 +24,7 @@ from ptychodask.reassembly import Canvas, Finished, finish
 from ptychodask.scan import Scan
 from ptychodask.storage.atomic import StoreKind
 from ptychodask.storage.location import Location, LocationLike, location_of, parse_location
-from ptychodask.storage.records import as_record, plain, with_records
+from ptychodask.storage.records import as_text, from_text
 from ptychodask.storage.zarr_checks import check_codecs, check_stored, consolidate, damage_errors, open_root
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,8 @@ def make_dataset(
     pixel_size_m : float or None
         Size of an object pixel, metres; adds the coordinates ``y_m`` and ``x_m``.
     attributes : dict
-        Plain values for JSON: hashes, plan, versions, rates. Mappings become text, a `JsonRecord` each.
+        Plain values for JSON: hashes, plan, versions, rates. Mappings become JSON text, since NetCDF has no type for
+        them; ``ds.ptycho.records`` parses it.
     layers : Layers
         With several networks, the first axis of each array is the network.
     **others : array
@@ -192,7 +193,7 @@ def make_dataset(
         },
         coords=_coordinates(object.shape[-2:], corner, pixel_size_m)
         | ({"network": list(layers.networks)} if layers.networks else {}),
-        attrs=with_records({**attributes, **_schema_attributes(pixel_size_m, layers)}),
+        attrs=as_text({**attributes, **_schema_attributes(pixel_size_m, layers)}),
     )
 
 
@@ -447,7 +448,7 @@ def _with_labels(ds: xr.Dataset, location: Location) -> xr.Dataset:
             location,
             ds.attrs["networks"][0],
         )
-    ds.attrs = with_records(ds.attrs)
+    ds.attrs = as_text(ds.attrs)
     return ds.assign_coords(network=list(ds.attrs["networks"])) if "network" in ds.dims else ds
 
 
@@ -525,7 +526,7 @@ def reading_result() -> Iterator[None]:
 
 
 def recorded(attributes: Mapping[str, Any], *names: str) -> Any:
-    """Value in nested attributes; None if there is none.
+    """Value in nested attributes, or in their JSON text; None if there is none.
 
     Examples
     --------
@@ -534,10 +535,7 @@ def recorded(attributes: Mapping[str, Any], *names: str) -> Any:
     """
     value: Any = attributes
     for name in names:
-        value = value.get(name) if isinstance(value, Mapping) else None
-        # Attributes of a result that went through a NetCDF file are text only.
-        if isinstance(value, str) and value.startswith("{"):
-            value = as_record(value)
+        value = from_text(value.get(name)) if isinstance(value, Mapping) else None
     return value
 
 
@@ -547,6 +545,11 @@ class PtychoAccessor:
 
     def __init__(self, ds: xr.Dataset) -> None:
         self._ds = ds
+
+    @property
+    def records(self) -> dict[str, Any]:
+        """Attributes with their JSON text parsed, such as ``records["plan"]["tile"]``."""
+        return {str(name): from_text(value) for name, value in self._ds.attrs.items()}
 
     @property
     def amplitude(self) -> xr.DataArray:
@@ -656,7 +659,7 @@ class PtychoAccessor:
             create_result(writing.whole, shape, corner, CHUNK_PIXELS, pixel_size_m=pixel_size_m, variables=arrays)
             write_tile(writing.whole, (0, 0), arrays)
             writing.check_held()
-            finish_result(writing.whole, plain(ds.attrs))
+            finish_result(writing.whole, ds.ptycho.records)
 
 
 def _middle(size: int) -> slice:

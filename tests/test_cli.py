@@ -75,7 +75,7 @@ def test_the_whole_path_runs_from_the_command_line(run, tmp_path):
     assert "80 groups" in out or "80" in out
     code, out, err = run("reconstruct", store, "-q")
     assert code == 0, err
-    assert open_result(tmp_path / "scan.object.zarr").attrs["model"]["kind"] == "pinn"
+    assert open_result(tmp_path / "scan.object.zarr").ptycho.records["model"]["kind"] == "pinn"
     assert (tmp_path / "scan.object.png").stat().st_size > 10_000
     code, out, err = run("compare", f"PtychoPINN={tmp_path / 'scan.object.zarr'}", "--scan", store)
     assert code == 0, err

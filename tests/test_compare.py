@@ -222,9 +222,9 @@ def test_results_name_themselves(truth, tmp_path):
     files = [tmp_path / "again.zarr", tmp_path / "other.npy"]
     found = results_by_label((None, each) for each in (pinn, baseline, iterative, *files))
     assert list(found) == ["PtychoPINN", "Baseline", "Iterative", "PtychoPINN (again)", "other"]
-    both = xr.concat([pinn, baseline], xr.Variable("method", ["pinn", "baseline"]), combine_attrs="override")
+    both = xr.concat([pinn, baseline], xr.Variable("network", ["pinn", "baseline"]), combine_attrs="override")
     assert list(results_by_label([(None, both)])) == ["PtychoPINN", "Baseline"]
-    assert list(results_by_label([(None, both.isel(method=1)), (None, iterative)])) == ["Baseline", "Iterative"]
+    assert list(results_by_label([(None, both.isel(network=1)), (None, iterative)])) == ["Baseline", "Iterative"]
     assert list(results_by_label([("new", both), ("old", pinn)])) == ["new PtychoPINN", "new Baseline", "old"]
     with pytest.raises(PtychodaskError, match=r"two results are called PtychoPINN.*give each a label \(LABEL=PATH\)"):
         results_by_label([(None, pinn), (None, pinn), (None, pinn)])

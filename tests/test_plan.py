@@ -256,7 +256,7 @@ def test_reconstruct_stores_the_table_that_was_planned(tmp_path):
     planned = plan(path, LinearModel())
     ds = reconstruct(path, {"one": LinearModel(), "other": LinearModel("other", members=2)}, progress=False)
     assert StoredScan(path).table_names() == ["c2-k7-s0", "c4-k7-s0"]
-    assert ds.attrs["plan"]["one"]["groups_hash"] == planned.groups_hash
+    assert ds.ptycho.records["plan"]["one"]["groups_hash"] == planned.groups_hash
 
 
 def test_a_table_of_another_spec_is_refused_by_a_plan(no_table, monkeypatch):

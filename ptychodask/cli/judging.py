@@ -22,7 +22,7 @@ from ptychodask.cli.flags import (
     client_for,
     given,
     named,
-    numbers_in,
+    numbers_or_file,
     progress_option,
 )
 from ptychodask.errors import PtychodaskError
@@ -102,7 +102,8 @@ def residuals(
     result: Annotated[Path, typer.Argument(help="Result of reconstruct, a folder ending in .zarr.")],
     store: Store,
     drop: Annotated[
-        Path | None, typer.Option(help=".npy file of pattern indices that were left out of the result.")
+        str | None,
+        typer.Option(help="Pattern indices that were left out of the result: numbers such as 17,40, or a .npy file."),
     ] = None,
     experiment: Experiment = None,
     n_mad: Annotated[
@@ -130,7 +131,7 @@ def residuals(
     if png is not None:
         check_figure_path(png)
     check_folders(save_outliers, csv)
-    dropped = None if drop is None else numbers_in("--drop", drop, "pattern indices")
+    dropped = None if drop is None else numbers_or_file("--drop", drop, "pattern indices")
     options = given(drop=dropped, experiment=experiment)
     with client_for(workers, scheduler, tls, tls_folder) as client:
         ds = residuals(result, store, client=client, progress=progress_option(quiet), **options)

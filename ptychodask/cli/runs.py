@@ -176,7 +176,7 @@ def _draw(result: Any, out: Any, png: Path) -> None:
         plot(result, path=png)
     height, width = result["object"].shape[-2:]
     rate = result.attrs["patterns_per_s"]
-    n_skipped = sum(len(patterns) for patterns in result.attrs["skipped"].values())
+    n_skipped = sum(len(patterns) for patterns in result.ptycho.records["skipped"].values())
     left_out = f", {n_skipped} patterns left out" if n_skipped else ""
     typer.echo(f"{out}: {height} x {width} px, {rate:,.0f} patterns/s{left_out}; figure {png}")
 

@@ -31,6 +31,7 @@ from ptychodask.judging.registration import find_corner, on_whole_pixels, seen_b
 from ptychodask.result import experiment_of, make_dataset, open_result, recorded
 from ptychodask.scan import Scan, Truth
 from ptychodask.storage.location import parse_location
+from ptychodask.storage.records import as_text
 from ptychodask.store import open_scan
 
 logger = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ def _different_data(
         scan = open_scan(given) if isinstance(given, str | Path) else given
         if isinstance(scan, Scan) and scan.data_hash and hashes and scan.data_hash != hashes.get("the scan"):
             hashes[label] = scan.data_hash
-    return {"data_hash": hashes} if len(set(hashes.values())) > 1 else {}
+    return as_text({"data_hash": hashes}) if len(set(hashes.values())) > 1 else {}
 
 
 def other_data(comparison: xr.Dataset) -> str:
@@ -186,7 +187,7 @@ def other_data(comparison: xr.Dataset) -> str:
     >>> other_data(xr.Dataset(attrs={"data_hash": {"a": "0123456789abcdef", "b": "fedcba9876543210"}}))
     'Not all are from the same scan and probe; data hashes: a 0123456789ab, b fedcba987654.'
     """
-    hashes = comparison.attrs.get("data_hash", {})
+    hashes = recorded(comparison.attrs, "data_hash") or {}
     listed = ", ".join(f"{label} {hash_[:12]}" for label, hash_ in hashes.items())
     return f"Not all are from the same scan and probe; data hashes: {listed}." if hashes else ""
 

@@ -34,6 +34,7 @@ from ptychodask.plan.chunks import (
     _reassemble_bytes,
     _tile,
     _tiles,
+    outliers_of,
 )
 from ptychodask.plan.spec import MIB, ReconstructionSpec, in_pixels
 from ptychodask.prediction import ModelReference, PredictionJob, open_anew, predict_groups
@@ -111,6 +112,9 @@ class Plan:
     """Patterns decompressed per pattern used: stored chunks are decompressed completely, and patterns at the edges of
     chunks of groups are read by several tasks."""
 
+    outliers: str = ""
+    """Used patterns whose positions are far from all others, in words; or empty."""
+
     groups_per_s: float | None = None
     """Measured speed of one process, reading included; None if not measured."""
 
@@ -163,6 +167,8 @@ class Plan:
             "memory": f"{self.predict_bytes / MIB:,.1f} MiB to predict, {self.reassemble_bytes / MIB:,.1f} MiB to "
             f"reassemble, {budget} per task",
         }
+        if self.outliers:
+            rows["outliers"] = self.outliers
         if self.groups_per_s is not None:
             rows["time"] = (
                 f"about {self.n_groups / self.groups_per_s:,.0f} s in one process, at {self.groups_per_s:,.0f} groups/s"
@@ -474,6 +480,7 @@ def make_plan(
         predict_bytes=predict_bytes,
         reassemble_bytes=reassemble_bytes,
         read_amplification=float(surveyed.n_decompressed[in_plan].sum() / n_patterns),
+        outliers=outliers_of(stored, spec),
     )
 
 

@@ -76,7 +76,9 @@ class ReconstructionSpec:
     """The same part in metres: pixels with y0 <= ``y_m`` < y1 and x0 <= ``x_m`` < x1. The scan's pixel size must be
     known."""
 
-    drop: Sequence[int] | NDArray[np.integer[Any]] = option((), help="Pattern indices to leave out.", one_scan=True)
+    drop: Sequence[int] | NDArray[np.integer[Any]] = option(
+        (), help="Pattern indices to leave out.", planned=True, one_scan=True
+    )
     """Patterns of the store to leave out, of groups (each group that contains one is left out) and of polishing.
     Converted to ascending integers."""
 

@@ -256,6 +256,8 @@ def _reconstruct_one(
     else:
         run = _plan_run(stored, scan, networks, spec, several=several)
     scan, plan = run.scan, run.plan
+    if plan.outliers:
+        logger.warning("%s: %s", stored.label, plan.outliers)
     is_growing = scan.attributes["state"] == "growing"
     # A run that followed the scan may have been stopped after the last segment: its ledger is that of a growing scan.
     is_resumed = resume and "segments" in scan.attributes and result is not None and result.is_resumable()

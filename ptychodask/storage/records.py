@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ def plain(value: Any) -> Any:
     """
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
-    # Before text, since a `JsonRecord` is both.
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
@@ -34,108 +33,44 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-class JsonRecord(str):
-    """JSON text of an object, which is a read-only mapping as well.
+def as_text(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes of an xarray object in types that its `to_netcdf` supports.
 
-    Attributes of an xarray object must be text to be written by its `to_netcdf`; programs read their values by key.
-
-    Parameters
-    ----------
-    text : str
-        JSON of an object.
+    Numbers, text, arrays and lists of either stay as they are, others become JSON text.
 
     Examples
     --------
-    >>> record = JsonRecord('{"tile": 256}')
-    >>> record["tile"], dict(record), str(record)
-    (256, {'tile': 256}, '{"tile": 256}')
-    """
-
-    def _values(self) -> dict[str, Any]:
-        values = json.loads(str(self))
-        assert isinstance(values, dict)
-        return values
-
-    def __str__(self) -> str:
-        return str.__str__(self)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._values()[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values())
-
-    def __len__(self) -> int:
-        return len(self._values())
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._values()
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, Mapping):
-            return self._values() == dict(other)
-        return str.__eq__(self, other) if isinstance(other, str) else NotImplemented
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    __hash__ = str.__hash__
-
-    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
-        return self._values() | dict(other)
-
-    def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(other) | self._values()
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._values().get(key, default)
-
-    def keys(self) -> KeysView[str]:
-        return self._values().keys()
-
-    def values(self) -> ValuesView[Any]:
-        return self._values().values()
-
-    def items(self) -> ItemsView[str, Any]:
-        return self._values().items()
-
-
-Mapping.register(JsonRecord)
-
-
-def as_record(text: str) -> Any:
-    """Text as `JsonRecord` if it is JSON of an object, else the text itself."""
-    try:
-        is_object = isinstance(json.loads(str(text)), dict)
-    except ValueError:
-        is_object = False
-    return JsonRecord(text) if is_object else text
-
-
-def with_records(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes with mappings as `JsonRecord`, so that NetCDF can have them.
-
-    Other values that NetCDF has no type for are JSON text: None, truth values, nested lists.
-
-    Examples
-    --------
-    >>> with_records({"plan": {"tile": 256}, "box": [0, 8], "resumed": False})
+    >>> as_text({"plan": {"tile": 256}, "box": [0, 8], "resumed": False})
     {'plan': '{"tile": 256}', 'box': [0, 8], 'resumed': 'false'}
     """
-    return {name: _for_netcdf(value) for name, value in attributes.items()}
+    return {
+        str(name): value if _is_supported(value) else json.dumps(plain(value)) for name, value in attributes.items()
+    }
 
 
-def _for_netcdf(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return value if isinstance(value, JsonRecord) else JsonRecord(json.dumps(plain(value)))
+def _is_supported(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "iufU"
     items = value if isinstance(value, list | tuple) else [value]
-    kinds = {str if isinstance(item, str) else float for item in items if _has_type(item)}
-    has_types = all(map(_has_type, items)) and len(kinds) == 1
-    return value if has_types or isinstance(value, np.ndarray) else json.dumps(plain(value))
+    kinds = {str if isinstance(item, str) else float for item in items}
+    is_plain = all(isinstance(item, str | int | float | np.number) and not isinstance(item, bool) for item in items)
+    return is_plain and len(kinds) == 1
 
 
-def _has_type(item: Any) -> bool:
-    return isinstance(item, str | int | float | np.number) and not isinstance(item, bool)
+def from_text(value: Any) -> Any:
+    """Value of an attribute; JSON text of `as_text` is parsed.
+
+    Examples
+    --------
+    >>> from_text('{"tile": 256}'), from_text("m"), from_text(3)
+    ({'tile': 256}, 'm', 3)
+    """
+    if not isinstance(value, str) or not (value[:1] in ("{", "[") or value in ("null", "true", "false")):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def differences(recorded: Any, expected: Any, name: str = "") -> list[str]:

@@ -414,6 +414,16 @@ class StoredScan:
             scan_index = np.delete(scan_index, np.asarray(drop, np.int64))
         return experiments_of(scan_index)
 
+    def chosen(self, experiment: int | None, drop: Sequence[int] = ()) -> NDArray[np.int64]:
+        """Indices of the patterns of one experiment (None: of all) that are not dropped, ascending."""
+        index = np.delete(np.arange(self.n_patterns), np.asarray(drop, np.int64))
+        scan_index = None if experiment is None else self._read_optional("scan_index")
+        return index if scan_index is None else index[scan_index[index] == experiment]
+
+    def source_rows(self, index: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Rows of patterns in the source file, by ascending indices; None if unknown."""
+        return self._column("source_index", index) if "source_index" in self._root else None
+
     def groups_kept(
         self, member: NDArray[np.int32], drop: Sequence[int], experiment: int | None = None
     ) -> NDArray[np.bool_]:

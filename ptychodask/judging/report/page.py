@@ -199,7 +199,7 @@ def _patterns(content: Content) -> list[Markup]:
 
 
 def _provenance(content: Content) -> list[Markup]:
-    tables = [tag("h3", "Result"), _facts_table(content.result.attrs)]
+    tables = [tag("h3", "Result"), _facts_table(content.result.ptycho.records)]
     if content.scan is not None:
         tables += [tag("h3", "Scan"), _facts_table(content.scan.attributes)]
     if content.training:
