@@ -288,7 +288,7 @@ def test_results_of_other_data_are_reported(truth, tmp_path, caplog):
     assert "data_hash" not in alike.attrs
     assert not caplog.records
     table = compare({"own": own, "other": other})
-    assert table.attrs["data_hash"] == {"own": scan.data_hash, "other": "0123456789abcdef"}
+    assert table.ptycho.records["data_hash"] == {"own": scan.data_hash, "other": "0123456789abcdef"}
     words = f"Not all are from the same scan and probe; data hashes: own {scan.data_hash[:12]}, other 0123456789ab"
     assert words in caplog.text
     assert words in to_markdown(table)

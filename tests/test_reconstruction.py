@@ -151,7 +151,7 @@ def test_what_is_written_is_what_stays_in_memory(store, client, tmp_path):
 
 def test_attributes_say_what_made_the_object(store, client):
     ds = reconstruct(store, LinearModel(), client=client, groups_per_chunk=np.int64(70), roi=(0, 9, 0, 9))
-    attributes = json.loads(json.dumps(ds.attrs))
+    attributes = json.loads(json.dumps(ds.ptycho.records))
     assert attributes["data_hash"] == open_scan(store).data_hash
     assert attributes["model"] == {"kind": "linear", "hash": "linear", "path": None}
     assert attributes["spec"]["roi"] == [0, 9, 0, 9]

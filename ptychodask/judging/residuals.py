@@ -374,4 +374,12 @@ def outliers(residuals: xr.Dataset, *, n_mad: float = OUTLIER_MAD) -> NDArray[np
     middle = np.nanmedian(r_factor)
     spread = MAD_TO_SIGMA * np.nanmedian(np.abs(r_factor - middle))
     far = np.flatnonzero(r_factor > middle + n_mad * spread)
-    return far[np.argsort(-r_factor[far], kind="stable")]
+    return stored_indices(residuals)[far[np.argsort(-r_factor[far], kind="stable")]]
+
+
+def stored_indices(residuals: xr.Dataset) -> NDArray[np.int64]:
+    """Index in the store of each pattern that has residuals, int64 (pattern,).
+
+    They are not consecutive from 0 for one experiment of several.
+    """
+    return np.asarray(residuals["pattern"].values, np.int64)

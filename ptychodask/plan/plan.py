@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ptychodask.errors import PtychodaskError, with_fields
-from ptychodask.grouping import GroupingSpec, check_drop, check_experiment
+from ptychodask.grouping import GroupingSpec, check_experiment
 from ptychodask.html import card
 from ptychodask.models.choose import recorded_model, resolve_model
 from ptychodask.models.contract import MinimalModel, PatchModel
@@ -436,7 +436,6 @@ def make_plan(
     PtychodaskError
         See `plan`.
     """
-    check_drop(stored.label, stored.n_patterns, tuple(spec.drop))
     check_experiment(stored.label, stored.experiments(tuple(spec.drop)), spec.experiment)
     if spec.position_yx_px is not None:
         check_positions(spec.position_yx_px, stored.n_patterns, "position_yx_px")

@@ -23,7 +23,7 @@ import zarr
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.grouping import GroupingSpec, experiments_of, group_positions, groups_kept
+from ptychodask.grouping import GroupingSpec, check_drop, experiments_of, group_positions, groups_kept
 from ptychodask.scan import PatternSource, Scan, Truth
 from ptychodask.storage.atomic import StoreKind
 from ptychodask.storage.location import LocationLike, parse_location
@@ -408,7 +408,11 @@ class StoredScan:
             )
 
     def experiments(self, drop: Sequence[int] = ()) -> list[int]:
-        """Numbers of the experiments of the patterns that are not dropped."""
+        """Numbers of the experiments of the patterns that are not dropped.
+
+        Raises `PtychodaskError` if a pattern to drop does not exist, or all are dropped.
+        """
+        check_drop(self.label, self.n_patterns, drop)
         scan_index = self._read_optional("scan_index")
         if scan_index is not None and len(drop):
             scan_index = np.delete(scan_index, np.asarray(drop, np.int64))
