@@ -319,9 +319,8 @@ def named_outliers(
         else f"{len(pattern)} patterns are far from all others, {pattern[0]} at (y, x) = ({y:.6g}, {x:.6g}) px and so "
         "on; leave them out"
     )
-    at_ingest = (
-        "" if row is None else f', or at ingest with drop_frames="{_listed(row)}" (--drop-frames {_listed(row)})'
-    )
+    rows = "" if row is None else _listed(np.sort(row))
+    at_ingest = f', or at ingest with drop_frames="{rows}" (--drop-frames {rows})' if rows else ""
     return f"{subject} with drop=[{drop}] (--drop {drop}){at_ingest}"
 
 

@@ -203,7 +203,7 @@ def test_records_are_the_attributes_that_were_given(tmp_path):
     assert zarr.open_group(tmp_path / "r.zarr", mode="r").attrs["plan"] == full_attributes()["plan"]
 
 
-def test_a_result_of_several_networks_of_version_0_1_opens_with_a_hint(tmp_path, caplog):
+def test_a_result_of_several_networks_of_version_0_1_opens_with_a_hint(tmp_path, told):
     path = parse_location(tmp_path / "r.zarr")
     path.make_folder()
     layers = Layers(("pinn", "baseline"))
@@ -215,9 +215,9 @@ def test_a_result_of_several_networks_of_version_0_1_opens_with_a_hint(tmp_path,
     new = open_result(path)
     for file in (tmp_path / "r.zarr").rglob("zarr.json"):
         file.write_text(file.read_text().replace('"networks"', '"methods"').replace('"network"', '"method"'))
-    assert not caplog.records
+    assert not told
     old = open_result(path)
-    assert "its dimension 'method' is called 'network' now; select with ds.sel(network='pinn')" in caplog.text
+    assert "its dimension 'method' is called 'network' now; select with ds.sel(network='pinn')" in told[0]
     xr.testing.assert_identical(old.compute(), new.compute())
     assert float(old.sel(network="baseline")["weight"].max()) == 2.0
     with pytest.raises(KeyError):
