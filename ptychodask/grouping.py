@@ -242,7 +242,7 @@ STEP_SAMPLE = 2**17
 def outlying_positions(
     position_yx_px: NDArray[np.float64], scan_index: NDArray[np.int64] | None = None
 ) -> NDArray[np.int64]:
-    """Patterns whose positions are far from those of all others, such as encoder glitches.
+    """Outlying positions, such as encoder glitches, by their patterns.
 
     Parameters
     ----------
@@ -348,13 +348,13 @@ def group_positions(
     int32 array (group, channel)
         Channel 0 is the seed, and each pattern seeds `spec.oversampling` groups (fewer if a group is drawn twice); the
         other members are drawn from the `spec.neighbours` nearest of the seed, ordered by distance. Groups are ordered
-        by `curve_order` of their seeds. In a scan of repeated exposures (see `places_of`) members are exposures at
-        different places: the nearest are counted in places, and an exposure of each drawn place is drawn.
+        by `curve_order` of their seeds. In a scan of repeated exposures (see `scan_points_of`) members are
+        exposures at different scan points: the nearest are counted in points, and one exposure of each is drawn.
 
     Raises
     ------
     PtychodaskError
-        If an experiment has too few patterns, or places, for `spec.neighbours`.
+        If an experiment has too few patterns, or scan points, for `spec.neighbours`.
 
     Examples
     --------
@@ -419,15 +419,15 @@ def groups_kept(member: NDArray[np.int32], drop: Sequence[int]) -> NDArray[np.bo
     return np.asarray(~np.isin(member, drop).any(axis=1))
 
 
-PLACE_PX = 0.25
-"""Distance up to which positions may be exposures of one place, pixels."""
+SAME_POINT_PX = 0.25
+"""Distance up to which positions may be exposures of one scan point, pixels."""
 
 
 REPEATED_SHARE = 0.1
-"""Share of patterns at the place of another from which on a scan is one of repeated exposures."""
+"""Share of patterns at the scan point of another from which on a scan is one of repeated exposures."""
 
 
-def places_of(position_yx_px: NDArray[np.float64]) -> NDArray[np.int64] | None:
+def scan_points_of(position_yx_px: NDArray[np.float64]) -> NDArray[np.int64] | None:
     """Place of each exposure in a scan of repeated exposures.
 
     Parameters
@@ -437,32 +437,32 @@ def places_of(position_yx_px: NDArray[np.float64]) -> NDArray[np.int64] | None:
     Returns
     -------
     int64 array (pattern,), or None
-        Numbers from 0; None if less than `REPEATED_SHARE` of the patterns repeat a place, as some positions of a random
-        scan do.
+        Numbers from 0; None if less than `REPEATED_SHARE` of the patterns repeat a scan point, as some positions of a
+        random scan do.
 
     Notes
     -----
-    Positions are of one place if they are equal, or if they are linked by distances up to `PLACE_PX` and all within
-    twice that: a stage does not return exactly. A chain of finer steps, of a fly scan, is none.
+    Positions are of one scan point if they are equal, or if they are linked by distances up to `SAME_POINT_PX` and all
+    within twice that: a stage does not return exactly. A chain of finer steps, of a fly scan, is none.
 
     Examples
     --------
-    >>> places_of(np.array([[0.0, 0.0], [0.0, 5.0], [0.0, 0.1], [0.0, 5.0]])).tolist()
+    >>> scan_points_of(np.array([[0.0, 0.0], [0.0, 5.0], [0.0, 0.1], [0.0, 5.0]])).tolist()
     [0, 1, 0, 1]
     """
     different, exact = np.unique(position_yx_px, axis=0, return_inverse=True)
     exact = exact.reshape(-1)
-    place = _linked_places(different)[exact]
-    sizes = np.bincount(place)
+    point = _linked_points(different)[exact]
+    sizes = np.bincount(point)
     # In the order of their first exposures, whatever the linking numbered them.
-    _, place = np.unique(place, return_inverse=True)
+    _, point = np.unique(point, return_inverse=True)
     repeats = len(position_yx_px) - int(np.count_nonzero(sizes))
-    return place.reshape(-1).astype(np.int64) if repeats >= REPEATED_SHARE * len(position_yx_px) else None
+    return point.reshape(-1).astype(np.int64) if repeats >= REPEATED_SHARE * len(position_yx_px) else None
 
 
-def _linked_places(different: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Number of the place of each of some different positions."""
-    pairs = scipy.spatial.KDTree(different).query_pairs(PLACE_PX, output_type="ndarray")
+def _linked_points(different: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Number of the scan point of each of some different positions."""
+    pairs = scipy.spatial.KDTree(different).query_pairs(SAME_POINT_PX, output_type="ndarray")
     itself = np.arange(len(different))
     if not len(pairs):
         return itself
@@ -473,55 +473,55 @@ def _linked_places(different: NDArray[np.float64]) -> NDArray[np.int64]:
         np.minimum.at(low, linked, values)
         np.maximum.at(high, linked, values)
         extent[:, axis] = high - low
-    is_place = extent.max(axis=1)[linked] <= 2 * PLACE_PX
-    return np.where(is_place, linked, len(extent) + itself)
+    is_point = extent.max(axis=1)[linked] <= 2 * SAME_POINT_PX
+    return np.where(is_point, linked, len(extent) + itself)
 
 
 class _Neighbourhood(NamedTuple):
     """Candidates for the groups of each seed."""
 
     nearest: NDArray[np.int32]
-    """Indices (row, 1 + neighbours): a pattern or place, then its nearest by distance."""
+    """Indices (row, 1 + neighbours): a pattern or scan point, then its nearest by distance."""
 
-    place: NDArray[np.int64] | None = None
-    """Row of `nearest` of each pattern (pattern,); None if rows are patterns."""
+    point: NDArray[np.int64] | None = None
+    """Row of `nearest`, a scan point, of each pattern (pattern,); None if rows are patterns."""
 
     exposures: NDArray[np.int64] | None = None
-    """Patterns sorted by place (pattern,)."""
+    """Patterns sorted by scan point (pattern,)."""
 
     first: NDArray[np.int64] | None = None
-    """Index into `exposures` of the first pattern of each place, and the end (place + 1,)."""
+    """Index into `exposures` of the first pattern of each scan point, and the end (point + 1,)."""
 
 
 def _neighbourhood(
     position_yx_px: NDArray[np.float64], spec: GroupingSpec, scan_index: NDArray[np.int64] | None
 ) -> _Neighbourhood:
-    """Neighbours of each pattern, or of each place if exposures are repeated."""
-    place = _places_apart(position_yx_px, scan_index)
-    if place is None:
+    """Neighbours of each pattern, or of each repeated scan point."""
+    point = _points_apart(position_yx_px, scan_index)
+    if point is None:
         return _Neighbourhood(_nearest(position_yx_px, spec, scan_index, "patterns"))
-    exposures = np.argsort(place, kind="stable")
-    sizes = np.bincount(place)
+    exposures = np.argsort(point, kind="stable")
+    sizes = np.bincount(point)
     first = np.concatenate([[0], np.cumsum(sizes)])
-    centre = np.stack([np.bincount(place, position_yx_px[:, axis]) / sizes for axis in range(2)], axis=1)
-    of_place = None if scan_index is None else scan_index[exposures[first[:-1]]]
-    return _Neighbourhood(_nearest(centre, spec, of_place, "places"), place, exposures, first)
+    centre = np.stack([np.bincount(point, position_yx_px[:, axis]) / sizes for axis in range(2)], axis=1)
+    of_point = None if scan_index is None else scan_index[exposures[first[:-1]]]
+    return _Neighbourhood(_nearest(centre, spec, of_point, "scan points"), point, exposures, first)
 
 
-def _places_apart(
+def _points_apart(
     position_yx_px: NDArray[np.float64], scan_index: NDArray[np.int64] | None
 ) -> NDArray[np.int64] | None:
-    """`places_of` each experiment; None if none repeats exposures."""
+    """`scan_points_of` each experiment; None if none repeats exposures."""
     if scan_index is None:
-        return places_of(position_yx_px)
-    place = np.empty(len(position_yx_px), np.int64)
-    n_places, is_repeated = 0, False
+        return scan_points_of(position_yx_px)
+    point = np.empty(len(position_yx_px), np.int64)
+    n_points, is_repeated = 0, False
     for experiment in np.unique(scan_index):
         mine = np.flatnonzero(scan_index == experiment)
-        found = places_of(position_yx_px[mine])
-        place[mine] = n_places + (np.arange(len(mine)) if found is None else found)
-        n_places, is_repeated = int(place[mine].max()) + 1, is_repeated or found is not None
-    return place if is_repeated else None
+        repeated = scan_points_of(position_yx_px[mine])
+        point[mine] = n_points + (np.arange(len(mine)) if repeated is None else repeated)
+        n_points, is_repeated = int(point[mine].max()) + 1, is_repeated or repeated is not None
+    return point if is_repeated else None
 
 
 def _nearest(
@@ -561,13 +561,13 @@ def _draw_members(neighbourhood: _Neighbourhood, members: int, rng: np.random.Ge
 
     The seed is first, then members drawn from its nearest, ordered by distance.
     """
-    nearest, place, exposures, first = neighbourhood
-    if place is not None:
-        nearest = nearest[place]
+    nearest, point, exposures, first = neighbourhood
+    if point is not None:
+        nearest = nearest[point]
     keys = rng.random((len(nearest), nearest.shape[1] - 1), dtype=np.float32)
     drawn = np.sort(np.argpartition(keys, members - 2, axis=1)[:, : members - 1], axis=1) + 1
     group = np.take_along_axis(nearest, np.column_stack([np.zeros(len(nearest), np.int64), drawn]), axis=1)
-    if place is None:
+    if point is None:
         return group
     assert exposures is not None
     assert first is not None

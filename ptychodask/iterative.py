@@ -229,7 +229,7 @@ def _split(
 
 
 def _largest_experiment(scan: Scan, exclude: Sequence[int] | NDArray[np.integer[Any]]) -> int | None:
-    """Number of the experiment with most patterns; None if there is only one."""
+    """Number of the experiment with most patterns; None if unnumbered."""
     check_drop(scan.store or "scan", scan.n_patterns, exclude)
     if scan.scan_index is None:
         return None

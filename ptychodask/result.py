@@ -437,7 +437,7 @@ def _open_level(location: Location, root: zarr.Group, level: int) -> xr.Dataset:
 
 
 def _with_labels(ds: xr.Dataset, location: Location) -> xr.Dataset:
-    """Result with the labels of its networks as a coordinate, and its records as text."""
+    """Result with the labels of its networks as a coordinate."""
     if "method" in ds.dims:
         # Of version 0.1, or begun by it.
         ds = ds.rename_dims(method="network")
@@ -503,7 +503,7 @@ def experiment_of(results: Mapping[str, xr.Dataset], scan: Scan, experiment: int
 
 
 def check_one_result(location: Location) -> None:
-    """Raise `PtychodaskError` if a path is a folder with results of several experiments."""
+    """Raise `PtychodaskError` for a folder with results of several experiments."""
     folder = location.local_path
     if folder is None or not folder.is_dir() or (folder / "zarr.json").exists():
         return
@@ -526,7 +526,7 @@ def reading_result() -> Iterator[None]:
 
 
 def recorded(attributes: Mapping[str, Any], *names: str) -> Any:
-    """Value in nested attributes, or in their JSON text; None if there is none.
+    """Value in nested attributes or their JSON text; None if missing.
 
     Examples
     --------

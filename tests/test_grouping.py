@@ -12,7 +12,7 @@ from ptychodask.grouping import (
     group_positions,
     named_outliers,
     outlying_positions,
-    places_of,
+    scan_points_of,
 )
 
 SPECS = [
@@ -130,7 +130,7 @@ def test_repeated_positions_still_seed_their_own_groups(position):
     member = group_positions(repeated, GroupingSpec(members=4, neighbours=7))
     assert sorted(member[:, 0]) == list(range(60))
     assert (np.diff(np.sort(member, axis=1), axis=1) > 0).all()
-    with pytest.raises(PtychodaskError, match="neighbours=7 needs 8 places, found 1; pass members=1"):
+    with pytest.raises(PtychodaskError, match="neighbours=7 needs 8 scan points, found 1; pass members=1"):
         group_positions(np.zeros((12, 2)), GroupingSpec(members=4, neighbours=7))
 
 
@@ -201,11 +201,11 @@ def test_members_are_exposures_of_different_places(times, jitter_px, halves):
 
 
 def test_a_few_coinciding_positions_and_fine_steps_are_no_repeated_exposures(position):
-    assert places_of(position) is None
-    assert places_of(np.concatenate([position, position[:20]])) is None
-    assert places_of(np.concatenate([position, position[:40]])) is not None
+    assert scan_points_of(position) is None
+    assert scan_points_of(np.concatenate([position, position[:20]])) is None
+    assert scan_points_of(np.concatenate([position, position[:40]])) is not None
     fly_scan = np.column_stack([np.zeros(500), np.arange(500) * 0.1])
-    assert places_of(fly_scan) is None
+    assert scan_points_of(fly_scan) is None
 
 
 def test_repeats_are_counted_within_each_experiment(position):
@@ -222,7 +222,9 @@ def test_repeats_are_counted_within_each_experiment(position):
 
 def test_places_too_few_are_named_with_what_would_do():
     at = repeated(np.argwhere(np.ones((2, 3))) * 5.0, 5)
-    with pytest.raises(PtychodaskError, match="neighbours=7 needs 8 places, found 6; pass neighbours=5 or fewer, or"):
+    with pytest.raises(
+        PtychodaskError, match="neighbours=7 needs 8 scan points, found 6; pass neighbours=5 or fewer, or"
+    ):
         group_positions(at, GroupingSpec(members=4, neighbours=7))
     assert group_positions(at, GroupingSpec(members=4, neighbours=5)).shape == (30, 4)
 

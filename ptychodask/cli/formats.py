@@ -22,9 +22,8 @@ def export(
     scan: Annotated[
         Path | None, typer.Option(help="Store of the scan that the result was made from; by default the recorded one.")
     ] = None,
-    network: Annotated[
-        str | None, typer.Option("--network", "--method", help="Network to export, if the result has several.")
-    ] = None,
+    network: Annotated[str | None, typer.Option(help="Network to export, if the result has several.")] = None,
+    method: Annotated[str | None, typer.Option(help="Former name of --network.", hidden=True)] = None,
     experiment: Annotated[
         int | None, typer.Option(help="Experiment to export, if the scan has several; by default that of the result.")
     ] = None,
@@ -57,7 +56,7 @@ def export(
         progress=progress_option(quiet),
         **given(
             scan=scan,
-            network=network,
+            network=network or method,
             experiment=experiment,
             pixel_size_m=pixel_size_m,
             energy_ev=energy_ev,

@@ -415,7 +415,7 @@ class _Inspector:
         self._check_overlap(scan, gridded, sample)
 
     def _check_outliers(self, scan: SourceScan, kept: NDArray[np.int64]) -> None:
-        """Report frames with positions far from all others; one of them may make the object too large."""
+        """Report frames with positions far from all others."""
         scan_index = None if scan.scan_index is None else scan.scan_index[kept]
         outliers = kept[outlying_positions(scan.position_yx[kept], scan_index)]
         if len(outliers):

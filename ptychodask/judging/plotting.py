@@ -397,7 +397,7 @@ def plot_residuals(residuals: xr.Dataset, *, path: str | Path | None = None) -> 
 
 
 def worst_patterns(residuals: xr.Dataset, name: str = "r_factor") -> list[int]:
-    """Places in `residuals` of at most ten patterns with the highest residuals.
+    """Positions along ``pattern`` of the ten patterns with the highest residuals.
 
     The worst is first; dropped patterns are left out.
 
@@ -494,7 +494,7 @@ def plot_split_half(ds: xr.Dataset, *, resolution: xr.Dataset | None = None, pat
 
 
 def _half_layout(ds: xr.Dataset, n_columns: int) -> tuple[Figure, list[Axes], Axes]:
-    """Figure with axes for pictures, two to a column, and one for curves."""
+    """Figure with axes for pictures and one for curves."""
     n_pictures = n_columns + 1
     orientation = _orientation(ds)
     if orientation == "compact":
@@ -579,7 +579,7 @@ def _add_colour_bar(axes: Axes, image: AxesImage, ds: xr.Dataset, extend: str = 
 
 
 def _size_in(ds: xr.Dataset, n_rows: int, n_columns: int, compact: tuple[float, float]) -> tuple[float, float]:
-    """Size in inches of rows and columns of pictures, with their titles and labels.
+    """Size of a figure of pictures, inches, with titles and labels.
 
     `compact` is that for an object whose sides are alike.
     """
@@ -593,7 +593,10 @@ def _size_in(ds: xr.Dataset, n_rows: int, n_columns: int, compact: tuple[float, 
 
 
 def _pictures(figure: Figure | SubFigure, ds: xr.Dataset, n_rows: int, n_columns: int) -> NDArray[Any]:
-    """Axes of pictures (row, column); those of an elongated object are stacked along its short side."""
+    """Axes of pictures (row, column).
+
+    Those of an elongated object are stacked along its short side.
+    """
     orientation = _orientation(ds)
     if orientation == "compact":
         return figure.subplots(n_rows, n_columns, squeeze=False)
@@ -702,7 +705,7 @@ def _frame(axes: Axes, title: str, ds: xr.Dataset) -> None:
 
 
 def _add_contours(axes: Axes, ds: xr.Dataset, beside: Axes) -> None:
-    """Draw contours of the weight, with a legend on the same or other axes."""
+    """Draw contours of the weight, with a legend on axes `beside`."""
     weight = ds["weight"].values
     relative = weight / np.median(weight[weight > 0])
     levels = {level: style for level, style in CONTOURS.items() if relative.min() < level < relative.max()}
@@ -719,17 +722,17 @@ def _add_contours(axes: Axes, ds: xr.Dataset, beside: Axes) -> None:
     )
     lines = [Line2D([], [], color="white", linestyle=style) for style in levels.values()]
     labels = [f"{level:.0%} of the median weight" for level in levels]
-    place: dict[str, Any] = {"loc": "upper right"}
+    anchor: dict[str, Any] = {"loc": "upper right"}
     if beside is not axes:
         is_below = _orientation(ds) == "wide"
-        place = {"loc": "center left", "bbox_to_anchor": (1.05, 0.5)}
+        anchor = {"loc": "center left", "bbox_to_anchor": (1.05, 0.5)}
         if not is_below:
-            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.05)}
-    beside.legend(lines, labels, facecolor="black", labelcolor="white", fontsize="small", **place)
+            anchor = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.05)}
+    beside.legend(lines, labels, facecolor="black", labelcolor="white", fontsize="small", **anchor)
 
 
 def _scale(ds: xr.Dataset, longest_px: float) -> tuple[float, str]:
-    """Length of a scale bar in pixels, at most `longest_px`, and its label."""
+    """Length of a scale bar up to `longest_px`, and its label."""
     pixel_size_m = ds.attrs.get("pixel_size_m")
     unit_per_px = 1.0 if pixel_size_m is None else float(pixel_size_m)
     length = nice_length(longest_px * unit_per_px)
@@ -737,7 +740,7 @@ def _scale(ds: xr.Dataset, longest_px: float) -> tuple[float, str]:
 
 
 def _add_scale_bar_above(axes: Axes, ds: xr.Dataset) -> None:
-    """Draw a scale bar above the picture, since it would cover a thin one."""
+    """Draw a scale bar above a picture too thin to contain it."""
     left, right = axes.get_xlim()
     is_wide = _orientation(ds) == "wide"
     width_px, label = _scale(ds, (0.2 if is_wide else 1.0) * (right - left))

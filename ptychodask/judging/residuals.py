@@ -122,7 +122,7 @@ def residuals(
 
 
 def _of_experiment(scan: Scan, kept: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Indices of all patterns of the experiment that the kept ones are of."""
+    """Indices of all patterns of the kept ones' experiment."""
     if scan.scan_index is None:
         return np.arange(scan.n_patterns)
     return np.flatnonzero(scan.scan_index == scan.scan_index[kept[0]])

@@ -1,4 +1,4 @@
-"""Reconstruction of several scans or experiments, one after the other on one client."""
+"""Reconstruction of several scans or experiments, one after the other."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def scan_names(stores: Sequence[LocationLike]) -> list[str]:
 
 
 def result_path(folder: Location, name: str) -> Location:
-    """Path of the result of one of several scans, or of an experiment of it.
+    """Path of the result of a scan, or of its experiment.
 
     Examples
     --------
@@ -181,7 +181,7 @@ def result_path(folder: Location, name: str) -> Location:
 
 
 def make_folder(out: Location, several: str) -> None:
-    """Make the folder for several results; raises `PtychodaskError` if it is a store or file."""
+    """Make a folder for results; raises `PtychodaskError` if it is a store."""
     if (out.exists() and not out.is_dir()) or (out / "zarr.json").exists():
         raise PtychodaskError(f"{out}: is a file or a store, and results of several {several} need a folder; name one")
     out.make_folder()

@@ -419,13 +419,19 @@ class StoredScan:
         return experiments_of(scan_index)
 
     def chosen(self, experiment: int | None, drop: Sequence[int] = ()) -> NDArray[np.int64]:
-        """Indices of the patterns of one experiment (None: of all) that are not dropped, ascending."""
+        """Indices of the patterns of one experiment, without dropped ones.
+
+        They are ascending; `experiment` None takes all.
+        """
         index = np.delete(np.arange(self.n_patterns), np.asarray(drop, np.int64))
         scan_index = None if experiment is None else self._read_optional("scan_index")
         return index if scan_index is None else index[scan_index[index] == experiment]
 
     def source_rows(self, index: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """Rows of patterns in the source file, by ascending indices; None if unknown."""
+        """Rows of some patterns in the source file; None if unknown.
+
+        `index` is ascending.
+        """
         return self._column("source_index", index) if "source_index" in self._root else None
 
     def groups_kept(
