@@ -155,19 +155,26 @@ def reconstruct(
 
     A cache stores the patches as float16, 11 bits of each number.
 
-    ``slow_phase=True`` multiplies the stitched object by exp(i φ), with φ bilinear between nodes as far apart as the
-    probe is wide: one Gauss-Newton step of least squares for the amplitudes of a share of the patterns. One pattern in
-    16 takes no part and judges the step, which is kept if it lowers their misfit. Sweeps of ``polish`` come afterwards
-    and use all patterns. The attribute ``refinement`` records the outcome. See `ptychodask.refinement.slow_phase`.
+    A network sees few patterns at a time; refinement then fits the stitched object to all of them, with the store's
+    probe. One pattern in 16 takes no part and judges each stage by its misfit: the Poisson deviance for counts, else
+    Σ(√I_pred − √I)². Scans of fewer than 64 patterns have no judges.
 
-    Polishing fits the stitched object to the amplitudes of the patterns, with the store's probe: it lowers
-    Σ(√I_pred − √I)² + Σ h |object − stitched|², where the proximal weight h keeps pixels that received less intensity
-    than the brightest of one exposure near the network's prediction. All patterns are projected at once in each sweep
-    (their contributions are summed), and the step follows the summed change and the step before (`StepProducts.mix`),
-    so the result depends on chunks no more than the stitching does. A task reads the part of the object that its
-    patterns cover. Between sweeps the object's tiles, 68 bytes a pixel in all, are spread over the workers. Pixels that
-    no patch covers stay NaN; ``weight``, ``uncertainty`` and ``count`` stay those of the network's patches. The
-    attribute ``polish`` records R of the patterns that were not dropped before the first sweep and after each.
+    ``slow_phase`` multiplies the object by exp(i φ), with φ bilinear between nodes as far apart as the probe is wide:
+    one Gauss-Newton step of least squares for the amplitudes of a share of the patterns, kept if it lowers the judges'
+    misfit. It is solved again after two sweeps that lowered the misfit more than it did.
+
+    ``polish`` lowers Σ(√I_pred − √I)² + Σ h |object − stitched|², where the proximal weight h keeps pixels that
+    received little intensity near the network's prediction. All patterns are projected at once in each sweep (their
+    contributions are summed), and the step follows the summed change and the step before (`StepProducts.mix`), so the
+    result depends on chunks no more than the stitching does. ``polish="auto"`` stops after three sweeps that did not
+    lower the judges' misfit, and keeps the object for which it was lowest.
+
+    A task reads the patterns and the part of the object that it needs. With `out` the tiles are in files beside it
+    between stages, so that no worker's memory depends on the size of the object, and a stopped run continues with the
+    latest stage; without, they are spread over the workers. Each of several models' objects is refined, and each half
+    by its own patterns; in a region, patterns that illuminate nothing outside refine it. Pixels that no patch covers
+    stay NaN; ``weight``, ``uncertainty`` and ``count`` stay those of the network's patches. The attribute
+    ``refinement`` records the judges' misfit after each stage. See `ptychodask.refinement`.
     """
     spec = with_fields(spec, spec_fields)
     options: dict[str, Any] = {
@@ -246,6 +253,9 @@ def _reconstruct_one(
     several = isinstance(model, Mapping)
     scan = stored.first()
     spec = in_pixels(spec, scan.pixel_size_m, stored.label)
+    spec, left_out = spec.with_refinement_that_applies(compute=compute)
+    if left_out is not None:
+        logger.info("%s: refinement left out: %s", stored.label, left_out)
     models = model if isinstance(model, Mapping) else {"": model}
     networks = {str(label): resolve_model(scan, given) for label, given in models.items()}
     _warn_outside_training_range(networks, stored)
@@ -255,6 +265,8 @@ def _reconstruct_one(
         run = first_run(plan_run, stored, spec.follow_timeout_s)
     else:
         run = _plan_run(stored, scan, networks, spec, several=several)
+    if left_out is not None:
+        run = replace(run, attributes=run.attributes | {"refinement": {"left_out": left_out}})
     scan, plan = run.scan, run.plan
     if plan.outliers:
         logger.warning("%s: %s", stored.label, plan.outliers)
@@ -356,21 +368,8 @@ def _check_options(
     screen_for(spec.live)
     if spec.live not in (None, False) and not compute:
         raise PtychodaskError("reconstruct: compute=False has nothing to show live; compute, or remove live")
-    if spec.polish and not compute:
-        raise PtychodaskError(
-            f"reconstruct: compute=False with polish={spec.polish}: each sweep needs the complete object; compute, "
-            "or remove polish"
-        )
-    if spec.slow_phase and not compute:
-        raise PtychodaskError(
-            "reconstruct: compute=False with slow_phase=True: its equations need the complete object; compute, or "
-            "remove slow_phase"
-        )
-    if several and (spec.refines or spec.cache is not None):
-        raise PtychodaskError(
-            "reconstruct: polish, slow_phase and cache need a single model, and several are given; reconstruct with "
-            "one at a time"
-        )
+    if several and spec.cache is not None:
+        raise PtychodaskError("reconstruct: cache needs a single model, and several are given; pass one at a time")
     if (
         spec.cache is not None
         and out is not None

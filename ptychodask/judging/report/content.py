@@ -14,6 +14,7 @@ import xarray as xr
 from ptychodask.errors import PtychodaskError
 from ptychodask.judging.compare import align, compare, find_truth
 from ptychodask.judging.plotting import thinned
+from ptychodask.judging.refinements import attributes_of_network
 from ptychodask.judging.residuals import residuals
 from ptychodask.models.description import read_description, read_history
 from ptychodask.models.pretrained import bundle_folder
@@ -129,8 +130,7 @@ def _of_first_network(result: xr.Dataset) -> xr.Dataset:
     networks = recorded(result.attrs, "networks")
     if not isinstance(networks, list):
         return result
-    first = {name: recorded(result.attrs, name, networks[0]) for name in ("model", "plan")}
-    return result.assign_attrs({**first, "networks": networks[0]})
+    return result.assign_attrs(attributes_of_network(result.attrs, networks[0]))
 
 
 def _check_same_data(label: str, result: xr.Dataset, scan: Scan | None) -> None:
