@@ -133,7 +133,11 @@ def curve_order(position_yx_px: NDArray[np.float64]) -> NDArray[np.int64]:
     --------
     >>> curve_order(np.array([[0.0, 0.0], [9.0, 9.0], [0.0, 1.0], [9.0, 8.0]])).tolist()
     [0, 2, 3, 1]
+    >>> curve_order(np.empty((0, 2))).tolist()
+    []
     """
+    if not len(position_yx_px):
+        return np.empty(0, np.int64)
     low = position_yx_px.min(axis=0)
     extent = float((position_yx_px.max(axis=0) - low).max())
     cells = 2**CURVE_BITS - 1
