@@ -1,8 +1,6 @@
-"""Compact iterative engine: probe refinement, small reference reconstructions, gradients for polishing.
+"""Compact iterative engine in memory, for probe refinement.
 
 Sweeps (`run_sweeps`) visit one pattern at a time in random order, as ePIE does, and update the probe once per batch.
-Polishing (`negative_gradient`, `StepProducts`, `take_step`) sums the gradient over all patterns instead, so that the
-sum can be distributed, and takes quasi-Newton steps.
 """
 
 from __future__ import annotations
@@ -274,17 +272,15 @@ def around_middle(
     return index[np.argsort(np.hypot(*(position - position.mean(axis=0)).T), kind="stable")]
 
 
-def reconstruct_iterative(
+def iterate_with_probe(
     store: str | Path,
-    *,
-    n_sweeps: int = 40,
-    refine_probe: bool = False,
-    exclude: Sequence[int] | NDArray[np.integer[Any]] = (),
-    experiment: int | None = None,
-    seed: int = 0,
-    progress: bool | None = None,
+    n_sweeps: int,
+    exclude: Sequence[int] | NDArray[np.integer[Any]],
+    experiment: int | None,
+    seed: int,
+    progress: bool | None,
 ) -> xr.Dataset:
-    """Reconstruct a scan by iterative sweeps, as a reference for networks.
+    """Object of a scan by sweeps that refine the probe as well.
 
     The scan is in memory completely; the sweeps run on one core.
 
@@ -292,13 +288,11 @@ def reconstruct_iterative(
     ----------
     store : path
     n_sweeps : int
-        Visits of each pattern; 3 or more with `refine_probe`.
-    refine_probe : bool
-        Refine the probe together with the object; the stored probe is not changed.
-    exclude : int array (k,), optional
+        Visits of each pattern, 3 or more.
+    exclude : int array (k,)
         Patterns of the store that are left out.
-    experiment : int, optional
-        Experiment to reconstruct, if the scan has several.
+    experiment : int or None
+        Experiment to reconstruct; None for the only one.
     seed : int
         Seed of the order of the patterns.
     progress : bool, optional
@@ -307,32 +301,17 @@ def reconstruct_iterative(
     Returns
     -------
     xarray.Dataset
-        A result as from `reconstruct`. `weight` is the relative illumination of a pixel, Σ over patterns of
-        |P|²/max|P|²; `count` the patterns that illuminate it; `uncertainty` is NaN, since there is one estimate per
-        pixel.
-
-    Raises
-    ------
-    PtychodaskError
-        If `n_sweeps` is too small, a pattern or the experiment does not exist, or the scan has several experiments and
-        none is chosen.
+        See `reconstruct_iterative`.
 
     Notes
     -----
     See `run_sweeps` for the method and `measure` for the memory.
     """
-    fewest = 3 if refine_probe else 1
-    if n_sweeps < fewest:
-        raise PtychodaskError(f"reconstruct_iterative: n_sweeps is {n_sweeps}, expected {fewest} or more")
-    if experiment is not None:
-        experiment = experiment_number(experiment, "reconstruct_iterative")
     scan = open_scan(store)
     used = chosen_patterns(scan, experiment, exclude)
     measured = measure(scan, used)
     with progress_bar("iterate", n_sweeps * len(used), "patterns", progress) as bar:
-        object_, probe = run_sweeps(
-            measured, scan.probe, n_sweeps=n_sweeps, update_probe=refine_probe, seed=seed, bar=bar
-        )
+        object_, probe = run_sweeps(measured, scan.probe, n_sweeps=n_sweeps, update_probe=True, seed=seed, bar=bar)
     weight, count = _illumination_and_count(measured, probe)
     r = r_factor(object_, measured.corner_yx_px, replace(scan, probe=probe), used)
     logger.info("%s: R %.4f after %d sweeps of %d patterns", store, r, n_sweeps, len(used))
@@ -349,7 +328,7 @@ def reconstruct_iterative(
             "spec": {
                 "engine": "iterative",
                 "n_sweeps": n_sweeps,
-                "refine_probe": refine_probe,
+                "refine_probe": True,
                 "n_excluded": len(np.unique(exclude)),
                 "seed": seed,
                 **({} if experiment is None else {"experiment": experiment}),

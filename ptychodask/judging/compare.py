@@ -38,7 +38,7 @@ from ptychodask.store import open_scan
 logger = logging.getLogger(__name__)
 
 
-METHOD_OF_KIND = {"pinn": "PtychoPINN", "baseline": "Baseline"}
+METHOD_OF_KIND = {"pinn": "PtychoPINN", "baseline": "Baseline", "iterative": "Iterative"}
 """Method name of a result, by the recorded kind of its model."""
 
 

@@ -28,6 +28,7 @@ from ptychodask.plan.chunks import RESULT_PIXEL_BYTES, Tile
 from ptychodask.plan.spec import MIB, ReconstructionSpec, in_pixels
 from ptychodask.prediction import open_anew
 from ptychodask.reconstruction.batch import FailedScansError, make_folder, reconstruct_each, reconstruct_experiments
+from ptychodask.reconstruction.flat import ITERATIVE, FlatObject
 from ptychodask.reconstruction.follow import FollowedScan, first_run
 from ptychodask.reconstruction.lazy import lazy_result
 from ptychodask.reconstruction.live import screen_for
@@ -83,8 +84,9 @@ def reconstruct(
         reconstructed one after the other, on one client.
     model : path or model, or dict of label to such, optional
         By default the latest `pinn` that the store records, else the latest `baseline`, else the packaged model for
-        patterns of N pixels (``pretrained:<name>``). Several models predict from one reading of the patterns, and the
-        result has a dimension ``network``. A warning is logged if the scan is outside the training range of a model.
+        patterns of N pixels (``pretrained:<name>``). "iterative": no network, but a flat object that is refined.
+        Several models predict from one reading of the patterns, and the result has a dimension ``network``. A warning
+        is logged if the scan is outside the training range of a model.
     spec : ReconstructionSpec
         Options. The group table is by default the stored one with the model's members, else made by the default spec.
     out : path, optional
@@ -257,7 +259,7 @@ def _reconstruct_one(
     if left_out is not None:
         logger.info("%s: refinement left out: %s", stored.label, left_out)
     models = model if isinstance(model, Mapping) else {"": model}
-    networks = {str(label): resolve_model(scan, given) for label, given in models.items()}
+    networks = {str(label): _network_of(scan, given) for label, given in models.items()}
     _warn_outside_training_range(networks, stored)
     result = None if out is None else parse_location(out)
     plan_run = partial(_plan_stored, stored.label, networks, spec, several=several)
@@ -287,6 +289,12 @@ def _reconstruct_one(
         if result is None:
             return _in_memory(run, client, started, progress)
         return write_result(run, result, client, started, progress, overwrite=overwrite, resume=resume)
+
+
+def _network_of(scan: Scan, given: str | Path | MinimalModel | None) -> PatchModel:
+    """Model of a run; a flat object for an iterative reconstruction."""
+    is_flat = isinstance(given, str | Path) and str(given) == ITERATIVE
+    return FlatObject(scan.n_pixels) if is_flat else resolve_model(scan, given)
 
 
 def _warn_outside_training_range(networks: Mapping[str, PatchModel], stored: StoredScan) -> None:

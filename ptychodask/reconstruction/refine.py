@@ -17,6 +17,7 @@ from ptychodask.prediction import PredictionJob, open_stored
 from ptychodask.probes import illuminated_radius_px
 from ptychodask.progress import progress_bar
 from ptychodask.reassembly import Box
+from ptychodask.reconstruction.flat import ITERATIVE
 from ptychodask.reconstruction.live import LivePicture, Screen
 from ptychodask.reconstruction.refine_tasks import (
     ObjectLayer,
@@ -143,12 +144,14 @@ def object_layers(run: Run) -> list[ObjectLayer]:
         (label, (number,)) for number, label in enumerate(run.job.layers.networks)
     ] or [("", ())]
     layers = []
-    for label, index in methods:
-        layers.append(ObjectLayer(label, "object", index, None))
+    for (label, index), method in zip(methods, run.job.methods, strict=True):
+        network = method.prediction.model.model
+        is_flat = network is not None and network.kind == ITERATIVE
+        layers.append(ObjectLayer(label, "object", index, None, is_flat))
         if run.job.layers.split_half:
             for half in range(2):
                 name = f"{label}, half {half}" if label else f"half {half}"
-                layers.append(ObjectLayer(name, "object_half", (*index, half), half))
+                layers.append(ObjectLayer(name, "object_half", (*index, half), half, is_flat))
     if len(layers) > 1 and not layers[0].label:
         layers[0] = replace(layers[0], label="whole")
     return layers
@@ -180,7 +183,7 @@ def patterns_to_refine(run: Run, scan: Scan, drop: Sequence[int], half: int | No
         low, high = np.array(box.corner) + radius, np.array([box.y1, box.x1]) - radius
         position = scan.position_yx_px[index]
         index = index[((position >= low) & (position <= high)).all(axis=1)]
-    return index[curve_order(scan.position_yx_px[index])]
+    return index[curve_order(scan.position_yx_px[index])] if len(index) else index
 
 
 @dataclass(frozen=True, eq=False)

@@ -118,6 +118,9 @@ class ObjectLayer:
     half: int | None
     """Remainder by 2 of the patterns that made it; None for all."""
 
+    is_flat: bool = False
+    """True if no network predicted it, so that its patches have no uncertainty."""
+
 
 @dataclass(frozen=True, eq=False)
 class PatternPart:
@@ -140,7 +143,7 @@ class PatternPart:
 
 
 class TileStart(NamedTuple):
-    """Start of one tile, and its weights."""
+    """One tile before the first sweep."""
 
     object: Kept
     """Object, with the mean amplitude in unseen pixels, complex64 (y, x)."""
@@ -244,7 +247,7 @@ def prepare_tile(
     box: Box,
     object_: Kept,
     mean: float,
-    prior: float,
+    held: tuple[float, float],
     paths: Sequence[Location | None],
 ) -> TileStart:
     """Start and weights of one tile while it is polished.
@@ -261,8 +264,8 @@ def prepare_tile(
         NaN where unseen.
     mean : float
         Initial amplitude of unseen pixels.
-    prior : float
-        See `illumination_and_proximal_weight`.
+    held : (float, float)
+        `prior` and `dim` of `illumination_and_proximal_weight`.
     paths : two Locations, or None
         Files of the object and of the weights.
 
@@ -271,7 +274,9 @@ def prepare_tile(
     TileStart
     """
     stored, array = open_stored(job), opened(object_)
-    weights = illumination_and_proximal_weight(stored.probe, stored.position_yx_px(index), box.corner, box.shape, prior)
+    prior, dim = held
+    position = stored.position_yx_px(index)
+    weights = illumination_and_proximal_weight(stored.probe, position, box.corner, box.shape, prior=prior, dim=dim)
     start = np.where(np.isfinite(array), array, np.complex64(mean))
     return TileStart(keep(start, paths[0]), keep(np.stack(weights), paths[1]))
 
@@ -303,7 +308,8 @@ def judge_part(job: PredictionJob, part: PatternPart, objects: list[Kept]) -> Ju
 
 def change_tile(
     box: Box,
-    start: TileStart,
+    anchor: Kept,
+    weights: Kept,
     object_: Kept,
     before: Kept | None,
     earlier: TileChange | None,
@@ -317,7 +323,10 @@ def change_tile(
     ----------
     box : Box
         Extent of the tile while it is polished.
-    start : TileStart
+    anchor : complex64 array (y, x), or its file
+        Object that the proximal term pulls to.
+    weights : float32 array (2, y, x), or its file
+        Illumination and proximal weight.
     object_ : complex64 array (y, x), or its file
     before, earlier
         Object and change before the latest step; None in the first sweep.
@@ -326,8 +335,8 @@ def change_tile(
     path : Location, optional
         File of the change.
     """
-    now, (illumination, proximal_weight) = opened(object_), opened(start.weights)
-    deviation = opened(start.object) - now
+    now, (illumination, proximal_weight) = opened(object_), opened(weights)
+    deviation = opened(anchor) - now
     total = (proximal_weight * deviation).astype(np.complex128)
     for part in changes:
         shared = box.overlap(part.box)
@@ -342,7 +351,7 @@ def change_tile(
 
 
 def step_tile(
-    start: TileStart,
+    weights: Kept,
     object_: Kept,
     before: Kept | None,
     change: TileChange,
@@ -354,7 +363,7 @@ def step_tile(
 
     Parameters
     ----------
-    start, object_, before, change, earlier
+    weights, object_, before, change, earlier
         See `change_tile`.
     mix : (float, float, float)
         Factors of the step, from `StepProducts.mix`.
@@ -363,7 +372,7 @@ def step_tile(
     """
     now, new = opened(object_), opened(change.change)
     last = new if earlier is None else opened(earlier.change)
-    curvature = opened(start.weights).sum(axis=0)
+    curvature = opened(weights).sum(axis=0)
     return keep(take_step(now, now if before is None else opened(before), new, last, curvature, mix), path)
 
 
@@ -429,6 +438,9 @@ def deliver_refined(
         seen = np.isfinite(plane)
         plane[seen] = opened(object_)[within(tile.box, box)][seen]
         variable[layer.index] = plane
+        if layer.is_flat and layer.half is None:
+            uncertainty = arrays["uncertainty"] = arrays["uncertainty"].copy()
+            uncertainty[layer.index] = np.nan
     if out is not None:
         write_tile(out, start_yx, arrays)
     coarse = coarse_part(arrays["object"], start_yx, coarse_step) if coarse_step else None

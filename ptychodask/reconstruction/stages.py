@@ -22,7 +22,6 @@ from ptychodask.reconstruction.refine_tasks import (
     PatternPart,
     SlowStep,
     TileChange,
-    TileStart,
     amplitude_sums,
     change_part,
     change_tile,
@@ -38,7 +37,7 @@ from ptychodask.reconstruction.refine_tasks import (
 from ptychodask.reconstruction.run import Run
 from ptychodask.reconstruction.scheduler import Scheduler, TaskGraph, check_done
 from ptychodask.refinement.judges import Judgement, is_better, is_judge
-from ptychodask.refinement.polishing import PRIOR_PHOTONS, Misfit, StepProducts
+from ptychodask.refinement.polishing import DIM_FROM_FLAT, PRIOR_PHOTONS, Misfit, StepProducts
 from ptychodask.refinement.slow_phase import (
     NotConvergedError,
     SlowPhaseRecord,
@@ -53,7 +52,10 @@ from ptychodask.storage.location import Location
 logger = logging.getLogger(__name__)
 
 MOST_SWEEPS = 8
-"""Most sweeps of ``polish="auto"``."""
+"""Most sweeps of ``polish="auto"`` after a network."""
+
+MOST_FROM_FLAT = 24
+"""Most sweeps of ``polish="auto"`` from a flat object."""
 
 SWEEPS_UNJUDGED = 2
 """Sweeps of ``polish="auto"`` on scans that are too small for judges."""
@@ -149,7 +151,7 @@ class TileArrays:
     def keep_only(self, names: Sequence[tuple[str, int]]) -> None:
         """Forget all others, and remove their files."""
         for kind, version in [name for name in self._lists if name not in names]:
-            self.remove(FILE_OF.get(kind, kind), version, len(self._lists.pop((kind, version))))
+            self.remove(kind, version, len(self._lists.pop((kind, version))))
 
     def remove(self, kind: str, version: int, n_files: int) -> None:
         """Remove the files of some tiles or parts, if there are any."""
@@ -170,11 +172,7 @@ class TileArrays:
             return None
         names = {each.name for each in fields(RefinementState)}
         state = RefinementState(**{name: value for name, value in stage.items() if name in names})
-        files = [
-            self.path(FILE_OF.get(kind, kind), version, number)
-            for kind, version in state.arrays()
-            for number in range(n_tiles)
-        ]
+        files = [self.path(kind, version, number) for kind, version in state.arrays() for number in range(n_tiles)]
         if not all(self.run([(is_whole, path) for path in files], lambda _: "checking a tile", fetch=True)):
             logger.warning("files of the refinement are damaged: refining again")
             return None
@@ -183,15 +181,8 @@ class TileArrays:
         return state
 
     def _stored(self, kind: str, version: int, number: int) -> Any:
-        path = self.path(FILE_OF.get(kind, kind), version, number)
-        assert path is not None
-        if kind == "start":
-            return TileStart(_known(self.path("object", version, number)), path)
-        return TileChange(path, StepProducts(), 0.0, {}) if kind == "change" else path
-
-
-FILE_OF = {"start": "weights"}
-"""Kinds of the files of arrays that are named otherwise; the object of a start is a version of the object."""
+        path = self.path(kind, version, number)
+        return TileChange(path, StepProducts(), 0.0, {}) if kind == "change" and path is not None else path
 
 
 @dataclass
@@ -201,14 +192,20 @@ class RefinementState:
     from_flat: bool = False
     """True if the stitched object is flat."""
 
-    object: int = 0
-    """Version of the object; each stage makes another."""
+    newest: int = 0
+    """Newest version of an object; each stage makes another."""
 
-    start: int | None = None
-    """Version of the object from which the sweeps since the last slow phase started."""
+    object: int = 0
+    """Version of the object."""
+
+    anchor: int | None = None
+    """Version that sweeps are held near; None before the first."""
+
+    weights: int | None = None
+    """Version of the weights of sweeps."""
 
     before: int | None = None
-    """Version before the latest sweep; None for the first one since the start."""
+    """Version before the latest sweep; None for the first one, and after a slow phase."""
 
     best: int = 0
     """Version with the lowest misfit of the judges."""
@@ -249,8 +246,8 @@ class RefinementState:
     def arrays(self) -> list[tuple[str, int]]:
         """Kinds and versions of the arrays that the next stage needs."""
         needed = [("object", self.object), ("object", self.best)]
-        if self.start is not None:
-            needed += [("object", self.start), ("start", self.start)]
+        if self.anchor is not None and self.weights is not None:
+            needed += [("object", self.anchor), ("weights", self.weights)]
         if self.before is not None:
             needed += [("object", self.before), ("change", self.before)]
         return list(dict.fromkeys(needed))
@@ -300,11 +297,13 @@ class Refinement:
     def run(self, seconds: dict[str, float], progress: bool | None) -> dict[str, Any]:
         """Refine the object; returns the record for the attribute ``refinement``."""
         spec, n_patterns = self._run.spec, len(self._index)
-        most = MOST_SWEEPS if spec.polish == "auto" else int(spec.polish)
-        if spec.polish == "auto" and not len(self._judges):
-            most = SWEEPS_UNJUDGED
         label = f"refine {self._layer.label}".strip()
         state = self._tiles.recorded(len(self.boxes)) or self._begin()
+        most = MOST_FROM_FLAT if state.from_flat else MOST_SWEEPS
+        if spec.polish != "auto":
+            most = int(spec.polish)
+        elif not len(self._judges):
+            most = SWEEPS_UNJUDGED
         with progress_bar(label, (most + 1) * n_patterns, "patterns", progress) as bar:
             self._bar = bar
             bar.advance(state.n_sweeps * n_patterns)
@@ -382,13 +381,18 @@ class Refinement:
             after = sum((other for _, other in judged), Judgement())
             record = plan.record(before.misfit, after.misfit)
             if record.kept:
-                paths = self._paths("object", state.object + 1)
-                turns = [
-                    (turn_tile, step, box, object_, path)
-                    for box, object_, path in zip(self.boxes, objects, paths, strict=True)
-                ]
-                self._tiles["object", state.object + 1] = self._tiles.run(turns, _named_boxes(self.boxes))
+                state.object = self._turned(state, state.object, step)
+                if state.anchor is not None:
+                    state.anchor = self._turned(state, state.anchor, step)
         self._note_solve(state, record, before, after)
+
+    def _turned(self, state: RefinementState, version: int, step: Any) -> int:
+        """Version of the object times exp(i slow phase)."""
+        state.newest += 1
+        columns = self.boxes, self._tiles["object", version], self._paths("object", state.newest)
+        tasks = [(turn_tile, step, *row) for row in zip(*columns, strict=True)]
+        self._tiles["object", state.newest] = self._tiles.run(tasks, _named_boxes(self.boxes))
+        return state.newest
 
     def _note_solve(self, state: RefinementState, record: SlowPhaseRecord, before: Judgement, after: Judgement) -> None:
         judged = record.misfit_before is not None
@@ -404,9 +408,8 @@ class Refinement:
             state.misfit_at_solve = after.misfit if record.kept else before.misfit
             state.gain_of_solve = before.misfit - state.misfit_at_solve
         if record.kept:
-            state.object += 1
             # The sweeps start anew: the memory of the latest step is that of the object before.
-            state.start = state.before = None
+            state.before = None
             if not judged or state.best_misfit is None or after.misfit < state.best_misfit:
                 state.best, state.best_misfit = state.object, after.misfit if judged else None
                 state.best_sweeps = state.n_sweeps
@@ -418,7 +421,7 @@ class Refinement:
             state.stages.append(_stage(f"sweep {state.n_sweeps}", None, kept=True))
             state.is_done = True
             return
-        if state.start is None and not is_last:
+        if state.anchor is None and not is_last:
             self._prepare(state)
         changes = [] if is_last else self._changes(state)
         judgement, misfit = self._judge(state) if is_last else self._sums(changes)
@@ -435,7 +438,8 @@ class Refinement:
         sums = self._amplitude_sums(objects)
         # A flat object is no knowledge to hold on to; and without counts nobody knows what one photon weighs.
         prior = PRIOR_PHOTONS if self._scan.domain == "counts" and not state.from_flat else 0.0
-        version = state.object + 1
+        held = prior, DIM_FROM_FLAT if state.from_flat else 1.0
+        version = state.newest = state.newest + 1
         paths = list(zip(self._paths("object", version), self._paths("weights", version), strict=True))
         tasks = [
             (
@@ -445,22 +449,23 @@ class Refinement:
                 box,
                 objects[tile],
                 sums.amplitude / sums.n_pixels,
-                prior,
+                held,
                 paths[tile],
             )
             for tile, box in enumerate(self.boxes)
         ]
         starts = self._tiles.run(tasks, _named_boxes(self.boxes))
-        self._tiles["start", version] = starts
+        self._tiles["weights", version] = self._tiles.parts(starts, attrgetter("weights"))
         self._tiles["object", version] = self._tiles.parts(starts, attrgetter("object"))
         if state.best == state.object:
             state.best = version
-        state.start, state.object, state.before = version, version, None
+        state.anchor = state.weights = state.object = version
 
     def _changes(self, state: RefinementState) -> list[Any]:
         """Change of each tile for all patterns."""
         tiles, parts = self._tiles, self._parts
-        objects, starts = tiles["object", state.object], tiles["start", _known(state.start)]
+        objects, anchors = tiles["object", state.object], tiles["object", _known(state.anchor)]
+        weights = tiles["weights", _known(state.weights)]
         before: list[Any] = [None] * len(self.boxes)
         earlier: list[Any] = before
         if state.before is not None:
@@ -472,7 +477,7 @@ class Refinement:
             return change_part, self._job, parts[number], self._on(parts[number], objects), path
 
         def tile_task(tile: int, changes: list[Any]) -> tuple[Any, ...]:
-            now = starts[tile], objects[tile], before[tile], earlier[tile]
+            now = anchors[tile], weights[tile], objects[tile], before[tile], earlier[tile]
             return change_tile, self.boxes[tile], *now, changes, self._parts_of[tile], paths[tile]
 
         graph = TaskGraph(
@@ -536,6 +541,7 @@ class Refinement:
         """One step of the object."""
         assert objective is not None
         tiles, version = self._tiles, state.object
+        state.newest += 1
         if state.before is None:
             state.initial = objective.value
         # The plain step never raises the objective, so it recovers a run that has diverged.
@@ -543,12 +549,12 @@ class Refinement:
         empty: list[Any] = [None] * len(self.boxes)
         before = empty if state.before is None else tiles["object", state.before]
         earlier = empty if state.before is None else tiles["change", state.before]
-        columns = tiles["start", _known(state.start)], tiles["object", version], before, changes, earlier
-        paths = self._paths("object", version + 1)
+        columns = tiles["weights", _known(state.weights)], tiles["object", version], before, changes, earlier
+        paths = self._paths("object", state.newest)
         tasks = [(step_tile, *row, mix, path) for *row, path in zip(*columns, paths, strict=True)]
-        tiles["object", version + 1] = tiles.run(tasks, _named_boxes(self.boxes))
+        tiles["object", state.newest] = tiles.run(tasks, _named_boxes(self.boxes))
         tiles["change", version] = changes
-        state.before, state.object = version, version + 1
+        state.before, state.object = version, state.newest
         state.n_sweeps += 1
         if self._run.spec.polish != "auto" or not len(self._judges):
             state.best, state.best_sweeps = state.object, state.n_sweeps

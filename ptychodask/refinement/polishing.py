@@ -30,6 +30,10 @@ received far fewer, the patterns hold more noise than the network's object has e
 an object whose real and imaginary parts have an error σ of 0.03 each, for the variance 1/4 of the amplitude of
 counts."""
 
+DIM_FROM_FLAT = 0.01
+"""Share of the missing illumination that holds dim pixels near a flat object: no network predicted them, so they only
+need to stay finite."""
+
 
 @dataclass(frozen=True)
 class Misfit:
@@ -115,7 +119,9 @@ def illumination_and_proximal_weight(
     position_yx_px: NDArray[np.float64],
     corner: tuple[int, int],
     shape: tuple[int, int],
+    *,
     prior: float = 0.0,
+    dim: float = 1.0,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Illumination and proximal weight of each pixel, for polishing.
 
@@ -129,14 +135,16 @@ def illumination_and_proximal_weight(
         Pixels (y, x).
     prior : float
         Least proximal weight, in the probe's unit (see `PRIOR_PHOTONS`).
+    dim : float
+        Share of the missing illumination that holds dim pixels.
 
     Returns
     -------
     illumination : float32 array (y, x)
         Σ over patterns of |P|², in the probe's unit.
     proximal_weight : float32 array (y, x)
-        max(0, max|P|² − illumination) + prior: weight of the term that pulls a pixel back to its start, first of all a
-        dim one.
+        dim · max(0, max|P|² − illumination) + prior: weight of the term that pulls a pixel back to its start, dim ones
+        above all.
     """
     n_pixels = probe.shape[-1]
     # Padded by a footprint on each side, so that footprints across the edges need no clipping.
@@ -150,7 +158,7 @@ def illumination_and_proximal_weight(
         padded[footprint] += squared_modulus(shifted).sum(axis=0)
     total = padded[n_pixels:-n_pixels, n_pixels:-n_pixels]
     peak = float(squared_modulus(probe).sum(axis=0).max())
-    return total.astype(np.float32), (np.maximum(peak - total, 0) + prior).astype(np.float32)
+    return total.astype(np.float32), (dim * np.maximum(peak - total, 0) + prior).astype(np.float32)
 
 
 @dataclass(frozen=True)

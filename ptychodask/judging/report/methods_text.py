@@ -102,6 +102,8 @@ def _network(attributes: Mapping[str, Any], training: Mapping[str, Any]) -> list
     kind, content_hash = recorded(attributes, "model", "kind"), recorded(attributes, "model", "hash")
     if kind is None:
         return []
+    if kind == "iterative":
+        return ["The object was reconstructed iteratively, without a network, from a flat object."]
     name = NETWORK_NAMES.get(str(kind), f"a network of kind “{kind}”")
     sentences = [f"The object was predicted by {name}; the content hash of the model is {str(content_hash)[:12]}."]
     if isinstance(recorded(training, "n_training"), int):
