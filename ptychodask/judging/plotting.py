@@ -152,7 +152,7 @@ def plot(
 
 
 def _result_layout(ds: xr.Dataset, n_extras: int) -> tuple[Figure, NDArray[Any], NDArray[Any]]:
-    """Figure with axes for the four pictures of a result, and for added panels."""
+    """Figure with axes for the pictures of a result and added panels."""
     if _orientation(ds) == "compact":
         n_columns = 3 if n_extras else 2
         figure = _empty_figure(5.5 * n_columns, 9.5)
