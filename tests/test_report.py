@@ -196,7 +196,7 @@ def test_training_is_told_where_the_bundle_is_the_one_that_was_used(ds, tmp_path
         "It was trained on 90 patterns of another scan (lesson.zarr), with 10 held-out patterns, for 2 epochs; the "
         "lowest held-out loss was 0.2500." in text
     )
-    ds.ptycho.records["model"]["hash"] = "another"
+    ds.attrs["model"]["hash"] = "another"
     assert "It was trained on" not in page_of(write_report(ds, tmp_path / "report.html")).text
 
 
