@@ -291,7 +291,7 @@ def judge(model: Model, folder: Path, n_scans: int) -> dict[str, dict[str, list[
         scan = varied_scan(folder / f"judged{number:02d}.zarr", JUDGED_SEED + number)
         models = {"trained": model, "untrained": untrained_model(model.spec, model.optics)}
         both = reconstruct(str(scan.store), models, progress=False)
-        comparison = compare({label: both.sel({"method": label}) for label in models}, truth=scan, scan=scan)
+        comparison = compare({label: both.sel(network=label) for label in models}, truth=scan, scan=scan)
         for label, values in metrics.items():
             for key, value in _metrics(comparison, label).items():
                 values.setdefault(key, []).append(round(value, 4))

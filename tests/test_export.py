@@ -427,16 +427,18 @@ def test_a_result_on_disk_finds_its_scan_by_itself(scan, tmp_path):
 
 
 def test_one_method_of_several_is_exported(scan, tmp_path):
-    several = xr.concat([result_of(scan), result_of(scan) * 2], dim="method").assign_coords(method=["PINN", "Baseline"])
+    several = xr.concat([result_of(scan), result_of(scan) * 2], dim="network").assign_coords(
+        network=["PINN", "Baseline"]
+    )
     pytest.importorskip("tifffile")
-    export(several, tmp_path / "a.tif", format="tiff", method="Baseline")
+    export(several, tmp_path / "a.tif", format="tiff", network="Baseline")
     with Image.open(tmp_path / "a.tif") as image:
         np.testing.assert_allclose(np.asarray(image), 2 * np.abs(result_of(scan)["object"]), rtol=1e-6)
-    for method, problem in ((None, "none was chosen"), ("U-Net", "not 'U-Net'")):
-        with pytest.raises(PtychodaskError, match=rf"methods PINN, Baseline, but {problem}; pass method="):
-            export(several, tmp_path / "b.tif", format="tiff", method=method)
-    with pytest.raises(PtychodaskError, match="has only one method; leave out method='PINN'"):
-        export(result_of(scan), tmp_path / "b.tif", format="tiff", method="PINN")
+    for network, problem in ((None, "none was chosen"), ("U-Net", "not 'U-Net'")):
+        with pytest.raises(PtychodaskError, match=rf"networks PINN, Baseline, but {problem}; pass network="):
+            export(several, tmp_path / "b.tif", format="tiff", network=network)
+    with pytest.raises(PtychodaskError, match="has only one network; leave out network='PINN'"):
+        export(result_of(scan), tmp_path / "b.tif", format="tiff", network="PINN")
 
 
 def test_what_a_format_needs_is_asked_for(scan, result, tmp_path):
@@ -465,7 +467,7 @@ def test_what_a_format_needs_is_asked_for(scan, result, tmp_path):
             "format is 'jpeg', expected one of: ptychodus, cxi, ptychopinn, netcdf, t",
         ),
         (result, "a.png", {"format": "tiff"}, r"a.png: a file of format tiff must end in .tif or .tiff; rename it"),
-        (scan, "a.npz", {"scan": scan.store}, "scan= and method= are only for a result, but the source is a scan"),
+        (scan, "a.npz", {"scan": scan.store}, "scan= and network= are only for a result, but the source is a scan"),
         (tmp_path / "no.zarr", "a.tif", {}, "no.zarr: no such result"),
     ):
         format = {".h5": "ptychodus", ".tif": "tiff", ".npz": "ptychopinn", ".png": "png"}[name[name.index(".") :]]

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.grouping import GroupingSpec, curve_order, group_positions
+from ptychodask.grouping import (
+    GroupingSpec,
+    curve_order,
+    group_positions,
+    named_outliers,
+    outlying_positions,
+    scan_points_of,
+)
 
 SPECS = [
     GroupingSpec(members=2, neighbours=2),
@@ -123,8 +130,8 @@ def test_repeated_positions_still_seed_their_own_groups(position):
     member = group_positions(repeated, GroupingSpec(members=4, neighbours=7))
     assert sorted(member[:, 0]) == list(range(60))
     assert (np.diff(np.sort(member, axis=1), axis=1) > 0).all()
-    everywhere_the_same = group_positions(np.zeros((12, 2)), GroupingSpec(members=4, neighbours=7))
-    assert sorted(everywhere_the_same[:, 0]) == list(range(12))
+    with pytest.raises(PtychodaskError, match="neighbours=7 needs 8 scan points, found 1; pass members=1"):
+        group_positions(np.zeros((12, 2)), GroupingSpec(members=4, neighbours=7))
 
 
 def test_members_of_a_group_share_their_experiment(position):
@@ -169,3 +176,98 @@ def test_groups_of_halves_share_no_pattern_and_keep_the_seeds(position):
 def test_single_patterns_have_no_halves_to_share():
     with pytest.raises(PtychodaskError, match="halves is True with members=1"):
         GroupingSpec(members=1, halves=True)
+
+
+def repeated(position, times, jitter_px=0.0, seed=0):
+    """Exposures of each place, one after the other; each a little off its place."""
+    around = np.repeat(position, times, axis=0)
+    return around + np.random.default_rng(seed).uniform(-jitter_px, jitter_px, around.shape)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize(("times", "jitter_px"), [(2, 0.0), (4, 0.0), (4, 0.08), (9, 0.1)])
+def test_members_are_exposures_of_different_places(times, jitter_px, halves):
+    grid = np.argwhere(np.ones((8, 9))) * 5.0
+    at = repeated(grid, times, jitter_px)
+    place = np.repeat(np.arange(len(grid)), times)
+    member = group_positions(at, GroupingSpec(members=4, neighbours=7, halves=halves))
+    assert all(len(np.unique(row)) == 4 for row in place[member])
+    assert sorted(member[:, 0]) == list(range(len(at)))
+    # Every exposure of a place may be drawn, and the places are the nearest ones.
+    assert len(np.unique(member[:, 1:])) > 0.9 * len(at)
+    distance = np.linalg.norm(at[member[:, 1:]] - at[member[:, :1]], axis=2)
+    assert distance.max() < 3 * 5.0
+    assert (np.diff(distance, axis=1) > -4 * (jitter_px + 1e-9)).all()
+
+
+def test_a_few_coinciding_positions_and_fine_steps_are_no_repeated_exposures(position):
+    assert scan_points_of(position) is None
+    assert scan_points_of(np.concatenate([position, position[:20]])) is None
+    assert scan_points_of(np.concatenate([position, position[:40]])) is not None
+    fly_scan = np.column_stack([np.zeros(500), np.arange(500) * 0.1])
+    assert scan_points_of(fly_scan) is None
+
+
+def test_repeats_are_counted_within_each_experiment(position):
+    twice = np.concatenate([position, position])
+    experiment = np.repeat([0, 1], len(position))
+    once = group_positions(twice, GroupingSpec(members=4, neighbours=7), experiment)
+    assert (experiment[once] == experiment[once[:, :1]]).all()
+    thrice = np.concatenate([position, repeated(position, 3)])
+    experiment = np.repeat([0, 1], [len(position), 3 * len(position)])
+    member = group_positions(thrice, GroupingSpec(members=4, neighbours=7), experiment)
+    assert (experiment[member] == experiment[member[:, :1]]).all()
+    assert all(len(np.unique(thrice[row], axis=0)) == 4 for row in member)
+
+
+def test_places_too_few_are_named_with_what_would_do():
+    at = repeated(np.argwhere(np.ones((2, 3))) * 5.0, 5)
+    with pytest.raises(
+        PtychodaskError, match="neighbours=7 needs 8 scan points, found 6; pass neighbours=5 or fewer, or"
+    ):
+        group_positions(at, GroupingSpec(members=4, neighbours=7))
+    assert group_positions(at, GroupingSpec(members=4, neighbours=5)).shape == (30, 4)
+
+
+def glitched(position, **places):
+    """Positions of which some are moved."""
+    moved = position.copy()
+    for number, at in places.items():
+        moved[int(number[1:])] = at
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("at", "found"),
+    [
+        ({}, []),
+        ({"p17": (6e4, 4.5e4)}, [17]),
+        ({"p17": (-3000.0, 20.0)}, [17]),
+        ({"p3": (0.0, 1e9), "p4": (0.0, 1e9)}, [3, 4]),
+        ({"p3": (900.0, 0.0), "p9": (0.0, -1200.0)}, [3, 9]),
+        ({"p3": (1e15, -1e15)}, [3]),
+    ],
+)
+@pytest.mark.parametrize("shape", [(20, 20), (1, 300)])
+def test_positions_far_from_all_others_are_found(shape, at, found):
+    raster = np.argwhere(np.ones(shape)) * 4.0
+    assert outlying_positions(glitched(raster, **at)).tolist() == found
+
+
+def test_areas_and_rows_apart_are_no_outliers(position):
+    assert not len(outlying_positions(position))
+    assert not len(outlying_positions(np.concatenate([position, position + 5000.0])))
+    rows = np.argwhere(np.ones((20, 50))) * [60.0, 1.0]
+    assert not len(outlying_positions(rows))
+    few = np.concatenate([position, position[:10] + 5000.0])
+    assert outlying_positions(few).tolist() == list(range(300, 310))
+    assert not len(outlying_positions(few, np.repeat([0, 1], [300, 10])))
+    assert not len(outlying_positions(np.zeros((5, 2))))
+
+
+def test_outliers_are_named_with_the_options_that_leave_them_out():
+    at = np.array([[9e4, -2.5], [9e4, 1.0]])
+    text = named_outliers(at, np.array([1, 7]), np.array([30, 4]))
+    assert text.startswith("2 patterns are far from all others, 1 at (y, x) = (90000, -2.5) px and so on")
+    assert "drop=[1,7] (--drop 1,7)" in text
+    assert 'drop_frames="4,30" (--drop-frames 4,30)' in text

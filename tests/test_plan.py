@@ -256,7 +256,7 @@ def test_reconstruct_stores_the_table_that_was_planned(tmp_path):
     planned = plan(path, LinearModel())
     ds = reconstruct(path, {"one": LinearModel(), "other": LinearModel("other", members=2)}, progress=False)
     assert StoredScan(path).table_names() == ["c2-k7-s0", "c4-k7-s0"]
-    assert ds.attrs["plan"]["one"]["groups_hash"] == planned.groups_hash
+    assert ds.ptycho.records["plan"]["one"]["groups_hash"] == planned.groups_hash
 
 
 def test_a_table_of_another_spec_is_refused_by_a_plan(no_table, monkeypatch):
@@ -290,3 +290,53 @@ def test_planning_loads_no_network_library(store):
         check=True,
     )
     assert said.stdout.split("\n")[:2] == [str(N_PATTERNS), "[]"]
+
+
+@pytest.fixture(scope="module")
+def glitch(tmp_path_factory):
+    """A scan with one position far from all others, and its file's rows in another order than the store's."""
+    scan = simulate(tmp_path_factory.mktemp("glitch") / "scan.zarr", n_pixels=16, n_patterns=100, step_px=3.0)
+    position = scan.position_yx_px.copy()
+    position[17] = 60000.0, 45000.0
+    path = str(scan.store).replace("scan.zarr", "glitch.zarr")
+    return write_scan(
+        path,
+        diffraction=scan.diffraction[:],
+        position_yx_px=position,
+        probe=scan.probe,
+        domain="counts",
+        calibration="as_given",
+        source_index=np.arange(100) + 1000,
+        progress=False,
+    )
+
+
+def test_an_outlying_position_is_named_before_memory_is_blamed(glitch):
+    (pattern,) = np.flatnonzero(glitch.position_yx_px[:, 0] > 1000)
+    named = rf"plan: pattern {pattern} at \(y, x\) = \(60000, 45000\) px is far from all others; leave it out with "
+    named += rf"drop=\[{pattern}\] \(--drop {pattern}\), or at ingest with drop_frames=\"1017\" .* need [\d,]+.\d MiB"
+    with pytest.raises(PtychodaskError, match=named) as refused:
+        plan(glitch.store, LinearModel())
+    assert "below 1" not in str(refused.value)
+    assert not plan(glitch.store, LinearModel(), drop=[int(pattern)]).outliers
+
+
+def test_an_outlying_position_that_fits_is_named_in_plan_and_run(glitch, client, told):
+    fields = {"memory_bytes": 2**40, "roi": (0, 60, 0, 60)}
+    planned = plan(glitch.store, LinearModel(), **fields)
+    assert "outliers    pattern" in str(planned)
+    reconstruct(glitch.store, LinearModel(), client=client, **fields)
+    assert any("is far from all others; leave it out with" in message for message in told)
+
+
+def test_the_command_takes_numbers_to_drop(glitch, run):
+    (pattern,) = np.flatnonzero(glitch.position_yx_px[:, 0] > 1000)
+    code, _, err = run("plan", glitch.store, "--groups", "c4-k7-s0")
+    assert code
+    assert f"--drop {pattern}" in err
+    code, out, err = run("plan", glitch.store, "--groups", "c4-k7-s0", "--drop", pattern)
+    assert code == 0, err
+    assert "outliers" not in out
+    code, _, err = run("plan", glitch.store, "--drop", "17,x")
+    assert code
+    assert "--drop" in err

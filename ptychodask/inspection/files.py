@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, with_fields
-from ptychodask.grouping import median_step_px
+from ptychodask.grouping import median_step_px, outlying_positions
 from ptychodask.inspection.arrays import ArrayNote, find_keys, find_optics, find_patterns, note_arrays, wavelength_of
 from ptychodask.inspection.command import Origin, as_rows, store_name
 from ptychodask.inspection.evidence import (
@@ -402,6 +402,7 @@ class _Inspector:
             statement = f"{len(position)}: y {y0:.4g} to {y1:.4g}, x {x0:.4g} to {x1:.4g} {scan.unit}"
             statement += f"; {int((~finite).sum())} not finite, {repeated or 'no'} duplicates"
             self._report("positions", statement, "measured")
+        self._check_outliers(scan, np.flatnonzero(finite) if gridded is None else gridded.kept)
         if gridded is None:
             return
         if gridded.truth is not None:
@@ -412,6 +413,15 @@ class _Inspector:
             guessed = any(finding.topic == "optics" and finding.certainty == "guess" for finding in self.findings)
             self._report("pixel size", f"{gridded.pixel_size_m:.4g} m (object)", "guess" if guessed else "noted")
         self._check_overlap(scan, gridded, sample)
+
+    def _check_outliers(self, scan: SourceScan, kept: NDArray[np.int64]) -> None:
+        """Report frames with positions far from all others."""
+        scan_index = None if scan.scan_index is None else scan.scan_index[kept]
+        outliers = kept[outlying_positions(scan.position_yx[kept], scan_index)]
+        if len(outliers):
+            rows = as_rows(outliers)
+            subject = f"row {rows} is" if len(outliers) == 1 else f"{len(outliers)} positions are"
+            self._report("outliers", f"{subject} far from all others; leave out with --drop-frames {rows}", "measured")
 
     def _check_overlap(self, scan: SourceScan, gridded: GriddedSource, sample: Sample) -> None:
         step = median_step_px(gridded.position_yx_px)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, check_choice
-from ptychodask.grouping import GroupingSpec
+from ptychodask.grouping import GroupingSpec, experiment_number
 from ptychodask.models.contract import Device
 from ptychodask.models.spec import Precision
 from ptychodask.options import option
@@ -76,9 +76,21 @@ class ReconstructionSpec:
     """The same part in metres: pixels with y0 <= ``y_m`` < y1 and x0 <= ``x_m`` < x1. The scan's pixel size must be
     known."""
 
-    drop: Sequence[int] | NDArray[np.integer[Any]] = option((), help="Pattern indices to leave out.", one_scan=True)
+    drop: Sequence[int] | NDArray[np.integer[Any]] = option(
+        (), help="Pattern indices to leave out.", planned=True, one_scan=True
+    )
     """Patterns of the store to leave out, of groups (each group that contains one is left out) and of polishing.
     Converted to ascending integers."""
+
+    experiment: int | None = option(
+        None,
+        help="Number of the experiment to reconstruct, if the scan has several.",
+        planned=True,
+        timed=True,
+        recorded_at_default=False,
+    )
+    """Experiment (value of ``scan_index``) whose patterns are used, of a store with several: each has an object of its
+    own. By default the only one."""
 
     polish: int | Literal["auto"] = option(
         "auto",
@@ -201,6 +213,8 @@ class ReconstructionSpec:
         if self.roi_m is not None:
             _check_roi_m(self.roi_m, self.roi)
         object.__setattr__(self, "drop", _pattern_indices(self.drop))
+        if self.experiment is not None:
+            object.__setattr__(self, "experiment", experiment_number(self.experiment, "reconstruct"))
         if self.polish != "auto" and (not isinstance(self.polish, Integral) or self.polish < 0):
             raise PtychodaskError(
                 f"reconstruct: polish is {self.polish!r}, expected a number of sweeps, an integer of at least 0, or "

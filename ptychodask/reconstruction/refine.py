@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.cluster.executor import AnyClient, Executor, Future, executor_for_run
-from ptychodask.errors import PtychodaskError
-from ptychodask.grouping import curve_order, patterns_without
+from ptychodask.grouping import chosen_patterns, curve_order
 from ptychodask.plan.chunks import Tile
 from ptychodask.prediction import PredictionJob, open_stored
 from ptychodask.probes import illuminated_radius_px
@@ -148,7 +147,7 @@ def stitch_on_workers(run: Run, executor: Executor, stitching: Stitching, progre
 def object_layers(run: Run) -> list[ObjectLayer]:
     """Objects of a run that are refined, each by its own patterns."""
     methods: Sequence[tuple[str, tuple[int, ...]]] = [
-        (label, (number,)) for number, label in enumerate(run.job.layers.methods)
+        (label, (number,)) for number, label in enumerate(run.job.layers.networks)
     ] or [("", ())]
     layers = []
     for (label, index), method in zip(methods, run.job.methods, strict=True):
@@ -182,7 +181,7 @@ def patterns_to_refine(run: Run, scan: Scan, drop: Sequence[int], half: int | No
     int64 array (k,)
         In a region, those that illuminate nothing outside.
     """
-    index = patterns_without(scan, drop)
+    index = chosen_patterns(scan, run.spec.experiment, drop)
     if half is not None:
         index = index[index % 2 == half]
     if run.spec.roi is not None:
@@ -296,13 +295,3 @@ def _deliver(
 
 def _without_arrays(report: TileReport) -> TileReport:
     return replace(report, arrays=None)
-
-
-def check_one_experiment(scan: Scan, drop: Sequence[int] | NDArray[np.integer[Any]]) -> None:
-    """Raise `PtychodaskError` if a store has several experiments."""
-    n_experiments = 1 if scan.scan_index is None else len(np.unique(scan.scan_index[patterns_without(scan, drop)]))
-    if n_experiments > 1:
-        raise PtychodaskError(
-            f"{scan.store}: slow_phase=True with {n_experiments} experiments in one store: it is the phase of one "
-            "object; remove slow_phase, or ingest them into a store each"
-        )

@@ -36,7 +36,7 @@ def methods_text(content: Content) -> list[str]:
     """
     attributes = content.result.attrs
     paragraphs = [
-        [*_measured(content.scan), *_probe(content.scan)],
+        [*_measured(content), *_probe(content.scan)],
         [*_network(attributes, content.training), *_stitched(attributes, content.result), *_refined(attributes)],
         [*_explained(content), *_compared(content)],
         _unknown(content),
@@ -44,14 +44,17 @@ def methods_text(content: Content) -> list[str]:
     return [" ".join(sentences) for sentences in paragraphs if sentences]
 
 
-def _measured(scan: Scan | None) -> list[str]:
+def _measured(content: Content) -> list[str]:
+    scan, experiment = content.scan, recorded(content.result.attrs, "spec", "experiment")
     if scan is None:
         return []
+    n_patterns = scan.n_patterns if content.residuals is None else content.residuals.sizes["pattern"]
+    subject = "The scan" if experiment is None else f"Experiment {experiment} of the scan"
     stored = {"counts": "photon counts", "amplitude": "amplitudes"}[scan.domain]
     mean = recorded(scan.attributes, "mean_counts")
     brightness = f", with {number(mean)} counts per pattern on average" if isinstance(mean, float) else ""
     sentences = [
-        f"The scan consists of {scan.n_patterns} diffraction patterns of {scan.n_pixels} × {scan.n_pixels} pixels, "
+        f"{subject} consists of {n_patterns} diffraction patterns of {scan.n_pixels} × {scan.n_pixels} pixels, "
         f"stored as {stored}{brightness}."
     ]
     setup = {
