@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.cluster.executor import AnyClient, Executor, Future, executor_for_run
+from ptychodask.cluster.watch import Watch, wait_for
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import curve_order, patterns_without
 from ptychodask.plan import Plan
@@ -369,7 +370,7 @@ def _deliver(
 
 def gather_results(executor: Executor, futures: list[Future]) -> list[Any]:
     """Gather results of small tasks, raising the first error."""
-    executor.wait(futures)
+    wait_for(executor, futures, Watch(executor, "reconstruct"))
     for future in futures:
         check_done(future, "polishing")
     return executor.gather(futures)
