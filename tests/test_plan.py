@@ -146,6 +146,17 @@ def test_the_group_table_has_the_models_members(tmp_path):
     with pytest.raises(PtychodaskError, match=r"several group tables have 2 .*c2-k3-s0, c2-k4-s0.*pass groups="):
         plan(path, LinearModel(members=2))
     assert plan(path, LinearModel(members=2), ReconstructionSpec(groups="c2-k4-s0")).groups == "c2-k4-s0"
+    group(path, GroupingSpec(members=2))
+    assert plan(path, LinearModel(members=2)).groups == "c2-k7-s0"
+
+
+def test_tables_of_single_patterns_are_all_the_same(tmp_path):
+    path = tmp_path / "scan.zarr"
+    simulate(path, n_pixels=16, n_patterns=40, step_px=4.0, seed=3)
+    group(path, GroupingSpec(members=1, seed=3))
+    group(path, GroupingSpec(members=1), name="others")
+    assert group(path, GroupingSpec(members=1)).name == "c1"
+    assert plan(path, LinearModel(members=1)).groups == "c1"
 
 
 def test_a_model_or_a_table_that_does_not_fit_is_refused(store):

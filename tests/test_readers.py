@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import io
+import json
 import logging
 import pickle
 import select
@@ -557,3 +558,27 @@ def test_hdf5_files_open_where_select_takes_sockets_alone(tmp_path: Path, monkey
 
     monkeypatch.setattr(select, "select", windows)
     assert ingest(save_hdf5(tmp_path, foreign()), tmp_path / "scan.zarr", **MAPPED).n_patterns == 9
+
+
+@pytest.mark.parametrize("as_array", [np.array, lambda text: np.array([text]), lambda text: np.array(text.encode())])
+def test_a_metadata_text_is_recorded(tmp_path: Path, as_array: Any) -> None:
+    text = json.dumps({"sample": "Siemens star", "dwell_s": 0.1})
+    scan = ingest(save(tmp_path, pinn(_metadata=as_array(text))), tmp_path / "scan.zarr")
+    assert scan.attributes["provenance"]["metadata"] == {"sample": "Siemens star", "dwell_s": 0.1}
+
+
+@pytest.mark.parametrize("content", ["no JSON", "[1, 2]", "[" * 100_000, " " * 2**20])
+def test_metadata_of_another_form_are_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    scan = ingest(save(tmp_path, pinn(_metadata=np.array(content))), tmp_path / "scan.zarr")
+    assert "metadata" not in scan.attributes["provenance"]
+    assert "source.npz[_metadata]: is left out, expected one JSON object" in caplog.text
+
+
+def test_a_missing_probe_is_not_replaced_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ingest(save(tmp_path, pinn(probeGuess=None)), tmp_path / "scan.zarr")
+    assert "source.npz: has no probe, so one is estimated from the mean pattern; pass probe= (--probe)" in caplog.text
+    caplog.clear()
+    ingest(save(tmp_path, pinn(probeGuess=None)), tmp_path / "asked.zarr", probe="estimate")
+    assert not caplog.text

@@ -118,7 +118,10 @@ def _check_main_guard(function: str) -> None:
 
 
 def _line_of_script() -> tuple[Path, int] | None:
-    """File and line of the main script that this call comes from; None in a notebook or thread."""
+    """Line of the main script that is running.
+
+    None in a notebook, a thread, or without a script.
+    """
     main = sys.modules.get("__main__")
     path, frame = getattr(main, "__file__", None), sys._getframe()
     while frame is not None and not (frame.f_globals is vars(main) and frame.f_code.co_name == "<module>"):
@@ -127,7 +130,10 @@ def _line_of_script() -> tuple[Path, int] | None:
 
 
 def _is_guarded(script: Path, line: int) -> bool:
-    """True if the line is below a condition on ``__name__``, or the script cannot be read."""
+    """True if a line is below a condition on ``__name__``.
+
+    Also if the script cannot be read.
+    """
     try:
         tree = ast.parse(script.read_bytes())
     except (OSError, SyntaxError, ValueError):

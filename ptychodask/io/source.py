@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, check_choice
-from ptychodask.options import names_where, option
+from ptychodask.options import check_types, names_where, option
 from ptychodask.scan import Calibration, Domain
 
 Unit = Literal["px", "um", "m"]
@@ -216,6 +216,7 @@ class IngestSpec:
             as_matrix(self.affine)
         self._check_keys()
         self._check_probe_options()
+        check_types(self, "ingest")
 
     def _check_keys(self) -> None:
         unknown = sorted(set(self.keys or ()) - set(MAPPED_KEYS))
@@ -391,6 +392,9 @@ class SourceScan:
 
     pixel_size_m: float | None = None
     """Size of an object pixel on the file's grid, metres, if the file records it."""
+
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Description of the scan in the file, which the provenance records."""
 
 
 def apply_flips(position_yx: NDArray[np.float64], spec: IngestSpec) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.grouping import GroupingSpec
 from ptychodask.models.contract import Device
 from ptychodask.models.spec import Precision
-from ptychodask.options import option
+from ptychodask.options import check_types, option
 from ptychodask.probes import Window
 
 NOWHERE = 2**40
@@ -207,6 +207,7 @@ class ReconstructionSpec:
                 "reconstruct: position_yx_px without cache=: the network's input uses the stored positions; pass "
                 "cache= to stitch cached patches, or ingest with the corrected positions"
             )
+        check_types(self, "reconstruct")
         for name, (equations, verb) in REFINEMENTS.items():
             if getattr(self, name):
                 self._check_refined(f"reconstruct: {name}={getattr(self, name)}", equations, verb)

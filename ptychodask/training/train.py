@@ -384,7 +384,7 @@ def _identity(
 ) -> dict[str, dict[str, Any]]:
     """Settings and data that a stopped run and its resumption must share."""
     return {
-        "training": asdict(spec),
+        "training": spec.recorded(),
         "network": asdict(model_spec),
         "begun": {
             "data hash": " ".join(scan.data_hash for scan in scans),
@@ -479,7 +479,7 @@ def _provenance(
         ),
         "initial": None if initial is None else {"path": initial.path, "hash": initial.content_hash},
         **({"scans": scans} if len(scans) > 1 else {}),
-        "training": asdict(spec),
+        "training": spec.recorded(),
         "keras": keras.__version__,
         "backend": keras.backend.backend(),
     }
