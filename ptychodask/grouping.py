@@ -325,7 +325,7 @@ def check_drop(label: str, n_patterns: int, drop: Sequence[int] | NDArray[np.int
         raise PtychodaskError(f"{label}: every pattern is left out; keep some")
 
 
-def groups_kept(member: NDArray[np.int32], drop: Sequence[int]) -> NDArray[np.bool_]:
+def groups_kept(member: NDArray[np.int32], drop: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
     """True for each group that contains none of the dropped patterns.
 
     Parameters

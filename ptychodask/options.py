@@ -75,7 +75,7 @@ WORDS_OF_TYPES = {"bool": "True or False", "int": "a whole number", "float": "a 
 
 
 def check_types(spec: Frozen, label: str) -> None:
-    """Raise `PtychodaskError` unless numbers and switches of a spec have the types of their fields.
+    """Raise `PtychodaskError` unless numbers and switches have their fields' types.
 
     Numbers of NumPy become plain ones, as JSON needs them.
 

@@ -159,7 +159,7 @@ def _support(lit: Any) -> slice:
 
 
 def _compiled(kernel: Callable[..., None]) -> Callable[..., None]:
-    """Compile a kernel on its first call, from numba's cache on disk if there is one."""
+    """Kernel compiled on its first call, cached where possible."""
     # No fastmath: the compiler could reorder sums, and the object would depend on the machine.
     try:
         return cast(Callable[..., None], numba.njit(nogil=True, cache=True)(kernel))

@@ -181,7 +181,10 @@ def _wait(executor: Executor, futures: Mapping[str, Future]) -> None:
 
 
 def _check_memory(worker: WorkerState, loaded_bytes: int, task_bytes: int) -> None:
-    """Raise `PtychodaskError` if a worker with the network loaded cannot run its tasks within its limit."""
+    """Raise `PtychodaskError` if the limit of a worker is too low.
+
+    `loaded_bytes` is what its process uses once the network is loaded.
+    """
     limit, threads = worker.memory_bytes, worker.n_threads
     needed, pauses = loaded_bytes + threads * task_bytes, pause_fraction() or 1.0
     if not limit or (needed <= limit and loaded_bytes <= pauses * limit):

@@ -1,4 +1,4 @@
-"""Watch over the workers of a cluster while a run waits for them."""
+"""Watch over the workers that a run waits for."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ RESTARTS = 2
 
 
 class Watch:
-    """What a run waits for, in one line, and the end of a wait that cannot end by itself.
+    """Reasons of waiting, logged; ends a wait that nothing would end.
 
     Parameters
     ----------
@@ -174,12 +174,12 @@ def needed_mib(used_bytes: float, tasks_bytes: float) -> str:
 
 
 def pause_fraction() -> float | None:
-    """Fraction of its memory limit at which Dask pauses a worker; None for never."""
+    """Fraction of the memory limit at which Dask pauses workers, or None."""
     return dask.config.get("distributed.worker.memory.pause") or None
 
 
 def _usage(worker: WorkerState) -> str:
-    """Memory that a worker uses and may use, as the end of a sentence."""
+    """Memory and memory limit of a worker, for messages."""
     paused_at = f", and Dask pauses it at {100 * fraction:.0f} %" if (fraction := pause_fraction()) else ""
     return (
         f"uses {worker.used_bytes / MIB:,.0f} MiB, mostly for the network and its library, of the "
@@ -192,7 +192,7 @@ def _all_of(n_workers: int) -> str:
 
 
 def _summary(workers: Mapping[str, WorkerState]) -> str:
-    """What the workers do, in brief."""
+    """State of the workers, for messages."""
     n_threads = sum(worker.n_threads for worker in workers.values())
     n_running = sum(worker.n_running for worker in workers.values())
     n_paused = sum(worker.is_paused for worker in workers.values())

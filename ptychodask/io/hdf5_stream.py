@@ -160,7 +160,7 @@ COMPRESSED_AT_MOST = 2**16
 
 
 def open_hdf5(path: str, label: str) -> h5py.File:
-    """Open an HDF5 file for reading, also one that is being written in SWMR mode.
+    """Open an HDF5 file for reading, also in SWMR mode.
 
     Parameters
     ----------
@@ -190,7 +190,7 @@ def open_hdf5(path: str, label: str) -> h5py.File:
 
 
 def _check_not_held(error: OSError, label: str) -> None:
-    """Raise `PtychodaskError` if a file could not be opened because of a lock or a writer."""
+    """Raise `PtychodaskError` if a lock or a writer caused an error."""
     reason = str(error)
     if "lock file" in reason and error.errno in (errno.EAGAIN, errno.EACCES):
         raise PtychodaskError(
@@ -341,7 +341,7 @@ class Hdf5File:
         return None
 
     def _check_target(self, name: str) -> None:
-        """Raise `PtychodaskError` if the file of a link exists, but another program holds it."""
+        """Raise `PtychodaskError` if another program holds a linked file."""
         for path in _existing_paths(name, self._file):
             _check_source(path)
 
@@ -418,7 +418,7 @@ def _source_files(dataset: h5py.Dataset) -> dict[str, set[str]]:
 
 
 def _existing_paths(name: str, file: h5py.File, numbered: re.Pattern[str] | None = None) -> set[str]:
-    """Paths that HDF5 tries for the name of another file, of those that exist."""
+    """Existing paths among those that HDF5 tries for a file name."""
     folder = Path(glob.escape(os.path.dirname(os.fsdecode(file.filename))))
     # HDF5 tries the name as given and in the folder of the file.
     pattern = glob.escape(name) if numbered is None else numbered.sub("*", glob.escape(name))
@@ -427,7 +427,7 @@ def _existing_paths(name: str, file: h5py.File, numbered: re.Pattern[str] | None
 
 
 def _check_source(path: str) -> None:
-    """Raise `PtychodaskError` if another program holds a file that an HDF5 file refers to."""
+    """Raise `PtychodaskError` if another program holds a source file."""
     try:
         h5py.File(path, "r").close()
     except OSError as error:

@@ -41,7 +41,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def epochs_of(history: Sequence[Mapping[str, float]]) -> str:
-    """Number of epochs of a training as text, such as ``50``, from its entries.
+    """Number of epochs of a training, for display.
 
     Examples
     --------
