@@ -264,7 +264,6 @@ def test_time_ends_a_training(store, tmp_path):
         ({"seed": 0.0}, "seed is 0.0, expected a whole number"),
         ({"members": 1, "oversampling": 4}, "oversampling=4 has no effect with members=1"),
         ({"model": "baseline", "oversampling": 2}, "oversampling=2 has no effect with members=1"),
-        ({"model": "baseline", "neighbours": 9}, "neighbours=9 has no effect with one member"),
     ],
 )
 def test_a_spec_that_trains_nothing_is_refused(store, tmp_path, fields, message):

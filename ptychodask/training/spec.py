@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ptychodask.errors import PtychodaskError, check_choice
-from ptychodask.grouping import NEIGHBOURS, GroupingSpec, default_neighbours
+from ptychodask.grouping import GroupingSpec, default_neighbours
 from ptychodask.models import ModelSpec
 from ptychodask.models.spec import Kind, Precision
 from ptychodask.options import check_types, option
@@ -35,7 +35,8 @@ class TrainingSpec:
     neighbours: int | None = option(
         None, help="Number of nearest positions from which members are drawn; by default 7, or --members if more."
     )
-    """Nearest positions that members are drawn from, K; by default 7 or `members`, whichever is more."""
+    """Nearest positions that members are drawn from, K; by default 7 or `members`, whichever is more. No effect on
+    groups of one member."""
 
     oversampling: int = option(GroupingSpec.oversampling, help="Number of groups drawn for each pattern.")
     """Training groups seeded by each pattern."""
@@ -125,11 +126,6 @@ class TrainingSpec:
 
     def __post_init__(self) -> None:
         check_choice("model", self.model, get_args(Kind), "training")
-        if self.neighbours not in (None, NEIGHBOURS) and self.n_members == 1:
-            raise PtychodaskError(
-                f"training: neighbours={self.neighbours} has no effect with one member in a group; leave it out, or "
-                "train a pinn with members=2 or more"
-            )
         check_types(self, "training")
         check_choice("validation", self.validation, get_args(Validation), "training")
         check_choice("schedule", self.schedule, get_args(Schedule), "training")
