@@ -582,3 +582,36 @@ def test_a_missing_probe_is_not_replaced_in_silence(tmp_path: Path, caplog: pyte
     caplog.clear()
     ingest(save(tmp_path, pinn(probeGuess=None)), tmp_path / "asked.zarr", probe="estimate")
     assert not caplog.text
+
+
+EMPTY = {"no patterns": {"dp": COUNTS[:0], "py": Y[:0], "px": X[:0]}, "no pixels": {"dp": COUNTS[:, :0, :0]}}
+EMPTY |= {"null patterns": {"dp": h5py.Empty("u2")}, "null positions": {"py": h5py.Empty("f8")}}
+EMPTY |= {"no positions": {"py": Y[:0]}, "no probe": {"probe": PROBE[None][:0]}, "zero probe": {"probe": 0 * PROBE}}
+REFUSED = {
+    "no patterns": r"dp\]: has shape \(0, 16, 16\), expected \(pattern, qy, qx\), none of them 0",
+    "no pixels": r"dp\]: has shape \(9, 0, 0\)",
+    "null patterns": r"dp\]: patterns have shape \(\)",
+    "null positions": r"py\]: is an empty dataset \(a null dataspace\), expected numbers",
+    "no positions": r"9 patterns but 0 positions|0 .* but 9",
+    "no probe": r"probe\]: the probe has shape \(0, 16, 16\)",
+    "zero probe": r"its probe is zero everywhere; pass probe='estimate' \(--probe estimate\)",
+}
+
+
+@pytest.mark.parametrize("case", EMPTY)
+def test_empty_arrays_are_refused_by_name(tmp_path: Path, case: str) -> None:
+    with h5py.File(tmp_path / "empty.h5", "w") as file:
+        for key, values in (foreign() | EMPTY[case]).items():
+            file.create_dataset(key, data=values)
+    keys = KEYS | ({"probe": "probe"} if "probe" in EMPTY[case] else {})
+    with pytest.raises(PtychodaskError, match=REFUSED[case]):
+        ingest(tmp_path / "empty.h5", tmp_path / "scan.zarr", **MAPPED | {"keys": keys})
+
+
+@pytest.mark.parametrize("n_patterns", [0, 3])
+def test_a_cxi_without_patterns_or_finite_positions_is_refused(tmp_path: Path, n_patterns: int) -> None:
+    with h5py.File(tmp_path / "empty.cxi", "w") as file:
+        file["entry_1/instrument_1/detector_1/data"] = COUNTS[:n_patterns]
+        file["entry_1/sample_1/geometry_1/translation"] = np.full((n_patterns, 3), np.nan)
+    with pytest.raises(PtychodaskError):
+        ingest(tmp_path / "empty.cxi", tmp_path / "scan.zarr", energy_ev=8000.0, distance_m=1.0, detector_pixel_m=1e-4)

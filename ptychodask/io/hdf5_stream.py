@@ -282,6 +282,10 @@ class Hdf5File:
         if self.dtype(key).hasobject:
             raise PtychodaskError(f"{label}: contains text or references, expected numbers")
         dataset = self._dataset(key)
+        if dataset.shape is None:
+            raise PtychodaskError(
+                f"{label}: is an empty dataset (a null dataspace), expected numbers; write its values"
+            )
         check_compression((dataset.size or 0) * dataset.dtype.itemsize, check_storage(dataset, label), label)
         _check_readable(dataset, label)
         with reading(label):

@@ -52,6 +52,11 @@ def initial_probe(
     if kind == "file":
         if file_scan.probe is None:
             raise PtychodaskError(f"{label}: has no probe; pass probe= 'disc', 'zone_plate', 'estimate' or a path")
+        if not np.any(file_scan.probe):
+            raise PtychodaskError(
+                f"{label}: its probe is zero everywhere; pass probe='estimate' (--probe estimate), 'disc', "
+                "'zone_plate' or a path"
+            )
         return _probe_on_grid(file_scan.probe, grid, label), calibration
     if kind == "disc":
         return disc_probe(grid.n_pixels, diameter_px=float(spec.probe_diameter_px or 0)), calibration

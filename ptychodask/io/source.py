@@ -525,7 +525,7 @@ def as_probe(values: NDArray[Any], label: str) -> NDArray[np.complex64]:
         probe = probe[..., 0]
     if probe.ndim == 2:
         probe = probe[None]
-    if probe.ndim != 3 or probe.dtype.kind not in "cfiu":
+    if probe.ndim != 3 or not probe.size or probe.dtype.kind not in "cfiu":
         raise PtychodaskError(
             f"{label}: the probe has shape {values.shape} and type {values.dtype}, "
             "expected complex (mode, h, w) or (h, w)"
