@@ -30,6 +30,7 @@ NAMES = {
         "plot",
         "plot_complex",
         "plot_comparison",
+        "plot_refinement",
         "plot_residuals",
         "plot_split_half",
         "write_report",

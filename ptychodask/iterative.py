@@ -1,8 +1,6 @@
-"""Compact iterative engine: probe refinement, small reference reconstructions, gradients for polishing.
+"""Compact iterative engine in memory, for probe refinement.
 
 Sweeps (`run_sweeps`) visit one pattern at a time in random order, as ePIE does, and update the probe once per batch.
-Polishing (`negative_gradient`, `StepProducts`, `take_step`) sums the gradient over all patterns instead, so that the
-sum can be distributed, and takes quasi-Newton steps.
 """
 
 from __future__ import annotations
@@ -251,16 +249,14 @@ def around_middle(
     return index[np.argsort(np.hypot(*(position - position.mean(axis=0)).T), kind="stable")]
 
 
-def reconstruct_iterative(
+def iterate_with_probe(
     store: str | Path,
-    *,
-    n_sweeps: int = 40,
-    refine_probe: bool = False,
-    exclude: Sequence[int] | NDArray[np.integer[Any]] = (),
-    seed: int = 0,
-    progress: bool | None = None,
+    n_sweeps: int,
+    exclude: Sequence[int] | NDArray[np.integer[Any]],
+    seed: int,
+    progress: bool | None,
 ) -> xr.Dataset:
-    """Reconstruct a scan by iterative sweeps, as a reference for networks.
+    """Object of a scan by sweeps that refine the probe as well.
 
     The scan is in memory completely; the sweeps run on one core.
 
@@ -268,10 +264,8 @@ def reconstruct_iterative(
     ----------
     store : path
     n_sweeps : int
-        Visits of each pattern; 3 or more with `refine_probe`.
-    refine_probe : bool
-        Refine the probe together with the object; the stored probe is not changed.
-    exclude : int array (k,), optional
+        Visits of each pattern, 3 or more.
+    exclude : int array (k,)
         Patterns of the store that are left out.
     seed : int
         Seed of the order of the patterns.
@@ -281,23 +275,12 @@ def reconstruct_iterative(
     Returns
     -------
     xarray.Dataset
-        A result as from `reconstruct`. `weight` is the relative illumination of a pixel, Σ over patterns of
-        |P|²/max|P|²; `count` the patterns that illuminate it; `uncertainty` is NaN, since there is one estimate per
-        pixel.
-
-    Raises
-    ------
-    PtychodaskError
-        If `n_sweeps` is too small, a pattern does not exist, or the scan has several experiments, whose objects may
-        differ.
+        See `reconstruct_iterative`.
 
     Notes
     -----
     See `run_sweeps` for the method and `measure` for the memory.
     """
-    fewest = 3 if refine_probe else 1
-    if n_sweeps < fewest:
-        raise PtychodaskError(f"reconstruct_iterative: n_sweeps is {n_sweeps}, expected {fewest} or more")
     scan = open_scan(store)
     if scan.scan_index is not None and len(np.unique(scan.scan_index)) > 1:
         raise PtychodaskError(
@@ -307,9 +290,7 @@ def reconstruct_iterative(
     used = patterns_without(scan, exclude)
     measured = measure(scan, used)
     with progress_bar("iterate", n_sweeps * len(used), "patterns", progress) as bar:
-        object_, probe = run_sweeps(
-            measured, scan.probe, n_sweeps=n_sweeps, update_probe=refine_probe, seed=seed, bar=bar
-        )
+        object_, probe = run_sweeps(measured, scan.probe, n_sweeps=n_sweeps, update_probe=True, seed=seed, bar=bar)
     weight, count = _illumination_and_count(measured, probe)
     r = r_factor(object_, measured.corner_yx_px, replace(scan, probe=probe), used)
     logger.info("%s: R %.4f after %d sweeps of %d patterns", store, r, n_sweeps, len(used))
@@ -326,7 +307,7 @@ def reconstruct_iterative(
             "spec": {
                 "engine": "iterative",
                 "n_sweeps": n_sweeps,
-                "refine_probe": refine_probe,
+                "refine_probe": True,
                 "n_excluded": scan.n_patterns - len(used),
                 "seed": seed,
             },

@@ -281,7 +281,7 @@ def _read_patterns(stored: StoredScan, wanted: NDArray[np.int32], skipped: list[
         wanted = wanted[readable]
     if len(wanted) == 0:
         return None
-    scan = _part(stored, wanted)
+    scan = part_of(stored, wanted)
     with np.errstate(invalid="ignore"):
         x = scan.network_input(slice(None))
     # A sum is not finite if one of its values is not, which includes the square root of negative counts.
@@ -295,8 +295,11 @@ def _read_patterns(stored: StoredScan, wanted: NDArray[np.int32], skipped: list[
     return _Patterns(scan, wanted[usable], scan.position_yx_px[usable], x[usable]) if usable.any() else None
 
 
-def _part(stored: StoredScan, wanted: NDArray[np.int32]) -> Scan:
-    """Some patterns of the scan; damaged chunks between them are not read."""
+def part_of(stored: StoredScan, wanted: NDArray[np.integer[Any]]) -> Scan:
+    """Part of the scan with some patterns, ascending.
+
+    Damaged chunks between them are not read.
+    """
     try:
         return stored.part(wanted)
     except PtychodaskError:

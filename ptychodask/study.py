@@ -26,6 +26,7 @@ from ptychodask.errors import PtychodaskError, check_choice, with_fields
 from ptychodask.judging.compare import compare, find_truth, truth_on_pixels
 from ptychodask.judging.metrics import METRICS, align_gauge, well_lit
 from ptychodask.judging.plotting import plot_contact_sheet, plot_study
+from ptychodask.judging.refinements import refinement_text
 from ptychodask.models import ModelSpec, load_model
 from ptychodask.models.spec import Kind
 from ptychodask.plan.spec import ReconstructionSpec
@@ -65,6 +66,9 @@ SET_BY_MATRIX = ("model", "members", "seed")
 
 TRAINING_SEED = 1000
 """Added to the seed for the scan that a baseline is trained on: the same instrument, another object."""
+
+PLAIN: dict[str, Any] = {"slow_phase": False, "polish": 0}
+"""Fields of `ReconstructionSpec` for the network's own object, which a study judges unless [reconstruct] sets them."""
 
 SPEC_FILE, RECORD_FILE = "spec.json", "record.json"
 """Files in the folder of a cell: its specification, written first, and its metrics, written last."""
@@ -108,7 +112,7 @@ class StudySpec:
     """Fields of `TrainingSpec`, except `SET_BY_MATRIX`."""
 
     reconstruct: dict[str, Any] = field(default_factory=dict)
-    """Fields of `ReconstructionSpec`."""
+    """Fields of `ReconstructionSpec`; without them objects are not refined (`PLAIN`), so that networks are judged."""
 
     compare: dict[str, Any] = field(default_factory=dict)
     """Further arguments of `compare` (`COMPARE_KEYS`)."""
@@ -130,6 +134,12 @@ class StudySpec:
         _check_names("train", self.train, allowed)
         _check_names("reconstruct", self.reconstruct, [each.name for each in fields(ReconstructionSpec)])
         cells_of(self)
+
+    @property
+    def refinement(self) -> dict[str, Any]:
+        """Fields that refine the objects of all cells, with their values."""
+        refining = (*PLAIN, "refine_positions", "refine_flux")
+        return {name: value for name, value in (PLAIN | self.reconstruct).items() if name in refining}
 
     @property
     def spacing(self) -> str:
@@ -291,7 +301,7 @@ def cells_of(spec: StudySpec) -> dict[tuple[Any, ...], Cell]:
             name=f"dose{dose:.12g}-{spec.spacing.removesuffix('_px')}{spacing:.12g}-g{size}-{model}-s{seed}",
             simulate={**spec.simulate, "dose": float(dose), "step_px": steps[spacing], "seed": seed},
             train=train_fields,
-            reconstruct=dict(spec.reconstruct),
+            reconstruct=PLAIN | spec.reconstruct,
             compare=dict(spec.compare),
         )
     return cells
@@ -385,6 +395,9 @@ def run_study(
 
     Notes
     -----
+    Objects are not refined unless [reconstruct] sets ``slow_phase`` or ``polish``: refined objects of different
+    networks are alike, so that their metrics do not rank the networks.
+
     Generated objects (``lines``, ...) depend on the size of the field, so they differ between spacings; a picture
     (``object = "picture.png"``) is the same for all.
 
@@ -420,7 +433,7 @@ def _unfinished(cells: dict[str, Cell], folder: Path, recompute: Sequence[str]) 
     again = {name for name in cells if any(fnmatchcase(name, pattern) for pattern in recompute)}
     for name, cell in cells.items():
         recorded = _read_json(folder / name / SPEC_FILE)
-        changed = [] if recorded is None or name in again else differences(recorded, plain(cell))
+        changed = [] if recorded is None or name in again else differences(_with_plain(recorded), plain(cell))
         if not changed:
             continue
         if (folder / name / RECORD_FILE).exists():
@@ -434,6 +447,12 @@ def _unfinished(cells: dict[str, Cell], folder: Path, recompute: Sequence[str]) 
         if (folder / name / SPEC_FILE).exists():
             shutil.rmtree(folder / name)
     return [cell for name, cell in cells.items() if not (folder / name / RECORD_FILE).exists()]
+
+
+def _with_plain(recorded: Any) -> Any:
+    """Specification of a stored cell, with refinement off if it records none."""
+    fields_given = recorded.get("reconstruct") if isinstance(recorded, dict) else None
+    return {**recorded, "reconstruct": PLAIN | fields_given} if isinstance(fields_given, dict) else recorded
 
 
 def _run_here(cells: list[Cell], folder: Path, bar: Progress) -> None:
@@ -529,6 +548,7 @@ def run_cell(cell: Cell, folder: Path) -> None:
         "r_factor": float(comparison["r_factor"][0]),
         "part": comparison["part"].values.tolist(),
         "metric": comparison["metric"].values.tolist(),
+        "refinement": refinement_text(result.attrs),
         "value": comparison["value"][0].transpose("part", "metric").values.tolist(),
     }
     _write_json(folder / RECORD_FILE, record)
@@ -554,8 +574,9 @@ def _gather(spec: StudySpec, cells: dict[tuple[Any, ...], Cell], folder: Path) -
     axes = _axes(spec)
     shape = [len(values) for values in axes.values()]
     records = [_read_json(folder / cell.name / RECORD_FILE) for cell in cells.values()]
-    parts, metrics = records[0]["part"], records[0]["metric"]
-    value = np.array([record["value"] for record in records]).reshape(*shape, len(parts), len(metrics))
+    # A cell that an earlier version computed lacks the metrics that came later.
+    parts, metrics = records[0]["part"], list(dict.fromkeys(name for record in records for name in record["metric"]))
+    value = np.array([_values(record, metrics) for record in records]).reshape(*shape, len(parts), len(metrics))
     r_factor = np.array([record["r_factor"] for record in records]).reshape(shape)
     diameter, steps = _diameter_px(spec), np.array(steps_px(spec))
     other_spacing = {"step_px": steps} if spec.spacing == "overlap" else {"overlap": 1 - steps / diameter}
@@ -567,14 +588,25 @@ def _gather(spec: StudySpec, cells: dict[tuple[Any, ...], Cell], folder: Path) -
             "metric": metrics,
             **{name: (spec.spacing, values) for name, values in other_spacing.items()},
         },
-        attrs={"probe_diameter_px": diameter, "study": json.dumps(asdict(spec))},
+        attrs={
+            "probe_diameter_px": diameter,
+            "study": json.dumps(asdict(spec)),
+            "refinement": json.dumps(spec.refinement),
+        },
     )
+
+
+def _values(record: dict[str, Any], metrics: list[str]) -> NDArray[np.float64]:
+    """Values (part, metric) of a cell; NaN for metrics that it lacks."""
+    values = np.full((len(record["part"]), len(metrics)), np.nan)
+    values[:, [metrics.index(name) for name in record["metric"]]] = record["value"]
+    return values
 
 
 def to_markdown(study: xr.Dataset) -> str:
     """Markdown table of a study, one row for each cell and part.
 
-    Baselines appear once, with gridsize 1.
+    Baselines appear once, with gridsize 1. A line below the table names the refinement of all objects.
 
     Parameters
     ----------
@@ -597,7 +629,8 @@ def to_markdown(study: xr.Dataset) -> str:
             figures = [*study["value"].loc[(*key, part)].values, study["r_factor"].loc[key].values]
             rows.append([*labels, str(part), *("" if np.isnan(figure) else f"{figure:.4g}" for figure in figures)])
     rows.insert(1, [*("---" for _ in (*axes, "part")), *("---:" for _ in (*metrics, "r_factor"))])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    refinement = ", ".join(f"{name} = {value}" for name, value in json.loads(study.attrs["refinement"]).items())
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + f"\nRefinement of all objects: {refinement}.\n"
 
 
 def _write_all(spec: StudySpec, results: xr.Dataset, cells: dict[tuple[Any, ...], Cell], out: Path) -> None:

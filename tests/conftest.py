@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -11,6 +12,8 @@ import pytest
 
 from ptychodask import cli, prediction
 from ptychodask.cluster.clients import in_process_client
+from ptychodask.plan.spec import ReconstructionSpec
+from ptychodask.reconstruction import reconstruct
 
 # The compiled libraries would otherwise print their own notes between the tests.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -34,6 +37,27 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared, which a clone of the project does not hold")
     return SHARED
+
+
+def set_refinement(*, polish, slow_phase):
+    """Change the defaults of runs: those of the spec, and of the spec that `reconstruct` has made of them."""
+    ReconstructionSpec.__init__.__kwdefaults__.update(polish=polish, slow_phase=slow_phase)
+    for name, value in (("polish", polish), ("slow_phase", slow_phase)):
+        object.__setattr__(inspect.signature(reconstruct).parameters["spec"].default, name, value)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def unrefined_by_default():
+    """Tests that are not about refinement have none, unless they ask for it: it would double their time."""
+    set_refinement(polish=0, slow_phase=False)
+
+
+@pytest.fixture
+def with_refinement():
+    """The defaults of users: refinement is automatic."""
+    set_refinement(polish="auto", slow_phase="auto")
+    yield
+    set_refinement(polish=0, slow_phase=False)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ import pytest
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import expected_counts, r_factor
-from ptychodask.iterative import measure, reconstruct_iterative, refine_probe, run_sweeps
+from ptychodask.iterative import measure, refine_probe, run_sweeps
 from ptychodask.probes import defocused, zone_plate_probe
+from ptychodask.reconstruction.iterative import reconstruct_iterative
 from ptychodask.scan import Scan, input_normalization
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan

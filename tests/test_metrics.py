@@ -13,6 +13,7 @@ from ptychodask.judging.metrics import (
     PTYCHOPINN_PEAK,
     align_gauge,
     amplitude_ratio,
+    band_correlations,
     contrast_radius,
     correlation,
     crossing,
@@ -346,3 +347,55 @@ def test_contrast_that_never_falls_has_the_smallest_radius():
 def test_a_star_without_a_circle_to_judge_is_refused(centre, n_spokes, message):
     with pytest.raises(PtychodaskError, match=message):
         spoke_contrast(np.zeros((61, 61)), centre, n_spokes)
+
+
+def noise_in_band(shape, low, high, rng):
+    """White noise that holds only periodic waves between two frequencies."""
+    spectrum = np.fft.fft2(rng.standard_normal(shape))
+    frequency = np.hypot(np.fft.fftfreq(shape[0])[:, None], np.fft.fftfreq(shape[1]))
+    return np.fft.ifft2(np.where((frequency > low) & (frequency < high), spectrum, 0)).real
+
+
+def cut(waves):
+    """Waves over an area whose sides no period fits into."""
+    return [wave[7:247, 11:331] for wave in waves]
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_each_band_of_the_phase_is_judged_by_itself(rng, wrong):
+    edges = ((0.003, 0.015), (0.03, 0.08), (0.12, 0.4))
+    right = cut(noise_in_band((360, 360), *edge, rng) for edge in edges)
+    other = cut(noise_in_band((360, 360), *edge, rng) for edge in edges)
+    right, other = ([wave / wave.std() for wave in waves] for waves in (right, other))
+    expected = [1.0, 1.0, 1.0]
+    expected[wrong] = correlation(other[wrong], right[wrong])
+    estimate = [*right[:wrong], other[wrong], *right[wrong + 1 :]]
+    bands = band_correlations(sum(estimate), sum(right))
+    np.testing.assert_allclose(bands, expected, atol=0.05)
+
+
+def test_bands_ignore_unseen_pixels_and_a_constant(rng):
+    right = sum(cut([noise_in_band((360, 360), *edge, rng) for edge in ((0.003, 0.015), (0.03, 0.08), (0.12, 0.4))]))
+    y, x = np.indices(right.shape)
+    holes = (np.hypot(y - 120, x - 160) > 118) | (np.hypot(y - 100, x - 150) < 12)
+    estimate = np.where(holes, np.nan, right + 0.3)
+    np.testing.assert_allclose(band_correlations(estimate, right), 1, atol=1e-9)
+    np.testing.assert_allclose(band_correlations(-estimate, right), -1, atol=1e-9)
+    spoiled = np.where(holes, 1e3, right)
+    np.testing.assert_allclose(band_correlations(spoiled, right, weight=~holes), 1, atol=1e-9)
+
+
+def test_bands_agree_with_the_plain_correlation_if_there_is_one_band(rng):
+    one, other = (rng.standard_normal((40, 51)) for _ in range(2))
+    (whole,) = band_correlations(one, one + 2 * other, edges=())
+    assert whole == pytest.approx(correlation(one, one + 2 * other), abs=1e-12)
+
+
+def test_a_band_without_frequencies_or_power_has_no_correlation(rng):
+    slow, middle, fine = band_correlations(*rng.standard_normal((2, 20, 20)))
+    assert np.isnan(slow)
+    assert np.isfinite([middle, fine]).all()
+    x = np.zeros((64, 1)) + np.arange(64)
+    wave = np.cos(np.pi * (x + 0.5) * 20 / 64)  # one coefficient of the cosine transform, at 20/128 cycles per pixel
+    found = band_correlations(wave, rng.standard_normal((64, 64)))
+    assert np.isnan(found).tolist() == [True, True, False]

@@ -245,7 +245,7 @@ def test_halves_are_shown_with_their_ring_correlation():
     np.testing.assert_allclose(line.get_xdata(), frequency[1:])
     np.testing.assert_allclose(line.get_ydata(), curve[1:], atol=1e-6)
     (periods,) = panels["FRC of the halves"].child_axes
-    assert [label.get_text() for label in periods.get_xticklabels()][-1] == "20 nm"
+    assert [label.get_text() for label in periods.get_xticklabels()] == ["20 nm", "100 nm"]
 
 
 def test_plotting_leaves_pyplot_alone():

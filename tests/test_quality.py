@@ -11,12 +11,13 @@ from scipy.optimize import minimize
 
 from ptychodask.forward import r_factor
 from ptychodask.io import ingest
-from ptychodask.iterative import reconstruct_iterative, refine_probe
+from ptychodask.iterative import refine_probe
 from ptychodask.judging.compare import compare
 from ptychodask.judging.metrics import contrast_radius, spoke_contrast
 from ptychodask.models import ModelSpec, Optics
 from ptychodask.models.untrained import untrained_model
 from ptychodask.reconstruction import reconstruct
+from ptychodask.reconstruction.iterative import reconstruct_iterative
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
 from ptychodask.training import train

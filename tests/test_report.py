@@ -15,10 +15,10 @@ import xarray as xr
 
 from ptychodask import cli
 from ptychodask.errors import PtychodaskError
-from ptychodask.iterative import reconstruct_iterative
 from ptychodask.judging.report import write_report
 from ptychodask.judging.report.content import check_report_path
-from ptychodask.result import make_dataset
+from ptychodask.reconstruction.iterative import reconstruct_iterative
+from ptychodask.result import make_dataset, open_result
 from ptychodask.scan import Truth
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
@@ -91,7 +91,12 @@ def ds():
         "model": {"kind": EVIL, "hash": EVIL, "path": EVIL},
         "plan": {"n_groups": EVIL, EVIL: [EVIL, {EVIL: None}]},
         "polish": {"sweeps": EVIL, "r_factor": [EVIL, EVIL]},
-        "refinement": {"slow_phase": {"kept": True, "n_nodes": EVIL, "n_patterns": EVIL}},
+        "refinement": {
+            "slow_phase": {"kept": True, "n_nodes": EVIL, "n_patterns": EVIL},
+            "stages": [{"stage": f"{EVIL}{k}", "misfit": 2.0 - k, "r_factor": EVIL, "kept": True} for k in range(2)],
+            "n_judges": 3,
+            "measure": EVIL,
+        },
         "versions": {"ptychodask": EVIL},
         EVIL: EVIL,
     }
@@ -101,7 +106,7 @@ def ds():
 def test_report_holds_summary_figures_metrics_methods_and_provenance(folder):
     page = page_of(folder / "report.html")
     sections = [attributes["id"] for attributes in page.tags("section")]
-    assert sections == ["summary", "object", "comparison", "patterns", "methods", "provenance"]
+    assert sections == ["summary", "object", "refinement", "comparison", "patterns", "methods", "provenance"]
     assert [attributes["href"] for attributes in page.tags("a")] == [f"#{name}" for name in sections]
     pictures = page.tags("img")
     assert len(pictures) == 4
@@ -126,12 +131,45 @@ def test_methods_say_what_was_done_with_which_numbers_and_what_is_not_known(fold
     for sentence in (
         "The scan consists of 60 diffraction patterns of 16 × 16 pixels, stored as photon counts",
         "It was simulated with the object “lines”, the probe “zone_plate”, 100,000 photons per pattern and a step",
-        "reconstructed with 3 iterations of the rPIE algorithm.",
+        "The object was reconstructed iteratively, without a network, from a flat object.",
         "after removal of a global phase offset and a linear phase ramp.",
         "The data do not determine a global phase offset and a linear phase ramp.",
     ):
         assert sentence in methods
     assert "accuracy of the reconstruction is unknown" not in methods
+
+
+def test_report_shows_the_stages_of_a_refinement(folder, tmp_path):
+    ds = open_result(folder / "scan.object.zarr").load()
+    scan = open_scan(folder / "scan.zarr")
+    stages = [
+        {"stage": "stitched", "misfit": 5000.0, "r_factor": 0.2, "kept": True},
+        {"stage": "slow_phase", "misfit": 4000.0, "r_factor": None, "kept": True},
+        {"stage": "sweep 1", "misfit": 4500.0, "r_factor": 0.1, "kept": False},
+    ]
+    slow_phase = {"kept": True, "n_nodes": 9, "n_patterns": 50}
+    measured = {"slow_phase": slow_phase, "stages": stages, "n_judges": 4, "measure": "poisson deviance"}
+    ds.attrs |= {"model": {"kind": "pinn"}, "refinement": measured}
+    ds["position_refined_yx_px"] = ("pattern", "yx"), scan.position_yx_px + 0.5
+    page = page_of(write_report(ds, tmp_path / "report.html", scan=scan, progress=False))
+    assert [attributes["id"] for attributes in page.tags("section")][:3] == ["summary", "object", "refinement"]
+    for text in (
+        "stage Poisson deviance of 4 judges relative R",
+        "slow phase 4000 0.8000",
+        "sweep 1 4500 0.9000 0.1000 rejected",
+        "Refinement slow phase",
+        "corrected by a least-squares fit of 9 coefficients to 50 patterns.",
+        "4 patterns that took no part judged the refinement: their Poisson deviance fell to 80.0% of that",
+    ):
+        assert text in page.text
+    assert "polished" not in page.text
+
+
+def test_report_gives_the_reason_why_refinement_was_left_out(ds, tmp_path):
+    left_out = ds.assign_attrs(refinement={"left_out": "the store has no probe"}, polish=None)
+    page = page_of(write_report(left_out, tmp_path / "report.html", progress=False))
+    assert "Refinement was left out: the store has no probe." in page.text
+    assert "It was not refined: the store has no probe." in page.text
 
 
 def test_methods_without_a_scan_say_so(ds, tmp_path):

@@ -12,8 +12,8 @@ import xarray as xr
 from ptychodask.cluster.clients import local_client
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import MIN_SEEN_LIGHT, crop_at, diffract, r_factor, shift_probe
-from ptychodask.iterative import reconstruct_iterative
 from ptychodask.judging.residuals import outliers, poisson_deviance, residuals
+from ptychodask.reconstruction.iterative import reconstruct_iterative
 from ptychodask.result import make_dataset, open_result
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan

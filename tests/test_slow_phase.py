@@ -14,15 +14,12 @@ from ptychodask.forward import expected_counts, footprint_corners
 from ptychodask.probes import disc_probe
 from ptychodask.reassembly import Box
 from ptychodask.refinement import slow_phase
+from ptychodask.refinement.judges import curve_rank, is_judge, judge, judge_index
 from ptychodask.refinement.slow_phase import (
     NodeGrid,
     NormalEquations,
     apply_phase,
-    curve_rank,
-    is_judge,
-    judge_index,
     merge,
-    misfit,
     node_grid,
     node_spacing_px,
     normal_equations,
@@ -238,8 +235,9 @@ def test_a_patterns_share_does_not_depend_on_what_is_read_with_it(scan_of, monke
         parts_of(scan_of("structured"), 1)[1][0].blocks[0].curvature, parts[0].blocks[0].curvature
     )
     monkeypatch.setattr(slow_phase, "BLOCK_VALUES", 1)
+    # Lines of one pattern are summed as float32.
     np.testing.assert_allclose(
-        solve(parts_of(scan_of("structured"), 1)[1][0], nodes), solve(parts[0], nodes), atol=1e-9
+        solve(parts_of(scan_of("structured"), 1)[1][0], nodes), solve(parts[0], nodes), atol=2e-5
     )
 
 
@@ -463,16 +461,17 @@ def test_the_misfit_is_that_of_its_formula_and_adds_up(scan_of, domain):
         else:
             expected = np.maximum(expected.astype(np.float64), 1e-3)
             wanted += 2 * (measured * np.log(measured / expected) - measured + expected).sum()
-    found = misfit(object_, corner, scan, index)
+    found = judge(object_, corner, scan, index).misfit
     assert found == pytest.approx(wanted, rel=1e-4)
-    assert misfit(object_, corner, scan, index[:1]) + misfit(object_, corner, scan, index[1:]) == pytest.approx(found)
+    parts = judge(object_, corner, scan, index[:1]) + judge(object_, corner, scan, index[1:])
+    assert parts.misfit == pytest.approx(found)
     # Rounding is left, and what counts below the least model counts give.
-    assert misfit(scan.truth.object, corner, scan, index) < 2e-3 * len(index) * N * N
+    assert judge(scan.truth.object, corner, scan, index).misfit < 2e-3 * len(index) * N * N
 
 
 def test_patterns_without_photons_have_a_finite_misfit(scan_of):
     scan = scan_of("disc")
     empty = replace(scan, diffraction=np.zeros((scan.n_patterns, N, N), np.uint16))
     corner, index = corner_of(scan), np.arange(2)
-    assert np.isfinite(misfit(scan.truth.object, corner, empty, index))
-    assert misfit(0 * scan.truth.object, corner, empty, index) == pytest.approx(2 * 1e-3 * 2 * N * N)
+    assert np.isfinite(judge(scan.truth.object, corner, empty, index).misfit)
+    assert judge(0 * scan.truth.object, corner, empty, index).misfit == pytest.approx(2 * 1e-3 * 2 * N * N)

@@ -73,6 +73,7 @@ def test_each_cell_holds_what_compare_finds(whole):
         here = {"dose": dose, "overlap": overlap, "gridsize": gridsize, "model": model, "seed": seed}
         np.testing.assert_array_equal(found["value"].sel(here), alone["value"][0])
         assert float(found["r_factor"].sel(here)) == float(alone["r_factor"][0])
+        assert json.loads((folder / "cells" / cell.name / "record.json").read_text())["refinement"] == "none"
     diameter = found.attrs["probe_diameter_px"]
     np.testing.assert_allclose(found["step_px"], 0.25 * diameter)
     assert json.loads(found.attrs["study"])["train"]["epochs"] == 1
@@ -98,7 +99,9 @@ def test_a_study_leaves_a_table_of_every_figure_and_pictures(whole):
     one = found["value"].sel(model="baseline", metric="psnr", part="phase", dose=float(row["dose"]))
     assert float(row["value"]) == pytest.approx(float(one.squeeze()))
     assert (folder / "table.md").read_text() == to_markdown(found)
-    assert len(to_markdown(found).splitlines()) == 2 + 4 * 2
+    *rows, _, refinement = to_markdown(found).splitlines()
+    assert len(rows) == 2 + 4 * 2
+    assert refinement == "Refinement of all objects: slow_phase = False, polish = 0."
 
 
 def test_a_finished_study_is_read_and_not_computed(whole, monkeypatch):
@@ -155,7 +158,7 @@ def test_every_combination_has_its_cell_and_a_baseline_the_same_for_all_gridsize
     assert np.unique(members.sel(model="pinn", gridsize=2)).tolist() == [4]
     assert np.unique(members.sel(model="baseline")).tolist() == [1]
     assert np.unique(found["value"].sel(part="phase", metric="ssim", seed=1)).tolist() == [1]
-    assert len(to_markdown(found).splitlines()) == 2 + 24 * 2
+    assert len(to_markdown(found).splitlines()) == 2 + 24 * 2 + 2
     np.testing.assert_allclose(found["overlap"], 1 - np.array([4, 8]) / found.attrs["probe_diameter_px"])
 
 
@@ -300,6 +303,33 @@ def test_a_spacing_that_the_scan_of_the_positions_cannot_give_is_refused_with_th
     with pytest.raises(PtychodaskError, match=r"expected at least n_patterns=40; pass n_patterns=1\d"):
         StudySpec(dose=(1e4,), step_px=(8, 16), simulate=taken)
     assert len(cells_of(StudySpec(dose=(1e4,), step_px=(5, 8), simulate=taken))) == 4
+
+
+def test_objects_are_plain_unless_the_study_refines_them(fake, tmp_path):
+    spec = replace(LOGICAL, seed=(0,), step_px=(4,))
+    assert {json.dumps(cell.reconstruct) for cell in cells_of(spec).values()} == {'{"slow_phase": false, "polish": 0}'}
+    refined = replace(spec, reconstruct={"polish": 3, "tile": 64})
+    assert {cell.reconstruct["polish"] for cell in cells_of(refined).values()} == {3}
+    found = run_study(refined, tmp_path)
+    assert json.loads(found.attrs["refinement"]) == {"slow_phase": False, "polish": 3}
+    assert "Refinement of all objects: slow_phase = False, polish = 3." in to_markdown(found)
+
+
+def test_cells_of_earlier_versions_are_finished_and_lack_later_metrics(fake, tmp_path):
+    spec = replace(LOGICAL, seed=(0,), step_px=(4,), model=("pinn",), gridsize=(1,))
+    run_study(spec, tmp_path)
+    folder = tmp_path / "cells" / "dose1000-step4-g1-pinn-s0"
+    cell, record = (json.loads((folder / name).read_text()) for name in (module.SPEC_FILE, module.RECORD_FILE))
+    (folder / module.SPEC_FILE).write_text(json.dumps(cell | {"reconstruct": {}}))
+    record |= {"metric": ["psnr"], "value": [[7.0], [8.0]]}
+    (folder / module.RECORD_FILE).write_text(json.dumps(record))
+    fake.clear()
+    found = run_study(spec, tmp_path)
+    assert fake == []
+    assert set(found["metric"].values) == {"ssim", "psnr"}
+    assert found["value"].sel(dose=1e3, metric="psnr").values.ravel().tolist() == [7, 8]
+    assert found["value"].sel(dose=1e3, metric="ssim").isnull().all()
+    assert found["value"].sel(dose=1e5, metric="ssim", part="amplitude").values.ravel().tolist() == [1e5]
 
 
 def test_a_damaged_record_is_named(fake, tmp_path):

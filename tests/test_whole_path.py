@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -66,8 +68,12 @@ def test_the_demo_leaves_pictures_results_and_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "SCAN", demo.SCAN | {"n_patterns": 100})
     said = demo.run_demo(tmp_path / "demo")
     made = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert made >= {"scan.npz", "scan.zarr", "pinn.png", "scan.object.zarr", "comparison.png", "comparison.md"}
+    assert made >= {"scan.npz", "scan.zarr", "pinn.png", "comparison.png", "refinement.png", "comparison.md"}
+    assert made >= {"scan.object.zarr", "stitched.object.zarr", "baseline.object.zarr"}
     assert "| PtychoPINN | amplitude |" in said
+    assert re.search(r"\| (slow phase, )?\d sweeps \| phase correlation \| below 0.02 cycles/px \|", said)
+    before, after = (float(re.search(rf"\| {word} \| (0\.\d+) \|", said).group(1)) for word in ("before", "after"))
+    assert after > before
     assert "| Baseline | phase |" in (tmp_path / "demo" / "comparison.md").read_text()
     with pytest.raises(ValueError, match="not empty"):
         demo.run_demo(tmp_path / "demo")

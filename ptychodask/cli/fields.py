@@ -85,8 +85,8 @@ def _options(
     for name in names_where(spec, **facts):
         if name not in taken:
             kind, meaning, readers[name] = _as_text(hints[name], flags[name], known[name].help)
-            # On by default: the flag that turns it off is an option too.
-            is_on = spec.__dataclass_fields__[name].default is True
+            # On by default, or if it can be: the flag that turns it off is an option too.
+            is_on = kind is bool and spec.__dataclass_fields__[name].default in (True, "auto")
             flag = f"{flags[name]}/--no-{flags[name][2:]}" if is_on else flags[name]
             option: Any = Annotated[kind, typer.Option(flag, help=meaning)]
             parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=option))
@@ -105,6 +105,10 @@ def _as_text(hint: Any, flag: str, meaning: str) -> tuple[Any, str, Reader]:
         return list[str], f"NAME=KEY: {content} Repeatable.", pairs
     if Ellipsis in parts:
         return list[str], f"{meaning} Repeatable.", tuple
+    if bool in kinds:
+        return bool, meaning, _unchanged
+    if int in kinds and Literal in origins:
+        return str, meaning, lambda text: text if text in origins[Literal] else whole_numbers(flag, text, 1)[0]
     if parts:
         read, words = (whole_numbers if parts[0] is int else numbers), origins.get(Literal, ())
         return str, meaning, lambda text: text if text in words else read(flag, text, len(parts))

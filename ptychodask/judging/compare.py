@@ -26,6 +26,7 @@ from ptychodask.judging.metrics import (
     half_bit,
     well_lit,
 )
+from ptychodask.judging.refinements import attributes_of_method, refinement_text
 from ptychodask.judging.registration import find_corner, on_whole_pixels, seen_box
 from ptychodask.result import make_dataset, open_result, recorded
 from ptychodask.scan import Scan, Truth
@@ -35,7 +36,7 @@ from ptychodask.store import open_scan
 logger = logging.getLogger(__name__)
 
 
-METHOD_OF_KIND = {"pinn": "PtychoPINN", "baseline": "Baseline"}
+METHOD_OF_KIND = {"pinn": "PtychoPINN", "baseline": "Baseline", "iterative": "Iterative"}
 """Method name of a result, by the recorded kind of its model."""
 
 
@@ -110,7 +111,8 @@ def compare(
         ``phase_rad``, ``ramp_rad_per_px``, ``scale``, the removed gauge (at the first pixel of the common area), and
         ``shift_px`` (method, axis), the shift of each result in registration;
         ``r_factor`` (method) with `scan`. Phases in radians. Attributes name the reference and the common area, and
-        ``data_hash`` the data of each result (and of the scan) if these differ: see `other_data`.
+        ``data_hash`` the data of each result (and of the scan) and ``refinement`` the refinement of each reconstruction
+        if these differ: see `warnings_of`.
         Select with ``.sel({"method": label})``, because xarray's `sel` has a keyword ``method``.
 
     Raises
@@ -152,7 +154,8 @@ def compare(
         comparison["r_factor"] = ("method", list(r_factors(aligned_results, measured).values()))
         comparison.attrs["r_patterns"] = len(patterns_inside(aligned_results, measured))
     comparison.attrs |= _different_data(aligned_results, {"the scan": measured, "the truth": truth})
-    if warning := other_data(comparison):
+    comparison.attrs |= _different_refinement(aligned_results)
+    for warning in warnings_of(comparison):
         logger.warning("compare: %s", warning)
     return comparison if baseline is None else _with_differences(comparison, baseline)
 
@@ -169,22 +172,44 @@ def _different_data(
     return {"data_hash": hashes} if len(set(hashes.values())) > 1 else {}
 
 
-def other_data(comparison: xr.Dataset) -> str:
-    """Warning if results were made from different data, else an empty string.
+def _different_refinement(results: Mapping[str, xr.Dataset]) -> dict[str, dict[str, str]]:
+    """Attribute ``refinement`` if reconstructions differ in it, else empty.
+
+    Iterative results and those of other programs are no refined predictions, so they have none to differ in.
+    """
+    texts = {label: refinement_text(ds.attrs) for label, ds in results.items() if "model" in ds.attrs}
+    return {"refinement": texts} if len(set(texts.values())) > 1 else {}
+
+
+def warnings_of(comparison: xr.Dataset) -> list[str]:
+    """Warnings about results that were made from different data, or refined differently.
 
     Parameters
     ----------
     comparison : xarray.Dataset
         From `compare`.
 
+    Returns
+    -------
+    list of str
+        Sentences; empty if neither differs.
+
     Examples
     --------
-    >>> other_data(xr.Dataset(attrs={"data_hash": {"a": "0123456789abcdef", "b": "fedcba9876543210"}}))
-    'Not all are from the same scan and probe; data hashes: a 0123456789ab, b fedcba987654.'
+    >>> warnings_of(xr.Dataset(attrs={"data_hash": {"a": "0123456789abcdef", "b": "fedcba9876543210"}}))
+    ['Not all are from the same scan and probe; data hashes: a 0123456789ab, b fedcba987654.']
+    >>> warnings_of(xr.Dataset(attrs={"refinement": {"a": "none", "b": "slow phase, 3 sweeps"}}))
+    ['Not all were refined alike; refinement: a (none), b (slow phase, 3 sweeps).']
     """
-    hashes = comparison.attrs.get("data_hash", {})
-    listed = ", ".join(f"{label} {hash_[:12]}" for label, hash_ in hashes.items())
-    return f"Not all are from the same scan and probe; data hashes: {listed}." if hashes else ""
+    hashes, texts = (comparison.attrs.get(name, {}) for name in ("data_hash", "refinement"))
+    warnings = []
+    if hashes:
+        listed = ", ".join(f"{label} {hash_[:12]}" for label, hash_ in hashes.items())
+        warnings.append(f"Not all are from the same scan and probe; data hashes: {listed}.")
+    if texts:
+        listed = ", ".join(f"{label} ({text})" for label, text in texts.items())
+        warnings.append(f"Not all were refined alike; refinement: {listed}.")
+    return warnings
 
 
 def align(
@@ -346,7 +371,12 @@ def _methods_of(result: Result) -> dict[str | None, xr.Dataset]:
     if "method" in result.coords:
         several = result if "method" in result.dims else result.expand_dims("method")
         kinds = [str(kind) for kind in several["method"].values]
-        return {METHOD_OF_KIND.get(kind, kind): several.isel(method=i, drop=True) for i, kind in enumerate(kinds)}
+        return {
+            METHOD_OF_KIND.get(kind, kind): several.isel(method=i, drop=True).assign_attrs(
+                attributes_of_method(several.attrs, kind)
+            )
+            for i, kind in enumerate(kinds)
+        }
     if recorded(result.attrs, "spec", "engine") == "iterative":
         return {"Iterative": result}
     return {METHOD_OF_KIND.get(str(recorded(result.attrs, "model", "kind"))): result}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,10 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.judging.compare import find_truth, truth_on_pixels
-from ptychodask.judging.metrics import WELL_LIT, align_gauge, frc, half_bit, well_lit
+from ptychodask.judging.metrics import BAND_EDGES, WELL_LIT, align_gauge, frc, half_bit, well_lit
+from ptychodask.judging.refinements import AddedPhase, Refinement, Shifts, added_phase, refinement_of, shifts_of
 from ptychodask.scan import Scan, Truth
+from ptychodask.store import open_scan
 
 LIMIT_PERCENTILES = (1.0, 99.0)
 """Percentiles of the well-lit pixels at the ends of a colour scale."""
@@ -65,27 +68,51 @@ MOST_POSITIONS = 20_000
 """Maximum positions in a figure; more are subsampled."""
 
 
+MOST_ARROWS = 2000
+"""Maximum arrows of a figure of displacements; more are subsampled."""
+
+
+FREQUENCY_TICKS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Frequencies, cycles per pixel, that ring correlations have ticks at."""
+
+
 FINEST_PX = 2.0
 """Finest possible resolution, a full period in pixels."""
 
 
-def plot(ds: xr.Dataset, *, path: str | Path | None = None) -> Figure:
+Panel = Callable[[Axes], None]
+"""Function that draws one panel of a figure."""
+
+
+def plot(
+    ds: xr.Dataset,
+    *,
+    scan: Scan | str | Path | None = None,
+    refinement: bool = True,
+    path: str | Path | None = None,
+) -> Figure:
     """Figure of a result: amplitude, phase, weight and uncertainty.
+
+    If it was refined, also the phase that was added and the displacement of positions.
 
     Parameters
     ----------
     ds : xarray.Dataset
         From `reconstruct`, `reconstruct_iterative` or `open_result`.
+    scan : Scan or path, optional
+        The scan that it was made from: the displacement of refined positions is drawn from its positions.
+    refinement : bool
+        Add panels of the refinement, if the result records any (see `plot_refinement`).
     path : path, optional
         File to write the figure to; the suffix sets the format (``.png``, ``.pdf``, ...).
 
     Returns
     -------
     matplotlib.figure.Figure
-        Four panels, each with a colour bar and a scale bar (in metres if the pixel size is known, else in pixels);
-        +y down, +x right. Colour scales span the 1st to the 99th percentile of the well-lit pixels, which are those
-        with at least a tenth of the median weight; unseen pixels are light blue. A phase that spans more than π is
-        shown with a cyclic colour map from -π to π.
+        Four to six panels, pictures each with a colour bar and a scale bar (in metres if the pixel size is known, else
+        in pixels); +y down, +x right. Colour scales span the 1st to the 99th percentile of the well-lit pixels, which
+        are those with at least a tenth of the median weight; unseen pixels are light blue. A phase that spans more than
+        π is shown with a cyclic colour map from -π to π.
 
     Raises
     ------
@@ -96,14 +123,185 @@ def plot(ds: xr.Dataset, *, path: str | Path | None = None) -> Figure:
     object_, weight, uncertainty = (shown[name].values for name in ("object", "weight", "uncertainty"))
     lit = _well_lit(shown)
     phase = np.angle(object_ * _mean_phase_factor(object_[lit]))
-    figure = _empty_figure(11, 9.5)
-    axes = figure.subplots(2, 2)
+    extras = [*_added_phase_panels(shown), *_displacement_panels(shown, scan)] if refinement else []
+    n_columns = 3 if extras else 2
+    figure = _empty_figure(5.5 * n_columns, 9.5)
+    axes = figure.subplots(2, n_columns)
     _panel(axes[0, 0], np.abs(object_), "amplitude", shown, _limits(np.abs(object_)[lit]))
     _panel(axes[0, 1], phase, "phase (rad)", shown, *_phase_scale(phase[lit]))
     _panel(axes[1, 0], np.where(np.isfinite(object_), weight, np.nan), "weight", shown, (0, weight.max()), "viridis")
     known = uncertainty[lit & np.isfinite(uncertainty)]
     _panel(axes[1, 1], uncertainty, "uncertainty", shown, _limits(known) if known.size else (0, 1), "magma")
+    _draw_each(axes[:, 2:].ravel(), extras)
     return _saved(figure, path)
+
+
+def plot_refinement(ds: xr.Dataset, *, scan: Scan | str | Path | None = None, path: str | Path | None = None) -> Figure:
+    """Figure of the refinement of a result.
+
+    The phase before and after, the phase that was added, misfit over the stages, and displacements of positions.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset
+        A result of one method.
+    scan : Scan or path, optional
+        As for `plot`.
+    path : path, optional
+        File to write the figure to.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One panel for each of these that the result records:
+        the phases of the stitched and the refined object on one scale, if the result has ``object_stitched``;
+        the phase that was added, in radians and in cycles (2π): the slow phase if its nodes are recorded, else all that
+        refinement changed;
+        the misfit of the judges (patterns that take no part) after each stage relative to the first, a rejected stage
+        as a red cross, and R of the patterns after each stage that was kept;
+        the displacement of each refined position, as arrows that are enlarged to be visible.
+
+    Raises
+    ------
+    PtychodaskError
+        If the Dataset is not a result of one method or records no refinement, the scan is another one, or the figure
+        cannot be written.
+    """
+    panels = refinement_panels(thinned(ds), scan)
+    if not panels:
+        raise PtychodaskError(
+            "plot_refinement: the result records no refinement; reconstruct with slow_phase=True or polish=5"
+        )
+    n_columns = 2 if len(panels) in (2, 4) else min(len(panels), 3)
+    n_rows = -(-len(panels) // n_columns)
+    figure = _empty_figure(5.5 * n_columns, 4.75 * n_rows)
+    _draw_each(figure.subplots(n_rows, n_columns, squeeze=False).ravel(), panels)
+    return _saved(figure, path)
+
+
+def refinement_panels(shown: xr.Dataset, scan: Scan | str | Path | None = None) -> list[Panel]:
+    """Functions that draw the panels of `plot_refinement`, empty without a refinement.
+
+    Parameters
+    ----------
+    shown : xarray.Dataset
+        From `thinned`.
+    scan : Scan or path, optional
+        As for `plot`.
+    """
+    record = refinement_of(shown.attrs)
+    panels = [*_before_and_after(shown), *_added_phase_panels(shown)]
+    if np.isfinite([*record.relative_misfit, *(stage.r_factor for stage in record.stages)]).sum() > 1:
+        panels.append(lambda axes: _draw_stages(axes, record))
+    return [*panels, *_displacement_panels(shown, scan)]
+
+
+def _draw_each(axes: NDArray[Any], panels: list[Panel]) -> None:
+    """Draw panels into axes; those left stay empty."""
+    for one, draw in zip(axes, panels, strict=False):
+        draw(one)
+    for one in axes[len(panels) :]:
+        one.set_axis_off()
+
+
+def _before_and_after(shown: xr.Dataset) -> list[Panel]:
+    """Panels of the stitched and the refined phase on one scale."""
+    if "object_stitched" not in shown:
+        return []
+    lit = _well_lit(shown)
+    after = shown["object"].values
+    middle = _mean_phase_factor(after[lit])
+    before, _ = align_gauge(shown["object_stitched"].values, after, ramp=False)
+    phases = {"stitched": np.angle(before * middle), "refined": np.angle(after * middle)}
+    scale = _phase_scale(phases["refined"][lit])
+
+    def panel(name: str) -> Panel:
+        return lambda axes: _panel(axes, phases[name], f"{name}: phase (rad)", shown, *scale)
+
+    return [panel(name) for name in phases]
+
+
+def _added_phase_panels(shown: xr.Dataset) -> list[Panel]:
+    added = added_phase(shown)
+    return [] if added is None else [lambda axes: _draw_added_phase(axes, added, shown)]
+
+
+def _displacement_panels(shown: xr.Dataset, scan: Scan | str | Path | None) -> list[Panel]:
+    shifts = shifts_of(shown, open_scan(scan) if isinstance(scan, str | Path) else scan)
+    return [] if shifts is None else [lambda axes: _draw_displacements(axes, shifts)]
+
+
+def _draw_added_phase(axes: Axes, added: AddedPhase, ds: xr.Dataset) -> None:
+    """Draw a phase with its colour bar in radians and in cycles."""
+    low, high = _limits(added.phase[_well_lit(ds)])
+    size, colours = max(-low, high), "RdBu_r"
+    if not added.is_slow and high - low > np.pi:
+        size, colours = np.pi, "twilight"
+    image = axes.imshow(added.phase, cmap=colours, vmin=-size, vmax=size, origin="upper", extent=_extent(ds))
+    assert axes.figure is not None
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.85)
+    bar.ax.secondary_yaxis("left", functions=(partial(np.multiply, 0.5 / np.pi), partial(np.multiply, 2 * np.pi)))
+    bar.ax.set_title("cycles | rad", fontsize="small")
+    _frame(axes, "slow phase added" if added.is_slow else "phase added by refinement", ds)
+
+
+def _draw_displacements(axes: Axes, shifts: Shifts) -> None:
+    """Draw the displacement of each position as an enlarged arrow."""
+    step = -(-len(shifts.position_yx_px) // MOST_ARROWS)
+    (y, x), (dy, dx) = shifts.position_yx_px[::step].T, shifts.shift_yx_px[::step].T
+    length = np.hypot(dy, dx)
+    longest = float(np.percentile(length, LIMIT_PERCENTILES[1])) or 1.0
+    span = float(max(np.ptp(y), np.ptp(x))) or 1.0
+    # As long as some neighbours are apart, so that arrows are seen and do not hide each other.
+    drawn = 2.5 * span / max(np.sqrt(len(y)), 4.0)
+    shape: dict[str, Any] = {"width": 0.003, "headwidth": 4, "headlength": 5, "minlength": 0.5, "cmap": "viridis"}
+    arrows = axes.quiver(x, y, dx, dy, length, angles="xy", scale_units="xy", scale=longest / drawn, **shape)
+    arrows.set_clim(0, longest)
+    key_px = nice_length(longest)
+    axes.quiverkey(arrows, 0.83, 1.02, key_px, f"{key_px:g} px", labelpos="E")
+    axes.set(aspect="equal", xlabel="x (px)", ylabel="y (px)")
+    axes.set_title(f"displacement, rms {shifts.rms_px:.2g} px", loc="left")
+    axes.margins(0.08)
+    axes.invert_yaxis()
+    assert axes.figure is not None
+    axes.figure.colorbar(arrows, ax=axes, shrink=0.85, extend="max", label="px")
+
+
+def _draw_stages(axes: Axes, record: Refinement) -> None:
+    """Draw the judges' misfit after each stage, and R beside it."""
+    at = np.arange(len(record.stages))
+    kept = np.array([stage.kept for stage in record.stages])
+    misfit, r_factor = record.relative_misfit, np.array([stage.r_factor for stage in record.stages])
+    axes.set_xticks(at, [drawn_label(stage.title) for stage in record.stages], rotation=45, ha="right")
+    titles = []
+    if np.isfinite(misfit).any():
+        titles.append("judges' misfit")
+        _draw_curve(axes, misfit[kept], at[kept], "judges' misfit, relative to the first", "tab:blue", "o-")
+        _draw_rejected(axes, at, misfit, kept)
+    if np.isfinite(r_factor).any():
+        _draw_curve(axes.twinx() if titles else axes, r_factor[kept], at[kept], "R", "tab:gray", "s--")
+        titles.append("R")
+    axes.set_title(f"{' and '.join(titles)} after each stage")
+
+
+def _draw_curve(
+    axes: Axes, values: NDArray[np.float64], at: NDArray[np.int64], label: str, colour: str, style: str
+) -> None:
+    axes.plot(at, values, style, color=colour, markersize=5, label=label)
+    axes.set_ylabel(label, color=colour)
+    axes.tick_params(axis="y", labelcolor=colour)
+
+
+def _draw_rejected(axes: Axes, at: NDArray[np.int64], values: NDArray[np.float64], kept: NDArray[np.bool_]) -> None:
+    """Draw rejected stages, each joined to the last one that was kept."""
+    for k in np.flatnonzero(~kept & np.isfinite(values)):
+        before = np.flatnonzero(kept[:k] & np.isfinite(values[:k]))
+        path = [*before[-1:], k]
+        axes.plot(at[path], values[path], color="tab:red", linewidth=0.8, linestyle="dotted")
+    rejected = ~kept & np.isfinite(values)
+    if rejected.any():
+        axes.plot(at[rejected], values[rejected], "x", color="tab:red", label="rejected")
+        axes.legend(handles=axes.lines[-1:], frameon=False)
 
 
 def plot_complex(ds: xr.Dataset, *, path: str | Path | None = None) -> Figure:
@@ -303,21 +501,35 @@ def _draw_frc(
 ) -> None:
     """Draw ring correlations over frequency, with the usual thresholds.
 
-    If the pixel size is known, a second axis has periods.
+    The axis is logarithmic, because the slow part of a phase is in the first few rings; the middle band of `BAND_EDGES`
+    is shaded. If the pixel size is known, a second axis has periods.
     """
     # The ring of zero frequency is left out, since it depends on the means.
+    lowest = min((float(np.nanmin(curve[1:])) for curve in curves.values() if np.isfinite(curve).any()), default=0.0)
     for label, curve in curves.items():
-        axes.plot(frequency[1:], curve[1:], label=drawn_label(label))
+        axes.plot(frequency[1:], curve[1:], ".-", markersize=3, linewidth=1.2, label=drawn_label(label))
     axes.plot(frequency[1:], half_bit(frequency)[1:], color="gray", linewidth=0.8, linestyle="dotted", label="half bit")
     axes.axhline(0.5, color="gray", linewidth=0.8, linestyle="dashed", label="1/2")
     axes.axhline(1 / 7, color="gray", linewidth=0.8, linestyle="dashdot", label="1/7")
-    axes.set(xlim=(0, frequency[-1]), ylim=(-0.2, 1.05), xlabel="frequency (cycles per pixel)", ylabel="correlation")
+    axes.axvspan(*BAND_EDGES, color="gray", alpha=0.2, linewidth=0)
+    axes.set(
+        xscale="log",
+        xlim=(0.9 * frequency[1], frequency[-1]),
+        ylim=(min(-0.2, 1.05 * lowest), 1.05),
+        xlabel="frequency (cycles per pixel)",
+        ylabel="correlation",
+    )
     axes.set_title(title)
-    axes.legend(loc="upper right", fontsize="small")
+    axes.legend(loc="best", fontsize="small")
+    ticks = [tick for tick in FREQUENCY_TICKS if frequency[1] <= tick <= frequency[-1]]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     if pixel_size_m is not None:
-        ticks = frequency[-1] * np.arange(0.2, 1.01, 0.2)
-        periods = [length_label(float(f"{pixel_size_m / tick:.3g}")) for tick in ticks]
-        axes.secondary_xaxis("top").set_xticks(ticks, periods)
+        # Labels with units are wider than those of frequencies.
+        few = ticks[::-1][::2]
+        above = axes.secondary_xaxis("top")
+        above.set_xticks(few, [length_label(float(f"{pixel_size_m / tick:.3g}")) for tick in few])
+        above.minorticks_off()
 
 
 def plot_residuals(residuals: xr.Dataset, *, path: str | Path | None = None) -> Figure:
@@ -442,17 +654,24 @@ def plot_split_half(ds: xr.Dataset, *, resolution: xr.Dataset | None = None, pat
     phases = [np.angle(half * middle) for half in (one, other)]
     n_columns = 2 if resolution is None else 3
     figure = _empty_figure(5.5 * n_columns, 10)
-    axes = figure.subplots(2, n_columns)
-    for panel, phase, label in zip(axes[0, :2], phases, ("first", "second"), strict=True):
+    grid = figure.add_gridspec(2, n_columns)
+    top = [figure.add_subplot(grid[0, column]) for column in range(n_columns)]
+    for panel, phase, label in zip(top[:2], phases, ("first", "second"), strict=True):
         _panel(panel, phase, f"{label} half: phase (rad)", shown, *_phase_scale(phases[0][lit]))
     difference = np.abs(one - other)
-    _panel(axes[1, 0], difference, "|first − second|", shown, (0.0, _limits(difference[lit])[1]), "magma")
+    _panel(
+        figure.add_subplot(grid[1, 0]),
+        difference,
+        "|first − second|",
+        shown,
+        (0.0, _limits(difference[lit])[1]),
+        "magma",
+    )
     frequency, curve = frc(*(np.where(lit, half, np.complex64(np.nan)) for half in (one, other)))
-    _draw_frc(axes[1, 1], frequency, {"object": curve}, "FRC of the halves", ds.attrs.get("pixel_size_m"))
-    axes[1, 1].set_box_aspect(0.8)
+    wide = figure.add_subplot(grid[1, 1:], box_aspect=0.8 / (n_columns - 1))
+    _draw_frc(wide, frequency, {"object": curve}, "FRC of the halves", ds.attrs.get("pixel_size_m"))
     if resolution is not None:
-        _draw_local_resolution(axes[0, 2], resolution, shown)
-        axes[1, 2].set_axis_off()
+        _draw_local_resolution(top[2], resolution, shown)
     return _saved(figure, path)
 
 
@@ -498,7 +717,7 @@ def thinned(ds: xr.Dataset) -> xr.Dataset:
     missing = [name for name in ("object", "weight", "uncertainty") if name not in ds or ds[name].dims != ("y", "x")]
     if missing:
         raise PtychodaskError(f"plot: the Dataset has no {', '.join(missing)} (y, x); select one method of a result")
-    step = -(-max(ds.sizes.values()) // LARGEST_PIXELS)
+    step = -(-max(ds.sizes["y"], ds.sizes["x"]) // LARGEST_PIXELS)
     return ds.isel(y=slice(None, None, step), x=slice(None, None, step)).ptycho.compute()
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ptychodask.judging.compare import other_data
-from ptychodask.judging.metrics import PARTS
+from ptychodask.judging.compare import warnings_of
+from ptychodask.judging.metrics import BAND_EDGES, PARTS
 
 
 def to_markdown(comparison: xr.Dataset) -> str:
@@ -52,6 +52,7 @@ def _rows(comparison: xr.Dataset, variable: str) -> list[list[Any]]:
 
 def _caption(comparison: xr.Dataset) -> str:
     peak, span = (dict(zip(PARTS, comparison[name].values, strict=True)) for name in ("peak", "data_range"))
+    slow, fine = BAND_EDGES
     moved = [
         f"{method} by ({shift[0]:+.2f}, {shift[1]:+.2f})"
         for method, shift in zip(comparison["method"].values, comparison["shift_px"].values, strict=True)
@@ -62,10 +63,10 @@ def _caption(comparison: xr.Dataset) -> str:
         f"{', '.join(comparison.attrs['gauge_removed'])} removed; "
         f"PSNR in dB with peak {peak['amplitude']:.4g} (amplitude) and {peak['phase']:.4g} (phase); "
         f"SSIM with range {span['amplitude']:.4g} (amplitude) and {span['phase']:.4g} (phase); "
-        "FRC crossings in cycles per pixel."
+        f"correlation_slow, _middle, _fine below {slow}, up to {fine} and above, FRC crossings, in cycles per pixel."
         + (f" R over {comparison.attrs['r_patterns']} patterns." if "r_factor" in comparison else "")
         + (f" Registered by a shift (y, x) in pixels: {', '.join(moved)}." if moved else "")
-        + (f" {warning}" if (warning := other_data(comparison)) else "")
+        + "".join(f" {warning}" for warning in warnings_of(comparison))
     )
 
 

@@ -37,8 +37,8 @@ LARGEST = {"batch_size": 2**31, "groups_per_chunk": 2**31, "tile": 2**16}
 """Upper limits of fields: a larger number is a typing error, and a larger tile does not fit into a store."""
 
 
-REFINEMENTS = {"polish": ("sweeps", "polish"), "slow_phase": ("its equations", "correct")}
-"""Fields that refine the stitched object, with the words of their messages."""
+REFINEMENTS = ("polish", "slow_phase")
+"""Fields that refine the stitched object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,17 +80,19 @@ class ReconstructionSpec:
     """Patterns of the store to leave out, of groups (each group that contains one is left out) and of polishing.
     Converted to ascending integers."""
 
-    polish: int = option(0, help="Data-consistency sweeps after stitching.")
-    """Data-consistency sweeps over the patterns that polish the stitched object."""
-
-    slow_phase: bool = option(
-        False,
-        help="Correct the slowly varying part of the phase after stitching. Patterns that judge the correction are "
-        "still used by --polish.",
-        recorded_at_default=False,
+    polish: int | Literal["auto"] = option(
+        "auto",
+        help="Data-consistency sweeps after stitching: a number, or auto: as many as lower the misfit of patterns that "
+        "take no part, 8 at most.",
     )
-    """Correct the slowly varying part of the stitched phase, before any sweeps, by least squares over a share of the
-    patterns. It is kept if it improves the agreement with other patterns, the judges; sweeps use all patterns."""
+    """Data-consistency sweeps over the patterns that polish the stitched object. "auto": while they lower the misfit of
+    the judges, patterns that take no part; 8 at most. 0: none."""
+
+    slow_phase: bool | Literal["auto"] = option(
+        "auto", help="Correct the slowly varying part of the phase after stitching."
+    )
+    """Correct the slowly varying part of the stitched phase by least squares over a share of the patterns. It is kept
+    if it lowers the misfit of the judges. "auto": where it can be; True: refused where it cannot."""
 
     precision: Precision = option(
         "float32", help="Precision of the convolutions: float32, or mixed (bfloat16).", timed=True
@@ -188,9 +190,10 @@ class ReconstructionSpec:
         if self.roi_m is not None:
             _check_roi_m(self.roi_m, self.roi)
         object.__setattr__(self, "drop", _pattern_indices(self.drop))
-        if not isinstance(self.polish, Integral) or self.polish < 0:
+        if self.polish != "auto" and (not isinstance(self.polish, Integral) or self.polish < 0):
             raise PtychodaskError(
-                f"reconstruct: polish is {self.polish!r}, expected a number of sweeps, an integer of at least 0"
+                f"reconstruct: polish is {self.polish!r}, expected a number of sweeps, an integer of at least 0, or "
+                "'auto'"
             )
         for name, kind in (("precision", Precision), ("device", Device), ("on_error", OnError)):
             check_choice(name, getattr(self, name), get_args(kind), "reconstruct")
@@ -198,8 +201,8 @@ class ReconstructionSpec:
             raise PtychodaskError(
                 f"reconstruct: verify is {self.verify!r}, expected a number of chunks, an integer of at least 0"
             )
-        if not isinstance(self.slow_phase, bool):
-            raise PtychodaskError(f"reconstruct: slow_phase is {self.slow_phase!r}, expected True or False")
+        if self.slow_phase != "auto" and not isinstance(self.slow_phase, bool):
+            raise PtychodaskError(f"reconstruct: slow_phase is {self.slow_phase!r}, expected 'auto', True or False")
         if self.position_yx_px is not None:
             object.__setattr__(self, "position_yx_px", _as_positions(self.position_yx_px))
         if self.position_yx_px is not None and self.cache is None:
@@ -207,28 +210,44 @@ class ReconstructionSpec:
                 "reconstruct: position_yx_px without cache=: the network's input uses the stored positions; pass "
                 "cache= to stitch cached patches, or ingest with the corrected positions"
             )
+        if self.position_yx_px is not None:
+            self._refuse_refinement("position_yx_px", "the patterns are refined at the stored positions")
         check_types(self, "reconstruct")
-        for name, (equations, verb) in REFINEMENTS.items():
-            if getattr(self, name):
-                self._check_refined(f"reconstruct: {name}={getattr(self, name)}", equations, verb)
 
     @property
     def refines(self) -> bool:
         """True if the stitched object is refined."""
-        return any(getattr(self, name) for name in REFINEMENTS)
+        return bool(self.slow_phase) or bool(self.polish)
 
-    def _check_refined(self, given: str, equations: str, verb: str) -> None:
-        if self.split_half:
-            raise PtychodaskError(f"{given} with split_half=True: {equations} would mix the halves; pass only one")
-        if self.position_yx_px is not None:
-            raise PtychodaskError(
-                f"{given} with position_yx_px: {equations} use the stored positions; ingest with the corrected ones"
-            )
-        if self.roi is not None:
-            raise PtychodaskError(
-                f"{given} with roi {self.roi}: patterns at its edge reach beyond it; {verb} the complete object and "
-                "crop it"
-            )
+    def _refuse_refinement(self, given: str, reason: str) -> None:
+        """Raise `PtychodaskError` if a refinement that cannot be is asked for."""
+        for name in REFINEMENTS:
+            value = getattr(self, name)
+            if value and value != "auto":
+                raise PtychodaskError(f"reconstruct: {name}={value} with {given}: {reason}; remove one of the two")
+
+    def with_refinement_that_applies(self, *, compute: bool) -> tuple[ReconstructionSpec, str | None]:
+        """Spec without automatic refinements that cannot be, and the reason.
+
+        Parameters
+        ----------
+        compute : bool
+            False for a lazy result.
+
+        Raises
+        ------
+        PtychodaskError
+            If one was asked for explicitly.
+        """
+        reason = None
+        if not compute:
+            reason = "each stage needs the complete object, and compute=False makes pieces"
+            self._refuse_refinement("compute=False", reason)
+        elif self.position_yx_px is not None:
+            reason = "the patterns are refined at the stored positions, not at position_yx_px"
+        if reason is None or not self.refines:
+            return self, None
+        return replace(self, polish=0, slow_phase=False), reason
 
 
 def _pattern_indices(drop: Sequence[int] | NDArray[np.integer[Any]]) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ from ptychodask.plan.chunks import RESULT_PIXEL_BYTES, Tile
 from ptychodask.plan.spec import MIB, ReconstructionSpec, in_pixels
 from ptychodask.prediction import open_anew
 from ptychodask.reconstruction.batch import FailedScansError, reconstruct_each
+from ptychodask.reconstruction.flat import ITERATIVE, FlatObject
 from ptychodask.reconstruction.follow import FollowedScan, first_run
 from ptychodask.reconstruction.lazy import lazy_result
 from ptychodask.reconstruction.live import screen_for
@@ -83,8 +84,9 @@ def reconstruct(
         reconstructed one after the other, on one client.
     model : path or model, or dict of label to such, optional
         By default the latest `pinn` that the store records, else the latest `baseline`, else the packaged model for
-        patterns of N pixels (``pretrained:<name>``). Several models predict from one reading of the patterns, and the
-        result has a dimension ``method``. A warning is logged if the scan is outside the training range of a model.
+        patterns of N pixels (``pretrained:<name>``). "iterative": no network, but a flat object that is refined.
+        Several models predict from one reading of the patterns, and the result has a dimension ``method``. A warning is
+        logged if the scan is outside the training range of a model.
     spec : ReconstructionSpec
         Options. The group table is by default the stored one with the model's members, else made by the default spec.
     out : path, optional
@@ -149,19 +151,26 @@ def reconstruct(
 
     A cache stores the patches as float16, 11 bits of each number.
 
-    ``slow_phase=True`` multiplies the stitched object by exp(i φ), with φ bilinear between nodes as far apart as the
-    probe is wide: one Gauss-Newton step of least squares for the amplitudes of a share of the patterns. One pattern in
-    16 takes no part and judges the step, which is kept if it lowers their misfit. Sweeps of ``polish`` come afterwards
-    and use all patterns. The attribute ``refinement`` records the outcome. See `ptychodask.refinement.slow_phase`.
+    A network sees few patterns at a time; refinement then fits the stitched object to all of them, with the store's
+    probe. One pattern in 16 takes no part and judges each stage by its misfit: the Poisson deviance for counts, else
+    Σ(√I_pred − √I)². Scans of fewer than 64 patterns have no judges.
 
-    Polishing fits the stitched object to the amplitudes of the patterns, with the store's probe: it lowers
-    Σ(√I_pred − √I)² + Σ h |object − stitched|², where the proximal weight h keeps pixels that received less intensity
-    than the brightest of one exposure near the network's prediction. All patterns are projected at once in each sweep
-    (their contributions are summed), and the step follows the summed change and the step before (`StepProducts.mix`),
-    so the result depends on chunks no more than the stitching does. A task reads the part of the object that its
-    patterns cover. Between sweeps the object's tiles, 68 bytes a pixel in all, are spread over the workers. Pixels that
-    no patch covers stay NaN; ``weight``, ``uncertainty`` and ``count`` stay those of the network's patches. The
-    attribute ``polish`` records R of the patterns that were not dropped before the first sweep and after each.
+    ``slow_phase`` multiplies the object by exp(i φ), with φ bilinear between nodes as far apart as the probe is wide:
+    one Gauss-Newton step of least squares for the amplitudes of a share of the patterns, kept if it lowers the judges'
+    misfit. It is solved again after two sweeps that lowered the misfit more than it did.
+
+    ``polish`` lowers Σ(√I_pred − √I)² + Σ h |object − stitched|², where the proximal weight h keeps pixels that
+    received little intensity near the network's prediction. All patterns are projected at once in each sweep (their
+    contributions are summed), and the step follows the summed change and the step before (`StepProducts.mix`), so the
+    result depends on chunks no more than the stitching does. ``polish="auto"`` stops after three sweeps that did not
+    lower the judges' misfit, and keeps the object for which it was lowest.
+
+    A task reads the patterns and the part of the object that it needs. With `out` the tiles are in files beside it
+    between stages, so that no worker's memory depends on the size of the object, and a stopped run continues with the
+    latest stage; without, they are spread over the workers. Each of several models' objects is refined, and each half
+    by its own patterns; in a region, patterns that illuminate nothing outside refine it. Pixels that no patch covers
+    stay NaN; ``weight``, ``uncertainty`` and ``count`` stay those of the network's patches. The attribute
+    ``refinement`` records the judges' misfit after each stage. See `ptychodask.refinement`.
     """
     spec = with_fields(spec, spec_fields)
     options: dict[str, Any] = {
@@ -200,8 +209,11 @@ def _reconstruct_one(
     stored = open_anew(store)
     scan = stored.first()
     spec = in_pixels(spec, scan.pixel_size_m, str(store))
+    spec, left_out = spec.with_refinement_that_applies(compute=compute)
+    if left_out is not None:
+        logger.info("%s: refinement left out: %s", store, left_out)
     models = model if isinstance(model, Mapping) else {"": model}
-    networks = {str(label): resolve_model(scan, given) for label, given in models.items()}
+    networks = {str(label): _network_of(scan, given) for label, given in models.items()}
     _warn_outside_training_range(networks, stored)
     result = None if out is None else parse_location(out)
     plan_run = partial(_plan_stored, store, networks, spec, several=several)
@@ -209,6 +221,8 @@ def _reconstruct_one(
         run = first_run(plan_run, stored, spec.follow_timeout_s)
     else:
         run = _plan_run(stored, scan, networks, spec, several=several)
+    if left_out is not None:
+        run = replace(run, attributes=run.attributes | {"refinement": {"left_out": left_out}})
     scan, plan = run.scan, run.plan
     is_growing = scan.attributes["state"] == "growing"
     # A run that followed the scan may have been stopped after the last segment: its ledger is that of a growing scan.
@@ -227,6 +241,12 @@ def _reconstruct_one(
         if result is None:
             return _in_memory(run, client, started, progress)
         return write_result(run, result, client, started, progress, overwrite=overwrite, resume=resume)
+
+
+def _network_of(scan: Scan, given: str | Path | MinimalModel | None) -> PatchModel:
+    """Model of a run; a flat object for an iterative reconstruction."""
+    is_flat = isinstance(given, str | Path) and str(given) == ITERATIVE
+    return FlatObject(scan.n_pixels) if is_flat else resolve_model(scan, given)
 
 
 def _warn_outside_training_range(networks: Mapping[str, PatchModel], stored: StoredScan) -> None:
@@ -255,7 +275,7 @@ def _plan_run(
 ) -> Run:
     """Plan the run over a stored scan."""
     plans = plan_together(stored, networks, spec) if several else {"": plan_for(stored, networks[""], spec)}
-    if spec.slow_phase:
+    if spec.slow_phase is True:
         check_one_experiment(stored.scan, spec.drop)
     methods = tuple(
         MethodJob(prediction_job(plans[label], network, scan, spec), plans[label].window, plans[label].crop)
@@ -305,21 +325,8 @@ def _check_options(
     screen_for(spec.live)
     if spec.live not in (None, False) and not compute:
         raise PtychodaskError("reconstruct: compute=False has nothing to show live; compute, or remove live")
-    if spec.polish and not compute:
-        raise PtychodaskError(
-            f"reconstruct: compute=False with polish={spec.polish}: each sweep needs the complete object; compute, "
-            "or remove polish"
-        )
-    if spec.slow_phase and not compute:
-        raise PtychodaskError(
-            "reconstruct: compute=False with slow_phase=True: its equations need the complete object; compute, or "
-            "remove slow_phase"
-        )
-    if several and (spec.refines or spec.cache is not None):
-        raise PtychodaskError(
-            "reconstruct: polish, slow_phase and cache need a single model, and several are given; reconstruct with "
-            "one at a time"
-        )
+    if several and spec.cache is not None:
+        raise PtychodaskError("reconstruct: cache needs a single model, and several are given; pass one at a time")
     if (
         spec.cache is not None
         and out is not None

@@ -48,6 +48,8 @@ class Ledger:
         """Records of finished chunks, by their index."""
         self.tiles: dict[int, dict[str, Any]] = {}
         """Records of finished tiles, by their index."""
+        self.stages: dict[int, dict[str, Any]] = {}
+        """State of the refinement of each object after its latest stage."""
 
     @property
     def exists(self) -> bool:
@@ -71,9 +73,17 @@ class Ledger:
         try:
             # The last record of an index counts: one that was found damaged was computed and recorded again.
             for record in records:
-                (self.tiles if record["kind"] == "tile" else self.chunks)[int(record["index"])] = record
+                self._records_of(record["kind"])[int(record["index"])] = record
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise self._foreign() from error
+
+    def recorded_inputs(self) -> dict[str, Any] | None:
+        """Recorded inputs of any run; None without a ledger."""
+        made_by = _valid_records(self._path)[0].get("made_by") if self.exists else None
+        return made_by if isinstance(made_by, dict) else None
+
+    def _records_of(self, kind: str) -> dict[int, dict[str, Any]]:
+        return {"tile": self.tiles, "stage": self.stages}.get(kind, self.chunks)
 
     def _foreign(self) -> PtychodaskError:
         return PtychodaskError(
@@ -82,7 +92,7 @@ class Ledger:
         )
 
     def add(self, kind: str, index: int, record: Mapping[str, Any]) -> None:
-        """Record a finished chunk or tile; on disk when this returns."""
+        """Record a finished chunk, tile or stage; on disk when this returns."""
         # Called after the task has written its files, never before: a run that is killed in between computes
         # one chunk again, while a line without its data would be a promise that resuming has to find broken.
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, "made_by": self._made_by}
@@ -94,8 +104,8 @@ class Ledger:
     def begin_anew(self, made_by: dict[str, Any]) -> None:
         """Remove all records, and start with another `made_by`."""
         self.forget()
-        self.chunks.clear()
-        self.tiles.clear()
+        for records in (self.chunks, self.tiles, self.stages):
+            records.clear()
         self._made_by = plain(made_by)
 
     def forget(self) -> None:

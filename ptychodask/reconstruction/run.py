@@ -79,6 +79,9 @@ class RunFolders:
     result: Location | None = None
     """Store that is being written."""
 
+    refined: Location | None = None
+    """Folder of tiles while they are refined; without it they stay in the memory of the workers."""
+
 
 def identity(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Attributes of a run that its tiles depend on."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,6 @@ from ptychodask.grouping import groups_kept
 from ptychodask.plan.chunks import Chunk, Tile
 from ptychodask.prediction import PatchBatch, PredictionJob, Skipped, open_stored, predict_groups, stage
 from ptychodask.reassembly import (
-    Box,
     Canvas,
     Window,
     add_patches,
@@ -30,7 +28,6 @@ from ptychodask.reassembly import (
 from ptychodask.reconstruction.live import CoarsePart, coarse_part
 from ptychodask.reconstruction.patch_cache import StoredPatches
 from ptychodask.reconstruction.sums import checksum, open_canvas, save_canvas, sums_files
-from ptychodask.refinement.polishing import seen_part
 from ptychodask.result import Layers, TileArrays, read_tile, write_tile
 from ptychodask.storage.location import Location
 from ptychodask.storage.zarr_checks import DAMAGE
@@ -411,37 +408,3 @@ def show_tile(
     if coarse_step:
         coarse = coarse_part(reassemble_tile(layers, tile, parts)["object"], start_yx, coarse_step)
     return TileReport(None, {}, [part.report for part in parts], coarse=coarse)
-
-
-def deliver_refined(
-    tile: Tile,
-    box: Box,
-    stitched: TileReport,
-    refined: NDArray[np.complex64],
-    out: Location | None,
-    start_yx: tuple[int, int],
-    coarse_step: int = 0,
-) -> TileReport:
-    """Replace a tile's object by the refined one, and deliver the tile.
-
-    It is written, or sent to the client; unseen pixels stay NaN.
-
-    Parameters
-    ----------
-    tile, out, start_yx, coarse_step
-        See `deliver_tile`.
-    box : Box
-        Extent of `refined`.
-    stitched : TileReport
-    refined : complex64 array (y, x)
-
-    Returns
-    -------
-    TileReport
-    """
-    assert stitched.arrays is not None
-    arrays: dict[str, Any] = stitched.arrays | {"object": seen_part(tile.box, box, stitched.arrays["object"], refined)}
-    if out is not None:
-        write_tile(out, start_yx, arrays)
-    coarse = coarse_part(arrays["object"], start_yx, coarse_step) if coarse_step else None
-    return replace(stitched, arrays=arrays if out is None else None, coarse=coarse)

@@ -6,6 +6,8 @@ A stopped run is resumed from its ledger.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import xarray as xr
@@ -30,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 SUMS_FOLDER = "sums"
 """Folder of the sums of chunks, beside a result that is being written."""
+
+
+REFINED_FOLDER = "refined"
+"""Folder of the tiles that are being refined, beside a result that is being written."""
 
 
 STITCHED_FOLDER = "stitched"
@@ -64,6 +70,7 @@ def write_result(
         raise PtychodaskError(f"{path}: is the store of the scan itself; name another path with out=")
     if resume and path.is_complete() and not path.is_resumable():
         stored = open_result(path)
+        run = _as_recorded(run, stored.attrs)
         if not overwrite:
             check_same(identity(stored.attrs), run.identity, str(path))
         if not differences(identity(stored.attrs), run.identity):
@@ -71,6 +78,8 @@ def write_result(
             return stored
     with path.atomic_store(overwrite=overwrite, kind=RESULT, resume=resume) as writing:
         screen = screen_for(run.spec.live)
+        if resume:
+            run = _as_recorded(run, Ledger(writing.beside, {}).recorded_inputs())
         made_by = run.identity if followed is None else growing_identity(run)
         ledger = Ledger(writing.beside, made_by)
         try:
@@ -103,7 +112,7 @@ def _run_into(
     """Run, or resume, into a result store; returns the attributes of `stitch_and_refine`."""
     result, beside = writing.whole, writing.beside
     stitched = beside / STITCHED_FOLDER if run.spec.refines else result
-    folders = RunFolders(beside / SUMS_FOLDER, ledger, stitched, result)
+    folders = RunFolders(beside / SUMS_FOLDER, ledger, stitched, result, beside / REFINED_FOLDER)
     if ledger.exists:
         ledger.read()
         _check_nothing_skipped(ledger, run.spec)
@@ -120,9 +129,28 @@ def _run_into(
                 layers=run.job.layers,
             )
         (beside / SUMS_FOLDER).make_folder()
+    if run.spec.refines:
+        (beside / REFINED_FOLDER).make_folder()
     if run.spec.pyramid:
         (result / PYRAMID).remove()
     return stitch_and_refine(run, client, folders, lambda tile, report: None, progress=progress, screen=screen)
+
+
+def _as_recorded(run: Run, recorded: Mapping[str, Any] | None) -> Run:
+    """Run without automatic refinement, if the run that it resumes knew none."""
+    # Version 0.1 had no slow phase, and polished only when asked to.
+    earlier = (recorded or {}).get("spec")
+    if not isinstance(earlier, Mapping) or "slow_phase" in earlier:
+        return run
+    spec = replace(
+        run.spec,
+        polish=earlier.get("polish", 0) if run.spec.polish == "auto" else run.spec.polish,
+        slow_phase=False if run.spec.slow_phase == "auto" else run.spec.slow_phase,
+    )
+    named = run.attributes["spec"] | {"polish": spec.polish, "slow_phase": spec.slow_phase}
+    if not spec.slow_phase:
+        del named["slow_phase"]
+    return replace(run, spec=spec, attributes=run.attributes | {"spec": named})
 
 
 def _check_nothing_skipped(ledger: Ledger, spec: ReconstructionSpec) -> None:

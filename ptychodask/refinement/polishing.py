@@ -16,180 +16,6 @@ from ptychodask.reassembly import Box
 from ptychodask.scan import Scan
 
 
-@dataclass(frozen=True, eq=False)
-class PolishPart:
-    """Neighbouring patterns whose gradients one task sums."""
-
-    index: NDArray[np.int64]
-    """Indices of the patterns (k,)."""
-
-    box: Box
-    """Pixels that their footprints reach."""
-
-    tiles: tuple[int, ...]
-    """Indices of the tiles that overlap the box."""
-
-    tile_boxes: tuple[Box, ...]
-    """Box of each of these tiles while it is polished."""
-
-
-@dataclass(frozen=True, eq=False)
-class PartChange:
-    """Negative gradient and misfit of one part of the patterns."""
-
-    change: NDArray[np.complex128]
-    """Negative gradient (y, x) over the part's box, from `negative_gradient`."""
-
-    box: Box
-    """Box of the part."""
-
-    misfit: Misfit
-    """Misfit of its patterns."""
-
-
-@dataclass(frozen=True, eq=False)
-class TileWeights:
-    """Start and weights of a polished tile; arrays (y, x)."""
-
-    start: NDArray[np.complex64]
-    """Stitched object, with the mean amplitude in unseen pixels."""
-
-    curvature: NDArray[np.float32]
-    """Illumination plus proximal weight (see `illumination_and_proximal_weight`)."""
-
-    proximal_weight: NDArray[np.float32]
-    """Weight with which a dim pixel is pulled back to `start`."""
-
-
-@dataclass(frozen=True)
-class SweepReport:
-    """Sums over one tile, needed for the step of a sweep."""
-
-    products: StepProducts
-    """Scalar products of the step."""
-
-    proximal: float
-    """Proximal term Σ proximal weight |object − start|²."""
-
-    misfit: dict[int, Misfit]
-    """Misfit of each part that reaches the tile."""
-
-
-@dataclass(frozen=True, eq=False)
-class TileChange:
-    """Negative gradient of one tile, with the proximal term, and its sums."""
-
-    change: NDArray[np.complex64]
-    """Negative gradient (y, x) over the tile's box."""
-
-    report: SweepReport
-    """Sums over the tile."""
-
-
-def change_tile(
-    box: Box,
-    weights: TileWeights,
-    object_: NDArray[np.complex64],
-    before: NDArray[np.complex64],
-    earlier: TileChange | None,
-    changes: list[PartChange],
-    parts: tuple[int, ...],
-) -> TileChange:
-    """Negative gradient in one tile, with the proximal term.
-
-    Parameters
-    ----------
-    box : Box
-        Box of the tile while it is polished.
-    weights : TileWeights
-    object_, before : complex64 array (y, x)
-        Object now, and before the latest step.
-    earlier : TileChange or None
-        Change before the latest step; None in the first sweep.
-    changes : list of PartChange
-        Of the parts that reach the tile, in the order of `parts`.
-    parts : ints
-        Indices of these parts.
-
-    Returns
-    -------
-    TileChange
-    """
-    deviation = weights.start - object_
-    total = (weights.proximal_weight * deviation).astype(np.complex128)
-    for part in changes:
-        shared = box.overlap(part.box)
-        total[within(shared, box)] += part.change[within(shared, part.box)]
-    change = total.astype(np.complex64)
-    products = StepProducts()
-    if earlier is not None:
-        products = step_products(object_, before, change, earlier.change, weights.curvature)
-    proximal = float((weights.proximal_weight * (deviation.real**2 + deviation.imag**2)).sum(dtype=np.float64))
-    misfit = {index: part.misfit for index, part in zip(parts, changes, strict=True)}
-    return TileChange(change, SweepReport(products, proximal, misfit))
-
-
-def step_tile(
-    weights: TileWeights,
-    object_: NDArray[np.complex64],
-    before: NDArray[np.complex64],
-    change: TileChange,
-    earlier: TileChange | None,
-    *,
-    mix: tuple[float, float, float],
-) -> NDArray[np.complex64]:
-    """One tile of the object after a step.
-
-    Parameters
-    ----------
-    weights, object_, before, change, earlier
-        See `change_tile`.
-    mix : (float, float, float)
-        Factors of the step, from `StepProducts.mix`.
-
-    Returns
-    -------
-    complex64 array (y, x)
-    """
-    last = change if earlier is None else earlier
-    return take_step(object_, before, change.change, last.change, weights.curvature, mix)
-
-
-def amplitude_sum(stitched: NDArray[np.complex64]) -> tuple[float, int]:
-    """Sum of the amplitude over the seen pixels, and their number."""
-    amplitude = np.abs(stitched[np.isfinite(stitched)])
-    return float(amplitude.sum(dtype=np.float64)), amplitude.size
-
-
-def seen_part(
-    tile: Box, box: Box, stitched: NDArray[np.complex64], polished: NDArray[np.complex64]
-) -> NDArray[np.complex64]:
-    """The polished object over one tile, NaN where the stitched one is.
-
-    Parameters
-    ----------
-    tile, box : Box
-        The tile, and the box of `polished`.
-    stitched, polished : complex64 array (y, x)
-
-    Returns
-    -------
-    complex64 array (y, x)
-    """
-    return np.where(np.isfinite(stitched), polished[within(tile, box)], stitched)
-
-
-def misfit_in_all(reports: list[SweepReport]) -> Misfit:
-    """Misfit of all patterns.
-
-    Each tile that a part reaches reports its misfit, which counts once.
-    """
-    parts: dict[int, Misfit] = {}
-    for report in reports:
-        parts |= report.misfit
-    return sum((parts[index] for index in sorted(parts)), Misfit())
-
-
 def within(part: Box, whole: Box) -> tuple[slice, slice]:
     """Slices of a box in an array over a larger one."""
     return slice(part.y0 - whole.y0, part.y1 - whole.y0), slice(part.x0 - whole.x0, part.x1 - whole.x0)
@@ -197,6 +23,16 @@ def within(part: Box, whole: Box) -> tuple[slice, slice]:
 
 READ_BATCH = 64
 """Patterns that polishing reads at a time."""
+
+PRIOR_PHOTONS = 300.0
+"""Proximal weight that holds each pixel near the network's object, in photons that illuminate it. Where a pixel
+received far fewer, the patterns hold more noise than the network's object has errors. It is the precision 1/(4 σ²) of
+an object whose real and imaginary parts have an error σ of 0.03 each, for the variance 1/4 of the amplitude of
+counts."""
+
+DIM_FROM_FLAT = 0.01
+"""Share of the missing illumination that holds dim pixels near a flat object: no network predicted them, so they only
+need to stay finite."""
 
 
 @dataclass(frozen=True)
@@ -283,6 +119,9 @@ def illumination_and_proximal_weight(
     position_yx_px: NDArray[np.float64],
     corner: tuple[int, int],
     shape: tuple[int, int],
+    *,
+    prior: float = 0.0,
+    dim: float = 1.0,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Illumination and proximal weight of each pixel, for polishing.
 
@@ -294,13 +133,18 @@ def illumination_and_proximal_weight(
         Scan coordinates of pixel [0, 0].
     shape : (int, int)
         Pixels (y, x).
+    prior : float
+        Least proximal weight, in the probe's unit (see `PRIOR_PHOTONS`).
+    dim : float
+        Share of the missing illumination that holds dim pixels.
 
     Returns
     -------
     illumination : float32 array (y, x)
         Σ over patterns of |P|², in the probe's unit.
     proximal_weight : float32 array (y, x)
-        max(0, max|P|² − illumination): weight of the term that pulls a dim pixel back to its start.
+        dim · max(0, max|P|² − illumination) + prior: weight of the term that pulls a pixel back to its start, dim ones
+        above all.
     """
     n_pixels = probe.shape[-1]
     # Padded by a footprint on each side, so that footprints across the edges need no clipping.
@@ -314,7 +158,7 @@ def illumination_and_proximal_weight(
         padded[footprint] += squared_modulus(shifted).sum(axis=0)
     total = padded[n_pixels:-n_pixels, n_pixels:-n_pixels]
     peak = float(squared_modulus(probe).sum(axis=0).max())
-    return total.astype(np.float32), np.maximum(peak - total, 0).astype(np.float32)
+    return total.astype(np.float32), (dim * np.maximum(peak - total, 0) + prior).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A pattern fixes the slow part of the phase only through a small shift, so that n
 the fine detail known it is a linear least-squares problem with few unknowns. The phase is φ = Σ_k a_k B_k with bilinear
 hats B_k on a grid of nodes. Each part of the patterns adds JᵀJ and Jᵀr of its own patterns to small blocks of the grid
 (`normal_equations`), blocks are collected in any way (`merge`), added in one order and solved once (`solve`), and each
-tile is multiplied by its piece of the phase (`phase_on`). Patterns that had no part in it judge the step (`misfit`).
+tile is multiplied by its piece of the phase (`phase_on`). Patterns that had no part in it judge the step (`judge`).
 """
 
 from __future__ import annotations
@@ -21,25 +21,15 @@ import scipy.sparse
 from numpy.typing import NDArray
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import LinearOperator, cg, splu
-from scipy.special import xlogy
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.forward import footprint_corners, predicted_amplitude, shift_ramp
-from ptychodask.grouping import curve_order
+from ptychodask.forward import footprint_corners, shift_ramp
 from ptychodask.probes import probe_centroid_px, squared_modulus
 from ptychodask.reassembly import Box
+from ptychodask.refinement.judges import LEAST_FALL, Judgement, curve_rank, is_better, is_judge, judge, judge_index
 from ptychodask.scan import Scan
 
 logger = logging.getLogger(__name__)
-
-JUDGE_EVERY = 16
-"""Patterns along the curve for each judge."""
-
-LEAST_JUDGED = 64
-"""Patterns of an experiment below which it has no judges."""
-
-LEAST_FALL = 1e-4
-"""Relative fall of the judges' misfit that a step must exceed to be kept."""
 
 SHARES = (8, 4, 2)
 """Shares of the patterns to try, one in so many, smallest first; all of them last."""
@@ -64,9 +54,6 @@ TINY = 1e-8
 
 DARK_AMPLITUDE = 0.3
 """Least model amplitude, square root of photons, that a residual of counts is divided by."""
-
-LEAST_COUNTS = 1e-3
-"""Least model counts in the Poisson deviance."""
 
 DIRECT_UNKNOWNS = 20_000
 """Unknowns up to which a system is factorised; larger ones are solved by conjugate gradients."""
@@ -96,64 +83,8 @@ MEETING_BATCH = 1 << 14
 """Patterns whose light on nodes is counted at a time."""
 
 
-def curve_rank(scan: Scan, index: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Ranks of some patterns along the curve, within each experiment.
-
-    Parameters
-    ----------
-    scan : Scan
-    index : int64 array (k,)
-        Patterns that are ranked among each other; for halves of a scan, those of one half.
-
-    Returns
-    -------
-    int64 array (k,)
-        From 0 in each experiment.
-    """
-    rank = np.empty(len(index), np.int64)
-    experiment = np.zeros(len(index), np.int64) if scan.scan_index is None else scan.scan_index[index]
-    for one in np.unique(experiment):
-        members = np.flatnonzero(experiment == one)
-        rank[members[curve_order(scan.position_yx_px[index[members]])]] = np.arange(len(members))
-    return rank
-
-
-def is_judge(scan: Scan, index: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """True for patterns that judge a refinement and take no part.
-
-    Parameters
-    ----------
-    scan : Scan
-    index : int64 array (k,)
-        See `curve_rank`.
-
-    Returns
-    -------
-    bool array (k,)
-        One pattern in `JUDGE_EVERY`; none in an experiment of fewer than `LEAST_JUDGED`.
-    """
-    judge = curve_rank(scan, index) % JUDGE_EVERY == JUDGE_EVERY // 2
-    if scan.scan_index is None:
-        return judge & (len(index) >= LEAST_JUDGED)
-    _, experiment, n_patterns = np.unique(scan.scan_index[index], return_inverse=True, return_counts=True)
-    return judge & (n_patterns[experiment] >= LEAST_JUDGED)
-
-
-def judge_index(scan: Scan, index: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Patterns that judge a refinement (see `is_judge`).
-
-    Parameters
-    ----------
-    scan : Scan
-    index : int64 array (k,)
-        See `curve_rank`.
-
-    Returns
-    -------
-    int64 array
-        Those of `index`, in its order.
-    """
-    return index[is_judge(scan, index)]
+class NotConvergedError(PtychodaskError):
+    """The equations of a slow phase were not solved to the tolerance."""
 
 
 @dataclass(frozen=True)
@@ -435,13 +366,15 @@ def normal_equations(
     shape = first.max(axis=0) + window - low
     curvature = np.zeros((*shape, *(2 * window - 1)))
     slope, illumination_sum = np.zeros(shape), np.zeros(shape)
+    illumination = float(squared_modulus(scan.probe).sum(dtype=np.float64))
     transmission = np.where(np.isfinite(object_), object_, np.complex64(0))
     good = None if scan.mask is None else scipy.fft.ifftshift(scan.mask)
     spectrum = scipy.fft.fft2(scan.probe)
     for batch_first in range(0, len(index), READ_BATCH):
         batch = np.arange(batch_first, min(batch_first + READ_BATCH, len(index)))
+        measured = scipy.fft.ifftshift(scan.amplitude(index[batch]), axes=(1, 2))
         # One pattern at a time: transforms of many may round otherwise, and sums must not depend on the batch.
-        for j, amplitude in zip(batch, scan.amplitude(index[batch]), strict=True):
+        for j, amplitude in zip(batch, measured, strict=True):
             frame = tuple(slice(side, side + n_pixels) for side in frame_corner[j] - corner)
             shifted = scipy.fft.ifft2(
                 spectrum * shift_ramp(position[j] - np.floor(position[j]), n_pixels, spectrum.dtype)
@@ -458,8 +391,7 @@ def normal_equations(
             near = y - y[:, None] + window[0] - 1, x - x[:, None] + window[1] - 1
             curvature[row[:, None], column[:, None], *near] += products[0]
             slope[row, column] += products[1]
-            lit = squared_modulus(shifted).sum(axis=0, dtype=np.float64)
-            illumination_sum[row, column] += (hat_y @ lit @ hat_x.T)[y, x]
+            illumination_sum[row, column] += illumination * share[j, y, x]
     block = EquationBlock(int(index[0]), (int(low[0]), int(low[1])), curvature, slope, illumination_sum)
     return NormalEquations((block,))
 
@@ -483,7 +415,7 @@ def _far_field(
 def _products(
     wave: NDArray[np.complex64],
     direction: NDArray[np.complex64],
-    residual: NDArray[np.float64],
+    residual: NDArray[np.float32],
     hats: tuple[NDArray[np.float64], NDArray[np.float64]],
     at: tuple[NDArray[np.int64], NDArray[np.int64]],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -498,7 +430,7 @@ def _products(
     products, slopes = np.zeros((n_nodes, n_nodes)), np.zeros(n_nodes)
     for lines in _line_blocks(n_nodes * wave.size, n_pixels):
         flat = _jacobian(halfway[:, :, lines], direction[:, lines], hats[1], *at).reshape(n_nodes, -1)
-        flat = flat.astype(np.float64)
+        # Within a pattern float32 is exact enough, and twice as fast; patterns are summed as float64.
         products += flat @ flat.T
         slopes += flat @ residual[lines].ravel()
     return products, slopes
@@ -530,7 +462,9 @@ def _jacobian(
     under = halfway[y] * hat_x.astype(np.float32)[x][:, None, None, :]
     far = scipy.fft.fft(under, axis=-1, norm="ortho", overwrite_x=True)
     # Re(Ψ* i F[B ψ]) without the complex product.
-    return (direction.imag * far.real - direction.real * far.imag).sum(axis=1)  # type: ignore[no-any-return]
+    each = direction.imag * far.real
+    each -= direction.real * far.imag
+    return each[:, 0] if each.shape[1] == 1 else each.sum(axis=1)  # type: ignore[no-any-return]
 
 
 def _line_blocks(n_values: int, n_lines: int) -> list[slice]:
@@ -539,12 +473,12 @@ def _line_blocks(n_values: int, n_lines: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n_lines, size)]
 
 
-def _residual(scan: Scan, amplitude: NDArray[np.float32], model: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Residual (N, N) of a measured pattern, DC at [0, 0]."""
-    measured = scipy.fft.ifftshift(amplitude).astype(np.float64)
+def _residual(scan: Scan, amplitude: NDArray[np.float32], model: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Residual (N, N) of an amplitude; DC at [0, 0]."""
     if scan.domain == "amplitude":
-        return measured - model
-    return (measured**2 - model.astype(np.float64) ** 2) / (2 * np.maximum(model, DARK_AMPLITUDE))
+        return amplitude - model
+    # The difference of squares, without squaring what is nearly equal.
+    return (amplitude - model) * (amplitude + model) / (2 * np.maximum(model, np.float32(DARK_AMPLITUDE)))
 
 
 def solve(
@@ -575,7 +509,7 @@ def solve(
 
     Raises
     ------
-    PtychodaskError
+    NotConvergedError
         If conjugate gradients do not converge.
 
     Notes
@@ -657,7 +591,7 @@ def _solve_positive(
         system, right, rtol=CG_TOLERANCE, maxiter=CG_STEPS, M=LinearOperator(system.shape, _two_levels(system, at))
     )
     if failed:
-        raise PtychodaskError(
+        raise NotConvergedError(
             f"slow phase: conjugate gradients for {len(right)} nodes did not reach {CG_TOLERANCE} in {CG_STEPS} steps; "
             "pass slow_phase=False"
         )
@@ -725,47 +659,6 @@ def apply_phase(object_: NDArray[np.complex64], phase: NDArray[np.float64]) -> N
     return (object_ * np.exp(1j * phase)).astype(np.complex64)
 
 
-def misfit(object_: NDArray[np.complex64], corner: tuple[int, int], scan: Scan, index: NDArray[np.int64]) -> float:
-    """Misfit of an object to the patterns that judge it.
-
-    Parameters
-    ----------
-    object_, corner, scan, index
-        See `normal_equations`.
-
-    Returns
-    -------
-    float
-        Sum over patterns and good pixels: the Poisson deviance 2(n ln(n/μ) − n + μ) for counts, μ at `LEAST_COUNTS` or
-        more, and (√n − M)² for amplitudes.
-    """
-    transmission = np.where(np.isfinite(object_), object_, np.complex64(0))
-    good = slice(None) if scan.mask is None else scan.mask
-    total = 0.0
-    for start in range(0, len(index), READ_BATCH):
-        batch = index[start : start + READ_BATCH]
-        for j, amplitude in zip(batch, scan.amplitude(batch), strict=True):
-            measured = amplitude[good].astype(np.float64)
-            model = predicted_amplitude(transmission, corner, scan, int(j))[good].astype(np.float64)
-            if scan.domain == "amplitude":
-                total += float(((measured - model) ** 2).sum())
-            else:
-                counts, expected = measured**2, np.maximum(model**2, LEAST_COUNTS)
-                total += float(2 * (xlogy(counts, counts / expected) - counts + expected).sum())
-    return total
-
-
-def is_better(before: float, after: float) -> bool:
-    """True if a misfit fell by more than `LEAST_FALL` of itself.
-
-    Examples
-    --------
-    >>> is_better(100.0, 99.0), is_better(100.0, 99.995), is_better(100.0, float("nan"))
-    (True, False, False)
-    """
-    return after < before * (1 - LEAST_FALL)
-
-
 @dataclass(frozen=True)
 class SlowPhaseRecord:
     """Outcome of a slow-phase step, as results record it."""
@@ -777,7 +670,7 @@ class SlowPhaseRecord:
     """Why it was kept or rejected."""
 
     misfit_before: float | None
-    """Misfit of the judges (see `misfit`); None without judges."""
+    """Misfit of the judges (see `Judgement`); None without judges."""
 
     misfit_after: float | None
     """Their misfit with the phase, kept or not."""
@@ -809,6 +702,12 @@ class SlowPhasePlan:
 
     n_candidates: int
     """Patterns that these were chosen from."""
+
+    def rejected(self, reason: str) -> SlowPhaseRecord:
+        """Outcome of a step that was not solved for."""
+        logger.warning("slow phase: left out: %s", reason)
+        sizes = len(self.chosen), len(self.judges), self.nodes.n_nodes, self.nodes.spacing_px
+        return SlowPhaseRecord(False, reason, None, None, *sizes)
 
     def record(self, before: float, after: float) -> SlowPhaseRecord:
         """Outcome, from the judges' misfit without and with the step."""
@@ -855,8 +754,8 @@ def judged(
     nodes: NodeGrid,
     coefficients: NDArray[np.float64],
     index: NDArray[np.int64],
-) -> tuple[float, float]:
-    """Misfit of some judges without and with the slow phase.
+) -> tuple[Judgement, Judgement]:
+    """Agreement of some judges without and with the slow phase.
 
     Parameters
     ----------
@@ -870,11 +769,10 @@ def judged(
 
     Returns
     -------
-    (float, float)
-        See `misfit`.
+    (Judgement, Judgement)
     """
     turned = apply_phase(piece, phase_on(box, nodes, coefficients))
-    return misfit(piece, box.corner, scan, index), misfit(turned, box.corner, scan, index)
+    return judge(piece, box.corner, scan, index), judge(turned, box.corner, scan, index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -943,7 +841,7 @@ def refine_slow_phase(
         part = plan.judges[start : start + READ_BATCH]
         box = frames_box(scan, part)
         one, other = judged(_cut(object_, object_box, box), box, scan, nodes, coefficients, part)
-        before, after = before + one, after + other
+        before, after = before + one.misfit, after + other.misfit
     record = plan.record(before, after)
     if not record.kept:
         return SlowPhase(object_, np.zeros(object_.shape), record)

@@ -164,7 +164,9 @@ class Share(NamedTuple):
         return n_groups // self.n_ranks if drop_last else -(-n_groups // self.n_ranks)
 
     def of(self, order: NDArray[np.int64], n_groups: int) -> NDArray[np.int64]:
-        """Share of an order: `n_groups` consecutive ones, from the beginning again after its end.
+        """Share of an order, `n_groups` consecutive entries.
+
+        After the end of the order it continues from the beginning.
 
         Examples
         --------

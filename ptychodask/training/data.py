@@ -127,7 +127,7 @@ class PatternBuffer:
 
 
 class GroupReader:
-    """Groups of a scan as arrays, read on access; also a map-style dataset.
+    """Groups of a scan as arrays, read on access.
 
     Parameters
     ----------

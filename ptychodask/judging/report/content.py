@@ -14,6 +14,7 @@ import xarray as xr
 from ptychodask.errors import PtychodaskError
 from ptychodask.judging.compare import align, compare, find_truth
 from ptychodask.judging.plotting import thinned
+from ptychodask.judging.refinements import attributes_of_method
 from ptychodask.judging.residuals import residuals
 from ptychodask.models.description import read_description, read_history
 from ptychodask.models.pretrained import bundle_folder
@@ -126,10 +127,7 @@ def _of_first_method(result: xr.Dataset) -> xr.Dataset:
     Several methods that were stored together share one record.
     """
     methods = recorded(result.attrs, "methods")
-    if not isinstance(methods, list):
-        return result
-    first = {name: recorded(result.attrs, name, methods[0]) for name in ("model", "plan")}
-    return result.assign_attrs({**first, "methods": methods[0]})
+    return result.assign_attrs(attributes_of_method(result.attrs, methods[0])) if isinstance(methods, list) else result
 
 
 def _check_same_data(label: str, result: xr.Dataset, scan: Scan | None) -> None:

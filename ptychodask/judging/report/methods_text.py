@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ptychodask.judging.refinements import SLOW_PHASE, STITCHED, refinement_of
 from ptychodask.judging.report.content import Content
 from ptychodask.models.description import epochs_of
 from ptychodask.models.pretrained import is_pretrained
@@ -99,6 +100,8 @@ def _network(attributes: Mapping[str, Any], training: Mapping[str, Any]) -> list
     kind, content_hash = recorded(attributes, "model", "kind"), recorded(attributes, "model", "hash")
     if kind is None:
         return []
+    if kind == "iterative":
+        return ["The object was reconstructed iteratively, without a network, from a flat object."]
     name = NETWORK_NAMES.get(str(kind), f"a network of kind “{kind}”")
     sentences = [f"The object was predicted by {name}; the content hash of the model is {str(content_hash)[:12]}."]
     if isinstance(recorded(training, "n_training"), int):
@@ -148,24 +151,37 @@ def _stitched(attributes: Mapping[str, Any], result: xr.Dataset) -> list[str]:
 
 
 def _refined(attributes: Mapping[str, Any]) -> list[str]:
-    kept, n_nodes, n_patterns = (
-        recorded(attributes, "refinement", "slow_phase", name) for name in ("kept", "n_nodes", "n_patterns")
-    )
-    slow_phase = (
-        f"The slowly varying part of its phase was corrected by a least-squares fit of {n_nodes} coefficients to "
-        f"{n_patterns} patterns."
-    )
-    return [*([slow_phase] if kept is True else []), *_polished(attributes)]
-
-
-def _polished(attributes: Mapping[str, Any]) -> list[str]:
-    sweeps, r_factors = (recorded(attributes, "polish", name) for name in ("sweeps", "r_factor"))
-    if not sweeps or not isinstance(r_factors, Sequence) or not len(r_factors):
-        return []
-    return [
-        f"Polishing with {sweeps} data-consistency iterations over the patterns then changed the R-factor from "
-        f"{number(r_factors[0])} to {number(r_factors[-1])}."
+    record = refinement_of(attributes)
+    stages = {stage.name: stage for stage in record.stages if stage.kept}
+    sentences = []
+    if SLOW_PHASE in stages:
+        n_nodes, n_patterns = (
+            recorded(attributes, "refinement", SLOW_PHASE, name) for name in ("n_nodes", "n_patterns")
+        )
+        sentences.append(
+            f"The slowly varying part of its phase was corrected by a least-squares fit of {n_nodes} coefficients to "
+            f"{n_patterns} patterns."
+        )
+    sweeps = [stage for name, stage in stages.items() if name not in (STITCHED, SLOW_PHASE)]
+    if sweeps:
+        before = [stage.r_factor for stage in stages.values() if stage not in sweeps and np.isfinite(stage.r_factor)]
+        change = (
+            f", which changed the R-factor from {number(before[-1])} to {number(sweeps[-1].r_factor)}" if before else ""
+        )
+        sentences.append(f"It was polished with {len(sweeps)} data-consistency iterations over the patterns{change}.")
+    misfits = [
+        relative
+        for stage, relative in zip(record.stages, record.relative_misfit, strict=True)
+        if stage.kept and np.isfinite(relative)
     ]
+    if record.n_judges and len(misfits) > 1:
+        sentences.append(
+            f"{record.n_judges} patterns that took no part judged the refinement: their {record.measure} fell to "
+            f"{misfits[-1]:.1%} of that of the stitched object."
+        )
+    if record.left_out is not None:
+        sentences.append(f"It was not refined: {record.left_out}.")
+    return sentences
 
 
 def _explained(content: Content) -> list[str]:

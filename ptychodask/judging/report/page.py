@@ -17,16 +17,19 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from ptychodask.html import Markup, tag
-from ptychodask.judging.compare import other_data
+from ptychodask.judging.compare import warnings_of
 from ptychodask.judging.metrics import METRICS
 from ptychodask.judging.plotting import (
     plot,
     plot_comparison,
     plot_complex,
+    plot_refinement,
     plot_residuals,
     plot_split_half,
+    refinement_panels,
     worst_patterns,
 )
+from ptychodask.judging.refinements import refinement_of, refinement_text
 from ptychodask.judging.report.content import GENERATOR, Content
 from ptychodask.judging.report.methods_text import _listed, methods_text, number
 from ptychodask.judging.residuals import OUTLIER_MAD, outliers
@@ -49,6 +52,7 @@ def _page(content: Content) -> str:
     sections = {
         "Summary": _summary(content),
         "Object": _pictures(content),
+        "Refinement": _refinement(content),
         "Comparison": _comparison(content),
         "Patterns": _patterns(content),
         "Methods": [tag("p", paragraph) for paragraph in methods_text(content)],
@@ -88,6 +92,7 @@ def _summary(content: Content) -> list[Markup]:
         "Estimates per pixel, median": f"{np.median(ds['count'].values[seen]):.0f}" if "count" in ds else None,
         "Uncertainty, median": None if spread is None else f"{spread:.2%} of the amplitude",
         "Model": recorded(attributes, "model", "kind") or recorded(attributes, "spec", "engine"),
+        "Refinement": refinement_text(attributes) if "model" in attributes else None,
         "Patterns": recorded(attributes, "plan", "n_patterns"),
         "Time": _time(attributes),
         "R-factor of the scan": None if content.residuals is None else number(content.residuals.attrs["r_factor"]),
@@ -110,10 +115,11 @@ def _time(attributes: Mapping[str, Any]) -> str | None:
 def _pictures(content: Content) -> list[Markup]:
     pictures = [
         _picture(
-            plot(content.shown),
+            plot(content.shown, refinement=False),
             "Amplitude, phase, weight (sum of the averaging weights) and uncertainty (weighted standard deviation of "
             "the overlapping estimates). Colours span the 1st to the 99th percentile of the pixels with at least a "
-            "tenth of the median weight; light blue pixels were not reconstructed.",
+            "tenth of the median weight; light blue pixels were not reconstructed. Weight and uncertainty are those of "
+            "the stitched patches, before any refinement.",
         ),
         _picture(
             plot_complex(content.shown),
@@ -132,6 +138,30 @@ def _pictures(content: Content) -> list[Markup]:
         shown = resolution(content.result, window_px=window_px)
         pictures.append(_picture(plot_split_half(content.result, resolution=shown), caption))
     return pictures
+
+
+def _refinement(content: Content) -> list[Markup]:
+    """Stages of the refinement and their figure."""
+    record = refinement_of(content.result.attrs)
+    if record.left_out is not None:
+        return [tag("p", f"Refinement was left out: {record.left_out}.")]
+    if not refinement_panels(content.shown, content.scan):
+        return []
+    caption = (
+        "What is recorded of: the phase before and after; the phase that was added, in radians and in cycles (2π); the "
+        "misfit of the judges, patterns that took no part, after each stage, and R; the displacement of each position "
+        "from the planned to the refined one, as an enlarged arrow."
+    )
+    elements = [_picture(plot_refinement(content.shown, scan=content.scan), caption)]
+    if record.stages:
+        misfit = f"{record.measure} of {record.n_judges} judges" if record.n_judges else "misfit of judges"
+        relative = map(number, record.relative_misfit)
+        rows = [
+            [stage.title, number(stage.misfit), text, number(stage.r_factor), "" if stage.kept else "rejected"]
+            for stage, text in zip(record.stages, relative, strict=True)
+        ]
+        elements.append(_table(["stage", misfit, "relative", "R", ""], rows))
+    return elements
 
 
 def _picture(figure: Figure, caption: str) -> Markup:
@@ -162,7 +192,7 @@ def _comparison(content: Content) -> list[Markup]:
     note = (
         f"Reference: {table.attrs['reference']}, over {table.attrs['seen_pixels']} pixels common to all. Removed "
         f"gauge: {_listed(table.attrs['gauge_removed'])}. PSNR peaks (ranges of the reference): {peaks}. "
-        f"{other_data(table)}"
+        f"{' '.join(warnings_of(table))}"
     )
     figure = plot_comparison(content.aligned_results, content.truth, comparison=table)
     caption = (

@@ -1,0 +1,467 @@
+"""Tasks of refinement: sums over some patterns, and steps of single tiles.
+
+Arrays of tiles are in the memory of the workers, or in files that all workers reach (`Kept`): then no worker holds more
+of the object than its task needs, and a lost worker loses nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptychodask.errors import PtychodaskError
+from ptychodask.plan.chunks import Tile
+from ptychodask.prediction import PredictionJob, open_stored, part_of
+from ptychodask.reassembly import Box
+from ptychodask.reconstruction.live import coarse_part
+from ptychodask.reconstruction.tasks import TileReport
+from ptychodask.refinement.judges import Judgement, judge
+from ptychodask.refinement.polishing import (
+    Misfit,
+    StepProducts,
+    illumination_and_proximal_weight,
+    negative_gradient,
+    step_products,
+    take_step,
+    within,
+)
+from ptychodask.refinement.slow_phase import (
+    NodeGrid,
+    NormalEquations,
+    apply_phase,
+    judged,
+    normal_equations,
+    phase_on,
+)
+from ptychodask.result import read_tile, write_tile
+from ptychodask.scan import Scan
+from ptychodask.storage.location import Location
+
+Kept: TypeAlias = "NDArray[Any] | Location"
+"""Array of a tile or part: itself, or the file that holds it."""
+
+
+CHECKSUM_BYTES = 4
+"""Bytes of the CRC-32 at the end of a file of `keep`."""
+
+
+def keep(array: NDArray[Any], path: Location | None) -> Kept:
+    """Array, or the file that it was written to.
+
+    Parameters
+    ----------
+    array : array
+    path : Location, optional
+        Becomes an NPY array with a CRC-32 at its end, atomically.
+    """
+    if path is None:
+        return array
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    content.write(zlib.crc32(content.getbuffer()).to_bytes(CHECKSUM_BYTES, "big"))
+    path.write_bytes(content.getbuffer())
+    return path
+
+
+def opened(kept: Kept) -> NDArray[Any]:
+    """Array that `keep` returned or wrote.
+
+    Raises
+    ------
+    PtychodaskError
+        If its file is damaged.
+    """
+    if isinstance(kept, np.ndarray):
+        return kept
+    content = memoryview(kept.read_buffer())
+    body = content[:-CHECKSUM_BYTES]
+    if zlib.crc32(body) != int.from_bytes(content[-CHECKSUM_BYTES:], "big"):
+        raise PtychodaskError(
+            f"{kept}: is damaged: its checksum is wrong; remove it and continue with resume=True (--resume), which "
+            "refines again"
+        )
+    stream = io.BytesIO(body[:1024])
+    version = np.lib.format.read_magic(stream)
+    assert version == (1, 0)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    return np.frombuffer(body, dtype, offset=stream.tell()).reshape(shape)
+
+
+def is_whole(path: Location) -> bool:
+    """True if a file that `keep` wrote is there and undamaged."""
+    try:
+        opened(path)
+    except (PtychodaskError, OSError):
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class ObjectLayer:
+    """One of the objects of a result."""
+
+    label: str
+    """Name for messages, and its key in the attribute ``refinement``; empty for the only object."""
+
+    variable: str
+    """Variable of the result, ``object`` or ``object_half``."""
+
+    index: tuple[int, ...]
+    """Index of the object in the variable: method and half, if there are any."""
+
+    half: int | None
+    """Remainder by 2 of the patterns that made it; None for all."""
+
+    is_flat: bool = False
+    """True if no network predicted it, so that its patches have no uncertainty."""
+
+
+@dataclass(frozen=True, eq=False)
+class PatternPart:
+    """Neighbouring patterns of one task."""
+
+    index: NDArray[np.int64]
+    """Patterns whose sums the task makes, ascending (k,)."""
+
+    judges: NDArray[np.int64]
+    """Patterns of the same part of the curve that judge, ascending."""
+
+    box: Box
+    """Pixels that their frames reach."""
+
+    tiles: tuple[int, ...]
+    """Tiles that overlap the box."""
+
+    tile_boxes: tuple[Box, ...]
+    """Box of each of these tiles."""
+
+
+class TileStart(NamedTuple):
+    """One tile before the first sweep."""
+
+    object: Kept
+    """Object, with the mean amplitude in unseen pixels, complex64 (y, x)."""
+
+    weights: Kept
+    """Illumination and proximal weight (see `illumination_and_proximal_weight`), float32 (2, y, x)."""
+
+
+class PartChange(NamedTuple):
+    """Negative gradient and misfit of one part of the patterns."""
+
+    change: Kept
+    """Negative gradient, complex128 (y, x), over the part's box."""
+
+    box: Box
+
+    misfit: Misfit
+    """Of the patterns that make the sums."""
+
+    judgement: Judgement
+    """Of the judges, with the object before the step."""
+
+
+class TileChange(NamedTuple):
+    """Negative gradient over one tile, and the sums that its step needs."""
+
+    change: Kept
+    """Negative gradient with the proximal term, complex64 (y, x)."""
+
+    products: StepProducts
+
+    proximal: float
+    """Proximal term Σ proximal weight |object − start|²."""
+
+    parts: dict[int, tuple[Misfit, Judgement]]
+    """Misfit and judgement of each part that reaches the tile."""
+
+
+class AmplitudeSums(NamedTuple):
+    """Sums over the seen pixels of a tile."""
+
+    n_pixels: int
+    amplitude: float
+    """Σ|O|."""
+
+    square: float
+    """Σ|O|²."""
+
+    value: complex
+    """ΣO."""
+
+
+class SlowStep(NamedTuple):
+    """A slow phase that was solved for."""
+
+    nodes: NodeGrid
+    coefficients: NDArray[np.float64]
+    """Phase at each node (y, x), radians."""
+
+
+def stitched_layer(
+    stitched: TileReport | Location,
+    tile: Tile,
+    box: Box,
+    start_yx: tuple[int, int],
+    layer: ObjectLayer,
+    path: Location | None,
+) -> Kept:
+    """Stitched object of a layer over the box of a tile.
+
+    Parameters
+    ----------
+    stitched : TileReport or Location
+        The stitched tile, or the store that holds it.
+    tile, start_yx
+        See `deliver_tile`.
+    box : Box
+        Holds the tile; beyond the tile the object is NaN.
+    layer : ObjectLayer
+    path : Location, optional
+        File of the object.
+    """
+    arrays = stitched.arrays if isinstance(stitched, TileReport) else read_tile(stitched, start_yx, tile.box.shape)
+    assert arrays is not None
+    object_ = np.full(box.shape, np.complex64(complex(np.nan, np.nan)))
+    object_[within(tile.box, box)] = arrays[layer.variable][layer.index]
+    return keep(object_, path)
+
+
+def amplitude_sums(object_: Kept) -> AmplitudeSums:
+    """Sums over the pixels of a tile that were seen."""
+    array = opened(object_)
+    seen = array[np.isfinite(array)].astype(np.complex128)
+    amplitude = np.abs(seen)
+    return AmplitudeSums(seen.size, float(amplitude.sum()), float((amplitude**2).sum()), complex(seen.sum()))
+
+
+def prepare_tile(
+    job: PredictionJob,
+    index: NDArray[np.int64],
+    box: Box,
+    object_: Kept,
+    mean: float,
+    held: tuple[float, float],
+    paths: Sequence[Location | None],
+) -> TileStart:
+    """Start and weights of one tile while it is polished.
+
+    Parameters
+    ----------
+    job : PredictionJob
+        Names the store.
+    index : int64 array (k,)
+        Patterns whose frames may reach the tile, ascending.
+    box : Box
+        Extent of the tile while it is refined.
+    object_ : complex64 array (y, x), or its file
+        NaN where unseen.
+    mean : float
+        Initial amplitude of unseen pixels.
+    held : (float, float)
+        `prior` and `dim` of `illumination_and_proximal_weight`.
+    paths : two Locations, or None
+        Files of the object and of the weights.
+
+    Returns
+    -------
+    TileStart
+    """
+    stored, array = open_stored(job), opened(object_)
+    prior, dim = held
+    position = stored.position_yx_px(index)
+    weights = illumination_and_proximal_weight(stored.probe, position, box.corner, box.shape, prior=prior, dim=dim)
+    start = np.where(np.isfinite(array), array, np.complex64(mean))
+    return TileStart(keep(start, paths[0]), keep(np.stack(weights), paths[1]))
+
+
+def change_part(job: PredictionJob, part: PatternPart, objects: list[Kept], path: Location | None = None) -> PartChange:
+    """Negative gradient of the patterns of one part, judged.
+
+    Parameters
+    ----------
+    job : PredictionJob
+        Names the store.
+    part : PatternPart
+    objects : list of complex64 arrays (y, x), or their files
+        Object over each of ``part.tiles``.
+    path : Location, optional
+        File of the gradient.
+    """
+    piece = _joined(part, objects)
+    judgement = _judgement(job, part, piece)
+    scan = _scan_of(job, part.index)
+    change, misfit = negative_gradient(piece, part.box.corner, scan, np.arange(len(part.index)))
+    return PartChange(keep(change, path), part.box, misfit, judgement)
+
+
+def judge_part(job: PredictionJob, part: PatternPart, objects: list[Kept]) -> Judgement:
+    """Judgement of the judges of one part (see `change_part`)."""
+    return _judgement(job, part, _joined(part, objects))
+
+
+def change_tile(
+    box: Box,
+    anchor: Kept,
+    weights: Kept,
+    object_: Kept,
+    before: Kept | None,
+    earlier: TileChange | None,
+    changes: list[PartChange],
+    numbers: tuple[int, ...],
+    path: Location | None = None,
+) -> TileChange:
+    """Negative gradient over one tile, with the proximal term.
+
+    Parameters
+    ----------
+    box : Box
+        Extent of the tile while it is polished.
+    anchor : complex64 array (y, x), or its file
+        Object that the proximal term pulls to.
+    weights : float32 array (2, y, x), or its file
+        Illumination and proximal weight.
+    object_ : complex64 array (y, x), or its file
+    before, earlier
+        Object and change before the latest step; None in the first sweep.
+    changes : list of PartChange
+        Of the parts that reach the tile, in the order of `numbers`, their indices.
+    path : Location, optional
+        File of the change.
+    """
+    now, (illumination, proximal_weight) = opened(object_), opened(weights)
+    deviation = opened(anchor) - now
+    total = (proximal_weight * deviation).astype(np.complex128)
+    for part in changes:
+        shared = box.overlap(part.box)
+        total[within(shared, box)] += opened(part.change)[within(shared, part.box)]
+    change = total.astype(np.complex64)
+    products = StepProducts()
+    if before is not None and earlier is not None:
+        products = step_products(now, opened(before), change, opened(earlier.change), illumination + proximal_weight)
+    proximal = float((proximal_weight * (deviation.real**2 + deviation.imag**2)).sum(dtype=np.float64))
+    parts = {number: (part.misfit, part.judgement) for number, part in zip(numbers, changes, strict=True)}
+    return TileChange(keep(change, path), products, proximal, parts)
+
+
+def step_tile(
+    weights: Kept,
+    object_: Kept,
+    before: Kept | None,
+    change: TileChange,
+    earlier: TileChange | None,
+    mix: tuple[float, float, float],
+    path: Location | None = None,
+) -> Kept:
+    """Object over one tile after a step.
+
+    Parameters
+    ----------
+    weights, object_, before, change, earlier
+        See `change_tile`.
+    mix : (float, float, float)
+        Factors of the step, from `StepProducts.mix`.
+    path : Location, optional
+        File of the object.
+    """
+    now, new = opened(object_), opened(change.change)
+    last = new if earlier is None else opened(earlier.change)
+    curvature = opened(weights).sum(axis=0)
+    return keep(take_step(now, now if before is None else opened(before), new, last, curvature, mix), path)
+
+
+def equations_of_part(job: PredictionJob, nodes: NodeGrid, part: PatternPart, objects: list[Kept]) -> NormalEquations:
+    """Equations of the slow phase of one part (see `change_part`)."""
+    scan, rows = _scan_of(job, part.index), np.arange(len(part.index))
+    (block,) = normal_equations(_joined(part, objects), part.box.corner, scan, nodes, rows).blocks
+    return NormalEquations((replace(block, order=int(part.index[0])),))
+
+
+def judge_step(
+    job: PredictionJob, step: SlowStep, part: PatternPart, objects: list[Kept]
+) -> tuple[Judgement, Judgement]:
+    """Judgement of one part, before and after a slow step."""
+    scan, rows = _scan_of(job, part.judges), np.arange(len(part.judges))
+    return judged(_joined(part, objects), part.box, scan, *step, rows)
+
+
+def turn_tile(step: SlowStep, box: Box, object_: Kept, path: Location | None = None) -> Kept:
+    """Object over one tile times exp(i slow phase)."""
+    return keep(apply_phase(opened(object_), phase_on(box, *step)), path)
+
+
+def deliver_refined(
+    tile: Tile,
+    layers: Sequence[ObjectLayer],
+    boxes: Sequence[Box],
+    objects: list[Kept],
+    stitched: TileReport | Location,
+    out: Location | None,
+    start_yx: tuple[int, int],
+    coarse_step: int = 0,
+) -> TileReport:
+    """Replace the objects of a tile by refined ones, and deliver it.
+
+    It is written, or sent to the client; unseen pixels stay NaN.
+
+    Parameters
+    ----------
+    tile, out, start_yx, coarse_step
+        See `deliver_tile`.
+    layers : sequence of ObjectLayer
+        That were refined.
+    boxes : sequence of Box
+        Extent of each of `objects`.
+    objects : list of complex64 arrays (y, x), or their files
+        Refined object of each layer.
+    stitched : TileReport or Location
+        The stitched tile, or the store that holds it.
+
+    Returns
+    -------
+    TileReport
+    """
+    if not isinstance(stitched, TileReport):
+        stitched = TileReport(read_tile(stitched, start_yx, tile.box.shape), {}, [])
+    assert stitched.arrays is not None
+    arrays: dict[str, Any] = dict(stitched.arrays)
+    for layer, box, object_ in zip(layers, boxes, objects, strict=True):
+        # Copied, for in-process futures share their memory with the task.
+        variable = arrays[layer.variable] = arrays[layer.variable].copy()
+        plane = variable[layer.index]
+        seen = np.isfinite(plane)
+        plane[seen] = opened(object_)[within(tile.box, box)][seen]
+        variable[layer.index] = plane
+        if layer.is_flat and layer.half is None:
+            uncertainty = arrays["uncertainty"] = arrays["uncertainty"].copy()
+            uncertainty[layer.index] = np.nan
+    if out is not None:
+        write_tile(out, start_yx, arrays)
+    coarse = coarse_part(arrays["object"], start_yx, coarse_step) if coarse_step else None
+    return replace(stitched, arrays=arrays if out is None else None, coarse=coarse)
+
+
+def _scan_of(job: PredictionJob, index: NDArray[np.int64]) -> Scan:
+    """Part of the scan with some patterns, ascending."""
+    return part_of(open_stored(job), index)
+
+
+def _judgement(job: PredictionJob, part: PatternPart, piece: NDArray[np.complex64]) -> Judgement:
+    if not len(part.judges):
+        return Judgement()
+    return judge(piece, part.box.corner, _scan_of(job, part.judges), np.arange(len(part.judges)))
+
+
+def _joined(part: PatternPart, objects: list[Kept]) -> NDArray[np.complex64]:
+    """Object over the box of a part, 0 outside its tiles."""
+    joined = np.zeros(part.box.shape, np.complex64)
+    for box, object_ in zip(part.tile_boxes, objects, strict=True):
+        shared = part.box.overlap(box)
+        joined[within(shared, part.box)] = opened(object_)[within(shared, box)]
+    return joined
