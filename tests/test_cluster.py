@@ -11,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -318,7 +319,9 @@ def test_workers_that_stay_paused_end_a_run(monkeypatch, told):
 )
 def test_workers_that_can_go_on_are_waited_for(monkeypatch, told, workers):
     looks(monkeypatch, Reports(workers), n=60)
-    assert re.search(r"no task has ended for \d+ s; \d workers", "\n".join(told))
+    assert re.search(
+        r"no task has ended for \d+ s; workers: \d.*; threads that run a task, of any client: \d of \d", "\n".join(told)
+    )
 
 
 def test_a_worker_that_is_restarted_for_its_memory_ends_a_run(monkeypatch, told):
@@ -326,9 +329,12 @@ def test_a_worker_that_is_restarted_for_its_memory_ends_a_run(monkeypatch, told)
     with pytest.raises(PtychodaskError, match=r"w was restarted: it uses 900 MiB.*start workers with"):
         looks(monkeypatch, Reports(*states), n=9)
     assert "\n".join(told).count("was restarted") == watching.RESTARTS
-    # One that is lost while its tasks fit is replaced by Dask, and so is one that ran tasks before.
-    small = [{str(number): PAUSED._replace(is_paused=False, used_bytes=MIB)} for number in range(2)]
-    looks(monkeypatch, Reports(*small), n=9, restarts=0)
+
+
+def test_a_worker_that_is_lost_for_another_reason_is_replaced(monkeypatch, told):
+    states = [{str(number): PAUSED._replace(is_paused=False, used_bytes=MIB)} for number in range(9)]
+    looks(monkeypatch, Reports(*states), n=9, restarts=0)
+    assert told.count("worker w was restarted") == 8
 
 
 def test_a_cluster_without_workers_is_reported(monkeypatch, told):
@@ -426,3 +432,16 @@ def test_a_script_without_a_main_guard_is_named_with_the_line(tmp_path, script, 
 
 def test_code_that_no_worker_imports_needs_no_guard():
     subprocess.run([sys.executable, "-c", f"{CHECK}clients._check_main_guard('local_client')"], check=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("limit", "n_workers"), [("1350MB", 1), ("700MB", 1), ("700MB", 2)])
+def test_a_memory_limit_below_network_and_library_ends_a_run_within_a_minute(tmp_path, limit, n_workers):
+    path = tmp_path / "scan.zarr"
+    simulate(path, n_pixels=64, n_patterns=800, step_px=6.0, dose=1e6, seed=1, progress=False)
+    options = {"threads_per_worker": 2, "dashboard_address": ":0", "silence_logs": logging.CRITICAL}
+    with LocalCluster(n_workers=n_workers, memory_limit=limit, **options) as cluster, Client(cluster) as client:
+        started = time.monotonic()
+        with pytest.raises(PtychodaskError, match=r"uses [\d,]+ MiB.* of the [\d,]+ MiB.*start workers with 1,\d+ MiB"):
+            reconstruct(path, client=client, out=tmp_path / "object.zarr", progress=False)
+        assert time.monotonic() - started < 60

@@ -166,7 +166,7 @@ def _wait(executor: Executor, futures: Mapping[str, Future]) -> None:
     Raises `PtychodaskError` if a worker is restarted meanwhile, or all are paused: its limit is below what the network
     and its library take.
     """
-    watch = Watch(executor, "preflight", restarts=0)
+    watch = Watch(executor, "reconstruct", restarts=0)
     watch.look()
     deadline = time.monotonic() + ANSWERS_WITHIN_S
     waiting = dict(futures)

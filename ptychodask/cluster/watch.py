@@ -39,8 +39,8 @@ NETWORK_BYTES = 1200 * MIB
 MEMORY_OPTIONS = "dask worker --memory-limit, or memory_limit= of a LocalCluster"
 
 
-RESTARTS = 2
-"""Restarts of one worker that are accepted before any task has ended."""
+RESTARTS = 4
+"""Restarts of one worker for its memory that are accepted before any task has ended: so many may be due to one task."""
 
 
 class Watch:
@@ -54,7 +54,7 @@ class Watch:
     task_bytes : int
         Memory of its largest task.
     restarts : int
-        Restarts of one worker that are accepted before any task has ended.
+        Restarts of one worker for its memory that are accepted before any task has ended.
     """
 
     def __init__(self, executor: Executor, command: str, task_bytes: int = 0, restarts: int = RESTARTS) -> None:
@@ -83,8 +83,8 @@ class Watch:
         Raises
         ------
         PtychodaskError
-            If all workers are paused for their memory limit and none runs a task, or if a worker restarts again and
-            again.
+            If all workers are paused for their memory limit and none runs a task, or if a worker restarts for its
+            memory again and again.
         """
         now = time.monotonic()
         if now - self._polled_at < POLL_S:
@@ -120,10 +120,8 @@ class Watch:
             # Its last report is up to a second old, and loading a library takes hundreds of MiB in that time.
             by_memory = last.memory_bytes > 0 and last.used_bytes > last.memory_bytes / 2
             line = f"worker {worker.name} was restarted" + (f": it {_usage(last)}" if by_memory else "")
-            accepted = self._accepted if by_memory else RESTARTS
-            if self._n_restarts[worker.name] > accepted and not self._has_ended:
-                remedy = self._remedy(last) if by_memory else "read its log for the reason"
-                raise PtychodaskError(f"{self._command}: {line}; {remedy}")
+            if by_memory and self._n_restarts[worker.name] > self._accepted and not self._has_ended:
+                raise PtychodaskError(f"{self._command}: {line}; {self._remedy(last)}")
             logger.warning("%s", line)
 
     def _check_paused(self, workers: Mapping[str, WorkerState], now: float) -> None:
@@ -196,5 +194,5 @@ def _summary(workers: Mapping[str, WorkerState]) -> str:
     n_threads = sum(worker.n_threads for worker in workers.values())
     n_running = sum(worker.n_running for worker in workers.values())
     n_paused = sum(worker.is_paused for worker in workers.values())
-    paused = f", {n_paused} of them paused for their memory limit" if n_paused else ""
-    return f"{len(workers)} workers{paused}, {n_running} of {n_threads} threads run a task (of any client)"
+    paused = f", of which {n_paused} paused for their memory limit" if n_paused else ""
+    return f"workers: {len(workers)}{paused}; threads that run a task, of any client: {n_running} of {n_threads}"
