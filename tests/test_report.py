@@ -109,7 +109,7 @@ def test_report_holds_summary_figures_metrics_methods_and_provenance(folder):
     assert sections == ["summary", "object", "refinement", "comparison", "patterns", "methods", "provenance"]
     assert [attributes["href"] for attributes in page.tags("a")] == [f"#{name}" for name in sections]
     pictures = page.tags("img")
-    assert len(pictures) == 4
+    assert len(pictures) == 5
     for picture in pictures:
         kind, data = picture["src"].split(",")
         assert kind == "data:image/png;base64"
