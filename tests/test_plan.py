@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import subprocess
 import sys
 
@@ -301,3 +302,17 @@ def test_planning_loads_no_network_library(store):
         check=True,
     )
     assert said.stdout.split("\n")[:2] == [str(N_PATTERNS), "[]"]
+
+
+def test_a_scan_that_cannot_be_written_is_planned_and_its_owner_is_told_what_to_run(tmp_path, monkeypatch):
+    path = tmp_path / "scan.zarr"
+    simulate(path, n_pixels=16, n_patterns=40, step_px=4.0, seed=3)
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    # The tests may run as root, who can write everywhere but on such a disk.
+    monkeypatch.setattr("ptychodask.store.groups._write_table", read_only)
+    assert plan(path, LinearModel()).n_groups == 40
+    with pytest.raises(PtychodaskError, match=r"cannot be written .*owner run: ptychodask group .* --members 4"):
+        reconstruct(path, LinearModel())

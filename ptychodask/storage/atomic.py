@@ -48,6 +48,10 @@ CLEAR_ATTEMPTS = 50
 """Attempts to remove the building folder, 0.1 s apart."""
 
 
+READ_ONLY_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM}
+"""Errors of a disk or folder that this user cannot write."""
+
+
 REPORTED_AFTER_S = 10.0
 """Wait for another process after which a warning is logged."""
 
