@@ -306,7 +306,7 @@ def train(
 
 
 def _record(store: str | Path, model: Model, out: Path) -> None:
-    """Record a model in a store, or log that the store is read-only."""
+    """Record a model in a store, unless it is read-only."""
     try:
         record_model(store, kind=model.kind, path=out, content_hash=model.content_hash)
     except OSError as error:
