@@ -13,11 +13,20 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.html import card
-from ptychodask.options import option
+from ptychodask.options import check_types, option
 from ptychodask.scan import Scan
+
+NEIGHBOURS = 7
+"""Nearest positions that members are drawn from by default, if they are enough."""
+
 
 CURVE_BITS = 16
 """The grid of the curve has 2**CURVE_BITS cells along each side."""
+
+
+def default_neighbours(members: int) -> int:
+    """Nearest positions that `members` are drawn from by default."""
+    return max(NEIGHBOURS, members) if isinstance(members, Integral) else NEIGHBOURS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +36,11 @@ class GroupingSpec:
     members: int = option(4, help="Patterns in one group.")
     """Patterns in one group, C; equals the input channels of the network."""
 
-    neighbours: int = option(7, help="Number of nearest positions from which members are drawn.")
-    """Nearest positions from which the members other than the seed are drawn, K; at least `members` if `members` >
-    1.
-    """
+    neighbours: int = option(
+        None, help="Number of nearest positions from which members are drawn; by default 7, or --members if more."
+    )
+    """Nearest positions from which the members other than the seed are drawn, K; at least `members` if `members` > 1,
+    by default 7 or `members`, whichever is more."""
 
     oversampling: int = option(1, help="Number of groups drawn for each pattern.")
     """Groups that each pattern seeds; above 1 only with `members` > 1 and `neighbours` > `members`."""
@@ -42,10 +52,12 @@ class GroupingSpec:
     """True: the patterns of a group have all even or all odd indices, so that two halves of a result share none."""
 
     def __post_init__(self) -> None:
-        for name in ("members", "neighbours", "oversampling", "seed"):
-            value = getattr(self, name)
-            if not isinstance(value, Integral):
-                raise PtychodaskError(f"grouping: {name} is {value!r}, expected a whole number")
+        if self.neighbours is None:
+            object.__setattr__(self, "neighbours", default_neighbours(self.members))
+        if isinstance(self.halves, Integral) and self.halves in (0, 1):
+            # Stored tables have 0 or 1.
+            object.__setattr__(self, "halves", bool(self.halves))
+        check_types(self, "grouping")
         if self.halves not in (0, 1) or (self.halves and self.members == 1):
             raise PtychodaskError(
                 f"grouping: halves is {self.halves!r} with members={self.members}, expected True or False, and True "
@@ -62,11 +74,28 @@ class GroupingSpec:
             )
         if self.oversampling < 1:
             raise PtychodaskError(f"grouping: oversampling is {self.oversampling}, expected 1 or more")
-        if self.oversampling > 1 and (self.members == 1 or self.neighbours <= self.members):
+        if self.oversampling > 1 and self.members == 1:
+            raise PtychodaskError(
+                f"grouping: oversampling={self.oversampling} has no effect with members=1, since one pattern is "
+                "always the same group; leave it out, or pass members=2 or more"
+            )
+        if self.oversampling > 1 and self.neighbours <= self.members:
             raise PtychodaskError(
                 f"grouping: oversampling={self.oversampling} needs members > 1 and neighbours > members, "
                 f"found members={self.members}, neighbours={self.neighbours}; pass more neighbours"
             )
+
+    def draws_as(self, other: GroupingSpec) -> bool:
+        """True if another spec draws the same groups.
+
+        Examples
+        --------
+        >>> GroupingSpec(members=1, seed=3).draws_as(GroupingSpec(members=1))
+        True
+        >>> GroupingSpec(seed=3).draws_as(GroupingSpec())
+        False
+        """
+        return self == other or self.members == other.members == 1
 
     @property
     def name(self) -> str:
@@ -402,7 +431,7 @@ def check_drop(label: str, n_patterns: int, drop: Sequence[int] | NDArray[np.int
         raise PtychodaskError(f"{label}: every pattern is left out; keep some")
 
 
-def groups_kept(member: NDArray[np.int32], drop: Sequence[int]) -> NDArray[np.bool_]:
+def groups_kept(member: NDArray[np.int32], drop: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
     """True for each group that contains none of the dropped patterns.
 
     Parameters

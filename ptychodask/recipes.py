@@ -24,6 +24,7 @@ from scipy.ndimage import gaussian_filter
 
 from ptychodask.judging.compare import compare
 from ptychodask.models import Model, save_model, untrained_model
+from ptychodask.models.description import epochs_of
 from ptychodask.models.pretrained import CARD
 from ptychodask.models.training_range import QUANTITIES
 from ptychodask.probes import disc_probe, probe_diameter_px, to_far_field, to_real_space, zone_plate_probe
@@ -315,7 +316,7 @@ def card(model: Model, about: str) -> str:
     )
     trained_on = (
         f"{record['n_scans']} simulated scans of {PATTERNS} patterns of {spec.n_pixels} x {spec.n_pixels} pixels, "
-        f"{len(model.history)} epochs in {model.history[-1]['seconds'] / 60:.0f} minutes ({record['backend']}). "
+        f"{epochs_of(model.history)} epochs in {model.history[-1]['seconds'] / 60:.0f} minutes ({record['backend']}). "
         f"{SIMULATION}"
     )
     ranges = [

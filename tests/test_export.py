@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -301,6 +302,25 @@ def test_a_scan_survives_ptychopinns_format(scan, tmp_path):
     np.testing.assert_array_equal(again.truth.object, scan.truth.object)
 
 
+def test_the_row_of_each_pattern_in_its_source_is_written(scan, tmp_path):
+    # Patterns of a store are in the order of a curve if that saves reading.
+    row = np.random.default_rng(0).permutation(50)
+    export(replace(scan, source_index=row), tmp_path / "a.npz", format="ptychopinn")
+    with np.load(tmp_path / "a.npz") as file:
+        np.testing.assert_array_equal(file["source_index"], row)
+
+
+def test_as_many_patterns_as_pixels_are_read_back_in_their_order(scan, tmp_path):
+    per_pattern = dict.fromkeys(("source_index", "scan_index", "label", "flux"))
+    square = replace(
+        scan, diffraction=scan.diffraction[np.arange(N)], position_yx_px=scan.position_yx_px[:N], **per_pattern
+    )
+    export(square, tmp_path / "a.npz", format="ptychopinn")
+    again = ingest(tmp_path / "a.npz", tmp_path / "again.zarr", calibration="as_given")
+    order = np.argsort(again.source_index)
+    np.testing.assert_allclose(again.amplitude(order), square.amplitude(slice(None)), rtol=1e-6)
+
+
 def test_ptychopinns_format_takes_the_object_of_a_result(scan, result, tmp_path):
     export(result, tmp_path / "a.npz", format="ptychopinn")
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
@@ -310,8 +330,6 @@ def test_ptychopinns_format_takes_the_object_of_a_result(scan, result, tmp_path)
 
 
 def test_a_scan_of_an_unknown_object_gets_a_flat_guess_that_covers_it(scan, tmp_path):
-    from dataclasses import replace
-
     export(replace(scan, truth=None), tmp_path / "a.npz", format="ptychopinn")
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
         guess, y, x = file["objectGuess"], file["ycoords"], file["xcoords"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
@@ -106,7 +109,8 @@ def test_oversampling_gives_no_more_groups_than_asked_and_none_twice(position):
             {"members": 4, "neighbours": 4, "oversampling": 2},
             "oversampling=2 needs members > 1 and neighbours > members",
         ),
-        ({"members": 1, "oversampling": 2}, "oversampling=2 needs members > 1"),
+        ({"members": 1, "oversampling": 2}, "oversampling=2 has no effect with members=1, .*; leave it out, or"),
+        ({"members": True}, "members is True, expected a whole number"),
         ({"members": "4"}, "members is '4', expected a whole number"),
         ({"neighbours": 7.5}, "neighbours is 7.5, expected a whole number"),
         ({"seed": -1}, "seed is -1, expected 0 or more"),
@@ -115,6 +119,13 @@ def test_oversampling_gives_no_more_groups_than_asked_and_none_twice(position):
 def test_impossible_specs_are_refused(wrong, message):
     with pytest.raises(PtychodaskError, match=message):
         GroupingSpec(**wrong)
+
+
+@pytest.mark.parametrize(("members", "neighbours"), [(1, 7), (4, 7), (7, 7), (9, 9), (np.int64(16), 16)])
+def test_members_are_drawn_from_enough_neighbours_by_default(members, neighbours):
+    spec = GroupingSpec(members=members)
+    assert spec.neighbours == neighbours
+    assert json.dumps(asdict(spec))
 
 
 def test_too_few_patterns_are_refused_with_what_would_do(position):

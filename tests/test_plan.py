@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import subprocess
 import sys
 
@@ -146,6 +147,17 @@ def test_the_group_table_has_the_models_members(tmp_path):
     with pytest.raises(PtychodaskError, match=r"several group tables have 2 .*c2-k3-s0, c2-k4-s0.*pass groups="):
         plan(path, LinearModel(members=2))
     assert plan(path, LinearModel(members=2), ReconstructionSpec(groups="c2-k4-s0")).groups == "c2-k4-s0"
+    group(path, GroupingSpec(members=2))
+    assert plan(path, LinearModel(members=2)).groups == "c2-k7-s0"
+
+
+def test_tables_of_single_patterns_are_all_the_same(tmp_path):
+    path = tmp_path / "scan.zarr"
+    simulate(path, n_pixels=16, n_patterns=40, step_px=4.0, seed=3)
+    group(path, GroupingSpec(members=1, seed=3))
+    group(path, GroupingSpec(members=1), name="others")
+    assert group(path, GroupingSpec(members=1)).name == "c1"
+    assert plan(path, LinearModel(members=1)).groups == "c1"
 
 
 def test_a_model_or_a_table_that_does_not_fit_is_refused(store):
@@ -340,3 +352,17 @@ def test_the_command_takes_numbers_to_drop(glitch, run):
     code, _, err = run("plan", glitch.store, "--drop", "17,x")
     assert code
     assert "--drop" in err
+
+
+def test_a_scan_that_cannot_be_written_is_planned_and_its_owner_is_told_what_to_run(tmp_path, monkeypatch):
+    path = tmp_path / "scan.zarr"
+    simulate(path, n_pixels=16, n_patterns=40, step_px=4.0, seed=3)
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    # The tests may run as root, who can write everywhere but on such a disk.
+    monkeypatch.setattr("ptychodask.store.groups._write_table", read_only)
+    assert plan(path, LinearModel()).n_groups == 40
+    with pytest.raises(PtychodaskError, match=r"cannot be written .*owner run: ptychodask group .* --members 4"):
+        reconstruct(path, LinearModel())

@@ -394,6 +394,9 @@ class _Inspector:
             self._report("beam", f"{statement}; --centre {off[0]:.0f},{off[1]:.0f} would centre it", "measured")
 
     def _check_positions(self, scan: SourceScan, gridded: GriddedSource | None, sample: Sample) -> None:
+        if scan.probe is not None and not np.any(scan.probe):
+            self.options["probe"] = "estimate"
+            self._report("probe", "the file's probe is zero everywhere; one is estimated from the patterns", "measured")
         position = scan.position_yx
         finite = np.isfinite(position).all(axis=1)
         repeated = int(finite.sum()) - len(np.unique(position[finite], axis=0))
@@ -426,7 +429,7 @@ class _Inspector:
     def _check_overlap(self, scan: SourceScan, gridded: GriddedSource, sample: Sample) -> None:
         step = median_step_px(gridded.position_yx_px)
         scale = gridded.grid.position_scale_yx[0]
-        if scan.probe is not None and scan.probe.shape[1:] == sample.frames.shape[1:]:
+        if scan.probe is not None and np.any(scan.probe) and scan.probe.shape[1:] == sample.frames.shape[1:]:
             diameter, basis = probe_diameter_px(scan.probe) * scale, "the file's probe is"
         else:
             counts = _as_counts(sample, scan.domain)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, check_choice
-from ptychodask.options import names_where, option
+from ptychodask.options import check_types, names_where, option
 from ptychodask.scan import Calibration, Domain
 
 Unit = Literal["px", "um", "m"]
@@ -216,6 +216,7 @@ class IngestSpec:
             as_matrix(self.affine)
         self._check_keys()
         self._check_probe_options()
+        check_types(self, "ingest")
 
     def _check_keys(self) -> None:
         unknown = sorted(set(self.keys or ()) - set(MAPPED_KEYS))
@@ -392,6 +393,9 @@ class SourceScan:
     pixel_size_m: float | None = None
     """Size of an object pixel on the file's grid, metres, if the file records it."""
 
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Description of the scan in the file, which the provenance records."""
+
 
 def apply_flips(position_yx: NDArray[np.float64], spec: IngestSpec) -> NDArray[np.float64]:
     """Positions (pattern, 2) after `swap_xy` and the flips.
@@ -521,7 +525,7 @@ def as_probe(values: NDArray[Any], label: str) -> NDArray[np.complex64]:
         probe = probe[..., 0]
     if probe.ndim == 2:
         probe = probe[None]
-    if probe.ndim != 3 or probe.dtype.kind not in "cfiu":
+    if probe.ndim != 3 or not probe.size or probe.dtype.kind not in "cfiu":
         raise PtychodaskError(
             f"{label}: the probe has shape {values.shape} and type {values.dtype}, "
             "expected complex (mode, h, w) or (h, w)"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ptychodask.cluster.broadcast import Broadcast
 from ptychodask.cluster.executor import AnyClient, Executor, executor_for_run
+from ptychodask.cluster.watch import Watch, wait_for
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import MIN_SEEN_LIGHT, footprint_corners, predicted_amplitude, r_ratio, r_sums, seen_light
 from ptychodask.grouping import chosen_patterns
@@ -113,8 +114,9 @@ def residuals(
     # Fields that the tasks do not need are not sent; a truth may be as large as the object.
     sent = replace(measured, truth=None, label=None, probe_initial=None, scan_index=None, source_index=None)
     with executor_for_run(client) as executor, reading_result():
-        (mean,) = executor.gather(executor.compute([abs(object_).mean(dtype=np.float64).data]))
-        fill = float(mean)
+        mean = executor.compute([abs(object_).mean(dtype=np.float64).data])
+        wait_for(executor, mean, Watch(executor, "residuals"))
+        fill = float(executor.gather(mean)[0])
         if not np.isfinite(fill):
             raise PtychodaskError("residuals: the object has no seen pixel, so no pattern can be predicted")
         sums = _judge_all(executor, sent, judged, object_, fill, progress)

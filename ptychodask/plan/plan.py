@@ -397,7 +397,7 @@ def _table_of(
                 f"the model expects {members}; pass another groups=, or leave it out"
             )
         return named
-    default = GroupingSpec(members=members, neighbours=max(GroupingSpec.neighbours, members), halves=halves)
+    default = GroupingSpec(members=members, halves=halves)
     tables = [table for name in stored.table_names() if (table := stored.table(name))]
     fitting = [table for table in tables if table.spec.members == members and table.spec.halves == halves]
     if not fitting:
@@ -405,7 +405,7 @@ def _table_of(
     # One that is not the default is taken only if it is the only one: which of two was meant cannot be known, and the
     # object depends on it.
     for table in fitting:
-        if len(fitting) == 1 or table.spec == default:
+        if len(fitting) == 1 or table.spec.draws_as(default):
             return table
     listed = ", ".join(table.name for table in fitting)
     raise PtychodaskError(

@@ -15,7 +15,7 @@ from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.grouping import GroupingSpec, experiment_number
 from ptychodask.models.contract import Device
 from ptychodask.models.spec import Precision
-from ptychodask.options import option
+from ptychodask.options import check_types, option
 from ptychodask.probes import Window
 
 NOWHERE = 2**40
@@ -245,6 +245,7 @@ class ReconstructionSpec:
                 )
         if self.position_yx_px is not None:
             self._refuse_refinement("position_yx_px", "the patterns are refined at the stored positions")
+        check_types(self, "reconstruct")
 
     @property
     def refines(self) -> bool:

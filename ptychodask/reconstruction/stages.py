@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.cluster.executor import Executor, Future
+from ptychodask.cluster.watch import Watch, wait_for
 from ptychodask.prediction import PredictionJob, stage
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.reassembly import Box
@@ -830,7 +831,7 @@ def _named_boxes(boxes: Sequence[Box]) -> Callable[[int], str]:
 
 def gather_results(executor: Executor, futures: list[Future]) -> list[Any]:
     """Gather results of small tasks, raising the first error."""
-    executor.wait(futures)
+    wait_for(executor, futures, Watch(executor, "reconstruct"))
     for future in futures:
         check_done(future, "refining")
     return executor.gather(futures)

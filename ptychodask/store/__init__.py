@@ -513,7 +513,7 @@ class StoredScan:
     def same_table(self, spec: GroupingSpec, name: str) -> GroupTable | None:
         """Stored group table of a name; raises if its spec is another."""
         stored = self.table(name)
-        if stored is not None and stored.spec != spec:
+        if stored is not None and not stored.spec.draws_as(spec):
             raise PtychodaskError(
                 f"{self.label}: group table '{name}' was made by {stored.spec}, not by {spec}; pass another name="
             )

@@ -11,6 +11,7 @@ import xarray as xr
 
 from ptychodask.judging.refinements import SLOW_PHASE, STITCHED, refinement_of
 from ptychodask.judging.report.content import Content
+from ptychodask.models.description import epochs_of
 from ptychodask.models.pretrained import is_pretrained
 from ptychodask.result import recorded
 from ptychodask.scan import Scan
@@ -128,7 +129,7 @@ def _network(attributes: Mapping[str, Any], training: Mapping[str, Any]) -> list
 
 def _epochs(history: Sequence[Mapping[str, float]]) -> str:
     losses = [epoch["held_out_loss"] for epoch in history if "held_out_loss" in epoch]
-    return f", for {len(history)} epochs; the lowest held-out loss was {number(min(losses))}" if losses else ""
+    return f", for {epochs_of(history)} epochs; the lowest held-out loss was {number(min(losses))}" if losses else ""
 
 
 def _stitched(attributes: Mapping[str, Any], result: xr.Dataset) -> list[str]:
