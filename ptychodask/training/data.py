@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.grouping import GroupingSpec, group_positions, groups_kept, patterns_without
+from ptychodask.grouping import GroupingSpec, check_drop, group_positions, groups_kept
 from ptychodask.probes import illuminated_radius_px
 from ptychodask.scan import Scan
 from ptychodask.store import open_scan
@@ -180,7 +180,9 @@ class GroupReader:
         label = self.scan.store or "scan"
         if member is not None and grouping != GroupingSpec():
             raise PtychodaskError(f"{label}: member and {grouping} both name the groups; pass one of them")
-        used = patterns_without(self.scan, exclude)
+        # Patterns of all experiments: a network may learn from each.
+        check_drop(self.scan.store or "scan", self.scan.n_patterns, exclude)
+        used = np.setdiff1d(np.arange(self.scan.n_patterns), exclude)
         if member is None:
             self.member = groups_within(self.scan, used, grouping)
         else:
