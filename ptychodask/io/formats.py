@@ -11,6 +11,7 @@ from typing import IO
 
 from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.io.npy_stream import reading
+from ptychodask.io.parts import JoinedContainer
 from ptychodask.io.raw import scratch_file, writing_scratch
 from ptychodask.io.source import BLOCK_BYTES, FORMAT_OPTIONS, Container, IngestSpec, SourceScan, listed_keys
 
@@ -80,7 +81,7 @@ def open_container(path: Path, scratch: Path, stack: ExitStack) -> Container:
     for magic, (module, name) in CONTAINERS.items():
         if start.startswith(magic) or (start[MATLAB_HEADER_BYTES:] == magic):
             opened: Container = getattr(importlib.import_module(module), name)(file, str(path), scratch, stack)
-            return opened
+            return JoinedContainer(opened)
     raise PtychodaskError(
         f"{path}: begins with {start[:8]!r}, expected an NPZ or HDF5 file; convert it, or copy it again "
         "if it should be one"
