@@ -236,8 +236,7 @@ def test_files_without_a_scan_say_what_is_missing(shared):
     data = shared / "data"
     assert "no array of patterns" in inspect_file(data / "Run1084_recon3_postPC.npz").refused[0]
     assert "near field" in inspect_file(data / "PETRAIII_P25_Near_Field_Ptycho.cxi").refused[0]
-    with pytest.raises(PtychodaskError, match="begins with b'MATLAB 5'"):
-        inspect_file(data / "gold_balls.mat")
+    assert "no array of patterns" in inspect_file(data / "gold_balls.mat").refused[0]
 
 
 # What is said, and how sure

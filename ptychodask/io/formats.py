@@ -32,6 +32,7 @@ A format of two files has `companion(path, keys, spec)` and `read_pair(container
 CONTAINERS = {
     b"PK\x03\x04": ("ptychodask.io.npy_stream", "NpzFile"),
     b"\x89HDF\r\n\x1a\n": ("ptychodask.io.hdf5_stream", "Hdf5File"),
+    b"MATLAB 5.0": ("ptychodask.io.matlab", "MatlabFile"),
 }
 """First bytes of a file -> module and class to open it."""
 
@@ -46,7 +47,7 @@ MATLAB_HEADER_BYTES = 512
 
 
 def open_container(path: Path, scratch: Path, stack: ExitStack) -> Container:
-    """Open an NPZ or HDF5 file, recognised by its first bytes.
+    """Open an NPZ, HDF5 or MATLAB 5 file, recognised by its first bytes.
 
     A bzip2 archive is first unpacked into a scratch file.
 
@@ -62,7 +63,7 @@ def open_container(path: Path, scratch: Path, stack: ExitStack) -> Container:
     Raises
     ------
     PtychodaskError
-        If the file does not exist, is empty, or is neither NPZ nor HDF5.
+        If the file does not exist, is empty, or is not NPZ, HDF5 or MATLAB 5.
     """
     if not path.exists():
         raise PtychodaskError(f"{path}: no such file")
