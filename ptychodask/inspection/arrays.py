@@ -176,12 +176,12 @@ def _is_probe(note: ArrayNote, frame: tuple[int, ...]) -> bool:
 
 
 def _nearest_positions(notes: Sequence[ArrayNote], n_patterns: int) -> dict[str, str]:
-    """Keys of positions that are a few more or fewer than the patterns; empty if there are none."""
+    """Keys of positions almost as many as the patterns."""
     lengths = {max(n.shape) for n in notes if n.shape and _POSITION.search(n.key + " pos" * _is_axis(n))}
     near = sorted(
         (n for n in lengths if abs(n - n_patterns) <= MOST_UNMATCHED * n_patterns), key=lambda n: abs(n - n_patterns)
     )
-    return next((found for n in near if (found := _find_positions(notes, n))), {})
+    return next((keys for n in near if (keys := _find_positions(notes, n))), {})
 
 
 def _is_axis(note: ArrayNote) -> bool:
@@ -213,7 +213,7 @@ def _find_positions(
 
 
 def _is_column(shape: tuple[int, ...], n_patterns: int, raster: tuple[int, int] | None) -> bool:
-    """True for one number for each pattern, as a vector or a map."""
+    """True for a vector or map of one number per pattern."""
     long = tuple(n for n in shape if n != 1)
     is_map = len(long) == 2 and 2 not in long and raster in (None, long)
     return int(np.prod(shape, dtype=object)) == n_patterns and (len(long) == 1 or is_map)

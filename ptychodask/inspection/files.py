@@ -173,7 +173,8 @@ class _Inspector:
             self.refused.append(f"no array of patterns, expected real numbers of shape (pattern, qy, qx){hint}")
             return
         if not {"y", "position"} & set(keys):
-            axes = frame_axes(patterns.shape)
+            raster = raster_shape(patterns.shape)
+            axes = frame_axes(patterns.shape) if raster is None else (raster[0] * raster[1], *patterns.shape[-2:])
             likely = [n for n in self.arrays if n.kind == "f" and axes[0] in n.shape and len(n.shape) == 2]
             hint = "".join(f"; '{n.key}' has shape {n.shape}, which ingest cannot read" for n in likely[:1])
             self.refused.append(

@@ -47,7 +47,7 @@ MATLAB_HEADER_BYTES = 512
 
 
 def open_container(path: Path, scratch: Path, stack: ExitStack) -> Container:
-    """Open an NPZ, HDF5 or MATLAB 5 file, recognised by its first bytes.
+    """Open an NPZ, HDF5 or MATLAB 5 file by its first bytes.
 
     A bzip2 archive is first unpacked into a scratch file.
 

@@ -132,7 +132,7 @@ def _with_affine(file_scan: SourceScan, spec: IngestSpec, label: str) -> SourceS
 
 
 def _matched(file_scan: SourceScan, spec: IngestSpec, label: str) -> tuple[SourceScan, NDArray[np.int64]]:
-    """Content of a file with a position for every frame, and the rows of the kept frames.
+    """Content with a position for every frame, and the kept rows.
 
     If there are more frames than positions, or fewer, rows are dropped from the longer of the two: the kept rows either
     have both, or are as many as the shorter one has and belong to it in order.

@@ -277,7 +277,7 @@ def _datasets_in(group: h5py.Group) -> list[str]:
 
 
 def _complex_type(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
-    """Complex type of a compound of a real and an imaginary number; None for other types."""
+    """Complex type of a compound of two numbers, or None."""
     names = dtype.names or ()
     if tuple(name.lower() for name in names) not in (("real", "imag"), ("r", "i"), ("re", "im")):
         return None

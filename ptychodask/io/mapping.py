@@ -136,7 +136,7 @@ def _unit(container: Container, keys: dict[str, str], spec: IngestSpec) -> Unit:
 
 
 def positions_of(container: Container, keys: Mapping[str, str], spec: IngestSpec) -> NDArray[np.float64]:
-    """Positions (pattern, 2), (y, x), of the mapped arrays, after the swap and the flips.
+    """Positions (pattern, 2) of the mapped arrays, swapped and flipped.
 
     Raises
     ------
@@ -159,7 +159,7 @@ def positions_of(container: Container, keys: Mapping[str, str], spec: IngestSpec
 
 
 def _position_pairs(values: NDArray[Any], label: str, raster: tuple[int, int] | None) -> NDArray[Any]:
-    """Positions (pattern, 2) from pairs (y, x) along the last or the first axis."""
+    """Positions (pattern, 2) from pairs along the last or first axis."""
     pairs = values
     while pairs.ndim > 2 and 1 in pairs.shape:
         pairs = np.squeeze(pairs, axis=pairs.shape.index(1))

@@ -1,4 +1,4 @@
-"""Arrays of a file that are stored in numbered parts, joined along their first axis."""
+"""Arrays that a file stores in numbered parts, joined."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def part_keys(keys: Sequence[str], joined: str) -> list[str]:
 
 
 def joined_keys(keys: Sequence[str]) -> list[str]:
-    """Keys with `PART` in place of a number that two or more keys differ by.
+    """Joined keys: `PART` in place of the differing number.
 
     Examples
     --------
@@ -48,7 +48,7 @@ def joined_keys(keys: Sequence[str]) -> list[str]:
 
 
 class JoinedContainer:
-    """A `Container` in which a key with `PART` names all parts of an array.
+    """A `Container` with the parts of an array joined.
 
     Parameters
     ----------

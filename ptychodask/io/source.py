@@ -448,7 +448,7 @@ def frame_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def raster_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """Rows and columns of patterns (row, column, h, w); None for other shapes.
+    """Rows and columns of a raster; None for other shapes.
 
     Examples
     --------
@@ -456,7 +456,9 @@ def raster_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
     ((12, 9), (108, 1), None)
     """
     axes = frame_axes(shape)
-    return (axes[0], axes[1]) if len(axes) == 4 else None
+    # (group, h, w, member) is input of a network, no raster.
+    is_grouped = len(axes) == 4 and axes[1] == axes[2] != axes[3]
+    return (axes[0], axes[1]) if len(axes) == 4 and not is_grouped else None
 
 
 def pattern_axes(shape: tuple[int, ...], label: str, *, last: bool) -> tuple[int, ...]:
