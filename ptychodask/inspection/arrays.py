@@ -215,7 +215,8 @@ def _find_positions(
 def _is_column(shape: tuple[int, ...], n_patterns: int, raster: tuple[int, int] | None) -> bool:
     """True for a vector or map of one number per pattern."""
     long = tuple(n for n in shape if n != 1)
-    is_map = len(long) == 2 and 2 not in long and raster in (None, long)
+    # Without a raster, an array with an axis of two may be pairs.
+    is_map = len(long) == 2 and (long == raster or (raster is None and 2 not in long))
     return int(np.prod(shape, dtype=object)) == n_patterns and (len(long) == 1 or is_map)
 
 
