@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import scipy.io
+import zarr
 from numpy.typing import NDArray
 
 from ptychodask import PtychodaskError, ingest, open_scan
@@ -125,7 +126,51 @@ def npz_raster_compressed(path: Path, counts: Any, position: Any) -> None:
         np.savez_compressed(file, data=counts[:, None], pos_y=position[:, 0], pos_x=position[:, 1])
 
 
+def npy_folder(path: Path, counts: Any, position: Any) -> None:
+    path.mkdir()
+    for name, values in (("data", counts), ("pos_y", position[:, 0]), ("pos_x", position[:, 1])):
+        np.save(path / f"{name}.npy", values)
+
+
+def npy_folder_of_a_raster(path: Path, counts: Any, position: Any) -> None:
+    path.mkdir()
+    np.save(path / "data.npy", counts.reshape(ROWS, COLUMNS, PIXELS, PIXELS).astype(">u2"))
+    np.save(path / "positions.npy", position)
+
+
+def npy_folder_in_fortran_order(path: Path, counts: Any, position: Any) -> None:
+    path.mkdir()
+    np.save(path / "data.npy", np.asfortranarray(counts.transpose(1, 2, 0)))
+    np.save(path / "positions.npy", position)
+
+
+def zarr_3(path: Path, counts: Any, position: Any) -> None:
+    group = zarr.open_group(path, mode="w", zarr_format=3)
+    raster = counts.reshape(ROWS, COLUMNS, PIXELS, PIXELS)
+    group.create_array("entry/data", data=raster, chunks=(2, 3, PIXELS, PIXELS))
+    group.create_array("entry/pos_y", data=position[:, 0])
+    group.create_array("entry/pos_x", data=position[:, 1])
+
+
+def zarr_2(path: Path, counts: Any, position: Any) -> None:
+    group = zarr.open_group(path, mode="w", zarr_format=2)
+    group.create_array("data", data=counts[:, None], chunks=(4, 1, PIXELS, PIXELS))
+    group.create_array("positions", data=position)
+
+
+def zarr_2_patterns_last(path: Path, counts: Any, position: Any) -> None:
+    group = zarr.open_group(path, mode="w", zarr_format=2)
+    group.create_array("data", data=counts.transpose(1, 2, 0), chunks=(PIXELS, PIXELS, 9))
+    group.create_array("positions", data=position)
+
+
 WRITERS = (
+    npy_folder,
+    npy_folder_of_a_raster,
+    npy_folder_in_fortran_order,
+    zarr_3,
+    zarr_2,
+    zarr_2_patterns_last,
     raster_maps,
     raster_axes,
     raster_pairs,
@@ -234,3 +279,19 @@ def test_small_arrays_are_no_patterns(tmp_path: Path) -> None:
     inspection = inspect_file(tmp_path / "file.h5")
     assert "n_pixels" not in inspection.options
     assert any("merge its scan axes" in reason for reason in inspection.refused)
+
+
+def test_a_zarr_with_codecs_that_unpickle_is_refused(tmp_path: Path) -> None:
+    zarr_2(tmp_path / "raw", *counts_and_positions())
+    described = tmp_path / "raw" / "data" / ".zarray"
+    described.write_text(described.read_text().replace('"filters": null', '"filters": [{"id": "pickle"}]'))
+    with pytest.raises(PtychodaskError, match=r"raw.*(codecs pickle|cannot be read as Zarr)"):
+        inspect_file(tmp_path / "raw")
+
+
+def test_a_store_is_no_source(tmp_path: Path) -> None:
+    counts, position = counts_and_positions()
+    hdf5(tmp_path / "file.h5", data=counts, y=position[:, 0], x=position[:, 1])
+    ingest(tmp_path / "file.h5", tmp_path / "scan.zarr", keys=KEYS, domain="counts", units="px")
+    with pytest.raises(PtychodaskError, match="is a store already"):
+        ingest(tmp_path / "scan.zarr", tmp_path / "other.zarr", keys=KEYS, domain="counts", units="px")

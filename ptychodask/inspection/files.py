@@ -40,6 +40,7 @@ from ptychodask.inspection.evidence import (
 )
 from ptychodask.inspection.findings import Finding, Inspection, Preview
 from ptychodask.inspection.stores import inspect_store
+from ptychodask.io.folders import is_foreign_folder
 from ptychodask.io.formats import detect_format, open_container, options_of, read_source
 from ptychodask.io.grid import GriddedSource, on_grid
 from ptychodask.io.mapping import UNIT_NAMES, positions_of
@@ -96,7 +97,7 @@ def inspect_file(
     temporary folder (scratch=).
     """
     location = parse_location(path)
-    if location.local_path is None or location.is_dir():
+    if location.local_path is None or (location.is_dir() and not is_foreign_folder(location.local_path)):
         if format is not None or recipe is not None or reader_options:
             given = {"format": format, "recipe": recipe, **reader_options}
             options = ", ".join(sorted(name for name, value in given.items() if value is not None))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from ptychodask.errors import PtychodaskError, check_choice
+from ptychodask.io.folders import open_folder
 from ptychodask.io.npy_stream import reading
 from ptychodask.io.parts import JoinedContainer
 from ptychodask.io.raw import scratch_file, writing_scratch
@@ -54,7 +55,7 @@ def open_container(path: Path, scratch: Path, stack: ExitStack) -> Container:
     Parameters
     ----------
     path : Path
-        The file.
+        The file, or a folder of .npy files or Zarr.
     scratch : Path
         Folder for scratch files with unpacked or transposed arrays.
     stack : ExitStack
@@ -67,8 +68,8 @@ def open_container(path: Path, scratch: Path, stack: ExitStack) -> Container:
     """
     if not path.exists():
         raise PtychodaskError(f"{path}: no such file")
-    if not path.is_file():
-        raise PtychodaskError(f"{path}: is a folder, expected an NPZ or HDF5 file")
+    if path.is_dir():
+        return JoinedContainer(open_folder(path))
     try:
         file: IO[bytes] = stack.enter_context(path.open("rb"))
         start = file.read(MATLAB_HEADER_BYTES + 8)
