@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.io.named import NamedArrays, Sliced
+from ptychodask.io.arrays import NamedArrays, Sliced
 from ptychodask.io.npy_stream import read_header, reading
 from ptychodask.storage.atomic import recorded_folder_format
 from ptychodask.storage.zarr_checks import foreign_arrays, is_zarr
