@@ -176,7 +176,7 @@ def find_keys(notes: Sequence[ArrayNote], patterns: ArrayNote) -> dict[str, str]
 
 
 def _find_labels(notes: Sequence[ArrayNote], axes: tuple[int, ...]) -> dict[str, str]:
-    """Keys of labels that are named so and have the shape of the patterns."""
+    """Keys of labels, by name and the shape of the patterns."""
     fitting = {n.name: n for n in notes if n.name in ("label", "label_amp", "label_phase") and _axes(n) == axes}
     if "label" in fitting and fitting["label"].kind == "c":
         return {"label": fitting["label"].key}
@@ -185,7 +185,7 @@ def _find_labels(notes: Sequence[ArrayNote], axes: tuple[int, ...]) -> dict[str,
 
 
 def find_step(container: Container, notes: Sequence[ArrayNote], patterns: ArrayNote) -> tuple[float, float] | None:
-    """Step (y, x) of a raster in metres, from the axes of an EMD file.
+    """Step (y, x) in metres of the raster in an EMD file.
 
     Each axis of the patterns has an array dim0, dim1, ... beside them, with all its values or the first two, and its
     unit. None without them, or if the unit is no length.

@@ -55,7 +55,7 @@ def provenance_of(source: Path, opened: Source, spec: IngestSpec) -> dict[str, A
 
 
 def _sha256(path: Path) -> str:
-    """Hash of a file, or of the names and files of a folder."""
+    """Hash of a file, or of all files in a folder."""
     digest = hashlib.sha256()
     with reading(str(path)):
         for part in sorted(path.rglob("*")) if path.is_dir() else [path]:

@@ -101,32 +101,32 @@ class PairedContainer:
         return [*self._first.keys(), *self._renamed]
 
     def shape(self, key: str) -> tuple[int, ...]:
-        container, own = self._of(key)
-        return container.shape(own)
+        container, inner = self._of(key)
+        return container.shape(inner)
 
     def dtype(self, key: str) -> np.dtype[Any]:
-        container, own = self._of(key)
-        return container.dtype(own)
+        container, inner = self._of(key)
+        return container.dtype(inner)
 
     def has(self, key: str) -> bool:
-        container, own = self._of(key)
-        return container.has(own)
+        container, inner = self._of(key)
+        return container.has(inner)
 
     def unit(self, key: str) -> str | None:
-        container, own = self._of(key)
-        return container.unit(own)
+        container, inner = self._of(key)
+        return container.unit(inner)
 
     def numbers(self, key: str) -> dict[str, float]:
-        container, own = self._of(key)
-        return container.numbers(own)
+        container, inner = self._of(key)
+        return container.numbers(inner)
 
     def array(self, key: str) -> NDArray[Any]:
-        container, own = self._of(key)
-        return container.array(own)
+        container, inner = self._of(key)
+        return container.array(inner)
 
     def frames(self, key: str, *, pattern_last: bool = False, raster: bool = False) -> Frames:
-        container, own = self._of(key)
-        return container.frames(own, pattern_last=pattern_last, raster=raster)
+        container, inner = self._of(key)
+        return container.frames(inner, pattern_last=pattern_last, raster=raster)
 
     def _of(self, key: str) -> tuple[Container, str]:
         return (self._second, self._renamed[key]) if key in self._renamed else (self._first, key)

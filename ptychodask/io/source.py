@@ -312,7 +312,7 @@ def _are_finite(values: Any, count: int) -> bool:
 
 
 def rotation_matrix(angle_deg: float) -> NDArray[np.float64]:
-    """Matrix (2, 2) of positions (y, x) that turns from +x toward +y.
+    """Matrix (2, 2) that turns (y, x) from +x toward +y.
 
     Examples
     --------
