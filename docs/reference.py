@@ -70,6 +70,8 @@ def _command(command: Callable[..., None]) -> Iterator[str]:
     yield from ("| argument or option | type | meaning |", "|---|---|---|")
     for name, parameter in inspect.signature(complete(command), eval_str=True).parameters.items():
         kind, info = get_args(parameter.annotation)
+        if info.hidden:
+            continue
         cells = (_flags(name, info), _kind(kind), html.escape(info.help, quote=False) + _default(parameter.default))
         yield "| {} | {} | {} |".format(*(cell.replace("|", r"\|").replace("*", r"\*") for cell in cells))
 

@@ -182,7 +182,10 @@ def bench(
                 "seconds": [max(run.seconds for run in runs) for runs in (before, after)],
             },
             "end_to_end": _end_to_end(
-                planned, result.attrs["seconds"] | {"total": total}, start_up_s, (_rate(before) + _rate(after)) / 2
+                planned,
+                result.ptycho.records["seconds"] | {"total": total},
+                start_up_s,
+                (_rate(before) + _rate(after)) / 2,
             ),
             "memory": _about_memory(peaks),
         }

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import PROBE_BATCH, project_modulus, r_factor, shift_probe, shift_ramp
-from ptychodask.grouping import patterns_without
+from ptychodask.grouping import check_drop, chosen_patterns, experiment_number
 from ptychodask.probes import defocus_starts, defocused, illumination, probe_centroid_px, squared_modulus
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.result import make_dataset
@@ -75,6 +75,7 @@ def refine_probe(
     fraction: float = 1.0,
     held_out: float = 0.1,
     exclude: Sequence[int] | NDArray[np.integer[Any]] = (),
+    experiment: int | None = None,
     search_defocus: bool = False,
     seed: int = 0,
     step_object: float = 1.0,
@@ -99,6 +100,8 @@ def refine_probe(
         Fraction of the used patterns that only score the probes.
     exclude : int array (k,), optional
         Patterns of the store used neither to refine nor to score.
+    experiment : int, optional
+        Experiment whose patterns are used, in a scan of several; by default the one with most patterns.
     search_defocus : bool
         Also try defocused initial probes, with both signs, and continue with the start that predicts the held-out
         patterns best (the ones that score the result); for a probe of unknown phase, such as one estimated from the
@@ -123,7 +126,7 @@ def refine_probe(
     -----
     See `run_sweeps` for the method. The score is `r_factor` of the held-out patterns, with an object fitted to the
     other patterns in `SCORING_SWEEPS` sweeps with fixed probe, in the same way for both probes. In a scan of several
-    experiments, the one with most patterns is used, since each may have a different object.
+    experiments, the patterns of one are used, since each may have a different object; the probe is that of all.
 
     Memory: the amplitudes of the used patterns as float32, 4 N² bytes per pattern (three times that while they are
     read), and an object of 8 bytes per pixel that covers them; `fraction` limits both.
@@ -141,9 +144,11 @@ def refine_probe(
         raise PtychodaskError(f"refine_probe: n_sweeps is {n_sweeps}, expected 3 or more")
     if seed < 0:
         raise PtychodaskError(f"refine_probe: seed is {seed}, expected 0 or more")
+    if experiment is not None:
+        experiment = experiment_number(experiment, "refine_probe")
     scan = open_scan(store)
     check_probe_is_free(scan)
-    used, scored = _split(scan, fraction, held_out, exclude, seed)
+    used, scored = _split(scan, fraction, held_out, exclude, experiment, seed)
     sweeps = partial(run_sweeps, seed=seed, step_object=step_object, step_probe=step_probe)
     refinement = _refined(scan, used, scored, sweeps, n_sweeps, search_defocus, progress)
     if refinement.stored:
@@ -202,13 +207,14 @@ def _split(
     fraction: float,
     held_out: float,
     exclude: Sequence[int] | NDArray[np.integer[Any]],
+    experiment: int | None,
     seed: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Patterns to refine on, and patterns to score on, both ascending."""
-    index = patterns_without(scan, exclude)
-    index = index[
-        around_middle(scan.position_yx_px[index], None if scan.scan_index is None else scan.scan_index[index])
-    ]
+    if experiment is None:
+        experiment = _largest_experiment(scan, exclude)
+    index = chosen_patterns(scan, experiment, exclude)
+    index = index[around_middle(scan.position_yx_px[index])]
     kept = index[: int(np.ceil(fraction * len(index)))]
     n_scored = max(1, round(held_out * len(kept)))
     if len(kept) - n_scored < PROBE_BATCH:
@@ -218,6 +224,23 @@ def _split(
         )
     shuffled = np.random.default_rng(seed).permutation(kept)
     return np.sort(shuffled[n_scored:]), np.sort(shuffled[:n_scored])
+
+
+def _largest_experiment(scan: Scan, exclude: Sequence[int] | NDArray[np.integer[Any]]) -> int | None:
+    """Number of the experiment with most patterns; None if unnumbered."""
+    check_drop(scan.store or "scan", scan.n_patterns, exclude)
+    if scan.scan_index is None:
+        return None
+    kept = np.delete(scan.scan_index, np.asarray(exclude, np.int64))
+    numbers, sizes = np.unique(kept, return_counts=True)
+    if len(numbers) > 1:
+        logger.info(
+            "%s: %d experiments; using the patterns of experiment %d, the largest (experiment= takes another)",
+            scan.store,
+            len(numbers),
+            numbers[sizes.argmax()],
+        )
+    return int(numbers[sizes.argmax()])
 
 
 def around_middle(
@@ -253,6 +276,7 @@ def iterate_with_probe(
     store: str | Path,
     n_sweeps: int,
     exclude: Sequence[int] | NDArray[np.integer[Any]],
+    experiment: int | None,
     seed: int,
     progress: bool | None,
 ) -> xr.Dataset:
@@ -267,6 +291,8 @@ def iterate_with_probe(
         Visits of each pattern, 3 or more.
     exclude : int array (k,)
         Patterns of the store that are left out.
+    experiment : int or None
+        Experiment to reconstruct; None for the only one.
     seed : int
         Seed of the order of the patterns.
     progress : bool, optional
@@ -282,12 +308,7 @@ def iterate_with_probe(
     See `run_sweeps` for the method and `measure` for the memory.
     """
     scan = open_scan(store)
-    if scan.scan_index is not None and len(np.unique(scan.scan_index)) > 1:
-        raise PtychodaskError(
-            f"{store}: contains {len(np.unique(scan.scan_index))} experiments, the iterative engine supports one; "
-            "ingest each into a separate store"
-        )
-    used = patterns_without(scan, exclude)
+    used = chosen_patterns(scan, experiment, exclude)
     measured = measure(scan, used)
     with progress_bar("iterate", n_sweeps * len(used), "patterns", progress) as bar:
         object_, probe = run_sweeps(measured, scan.probe, n_sweeps=n_sweeps, update_probe=True, seed=seed, bar=bar)
@@ -308,8 +329,9 @@ def iterate_with_probe(
                 "engine": "iterative",
                 "n_sweeps": n_sweeps,
                 "refine_probe": True,
-                "n_excluded": scan.n_patterns - len(used),
+                "n_excluded": len(np.unique(exclude)),
                 "seed": seed,
+                **({} if experiment is None else {"experiment": experiment}),
             },
             "r_factor": r,
         },

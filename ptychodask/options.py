@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from inspect import Parameter, cleandoc, signature
+from numbers import Integral, Real
 from typing import Any, Literal, TypeVar
 
-from ptychodask.errors import Frozen
+from ptychodask.errors import Frozen, PtychodaskError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -67,6 +68,48 @@ def option(default: Any, *, compare: bool = True, **facts: Any) -> Any:
     (20, ('crop',))
     """
     return field(default=default, compare=compare, metadata={"facts": Facts(**facts)})
+
+
+WORDS_OF_TYPES = {"bool": "True or False", "int": "a whole number", "float": "a number"}
+"""Descriptions of the types of fields, for messages."""
+
+
+def check_types(spec: Frozen, label: str) -> None:
+    """Raise `PtychodaskError` unless numbers and switches have their fields' types.
+
+    Numbers of NumPy become plain ones, as JSON needs them.
+
+    Parameters
+    ----------
+    spec : dataclass
+        During its ``__post_init__``.
+    label : str
+        Start of messages.
+
+    Examples
+    --------
+    >>> @dataclass(frozen=True)
+    ... class Spec:
+    ...     epochs: int = option(50, help="Number of epochs.")
+    ...
+    ...     def __post_init__(self):
+    ...         check_types(self, "training")
+    >>> Spec(epochs=1.5)
+    Traceback (most recent call last):
+    ...
+    ptychodask.errors.PtychodaskError: training: epochs is 1.5, expected a whole number
+    """
+    for each in fields(spec):
+        kind, _, optional = str(each.type).partition(" | ")
+        value = getattr(spec, each.name)
+        if kind not in WORDS_OF_TYPES or optional not in ("", "None") or (optional and value is None):
+            continue
+        # NumPy's switches are no bool, and a bool is a whole number to Python.
+        is_switch = type(value).__name__ in ("bool", "bool_")
+        fits = {"bool": is_switch, "int": isinstance(value, Integral), "float": isinstance(value, Real)}[kind]
+        if not fits or (is_switch and kind != "bool"):
+            raise PtychodaskError(f"{label}: {each.name} is {value!r}, expected {WORDS_OF_TYPES[kind]}")
+        object.__setattr__(spec, each.name, {"bool": bool, "int": int, "float": float}[kind](value))
 
 
 def facts_of(spec: type[Frozen]) -> dict[str, Facts]:

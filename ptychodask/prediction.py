@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from ptychodask import models
 from ptychodask.errors import PtychodaskError
-from ptychodask.grouping import groups_kept
 from ptychodask.models.choose import absolute_path
 from ptychodask.models.contract import Device, PatchModel, Predict
 from ptychodask.models.pretrained import is_pretrained
@@ -114,6 +113,9 @@ class PredictionJob:
     bound_to: str | None = None
     """Data hash of a growing scan's first segment, whose probe and normalisation the network is bound to; by default
     that of the scan."""
+
+    experiment: int | None = None
+    """Experiment whose groups are predicted; by default all."""
 
     member: NDArray[np.int32] | None = None
     """Rows of the group table, int32 (group, channel), if it is not stored; by default they are read from the store."""
@@ -269,7 +271,7 @@ def _rows_of(
     member = stored.member(job.groups, start, stop) if job.member is None else job.member[start:stop]
     if len(member) != stop - start:
         raise _changed(job)
-    kept = groups_kept(member, job.drop)
+    kept = stored.groups_kept(member, job.drop, job.experiment)
     return np.arange(start, stop)[kept], member[kept]
 
 

@@ -12,6 +12,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -223,7 +224,7 @@ class _Reconstructor:
             trained = train(stores, out=out, overwrite=True, progress=False, **self._training)
         self._model = trained
         curves = {
-            name: [self._api.LossValue(int(row["epoch"]), float(row[key])) for row in trained.history if key in row]
+            name: [self._api.LossValue(ceil(row["epoch"]), float(row[key])) for row in trained.history if key in row]
             for name, key in (("training_loss", "loss"), ("validation_loss", "held_out_loss"))
         }
         yield self._api.TrainOutput(**curves, progress=self.get_progress_goal())

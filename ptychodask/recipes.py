@@ -24,6 +24,7 @@ from scipy.ndimage import gaussian_filter
 
 from ptychodask.judging.compare import compare
 from ptychodask.models import Model, save_model, untrained_model
+from ptychodask.models.description import epochs_of
 from ptychodask.models.pretrained import CARD
 from ptychodask.models.training_range import QUANTITIES
 from ptychodask.probes import disc_probe, probe_diameter_px, to_far_field, to_real_space, zone_plate_probe
@@ -291,7 +292,7 @@ def judge(model: Model, folder: Path, n_scans: int) -> dict[str, dict[str, list[
         scan = varied_scan(folder / f"judged{number:02d}.zarr", JUDGED_SEED + number)
         models = {"trained": model, "untrained": untrained_model(model.spec, model.optics)}
         both = reconstruct(str(scan.store), models, progress=False)
-        comparison = compare({label: both.sel({"method": label}) for label in models}, truth=scan, scan=scan)
+        comparison = compare({label: both.sel(network=label) for label in models}, truth=scan, scan=scan)
         for label, values in metrics.items():
             for key, value in _metrics(comparison, label).items():
                 values.setdefault(key, []).append(round(value, 4))
@@ -315,7 +316,7 @@ def card(model: Model, about: str) -> str:
     )
     trained_on = (
         f"{record['n_scans']} simulated scans of {PATTERNS} patterns of {spec.n_pixels} x {spec.n_pixels} pixels, "
-        f"{len(model.history)} epochs in {model.history[-1]['seconds'] / 60:.0f} minutes ({record['backend']}). "
+        f"{epochs_of(model.history)} epochs in {model.history[-1]['seconds'] / 60:.0f} minutes ({record['backend']}). "
         f"{SIMULATION}"
     )
     ranges = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,16 @@ from zarr.codecs import BloscCodec, BloscShuffle
 
 import ptychodask
 from ptychodask.errors import PtychodaskError
+from ptychodask.grouping import experiment_number, experiments_of
 from ptychodask.html import Markup, card, image
 from ptychodask.reassembly import Canvas, Finished, finish
+from ptychodask.scan import Scan
 from ptychodask.storage.atomic import StoreKind
 from ptychodask.storage.location import Location, LocationLike, location_of, parse_location
+from ptychodask.storage.records import as_text, from_text
 from ptychodask.storage.zarr_checks import check_codecs, check_stored, consolidate, damage_errors, open_root
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "ptychodask-result"
 
@@ -77,6 +83,13 @@ VARIABLES = {
 """Data variables of a result by name; a new one is an entry here."""
 
 
+PATTERN_VARIABLES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "position_refined_yx_px": (("pattern", "yx"), {"units": "px", "long_name": "refined positions of the patterns"}),
+    "flux_refined": (("pattern",), {"units": "1", "long_name": "refined relative flux of the patterns"}),
+}
+"""Dimensions and attributes of variables that have one entry for each stored pattern."""
+
+
 TileArrays = dict[str, NDArray[Any]]
 """One tile of each data variable, by name."""
 
@@ -105,8 +118,8 @@ PREVIEW_PX = 1024
 class Layers:
     """Dimensions of a result other than y and x."""
 
-    methods: tuple[str, ...] = ()
-    """Labels of the models if there are several: the dimension `method`."""
+    networks: tuple[str, ...] = ()
+    """Labels of the models if there are several: the dimension `network`."""
 
     split_half: bool = False
     """True if the two halves are stored as well."""
@@ -117,7 +130,7 @@ class Layers:
         return {name: each for name, each in VARIABLES.items() if self.split_half or not each.per_half}
 
     def arrays(self, whole: Canvas, halves: Sequence[Canvas] = ()) -> TileArrays:
-        """Arrays of one method, from its canvas and those of its halves."""
+        """Arrays of one network, from its canvas and those of its halves."""
         done, half_done = finish(whole), [(half, finish(half)) for half in halves]
         return {
             name: np.stack([each.of(*one) for one in half_done]) if each.per_half else each.of(whole, done)
@@ -126,11 +139,11 @@ class Layers:
 
     def dims(self, name: str) -> tuple[str, ...]:
         """Dimensions of a data variable."""
-        return (*(("method",) if self.methods else ()), *(("half",) if VARIABLES[name].per_half else ()), "y", "x")
+        return (*(("network",) if self.networks else ()), *(("half",) if VARIABLES[name].per_half else ()), "y", "x")
 
     def shape(self, name: str, plane: tuple[int, int]) -> tuple[int, ...]:
         """Shape of a data variable over a plane of pixels (y, x)."""
-        sizes = {"method": len(self.methods), "half": 2, "y": plane[0], "x": plane[1]}
+        sizes = {"network": len(self.networks), "half": 2, "y": plane[0], "x": plane[1]}
         return tuple(sizes[dim] for dim in self.dims(name))
 
 
@@ -159,9 +172,10 @@ def make_dataset(
     pixel_size_m : float or None
         Size of an object pixel, metres; adds the coordinates ``y_m`` and ``x_m``.
     attributes : dict
-        Plain values for JSON: hashes, plan, versions, rates.
+        Plain values for JSON: hashes, plan, versions, rates. Mappings become JSON text, since NetCDF has no type for
+        them; ``ds.ptycho.records`` parses it.
     layers : Layers
-        With several methods, the first axis of each array is the method.
+        With several networks, the first axis of each array is the network.
     **others : array
         Other variables of the layers, such as ``object_half`` (half, y, x).
 
@@ -183,10 +197,15 @@ def make_dataset(
             name: (layers.dims(name), arrays[name].astype(each.dtype, copy=False), {"long_name": each.long_name})
             for name, each in layers.variables.items()
             if name in arrays
+        }
+        | {
+            name: (dims, arrays[name], described)
+            for name, (dims, described) in PATTERN_VARIABLES.items()
+            if name in arrays
         },
         coords=_coordinates(object.shape[-2:], corner, pixel_size_m)
-        | ({"method": list(layers.methods)} if layers.methods else {}),
-        attrs={**attributes, **_schema_attributes(pixel_size_m, layers)},
+        | ({"network": list(layers.networks)} if layers.networks else {}),
+        attrs=as_text({**attributes, **_schema_attributes(pixel_size_m, layers)}),
     )
 
 
@@ -194,7 +213,7 @@ def _schema_attributes(pixel_size_m: float | None, layers: Layers) -> dict[str, 
     attributes: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION}
     attributes |= {} if pixel_size_m is None else {"pixel_size_m": float(pixel_size_m)}
     # Labels are an attribute, since Zarr format 3 has no standard type for text.
-    return attributes | ({"methods": list(layers.methods)} if layers.methods else {})
+    return attributes | ({"networks": list(layers.networks)} if layers.networks else {})
 
 
 def _coordinates(shape: tuple[int, ...], corner: tuple[int, int], pixel_size_m: float | None) -> dict[str, Any]:
@@ -332,7 +351,9 @@ def stored_array(group: zarr.Group, name: str) -> zarr.Array:
     return array
 
 
-def finish_result(path: Location, attributes: dict[str, Any]) -> None:
+def finish_result(
+    path: Location, attributes: dict[str, Any], of_patterns: Mapping[str, NDArray[Any]] | None = None
+) -> None:
     """Record the attributes of a result and mark its store as complete.
 
     Parameters
@@ -340,8 +361,13 @@ def finish_result(path: Location, attributes: dict[str, Any]) -> None:
     path : Location
     attributes : dict
         Plain values for JSON.
+    of_patterns : dict of name to array (pattern, ...), optional
+        Some of `PATTERN_VARIABLES`.
     """
     root = zarr.open_group(path.zarr_store(), mode="r+", zarr_format=3)
+    for name, values in (of_patterns or {}).items():
+        dims, described = PATTERN_VARIABLES[name]
+        root.create_array(name, data=values, dimension_names=dims, overwrite=True).attrs.update(described)
     stored = {name: stored_array(root, name).nchunks_initialized for name in VARIABLES if name in root}
     consolidate(path).attrs.update({**attributes, STORED_CHUNKS: stored, "state": "complete"})
 
@@ -366,16 +392,17 @@ def open_result(path: LocationLike, level: int = 0) -> xr.Dataset:
         If there is no result, or it is unfinished, of another kind or a newer format, damaged, or has no such level.
     """
     location = parse_location(path)
+    check_one_result(location)
     root = open_root(location, RESULT)
     with damage_errors(location, "cannot be opened", AGAIN):
         _check_arrays(root, location)
         if level:
             return _open_level(location, root, level)
         ds = xr.open_zarr(location.zarr_store(read_only=True), chunks={}, consolidated=True, zarr_format=3)
-        ds = ds[[name for name in VARIABLES if name in ds]]
+        ds = ds[[name for name in (*VARIABLES, *PATTERN_VARIABLES) if name in ds]]
         del ds.attrs["state"]
         _check_complete(location, root, ds.attrs.pop(STORED_CHUNKS, {}))
-        return _with_methods(ds)
+        return _with_labels(ds, location)
 
 
 def _check_arrays(group: zarr.Group, location: Location) -> None:
@@ -425,11 +452,87 @@ def _open_level(location: Location, root: zarr.Group, level: int) -> xr.Dataset:
     }
     if "pixel_size_m" in ds.attrs:
         ds.attrs["pixel_size_m"] = float(ds.attrs["pixel_size_m"]) * 2**level
-    return _with_methods(ds)
+    return _with_labels(ds, location)
 
 
-def _with_methods(ds: xr.Dataset) -> xr.Dataset:
-    return ds.assign_coords(method=list(ds.attrs["methods"])) if "method" in ds.dims else ds
+def _with_labels(ds: xr.Dataset, location: Location) -> xr.Dataset:
+    """Result with the labels of its networks as a coordinate."""
+    if "method" in ds.dims:
+        # Of version 0.1, or begun by it.
+        ds = ds.rename_dims(method="network")
+        ds.attrs["networks"] = ds.attrs.pop("methods", ds.attrs.get("networks"))
+        logger.warning(
+            "%s: was written by version 0.1, and its dimension 'method' is called 'network' now; select with "
+            "ds.sel(network=%r)",
+            location,
+            ds.attrs["networks"][0],
+        )
+    ds.attrs = as_text(ds.attrs)
+    return ds.assign_coords(network=list(ds.attrs["networks"])) if "network" in ds.dims else ds
+
+
+def experiment_name(number: int) -> str:
+    """Name of the result of one of several experiments, less ``.zarr``.
+
+    Examples
+    --------
+    >>> experiment_name(3)
+    'experiment-3'
+    """
+    return f"experiment-{number}"
+
+
+def experiment_of(results: Mapping[str, xr.Dataset], scan: Scan, experiment: int | None, command: str) -> int | None:
+    """Experiment of a scan that results were made from.
+
+    Parameters
+    ----------
+    results : dict of label to Dataset
+    scan : Scan
+    experiment : int or None
+        The one that was passed.
+    command : str
+        Name for messages.
+
+    Returns
+    -------
+    int or None
+        The passed or, in a scan of several, the recorded one; None if there is neither.
+
+    Raises
+    ------
+    PtychodaskError
+        If results are of several experiments of the scan, or of another than the passed one.
+    """
+    if experiment is not None:
+        experiment = experiment_number(experiment, command)
+    if len(experiments_of(scan.scan_index)) < 2:
+        return experiment
+    numbers = {label: recorded(ds.attrs, "spec", "experiment") for label, ds in results.items()}
+    numbers = {label: number for label, number in numbers.items() if number is not None}
+    if experiment is not None:
+        numbers["experiment="] = experiment
+    if len(set(numbers.values())) > 1:
+        listed = ", ".join(f"{label} {number}" for label, number in numbers.items())
+        raise PtychodaskError(
+            f"{command}: the results are of different experiments ({listed}), which have objects of their own; pass "
+            "results of one experiment, and no other number, or leave out the scan"
+        )
+    return next(iter(numbers.values()), None)
+
+
+def check_one_result(location: Location) -> None:
+    """Raise `PtychodaskError` for a folder with results of several experiments."""
+    folder = location.local_path
+    if folder is None or not folder.is_dir() or (folder / "zarr.json").exists():
+        return
+    names = sorted((path.name for path in folder.glob("experiment-*.zarr")), key=lambda name: (len(name), name))
+    if names:
+        listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise PtychodaskError(
+            f"{location}: has a result for each experiment of a scan ({listed}); pass one of them, such as "
+            f"{location / names[0]}"
+        )
 
 
 @contextmanager
@@ -442,7 +545,7 @@ def reading_result() -> Iterator[None]:
 
 
 def recorded(attributes: Mapping[str, Any], *names: str) -> Any:
-    """Value in nested attributes; None if there is none.
+    """Value in nested attributes or their JSON text; None if missing.
 
     Examples
     --------
@@ -451,7 +554,7 @@ def recorded(attributes: Mapping[str, Any], *names: str) -> Any:
     """
     value: Any = attributes
     for name in names:
-        value = value.get(name) if isinstance(value, Mapping) else None
+        value = from_text(value.get(name)) if isinstance(value, Mapping) else None
     return value
 
 
@@ -461,6 +564,11 @@ class PtychoAccessor:
 
     def __init__(self, ds: xr.Dataset) -> None:
         self._ds = ds
+
+    @property
+    def records(self) -> dict[str, Any]:
+        """Attributes with their JSON text parsed, such as ``records["plan"]["tile"]``."""
+        return {str(name): from_text(value) for name, value in self._ds.attrs.items()}
 
     @property
     def amplitude(self) -> xr.DataArray:
@@ -496,7 +604,7 @@ class PtychoAccessor:
         -------
         Preview
             The centre of the object, at most `PREVIEW_PX` pixels along each side; only this part is read or computed.
-            One row of images for each method.
+            One row of images for each network.
 
         Raises
         ------
@@ -570,7 +678,8 @@ class PtychoAccessor:
             create_result(writing.whole, shape, corner, CHUNK_PIXELS, pixel_size_m=pixel_size_m, variables=arrays)
             write_tile(writing.whole, (0, 0), arrays)
             writing.check_held()
-            finish_result(writing.whole, ds.attrs)
+            of_patterns = {name: ds[name].values for name in PATTERN_VARIABLES if name in ds}
+            finish_result(writing.whole, ds.ptycho.records, of_patterns)
 
 
 def _middle(size: int) -> slice:
@@ -583,7 +692,7 @@ class Preview:
     """Centre of a result, shown by a notebook."""
 
     object: xr.DataArray
-    """complex64 (y, x) or (method, y, x), in memory."""
+    """complex64 (y, x) or (network, y, x), in memory."""
 
     shape: tuple[int, int]
     """Pixels (y, x) of the complete result."""
@@ -592,8 +701,8 @@ class Preview:
         return f"Preview({self._size()})"
 
     def _repr_html_(self) -> str:
-        planes = self.object if "method" in self.object.dims else self.object.expand_dims("method")
-        labels = [f"{label}: " for label in planes["method"].values] if "method" in planes.coords else [""]
+        planes = self.object if "network" in self.object.dims else self.object.expand_dims("network")
+        labels = [f"{label}: " for label in planes["network"].values] if "network" in planes.coords else [""]
         pictures = [
             picture for label, plane in zip(labels, planes.values, strict=True) for picture in _pictures(plane, label)
         ]

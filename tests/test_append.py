@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -370,3 +371,15 @@ def test_the_command_line_appends_and_finishes(files, tmp_path, run, refused):
     assert "the scan is complete" in refused("ingest", files[2], store, "--append")
     code, out, _ = run("ingest", files[0], tmp_path / "one.zarr", "--append", "--finish", "-q")
     assert (code, "growing" in out) == (0, False)
+
+
+def test_a_wait_for_another_writer_is_reported(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(folders, "REPORTED_AFTER_S", 0.2)
+    code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print(flush=True)"
+    command = [sys.executable, "-c", f"{code}; sys.stdin.read()", str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        threading.Timer(1.0, writer.stdin.close).start()
+        with folders.folder_lock(tmp_path, wait=True):
+            pass
+    assert "another process is writing it: waiting until it has finished" in caplog.text

@@ -152,7 +152,7 @@ def test_a_region_in_metres_is_that_of_the_coordinates_in_metres(measured, clien
     assert part["object"].shape == inside.shape
     scale = np.nanmedian(np.abs(inside))
     assert np.nanmax(np.abs(part["object"].values - inside)) <= 1e-5 * scale
-    assert part.attrs["spec"]["roi_m"] is None
+    assert part.ptycho.records["spec"]["roi_m"] is None
     assert plan(measured, LinearModel(), ReconstructionSpec(roi_m=roi_m)).box.shape == inside.shape
 
 

@@ -72,7 +72,7 @@ def test_a_class_with_the_least_members_is_completed_at_the_border(store):
     ds = reconstruct(store, LeastModel(), progress=False)
     by_hand = reconstruct(store, model_of(patches_by_hand), progress=False)
     np.testing.assert_array_equal(ds["object"], by_hand["object"])
-    assert ds.attrs["model"] == {"kind": "least", "hash": "least", "path": None}
+    assert ds.ptycho.records["model"] == {"kind": "least", "hash": "least", "path": None}
     with pytest.raises(PtychodaskError, match="precision"):
         reconstruct(store, LeastModel(), precision="mixed", progress=False)
 

@@ -75,7 +75,7 @@ def test_the_whole_path_runs_from_the_command_line(run, tmp_path):
     assert "80 groups" in out or "80" in out
     code, out, err = run("reconstruct", store, "-q")
     assert code == 0, err
-    assert open_result(tmp_path / "scan.object.zarr").attrs["model"]["kind"] == "pinn"
+    assert open_result(tmp_path / "scan.object.zarr").ptycho.records["model"]["kind"] == "pinn"
     assert (tmp_path / "scan.object.png").stat().st_size > 10_000
     code, out, err = run("compare", f"PtychoPINN={tmp_path / 'scan.object.zarr'}", "--scan", store)
     assert code == 0, err
@@ -289,7 +289,7 @@ def test_the_slow_phase_is_a_flag(run, refused, store, tmp_path):
     arguments = ("reconstruct", store, "--model", tmp_path / "a.model", "-q", "--out")
     code, _, err = run(*arguments, tmp_path / "o.zarr", "--slow-phase", "--polish", 1)
     assert code == 0, err
-    attributes = open_result(tmp_path / "o.zarr").attrs
+    attributes = open_result(tmp_path / "o.zarr").ptycho.records
     assert attributes["refinement"]["slow_phase"]["n_patterns"] == 60
     assert (attributes["spec"]["slow_phase"], attributes["polish"]["sweeps"]) == (True, 1)
     line = refused(*arguments, tmp_path / "p.zarr", "--slow-phase", "--split-half")

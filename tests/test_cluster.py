@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+import logging
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import dask
 import numpy as np
 import psutil
 import pytest
-from distributed import Client
+from distributed import Client, LocalCluster
 from models_for_tests import LinearModel
 
 from ptychodask.cluster import clients
 from ptychodask.cluster import preflight as asking
+from ptychodask.cluster import watch as watching
 from ptychodask.cluster.clients import connected_client, gpu_client, local_client, slurm_client
-from ptychodask.cluster.executor import DaskExecutor
+from ptychodask.cluster.executor import DaskExecutor, WorkerState
+from ptychodask.cluster.job import MIB
 from ptychodask.cluster.preflight import preflight, preflight_jobs
 from ptychodask.cluster.tls import credentials_in, temporary_credentials, write_credentials
+from ptychodask.cluster.watch import Watch
 from ptychodask.errors import PtychodaskError
 from ptychodask.models import ModelSpec, Optics, untrained_model
 from ptychodask.models.bundle import save_model
@@ -264,3 +274,174 @@ def test_slurm_client_refuses_invalid_arguments():
         slurm_client(workers=3, at_most=2)
     with pytest.raises(PtychodaskError, match="system is 'pbs', expected 'slurm'"):
         slurm_client(system="pbs")
+
+
+class Reports:
+    """An executor that reports the given states of its workers, one for each look."""
+
+    def __init__(self, *states):
+        self._states = list(states)
+
+    def workers(self):
+        return self._states.pop(0) if len(self._states) > 1 else self._states[0]
+
+
+def looks(monkeypatch, reports, n=5, step_s=2.0, **options):
+    """A watch that looks `n` times, `step_s` apart."""
+    clock = iter(step_s * number for number in itertools.count())
+    monkeypatch.setattr(watching, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    watch = Watch(reports, "reconstruct", **options)
+    for _ in range(n):
+        watch.look()
+    return watch
+
+
+PAUSED = WorkerState("w", 2, 1000 * MIB, {}, 900 * MIB, True, 0)
+
+
+def test_workers_that_stay_paused_end_a_run(monkeypatch, told):
+    needed = f"{(watching.NETWORK_BYTES / MIB + 200) / 0.8:,.0f} MiB or more"
+    with pytest.raises(
+        PtychodaskError, match=f"worker is paused and stays so.*w uses 900 MiB.*of the 1,000 MiB.*80 %.*{needed}"
+    ):
+        looks(monkeypatch, Reports({"a": PAUSED}), n=20, task_bytes=100 * MIB)
+    assert "\n".join(told).count("worker w is paused") == 1
+
+
+@pytest.mark.parametrize(
+    "workers",
+    [
+        {"a": PAUSED._replace(n_running=1)},
+        {"a": PAUSED, "b": WorkerState("v", 2, 1000 * MIB, {})},
+        {"a": WorkerState("w", 2, 0, {}, 10**12, False, 0)},
+    ],
+    ids=["one still runs a task", "another worker runs", "without a limit"],
+)
+def test_workers_that_can_go_on_are_waited_for(monkeypatch, told, workers):
+    looks(monkeypatch, Reports(workers), n=60)
+    assert re.search(
+        r"no task has ended for \d+ s; workers: \d.*; threads that run a task, of any client: \d of \d", "\n".join(told)
+    )
+
+
+def test_a_worker_that_is_restarted_for_its_memory_ends_a_run(monkeypatch, told):
+    states = [{str(number): PAUSED._replace(is_paused=False)} for number in range(9)]
+    with pytest.raises(PtychodaskError, match=r"w was restarted: it uses 900 MiB.*start workers with"):
+        looks(monkeypatch, Reports(*states), n=9)
+    assert "\n".join(told).count("was restarted") == watching.RESTARTS
+
+
+def test_a_worker_that_is_lost_for_another_reason_is_replaced(monkeypatch, told):
+    states = [{str(number): PAUSED._replace(is_paused=False, used_bytes=MIB)} for number in range(9)]
+    looks(monkeypatch, Reports(*states), n=9, restarts=0)
+    assert told.count("worker w was restarted") == 8
+
+
+def test_a_cluster_without_workers_is_reported(monkeypatch, told):
+    looks(monkeypatch, Reports({}), n=40)
+    assert "no worker for 30 s" in "\n".join(told)
+
+
+def test_a_paused_worker_is_named_with_its_limit(store, monkeypatch):
+    monkeypatch.setattr(watching, "PAUSED_S", 1.0)
+    # Python and Dask alone take more than 5 % of this limit, so that the worker is paused from the start.
+    options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": logging.CRITICAL}
+    with (
+        dask.config.set({"distributed.worker.memory.pause": 0.05}),
+        LocalCluster(memory_limit="1GiB", **options) as cluster,
+        Client(cluster) as client,
+        pytest.raises(
+            PtychodaskError, match=r"only worker is paused .* of the 1,024 MiB .* at 5 %; start workers with"
+        ),
+    ):
+        reconstruct(store, LinearModel(), client=client, progress=False)
+
+
+def test_the_library_of_the_network_counts_for_the_limit():
+    worker = WorkerState("w", 2, 1000 * MIB, {})
+    asking._check_memory(worker, 790 * MIB, 50 * MIB)
+    with pytest.raises(PtychodaskError, match="may use 1,000 MiB, the network and its library take 850 MiB, and its 2"):
+        asking._check_memory(worker, 850 * MIB, 50 * MIB)
+    with pytest.raises(PtychodaskError, match="its 2 threads need 800 MiB; start workers with 2,500 MiB or more"):
+        asking._check_memory(worker, 790 * MIB, 400 * MIB)
+    with pytest.raises(PtychodaskError, match=r"pass memory_bytes= below 524288000, start"):
+        asking._check_memory(worker, 0, 600 * MIB)
+
+
+def test_a_worker_in_this_process_is_not_paused_for_what_the_process_holds():
+    with clients.in_process_client() as client:
+        (worker,) = client.cluster.workers.values()
+        assert worker.memory_manager.memory_pause_fraction is False
+        assert worker.memory_manager.memory_limit == clients.MEMORY_LIMIT
+
+
+def test_an_asynchronous_client_is_refused(store):
+    async def run(call):
+        async with Client(asynchronous=True, processes=False, n_workers=1, dashboard_address=":0") as client:
+            call(client)
+
+    calls = [
+        lambda client: reconstruct(store, LinearModel()),
+        lambda client: reconstruct(store, LinearModel(), client=client),
+        lambda client: reconstruct(store, LinearModel(), compute=False),
+        lambda client: preflight(client, store, LinearModel()),
+    ]
+    for call in calls:
+        with pytest.raises(PtychodaskError, match=r"the Dask client is asynchronous.*make one without asynchronous"):
+            asyncio.run(run(call))
+
+
+def test_a_run_inside_an_event_loop_needs_no_client(store):
+    async def run():
+        return reconstruct(store, LinearModel(), progress=False)
+
+    assert asyncio.run(run()).sizes["y"] > 0
+
+
+def test_a_closed_client_is_refused(store):
+    with clients.in_process_client() as client:
+        pass
+    with pytest.raises(PtychodaskError, match="the Dask client is closed; make a new one"):
+        reconstruct(store, LinearModel(), client=client)
+
+
+CHECK = "from ptychodask.cluster import clients\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        ("clients._check_main_guard('local_client')\n", 2),
+        ("with open(__file__):\n    clients._check_main_guard('local_client')\n", 3),
+        ("def main():\n    clients._check_main_guard('local_client')\nmain()\n", 4),
+        ("if __name__ == '__main__':\n    clients._check_main_guard('local_client')\n", None),
+        ("if '__main__' == __name__ and True:\n    for _ in [1]:\n        clients._check_main_guard('x')\n", None),
+        ("def main():\n    clients._check_main_guard('local_client')\nif __name__ == '__main__':\n    main()\n", None),
+    ],
+)
+def test_a_script_without_a_main_guard_is_named_with_the_line(tmp_path, script, line):
+    (tmp_path / "script.py").write_text(CHECK + script)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    if line is None:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert f"line {line} of " in last
+        assert last.endswith("put it under if __name__ == '__main__':")
+
+
+def test_code_that_no_worker_imports_needs_no_guard():
+    subprocess.run([sys.executable, "-c", f"{CHECK}clients._check_main_guard('local_client')"], check=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("limit", "n_workers"), [("1350MB", 1), ("700MB", 1), ("700MB", 2)])
+def test_a_memory_limit_below_network_and_library_ends_a_run_within_a_minute(tmp_path, limit, n_workers):
+    path = tmp_path / "scan.zarr"
+    simulate(path, n_pixels=64, n_patterns=800, step_px=6.0, dose=1e6, seed=1, progress=False)
+    options = {"threads_per_worker": 2, "dashboard_address": ":0", "silence_logs": logging.CRITICAL}
+    with LocalCluster(n_workers=n_workers, memory_limit=limit, **options) as cluster, Client(cluster) as client:
+        started = time.monotonic()
+        with pytest.raises(PtychodaskError, match=r"uses [\d,]+ MiB.* of the [\d,]+ MiB.*start workers with 1,\d+ MiB"):
+            reconstruct(path, client=client, out=tmp_path / "object.zarr", progress=False)
+        assert time.monotonic() - started < 60

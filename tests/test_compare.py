@@ -224,9 +224,9 @@ def test_results_name_themselves(truth, tmp_path):
     files = [tmp_path / "again.zarr", tmp_path / "other.npy"]
     found = results_by_label((None, each) for each in (pinn, baseline, iterative, *files))
     assert list(found) == ["PtychoPINN", "Baseline", "Iterative", "PtychoPINN (again)", "other"]
-    both = xr.concat([pinn, baseline], xr.Variable("method", ["pinn", "baseline"]), combine_attrs="override")
+    both = xr.concat([pinn, baseline], xr.Variable("network", ["pinn", "baseline"]), combine_attrs="override")
     assert list(results_by_label([(None, both)])) == ["PtychoPINN", "Baseline"]
-    assert list(results_by_label([(None, both.isel(method=1)), (None, iterative)])) == ["Baseline", "Iterative"]
+    assert list(results_by_label([(None, both.isel(network=1)), (None, iterative)])) == ["Baseline", "Iterative"]
     assert list(results_by_label([("new", both), ("old", pinn)])) == ["new PtychoPINN", "new Baseline", "old"]
     with pytest.raises(PtychodaskError, match=r"two results are called PtychoPINN.*give each a label \(LABEL=PATH\)"):
         results_by_label([(None, pinn), (None, pinn), (None, pinn)])
@@ -290,7 +290,7 @@ def test_results_of_other_data_are_reported(truth, tmp_path, caplog):
     assert "data_hash" not in alike.attrs
     assert not caplog.records
     table = compare({"own": own, "other": other})
-    assert table.attrs["data_hash"] == {"own": scan.data_hash, "other": "0123456789abcdef"}
+    assert table.ptycho.records["data_hash"] == {"own": scan.data_hash, "other": "0123456789abcdef"}
     words = f"Not all are from the same scan and probe; data hashes: own {scan.data_hash[:12]}, other 0123456789ab"
     assert words in caplog.text
     assert words in to_markdown(table)

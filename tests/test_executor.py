@@ -131,7 +131,9 @@ def test_threads_reconstruct_to_the_same_bits(store, client, tmp_path, fields, o
     xr.testing.assert_equal(by_threads, by_dask)
     assert {"predict_chunk", "deliver_tile"} <= set(threads.submitted)
     if "polish" in fields:
-        assert json.loads(json.dumps(by_threads.attrs["polish"])) == json.loads(json.dumps(by_dask.attrs["polish"]))
+        assert json.loads(json.dumps(by_threads.ptycho.records["polish"])) == json.loads(
+            json.dumps(by_dask.ptycho.records["polish"])
+        )
 
 
 @pytest.mark.parametrize("kind", ["in memory", "on disk", "lazy"])

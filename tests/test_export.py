@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -301,6 +302,25 @@ def test_a_scan_survives_ptychopinns_format(scan, tmp_path):
     np.testing.assert_array_equal(again.truth.object, scan.truth.object)
 
 
+def test_the_row_of_each_pattern_in_its_source_is_written(scan, tmp_path):
+    # Patterns of a store are in the order of a curve if that saves reading.
+    row = np.random.default_rng(0).permutation(50)
+    export(replace(scan, source_index=row), tmp_path / "a.npz", format="ptychopinn")
+    with np.load(tmp_path / "a.npz") as file:
+        np.testing.assert_array_equal(file["source_index"], row)
+
+
+def test_as_many_patterns_as_pixels_are_read_back_in_their_order(scan, tmp_path):
+    per_pattern = dict.fromkeys(("source_index", "scan_index", "label", "flux"))
+    square = replace(
+        scan, diffraction=scan.diffraction[np.arange(N)], position_yx_px=scan.position_yx_px[:N], **per_pattern
+    )
+    export(square, tmp_path / "a.npz", format="ptychopinn")
+    again = ingest(tmp_path / "a.npz", tmp_path / "again.zarr", calibration="as_given")
+    order = np.argsort(again.source_index)
+    np.testing.assert_allclose(again.amplitude(order), square.amplitude(slice(None)), rtol=1e-6)
+
+
 def test_ptychopinns_format_takes_the_object_of_a_result(scan, result, tmp_path):
     export(result, tmp_path / "a.npz", format="ptychopinn")
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
@@ -310,8 +330,6 @@ def test_ptychopinns_format_takes_the_object_of_a_result(scan, result, tmp_path)
 
 
 def test_a_scan_of_an_unknown_object_gets_a_flat_guess_that_covers_it(scan, tmp_path):
-    from dataclasses import replace
-
     export(replace(scan, truth=None), tmp_path / "a.npz", format="ptychopinn")
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
         guess, y, x = file["objectGuess"], file["ycoords"], file["xcoords"]
@@ -427,16 +445,18 @@ def test_a_result_on_disk_finds_its_scan_by_itself(scan, tmp_path):
 
 
 def test_one_method_of_several_is_exported(scan, tmp_path):
-    several = xr.concat([result_of(scan), result_of(scan) * 2], dim="method").assign_coords(method=["PINN", "Baseline"])
+    several = xr.concat([result_of(scan), result_of(scan) * 2], dim="network").assign_coords(
+        network=["PINN", "Baseline"]
+    )
     pytest.importorskip("tifffile")
-    export(several, tmp_path / "a.tif", format="tiff", method="Baseline")
+    export(several, tmp_path / "a.tif", format="tiff", network="Baseline")
     with Image.open(tmp_path / "a.tif") as image:
         np.testing.assert_allclose(np.asarray(image), 2 * np.abs(result_of(scan)["object"]), rtol=1e-6)
-    for method, problem in ((None, "none was chosen"), ("U-Net", "not 'U-Net'")):
-        with pytest.raises(PtychodaskError, match=rf"methods PINN, Baseline, but {problem}; pass method="):
-            export(several, tmp_path / "b.tif", format="tiff", method=method)
-    with pytest.raises(PtychodaskError, match="has only one method; leave out method='PINN'"):
-        export(result_of(scan), tmp_path / "b.tif", format="tiff", method="PINN")
+    for network, problem in ((None, "none was chosen"), ("U-Net", "not 'U-Net'")):
+        with pytest.raises(PtychodaskError, match=rf"networks PINN, Baseline, but {problem}; pass network="):
+            export(several, tmp_path / "b.tif", format="tiff", network=network)
+    with pytest.raises(PtychodaskError, match="has only one network; leave out network='PINN'"):
+        export(result_of(scan), tmp_path / "b.tif", format="tiff", network="PINN")
 
 
 def test_what_a_format_needs_is_asked_for(scan, result, tmp_path):
@@ -465,7 +485,7 @@ def test_what_a_format_needs_is_asked_for(scan, result, tmp_path):
             "format is 'jpeg', expected one of: ptychodus, cxi, ptychopinn, netcdf, t",
         ),
         (result, "a.png", {"format": "tiff"}, r"a.png: a file of format tiff must end in .tif or .tiff; rename it"),
-        (scan, "a.npz", {"scan": scan.store}, "scan= and method= are only for a result, but the source is a scan"),
+        (scan, "a.npz", {"scan": scan.store}, "scan= and network= are only for a result, but the source is a scan"),
         (tmp_path / "no.zarr", "a.tif", {}, "no.zarr: no such result"),
     ):
         format = {".h5": "ptychodus", ".tif": "tiff", ".npz": "ptychopinn", ".png": "png"}[name[name.index(".") :]]

@@ -104,13 +104,13 @@ def test_a_bad_pattern_is_named_or_left_out_as_if_dropped(spoilt, client, tmp_pa
         reconstruct(spoilt, LinearModel(), client=client, **FIELDS)
     skipping = reconstruct(spoilt, LinearModel(), client=client, on_error="skip", **FIELDS)
     assert_same_bits(skipping, reconstruct(spoilt, LinearModel(), client=client, drop=[77], **FIELDS))
-    ((found, patterns),) = skipping.attrs["skipped"].items()
+    ((found, patterns),) = skipping.ptycho.records["skipped"].items()
     assert reason in found
     assert patterns == [77]
     assert any("left out 1 patterns" in line for line in told)
     written = reconstruct(spoilt, LinearModel(), client=client, on_error="skip", out=tmp_path / "object.zarr", **FIELDS)
     assert_same_bits(written, skipping)
-    assert written.attrs["skipped"] == skipping.attrs["skipped"]
+    assert written.ptycho.records["skipped"] == skipping.ptycho.records["skipped"]
 
 
 def test_an_unreadable_chunk_is_named_or_left_out(spoilt, client):
@@ -120,7 +120,7 @@ def test_an_unreadable_chunk_is_named_or_left_out(spoilt, client):
     with pytest.raises(PtychodaskError, match=r"cannot be read for patterns .*the store is damaged"):
         reconstruct(spoilt, LinearModel(), client=client, **FIELDS)
     skipping = reconstruct(spoilt, LinearModel(), client=client, on_error="skip", **FIELDS)
-    assert skipping.attrs["skipped"] == {"cannot be read": gone}
+    assert skipping.ptycho.records["skipped"] == {"cannot be read": gone}
     assert_same_bits(skipping, reconstruct(spoilt, LinearModel(), client=client, drop=gone, **FIELDS))
 
 
@@ -137,7 +137,7 @@ def test_groups_for_which_the_network_diverges_are_left_out(store, client, whole
     with pytest.raises(PtychodaskError, match=r"not finite for groups .*on_error='skip'"):
         reconstruct(store, model, client=client, **FIELDS)
     skipping = reconstruct(store, model, client=client, on_error="skip", **FIELDS)
-    assert skipping.attrs["skipped"] == {"the network returned values that are not finite": [40]}
+    assert skipping.ptycho.records["skipped"] == {"the network returned values that are not finite": [40]}
     assert int(whole["count"].sum() - skipping["count"].sum()) > 0
     assert bool((skipping["count"] <= whole["count"]).all())
 
@@ -146,7 +146,7 @@ def test_a_network_that_always_diverges_leaves_an_empty_object(store, client):
     ds = reconstruct(store, NotFiniteModel(), client=client, on_error="skip", **FIELDS)
     assert int(ds["count"].sum()) == 0
     assert bool(np.isnan(ds["object"]).all())
-    ((_, patterns),) = ds.attrs["skipped"].items()
+    ((_, patterns),) = ds.ptycho.records["skipped"].items()
     assert patterns == list(range(N_PATTERNS))
 
 
@@ -173,7 +173,7 @@ def test_two_workers_that_agree_are_told_of(store, whole):
     with bare_workers(2) as client:
         ds = reconstruct(store, LinearModel(), verify=4, client=client, **FIELDS)
     assert_same_bits(ds, whole)
-    verified = ds.attrs["verified"]
+    verified = ds.ptycho.records["verified"]
     assert len(verified["chunks"]) == verified["same_bits"] == verified["elsewhere"] == 4
     assert verified["largest_difference"] == 0
 
@@ -277,7 +277,7 @@ def test_what_was_skipped_stays_skipped(spoilt, client, tmp_path, monkeypatch):
             reconstruct(spoilt, LinearModel(), out=out, client=client, resume=True, **FIELDS)
     resumed = reconstruct(spoilt, LinearModel(), out=out, client=client, resume=True, **fields)
     assert_same_bits(resumed, reconstruct(spoilt, LinearModel(), client=client, **fields))
-    assert list(resumed.attrs["skipped"].values()) == [[0]]
+    assert list(resumed.ptycho.records["skipped"].values()) == [[0]]
 
 
 def test_a_cache_that_was_being_filled_goes_on_with_the_run(store, client, tmp_path, monkeypatch, whole):
@@ -303,7 +303,7 @@ def test_two_runs_do_not_write_one_result(store, client, tmp_path):
 
     reconstruct(store, Second(content_hash="second"), out=out, client=client, **FIELDS)
     assert len(refused) == 1
-    assert open_result(out).attrs["model"]["hash"] == "second"
+    assert open_result(out).ptycho.records["model"]["hash"] == "second"
 
 
 @pytest.fixture
@@ -339,10 +339,10 @@ def test_a_full_disk_leaves_the_earlier_result_and_what_was_finished(store, clie
         PtychodaskError, match=r"cannot be written \(No space left on device\); its finished parts are kept"
     ):
         reconstruct(store, LinearModel(), out=out, client=client, overwrite=True, **FIELDS)
-    assert open_result(out).attrs["model"]["hash"] == "earlier"
+    assert open_result(out).ptycho.records["model"]["hash"] == "earlier"
     (small_disk / "ballast").unlink()
     resumed = reconstruct(store, LinearModel(), out=out, client=client, overwrite=True, resume=True, **FIELDS)
-    assert resumed.attrs["model"]["hash"] == "linear"
+    assert resumed.ptycho.records["model"]["hash"] == "linear"
     assert_same_bits(resumed, whole)
 
 
@@ -359,7 +359,9 @@ def test_a_chunk_that_ends_every_worker_is_set_aside(store, tmp_path):
         skipping = reconstruct(
             store, model, out=tmp_path / "object.zarr", client=client, resume=True, on_error="skip", **fields
         )
-    assert skipping.attrs["skipped"] == {"ended every worker that took them": sorted(member[50:100, 0].tolist())}
+    assert skipping.ptycho.records["skipped"] == {
+        "ended every worker that took them": sorted(member[50:100, 0].tolist())
+    }
 
 
 def test_a_worker_that_hangs_does_not_hold_the_run_up(store, whole, tmp_path, monkeypatch):
@@ -398,7 +400,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_a_client_that_is_killed_goes_on_where_it_was(store, whole, client, tmp_path, share):
     out, noted = tmp_path / "object.zarr", tmp_path / "calls"
-    n_chunks = whole.attrs["plan"]["n_chunks"]
+    n_chunks = whole.ptycho.records["plan"]["n_chunks"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     with subprocess.Popen([sys.executable, "-c", VICTIM, store, out, noted], env=environment) as victim:
         wait_for(lambda: n_noted(out, "chunk") >= share * n_chunks)

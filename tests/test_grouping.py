@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.grouping import GroupingSpec, curve_order, group_positions
+from ptychodask.grouping import (
+    GroupingSpec,
+    curve_order,
+    group_positions,
+    named_outliers,
+    outlying_positions,
+    scan_points_of,
+)
 
 SPECS = [
     GroupingSpec(members=2, neighbours=2),
@@ -99,7 +109,8 @@ def test_oversampling_gives_no_more_groups_than_asked_and_none_twice(position):
             {"members": 4, "neighbours": 4, "oversampling": 2},
             "oversampling=2 needs members > 1 and neighbours > members",
         ),
-        ({"members": 1, "oversampling": 2}, "oversampling=2 needs members > 1"),
+        ({"members": 1, "oversampling": 2}, "oversampling=2 has no effect with members=1, .*; leave it out, or"),
+        ({"members": True}, "members is True, expected a whole number"),
         ({"members": "4"}, "members is '4', expected a whole number"),
         ({"neighbours": 7.5}, "neighbours is 7.5, expected a whole number"),
         ({"seed": -1}, "seed is -1, expected 0 or more"),
@@ -108,6 +119,13 @@ def test_oversampling_gives_no_more_groups_than_asked_and_none_twice(position):
 def test_impossible_specs_are_refused(wrong, message):
     with pytest.raises(PtychodaskError, match=message):
         GroupingSpec(**wrong)
+
+
+@pytest.mark.parametrize(("members", "neighbours"), [(1, 7), (4, 7), (7, 7), (9, 9), (np.int64(16), 16)])
+def test_members_are_drawn_from_enough_neighbours_by_default(members, neighbours):
+    spec = GroupingSpec(members=members)
+    assert spec.neighbours == neighbours
+    assert json.dumps(asdict(spec))
 
 
 def test_too_few_patterns_are_refused_with_what_would_do(position):
@@ -123,8 +141,8 @@ def test_repeated_positions_still_seed_their_own_groups(position):
     member = group_positions(repeated, GroupingSpec(members=4, neighbours=7))
     assert sorted(member[:, 0]) == list(range(60))
     assert (np.diff(np.sort(member, axis=1), axis=1) > 0).all()
-    everywhere_the_same = group_positions(np.zeros((12, 2)), GroupingSpec(members=4, neighbours=7))
-    assert sorted(everywhere_the_same[:, 0]) == list(range(12))
+    with pytest.raises(PtychodaskError, match="neighbours=7 needs 8 scan points, found 1; pass members=1"):
+        group_positions(np.zeros((12, 2)), GroupingSpec(members=4, neighbours=7))
 
 
 def test_members_of_a_group_share_their_experiment(position):
@@ -169,3 +187,98 @@ def test_groups_of_halves_share_no_pattern_and_keep_the_seeds(position):
 def test_single_patterns_have_no_halves_to_share():
     with pytest.raises(PtychodaskError, match="halves is True with members=1"):
         GroupingSpec(members=1, halves=True)
+
+
+def repeated(position, times, jitter_px=0.0, seed=0):
+    """Exposures of each place, one after the other; each a little off its place."""
+    around = np.repeat(position, times, axis=0)
+    return around + np.random.default_rng(seed).uniform(-jitter_px, jitter_px, around.shape)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize(("times", "jitter_px"), [(2, 0.0), (4, 0.0), (4, 0.08), (9, 0.1)])
+def test_members_are_exposures_of_different_places(times, jitter_px, halves):
+    grid = np.argwhere(np.ones((8, 9))) * 5.0
+    at = repeated(grid, times, jitter_px)
+    place = np.repeat(np.arange(len(grid)), times)
+    member = group_positions(at, GroupingSpec(members=4, neighbours=7, halves=halves))
+    assert all(len(np.unique(row)) == 4 for row in place[member])
+    assert sorted(member[:, 0]) == list(range(len(at)))
+    # Every exposure of a place may be drawn, and the places are the nearest ones.
+    assert len(np.unique(member[:, 1:])) > 0.9 * len(at)
+    distance = np.linalg.norm(at[member[:, 1:]] - at[member[:, :1]], axis=2)
+    assert distance.max() < 3 * 5.0
+    assert (np.diff(distance, axis=1) > -4 * (jitter_px + 1e-9)).all()
+
+
+def test_a_few_coinciding_positions_and_fine_steps_are_no_repeated_exposures(position):
+    assert scan_points_of(position) is None
+    assert scan_points_of(np.concatenate([position, position[:20]])) is None
+    assert scan_points_of(np.concatenate([position, position[:40]])) is not None
+    fly_scan = np.column_stack([np.zeros(500), np.arange(500) * 0.1])
+    assert scan_points_of(fly_scan) is None
+
+
+def test_repeats_are_counted_within_each_experiment(position):
+    twice = np.concatenate([position, position])
+    experiment = np.repeat([0, 1], len(position))
+    once = group_positions(twice, GroupingSpec(members=4, neighbours=7), experiment)
+    assert (experiment[once] == experiment[once[:, :1]]).all()
+    thrice = np.concatenate([position, repeated(position, 3)])
+    experiment = np.repeat([0, 1], [len(position), 3 * len(position)])
+    member = group_positions(thrice, GroupingSpec(members=4, neighbours=7), experiment)
+    assert (experiment[member] == experiment[member[:, :1]]).all()
+    assert all(len(np.unique(thrice[row], axis=0)) == 4 for row in member)
+
+
+def test_places_too_few_are_named_with_what_would_do():
+    at = repeated(np.argwhere(np.ones((2, 3))) * 5.0, 5)
+    with pytest.raises(
+        PtychodaskError, match="neighbours=7 needs 8 scan points, found 6; pass neighbours=5 or fewer, or"
+    ):
+        group_positions(at, GroupingSpec(members=4, neighbours=7))
+    assert group_positions(at, GroupingSpec(members=4, neighbours=5)).shape == (30, 4)
+
+
+def glitched(position, **places):
+    """Positions of which some are moved."""
+    moved = position.copy()
+    for number, at in places.items():
+        moved[int(number[1:])] = at
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("at", "found"),
+    [
+        ({}, []),
+        ({"p17": (6e4, 4.5e4)}, [17]),
+        ({"p17": (-3000.0, 20.0)}, [17]),
+        ({"p3": (0.0, 1e9), "p4": (0.0, 1e9)}, [3, 4]),
+        ({"p3": (900.0, 0.0), "p9": (0.0, -1200.0)}, [3, 9]),
+        ({"p3": (1e15, -1e15)}, [3]),
+    ],
+)
+@pytest.mark.parametrize("shape", [(20, 20), (1, 300)])
+def test_positions_far_from_all_others_are_found(shape, at, found):
+    raster = np.argwhere(np.ones(shape)) * 4.0
+    assert outlying_positions(glitched(raster, **at)).tolist() == found
+
+
+def test_areas_and_rows_apart_are_no_outliers(position):
+    assert not len(outlying_positions(position))
+    assert not len(outlying_positions(np.concatenate([position, position + 5000.0])))
+    rows = np.argwhere(np.ones((20, 50))) * [60.0, 1.0]
+    assert not len(outlying_positions(rows))
+    few = np.concatenate([position, position[:10] + 5000.0])
+    assert outlying_positions(few).tolist() == list(range(300, 310))
+    assert not len(outlying_positions(few, np.repeat([0, 1], [300, 10])))
+    assert not len(outlying_positions(np.zeros((5, 2))))
+
+
+def test_outliers_are_named_with_the_options_that_leave_them_out():
+    at = np.array([[9e4, -2.5], [9e4, 1.0]])
+    text = named_outliers(at, np.array([1, 7]), np.array([30, 4]))
+    assert text.startswith("2 patterns are far from all others, 1 at (y, x) = (90000, -2.5) px and so on")
+    assert "drop=[1,7] (--drop 1,7)" in text
+    assert 'drop_frames="4,30" (--drop-frames 4,30)' in text

@@ -220,7 +220,7 @@ def test_a_preview_reads_the_middle_alone():
 
 def test_a_preview_shows_each_method():
     one = result((6, 8))
-    both = one.expand_dims(method=["PINN", "Baseline"])
+    both = one.expand_dims(network=["PINN", "Baseline"])
     shown = Shown(both.ptycho.preview()._repr_html_())
     assert "PINN: amplitude" in shown.text
     assert "Baseline: phase" in shown.text

@@ -415,3 +415,25 @@ def test_an_ingested_store_wants_its_probe_refined(measured, tmp_path):
     found = inspect_file(tmp_path / "scan.zarr")
     assert found.command == f"ptychodask refine-probe {tmp_path / 'scan.zarr'}"
     assert "read as 'ptychopinn' with domain=counts" in said(found, "source")[0][0]
+
+
+def test_outlying_positions_are_named_with_the_option_that_leaves_them_out(measured, run, tmp_path):
+    position = measured.position_yx_px.copy()
+    position[[5, 9]] += 4000.0
+    amplitude = np.sqrt(measured.diffraction[:]).astype(np.float32)
+    ptychopinn(tmp_path / "a.npz", measured, ycoords=position[:, 0], xcoords=position[:, 1], diff3d=amplitude)
+    ((statement, _),) = said(inspect_file(tmp_path / "a.npz"), "outliers")
+    assert statement == "2 positions are far from all others; leave out with --drop-frames 5,9"
+    ingest(tmp_path / "a.npz", tmp_path / "a.zarr", progress=False)
+    ((statement, _),) = said(inspect_file(tmp_path / "a.zarr"), "outliers")
+    assert 'drop_frames="5,9" (--drop-frames 5,9)' in statement
+    code, _, err = run("ingest", tmp_path / "a.npz", tmp_path / "b.zarr", "--drop-frames", "5,9", "-q")
+    assert code == 0, err
+    assert not said(inspect_file(tmp_path / "b.zarr"), "outliers")
+
+
+def test_experiments_are_listed_and_judged_apart(measured, tmp_path):
+    ptychopinn(tmp_path / "a.npz", measured, scan_index=np.arange(measured.n_patterns) % 2 * 4)
+    ingest(tmp_path / "a.npz", tmp_path / "a.zarr", domain="counts", progress=False)
+    ((statement, _),) = said(inspect_file(tmp_path / "a.zarr"), "experiments")
+    assert statement == "2 in one store (0, 4): reconstruct writes a result for each, or for --experiment"

@@ -260,7 +260,10 @@ def test_iterative_result_can_refine_the_probe_and_leaves_the_store(scan, tmp_pa
 
 def test_iterative_result_of_several_experiments_is_refused(scan, tmp_path):
     store_with_probe(scan, tmp_path / "scan.zarr", scan.probe, scan_index=np.repeat([0, 1], 80))
-    with pytest.raises(PtychodaskError, match="contains 2 experiments, the iterative engine supports one"):
+    with pytest.raises(
+        PtychodaskError,
+        match=r"has 2 experiments \(0, 1\), and each has an object of its own; choose one with experiment=",
+    ):
         reconstruct_iterative(tmp_path / "scan.zarr", progress=False)
     with pytest.raises(PtychodaskError, match="n_sweeps is 2, expected 3 or more"):
         reconstruct_iterative(tmp_path / "scan.zarr", n_sweeps=2, refine_probe=True)

@@ -85,9 +85,9 @@ def test_methods_have_a_picture_each(store, client, coarse):
     pictures = []
     models = {"a": LinearModel(), "b": LinearModel(content_hash="other")}
     ds = reconstruct(store, models, client=client, live=pictures.append, **FIELDS)
-    assert pictures[-1]["amplitude"].dims == ("method", "y", "x")
-    expected = reduced(ds["object"].sel({"method": "b"}).values, pictures[-1].attrs["step_px"])
-    np.testing.assert_allclose(pictures[-1]["amplitude"].sel({"method": "b"}).values, expected, rtol=1e-5)
+    assert pictures[-1]["amplitude"].dims == ("network", "y", "x")
+    expected = reduced(ds["object"].sel(network="b").values, pictures[-1].attrs["step_px"])
+    np.testing.assert_allclose(pictures[-1]["amplitude"].sel(network="b").values, expected, rtol=1e-5)
 
 
 def test_it_is_shown_twice_a_second_at_most(store, monkeypatch):
@@ -143,9 +143,9 @@ def grey_of(content):
 
 def test_neither_result_nor_ledger_knows_of_it(store, client, tmp_path):
     first = reconstruct(store, LinearModel(), out=tmp_path / "a.zarr", client=client, live=lambda ds: None, **FIELDS)
-    assert "live" not in first.attrs["spec"]
+    assert "live" not in first.ptycho.records["spec"]
     again = reconstruct(store, LinearModel(), out=tmp_path / "a.zarr", client=client, resume=True, **FIELDS)
-    assert json.dumps(again.attrs["spec"]) == json.dumps(first.attrs["spec"])
+    assert json.dumps(again.ptycho.records["spec"]) == json.dumps(first.ptycho.records["spec"])
 
 
 @pytest.mark.parametrize(

@@ -104,21 +104,21 @@ def test_several_models_read_each_pattern_once_and_give_what_each_gives_alone(
     both = reconstruct(store, models, client=client, groups_per_chunk=150, window="illumination", out=out)
     # The client binds the models with the first pattern; the only chunk reads all.
     assert reads == [1, 150]
-    assert both["object"].dims == ("method", "y", "x")
-    assert both["method"].values.tolist() == ["pinn", "baseline"]
+    assert both["object"].dims == ("network", "y", "x")
+    assert both["network"].values.tolist() == ["pinn", "baseline"]
     for label, model in models.items():
         alone = reconstruct(store, model, client=client, groups_per_chunk=150, window="illumination")
         y, x = alone["y"].values, alone["x"].values
-        assert_same_bits(both.sel({"method": label, "y": y, "x": x}), alone)
+        assert_same_bits(both.sel(network=label, y=y, x=x), alone)
 
 
 def test_several_models_keep_their_halves_apart(store, client):
     models = {"a": LinearModel(), "b": LinearModel(content_hash="b")}
     both = reconstruct(store, models, client=client, split_half=True, tile=32, groups_per_chunk=40)
     alone = reconstruct(store, models["a"], client=client, split_half=True, tile=32, groups_per_chunk=40)
-    assert both["object_half"].dims == ("method", "half", "y", "x")
+    assert both["object_half"].dims == ("network", "half", "y", "x")
     for label in "ab":
-        assert_same_bits(both.sel({"method": label}), alone, (*SAME, "object_half", "weight_half"))
+        assert_same_bits(both.sel(network=label), alone, (*SAME, "object_half", "weight_half"))
     lazy = reconstruct(store, models, compute=False, split_half=True, tile=32, groups_per_chunk=40).ptycho.compute()
     assert_same_bits(lazy, both, (*SAME, "object_half"))
 
@@ -163,7 +163,7 @@ def test_cached_patches_can_be_dropped_and_moved(store, client, tmp_path):
     seen = (count > 0).sum()
     assert (shifted["count"].values > 0).sum() >= seen - box[0] - box[1]
     assert shifted["weight"].sum() == pytest.approx(weight.sum(), rel=0.02)
-    assert shifted.attrs["spec"]["position_yx_px"] is not None
+    assert shifted.ptycho.records["spec"]["position_yx_px"] is not None
     assert np.nanmean(np.abs(object_)) == pytest.approx(float(np.abs(shifted["object"]).mean()), rel=0.02)
 
 

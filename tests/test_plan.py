@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import subprocess
 import sys
 
@@ -146,6 +147,17 @@ def test_the_group_table_has_the_models_members(tmp_path):
     with pytest.raises(PtychodaskError, match=r"several group tables have 2 .*c2-k3-s0, c2-k4-s0.*pass groups="):
         plan(path, LinearModel(members=2))
     assert plan(path, LinearModel(members=2), ReconstructionSpec(groups="c2-k4-s0")).groups == "c2-k4-s0"
+    group(path, GroupingSpec(members=2))
+    assert plan(path, LinearModel(members=2)).groups == "c2-k7-s0"
+
+
+def test_tables_of_single_patterns_are_all_the_same(tmp_path):
+    path = tmp_path / "scan.zarr"
+    simulate(path, n_pixels=16, n_patterns=40, step_px=4.0, seed=3)
+    group(path, GroupingSpec(members=1, seed=3))
+    group(path, GroupingSpec(members=1), name="others")
+    assert group(path, GroupingSpec(members=1)).name == "c1"
+    assert plan(path, LinearModel(members=1)).groups == "c1"
 
 
 def test_a_model_or_a_table_that_does_not_fit_is_refused(store):
@@ -256,7 +268,7 @@ def test_reconstruct_stores_the_table_that_was_planned(tmp_path):
     planned = plan(path, LinearModel())
     ds = reconstruct(path, {"one": LinearModel(), "other": LinearModel("other", members=2)}, progress=False)
     assert StoredScan(path).table_names() == ["c2-k7-s0", "c4-k7-s0"]
-    assert ds.attrs["plan"]["one"]["groups_hash"] == planned.groups_hash
+    assert ds.ptycho.records["plan"]["one"]["groups_hash"] == planned.groups_hash
 
 
 def test_a_table_of_another_spec_is_refused_by_a_plan(no_table, monkeypatch):
@@ -290,3 +302,67 @@ def test_planning_loads_no_network_library(store):
         check=True,
     )
     assert said.stdout.split("\n")[:2] == [str(N_PATTERNS), "[]"]
+
+
+@pytest.fixture(scope="module")
+def glitch(tmp_path_factory):
+    """A scan with one position far from all others, and its file's rows in another order than the store's."""
+    scan = simulate(tmp_path_factory.mktemp("glitch") / "scan.zarr", n_pixels=16, n_patterns=100, step_px=3.0)
+    position = scan.position_yx_px.copy()
+    position[17] = 60000.0, 45000.0
+    path = str(scan.store).replace("scan.zarr", "glitch.zarr")
+    return write_scan(
+        path,
+        diffraction=scan.diffraction[:],
+        position_yx_px=position,
+        probe=scan.probe,
+        domain="counts",
+        calibration="as_given",
+        source_index=np.arange(100) + 1000,
+        progress=False,
+    )
+
+
+def test_an_outlying_position_is_named_before_memory_is_blamed(glitch):
+    (pattern,) = np.flatnonzero(glitch.position_yx_px[:, 0] > 1000)
+    named = rf"plan: pattern {pattern} at \(y, x\) = \(60000, 45000\) px is far from all others; leave it out with "
+    named += rf"drop=\[{pattern}\] \(--drop {pattern}\), or at ingest with drop_frames=\"1017\" .* need [\d,]+.\d MiB"
+    with pytest.raises(PtychodaskError, match=named) as refused:
+        plan(glitch.store, LinearModel())
+    assert "below 1" not in str(refused.value)
+    assert not plan(glitch.store, LinearModel(), drop=[int(pattern)]).outliers
+
+
+def test_an_outlying_position_that_fits_is_named_in_plan_and_run(glitch, client, told):
+    fields = {"memory_bytes": 2**40, "roi": (0, 60, 0, 60)}
+    planned = plan(glitch.store, LinearModel(), **fields)
+    assert "outliers    pattern" in str(planned)
+    reconstruct(glitch.store, LinearModel(), client=client, **fields)
+    assert any("is far from all others; leave it out with" in message for message in told)
+
+
+def test_the_command_takes_numbers_to_drop(glitch, run):
+    (pattern,) = np.flatnonzero(glitch.position_yx_px[:, 0] > 1000)
+    code, _, err = run("plan", glitch.store, "--groups", "c4-k7-s0")
+    assert code
+    assert f"--drop {pattern}" in err
+    code, out, err = run("plan", glitch.store, "--groups", "c4-k7-s0", "--drop", pattern)
+    assert code == 0, err
+    assert "outliers" not in out
+    code, _, err = run("plan", glitch.store, "--drop", "17,x")
+    assert code
+    assert "--drop" in err
+
+
+def test_a_scan_that_cannot_be_written_is_planned_and_its_owner_is_told_what_to_run(tmp_path, monkeypatch):
+    path = tmp_path / "scan.zarr"
+    simulate(path, n_pixels=16, n_patterns=40, step_px=4.0, seed=3)
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    # The tests may run as root, who can write everywhere but on such a disk.
+    monkeypatch.setattr("ptychodask.store.groups._write_table", read_only)
+    assert plan(path, LinearModel()).n_groups == 40
+    with pytest.raises(PtychodaskError, match=r"cannot be written .*owner run: ptychodask group .* --members 4"):
+        reconstruct(path, LinearModel())

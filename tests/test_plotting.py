@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -298,3 +299,69 @@ def test_local_resolution_is_drawn_where_its_windows_lie(object_):
     assert image.get_clim() == (2, 4), "the finest there can be, and where nothing is coarser a wide enough scale"
     found["local_resolution_px"][:] = np.nan
     assert plot_split_half(ds, resolution=found)
+
+
+def drawn(shape, **options):
+    return plot(result(known_object(shape), **options))
+
+
+@pytest.mark.parametrize(
+    ("shape", "pixel_size_m"),
+    [((20, 320), None), ((320, 20), 1e-9), ((20, 6000), 1e-9), ((6000, 20), None), ((1, 90), None), ((90, 1), None)],
+)
+def test_elongated_objects_are_stacked_and_nothing_covers_them(shape, pixel_size_m):
+    figure = drawn(shape, pixel_size_m=pixel_size_m)
+    figure.canvas.draw()
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    boxes = [axes.get_position() for axes in panels]
+    is_wide = shape[1] > shape[0]
+    same = [(box.x0, box.x1) if is_wide else (box.y0, box.y1) for box in boxes]
+    np.testing.assert_allclose(same, [same[0]] * 4, atol=1e-3)
+    for axes, box in zip(panels, boxes, strict=True):
+        width, height = np.array([box.width, box.height]) * figure.get_size_inches()
+        assert max(width, height) / min(width, height) <= 20.5
+        assert min(width, height) > 0.25
+        renderer = figure.canvas.get_renderer()
+        inside = axes.get_window_extent(renderer)
+        assert not any(inside.overlaps(text.get_window_extent(renderer)) for text in axes.texts)
+        for axis in (axes.xaxis, axes.yaxis):
+            labels = [label.get_window_extent(renderer) for label in axis.get_ticklabels() if label.get_text()]
+            assert not any(one.overlaps(other) for one, other in pairwise(labels))
+
+
+def test_the_stretch_of_a_very_long_object_is_in_its_label():
+    assert {axes.get_ylabel() for axes in drawn((20, 6000)).axes if axes.get_title()} == {"y (px) × 15"}
+    assert {axes.get_xlabel() for axes in drawn((6000, 20)).axes if axes.get_title()} == {"x (px) × 15"}
+    assert {axes.get_ylabel() for axes in drawn((20, 320)).axes if axes.get_title()} == {"y (px)"}
+
+
+def test_the_short_side_of_a_long_object_keeps_its_pixels(monkeypatch):
+    monkeypatch.setattr("ptychodask.judging.plotting.LARGEST_PIXELS", 100)
+    image = drawn((20, 320)).axes[0].images[0]
+    assert image.get_array().shape == (20, 80)
+    np.testing.assert_allclose(image.get_extent(), (5 - 2, 5 + 316 + 2, 9.5, -10.5))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (3, 5), (5, 3)])
+def test_tiny_objects_have_whole_pixels_at_their_ticks(shape):
+    figure = drawn(shape)
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert shape == (1, 1) or all(tick % 1 == 0 for tick in ticks)
+    assert len({label.get_text() for label in axes.get_xticklabels()}) == len(axes.get_xticklabels())
+
+
+@pytest.mark.parametrize("shape", [(30, 200), (200, 30)])
+def test_other_figures_of_elongated_objects_are_drawn(shape, tmp_path):
+    ds = result(known_object(shape))
+    plot_complex(ds, path=tmp_path / "complex.png")
+    results = {"a": ds, "b": ds * 1}
+    figure = plot_comparison(results, comparison=compare(results), path=tmp_path / "comparison.png")
+    assert len(panels_of(figure)) == 7
+    halves = ds.assign(
+        object_half=(("half", "y", "x"), np.stack([ds["object"].values] * 2)),
+        weight_half=(("half", "y", "x"), np.stack([ds["weight"].values] * 2)),
+    )
+    assert len(panels_of(plot_split_half(halves, path=tmp_path / "halves.png"))) == 4

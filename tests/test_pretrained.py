@@ -76,8 +76,8 @@ def test_a_scan_without_a_model_takes_the_packaged_one(store, tmp_path):
     assert resolve_model(scan, None).path == "pretrained:pinn-n64-c4"
     assert plan(store).members == 4
     ds = reconstruct(store)
-    assert ds.attrs["model"]["path"] == "pretrained:pinn-n64-c4"
-    assert "unlike_training" not in ds.attrs["model"]
+    assert ds.ptycho.records["model"]["path"] == "pretrained:pinn-n64-c4"
+    assert "unlike_training" not in ds.ptycho.records["model"]
     found = compare({"packaged": ds}, truth=scan)["value"].sel({"method": "packaged", "metric": "correlation"})
     assert float(found.sel(part="amplitude")) > 0.9
     report = write_report(ds, tmp_path / "report.html").read_text()
@@ -113,7 +113,7 @@ def test_a_scan_that_is_unlike_the_lessons_is_warned_of_and_the_report_says_so(t
     with caplog.at_level(logging.WARNING):
         ds = reconstruct(path)
     assert "sparse.zarr: is outside the training range of pretrained:pinn-n64-c4" in caplog.text
-    unlike = ds.attrs["model"]["unlike_training"]
+    unlike = ds.ptycho.records["model"]["unlike_training"]
     assert any(line.startswith("photons in a pattern is ") for line in unlike)
     assert any(line.startswith("probe overlap, 1 - step / diameter is ") for line in unlike)
     monkeypatch.setattr(training_range, "SPACING_POSITIONS", 20)

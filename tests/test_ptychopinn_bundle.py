@@ -228,7 +228,7 @@ def test_a_scan_is_reconstructed_from_an_archive_whatever_the_chunks(archive, tm
         for chunk, batch in ((40, 16), (7, 3))
     ]
     whole, pieces = (result["object"].to_numpy() for result in results)
-    assert results[0].attrs["plan"]["window"] == "uniform"
+    assert results[0].ptycho.records["plan"]["window"] == "uniform"
     np.testing.assert_array_equal(np.isnan(whole), np.isnan(pieces))
     np.testing.assert_allclose(pieces, whole, rtol=1e-5)
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import bz2
 import io
+import json
 import logging
 import pickle
+import select
+import socket
+import subprocess
+import sys
 import zipfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -457,3 +463,155 @@ def test_pickles_in_the_middle_of_nowhere_are_no_arrays(tmp_path):
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("ycoords.txt", pickle.dumps([1, 2]))
     assert read(path).n_patterns == 9
+
+
+WRITER = """
+import sys
+import h5py
+import numpy as np
+path, mode, arrays = sys.argv[1], sys.argv[2], np.load(sys.argv[3])
+with h5py.File(path, "w", libver="latest") as file:
+    for key, values in arrays.items():
+        file.create_dataset(key, data=values, maxshape=(None, *values.shape[1:]), chunks=(1, *values.shape[1:]))
+    file.flush()
+    if mode == "swmr":
+        file.swmr_mode = True
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def written_by_another(path: Path, mode: str = "plain") -> Iterator[None]:
+    """An HDF5 file that another process has open for writing, as during an acquisition."""
+    arrays = save(path.parent, foreign())
+    command = [sys.executable, "-c", WRITER, str(path), mode, str(arrays)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        yield
+        writer.communicate()
+
+
+def test_a_file_locked_by_its_writer_is_refused_as_such(tmp_path: Path) -> None:
+    with (
+        written_by_another(tmp_path / "held.h5"),
+        pytest.raises(PtychodaskError, match=r"held\.h5: another program is writing it and has locked it; wait"),
+    ):
+        ingest(tmp_path / "held.h5", tmp_path / "scan.zarr", **MAPPED)
+    assert ingest(tmp_path / "held.h5", tmp_path / "scan.zarr", **MAPPED).n_patterns == 9
+
+
+def test_a_file_in_swmr_mode_is_read_as_far_as_it_is_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with written_by_another(tmp_path / "grows.h5", "swmr"):
+        scan = ingest(tmp_path / "grows.h5", tmp_path / "scan.zarr", **MAPPED)
+        np.testing.assert_array_equal(np.sort(scan.diffraction[:], axis=0), np.sort(COUNTS, axis=0))
+    assert "only what is written so far is read" in caplog.text
+
+
+def test_a_file_whose_writer_crashed_names_the_command_that_clears_it(tmp_path: Path) -> None:
+    path = tmp_path / "crashed.h5"
+    code = "import h5py, os, sys; f = h5py.File(sys.argv[1], 'w', libver='latest'); f['dp'] = 1; f.flush(); os._exit(1)"
+    subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    with pytest.raises(PtychodaskError, match=r"marked as open for writing.*h5clear -s .*crashed\.h5"):
+        ingest(path, tmp_path / "scan.zarr", **MAPPED)
+
+
+@pytest.mark.parametrize("reference", ["external link", "virtual dataset"])
+def test_a_part_that_its_writer_holds_is_not_called_missing_and_not_read_as_zeros(
+    tmp_path: Path, reference: str
+) -> None:
+    with h5py.File(tmp_path / "master.h5", "w", libver="latest") as master:
+        if reference == "external link":
+            master["dp"] = h5py.ExternalLink("part.h5", "dp")
+        else:
+            layout = h5py.VirtualLayout(COUNTS.shape, COUNTS.dtype)
+            layout[:] = h5py.VirtualSource("part.h5", "dp", COUNTS.shape)
+            master.create_virtual_dataset("dp", layout)
+        master["py"], master["px"] = Y, X
+    with (
+        written_by_another(tmp_path / "part.h5"),
+        pytest.raises(PtychodaskError, match=r"part\.h5: another program is writing it"),
+    ):
+        ingest(tmp_path / "master.h5", tmp_path / "scan.zarr", **MAPPED)
+    assert ingest(tmp_path / "master.h5", tmp_path / "scan.zarr", **MAPPED).n_patterns == 9
+
+
+def test_a_disk_without_locks_names_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> h5py.File:
+        # What h5py raises on a network disk without locks, which needs such a disk.
+        raise OSError(37, "[Errno 37] Unable to synchronously open file (unable to lock file, errno = 37)")
+
+    path = save_hdf5(tmp_path, foreign())
+    monkeypatch.setattr(h5py, "File", refuse)
+    with pytest.raises(PtychodaskError, match=r"no file locks.*HDF5_USE_FILE_LOCKING=FALSE"):
+        ingest(path, tmp_path / "scan.zarr", **MAPPED)
+
+
+def test_hdf5_files_open_where_select_takes_sockets_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unix = select.select
+
+    def windows(*lists: Any) -> Any:
+        if not all(isinstance(each, socket.socket) for each in (*lists[0], *lists[1], *lists[2])):
+            raise OSError(10038, "An operation was attempted on something that is not a socket")
+        return unix(*lists)
+
+    monkeypatch.setattr(select, "select", windows)
+    assert ingest(save_hdf5(tmp_path, foreign()), tmp_path / "scan.zarr", **MAPPED).n_patterns == 9
+
+
+@pytest.mark.parametrize("as_array", [np.array, lambda text: np.array([text]), lambda text: np.array(text.encode())])
+def test_a_metadata_text_is_recorded(tmp_path: Path, as_array: Any) -> None:
+    text = json.dumps({"sample": "Siemens star", "dwell_s": 0.1})
+    scan = ingest(save(tmp_path, pinn(_metadata=as_array(text))), tmp_path / "scan.zarr")
+    assert scan.attributes["provenance"]["metadata"] == {"sample": "Siemens star", "dwell_s": 0.1}
+
+
+@pytest.mark.parametrize("content", ["no JSON", "[1, 2]", "[" * 100_000, " " * 2**20])
+def test_metadata_of_another_form_are_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    scan = ingest(save(tmp_path, pinn(_metadata=np.array(content))), tmp_path / "scan.zarr")
+    assert "metadata" not in scan.attributes["provenance"]
+    assert "source.npz[_metadata]: is left out, expected one JSON object" in caplog.text
+
+
+def test_a_missing_probe_is_not_replaced_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ingest(save(tmp_path, pinn(probeGuess=None)), tmp_path / "scan.zarr")
+    assert "source.npz: has no probe, so one is estimated from the mean pattern; pass probe= (--probe)" in caplog.text
+    caplog.clear()
+    ingest(save(tmp_path, pinn(probeGuess=None)), tmp_path / "asked.zarr", probe="estimate")
+    assert not caplog.text
+
+
+EMPTY = {"no patterns": {"dp": COUNTS[:0], "py": Y[:0], "px": X[:0]}, "no pixels": {"dp": COUNTS[:, :0, :0]}}
+EMPTY |= {"null patterns": {"dp": h5py.Empty("u2")}, "null positions": {"py": h5py.Empty("f8")}}
+EMPTY |= {"no positions": {"py": Y[:0]}, "no probe": {"probe": PROBE[None][:0]}, "zero probe": {"probe": 0 * PROBE}}
+REFUSED = {
+    "no patterns": r"dp\]: has shape \(0, 16, 16\), expected \(pattern, qy, qx\), none of them 0",
+    "no pixels": r"dp\]: has shape \(9, 0, 0\)",
+    "null patterns": r"dp\]: patterns have shape \(\)",
+    "null positions": r"py\]: is an empty dataset \(a null dataspace\), expected numbers",
+    "no positions": r"9 patterns but 0 positions|0 .* but 9",
+    "no probe": r"probe\]: the probe has shape \(0, 16, 16\)",
+    "zero probe": r"its probe is zero everywhere; pass probe='estimate' \(--probe estimate\)",
+}
+
+
+@pytest.mark.parametrize("case", EMPTY)
+def test_empty_arrays_are_refused_by_name(tmp_path: Path, case: str) -> None:
+    with h5py.File(tmp_path / "empty.h5", "w") as file:
+        for key, values in (foreign() | EMPTY[case]).items():
+            file.create_dataset(key, data=values)
+    keys = KEYS | ({"probe": "probe"} if "probe" in EMPTY[case] else {})
+    with pytest.raises(PtychodaskError, match=REFUSED[case]):
+        ingest(tmp_path / "empty.h5", tmp_path / "scan.zarr", **MAPPED | {"keys": keys})
+
+
+@pytest.mark.parametrize("n_patterns", [0, 3])
+def test_a_cxi_without_patterns_or_finite_positions_is_refused(tmp_path: Path, n_patterns: int) -> None:
+    with h5py.File(tmp_path / "empty.cxi", "w") as file:
+        file["entry_1/instrument_1/detector_1/data"] = COUNTS[:n_patterns]
+        file["entry_1/sample_1/geometry_1/translation"] = np.full((n_patterns, 3), np.nan)
+    with pytest.raises(PtychodaskError):
+        ingest(tmp_path / "empty.cxi", tmp_path / "scan.zarr", energy_ev=8000.0, distance_m=1.0, detector_pixel_m=1e-4)

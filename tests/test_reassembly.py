@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from functools import reduce
 
+import numba
 import numpy as np
 import pytest
+from numba.core.caching import CacheImpl
 
+from ptychodask import reassembly
 from ptychodask.errors import PtychodaskError
 from ptychodask.reassembly import (
     Box,
@@ -195,3 +198,12 @@ def test_a_window_without_light_is_refused():
 def test_a_crop_beyond_the_canvas_is_refused():
     with pytest.raises(PtychodaskError, match="reaches outside the canvas"):
         crop(empty_canvas((0, 0), (4, 4)), Box(0, 5, 0, 4))
+
+
+def test_it_runs_where_nothing_can_be_cached(monkeypatch):
+    # Where neither the installation nor the home folder can be written, numba finds none of its cache folders.
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="no locator available"):
+        numba.njit(cache=True)(reassembly._splat.py_func)
+    compiled = reassembly._compiled(reassembly._splat.py_func)
+    assert compiled.py_func is reassembly._splat.py_func

@@ -151,7 +151,7 @@ def test_what_is_written_is_what_stays_in_memory(store, client, tmp_path):
 
 def test_attributes_say_what_made_the_object(store, client):
     ds = reconstruct(store, LinearModel(), client=client, groups_per_chunk=np.int64(70), roi=(0, 9, 0, 9))
-    attributes = json.loads(json.dumps(ds.attrs))
+    attributes = json.loads(json.dumps(ds.ptycho.records))
     assert attributes["data_hash"] == open_scan(store).data_hash
     assert attributes["model"] == {"kind": "linear", "hash": "linear", "path": None}
     assert attributes["spec"]["roi"] == [0, 9, 0, 9]
@@ -165,7 +165,7 @@ def test_a_lazy_result_computes_nothing_until_asked(store, client):
     fields = {"groups_per_chunk": 7, "tile": 16, "batch_size": 7}
     lazy = reconstruct(store, model, compute=False, **fields)
     assert model.calls == []
-    n_chunks = lazy.attrs["plan"]["n_chunks"]
+    n_chunks = lazy.ptycho.records["plan"]["n_chunks"]
     computed = lazy.ptycho.compute()
     assert len(model.calls) == n_chunks
     assert_same_bits(computed, reconstruct(store, LinearModel(), client=client, **fields))
@@ -176,7 +176,7 @@ def test_a_region_of_a_lazy_result_predicts_only_the_chunks_of_its_tiles(store):
     fields = {"groups_per_chunk": 7, "tile": 16, "batch_size": 7}
     lazy = reconstruct(store, model, compute=False, **fields)
     first = plan(store, model, reconstruction.ReconstructionSpec(**fields)).tiles[0]
-    assert 0 < len(first.chunks) < lazy.attrs["plan"]["n_chunks"]
+    assert 0 < len(first.chunks) < lazy.ptycho.records["plan"]["n_chunks"]
     for compute in (lambda ds: ds.compute(), lambda ds: ds.ptycho.compute()):
         model.calls.clear()
         compute(lazy.isel(y=slice(0, 9), x=slice(2, 16)))
@@ -187,7 +187,7 @@ def test_object_and_weight_together_predict_once(store):
     model = LinearModel()
     lazy = reconstruct(store, model, compute=False, groups_per_chunk=7, tile=16, batch_size=7)
     dask.compute(lazy["object"], lazy["weight"])
-    assert len(model.calls) == lazy.attrs["plan"]["n_chunks"]
+    assert len(model.calls) == lazy.ptycho.records["plan"]["n_chunks"]
 
 
 def test_a_lazy_result_uses_the_active_client(store, client):
@@ -219,7 +219,7 @@ def test_canvases_go_when_no_tile_needs_them(tmp_path, client, monkeypatch):
 
     monkeypatch.setattr(tasks, "empty_canvas", counted)
     ds = reconstruct(path, LinearModel(), client=client, groups_per_chunk=1, tile=16)
-    assert ds.attrs["plan"]["n_chunks"] == 200
+    assert ds.ptycho.records["plan"]["n_chunks"] == 200
     # Along a line a tile meets some ten chunks, a few more are at work, and each tile makes two canvases of its own;
     # releases reach a busy worker late, so the bound is generous: kept canvases would be 200 and more.
     assert max(most) < 100
@@ -278,7 +278,7 @@ def test_an_interrupt_stops_the_run_which_then_goes_on(store, client, tmp_path, 
         reconstruct(store, LinearModel(), client=client, out=tmp_path / "object.zarr", **fields)
     model = LinearModel()
     resumed = reconstruct(store, model, client=client, out=tmp_path / "object.zarr", resume=True, **fields)
-    assert len(model.calls) == resumed.attrs["plan"]["n_chunks"] - seen.count("chunk")
+    assert len(model.calls) == resumed.ptycho.records["plan"]["n_chunks"] - seen.count("chunk")
     assert_same_bits(resumed, reconstruct(store, LinearModel(), client=client, **fields))
     assert [path.name for path in tmp_path.iterdir()] == ["object.zarr"]
 

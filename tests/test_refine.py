@@ -92,7 +92,7 @@ def test_two_processes_give_the_same_bits_as_none_on_disk_and_in_memory(scan, po
         written = reconstruct(scan.store, FlatModel(), polish=4, out=tmp_path / "object.zarr", **FIELDS)
     assert_same_bits(there, polished)
     assert_same_bits(written, polished)
-    assert json.loads(json.dumps(written.attrs["refinement"])) == polished.attrs["refinement"]
+    assert json.loads(json.dumps(written.ptycho.records["refinement"])) == polished.ptycho.records["refinement"]
 
 
 def test_without_sweeps_nothing_changes(scan, client):
@@ -108,7 +108,7 @@ def judges_of(scan):
 
 
 def test_the_judges_misfit_falls_and_is_that_of_the_object(scan, plain, polished):
-    record = polished.attrs["refinement"]
+    record = polished.ptycho.records["refinement"]
     stages = record["stages"]
     assert [stage["stage"] for stage in stages] == ["stitched", "sweep 1", "sweep 2", "sweep 3", "sweep 4"]
     assert (record["sweeps"], record["n_patterns"], record["n_judges"]) == (4, 113, 7)
@@ -118,7 +118,7 @@ def test_the_judges_misfit_falls_and_is_that_of_the_object(scan, plain, polished
         assert stage["misfit"] == pytest.approx(wanted.misfit, rel=0.1)
         assert stage["r_factor"] == pytest.approx(wanted.r_factor, rel=0.05)
     assert stages[-1]["r_factor"] < 0.5 * stages[0]["r_factor"]
-    assert polished.attrs["spec"]["polish"] == 4
+    assert polished.ptycho.records["spec"]["polish"] == 4
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +139,12 @@ def test_the_slow_phase_is_that_of_the_whole_object_in_memory(scan, client, plai
     wanted = refine_slow_phase(scan, unrefined["object"].values, corner_of(unrefined))
     np.testing.assert_array_equal(np.isnan(ds["object"]), ds["count"] == 0)
     assert np.nanmax(np.abs(ds["object"].values - wanted.object)) < 1e-5
-    record = ds.attrs["refinement"]["slow_phase"]
+    record = ds.ptycho.records["refinement"]["slow_phase"]
     assert record.pop("misfit_before") == pytest.approx(wanted.record.misfit_before)
     assert record.pop("misfit_after") == pytest.approx(wanted.record.misfit_after)
     assert record.items() <= asdict(wanted.record).items()
     assert (record["kept"], record["n_patterns"], record["n_judges"]) == (True, 113, 7)
-    assert ds.attrs["seconds"]["slow_phase"] > 0
+    assert ds.ptycho.records["seconds"]["slow_phase"] > 0
     assert np.nanmax(np.abs(ds["object"].values - unrefined["object"].values)) > 0.1
     for name in ("weight", "uncertainty", "count"):
         np.testing.assert_array_equal(ds[name].values, unrefined[name].values)
@@ -158,7 +158,7 @@ def test_two_processes_give_the_same_slow_phase_as_none_on_disk_and_in_memory(sc
         written = reconstruct(scan.store, FlatModel(), out=tmp_path / "object.zarr", **fields)
     assert_same_bits(there, here)
     assert_same_bits(written, here)
-    assert json.loads(json.dumps(written.attrs["refinement"])) == here.attrs["refinement"]
+    assert json.loads(json.dumps(written.ptycho.records["refinement"])) == here.ptycho.records["refinement"]
 
 
 def test_sweeps_start_from_the_corrected_object(scan, client):
@@ -166,16 +166,16 @@ def test_sweeps_start_from_the_corrected_object(scan, client):
         reconstruct(scan.store, FlatModel(), client=client, slow_phase=True, polish=polish, **FIELDS)
         for polish in (0, 2)
     )
-    names = [stage["stage"] for stage in both.attrs["refinement"]["stages"]]
+    names = [stage["stage"] for stage in both.ptycho.records["refinement"]["stages"]]
     # A flat object has no detail yet: one sweep comes first.
     assert names == ["stitched", "sweep 1", "slow_phase", "sweep 2"]
-    assert [stage["stage"] for stage in slow.attrs["refinement"]["stages"]] == ["stitched", "slow_phase"]
-    misfits = [stage["misfit"] for stage in both.attrs["refinement"]["stages"]]
+    assert [stage["stage"] for stage in slow.ptycho.records["refinement"]["stages"]] == ["stitched", "slow_phase"]
+    misfits = [stage["misfit"] for stage in both.ptycho.records["refinement"]["stages"]]
     assert misfits == sorted(misfits, reverse=True)
 
 
 def stages_of(ds):
-    return [stage["stage"] for stage in ds.attrs["refinement"]["stages"]]
+    return [stage["stage"] for stage in ds.ptycho.records["refinement"]["stages"]]
 
 
 @pytest.mark.usefixtures("with_refinement")
@@ -191,8 +191,8 @@ def test_by_default_the_judges_decide_and_the_best_object_is_kept(scan, client, 
     fields = FIELDS | {"groups_per_chunk": 200, "client": client, "slow_phase": False}
     ds = reconstruct(scan.store, FlatModel(), **fields)
     # Judged once before each sweep and after the last: the misfit rises from the fourth time on, three in a row.
-    assert [stage["kept"] for stage in ds.attrs["refinement"]["stages"]] == [True] * 4 + [False] * 3
-    assert ds.attrs["refinement"]["sweeps"] == 3
+    assert [stage["kept"] for stage in ds.ptycho.records["refinement"]["stages"]] == [True] * 4 + [False] * 3
+    assert ds.ptycho.records["refinement"]["sweeps"] == 3
     monkeypatch.undo()
     assert_same_bits(ds, reconstruct(scan.store, FlatModel(), **fields, polish=3))
 
@@ -201,7 +201,7 @@ def test_by_default_the_judges_decide_and_the_best_object_is_kept(scan, client, 
 def test_few_patterns_are_refined_without_judges(client, tmp_path):
     simulate(tmp_path / "scan.zarr", n_pixels=16, n_patterns=40, dose=1e6, step_px=2.0, path="raster", seed=3)
     ds = reconstruct(tmp_path / "scan.zarr", FlatModel(), client=client, **FIELDS)
-    record = ds.attrs["refinement"]
+    record = ds.ptycho.records["refinement"]
     assert (record["sweeps"], record["n_judges"], record["n_patterns"]) == (2, 0, 40)
     assert stages_of(ds)[:2] == ["stitched", "sweep 1"]
     assert record["slow_phase"]["n_patterns"] == 40
@@ -211,18 +211,18 @@ def test_few_patterns_are_refined_without_judges(client, tmp_path):
 def test_defaults_refine_where_they_can_and_say_where_they_cannot(scan, client, plain, tmp_path):
     ds = reconstruct(scan.store, FlatModel(), client=client, **FIELDS)
     assert "slow_phase" in stages_of(ds)
-    assert (ds.attrs["spec"]["polish"], ds.attrs["spec"]["slow_phase"]) == ("auto", "auto")
+    assert (ds.ptycho.records["spec"]["polish"], ds.ptycho.records["spec"]["slow_phase"]) == ("auto", "auto")
     lazy = reconstruct(scan.store, FlatModel(), compute=False, **FIELDS)
     assert_same_bits(lazy.compute(), plain)
-    assert "compute=False" in lazy.attrs["refinement"]["left_out"]
+    assert "compute=False" in lazy.ptycho.records["refinement"]["left_out"]
     region = reconstruct(scan.store, FlatModel(), client=client, roi=(0, 6, 0, 6), **FIELDS)
-    assert region.attrs["refinement"]["left_out"] == "only 0 patterns illuminate only the region"
+    assert region.ptycho.records["refinement"]["left_out"] == "only 0 patterns illuminate only the region"
 
 
 def test_a_region_is_refined_by_the_patterns_within(scan, client, plain):
     fields = FIELDS | {"client": client, "polish": 3, "slow_phase": True, "roi": (-14, 14, -16, 12)}
     part = reconstruct(scan.store, FlatModel(), **fields)
-    record = part.attrs["refinement"]
+    record = part.ptycho.records["refinement"]
     assert 0 < record["n_patterns"] < 113
     middle = {"y": slice(-6, 6), "x": slice(-8, 4)}
     truth = scan.truth.object
@@ -242,10 +242,10 @@ def test_each_half_is_refined_by_its_own_patterns(scan, client, tmp_path):
     store_of(scan, tmp_path / "spoilt.zarr", diffraction=spoilt)
     fields = FIELDS | {"client": client, "polish": 2, "slow_phase": True, "split_half": True}
     one, other = (reconstruct(store, FlatModel(), **fields) for store in (scan.store, tmp_path / "spoilt.zarr"))
-    assert list(one.attrs["refinement"]) == ["whole", "half 0", "half 1"]
+    assert list(one.ptycho.records["refinement"]) == ["whole", "half 0", "half 1"]
     np.testing.assert_array_equal(one["object_half"][0], other["object_half"][0])
     assert np.nanmax(np.abs(one["object_half"][1] - other["object_half"][1])) > 0.1
-    assert one.attrs["refinement"]["half 0"]["n_patterns"] == N_PATTERNS // 2
+    assert one.ptycho.records["refinement"]["half 0"]["n_patterns"] == N_PATTERNS // 2
 
 
 def test_the_object_of_each_model_is_refined(scan, client):
@@ -255,7 +255,7 @@ def test_the_object_of_each_model_is_refined(scan, client):
         alone = reconstruct(scan.store, model, **fields)
         found = both["object"].sel({both["object"].dims[0]: label}).values
         assert np.nanmax(np.abs(found - alone["object"].values)) < 1e-4
-        assert list(both.attrs["refinement"]) == ["flat", "linear"]
+        assert list(both.ptycho.records["refinement"]) == ["flat", "linear"]
 
 
 def fail_after(n_steps, monkeypatch):
@@ -364,7 +364,7 @@ def test_a_rejected_slow_phase_leaves_the_object_as_it_was(client, tmp_path):
         for slow_phase in (False, True)
     )
     assert_same_bits(slow, plain)
-    record = slow.attrs["refinement"]["slow_phase"]
+    record = slow.ptycho.records["refinement"]["slow_phase"]
     assert not record["kept"]
     assert record["misfit_after"] > record["misfit_before"]
     assert "less than 0.0001 of itself lower" in record["reason"]
@@ -380,17 +380,17 @@ def test_dropped_patterns_take_no_part_in_the_slow_phase(scan, client, tmp_path)
         for store in (scan.store, tmp_path / "spoilt.zarr")
     )
     assert_same_bits(one, other)
-    record = one.attrs["refinement"]["slow_phase"]
-    assert record == other.attrs["refinement"]["slow_phase"]
+    record = one.ptycho.records["refinement"]["slow_phase"]
+    assert record == other.ptycho.records["refinement"]["slow_phase"]
     assert record["n_patterns"] + record["n_judges"] == N_PATTERNS - len(drop)
 
 
 def test_refinement_is_recorded_and_a_run_with_another_is_not_resumed(scan, client, plain, tmp_path):
-    assert plain.attrs["spec"]["slow_phase"] is False
+    assert plain.ptycho.records["spec"]["slow_phase"] is False
     assert "refinement" not in plain.attrs
     fields = FIELDS | {"client": client, "out": tmp_path / "object.zarr"}
     slow = reconstruct(scan.store, FlatModel(), slow_phase=True, **fields)
-    assert slow.attrs["spec"]["slow_phase"] is True
+    assert slow.ptycho.records["spec"]["slow_phase"] is True
     with pytest.raises(PtychodaskError, match=r"spec\.slow_phase was true, is false"):
         reconstruct(scan.store, FlatModel(), resume=True, **fields)
 
@@ -421,7 +421,9 @@ def test_a_task_of_the_slow_phase_that_fails_once_is_tried_again(scan, client, m
 def test_the_slow_phase_of_several_experiments_is_refused_before_the_network(scan, tmp_path, monkeypatch):
     monkeypatch.setattr(FlatModel, "patches", lambda *_: pytest.fail("the network was used"))
     store_of(scan, tmp_path / "two.zarr", scan_index=np.arange(N_PATTERNS) % 2)
-    with pytest.raises(PtychodaskError, match="slow_phase=True with 2 experiments in one store"):
+    with pytest.raises(
+        PtychodaskError, match=r"has 2 experiments \(0, 1\), and each has an object of its own; pass experiment="
+    ):
         reconstruct(tmp_path / "two.zarr", FlatModel(), slow_phase=True, **FIELDS)
 
 
@@ -455,7 +457,7 @@ def test_only_the_object_changes_and_unseen_pixels_stay_unseen(scan, client, pol
 def test_a_small_crop_is_polished_where_it_was_seen(scan, client):
     ds = reconstruct(scan.store, FlatModel(), client=client, polish=3, crop=6, window="uniform", **FIELDS)
     np.testing.assert_array_equal(np.isnan(ds["object"]), ds["count"] == 0)
-    stages = ds.attrs["refinement"]["stages"]
+    stages = ds.ptycho.records["refinement"]["stages"]
     assert stages[-1]["r_factor"] < 0.6 * stages[0]["r_factor"]
 
 
@@ -632,7 +634,7 @@ def test_dropping_nothing_changes_nothing_and_a_lazy_result_drops_too(scan, clie
     assert_same_bits(none, whole)
     lazy = reconstruct(scan.store, LinearModel(), drop=[60, 7, 5, 5], compute=False, **FIELDS)
     assert_same_bits(lazy.compute(), some)
-    assert some.attrs["spec"]["drop"] == [5, 7, 60]
+    assert some.ptycho.records["spec"]["drop"] == [5, 7, 60]
     assert float(some["count"].sum()) < float(whole["count"].sum())
 
 
@@ -646,8 +648,10 @@ def test_dropped_patterns_have_no_say_in_polishing(scan, client, tmp_path):
         for store in (scan.store, tmp_path / "spoilt.zarr")
     )
     assert_same_bits(one, other)
-    assert one.attrs["refinement"] == other.attrs["refinement"]
-    assert one.attrs["refinement"]["n_patterns"] + one.attrs["refinement"]["n_judges"] == N_PATTERNS - len(drop)
+    assert one.ptycho.records["refinement"] == other.ptycho.records["refinement"]
+    assert one.ptycho.records["refinement"]["n_patterns"] + one.ptycho.records["refinement"][
+        "n_judges"
+    ] == N_PATTERNS - len(drop)
 
 
 def test_excluded_patterns_have_no_say_in_the_iterative_engine(scan, tmp_path):

@@ -52,7 +52,7 @@ def figures(results, truth):
 
 
 def stages_of(ds):
-    return [(one["stage"], one["misfit"], one["kept"]) for one in ds.attrs["refinement"]["stages"]]
+    return [(one["stage"], one["misfit"], one["kept"]) for one in ds.ptycho.records["refinement"]["stages"]]
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_particles_of_an_electron_scan_have_mass(shared, tmp_path):
     ingest(shared / "data" / "rotavirus_N64.h5", store, progress=False)
     plain, refined = (reconstruct(store, NETWORK, progress=False, **options) for options in (PLAIN, {}))
     print(stages_of(refined))
-    stages = refined.attrs["refinement"]["stages"]
+    stages = refined.ptycho.records["refinement"]["stages"]
     kept = [one["misfit"] for one in stages if one["kept"]]
     assert kept[-1] < kept[0]
     told(*(r_of(ds, open_scan(store), np.arange(0, 16000, 40)) for ds in (plain, refined)))

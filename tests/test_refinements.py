@@ -13,7 +13,7 @@ from ptychodask.judging.plotting import plot, plot_refinement
 from ptychodask.judging.refinements import (
     MOST_STAGES,
     added_phase,
-    attributes_of_method,
+    attributes_of_network,
     refinement_of,
     refinement_text,
     shifts_of,
@@ -149,15 +149,15 @@ def test_long_records_are_cut():
 
 
 def test_several_methods_have_a_refinement_each():
-    both = xr.concat([result({}), result({})], "method").assign_coords(method=["one", "other"])
-    both.attrs = {"methods": ["one", "other"], "refinement": {"one": REFINEMENT, "other": {"left_out": "no probe"}}}
+    both = xr.concat([result({}), result({})], "network").assign_coords(network=["one", "other"])
+    both.attrs = {"networks": ["one", "other"], "refinement": {"one": REFINEMENT, "other": {"left_out": "no probe"}}}
     opened = results_by_label([(None, both)])
     assert {label: refinement_text(ds.attrs) for label, ds in opened.items()} == {
         "one": "slow phase, 1 sweep",
         "other": "none",
     }
     assert refinement_of(opened["other"].attrs).left_out == "no probe"
-    assert attributes_of_method({"refinement": REFINEMENT}, "one") == {"refinement": REFINEMENT}
+    assert attributes_of_network({"refinement": REFINEMENT}, "one") == {"refinement": REFINEMENT}
 
 
 def test_the_slow_phase_is_bilinear_between_nodes_and_constant_beyond():
@@ -244,7 +244,7 @@ def test_comparisons_warn_if_results_were_refined_differently(caplog):
     assert "refinement" not in alike.attrs
     assert not caplog.records
     table = compare({"plain": plain, "refined": refined, "iterative": iterative})
-    assert table.attrs["refinement"] == {"plain": "none", "refined": "slow phase, 1 sweep"}
+    assert table.ptycho.records["refinement"] == {"plain": "none", "refined": "slow phase, 1 sweep"}
     warning = "Not all were refined alike; refinement: plain (none), refined (slow phase, 1 sweep)."
     assert warning in caplog.text
     assert warning in to_markdown(table)

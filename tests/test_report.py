@@ -201,10 +201,10 @@ def test_training_is_told_where_the_bundle_is_the_one_that_was_used(ds, tmp_path
 
 
 def test_of_several_methods_the_first_is_told_and_the_others_stand_beside_it(ds, tmp_path):
-    both = xr.concat([ds, ds * 1.1], "method").assign_coords(method=["pinn", "baseline"])
+    both = xr.concat([ds, ds * 1.1], "network").assign_coords(network=["pinn", "baseline"])
     plan = {"n_groups": 12, "n_patterns": 20, "groups": "c4", "n_chunks": 3, "crop": 8, "window": "cosine"}
     both.attrs = {
-        "methods": ["pinn", "baseline"],
+        "networks": ["pinn", "baseline"],
         "model": {name: {"kind": name, "hash": f"{name}-hash", "path": "gone"} for name in ("pinn", "baseline")},
         "plan": {"pinn": plan, "baseline": plan | {"n_groups": 99}},
         "spec": {"drop": [3, 7]},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -11,10 +13,12 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.reassembly import Finished
 from ptychodask.result import (
     CHUNK_PIXELS,
+    Layers,
     create_result,
     finish_result,
     make_dataset,
     open_result,
+    recorded,
     write_tile,
 )
 from ptychodask.storage.location import parse_location
@@ -160,3 +164,61 @@ def test_a_result_that_lost_a_file_is_refused(tmp_path):
         PtychodaskError, match=r"object has 0 of its 1 chunks, files of it are missing; reconstruct again"
     ):
         open_result(path)
+
+
+def full_attributes():
+    return {
+        "plan": {"tile": 256, "box": [0, 1, 2, 3]},
+        "skipped": {},
+        "store": None,
+        "resumed": False,
+        "rates": [1.5, 2],
+        "labels": ["a", "b"],
+        "mixed": [1, "b", None],
+        "name": "{not json",
+    }
+
+
+def test_a_result_is_written_by_xarray_to_netcdf(tmp_path):
+    ds = make_dataset(*some_arrays(), CORNER, pixel_size_m=2e-9, attributes=full_attributes())
+    for opened in (ds, saved_and_opened(ds, tmp_path / "r.zarr")):
+        opened[["weight", "count", "uncertainty"]].to_netcdf(tmp_path / "r.nc", engine="h5netcdf")
+        opened.ptycho.amplitude.to_netcdf(tmp_path / "a.nc", engine="h5netcdf")
+        with xr.open_dataset(tmp_path / "r.nc", engine="h5netcdf") as read:
+            assert json.loads(read.attrs["plan"]) == full_attributes()["plan"]
+            assert recorded(read.attrs, "plan", "box") == [0, 1, 2, 3]
+            np.testing.assert_array_equal(read["weight"], opened["weight"])
+
+
+def saved_and_opened(ds, path):
+    ds.ptycho.save(path)
+    return open_result(path)
+
+
+def test_records_are_the_attributes_that_were_given(tmp_path):
+    ds = make_dataset(*some_arrays(), CORNER, pixel_size_m=2e-9, attributes=full_attributes())
+    for opened in (ds, saved_and_opened(ds, tmp_path / "r.zarr")):
+        assert {name: opened.ptycho.records[name] for name in full_attributes()} == full_attributes()
+    # The store has them as values, for programs that read it without ptychodask.
+    assert zarr.open_group(tmp_path / "r.zarr", mode="r").attrs["plan"] == full_attributes()["plan"]
+
+
+def test_a_result_of_several_networks_of_version_0_1_opens_with_a_hint(tmp_path, told):
+    path = parse_location(tmp_path / "r.zarr")
+    path.make_folder()
+    layers = Layers(("pinn", "baseline"))
+    create_result(path, (8, 8), (0, 0), 8, pixel_size_m=None, layers=layers)
+    arrays = {name: np.zeros(layers.shape(name, (8, 8)), each.dtype) for name, each in layers.variables.items()}
+    arrays["weight"][1] = 2.0
+    write_tile(path, (0, 0), arrays)
+    finish_result(path, {"model": {"pinn": {"kind": "pinn"}, "baseline": {"kind": "baseline"}}})
+    new = open_result(path)
+    for file in (tmp_path / "r.zarr").rglob("zarr.json"):
+        file.write_text(file.read_text().replace('"networks"', '"methods"').replace('"network"', '"method"'))
+    assert not told
+    old = open_result(path)
+    assert "its dimension 'method' is called 'network' now; select with ds.sel(network='pinn')" in told[0]
+    xr.testing.assert_identical(old.compute(), new.compute())
+    assert float(old.sel(network="baseline")["weight"].max()) == 2.0
+    with pytest.raises(KeyError):
+        new.sel(network="nosuch")

@@ -134,7 +134,7 @@ def test_a_job_that_meets_its_time_limit_goes_on_where_it_was(slurm, star, plain
     # What SLURM does a minute before the limit: the signal goes to the script alone.
     cancel_when_begun(slurm, out, ("--batch", "--signal=TERM", job.number))
     wait_for(lambda: asked(slurm, "squeue", "-h", "-j", job.number, "-o", "%T") == "PENDING")
-    assert 4 <= n_chunks_done(out) < plain.attrs["plan"]["n_chunks"]
+    assert 4 <= n_chunks_done(out) < plain.ptycho.records["plan"]["n_chunks"]
     # SLURM lets a job that was put back wait for two minutes.
     asked(slurm, "scontrol", "update", f"JobId={job.number}", "StartTime=now")
     wait_for(lambda: not asked(slurm, "squeue", "-h", "-j", job.number, "-o", "%i"))

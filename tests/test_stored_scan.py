@@ -125,7 +125,7 @@ def test_each_worker_process_opens_the_scan_once(store, openings, tmp_path):
         again = reconstruct(store, LinearModel(), client=client, polish=1, **FIELDS)
         assert list(client.run(opened_here).values()) == [["r", "r"]]
     np.testing.assert_array_equal(again["object"].values, local["object"].values)
-    assert ds.attrs["plan"]["groups"] == GroupingSpec(seed=5).name
+    assert ds.ptycho.records["plan"]["groups"] == GroupingSpec(seed=5).name
 
 
 def opened_here():

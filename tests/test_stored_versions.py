@@ -50,7 +50,7 @@ def test_a_result_opens_and_a_new_one_has_its_bits(stored):
     result = ptychodask.open_result(stored / "result.zarr")
     again = reconstruct(stored, split_half=True, out=stored / "again.zarr", pyramid=True)
     assert_same_bits(result, again, [*VARIABLES, "object_half", "weight_half"])
-    assert result.attrs["plan"] == again.attrs["plan"]
+    assert result.ptycho.records["plan"] == again.ptycho.records["plan"]
     level = ptychodask.open_result(stored / "result.zarr", level=1)
     assert_same_bits(level, ptychodask.open_result(stored / "again.zarr", level=1), ["object", "weight"])
 

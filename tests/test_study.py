@@ -272,9 +272,12 @@ def test_the_overlap_is_one_less_the_spacing_in_diameters_of_the_probe():
         ("[matrix]\ndose = [1e4]\noverlap = [0.5]\n[train]\nepochs = 0", r"epochs is 0, expected 1 or more"),
         (
             "[matrix]\ndose = [1e4]\noverlap = [0.5]\n[train]\nepochs = 'x'",
-            r"\[train\] has a value of the wrong type",
+            r"epochs is 'x', expected a whole number",
         ),
-        ("[matrix]\ndose = [1e4]\noverlap = [0.5]\ngridsize = [3]", r"neighbours is 7 for groups of 9 members"),
+        (
+            "[matrix]\ndose = [1e4]\noverlap = [0.5]\ngridsize = [3]\n[train]\nneighbours = 8",
+            r"neighbours is 8 for groups of 9 members",
+        ),
         ("[matrix]\ndose = [1e4]\noverlap = [0.5]\n[reconstruct]\npolich = 5", r"\[reconstruct\] has no key polich"),
         ("[matrix]\ndose = [1e4]\noverlap = [0.5]\n[reconstruct]\npolish = -5", r"polish is -5"),
         ("[matrix]\ndose = [1e4]\noverlap = [0.5]\n[compare]\nramp = 1", r"ramp is 1, expected true or false"),

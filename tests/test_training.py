@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import pytest
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec
 from ptychodask.models import Optics, load_model
+from ptychodask.models.description import epochs_of
 from ptychodask.probes import disc_probe, illuminated_radius_px
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
@@ -254,11 +256,32 @@ def test_time_ends_a_training(store, tmp_path):
         ({"neighbours": 2}, "neighbours is 2 for groups of 4 members"),
         ({"storeys": 3}, "no field storeys; the fields are: .*levels"),
         ({"loss": "hinge"}, "loss is 'hinge'"),
+        ({"epochs": 1.5}, "epochs is 1.5, expected a whole number"),
+        ({"batch_size": 7.0}, "batch_size is 7.0, expected a whole number"),
+        ({"patience": True}, "patience is True, expected a whole number"),
+        ({"learning_rate": "1e-3"}, "learning_rate is '1e-3', expected a number"),
+        ({"attention": 1}, "attention is 1, expected True or False"),
+        ({"seed": 0.0}, "seed is 0.0, expected a whole number"),
+        ({"members": 1, "oversampling": 4}, "oversampling=4 has no effect with members=1"),
+        ({"model": "baseline", "oversampling": 2}, "oversampling=2 has no effect with members=1"),
     ],
 )
 def test_a_spec_that_trains_nothing_is_refused(store, tmp_path, fields, message):
     with pytest.raises(PtychodaskError, match=message):
         train(store, out=tmp_path / "x.model", **fields)
+
+
+def test_numbers_of_numpy_are_recorded_as_plain_ones():
+    spec = TrainingSpec(epochs=np.int64(3), learning_rate=np.float32(0.5), members=9)
+    assert json.loads(json.dumps(spec.recorded()))["learning_rate"] == 0.5
+    assert (spec.recorded()["epochs"], spec.recorded()["neighbours"]) == (3, 9)
+
+
+def test_an_epoch_in_two_stages_counts_once(store, tmp_path):
+    fields = SHORT | {"epochs": 1, "loss": "staged"}
+    model = train(store, out=tmp_path / "s.model", **fields)
+    assert [entry["epoch"] for entry in model.history] == [pytest.approx(0.5, abs=0.1), 1.0]
+    assert epochs_of(model.history) == "1"
 
 
 def test_an_existing_bundle_is_refused_before_training(store, trained):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import numpy as np
 import typer
 
-from ptychodask.cli.flags import numbers, numbers_in, pairs, whole_numbers
+from ptychodask.cli.flags import numbers, numbers_in, numbers_or_file, pairs, whole_numbers
 from ptychodask.errors import Frozen
 from ptychodask.options import facts_of, flags_of, names_where
 
@@ -114,7 +114,13 @@ def _as_text(hint: Any, flag: str, meaning: str) -> tuple[Any, str, Reader]:
         return str, meaning, lambda text: text if text in words else read(flag, text, len(parts))
     if str in kinds or Literal in origins:
         return str, meaning, _unchanged
-    if Sequence in origins or np.ndarray in origins:
+    if Sequence in origins:
+        return (
+            str,
+            f"{meaning[:-1]}: numbers such as 17,40, or a .npy file.",
+            lambda text: numbers_or_file(flag, text, content.rstrip(".")),
+        )
+    if np.ndarray in origins:
         return Path, f".npy file of {content}", lambda path: numbers_in(flag, path, content.rstrip("."))
     return next(kind for kind in kinds if kind is not NoneType), meaning, _unchanged
 

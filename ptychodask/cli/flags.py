@@ -87,6 +87,14 @@ def numbers_in(flag: str, path: Path, content: str) -> NDArray[Any]:
         raise PtychodaskError(f"{flag} {error}; expected a .npy file of {content}") from error
 
 
+def numbers_or_file(flag: str, given: str, content: str) -> NDArray[Any] | list[int]:
+    """Whole numbers separated by commas, or those in a .npy file."""
+    parts = given.split(",")
+    if all(part.strip().isdecimal() for part in parts):
+        return [int(part) for part in parts]
+    return numbers_in(flag, Path(given), content)
+
+
 def check_one_cluster(command: str, workers: int | None, scheduler: str | None) -> None:
     if workers is not None and scheduler is not None:
         raise PtychodaskError(

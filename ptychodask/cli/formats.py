@@ -22,7 +22,11 @@ def export(
     scan: Annotated[
         Path | None, typer.Option(help="Store of the scan that the result was made from; by default the recorded one.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="Method to export, if the result has several.")] = None,
+    network: Annotated[str | None, typer.Option(help="Network to export, if the result has several.")] = None,
+    method: Annotated[str | None, typer.Option(help="Former name of --network.", hidden=True)] = None,
+    experiment: Annotated[
+        int | None, typer.Option(help="Experiment to export, if the scan has several; by default that of the result.")
+    ] = None,
     pixel_size_m: Annotated[
         float | None, typer.Option(help="Size of an object pixel, metres, if not recorded.")
     ] = None,
@@ -52,7 +56,8 @@ def export(
         progress=progress_option(quiet),
         **given(
             scan=scan,
-            method=method,
+            network=network or method,
+            experiment=experiment,
             pixel_size_m=pixel_size_m,
             energy_ev=energy_ev,
             distance_m=distance_m,

@@ -22,11 +22,16 @@ from ptychodask.cli.flags import (
     client_for,
     given,
     named,
-    numbers_in,
+    numbers_or_file,
     progress_option,
 )
 from ptychodask.errors import PtychodaskError
 from ptychodask.progress import quiet_stderr
+
+Experiment = Annotated[
+    int | None,
+    typer.Option(help="Experiment of the results, if the scan has several; by default the one that they record."),
+]
 
 
 def compare(
@@ -37,6 +42,7 @@ def compare(
     scan: Annotated[
         Path | None, typer.Option(help="Store of the scan, to compute the R-factor of each result.")
     ] = None,
+    experiment: Experiment = None,
     baseline: Annotated[
         str | None, typer.Option(help="Label of the result from which signed differences are computed.")
     ] = None,
@@ -78,10 +84,11 @@ def compare(
     aligned_results = align(opened, truth=known, register=register)
     table = None
     if measured is not None and known is None and len(aligned_results) == 1:
-        for label, misfit in r_factors(aligned_results, measured).items():
-            typer.echo(f"{label}: R {misfit:.4f} over {len(patterns_inside(aligned_results, measured))} patterns")
+        n_inside = len(patterns_inside(aligned_results, measured, experiment))
+        for label, misfit in r_factors(aligned_results, measured, experiment).items():
+            typer.echo(f"{label}: R {misfit:.4f} over {n_inside} patterns")
     else:
-        options = given(baseline=baseline, peak=None if peak is None else _peak(peak))
+        options = given(experiment=experiment, baseline=baseline, peak=None if peak is None else _peak(peak))
         table = compare(aligned_results, truth=known, scan=measured, scale=scale, **options)
         typer.echo(to_markdown(table))
         for path, text in ((csv, to_csv(table)), (markdown, to_markdown(table))):
@@ -95,8 +102,10 @@ def residuals(
     result: Annotated[Path, typer.Argument(help="Result of reconstruct, a folder ending in .zarr.")],
     store: Store,
     drop: Annotated[
-        Path | None, typer.Option(help=".npy file of pattern indices that were left out of the result.")
+        str | None,
+        typer.Option(help="Pattern indices that were left out of the result: numbers such as 17,40, or a .npy file."),
     ] = None,
+    experiment: Experiment = None,
     n_mad: Annotated[
         float | None, typer.Option(help="Threshold for outliers: standard deviations (1.4826 MAD) above the median R.")
     ] = None,
@@ -122,7 +131,8 @@ def residuals(
     if png is not None:
         check_figure_path(png)
     check_folders(save_outliers, csv)
-    options = given(drop=None if drop is None else numbers_in("--drop", drop, "pattern indices"))
+    dropped = None if drop is None else numbers_or_file("--drop", drop, "pattern indices")
+    options = given(drop=dropped, experiment=experiment)
     with client_for(workers, scheduler, tls, tls_folder) as client:
         ds = residuals(result, store, client=client, progress=progress_option(quiet), **options)
     far = outliers(ds, **given(n_mad=n_mad))
@@ -176,6 +186,7 @@ def report(
     compare: Annotated[
         list[str] | None, typer.Option(help="Another result to compare with, as PATH or LABEL=PATH. Repeatable.")
     ] = None,
+    experiment: Experiment = None,
     out: Annotated[Path | None, typer.Option(help="HTML file to write; by default beside the result.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -193,7 +204,14 @@ def report(
     out = beside(named(Path(source)), f"{Path(source).name.removesuffix('.zarr')}.html") if out is None else out
     others = _labelled(compare or [], None)
     path = write_report(
-        source, out, label=label, scan=scan, truth=truth, others=others, progress=progress_option(quiet)
+        source,
+        out,
+        label=label,
+        scan=scan,
+        truth=truth,
+        others=others,
+        experiment=experiment,
+        progress=progress_option(quiet),
     )
     typer.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 

@@ -61,8 +61,9 @@ def train(
         progress=progress_option(quiet),
         **fields,
     )
+    from ptychodask.models.description import epochs_of
+
     last = trained.history[-1]
     best = min(entry["held_out_loss"] for entry in trained.history)
-    typer.echo(
-        f"{trained.path}: {len(trained.history)} epochs in {last['seconds']:.0f} s, lowest held-out loss {best:.4g}"
-    )
+    n_epochs = epochs_of(trained.history)
+    typer.echo(f"{trained.path}: {n_epochs} epochs in {last['seconds']:.0f} s, lowest held-out loss {best:.4g}")

@@ -67,7 +67,14 @@ def plan(
     with quiet_stderr():
         import ptychodask.models.model  # noqa: F401
         from ptychodask.plan import plan
-    typer.echo(str(plan(store, model, measure=measure, **fields)))
+        from ptychodask.prediction import open_anew
+    experiments = [] if "experiment" in fields else open_anew(store).experiments(tuple(fields.get("drop", ())))
+    if len(experiments) < 2:
+        typer.echo(str(plan(store, model, measure=measure, **fields)))
+        return
+    for number in experiments:
+        planned = plan(store, model, measure=measure, experiment=number, **fields)
+        typer.echo(f"experiment  {number}\n{planned}\n")
 
 
 @options_of("ptychodask.plan.spec", "ReconstructionSpec")
@@ -89,7 +96,9 @@ def reconstruct(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Result to write; by default <store>.object.zarr. For several scans, a folder."),
+        typer.Option(
+            help="Result to write; by default <store>.object.zarr. For several scans or experiments, a folder."
+        ),
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Figure to write; by default beside the result.")] = None,
     *,
@@ -140,12 +149,15 @@ def reconstruct(
             "progress": progress_option(quiet),
         }
         try:
-            results = reconstruct(stores, **arguments) if several else {"": reconstruct(stores[0], **arguments)}
+            results = reconstruct(stores if several else stores[0], **arguments)
         except FailedScansError as error:
             results, failed = error.results, error
-    for name, result in results.items():
-        path = result_path(target, name) if several else target
-        _draw(result, path, png or _figure_beside(path))
+    if isinstance(results, dict):
+        for name, result in results.items():
+            path = result_path(target, name) if several else target / f"{name}.zarr"
+            _draw(result, path, png.with_stem(f"{png.stem}-{name}") if png else _figure_beside(path))
+    else:
+        _draw(results, target, png or _figure_beside(target))
     if failed is not None:
         raise failed
 
@@ -158,13 +170,13 @@ def _draw(result: Any, out: Any, png: Path) -> None:
     """Draw a result and print a summary line."""
     from ptychodask.judging.plotting import plot, plot_comparison
 
-    if "method" in result.dims:
-        plot_comparison({label: result.sel({"method": label}) for label in result["method"].values}, path=png)
+    if "network" in result.dims:
+        plot_comparison({label: result.sel(network=label) for label in result["network"].values}, path=png)
     else:
         plot(result, path=png)
     height, width = result["object"].shape[-2:]
     rate = result.attrs["patterns_per_s"]
-    n_skipped = sum(len(patterns) for patterns in result.attrs["skipped"].values())
+    n_skipped = sum(len(patterns) for patterns in result.ptycho.records["skipped"].values())
     left_out = f", {n_skipped} patterns left out" if n_skipped else ""
     typer.echo(f"{out}: {height} x {width} px, {rate:,.0f} patterns/s{left_out}; figure {png}")
 

@@ -205,6 +205,10 @@ def refine_probe(
     search_defocus: Annotated[
         bool, typer.Option("--search-defocus", help="Also try initial probes that are out of focus.")
     ] = False,
+    experiment: Annotated[
+        int | None,
+        typer.Option(help="Experiment whose patterns are used, of a scan of several; by default the largest."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed of the order and of the held-out patterns.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -216,7 +220,7 @@ def refine_probe(
     """
     from ptychodask.iterative import refine_probe
 
-    options = given(n_sweeps=n_sweeps, fraction=fraction, held_out=held_out, seed=seed)
+    options = given(n_sweeps=n_sweeps, fraction=fraction, held_out=held_out, experiment=experiment, seed=seed)
     refined = refine_probe(store, search_defocus=search_defocus, progress=progress_option(quiet), **options)
     change = f"R {refined.r_before:.4f} -> {refined.r_after:.4f} on {refined.n_held_out} held-out patterns"
     outcome = "stored" if refined.stored else "not better, stored probe unchanged"

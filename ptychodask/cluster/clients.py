@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import os
@@ -71,6 +72,23 @@ def active_client() -> Client | None:
         return None
 
 
+def check_client(client: Client) -> Client:
+    """Return a client; raise `PtychodaskError` unless calls can wait for its results.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    """
+    if client.asynchronous:
+        raise PtychodaskError(
+            "the Dask client is asynchronous, and waiting for its results would block its event loop for ever; make "
+            "one without asynchronous=True (in a notebook too), or pass one as client="
+        )
+    if client.status != "running":
+        raise PtychodaskError(f"the Dask client is {client.status}; make a new one, or pass an open one as client=")
+    return client
+
+
 @contextmanager
 def _local_cluster(**options: Any) -> Iterator[LocalCluster]:
     """A cluster on this machine, closed at the end of the block.
@@ -82,6 +100,46 @@ def _local_cluster(**options: Any) -> Iterator[LocalCluster]:
     # Kept until the cluster is closed, because restarted worker processes read the settings too.
     with dask.config.set(settings), LocalCluster(**QUIET, **options) as cluster:
         yield cluster
+
+
+def _check_main_guard(function: str) -> None:
+    """Raise `PtychodaskError` if a script starts worker processes when it is imported.
+
+    A new worker process imports the script of its parent, and would start workers itself.
+    """
+    if dask.config.get("distributed.worker.multiprocessing-method") == "fork":
+        return
+    line = _line_of_script()
+    if line is not None and not _is_guarded(*line):
+        raise PtychodaskError(
+            f"{function}: line {line[1]} of {line[0]} also runs when a worker process imports the script; put it under "
+            "if __name__ == '__main__':"
+        )
+
+
+def _line_of_script() -> tuple[Path, int] | None:
+    """Line of the main script that is running.
+
+    None in a notebook, a thread, or without a script.
+    """
+    main = sys.modules.get("__main__")
+    path, frame = getattr(main, "__file__", None), sys._getframe()
+    while frame is not None and not (frame.f_globals is vars(main) and frame.f_code.co_name == "<module>"):
+        frame = frame.f_back  # type: ignore[assignment]
+    return None if frame is None or path is None else (Path(path), frame.f_lineno)
+
+
+def _is_guarded(script: Path, line: int) -> bool:
+    """True if a line is below a condition on ``__name__``.
+
+    Also if the script cannot be read.
+    """
+    try:
+        tree = ast.parse(script.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return True
+    conditions = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "__name__" in ast.dump(node.test)]
+    return any(node.lineno <= line <= (node.end_lineno or line) for node in conditions)
 
 
 @contextmanager
@@ -119,10 +177,15 @@ def in_process_client() -> Iterator[Client]:
             processes=False,
             n_workers=1,
             threads_per_worker=THREADS_PER_WORKER,
+            memory_limit=MEMORY_LIMIT,
             worker_dashboard_address=LOOPBACK,
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
+        # Dask would pause it while this process, with all else that it holds, uses more than a share of the memory: for
+        # ever, since the run frees none of that.
+        for worker in cluster.workers.values():
+            worker.memory_manager.memory_pause_fraction = False
         yield client
 
 
@@ -151,10 +214,12 @@ def local_client(n_workers: int, *, security: Security | None = None, host: str 
     Raises
     ------
     PtychodaskError
-        If `n_workers` is not positive, or `host` is not an address of this machine.
+        If `n_workers` is not positive, `host` is not an address of this machine, or a script calls this outside of
+        ``if __name__ == "__main__":``.
     """
     if n_workers < 1:
         raise PtychodaskError(f"local_client: n_workers is {n_workers}, expected 1 or more")
+    _check_main_guard("local_client")
     check_host(host, security)
     threads = str(max(1, (os.cpu_count() or 1) // n_workers))
     with (
@@ -272,10 +337,15 @@ def client_for_run(client: Client | None) -> Iterator[Client]:
     Yields
     ------
     distributed.Client
+
+    Raises
+    ------
+    PtychodaskError
+        If the client is asynchronous or closed.
     """
     existing = client if client is not None else active_client()
     if existing is not None:
-        yield existing
+        yield check_client(existing)
         return
     with in_process_client() as started:
         logger.info("no Dask client is active: running in this process")
@@ -442,7 +512,8 @@ def gpu_client(
     Raises
     ------
     PtychodaskError
-        If there is no GPU, one is given twice, or this machine cannot listen on `host`.
+        If there is no GPU, one is given twice, this machine cannot listen on `host`, or a script calls this outside of
+        ``if __name__ == "__main__":``.
 
     Notes
     -----
@@ -453,6 +524,7 @@ def gpu_client(
         raise PtychodaskError("gpu_client: no GPU found or given, expected one or more; without a GPU use local_client")
     if len(set(named)) < len(named):
         raise PtychodaskError(f"gpu_client: devices are {', '.join(named)}, expected no duplicates; pass each GPU once")
+    _check_main_guard("gpu_client")
     check_host(host, security)
     shared = {"host": host, "protocol": "tcp" if security is None else "tls", "security": security}
     shared |= {"dashboard_address": LOOPBACK}

@@ -10,7 +10,7 @@ import distributed
 from distributed import Client
 
 from ptychodask.cluster.broadcast import Broadcast, broadcast
-from ptychodask.cluster.clients import client_for_run
+from ptychodask.cluster.clients import check_client, client_for_run
 
 DEVICE_SHARE = 0.5
 """Part of a worker's `GPU` that a predict task asks for: two overlap, one reading while the other predicts."""
@@ -30,6 +30,15 @@ class WorkerState(NamedTuple):
 
     resources: Mapping[str, float]
     """Resources that it advertises, such as ``GPU``."""
+
+    used_bytes: int = 0
+    """Memory that its process uses, as last reported."""
+
+    is_paused: bool = False
+    """True if it starts no task, since it uses too much of its memory."""
+
+    n_running: int = 0
+    """Tasks that it runs, of any client, as last reported."""
 
 
 class Future(Protocol):
@@ -111,10 +120,11 @@ class DaskExecutor:
     Parameters
     ----------
     client : distributed.Client
+        Synchronous and open, see `check_client`.
     """
 
     def __init__(self, client: Client) -> None:
-        self._client = client
+        self._client = check_client(client)
 
     def submit(
         self,
@@ -153,7 +163,15 @@ class DaskExecutor:
 
     def workers(self) -> dict[str, WorkerState]:
         return {
-            address: WorkerState(worker["name"], worker["nthreads"], worker["memory_limit"], worker["resources"])
+            address: WorkerState(
+                str(worker["name"]),
+                worker["nthreads"],
+                worker["memory_limit"] or 0,
+                worker["resources"],
+                int(worker["metrics"].get("memory", 0)),
+                worker["status"] == "paused",
+                int(worker["metrics"].get("task_counts", {}).get("executing", 0)),
+            )
             for address, worker in self._client.scheduler_info(n_workers=-1)["workers"].items()
         }
 

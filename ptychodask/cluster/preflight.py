@@ -13,9 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import distributed
+import psutil
 
 from ptychodask.cluster.broadcast import IN_PROCESS
-from ptychodask.cluster.executor import DaskExecutor, Executor, Future
+from ptychodask.cluster.executor import DaskExecutor, Executor, Future, WorkerState
+from ptychodask.cluster.job import MIB
+from ptychodask.cluster.watch import MEMORY_OPTIONS, Watch, needed_mib, pause_fraction
 from ptychodask.errors import PtychodaskError, in_brief
 from ptychodask.models.choose import resolve_model
 from ptychodask.models.contract import Device, MinimalModel
@@ -55,7 +58,10 @@ class _Report:
     versions: dict[str, str | None]
 
     problem: str | None
-    """Reason why it cannot do the run, except for versions; None if it can."""
+    """Reason why it cannot do the run, except for versions and memory; None if it can."""
+
+    used_bytes: int
+    """Memory that its process uses once the network is loaded."""
 
 
 def preflight(
@@ -98,26 +104,37 @@ def preflight(
     _check_all(DaskExecutor(client), _Requirements(stored.path, stored.data_hash, models, device))
 
 
-def preflight_jobs(executor: Executor, jobs: Sequence[PredictionJob]) -> None:
+def preflight_jobs(executor: Executor, jobs: Sequence[PredictionJob], task_bytes: int = 0) -> None:
     """Like `preflight`, for the jobs of a run.
 
-    Does nothing if all workers are inside this process.
+    Of workers inside this process only the memory limit is checked.
 
     Parameters
     ----------
     executor : Executor
     jobs : sequence of PredictionJob
         Jobs on one store, one for each model.
+    task_bytes : int
+        Memory of the largest task, without the network.
+
+    Raises
+    ------
+    PtychodaskError
+        As `preflight`, or if the memory limit of a worker is too low for network, library and tasks.
     """
     first = jobs[0]
-    _check_all(executor, _Requirements(first.store, first.data_hash, tuple(job.model for job in jobs), first.device))
+    models = tuple(job.model for job in jobs)
+    _check_all(executor, _Requirements(first.store, first.data_hash, models, first.device), task_bytes)
 
 
-def _check_all(executor: Executor, requirements: _Requirements) -> None:
+def _check_all(executor: Executor, requirements: _Requirements, task_bytes: int = 0) -> None:
     # An adaptive cluster may start workers only for tasks, and have none yet.
     workers = executor.workers()
     if not workers:
         logger.info("no worker has connected yet: none is checked")
+    # Checked before any task runs: Dask kills a worker over its limit, and the error would then blame a chunk.
+    for worker in workers.values():
+        _check_memory(worker, 0, task_bytes)
     if all(address.startswith(IN_PROCESS) for address in workers):
         return
     name = uuid.uuid4().hex[:12]
@@ -137,22 +154,48 @@ def _check_all(executor: Executor, requirements: _Requirements) -> None:
         expected = _versions()
         for address, future in futures.items():
             _check(f"worker {workers[address].name} on {_host(address)}", future, expected, requirements)
+            if future.status == "finished":
+                _check_memory(workers[address], future.result().used_bytes, task_bytes)
     finally:
         executor.cancel(list(futures.values()))
 
 
 def _wait(executor: Executor, futures: Mapping[str, Future]) -> None:
-    """Wait until every connected worker has answered, at most `ANSWERS_WITHIN_S`."""
+    """Wait until every connected worker has answered, at most `ANSWERS_WITHIN_S`.
+
+    Raises `PtychodaskError` if a worker is restarted meanwhile, or all are paused: its limit is below what the network
+    and its library take.
+    """
+    watch = Watch(executor, "reconstruct", restarts=0)
+    watch.look()
     deadline = time.monotonic() + ANSWERS_WITHIN_S
     waiting = dict(futures)
     while waiting and time.monotonic() < deadline:
         executor.wait(list(waiting.values()), POLL_S)
-        connected = executor.workers()
+        connected = watch.look() or executor.workers()
         waiting = {
             address: future
             for address, future in waiting.items()
             if future.status == "pending" and address in connected
         }
+
+
+def _check_memory(worker: WorkerState, loaded_bytes: int, task_bytes: int) -> None:
+    """Raise `PtychodaskError` if the limit of a worker is too low.
+
+    `loaded_bytes` is what its process uses once the network is loaded.
+    """
+    limit, threads = worker.memory_bytes, worker.n_threads
+    needed, pauses = loaded_bytes + threads * task_bytes, pause_fraction() or 1.0
+    if not limit or (needed <= limit and loaded_bytes <= pauses * limit):
+        return
+    loaded = f"the network and its library take {loaded_bytes / MIB:,.0f} MiB, and " if loaded_bytes else ""
+    fewer = f"pass memory_bytes= below {limit // threads}, " if threads * task_bytes > limit else ""
+    raise PtychodaskError(
+        f"reconstruct: worker {worker.name} may use {limit / MIB:,.0f} MiB, {loaded}its {threads} threads need "
+        f"{threads * task_bytes / MIB:,.0f} MiB; {fewer}start workers with "
+        f"{needed_mib(loaded_bytes, threads * task_bytes)} or more ({MEMORY_OPTIONS}), or with fewer threads"
+    )
 
 
 def _host(address: str) -> str:
@@ -199,7 +242,8 @@ def _version(name: str) -> str | None:
 
 def _report(requirements: _Requirements, advertised: bool) -> _Report:
     """Check this worker; `advertised` is True if it advertises a GPU."""
-    return _Report(socket.gethostname(), _versions(), _problem(requirements, advertised))
+    problem = _problem(requirements, advertised)
+    return _Report(socket.gethostname(), _versions(), problem, psutil.Process().memory_info().rss)
 
 
 def _problem(requirements: _Requirements, advertised: bool) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from typing import Any
 import xarray as xr
 
 from ptychodask.errors import PtychodaskError, check_choice
-from ptychodask.export.content import Content, Picture, check_object
+from ptychodask.export.content import Content, Picture, check_object, part_of
+from ptychodask.grouping import chosen_patterns
 from ptychodask.progress import Progress, progress_bar
-from ptychodask.result import RESULT, open_result, recorded
+from ptychodask.result import RESULT, check_one_result, experiment_of, open_result, recorded
 from ptychodask.scan import Scan
 from ptychodask.storage.atomic import DAMAGED, StoreKind, atomic_file, atomic_folder
 from ptychodask.storage.location import parse_location
@@ -71,6 +73,8 @@ def export(
     *,
     format: str,
     scan: str | Path | Scan | None = None,
+    network: str | None = None,
+    experiment: int | None = None,
     method: str | None = None,
     pixel_size_m: float | None = None,
     energy_ev: float | None = None,
@@ -94,8 +98,13 @@ def export(
         for ImageJ; ``ome-zarr``: the same as a pyramid, for napari; ``png``: the figure of `plot`.
     scan : path or Scan, optional
         Scan of the result, for formats with positions and probe; by default the store that the result records.
+    network : str, optional
+        Network whose object is exported, if the result has several.
+    experiment : int, optional
+        Experiment whose patterns and positions are exported, if the scan has several; by default the one that the
+        result records. Only ``ptychopinn``, whose files record experiments, takes a scan of several completely.
     method : str, optional
-        Method to export, if the result has several.
+        Former name of `network`.
     pixel_size_m, energy_ev, distance_m : float, optional
         Quantities that the format needs and the scan does not record.
     overwrite : bool
@@ -129,15 +138,20 @@ def export(
         )
     optics = {"pixel_size_m": pixel_size_m, "energy_ev": energy_ev, "distance_m": distance_m}
     opened = _opened(source)
+    network = _network(network, method)
     if isinstance(opened, Scan):
-        if scan is not None or method is not None:
+        if scan is not None or network is not None:
             raise PtychodaskError(
-                "export: scan= and method= are only for a result, but the source is a scan; leave them out"
+                "export: scan= and network= are only for a result, but the source is a scan; leave them out"
             )
+        if experiment is not None or format != "ptychopinn":
+            opened = part_of(opened, chosen_patterns(opened, experiment))
         content, needs = _of_scan(opened, path, optics), chosen.of_scan
     else:
-        ds = check_object(opened, method)
+        ds = check_object(opened, network)
         scan = _scan_of(ds, scan, needed=chosen.of_result is not None and "scan" in chosen.of_result)
+        if scan is not None and "scan" in (chosen.of_result or ()):
+            scan = part_of(scan, chosen_patterns(scan, experiment_of({"result": ds}, scan, experiment, "export")))
         content, needs = _of_result(ds, scan, path, optics, chosen), chosen.of_result
     _check_requirements(content, needs, format)
     write, target = _writer(chosen, path, format, overwrite)
@@ -148,10 +162,19 @@ def export(
     return path
 
 
+def _network(network: str | None, method: str | None) -> str | None:
+    """Label of the network to export, by either name of the option."""
+    if method is None:
+        return network
+    warnings.warn("export(method=) is now export(network=)", DeprecationWarning, stacklevel=3)
+    return method if network is None else network
+
+
 def _opened(source: str | Path | xr.Dataset | Scan) -> xr.Dataset | Scan:
     if isinstance(source, xr.Dataset | Scan):
         return source
     path = parse_location(source)
+    check_one_result(path)
     kind = path.recorded_format()
     if kind == SCAN.name:
         return open_scan(path)

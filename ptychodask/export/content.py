@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +15,7 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.io.geometry import HC_EV_M
 from ptychodask.progress import Progress
 from ptychodask.result import VARIABLES
-from ptychodask.scan import Scan
+from ptychodask.scan import PatternSource, Scan
 from ptychodask.store import StoredPatterns
 
 ROWS = 256
@@ -192,6 +192,54 @@ class Content:
         return x_px * self.known("pixel_size_m"), y_px * self.known("pixel_size_m")
 
 
+class ChosenPatterns:
+    """Some of the patterns of a source, read when they are needed.
+
+    Parameters
+    ----------
+    source : PatternSource
+    index : int64 array (k,)
+        Their indices, ascending.
+    """
+
+    def __init__(self, source: PatternSource, index: NDArray[np.int64]) -> None:
+        self._source, self._index = source, index
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self._index), *self._source.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._source.dtype
+
+    def __getitem__(self, index: Any, /) -> NDArray[Any]:
+        return self._source[self._index[index]]
+
+
+def part_of(scan: Scan, index: NDArray[np.int64]) -> Scan:
+    """Scan of some of its patterns, which stay where they are.
+
+    Parameters
+    ----------
+    scan : Scan
+    index : int64 array (k,)
+        Their indices, ascending.
+    """
+    if len(index) == scan.n_patterns:
+        return scan
+    columns: dict[str, Any] = {name: getattr(scan, name) for name in ("flux", "scan_index", "source_index")}
+    chosen: dict[str, Any] = {name: None if values is None else values[index] for name, values in columns.items()}
+    label = None if scan.label is None else ChosenPatterns(scan.label, index)
+    return replace(
+        scan,
+        diffraction=ChosenPatterns(scan.diffraction, index),
+        position_yx_px=scan.position_yx_px[index],
+        label=label,
+        **chosen,
+    )
+
+
 def pattern_rows(scan: Scan, bar: Progress) -> Iterator[slice]:
     """Consecutive slices over a scan's patterns.
 
@@ -220,24 +268,24 @@ def counts_dtype(scan: Scan) -> np.dtype[Any]:
     return scan.diffraction.dtype if scan.domain == "counts" else np.dtype(np.float32)
 
 
-def check_object(ds: xr.Dataset, method: str | None) -> xr.Dataset:
-    """Result of one method, with its object checked.
+def check_object(ds: xr.Dataset, network: str | None) -> xr.Dataset:
+    """Result of one network, with its object checked.
 
     Raises
     ------
     PtychodaskError
-        If the method does not exist, or there is no object (y, x) of consecutive pixels.
+        If the network does not exist, or there is no object (y, x) of consecutive pixels.
     """
-    if "method" in ds.dims:
-        methods = [str(label) for label in ds["method"].values]
-        if method not in methods:
-            problem = "none was chosen" if method is None else f"not {method!r}"
+    if "network" in ds.dims:
+        networks = [str(label) for label in ds["network"].values]
+        if network not in networks:
+            problem = "none was chosen" if network is None else f"not {network!r}"
             raise PtychodaskError(
-                f"export: the result has the methods {', '.join(methods)}, but {problem}; pass method= (--method)"
+                f"export: the result has the networks {', '.join(networks)}, but {problem}; pass network= (--network)"
             )
-        ds = ds.sel({"method": method})
-    elif method is not None:
-        raise PtychodaskError(f"export: the result has only one method; leave out method={method!r}")
+        ds = ds.sel(network=network)
+    elif network is not None:
+        raise PtychodaskError(f"export: the result has only one network; leave out network={network!r}")
     if "object" not in ds or ds["object"].dims != ("y", "x"):
         raise PtychodaskError("export: the Dataset has no object (y, x); pass a result of reconstruct")
     for dim in ("y", "x"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ def write(content: Content, path: Path, bar: Progress) -> None:
     ``diff3d`` is the amplitude, float32, with bad pixels 0, since the format has no mask. ``xcoords`` and ``ycoords``
     are pixels of ``objectGuess``, with the origin at its first pixel. A probe of one mode is (N, N), of several
     (mode, N, N); probe and patterns have the same units. Unseen pixels are 0; for an unknown object, ``objectGuess``
-    covers the scan and is 1 everywhere.
+    covers the scan and is 1 everywhere. Patterns are in the order of the store; ``source_index`` is the row of each in
+    the file that was ingested. ``_metadata`` is a JSON text with the order of the axes, which cannot be seen if there
+    are as many patterns as pixels across one.
     """
     scan = content.measured
     corner_yx_px, shape, blocks = _object(content, bar)
@@ -36,6 +40,8 @@ def write(content: Content, path: Path, bar: Progress) -> None:
         file.put("probeGuess", scan.probe[0] if len(scan.probe) == 1 else scan.probe)
         file.put("scan_index", np.zeros(scan.n_patterns, np.int64) if scan.scan_index is None else scan.scan_index)
         file.put_blocks("objectGuess", shape, np.complex64, blocks)
+        file.put("source_index", content.frame)
+        file.put("_metadata", json.dumps({"software": f"ptychodask {version('ptychodask')}", "axes": "pattern,qy,qx"}))
 
 
 def _object(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, with_fields
-from ptychodask.grouping import median_step_px
+from ptychodask.grouping import median_step_px, outlying_positions
 from ptychodask.inspection.arrays import (
     LEAST_PIXELS,
     ArrayNote,
@@ -453,6 +453,9 @@ class _Inspector:
             self._report("beam", f"{statement}; --centre {off[0]:.0f},{off[1]:.0f} would centre it", "measured")
 
     def _check_positions(self, scan: SourceScan, gridded: GriddedSource | None, sample: Sample) -> None:
+        if scan.probe is not None and not np.any(scan.probe):
+            self.options["probe"] = "estimate"
+            self._report("probe", "the file's probe is zero everywhere; one is estimated from the patterns", "measured")
         position = scan.position_yx
         finite = np.isfinite(position).all(axis=1)
         repeated = int(finite.sum()) - len(np.unique(position[finite], axis=0))
@@ -461,6 +464,7 @@ class _Inspector:
             statement = f"{len(position)}: y {y0:.4g} to {y1:.4g}, x {x0:.4g} to {x1:.4g} {scan.unit}"
             statement += f"; {int((~finite).sum())} not finite, {repeated or 'no'} duplicates"
             self._report("positions", statement, "measured")
+        self._check_outliers(scan, np.flatnonzero(finite) if gridded is None else gridded.kept)
         if gridded is None:
             return
         if gridded.truth is not None:
@@ -472,10 +476,19 @@ class _Inspector:
             self._report("pixel size", f"{gridded.pixel_size_m:.4g} m (object)", "guess" if guessed else "noted")
         self._check_overlap(scan, gridded, sample)
 
+    def _check_outliers(self, scan: SourceScan, kept: NDArray[np.int64]) -> None:
+        """Report frames with positions far from all others."""
+        scan_index = None if scan.scan_index is None else scan.scan_index[kept]
+        outliers = kept[outlying_positions(scan.position_yx[kept], scan_index)]
+        if len(outliers):
+            rows = as_rows(outliers)
+            subject = f"row {rows} is" if len(outliers) == 1 else f"{len(outliers)} positions are"
+            self._report("outliers", f"{subject} far from all others; leave out with --drop-frames {rows}", "measured")
+
     def _check_overlap(self, scan: SourceScan, gridded: GriddedSource, sample: Sample) -> None:
         step = median_step_px(gridded.position_yx_px)
         scale = gridded.grid.position_scale_yx[0]
-        if scan.probe is not None and scan.probe.shape[1:] == sample.frames.shape[1:]:
+        if scan.probe is not None and np.any(scan.probe) and scan.probe.shape[1:] == sample.frames.shape[1:]:
             diameter, basis = probe_diameter_px(scan.probe) * scale, "the file's probe is"
         else:
             counts = _as_counts(sample, scan.domain)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ptychodask.grouping import median_step_px
+from ptychodask.grouping import chosen_patterns, experiments_of, median_step_px, named_outliers, outlying_positions
 from ptychodask.inspection.arrays import ArrayNote
 from ptychodask.inspection.evidence import SAMPLE_FRAMES, Sample, bad_pixels, beam_of, mean_pattern, spread_rows
 from ptychodask.inspection.findings import Finding, Inspection, Preview
@@ -88,18 +88,29 @@ def _on_data(scan: Scan, sample: Sample) -> Iterator[Finding]:
 
 def _on_positions(scan: Scan) -> Iterator[Finding]:
     (y0, x0), (y1, x1) = scan.position_yx_px.min(axis=0), scan.position_yx_px.max(axis=0)
-    repeated = scan.n_patterns - len(np.unique(scan.position_yx_px, axis=0))
+    experiments = experiments_of(scan.scan_index)
+    parts = [scan.position_yx_px[chosen_patterns(scan, number)] for number in experiments]
+    repeated = sum(len(part) - len(np.unique(part, axis=0)) for part in parts)
     size = "" if scan.pixel_size_m is None else f"; pixel size {scan.pixel_size_m:.4g} m"
     statement = f"y {y0:.1f} to {y1:.1f}, x {x0:.1f} to {x1:.1f} px; {repeated or 'no'} duplicates{size}"
     yield Finding("positions", statement, "noted")
-    step, diameter = median_step_px(scan.position_yx_px), probe_diameter_px(scan.probe)
+    outliers = outlying_positions(scan.position_yx_px, scan.scan_index)
+    if len(outliers):
+        rows = None if scan.source_index is None else scan.source_index[outliers]
+        statement = named_outliers(scan.position_yx_px[outliers], outliers, rows)
+        yield Finding("outliers", statement, "measured")
+    step, diameter = median_step_px(max(parts, key=len)), probe_diameter_px(scan.probe)
     if step:
         widths = f"the median step is {step:.3g} px, the probe {diameter:.3g} px wide"
         share = step / diameter
         overlap = "neighbours do not overlap" if share >= 1 else f"{100 * (1 - share):.0f} %"
         yield Finding("overlap", f"{widths}: {overlap}", "measured")
-    if scan.scan_index is not None and len(np.unique(scan.scan_index)) > 1:
-        yield Finding("experiments", f"{len(np.unique(scan.scan_index))} in one store", "noted")
+    if len(experiments) > 1:
+        listed = ", ".join(map(str, experiments[:10])) + (", ..." if len(experiments) > 10 else "")
+        statement = (
+            f"{len(experiments)} in one store ({listed}): reconstruct writes a result for each, or for --experiment"
+        )
+        yield Finding("experiments", statement, "noted")
 
 
 def _on_probe(scan: Scan) -> Iterator[Finding]:

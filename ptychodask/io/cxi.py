@@ -65,7 +65,8 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
     translation_xyz = as_translation(container.array(key), f"{container.label}[{key}]")
     unit_m = metres_of(container, key, spec.units, defined="m")
     position_yx_m = _on_detector_axes(container, translation_xyz) * unit_m
-    extent_m = float(np.ptp(position_yx_m[np.isfinite(position_yx_m).all(axis=1)], axis=0).max(initial=0.0))
+    finite = position_yx_m[np.isfinite(position_yx_m).all(axis=1)]
+    extent_m = float(np.ptp(finite, axis=0).max()) if len(finite) else 0.0
     if extent_m > WIDEST_M:
         raise PtychodaskError(
             f"{container.label}[{key}]: positions span {extent_m:.4g} m, expected at most {WIDEST_M} m, so their unit "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import glob
+import logging
 import os
+import queue
 import re
-import select
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from math import prod
@@ -27,6 +30,9 @@ from ptychodask.io.source import Frames, frame_axes, missing_key, pattern_axes
 with suppress(ImportError):
     # Registers the compression filters of detectors, if installed.
     import hdf5plugin  # noqa: F401
+
+
+logger = logging.getLogger(__name__)
 
 
 STUCK_S = 5.0
@@ -53,8 +59,16 @@ def follow(name, link):
         except (KeyError, OSError):
             pass  # a broken link
 
+def opened():
+    if len(sys.argv) == 1:
+        return h5py.File(sys.stdin.buffer, "r")
+    try:
+        return h5py.File(sys.argv[1], "r")
+    except OSError:
+        return h5py.File(sys.argv[1], "r", libver="latest", swmr=True)
+
 try:
-    with h5py.File(sys.argv[1] if len(sys.argv) > 1 else sys.stdin.buffer, "r") as file:
+    with opened() as file:
         look("", file)
         file.visititems(look)
         file.visititems_links(follow)
@@ -90,12 +104,16 @@ def check_in_subprocess(file: IO[bytes], label: str) -> None:
     ) as child:
         assert child.stdout is not None
         patience_s = START_S
+        signs = _signs_of_life(child.stdout)
         while True:
-            ready, _, _ = select.select([child.stdout], [], [], patience_s)
-            if not ready:
+            try:
+                sign = signs.get(timeout=patience_s)
+            except queue.Empty:
                 child.kill()
-                raise PtychodaskError(f"{label}: the HDF5 library hangs on it; the file is damaged: copy it again")
-            if not os.read(child.stdout.fileno(), 2**16):
+                raise PtychodaskError(
+                    f"{label}: the HDF5 library hangs on it; the file is damaged: copy it again"
+                ) from None
+            if not sign:
                 break
             patience_s = STUCK_S
     # The process moved the file position, which both share; seeking to the end makes Python query it again.
@@ -104,6 +122,20 @@ def check_in_subprocess(file: IO[bytes], label: str) -> None:
         raise PtychodaskError(
             f"{label}: the HDF5 library crashes on it (signal {-child.returncode}); the file is damaged: copy it again"
         )
+
+
+def _signs_of_life(stream: IO[bytes]) -> queue.SimpleQueue[bytes]:
+    """Queue of what a process prints; empty bytes at its end."""
+    printed: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    # A thread that reads, since select() takes only sockets on Windows.
+    def read() -> None:
+        while part := os.read(stream.fileno(), 2**16):
+            printed.put(part)
+        printed.put(b"")
+
+    threading.Thread(target=read, daemon=True).start()
+    return printed
 
 
 def check_bytes_in_subprocess(content: bytes, label: str) -> None:
@@ -127,6 +159,56 @@ COMPRESSED_AT_MOST = 2**16
 """Largest accepted compression ratio of a dataset: frames without photons compress very well."""
 
 
+def open_hdf5(path: str, label: str) -> h5py.File:
+    """Open an HDF5 file for reading, also in SWMR mode.
+
+    Parameters
+    ----------
+    path : str
+    label : str
+        Name of the file, for messages.
+
+    Raises
+    ------
+    PtychodaskError
+        If another program holds the file, its writer crashed, or the disk has no locks.
+    OSError
+        If it cannot be read for another reason.
+    """
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        cause = error
+    try:
+        # Only while a program writes it in SWMR mode (single writer, multiple readers) does this open the file.
+        file = h5py.File(path, "r", libver="latest", swmr=True)
+    except OSError:
+        _check_not_held(cause, label)
+        raise cause from None
+    logger.warning("%s: is open for writing (SWMR), or its writer crashed: only what is written so far is read", label)
+    return file
+
+
+def _check_not_held(error: OSError, label: str) -> None:
+    """Raise `PtychodaskError` if a lock or a writer caused an error."""
+    reason = str(error)
+    if "lock file" in reason and error.errno in (errno.EAGAIN, errno.EACCES):
+        raise PtychodaskError(
+            f"{label}: another program is writing it and has locked it; wait until it has closed the file, or copy it "
+            "once the writer has flushed it"
+        ) from error
+    if "lock file" in reason:
+        raise PtychodaskError(
+            f"{label}: its disk has no file locks ({os.strerror(error.errno or 0)}); set the environment variable "
+            "HDF5_USE_FILE_LOCKING=FALSE once no program is writing it"
+        ) from error
+    if "already open for write" in reason or "already open for SWMR write" in reason:
+        raise PtychodaskError(
+            f"{label}: is marked as open for writing; wait until its writer has closed it, or if the writer crashed, "
+            f"clear the mark with: h5clear -s {label}"
+        ) from error
+
+
 class Hdf5File:
     """Datasets of an HDF5 file by their paths, as a `Container`.
 
@@ -147,7 +229,9 @@ class Hdf5File:
         check_in_subprocess(file, label)
         with reading(label):
             # Opened by name if it has one, so that links to files in the same folder are followed.
-            self._file = stack.enter_context(h5py.File(file.name if isinstance(file.name, str) else file, "r"))
+            self._file = stack.enter_context(
+                open_hdf5(file.name, label) if isinstance(file.name, str) else h5py.File(file, "r")
+            )
         file.seek(0)
         # MATLAB 7.3 writes every array with its axes in reverse, so that the shape in MATLAB is the one reversed here.
         self._is_reversed = file.read(6) == b"MATLAB"
@@ -163,6 +247,8 @@ class Hdf5File:
             )
             for name in (link.decode(errors="replace") for link in links):
                 item = self._item(name)
+                if item is None:
+                    self._broken_link(name)  # raises if another program holds its target
                 if isinstance(item, h5py.Group):
                     names += [f"{name}/{below}" for below in _datasets_in(item)]
                 elif item is not None:
@@ -201,6 +287,10 @@ class Hdf5File:
         if self.dtype(key).hasobject:
             raise PtychodaskError(f"{label}: contains text or references, expected numbers")
         dataset = self._dataset(key)
+        if dataset.shape is None:
+            raise PtychodaskError(
+                f"{label}: is an empty dataset (a null dataspace), expected numbers; write its values"
+            )
         check_compression((dataset.size or 0) * dataset.dtype.itemsize, check_storage(dataset, label), label)
         _check_readable(dataset, label)
         with reading(label):
@@ -263,9 +353,15 @@ class Hdf5File:
             link = self._file.get(path, getlink=True)
             if self._item(path) is None:
                 if isinstance(link, h5py.ExternalLink):
+                    self._check_target(link.filename)
                     return f"'{link.path}' in the file {link.filename!r}"
                 return f"'{link.path}'" if isinstance(link, h5py.SoftLink) else None
         return None
+
+    def _check_target(self, name: str) -> None:
+        """Raise `PtychodaskError` if another program holds a linked file."""
+        for path in _existing_paths(name, self._file):
+            _check_source(path)
 
 
 def _datasets_in(group: h5py.Group) -> list[str]:
@@ -299,7 +395,11 @@ def _check_readable(dataset: h5py.Dataset, label: str) -> None:
     with reading(label):
         creation = dataset.id.get_create_plist()
         filters = [creation.get_filter(n) for n in range(creation.get_nfilters())]
-        missing = [name for name, files in _source_files(dataset).items() if not files] if dataset.is_virtual else []
+        sources = _source_files(dataset) if dataset.is_virtual else {}
+        missing = [name for name, files in sources.items() if not files]
+        # HDF5 reads the fill value for a source that it cannot open, without an error.
+        for path in sorted(set[str]().union(*sources.values())):
+            _check_source(path)
     for number, _, _, name in filters:
         if not h5py.h5z.filter_avail(number):
             filter_name = FILTERS.get(number) or name.decode(errors="replace") or "of unknown name"
@@ -341,14 +441,26 @@ def check_storage(dataset: h5py.Dataset, label: str) -> int:
 
 def _source_files(dataset: h5py.Dataset) -> dict[str, set[str]]:
     """Source files of a virtual dataset: name -> paths that exist."""
-    folder = Path(glob.escape(os.path.dirname(os.fsdecode(dataset.file.filename))))
-    paths = {}
-    for name in {source.file_name for source in dataset.virtual_sources()} - {"."}:
-        # HDF5 tries the name as given and in the folder of the file; %b in it is a running number of files.
-        pattern = re.sub("%[0-9]*b", "*", glob.escape(name))
-        patterns = {str(path) for path in (pattern, folder / pattern, folder / Path(pattern).name)}
-        paths[name] = {os.path.realpath(path) for one in patterns for path in glob.iglob(one) if os.path.isfile(path)}
-    return paths
+    names = {source.file_name for source in dataset.virtual_sources()} - {"."}
+    # HDF5 replaces %b in a name by a running number of files.
+    return {name: _existing_paths(name, dataset.file, re.compile("%[0-9]*b")) for name in names}
+
+
+def _existing_paths(name: str, file: h5py.File, numbered: re.Pattern[str] | None = None) -> set[str]:
+    """Existing paths among those that HDF5 tries for a file name."""
+    folder = Path(glob.escape(os.path.dirname(os.fsdecode(file.filename))))
+    # HDF5 tries the name as given and in the folder of the file.
+    pattern = glob.escape(name) if numbered is None else numbered.sub("*", glob.escape(name))
+    patterns = {str(path) for path in (pattern, folder / pattern, folder / Path(pattern).name)}
+    return {os.path.realpath(path) for one in patterns for path in glob.iglob(one) if os.path.isfile(path)}
+
+
+def _check_source(path: str) -> None:
+    """Raise `PtychodaskError` if another program holds a source file."""
+    try:
+        h5py.File(path, "r").close()
+    except OSError as error:
+        _check_not_held(error, path)
 
 
 def _bytes_of_sources(dataset: h5py.Dataset) -> int:

@@ -38,7 +38,11 @@ def initial_probe(
     """Initial probe on the scan's grid, and its calibration."""
     kind = spec.probe or ("file" if file_scan.probe is not None else "estimate")
     if spec.probe is None and kind == "estimate":
-        logger.info("%s: has no probe; it is estimated from the mean pattern (see probe=)", label)
+        logger.warning(
+            "%s: has no probe, so one is estimated from the mean pattern; pass probe= (--probe) with the path of a "
+            "measured one if there is any, or probe='estimate'",
+            label,
+        )
     calibration = spec.calibration or (file_scan.calibration if kind == "file" else "mean_counts")
     if calibration == "as_given" and kind in ("disc", "zone_plate", "estimate"):
         raise PtychodaskError(
@@ -48,6 +52,11 @@ def initial_probe(
     if kind == "file":
         if file_scan.probe is None:
             raise PtychodaskError(f"{label}: has no probe; pass probe= 'disc', 'zone_plate', 'estimate' or a path")
+        if not np.any(file_scan.probe):
+            raise PtychodaskError(
+                f"{label}: its probe is zero everywhere; pass probe='estimate' (--probe estimate), 'disc', "
+                "'zone_plate' or a path"
+            )
         return _probe_on_grid(file_scan.probe, grid, label), calibration
     if kind == "disc":
         return disc_probe(grid.n_pixels, diameter_px=float(spec.probe_diameter_px or 0)), calibration

@@ -49,6 +49,7 @@ def provenance_of(source: Path, opened: Source, spec: IngestSpec) -> dict[str, A
         **({} if second is None else {"second_source": str(second.resolve()), "second_sha256": _sha256(second)}),
         "reader": opened.format,
         "options": plain(spec.given()),
+        **({"metadata": dict(opened.scan.metadata)} if opened.scan.metadata else {}),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

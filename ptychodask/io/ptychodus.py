@@ -155,6 +155,11 @@ def _paired(
     of_position = _unique(product, INDEX, len(position), "positions")
     of_pattern = _unique(patterns, PATTERN_INDEX, n_frames, "patterns")
     _, in_frames, in_positions = np.intersect1d(of_pattern, of_position, assume_unique=True, return_indices=True)
+    if not len(of_pattern) or not len(of_position):
+        raise PtychodaskError(
+            f"{patterns.label}: has {len(of_pattern)} patterns and {product.label} {len(of_position)} positions, "
+            "expected one or more of each; pass the files of a finished scan"
+        )
     if not len(in_frames):
         raise PtychodaskError(
             f"{patterns.label}: its indexes {of_pattern.min()}..{of_pattern.max()} match none of {product.label}, "

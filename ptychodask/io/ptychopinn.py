@@ -5,9 +5,11 @@ Patterns `diff3d` or `diffraction`, positions `xcoords` and `ycoords` in object 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
-from typing import Any
+from math import prod
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from ptychodask.errors import PtychodaskError
 from ptychodask.io.labels import labels_of
 from ptychodask.io.source import (
+    Axes,
     Container,
     Frames,
     IngestSpec,
@@ -31,6 +34,9 @@ from ptychodask.scan import Domain
 logger = logging.getLogger(__name__)
 
 OPTIONS = ("domain", "axes")
+
+METADATA_BYTES = 2**20
+"""Largest accepted text of ``_metadata``, which becomes an attribute of the store."""
 
 _PATTERNS = ("diff3d", "diffraction")
 _GROUPED = ("X_full", "coords_offsets", "coords_relative", "nn_indices")
@@ -60,10 +66,11 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
         raise PtychodaskError(f"{label}: {len(y)} ycoords but {len(x)} xcoords, expected equal numbers")
     position_yx = np.stack([y, x], axis=1)
     axes = frame_axes(container.shape(patterns))
-    last = pattern_axis_is_last(axes, len(position_yx), spec.axes, f"{label}[{patterns}]")
+    metadata = _metadata(container)
+    noted = metadata.get("axes")
+    order = spec.axes or (noted if noted in get_args(Axes) else None)
+    last = pattern_axis_is_last(axes, len(position_yx), order, f"{label}[{patterns}]")
     frames = container.frames(patterns, pattern_last=last)
-    if "_metadata" in keys:
-        logger.info("%s: ignored _metadata, which can only be read by unpickling", label)
     return SourceScan(
         frames=frames,
         position_yx=position_yx,
@@ -75,7 +82,29 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
         object=_object(container) if "objectGuess" in keys else None,
         label=_labels(container, frames, last),
         scan_index=as_whole_numbers(container.array("scan_index"), label) if "scan_index" in keys else None,
+        metadata=metadata,
     )
+
+
+def _metadata(container: Container) -> dict[str, Any]:
+    """Content of ``_metadata``, a JSON text; empty without it."""
+    if "_metadata" not in container.keys():  # noqa: SIM118
+        return {}
+    label = f"{container.label}[_metadata]"
+    if container.dtype("_metadata").hasobject:
+        logger.warning("%s: is left out, since it can only be read by unpickling; store it as text", label)
+        return {}
+    n_bytes = prod(container.shape("_metadata")) * container.dtype("_metadata").itemsize
+    try:
+        text = np.atleast_1d(container.array("_metadata")).ravel() if n_bytes <= METADATA_BYTES else np.empty(0)
+        # NaN and Infinity are no JSON, and would make the attributes of the store unreadable to other programs.
+        content = json.loads(text[0].decode() if isinstance(text[0], bytes) else str(text[0]), parse_constant=str)
+    except (ValueError, IndexError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        logger.warning("%s: is left out, expected one JSON object as text of at most %d bytes", label, METADATA_BYTES)
+        return {}
+    return content
 
 
 def _refuse_groups(container: Container, patterns: str | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, check_choice
-from ptychodask.options import names_where, option
+from ptychodask.options import check_types, names_where, option
 from ptychodask.scan import Calibration, Domain
 
 Unit = Literal["px", "um", "m"]
@@ -255,6 +255,7 @@ class IngestSpec:
         self._check_raster()
         self._check_keys()
         self._check_probe_options()
+        check_types(self, "ingest")
 
     def _check_raster(self) -> None:
         if self.rotation_deg is not None and (self.affine is not None or not _are_finite((self.rotation_deg,), 1)):
@@ -459,6 +460,9 @@ class SourceScan:
     pixel_size_m: float | None = None
     """Size of an object pixel on the file's grid, metres, if the file records it."""
 
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Description of the scan in the file, which the provenance records."""
+
 
 def apply_flips(position_yx: NDArray[np.float64], spec: IngestSpec) -> NDArray[np.float64]:
     """Positions (pattern, 2) after `swap_xy` and the flips.
@@ -600,7 +604,7 @@ def as_probe(values: NDArray[Any], label: str) -> NDArray[np.complex64]:
         probe = probe[None]
     elif probe.ndim == 3 and probe.shape[0] == probe.shape[1] != probe.shape[2]:
         probe = np.moveaxis(probe, -1, 0)
-    if probe.ndim != 3 or probe.dtype.kind not in "cfiu":
+    if probe.ndim != 3 or not probe.size or probe.dtype.kind not in "cfiu":
         raise PtychodaskError(
             f"{label}: the probe has shape {values.shape} and type {values.dtype}, "
             "expected complex (mode, h, w) or (h, w)"

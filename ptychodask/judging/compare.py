@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import MIN_SEEN_LIGHT, r_factor, seen_light
+from ptychodask.grouping import chosen_patterns
 from ptychodask.io.products import ForeignResult, read_foreign_result
 from ptychodask.judging.metrics import (
     METRICS,
@@ -26,11 +27,12 @@ from ptychodask.judging.metrics import (
     half_bit,
     well_lit,
 )
-from ptychodask.judging.refinements import attributes_of_method, refinement_text
+from ptychodask.judging.refinements import attributes_of_network, refinement_text
 from ptychodask.judging.registration import find_corner, on_whole_pixels, seen_box
-from ptychodask.result import make_dataset, open_result, recorded
+from ptychodask.result import experiment_of, make_dataset, open_result, recorded
 from ptychodask.scan import Scan, Truth
 from ptychodask.storage.location import parse_location
+from ptychodask.storage.records import as_text
 from ptychodask.store import open_scan
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ def compare(
     *,
     truth: Truth | Scan | str | Path | None = None,
     scan: Scan | str | Path | None = None,
+    experiment: int | None = None,
     baseline: str | None = None,
     register: bool = False,
     ramp: bool = True,
@@ -84,6 +87,8 @@ def compare(
         The known object, or a scan (store) that has one; without it the first result is the reference.
     scan : Scan or path, optional
         The measured scan (store); adds the R-factor of each object, see `r_factors`.
+    experiment : int, optional
+        Experiment of the results, in a scan of several; by default the one that they record.
     baseline : str, optional
         Label of the result from which signed differences are taken.
     register : bool
@@ -151,8 +156,8 @@ def compare(
     }
     measured = scan if isinstance(scan, Scan) or scan is None else open_scan(scan)
     if measured is not None:
-        comparison["r_factor"] = ("method", list(r_factors(aligned_results, measured).values()))
-        comparison.attrs["r_patterns"] = len(patterns_inside(aligned_results, measured))
+        comparison["r_factor"] = ("method", list(r_factors(aligned_results, measured, experiment).values()))
+        comparison.attrs["r_patterns"] = len(patterns_inside(aligned_results, measured, experiment))
     comparison.attrs |= _different_data(aligned_results, {"the scan": measured, "the truth": truth})
     comparison.attrs |= _different_refinement(aligned_results)
     for warning in warnings_of(comparison):
@@ -169,7 +174,7 @@ def _different_data(
         scan = open_scan(given) if isinstance(given, str | Path) else given
         if isinstance(scan, Scan) and scan.data_hash and hashes and scan.data_hash != hashes.get("the scan"):
             hashes[label] = scan.data_hash
-    return {"data_hash": hashes} if len(set(hashes.values())) > 1 else {}
+    return as_text({"data_hash": hashes}) if len(set(hashes.values())) > 1 else {}
 
 
 def _different_refinement(results: Mapping[str, xr.Dataset]) -> dict[str, dict[str, str]]:
@@ -178,7 +183,7 @@ def _different_refinement(results: Mapping[str, xr.Dataset]) -> dict[str, dict[s
     Iterative results and those of other programs are no refined predictions, so they have none to differ in.
     """
     texts = {label: refinement_text(ds.attrs) for label, ds in results.items() if "model" in ds.attrs}
-    return {"refinement": texts} if len(set(texts.values())) > 1 else {}
+    return as_text({"refinement": texts}) if len(set(texts.values())) > 1 else {}
 
 
 def warnings_of(comparison: xr.Dataset) -> list[str]:
@@ -201,7 +206,7 @@ def warnings_of(comparison: xr.Dataset) -> list[str]:
     >>> warnings_of(xr.Dataset(attrs={"refinement": {"a": "none", "b": "slow phase, 3 sweeps"}}))
     ['Not all were refined alike; refinement: a (none), b (slow phase, 3 sweeps).']
     """
-    hashes, texts = (comparison.attrs.get(name, {}) for name in ("data_hash", "refinement"))
+    hashes, texts = (recorded(comparison.attrs, name) or {} for name in ("data_hash", "refinement"))
     warnings = []
     if hashes:
         listed = ", ".join(f"{label} {hash_[:12]}" for label, hash_ in hashes.items())
@@ -368,12 +373,12 @@ def _methods_of(result: Result) -> dict[str | None, xr.Dataset]:
             result = read_foreign_result(path)
     if isinstance(result, ForeignResult):
         return {METHOD_OF_PROGRAM.get(result.program or ""): _from_foreign(result)}
-    if "method" in result.coords:
-        several = result if "method" in result.dims else result.expand_dims("method")
-        kinds = [str(kind) for kind in several["method"].values]
+    if "network" in result.coords:
+        several = result if "network" in result.dims else result.expand_dims("network")
+        kinds = [str(kind) for kind in several["network"].values]
         return {
-            METHOD_OF_KIND.get(kind, kind): several.isel(method=i, drop=True).assign_attrs(
-                attributes_of_method(several.attrs, kind)
+            METHOD_OF_KIND.get(kind, kind): several.isel(network=i, drop=True).assign_attrs(
+                attributes_of_network(several.attrs, kind)
             )
             for i, kind in enumerate(kinds)
         }
@@ -595,7 +600,9 @@ def _with_gauges(metrics: xr.Dataset, gauges: list[Gauge], opened: Mapping[str, 
     ).assign_coords(axis=["y", "x"])
 
 
-def r_factors(results: Mapping[str, Result] | Sequence[Result], scan: Scan | str | Path) -> dict[str, float]:
+def r_factors(
+    results: Mapping[str, Result] | Sequence[Result], scan: Scan | str | Path, experiment: int | None = None
+) -> dict[str, float]:
     """R-factor of each object over the measured patterns.
 
     Parameters
@@ -603,6 +610,8 @@ def r_factors(results: Mapping[str, Result] | Sequence[Result], scan: Scan | str
     results : dict of label to result, or list of results
         As in `compare`, in scan coordinates.
     scan : Scan or path
+    experiment : int, optional
+        As in `patterns_inside`.
 
     Returns
     -------
@@ -616,14 +625,14 @@ def r_factors(results: Mapping[str, Result] | Sequence[Result], scan: Scan | str
     """
     measured = scan if isinstance(scan, Scan) else open_scan(scan)
     opened = {label: _in_memory(ds) for label, ds in align(results).items()}
-    index = patterns_inside(opened, measured)
+    index = patterns_inside(opened, measured, experiment)
     if not len(index):
         logger.warning("compare: no pattern illuminates only pixels seen in all results, so there is no R")
         return dict.fromkeys(opened, float("nan"))
     return {label: r_factor(ds["object"].values, _corner(ds), measured, index) for label, ds in opened.items()}
 
 
-def patterns_inside(results: Mapping[str, xr.Dataset], scan: Scan) -> NDArray[np.int64]:
+def patterns_inside(results: Mapping[str, xr.Dataset], scan: Scan, experiment: int | None = None) -> NDArray[np.int64]:
     """Patterns that illuminate only the area seen in all results.
 
     Parameters
@@ -631,13 +640,23 @@ def patterns_inside(results: Mapping[str, xr.Dataset], scan: Scan) -> NDArray[np
     results : dict of label to Dataset
         In scan coordinates.
     scan : Scan
+    experiment : int, optional
+        Experiment of the results, in a scan of several; by default the one that they record.
 
     Returns
     -------
     int64 array (k,)
         Indices of patterns with at least `MIN_SEEN_LIGHT` of the probe intensity on seen pixels of every result.
+
+    Raises
+    ------
+    PtychodaskError
+        If a result is not in scan coordinates; if the scan has several experiments, and the results are of several or
+        do not record theirs.
     """
-    inside = np.ones(scan.n_patterns, bool)
+    index = chosen_patterns(scan, experiment_of(results, scan, experiment, "compare"))
+    inside = np.zeros(scan.n_patterns, bool)
+    inside[index] = True
     for label, ds in results.items():
         if _frame(ds) != "scan":
             raise PtychodaskError(

@@ -12,9 +12,12 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, hsv_to_rgb, to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
@@ -30,6 +33,18 @@ LIMIT_PERCENTILES = (1.0, 99.0)
 
 LARGEST_PIXELS = 2048
 """Maximum pixels along one side of a picture; larger objects are subsampled."""
+
+
+ELONGATED = 2.0
+"""Ratio of the sides of an object from which on panels are stacked along its short side."""
+
+
+MOST_ELONGATED = 20.0
+"""Largest ratio of the sides of a picture; longer objects are stretched along their short side."""
+
+
+LONG_SIDE_IN = 9.0
+"""Length of the picture of an elongated object, inches."""
 
 
 DOTS_PER_INCH = 120
@@ -112,7 +127,9 @@ def plot(
         Four to six panels, pictures each with a colour bar and a scale bar (in metres if the pixel size is known, else
         in pixels); +y down, +x right. Colour scales span the 1st to the 99th percentile of the well-lit pixels, which
         are those with at least a tenth of the median weight; unseen pixels are light blue. A phase that spans more than
-        π is shown with a cyclic colour map from -π to π.
+        π is shown with a cyclic colour map from -π to π. Panels of an object more than `ELONGATED` times as long as
+        wide, or the reverse, are stacked along its short side; above `MOST_ELONGATED` that side is stretched by the
+        factor in its label.
 
     Raises
     ------
@@ -124,16 +141,26 @@ def plot(
     lit = _well_lit(shown)
     phase = np.angle(object_ * _mean_phase_factor(object_[lit]))
     extras = [*_added_phase_panels(shown), *_displacement_panels(shown, scan)] if refinement else []
-    n_columns = 3 if extras else 2
-    figure = _empty_figure(5.5 * n_columns, 9.5)
-    axes = figure.subplots(2, n_columns)
-    _panel(axes[0, 0], np.abs(object_), "amplitude", shown, _limits(np.abs(object_)[lit]))
-    _panel(axes[0, 1], phase, "phase (rad)", shown, *_phase_scale(phase[lit]))
-    _panel(axes[1, 0], np.where(np.isfinite(object_), weight, np.nan), "weight", shown, (0, weight.max()), "viridis")
+    figure, axes, added = _result_layout(shown, len(extras))
+    _panel(axes[0], np.abs(object_), "amplitude", shown, _limits(np.abs(object_)[lit]))
+    _panel(axes[1], phase, "phase (rad)", shown, *_phase_scale(phase[lit]))
+    _panel(axes[2], np.where(np.isfinite(object_), weight, np.nan), "weight", shown, (0, weight.max()), "viridis")
     known = uncertainty[lit & np.isfinite(uncertainty)]
-    _panel(axes[1, 1], uncertainty, "uncertainty", shown, _limits(known) if known.size else (0, 1), "magma")
-    _draw_each(axes[:, 2:].ravel(), extras)
+    _panel(axes[3], uncertainty, "uncertainty", shown, _limits(known) if known.size else (0, 1), "magma")
+    _draw_each(added, extras)
     return _saved(figure, path)
+
+
+def _result_layout(ds: xr.Dataset, n_extras: int) -> tuple[Figure, NDArray[Any], NDArray[Any]]:
+    """Figure with axes for the pictures of a result and added panels."""
+    if _orientation(ds) == "compact":
+        n_columns = 3 if n_extras else 2
+        figure = _empty_figure(5.5 * n_columns, 9.5)
+        axes = figure.subplots(2, n_columns)
+        return figure, axes[:, :2].ravel(), axes[:, 2:].ravel()
+    figure = _empty_figure(*_size_in(ds, 1, 4 + n_extras, (0, 0)))
+    axes = _pictures(figure, ds, 1, 4 + n_extras).ravel()
+    return figure, axes[:4], axes[4:]
 
 
 def plot_refinement(ds: xr.Dataset, *, scan: Scan | str | Path | None = None, path: str | Path | None = None) -> Figure:
@@ -167,14 +194,17 @@ def plot_refinement(ds: xr.Dataset, *, scan: Scan | str | Path | None = None, pa
         If the Dataset is not a result of one method or records no refinement, the scan is another one, or the figure
         cannot be written.
     """
-    panels = refinement_panels(thinned(ds), scan)
+    shown = thinned(ds)
+    panels = refinement_panels(shown, scan)
     if not panels:
         raise PtychodaskError(
             "plot_refinement: the result records no refinement; reconstruct with slow_phase=True or polish=5"
         )
     n_columns = 2 if len(panels) in (2, 4) else min(len(panels), 3)
+    n_columns = {"compact": n_columns, "wide": 1, "tall": len(panels)}[_orientation(shown)]
     n_rows = -(-len(panels) // n_columns)
-    figure = _empty_figure(5.5 * n_columns, 4.75 * n_rows)
+    width, height = _size_in(shown, 1, 1, (5.5, 4.75))
+    figure = _empty_figure(max(width, 4.0) * n_columns, max(height, 3.0) * n_rows)
     _draw_each(figure.subplots(n_rows, n_columns, squeeze=False).ravel(), panels)
     return _saved(figure, path)
 
@@ -237,7 +267,15 @@ def _draw_added_phase(axes: Axes, added: AddedPhase, ds: xr.Dataset) -> None:
     size, colours = max(-low, high), "RdBu_r"
     if not added.is_slow and high - low > np.pi:
         size, colours = np.pi, "twilight"
-    image = axes.imshow(added.phase, cmap=colours, vmin=-size, vmax=size, origin="upper", extent=_extent(ds))
+    image = axes.imshow(
+        added.phase,
+        cmap=colours,
+        vmin=-size,
+        vmax=size,
+        origin="upper",
+        extent=_extent(ds),
+        aspect=_stretch(ds),
+    )
     assert axes.figure is not None
     bar = axes.figure.colorbar(image, ax=axes, shrink=0.85)
     bar.ax.secondary_yaxis("left", functions=(partial(np.multiply, 0.5 / np.pi), partial(np.multiply, 2 * np.pi)))
@@ -329,14 +367,33 @@ def plot_complex(ds: xr.Dataset, *, path: str | Path | None = None) -> Figure:
     lit = _well_lit(shown)
     object_ = shown["object"].values
     full = float(np.percentile(np.abs(object_[lit]), LIMIT_PERCENTILES[1])) or 1.0
-    figure = _empty_figure(9, 7)
-    axes = figure.subplots()
+    figure, axes, wheel, legend = _wheel_layout(shown)
     colours = complex_colours(object_ * _mean_phase_factor(object_[lit]), full)
-    axes.imshow(colours, origin="upper", extent=_extent(shown))
-    _frame(axes, "phase as hue, amplitude as brightness", shown)
-    _add_contours(axes, shown)
-    _draw_wheel(axes.inset_axes((1.08, 0.72, 0.24, 0.24)), full)
+    axes.imshow(colours, origin="upper", extent=_extent(shown), aspect=_stretch(shown))
+    between = "\n" if _orientation(shown) == "tall" else " "
+    _frame(axes, f"phase as hue,{between}amplitude as brightness", shown)
+    _draw_wheel(wheel, full)
+    _add_contours(axes, shown, legend)
     return _saved(figure, path)
+
+
+def _wheel_layout(ds: xr.Dataset) -> tuple[Figure, Axes, Axes, Axes]:
+    """Figure with axes for a picture, the colour wheel and the legend."""
+    orientation = _orientation(ds)
+    if orientation == "compact":
+        figure = _empty_figure(9, 7)
+        axes = figure.subplots()
+        return figure, axes, axes.inset_axes((1.08, 0.72, 0.24, 0.24)), axes
+    # Beside an elongated object the wheel, which is as wide as high, has a panel of its own.
+    width, height = _size_in(ds, 1, 1, (9, 7))
+    wheel_in = 2.2
+    if orientation == "wide":
+        figure = _empty_figure(width, height + wheel_in)
+        axes, wheel = figure.subplots(2, 1, height_ratios=[height, wheel_in])
+    else:
+        figure = _empty_figure(width + wheel_in + 1.0, height)
+        axes, wheel = figure.subplots(1, 2, width_ratios=[width, wheel_in])
+    return figure, axes, wheel, wheel
 
 
 def complex_colours(object_: NDArray[np.complexfloating[Any, Any]], full: float) -> NDArray[np.float64]:
@@ -425,14 +482,16 @@ def plot_comparison(
     if not judged.any():
         raise PtychodaskError("plot_comparison: no well-lit pixel of the first result is seen in all results")
     rows = 2 if len(objects) == 1 else 3
-    figure = _empty_figure(4.2 * len(objects), 3.7 * rows + (0 if comparison is None else 3.7))
-    grid = figure.add_gridspec(rows + (comparison is not None), 1)
-    axes = figure.add_subfigure(grid[:rows]).subplots(rows, len(objects), squeeze=False)
+    width, height = _size_in(first, rows, len(objects), (4.2 * len(objects), 3.7 * rows))
+    ratios = [height] if comparison is None else [height, 3.7]
+    figure = _empty_figure(max(width, 8.0) if comparison is not None else width, sum(ratios))
+    grid = figure.add_gridspec(len(ratios), 1, height_ratios=ratios)
+    axes = _pictures(figure.add_subfigure(grid[0]), first, rows, len(objects))
     _draw_objects(axes, objects, judged, first)
     if len(objects) > 1:
         _draw_differences(axes[2], objects, judged, first)
     if comparison is not None:
-        panels = figure.add_subfigure(grid[rows:]).subplots(1, 2)
+        panels = figure.add_subfigure(grid[1]).subplots(1, 2)
         _draw_frcs(panels, comparison, first.attrs.get("pixel_size_m"))
     return _saved(figure, path)
 
@@ -571,7 +630,7 @@ def plot_residuals(residuals: xr.Dataset, *, path: str | Path | None = None) -> 
 
 
 def worst_patterns(residuals: xr.Dataset, name: str = "r_factor") -> list[int]:
-    """Store indices of at most ten patterns with the highest residuals.
+    """Positions along ``pattern`` of the ten patterns with the highest residuals.
 
     The worst is first; dropped patterns are left out.
 
@@ -606,7 +665,7 @@ def _draw_by_index(
     axes: Axes, residuals: xr.Dataset, values: NDArray[np.floating[Any]], title: str, worst: list[int]
 ) -> None:
     known = "source_index" in residuals.coords
-    index = residuals["source_index"].values if known else np.arange(len(values))
+    index = residuals["source_index"].values if known else residuals["pattern"].values
     ranked = np.sort(values[~np.isnan(values)])[::-1]
     axes.plot(np.linspace(index.min(), index.max(), len(ranked)), ranked, color="tab:gray", label="sorted")
     axes.plot(index, values, ".", markersize=3, color="tab:blue", label="one pattern")
@@ -614,7 +673,9 @@ def _draw_by_index(
     axes.set(xlabel="pattern, row in the source file" if known else "pattern, index in the store", ylabel=title)
     if ranked[0] > WIDEST_LINEAR * np.median(ranked):
         axes.set_yscale("log")
-    axes.set_title(f"worst, by index in the store: {', '.join(map(str, worst))}", fontsize="small")
+    axes.set_title(
+        f"worst, by index in the store: {', '.join(map(str, residuals['pattern'].values[worst]))}", fontsize="small"
+    )
     axes.legend(frameon=False)
 
 
@@ -653,26 +714,38 @@ def plot_split_half(ds: xr.Dataset, *, resolution: xr.Dataset | None = None, pat
     middle = _mean_phase_factor(one[lit])
     phases = [np.angle(half * middle) for half in (one, other)]
     n_columns = 2 if resolution is None else 3
-    figure = _empty_figure(5.5 * n_columns, 10)
-    grid = figure.add_gridspec(2, n_columns)
-    top = [figure.add_subplot(grid[0, column]) for column in range(n_columns)]
-    for panel, phase, label in zip(top[:2], phases, ("first", "second"), strict=True):
+    figure, pictures, curves = _half_layout(shown, n_columns)
+    for panel, phase, label in zip(pictures[:2], phases, ("first", "second"), strict=True):
         _panel(panel, phase, f"{label} half: phase (rad)", shown, *_phase_scale(phases[0][lit]))
     difference = np.abs(one - other)
-    _panel(
-        figure.add_subplot(grid[1, 0]),
-        difference,
-        "|first − second|",
-        shown,
-        (0.0, _limits(difference[lit])[1]),
-        "magma",
-    )
+    _panel(pictures[2], difference, "|first − second|", shown, (0.0, _limits(difference[lit])[1]), "magma")
     frequency, curve = frc(*(np.where(lit, half, np.complex64(np.nan)) for half in (one, other)))
-    wide = figure.add_subplot(grid[1, 1:], box_aspect=0.8 / (n_columns - 1))
-    _draw_frc(wide, frequency, {"object": curve}, "FRC of the halves", ds.attrs.get("pixel_size_m"))
+    _draw_frc(curves, frequency, {"object": curve}, "FRC of the halves", ds.attrs.get("pixel_size_m"))
     if resolution is not None:
-        _draw_local_resolution(top[2], resolution, shown)
+        _draw_local_resolution(pictures[3], resolution, shown)
     return _saved(figure, path)
+
+
+def _half_layout(ds: xr.Dataset, n_columns: int) -> tuple[Figure, list[Axes], Axes]:
+    """Figure with axes for pictures and one for curves."""
+    n_pictures = n_columns + 1
+    orientation = _orientation(ds)
+    if orientation == "compact":
+        figure = _empty_figure(5.5 * n_columns, 10)
+        grid = figure.add_gridspec(2, n_columns)
+        top = [figure.add_subplot(grid[0, column]) for column in range(n_columns)]
+        pictures = [*top[:2], figure.add_subplot(grid[1, 0]), *top[2:]]
+        return figure, pictures, figure.add_subplot(grid[1, 1:], box_aspect=0.8 / (n_columns - 1))
+    width, height = _size_in(ds, 1, 1, (0, 0))
+    curves_in = 4.5
+    if orientation == "wide":
+        figure = _empty_figure(width, n_pictures * height + curves_in)
+        axes = figure.subplots(n_pictures + 1, 1, height_ratios=[*[height] * n_pictures, curves_in])
+    else:
+        figure = _empty_figure(n_pictures * width + curves_in, height)
+        axes = figure.subplots(1, n_pictures + 1, width_ratios=[*[width] * n_pictures, curves_in])
+        axes[-1].set_box_aspect(1.0)
+    return figure, list(axes[:-1]), axes[-1]
 
 
 def _draw_local_resolution(axes: Axes, resolution: xr.Dataset, ds: xr.Dataset) -> None:
@@ -691,13 +764,13 @@ def _draw_local_resolution(axes: Axes, resolution: xr.Dataset, ds: xr.Dataset) -
         vmax=coarsest,
         origin="upper",
         extent=(x[0] - half, x[-1] + half, y[-1] + half, y[0] - half),
+        aspect=_stretch(ds),
     )
     _frame(axes, f"local resolution (px), FRC at {resolution.attrs['criterion']}", ds)
     left, right, bottom, top = _extent(ds)
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
-    assert axes.figure is not None
-    axes.figure.colorbar(image, ax=axes, shrink=0.85, extend="max")
+    _add_colour_bar(axes, image, ds, extend="max")
 
 
 def _empty_figure(width_in: float, height_in: float) -> Figure:
@@ -706,8 +779,66 @@ def _empty_figure(width_in: float, height_in: float) -> Figure:
     return figure
 
 
+Orientation = Literal["compact", "wide", "tall"]
+"""Shape of a picture: its sides are alike, or one is `ELONGATED` times the other."""
+
+
+def _ratio(ds: xr.Dataset) -> float:
+    """Width of a picture over its height."""
+    left, right, bottom, top = _extent(ds)
+    return (right - left) / (bottom - top)
+
+
+def _orientation(ds: xr.Dataset) -> Orientation:
+    ratio = _ratio(ds)
+    return "wide" if ratio > ELONGATED else "tall" if ratio < 1 / ELONGATED else "compact"
+
+
+def _stretch(ds: xr.Dataset) -> float:
+    """Drawn length of a pixel along y over that along x."""
+    ratio = _ratio(ds)
+    return ratio / min(max(ratio, 1 / MOST_ELONGATED), MOST_ELONGATED)
+
+
+def _add_colour_bar(axes: Axes, image: AxesImage, ds: xr.Dataset, extend: str = "neither") -> None:
+    figure = axes.figure
+    assert figure is not None
+    if _orientation(ds) == "wide":
+        # As high as the picture, which is less high than its place in the figure.
+        figure.colorbar(image, cax=axes.inset_axes((1.015, 0, 0.01, 1)), ticks=MaxNLocator(3), extend=extend)
+    else:
+        figure.colorbar(image, ax=axes, shrink=0.85, extend=extend)
+
+
+def _size_in(ds: xr.Dataset, n_rows: int, n_columns: int, compact: tuple[float, float]) -> tuple[float, float]:
+    """Size of a figure of pictures, inches, with titles and labels.
+
+    `compact` is that for an object whose sides are alike.
+    """
+    ratio = min(max(_ratio(ds), 1 / MOST_ELONGATED), MOST_ELONGATED)
+    orientation = _orientation(ds)
+    if orientation == "wide":
+        return LONG_SIDE_IN + 2.0, n_rows * n_columns * (LONG_SIDE_IN / ratio + 1.3)
+    if orientation == "tall":
+        return n_rows * n_columns * (LONG_SIDE_IN * ratio + 1.9), LONG_SIDE_IN + 1.0
+    return compact
+
+
+def _pictures(figure: Figure | SubFigure, ds: xr.Dataset, n_rows: int, n_columns: int) -> NDArray[Any]:
+    """Axes of pictures (row, column).
+
+    Those of an elongated object are stacked along its short side.
+    """
+    orientation = _orientation(ds)
+    if orientation == "compact":
+        return figure.subplots(n_rows, n_columns, squeeze=False)
+    n_pictures = n_rows * n_columns
+    stacked = (n_pictures, 1) if orientation == "wide" else (1, n_pictures)
+    return figure.subplots(*stacked, squeeze=False).reshape(n_rows, n_columns)
+
+
 def thinned(ds: xr.Dataset) -> xr.Dataset:
-    """Result in memory, subsampled if larger than `LARGEST_PIXELS`.
+    """Result in memory, subsampled along sides longer than `LARGEST_PIXELS`.
 
     Raises
     ------
@@ -717,8 +848,11 @@ def thinned(ds: xr.Dataset) -> xr.Dataset:
     missing = [name for name in ("object", "weight", "uncertainty") if name not in ds or ds[name].dims != ("y", "x")]
     if missing:
         raise PtychodaskError(f"plot: the Dataset has no {', '.join(missing)} (y, x); select one method of a result")
-    step = -(-max(ds.sizes["y"], ds.sizes["x"]) // LARGEST_PIXELS)
-    return ds.isel(y=slice(None, None, step), x=slice(None, None, step)).ptycho.compute()
+    steps = {dim: -(-ds.sizes[dim] // LARGEST_PIXELS) for dim in ("y", "x")}
+    # Along its short side an elongated object has few pixels, and none of them to spare.
+    if _orientation(ds) == "compact":
+        steps = dict.fromkeys(steps, max(steps.values()))
+    return ds.isel({dim: slice(None, None, step) for dim, step in steps.items()}).ptycho.compute()
 
 
 def _on_pixels(ds: xr.Dataset, y_px: NDArray[np.float64], x_px: NDArray[np.float64]) -> NDArray[np.complex64]:
@@ -739,15 +873,16 @@ def _well_lit(ds: xr.Dataset) -> NDArray[np.bool_]:
     return seen & well_lit(np.where(seen, ds["weight"].values, 0))
 
 
-def _step_px(ds: xr.Dataset) -> float:
-    x = ds["x"].values
-    return float(x[1] - x[0]) if len(x) > 1 else 1.0
+def _step_px(at: NDArray[np.float64]) -> float:
+    """Distance of the pixels along one axis."""
+    return float(at[1] - at[0]) if len(at) > 1 else 1.0
 
 
 def _extent(ds: xr.Dataset) -> tuple[float, float, float, float]:
     """Left, right, lower and upper edge of a picture, scan coordinates."""
-    y, x, half = ds["y"].values, ds["x"].values, _step_px(ds) / 2
-    return x[0] - half, x[-1] + half, y[-1] + half, y[0] - half
+    y, x = ds["y"].values, ds["x"].values
+    half_y, half_x = _step_px(y) / 2, _step_px(x) / 2
+    return x[0] - half_x, x[-1] + half_x, y[-1] + half_y, y[0] - half_y
 
 
 def _limits(values: NDArray[np.floating]) -> tuple[float, float]:
@@ -771,20 +906,38 @@ def _panel(
     colours: str = "gray",
 ) -> None:
     """Draw a picture with colour bar, scale bar and axes in pixels."""
-    image = axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], origin="upper", extent=_extent(ds))
-    assert axes.figure is not None
-    axes.figure.colorbar(image, ax=axes, shrink=0.85)
+    image = axes.imshow(
+        values,
+        cmap=colours,
+        vmin=limits[0],
+        vmax=limits[1],
+        origin="upper",
+        extent=_extent(ds),
+        aspect=_stretch(ds),
+    )
+    _add_colour_bar(axes, image, ds)
     _frame(axes, title, ds)
 
 
 def _frame(axes: Axes, title: str, ds: xr.Dataset) -> None:
     axes.set_facecolor(UNSEEN_COLOUR)
-    axes.set(title=title, xlabel="x (px)", ylabel="y (px)")
-    _add_scale_bar(axes, ds)
+    orientation, stretch = _orientation(ds), _stretch(ds)
+    times = {"x": f" × {1 / stretch:.3g}" if stretch < 1 else "", "y": f" × {stretch:.3g}" if stretch > 1 else ""}
+    axes.set(xlabel=f"x (px){times['x']}", ylabel=f"y (px){times['y']}")
+    for axis, is_short in ((axes.xaxis, orientation == "tall"), (axes.yaxis, orientation == "wide")):
+        axis.set_major_locator(MaxNLocator(2 if is_short else "auto", integer=True))
+    if orientation == "compact":
+        axes.set_title(title)
+        _add_scale_bar(axes, ds)
+        return
+    if orientation == "tall":
+        axes.tick_params(axis="x", rotation=90)
+    axes.set_title(title, fontsize="medium", pad=6.0 if orientation == "wide" else 22.0)
+    _add_scale_bar_above(axes, ds)
 
 
-def _add_contours(axes: Axes, ds: xr.Dataset) -> None:
-    """Draw contours of the weight, with a legend."""
+def _add_contours(axes: Axes, ds: xr.Dataset, beside: Axes) -> None:
+    """Draw contours of the weight, with a legend on axes `beside`."""
     weight = ds["weight"].values
     relative = weight / np.median(weight[weight > 0])
     levels = {level: style for level, style in CONTOURS.items() if relative.min() < level < relative.max()}
@@ -801,20 +954,48 @@ def _add_contours(axes: Axes, ds: xr.Dataset) -> None:
     )
     lines = [Line2D([], [], color="white", linestyle=style) for style in levels.values()]
     labels = [f"{level:.0%} of the median weight" for level in levels]
-    axes.legend(lines, labels, loc="upper right", facecolor="black", labelcolor="white", fontsize="small")
+    anchor: dict[str, Any] = {"loc": "upper right"}
+    if beside is not axes:
+        is_below = _orientation(ds) == "wide"
+        anchor = {"loc": "center left", "bbox_to_anchor": (1.05, 0.5)}
+        if not is_below:
+            anchor = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.05)}
+    beside.legend(lines, labels, facecolor="black", labelcolor="white", fontsize="small", **anchor)
+
+
+def _scale(ds: xr.Dataset, longest_px: float) -> tuple[float, str]:
+    """Length of a scale bar up to `longest_px`, and its label."""
+    pixel_size_m = ds.attrs.get("pixel_size_m")
+    unit_per_px = 1.0 if pixel_size_m is None else float(pixel_size_m)
+    length = nice_length(longest_px * unit_per_px)
+    return length / unit_per_px, f"{length:g} px" if pixel_size_m is None else length_label(length)
+
+
+def _add_scale_bar_above(axes: Axes, ds: xr.Dataset) -> None:
+    """Draw a scale bar above a picture too thin to contain it."""
+    left, right = axes.get_xlim()
+    is_wide = _orientation(ds) == "wide"
+    width_px, label = _scale(ds, (0.2 if is_wide else 1.0) * (right - left))
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    above, beside = (
+        axes.get_xaxis_transform() + ScaledTranslation(dx / 72, dy / 72, figure.dpi_scale_trans)
+        for dx, dy in ((0, 4), (4, 1) if is_wide else (0, 7))
+    )
+    bar = Line2D((left, left + width_px), (1, 1), transform=above, color="black", linewidth=3, clip_on=False)
+    bar.set_solid_capstyle("butt")
+    axes.add_line(bar)
+    at, alignment = (left + width_px, "left") if is_wide else (left + width_px / 2, "center")
+    axes.text(at, 1, label, transform=beside, ha=alignment, va="bottom", fontsize="small")
 
 
 def _add_scale_bar(axes: Axes, ds: xr.Dataset) -> None:
     left, right = axes.get_xlim()
     bottom, top = axes.get_ylim()
-    pixel_size_m = ds.attrs.get("pixel_size_m")
-    unit_per_px = 1.0 if pixel_size_m is None else float(pixel_size_m)
-    length = nice_length(0.3 * (right - left) * unit_per_px)
-    width_px = length / unit_per_px
+    width_px, label = _scale(ds, 0.3 * (right - left))
     x, y = left + 0.05 * (right - left), bottom + 0.05 * (top - bottom)
     height = 0.015 * (top - bottom)
     axes.add_patch(Rectangle((x, y), width_px, height, facecolor="white", edgecolor="black", linewidth=0.8))
-    label = f"{length:g} px" if pixel_size_m is None else length_label(length)
     axes.text(
         x + width_px / 2,
         y + 1.5 * height,

@@ -19,12 +19,13 @@ from scipy.ndimage import map_coordinates
 from ptychodask.errors import PtychodaskError
 from ptychodask.result import recorded
 from ptychodask.scan import Scan
+from ptychodask.storage.records import as_text
 
 STITCHED, SLOW_PHASE = "stitched", "slow_phase"
 """Recorded names of the stage before all refinement, and of the slow phase; others are sweeps."""
 
-PER_METHOD = ("model", "plan", "refinement", "polish")
-"""Attributes that a result of several methods records by the label of the method."""
+PER_NETWORK = ("model", "plan", "refinement", "polish")
+"""Attributes that a result of several networks records by the label of the network."""
 
 MOST_STAGES = 100
 """Stages that are read from a record, at most."""
@@ -178,29 +179,28 @@ def refinement_text(attributes: Mapping[str, Any]) -> str:
     return ", ".join([*refinement_of(attributes).steps, *options]) or PLAIN
 
 
-def attributes_of_method(attributes: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """Attributes of a result, of several methods only those of one.
+def attributes_of_network(attributes: Mapping[str, Any], network: str) -> dict[str, Any]:
+    """Attributes of a result, of several networks only those of one.
 
     Parameters
     ----------
     attributes : dict
         Of a result.
-    method : str
-        Label of the method.
+    network : str
+        Label of the network.
 
     Examples
     --------
-    >>> attributes_of_method({"methods": ["a", "b"], "model": {"a": 1, "b": 2}, "store": "x"}, "b")
-    {'methods': 'b', 'model': 2, 'store': 'x'}
+    >>> attributes_of_network({"networks": ["a", "b"], "model": {"a": 1, "b": 2}, "store": "x"}, "b")
+    {'networks': 'b', 'model': 2, 'store': 'x'}
     """
-    if not isinstance(recorded(attributes, "methods"), list):
+    if not isinstance(recorded(attributes, "networks"), list):
         return dict(attributes)
+    by_network = {name: recorded(attributes, name) for name in PER_NETWORK}
     chosen = {
-        name: attributes[name][method]
-        for name in PER_METHOD
-        if isinstance(attributes.get(name), Mapping) and method in attributes[name]
+        name: value[network] for name, value in by_network.items() if isinstance(value, Mapping) and network in value
     }
-    return {**attributes, **chosen, "methods": method}
+    return {**attributes, **as_text(chosen), "networks": network}
 
 
 def slow_phase_on(

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from ptychodask.cluster.broadcast import Broadcast
 from ptychodask.cluster.executor import AnyClient, Executor, executor_for_run
+from ptychodask.cluster.watch import Watch, wait_for
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import MIN_SEEN_LIGHT, footprint_corners, predicted_amplitude, r_ratio, r_sums, seen_light
-from ptychodask.grouping import patterns_without
+from ptychodask.grouping import chosen_patterns
 from ptychodask.progress import progress_bar
 from ptychodask.reconstruction.scheduler import Scheduler, TaskGraph
-from ptychodask.result import open_result, reading_result
+from ptychodask.result import experiment_of, open_result, reading_result
 from ptychodask.scan import Scan
 from ptychodask.storage.location import parse_location
 from ptychodask.store import open_scan
@@ -49,6 +50,7 @@ def residuals(
     *,
     client: AnyClient | None = None,
     drop: Sequence[int] | NDArray[np.integer[Any]] = (),
+    experiment: int | None = None,
     progress: bool | None = None,
 ) -> xr.Dataset:
     """Residuals of each measured pattern against the forward model of an object.
@@ -63,13 +65,15 @@ def residuals(
         Client to run on; by default the active one, else one in this process.
     drop : int array (k,), optional
         Patterns flagged as dropped and left out of the totals; their residuals are computed too.
+    experiment : int, optional
+        Experiment of the result, in a scan of several; by default the one that the result records.
     progress : bool, optional
         See `progress_bar`.
 
     Returns
     -------
     xarray.Dataset
-        Along ``pattern``, in the order of the store:
+        Along ``pattern``, those of the experiment in the order of the store:
 
         * ``r_factor`` float64, R = Σ|√I_pred − √I| / Σ√I over good pixels; infinite for a pattern without counts;
         * ``poisson_deviance`` float64, 2 Σ(I_pred − I + I log(I / I_pred)) / n over the n good pixels, about 1 if
@@ -87,7 +91,8 @@ def residuals(
     ------
     PtychodaskError
         If the result has no object (y, x) of consecutive pixels, cannot be read, or has no seen pixel; if a pattern to
-        drop does not exist, or no pattern can have residuals.
+        drop does not exist, or no pattern can have residuals; if the scan has several experiments and it is not known
+        which one the result is of.
 
     Notes
     -----
@@ -104,16 +109,25 @@ def residuals(
         logger.warning(
             "the result was made from other data than %s, or with another probe", measured.store or "this scan"
         )
-    kept = patterns_without(measured, drop)
+    kept = chosen_patterns(measured, experiment_of({"result": opened}, measured, experiment, "residuals"), drop)
+    judged = _of_experiment(measured, kept)
     # Fields that the tasks do not need are not sent; a truth may be as large as the object.
     sent = replace(measured, truth=None, label=None, probe_initial=None, scan_index=None, source_index=None)
     with executor_for_run(client) as executor, reading_result():
-        (mean,) = executor.gather(executor.compute([abs(object_).mean(dtype=np.float64).data]))
-        fill = float(mean)
+        mean = executor.compute([abs(object_).mean(dtype=np.float64).data])
+        wait_for(executor, mean, Watch(executor, "residuals"))
+        fill = float(executor.gather(mean)[0])
         if not np.isfinite(fill):
             raise PtychodaskError("residuals: the object has no seen pixel, so no pattern can be predicted")
-        sums = _judge_all(executor, sent, object_, fill, progress)
-    return _as_dataset(measured, sums, kept, flagged=len(drop) > 0)
+        sums = _judge_all(executor, sent, judged, object_, fill, progress)
+    return _as_dataset(measured, judged, sums, kept, flagged=len(drop) > 0)
+
+
+def _of_experiment(scan: Scan, kept: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Indices of all patterns of the kept ones' experiment."""
+    if scan.scan_index is None:
+        return np.arange(scan.n_patterns)
+    return np.flatnonzero(scan.scan_index == scan.scan_index[kept[0]])
 
 
 def _object_of(ds: xr.Dataset) -> xr.DataArray:
@@ -128,10 +142,15 @@ def _object_of(ds: xr.Dataset) -> xr.DataArray:
 
 
 def _judge_all(
-    executor: Executor, scan: Scan, object_: xr.DataArray, fill: float, progress: bool | None
+    executor: Executor,
+    scan: Scan,
+    index: NDArray[np.int64],
+    object_: xr.DataArray,
+    fill: float,
+    progress: bool | None,
 ) -> NDArray[np.float64]:
-    """`judge_patterns` of all patterns, in their order."""
-    parts = _parts(scan)
+    """`judge_patterns` of some patterns, in their order."""
+    parts = _parts(index, scan.n_pixels)
     pieces = [_illuminated_part(object_, scan.position_yx_px[part], scan.n_pixels) for part in parts]
     # All at once: a lazy result computes what several parts share once only.
     computed = dict(enumerate(executor.compute([illuminated.data for illuminated, _ in pieces])))
@@ -142,12 +161,12 @@ def _judge_all(
         # The workers drop this part of the object.
         del computed[index]
 
-    logger.info("%s: %d patterns in %d tasks", scan.store or "scan", scan.n_patterns, len(parts))
-    with executor.broadcast(scan) as sent, progress_bar("residuals", scan.n_patterns, "patterns", progress) as bar:
+    logger.info("%s: %d patterns in %d tasks", scan.store or "scan", len(index), len(parts))
+    with executor.broadcast(scan) as sent, progress_bar("residuals", len(index), "patterns", progress) as bar:
         graph = TaskGraph(
-            n_units=[part.stop - part.start for part in parts],
+            n_units=[len(part) for part in parts],
             chunk_task=lambda index: (_judge_sent, sent, parts[index], computed[index], pieces[index][1], fill),
-            chunk_name=lambda index: f"judging patterns {parts[index].start}..{parts[index].stop - 1}",
+            chunk_name=lambda index: f"judging patterns {parts[index][0]}..{parts[index][-1]}",
             command="residuals",
             remedy_lost="give workers more memory",
             remedy_ended="start again",
@@ -159,11 +178,10 @@ def _judge_all(
     return np.concatenate([done[index] for index in range(len(parts))])
 
 
-def _parts(scan: Scan) -> list[slice]:
-    """Consecutive patterns, one slice for each task."""
-    n_patterns = scan.n_patterns
-    size = max(1, min(PART_PIXELS // scan.n_pixels**2, -(-n_patterns // PARTS_AT_LEAST)))
-    return [slice(start, min(start + size, n_patterns)) for start in range(0, n_patterns, size)]
+def _parts(index: NDArray[np.int64], n_pixels: int) -> list[NDArray[np.int64]]:
+    """Consecutive ones of some patterns, for each task."""
+    size = max(1, min(PART_PIXELS // n_pixels**2, -(-len(index) // PARTS_AT_LEAST)))
+    return [index[start : start + size] for start in range(0, len(index), size)]
 
 
 def _illuminated_part(
@@ -183,15 +201,15 @@ def _judge_sent(sent: Broadcast, *arguments: Any) -> NDArray[np.float64]:
 
 
 def judge_patterns(
-    scan: Scan, part: slice, object_: NDArray[np.complex64], corner: tuple[int, int], fill: float
+    scan: Scan, part: NDArray[np.int64], object_: NDArray[np.complex64], corner: tuple[int, int], fill: float
 ) -> NDArray[np.float64]:
-    """Compare consecutive patterns with those predicted from an object.
+    """Compare some patterns with those predicted from an object.
 
     Parameters
     ----------
     scan : Scan
-    part : slice
-        Range of patterns.
+    part : int64 array (pattern,)
+        Indices of the patterns.
     object_ : complex64 array (y, x)
         The object under all their probe footprints; NaN where unseen.
     corner : (int, int)
@@ -210,8 +228,8 @@ def judge_patterns(
     padded[~seen] = fill
     sums = np.empty((len(corners), 4))
     sums[:, 3] = seen_light(seen, start, scan.probe, scan.position_yx_px[part])
-    for row, amplitude in enumerate(scan.amplitude(part)):
-        model = predicted_amplitude(padded, start, scan, part.start + row).astype(np.float64)
+    for row, (pattern, amplitude) in enumerate(zip(part.tolist(), scan.amplitude(part), strict=True)):
+        model = predicted_amplitude(padded, start, scan, pattern).astype(np.float64)
         deviance = poisson_deviance(model**2, amplitude.astype(np.float64) ** 2, scan.mask)
         sums[row, :3] = *r_sums(model - amplitude, amplitude), deviance
     if scan.domain != "counts":
@@ -268,11 +286,12 @@ def poisson_deviance(
     return 2 * float((predicted - counts + counts * logarithm).sum()) / counts.size
 
 
-def _as_dataset(scan: Scan, sums: NDArray[np.float64], kept: NDArray[np.int64], *, flagged: bool) -> xr.Dataset:
+def _as_dataset(
+    scan: Scan, index: NDArray[np.int64], sums: NDArray[np.float64], kept: NDArray[np.int64], *, flagged: bool
+) -> xr.Dataset:
     misfit, amplitude, deviance, fraction = sums.T
     judged = fraction >= MIN_SEEN_LIGHT
-    counted = judged.copy()
-    counted[np.setdiff1d(np.arange(scan.n_patterns), kept)] = False
+    counted = judged & np.isin(index, kept)
     if not amplitude[counted].sum() > 0:
         raise PtychodaskError(
             f"{scan.store or 'scan'}: no pattern that is not dropped has counts and {MIN_SEEN_LIGHT:.0%} of the probe "
@@ -281,14 +300,14 @@ def _as_dataset(scan: Scan, sums: NDArray[np.float64], kept: NDArray[np.int64], 
     with np.errstate(divide="ignore", invalid="ignore"):
         r_factor = np.where(judged, misfit / amplitude, np.nan)
     coords: dict[str, Any] = {
-        "pattern": np.arange(scan.n_patterns),
-        "y_px": ("pattern", scan.position_yx_px[:, 0], {"units": "pixel"}),
-        "x_px": ("pattern", scan.position_yx_px[:, 1], {"units": "pixel"}),
+        "pattern": index,
+        "y_px": ("pattern", scan.position_yx_px[index, 0], {"units": "pixel"}),
+        "x_px": ("pattern", scan.position_yx_px[index, 1], {"units": "pixel"}),
     }
     if scan.source_index is not None:
-        coords["source_index"] = ("pattern", scan.source_index)
+        coords["source_index"] = ("pattern", scan.source_index[index])
     if flagged:
-        coords["dropped"] = ("pattern", ~np.isin(np.arange(scan.n_patterns), kept))
+        coords["dropped"] = ("pattern", ~np.isin(index, kept))
     known = scan.domain == "counts"
     totals = {"r_factor": r_ratio(float(misfit[counted].sum()), float(amplitude[counted].sum()), "residuals")}
     if known:
@@ -357,4 +376,12 @@ def outliers(residuals: xr.Dataset, *, n_mad: float = OUTLIER_MAD) -> NDArray[np
     middle = np.nanmedian(r_factor)
     spread = MAD_TO_SIGMA * np.nanmedian(np.abs(r_factor - middle))
     far = np.flatnonzero(r_factor > middle + n_mad * spread)
-    return far[np.argsort(-r_factor[far], kind="stable")]
+    return stored_indices(residuals)[far[np.argsort(-r_factor[far], kind="stable")]]
+
+
+def stored_indices(residuals: xr.Dataset) -> NDArray[np.int64]:
+    """Index in the store of each pattern that has residuals, int64 (pattern,).
+
+    They are not consecutive from 0 for one experiment of several.
+    """
+    return np.asarray(residuals["pattern"].values, np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,18 @@ def read_description(path: Path) -> dict[str, Any]:
             f"{path}: has format version {version!r}, this ptychodask reads up to {FORMAT_VERSION}; upgrade ptychodask"
         )
     return description
+
+
+def epochs_of(history: Sequence[Mapping[str, float]]) -> str:
+    """Number of epochs of a training, for display.
+
+    Examples
+    --------
+    >>> epochs_of([{"epoch": 0.5}, {"epoch": 1.0}])
+    '1'
+    """
+    # Bundles of other programs may not number them.
+    return f"{history[-1].get('epoch', len(history)):.3g}" if history else "0"
 
 
 def read_history(path: Path) -> list[dict[str, float]]:

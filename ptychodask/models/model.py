@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ptychodask.html import card, curves
 from ptychodask.models.contract import Output, PatchModel, Predict, check_n_pixels, predict_in_batches
+from ptychodask.models.description import epochs_of
 from ptychodask.models.networks import build_network
 from ptychodask.models.spec import ModelSpec, Optics, Precision
 from ptychodask.scan import Scan
@@ -70,7 +71,7 @@ class Model:
             "weights": f"{sum(array.size for array in self.weights):,}",
             "data-consistency steps": f"{self.spec.projections_before} before the U-Net of {self.spec.levels} levels, "
             f"{self.spec.projections_after} after it",
-            "epochs": f"{len(self.history)} in {self.history[-1]['seconds']:,.0f} s" if self.history else None,
+            "epochs": f"{epochs_of(self.history)} in {self.history[-1]['seconds']:,.0f} s" if self.history else None,
             "bundle": self.path,
             "content hash": self.content_hash[:12],
         }

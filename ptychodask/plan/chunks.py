@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.grouping import groups_kept
+from ptychodask.grouping import named_outliers, outlying_positions
 from ptychodask.plan.spec import MIB, NOWHERE, ReconstructionSpec
 from ptychodask.reassembly import CANVAS_PIXEL_BYTES, Box
 from ptychodask.store import GroupTable, StoredScan
@@ -74,6 +74,7 @@ def survey(
     output: Literal["member", "group"],
     crop: int,
     drop: Sequence[int] = (),
+    experiment: int | None = None,
     position_yx_px: NDArray[np.float64] | None = None,
     region: Box | None = None,
 ) -> Survey:
@@ -91,6 +92,8 @@ def survey(
         Elements across the central part of a patch that is used, M.
     drop : ints
         Patterns whose groups are left out.
+    experiment : int, optional
+        Experiment whose groups are predicted; by default all.
     position_yx_px : float64 array (pattern, 2), optional
         Positions at which patches are stitched; by default the stored ones.
     region : Box, optional
@@ -111,7 +114,7 @@ def survey(
     digest = hashlib.sha256()
     for member, starts in _blocks(table, edges):
         digest.update(np.ascontiguousarray(member).data)
-        kept = groups_kept(member, drop)
+        kept = stored.groups_kept(member, drop, experiment)
         chunk = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(member)))
         position = _positions(stored, member, position_yx_px)
         first, last = _reach(position if output == "member" else position.mean(axis=1, keepdims=True), crop, kept)
@@ -332,6 +335,7 @@ def _fitting_chunks(
             output=network.output,
             crop=crop,
             drop=tuple(spec.drop),
+            experiment=spec.experiment,
             position_yx_px=spec.position_yx_px,
             region=None if spec.roi is None else Box(*(int(value) for value in spec.roi)),
         )
@@ -352,11 +356,33 @@ def _fitting_chunks(
             break
         size //= 2
     chunk = chunks[int(np.argmax(n_bytes))]
-    raise PtychodaskError(
-        f"plan: groups {chunk.start}..{chunk.stop - 1}, over {chunk.box.shape[0]} x {chunk.box.shape[1]} px, need "
-        f"{max(n_bytes) / MIB:,.1f} MiB, a task may use {spec.memory_bytes / MIB:,.1f} MiB; pass "
-        f"groups_per_chunk= below {chunk.stop - chunk.start}, a smaller batch_size=, or a larger memory_bytes="
+    n_groups = chunk.stop - chunk.start
+    smaller = f"groups_per_chunk= below {n_groups}, a smaller batch_size=" if n_groups > 1 else "a smaller batch_size="
+    need = (
+        f"groups {chunk.start}..{chunk.stop - 1}, over {chunk.box.shape[0]:,} x {chunk.box.shape[1]:,} px, need "
+        f"{max(n_bytes) / MIB:,.1f} MiB, a task may use {spec.memory_bytes / MIB:,.1f} MiB"
     )
+    # A single position far from all others makes the box of its groups, and the object, as large as its distance.
+    if outliers := outliers_of(stored, spec):
+        raise PtychodaskError(f"plan: {outliers}; with it {need}")
+    raise PtychodaskError(f"plan: {need}; pass {smaller}, or a larger memory_bytes=")
+
+
+def outliers_of(stored: StoredScan, spec: ReconstructionSpec) -> str:
+    """Used patterns with positions far from all others, in words; or empty.
+
+    Parameters
+    ----------
+    stored : StoredScan
+    spec : ReconstructionSpec
+        Its patterns to drop, experiment and corrected positions count.
+    """
+    index = stored.chosen(spec.experiment, tuple(spec.drop))
+    position = stored.position_yx_px(index) if spec.position_yx_px is None else spec.position_yx_px[index]
+    outliers = outlying_positions(position)
+    if not len(outliers):
+        return ""
+    return named_outliers(position[outliers], index[outliers], stored.source_rows(index[outliers]))
 
 
 def _chunks(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ptychodask.errors import PtychodaskError, with_fields
-from ptychodask.grouping import GroupingSpec, check_drop
+from ptychodask.grouping import GroupingSpec, check_experiment
 from ptychodask.html import card
 from ptychodask.models.choose import recorded_model, resolve_model
 from ptychodask.models.contract import MinimalModel, PatchModel
@@ -34,6 +34,7 @@ from ptychodask.plan.chunks import (
     _reassemble_bytes,
     _tile,
     _tiles,
+    outliers_of,
 )
 from ptychodask.plan.spec import MIB, ReconstructionSpec, in_pixels
 from ptychodask.prediction import ModelReference, PredictionJob, open_anew, predict_groups
@@ -111,6 +112,9 @@ class Plan:
     """Patterns decompressed per pattern used: stored chunks are decompressed completely, and patterns at the edges of
     chunks of groups are read by several tasks."""
 
+    outliers: str = ""
+    """Used patterns whose positions are far from all others, in words; or empty."""
+
     groups_per_s: float | None = None
     """Measured speed of one process, reading included; None if not measured."""
 
@@ -163,6 +167,8 @@ class Plan:
             "memory": f"{self.predict_bytes / MIB:,.1f} MiB to predict, {self.reassemble_bytes / MIB:,.1f} MiB to "
             f"reassemble, {budget} per task",
         }
+        if self.outliers:
+            rows["outliers"] = self.outliers
         if self.groups_per_s is not None:
             rows["time"] = (
                 f"about {self.n_groups / self.groups_per_s:,.0f} s in one process, at {self.groups_per_s:,.0f} groups/s"
@@ -240,6 +246,7 @@ def prediction_job(planned: Plan, model: PatchModel, scan: Scan, spec: Reconstru
         spec.precision,
         spec.device,
         scan.attributes.get("segments", [{}])[0].get("data_hash"),
+        experiment=spec.experiment,
     )
 
 
@@ -390,7 +397,7 @@ def _table_of(
                 f"the model expects {members}; pass another groups=, or leave it out"
             )
         return named
-    default = GroupingSpec(members=members, neighbours=max(GroupingSpec.neighbours, members), halves=halves)
+    default = GroupingSpec(members=members, halves=halves)
     tables = [table for name in stored.table_names() if (table := stored.table(name))]
     fitting = [table for table in tables if table.spec.members == members and table.spec.halves == halves]
     if not fitting:
@@ -398,7 +405,7 @@ def _table_of(
     # One that is not the default is taken only if it is the only one: which of two was meant cannot be known, and the
     # object depends on it.
     for table in fitting:
-        if len(fitting) == 1 or table.spec == default:
+        if len(fitting) == 1 or table.spec.draws_as(default):
             return table
     listed = ", ".join(table.name for table in fitting)
     raise PtychodaskError(
@@ -429,7 +436,7 @@ def make_plan(
     PtychodaskError
         See `plan`.
     """
-    check_drop(stored.label, stored.n_patterns, tuple(spec.drop))
+    check_experiment(stored.label, stored.experiments(tuple(spec.drop)), spec.experiment)
     if spec.position_yx_px is not None:
         check_positions(spec.position_yx_px, stored.n_patterns, "position_yx_px")
     window, crop = _window_and_crop(spec, network)
@@ -472,6 +479,7 @@ def make_plan(
         predict_bytes=predict_bytes,
         reassemble_bytes=reassemble_bytes,
         read_amplification=float(surveyed.n_decompressed[in_plan].sum() / n_patterns),
+        outliers=outliers_of(stored, spec),
     )
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, check_choice
-from ptychodask.grouping import GroupingSpec
+from ptychodask.grouping import GroupingSpec, experiment_number
 from ptychodask.models.contract import Device
 from ptychodask.models.spec import Precision
-from ptychodask.options import option
+from ptychodask.options import check_types, option
 from ptychodask.probes import Window
 
 NOWHERE = 2**40
@@ -37,7 +37,7 @@ LARGEST = {"batch_size": 2**31, "groups_per_chunk": 2**31, "tile": 2**16}
 """Upper limits of fields: a larger number is a typing error, and a larger tile does not fit into a store."""
 
 
-REFINEMENTS = ("polish", "slow_phase")
+REFINEMENTS = ("polish", "slow_phase", "refine_positions", "refine_flux")
 """Fields that refine the stitched object."""
 
 
@@ -76,9 +76,21 @@ class ReconstructionSpec:
     """The same part in metres: pixels with y0 <= ``y_m`` < y1 and x0 <= ``x_m`` < x1. The scan's pixel size must be
     known."""
 
-    drop: Sequence[int] | NDArray[np.integer[Any]] = option((), help="Pattern indices to leave out.", one_scan=True)
+    drop: Sequence[int] | NDArray[np.integer[Any]] = option(
+        (), help="Pattern indices to leave out.", planned=True, one_scan=True
+    )
     """Patterns of the store to leave out, of groups (each group that contains one is left out) and of polishing.
     Converted to ascending integers."""
+
+    experiment: int | None = option(
+        None,
+        help="Number of the experiment to reconstruct, if the scan has several.",
+        planned=True,
+        timed=True,
+        recorded_at_default=False,
+    )
+    """Experiment (value of ``scan_index``) whose patterns are used, of a store with several: each has an object of its
+    own. By default the only one."""
 
     polish: int | Literal["auto"] = option(
         "auto",
@@ -93,6 +105,17 @@ class ReconstructionSpec:
     )
     """Correct the slowly varying part of the stitched phase by least squares over a share of the patterns. It is kept
     if it lowers the misfit of the judges. "auto": where it can be; True: refused where it cannot."""
+
+    refine_positions: bool = option(
+        False, help="Refine the positions of the patterns together with the object.", recorded_at_default=False
+    )
+    """Refine the positions of the patterns between sweeps: ``position_refined_yx_px`` in the result."""
+
+    refine_flux: bool = option(
+        False, help="Refine the relative flux of the patterns together with the object.", recorded_at_default=False
+    )
+    """Refine the relative flux of the patterns between sweeps: ``flux_refined`` in the result. It trades against slow
+    variations of the transmission."""
 
     precision: Precision = option(
         "float32", help="Precision of the convolutions: float32, or mixed (bfloat16).", timed=True
@@ -190,6 +213,8 @@ class ReconstructionSpec:
         if self.roi_m is not None:
             _check_roi_m(self.roi_m, self.roi)
         object.__setattr__(self, "drop", _pattern_indices(self.drop))
+        if self.experiment is not None:
+            object.__setattr__(self, "experiment", experiment_number(self.experiment, "reconstruct"))
         if self.polish != "auto" and (not isinstance(self.polish, Integral) or self.polish < 0):
             raise PtychodaskError(
                 f"reconstruct: polish is {self.polish!r}, expected a number of sweeps, an integer of at least 0, or "
@@ -210,13 +235,22 @@ class ReconstructionSpec:
                 "reconstruct: position_yx_px without cache=: the network's input uses the stored positions; pass "
                 "cache= to stitch cached patches, or ingest with the corrected positions"
             )
+        for name in ("refine_positions", "refine_flux"):
+            if not isinstance(getattr(self, name), bool):
+                raise PtychodaskError(f"reconstruct: {name} is {getattr(self, name)!r}, expected True or False")
+            if getattr(self, name) and self.polish != "auto" and self.polish <= 2:
+                raise PtychodaskError(
+                    f"reconstruct: {name}=True with polish={self.polish}: each step follows two sweeps; pass "
+                    "polish='auto', or more than 2"
+                )
         if self.position_yx_px is not None:
             self._refuse_refinement("position_yx_px", "the patterns are refined at the stored positions")
+        check_types(self, "reconstruct")
 
     @property
     def refines(self) -> bool:
         """True if the stitched object is refined."""
-        return bool(self.slow_phase) or bool(self.polish)
+        return any(getattr(self, name) for name in REFINEMENTS)
 
     def _refuse_refinement(self, given: str, reason: str) -> None:
         """Raise `PtychodaskError` if a refinement that cannot be is asked for."""

@@ -27,13 +27,13 @@ from ptychodask.plan import Plan, plan_for, plan_together, prediction_job
 from ptychodask.plan.chunks import RESULT_PIXEL_BYTES, Tile
 from ptychodask.plan.spec import MIB, ReconstructionSpec, in_pixels
 from ptychodask.prediction import open_anew
-from ptychodask.reconstruction.batch import FailedScansError, reconstruct_each
+from ptychodask.reconstruction.batch import FailedScansError, make_folder, reconstruct_each, reconstruct_experiments
 from ptychodask.reconstruction.flat import ITERATIVE, FlatObject
 from ptychodask.reconstruction.follow import FollowedScan, first_run
 from ptychodask.reconstruction.lazy import lazy_result
 from ptychodask.reconstruction.live import screen_for
 from ptychodask.reconstruction.patch_cache import patch_cache
-from ptychodask.reconstruction.refine import check_one_experiment, stitch_and_refine
+from ptychodask.reconstruction.refine import OF_PATTERNS, stitch_and_refine
 from ptychodask.reconstruction.run import Run, RunFolders
 from ptychodask.reconstruction.tasks import MethodJob, StitchingJob, TileReport
 from ptychodask.reconstruction.to_store import write_result
@@ -85,13 +85,14 @@ def reconstruct(
     model : path or model, or dict of label to such, optional
         By default the latest `pinn` that the store records, else the latest `baseline`, else the packaged model for
         patterns of N pixels (``pretrained:<name>``). "iterative": no network, but a flat object that is refined.
-        Several models predict from one reading of the patterns, and the result has a dimension ``method``. A warning is
-        logged if the scan is outside the training range of a model.
+        Several models predict from one reading of the patterns, and the result has a dimension ``network``. A warning
+        is logged if the scan is outside the training range of a model.
     spec : ReconstructionSpec
         Options. The group table is by default the stored one with the model's members, else made by the default spec.
     out : path, optional
         Store to write the result into, tile by tile, on a disk or in a bucket; by default it stays in memory. For
-        several scans a folder, which gets a ``<name>.object.zarr`` for each.
+        several scans a folder, which gets a ``<name>.object.zarr`` for each. For a scan of several experiments also a
+        folder, which gets an ``experiment-K.zarr`` for each.
     client : distributed.Client or Executor, optional
         Client to run on; by default the active client, else one in this process.
     overwrite : bool
@@ -111,16 +112,17 @@ def reconstruct(
     xarray.Dataset
         ``object``, ``weight``, ``uncertainty`` and ``count`` (y, x), see `make_dataset`; lazy if `out` is given or
         `compute` is False. With ``split_half`` also ``object_half`` and ``weight_half`` (half, y, x); with several
-        models each array has ``method`` as its first axis. For several scans a dict of these by the names of the
-        stores, without ``.zarr``.
+        models each array has ``network`` as its first axis. For several scans a dict of these by the names of the
+        stores, without ``.zarr``; for several experiments by names ``experiment-K``.
 
     Raises
     ------
     PtychodaskError
         If a field is unknown, no model fits, the plan is refused (see `plan`), a worker has too little memory, a task
-        fails, `out` exists, or the run to be resumed had another scan, model, spec or plan.
+        fails, `out` exists, or the run to be resumed had another scan, model, spec or plan; if the scan has several
+        experiments, and neither ``experiment`` nor `out` is given.
     FailedScansError
-        If some of several scans failed, once all others are done; its attribute ``results`` has those.
+        If some of several scans or experiments failed, once all others are done; its attribute ``results`` has those.
 
     Notes
     -----
@@ -133,6 +135,10 @@ def reconstruct(
     chunk that crashes its workers is set aside until all others are done, and tried alone before it is given up; a task
     much slower than any other is also started on a second worker. With ``on_error="skip"`` unusable patterns are left
     out as if they were in ``drop``, and the attribute ``skipped`` lists them by reason.
+
+    Each experiment of a scan (its value of ``scan_index``) has an object of its own. With ``experiment=K`` patterns and
+    groups of the others are left out, and the result records the number. Without it, each is reconstructed into its own
+    store in the folder `out`; each can be resumed.
 
     The halves take every other pattern as they are stored: the patches of even ones and of odd ones (of a patch per
     group, its seed counts). By default their groups are drawn from one half only (`GroupingSpec.halves`), so that the
@@ -185,13 +191,55 @@ def reconstruct(
                 store,
                 None if out is None else parse_location(out),
                 spec,
-                lambda path, result: _reconstruct_one(path, model, spec, out=result, client=used, **options),
+                lambda path, result: _reconstruct_store(path, model, spec, out=result, client=used, **options),
             )
-    return _reconstruct_one(store, model, spec, out=out, client=client, **options)
+    return _reconstruct_store(store, model, spec, out=out, client=client, **options)
+
+
+def _reconstruct_store(
+    store: LocationLike,
+    model: Models,
+    spec: ReconstructionSpec,
+    *,
+    out: LocationLike | None,
+    client: AnyClient | None,
+    compute: bool,
+    **options: Any,
+) -> xr.Dataset | dict[str, xr.Dataset]:
+    """`reconstruct` for one scan, with one experiment or several."""
+    _check_options(spec, out, compute=compute, several=isinstance(model, Mapping), resume=bool(options["resume"]))
+    stored = open_anew(store)
+    experiments = [] if spec.experiment is not None else stored.experiments(tuple(spec.drop))
+    if len(experiments) < 2:
+        return _reconstruct_one(stored, model, spec, out=out, client=client, compute=compute, **options)
+    listed = ", ".join(map(str, experiments[:10])) + (", ..." if len(experiments) > 10 else "")
+    if out is None or spec.follow:
+        or_out = "" if spec.follow or not compute else ", or out= (--out), a folder with a result for each"
+        raise PtychodaskError(
+            f"{stored.label}: has {len(experiments)} experiments ({listed}), and each has an object of its own; pass "
+            f"experiment= (--experiment) for one of them{or_out}"
+        )
+    logger.info("%s: %d experiments (%s), reconstructed one by one", stored.label, len(experiments), listed)
+    folder = parse_location(out)
+    make_folder(folder, "experiments")
+    with executor_for_run(client) as used:
+        return reconstruct_experiments(
+            experiments,
+            folder,
+            lambda experiment, path: _reconstruct_one(
+                stored,
+                model,
+                replace(spec, experiment=experiment),
+                out=path,
+                client=used,
+                compute=True,
+                **options,
+            ),
+        )
 
 
 def _reconstruct_one(
-    store: LocationLike,
+    stored: StoredScan,
     model: Models,
     spec: ReconstructionSpec,
     *,
@@ -202,21 +250,19 @@ def _reconstruct_one(
     compute: bool,
     progress: bool | None,
 ) -> xr.Dataset:
-    """`reconstruct` for one scan."""
+    """`reconstruct` for one experiment of a scan."""
     started = time.perf_counter()
     several = isinstance(model, Mapping)
-    _check_options(spec, out, compute=compute, several=several, resume=resume)
-    stored = open_anew(store)
     scan = stored.first()
-    spec = in_pixels(spec, scan.pixel_size_m, str(store))
+    spec = in_pixels(spec, scan.pixel_size_m, stored.label)
     spec, left_out = spec.with_refinement_that_applies(compute=compute)
     if left_out is not None:
-        logger.info("%s: refinement left out: %s", store, left_out)
+        logger.info("%s: refinement left out: %s", stored.label, left_out)
     models = model if isinstance(model, Mapping) else {"": model}
     networks = {str(label): _network_of(scan, given) for label, given in models.items()}
     _warn_outside_training_range(networks, stored)
     result = None if out is None else parse_location(out)
-    plan_run = partial(_plan_stored, store, networks, spec, several=several)
+    plan_run = partial(_plan_stored, stored.label, networks, spec, several=several)
     if spec.follow:
         run = first_run(plan_run, stored, spec.follow_timeout_s)
     else:
@@ -224,6 +270,8 @@ def _reconstruct_one(
     if left_out is not None:
         run = replace(run, attributes=run.attributes | {"refinement": {"left_out": left_out}})
     scan, plan = run.scan, run.plan
+    if plan.outliers:
+        logger.warning("%s: %s", stored.label, plan.outliers)
     is_growing = scan.attributes["state"] == "growing"
     # A run that followed the scan may have been stopped after the last segment: its ledger is that of a growing scan.
     is_resumed = resume and "segments" in scan.attributes and result is not None and result.is_resumable()
@@ -274,9 +322,12 @@ def _plan_run(
     stored: StoredScan, scan: Scan, networks: Mapping[str, PatchModel], spec: ReconstructionSpec, *, several: bool
 ) -> Run:
     """Plan the run over a stored scan."""
+    if spec.cache is not None and len(stored.experiments()) > 1:
+        raise PtychodaskError(
+            f"{stored.label}: a cache of patches has those of all groups, and the scan has several experiments; leave "
+            "out cache= (--cache), or ingest each experiment into a store of its own"
+        )
     plans = plan_together(stored, networks, spec) if several else {"": plan_for(stored, networks[""], spec)}
-    if spec.slow_phase is True:
-        check_one_experiment(stored.scan, spec.drop)
     methods = tuple(
         MethodJob(prediction_job(plans[label], network, scan, spec), plans[label].window, plans[label].crop)
         for label, network in networks.items()
@@ -357,8 +408,10 @@ def _in_memory(run: Run, client: AnyClient | None, started: float, progress: boo
     report = stitch_and_refine(
         run, client, RunFolders(), copy_tile, progress=progress, screen=screen_for(run.spec.live)
     )
+    of_patterns = report.pop(OF_PATTERNS, {})
     return make_dataset(
         **arrays,
+        **of_patterns,
         corner=plan.box.corner,
         pixel_size_m=run.scan.pixel_size_m,
         attributes=run.attributes_of_result(report, started),
@@ -402,7 +455,7 @@ def _recorded(value: Any) -> Any:
 
 def _check_in_memory(run: Run) -> None:
     plan, layers = run.plan, run.job.layers
-    per_pixel = RESULT_PIXEL_BYTES * max(1, len(layers.methods)) * (2 if layers.split_half else 1)
+    per_pixel = RESULT_PIXEL_BYTES * max(1, len(layers.networks)) * (2 if layers.split_half else 1)
     n_bytes = plan.box.n_pixels * per_pixel
     if n_bytes > plan.memory_bytes:
         raise PtychodaskError(

@@ -1,22 +1,24 @@
-"""Reconstruction of several scans, one after the other on one client."""
+"""Reconstruction of several scans or experiments, one after the other."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import xarray as xr
 
 from ptychodask.errors import PtychodaskError, in_brief
 from ptychodask.options import names_where
 from ptychodask.plan.spec import ReconstructionSpec
+from ptychodask.result import experiment_name
 from ptychodask.storage.location import Location, LocationLike, parse_location
 
 logger = logging.getLogger(__name__)
 
 
 class FailedScansError(PtychodaskError):
-    """Some of several scans could not be reconstructed.
+    """Some of several scans or experiments could not be reconstructed.
 
     Parameters
     ----------
@@ -24,12 +26,20 @@ class FailedScansError(PtychodaskError):
     results : dict of name to Dataset
     kept_in : Location or None
         Folder of the results.
+    noun : str
+        "scans" or "experiments".
     """
 
-    def __init__(self, errors: dict[str, Exception], results: dict[str, xr.Dataset], kept_in: Location | None) -> None:
+    def __init__(
+        self,
+        errors: dict[str, Exception],
+        results: dict[str, xr.Dataset],
+        kept_in: Location | None,
+        noun: str = "scans",
+    ) -> None:
         failures = "; ".join(f"{name}: {in_brief(error)}" for name, error in errors.items())
         kept = "" if not results else f" (kept: {', '.join(results)}" + (f" in {kept_in})" if kept_in else ")")
-        super().__init__(f"reconstruct: {len(errors)} of {len(errors) + len(results)} scans failed{kept}: {failures}")
+        super().__init__(f"reconstruct: {len(errors)} of {len(errors) + len(results)} {noun} failed{kept}: {failures}")
         self.errors = errors
         """Error of each failed scan."""
         self.results = results
@@ -43,7 +53,7 @@ def reconstruct_each(
     stores: Sequence[LocationLike],
     out: Location | None,
     spec: ReconstructionSpec,
-    reconstruct_one: Callable[[LocationLike, Location | None], xr.Dataset],
+    reconstruct_one: Callable[[LocationLike, Location | None], xr.Dataset | dict[str, xr.Dataset]],
 ) -> dict[str, xr.Dataset]:
     """Reconstruct one scan after the other.
 
@@ -54,12 +64,12 @@ def reconstruct_each(
         Folder for the results, created if missing.
     spec : ReconstructionSpec
     reconstruct_one : callable
-        Reconstructs a store into a path, or in memory if that is None.
+        Reconstructs a store into a path, or in memory if that is None; a dict for several experiments.
 
     Returns
     -------
     dict of name to xarray.Dataset
-        By the names of the stores, less ``.zarr``, in their order.
+        By the names of the stores, less ``.zarr``, in their order; ``<name>/experiment-K`` for experiments.
 
     Raises
     ------
@@ -73,17 +83,67 @@ def reconstruct_each(
         if getattr(spec, field) not in (None, ()):
             raise PtychodaskError(f"reconstruct: {field} refers to one scan, and {len(names)} are given; remove it")
     if out is not None:
-        _make_folder(out)
+        make_folder(out, "scans")
+    paths = {name: None if out is None else result_path(out, name) for name in names}
+    return _each(dict(zip(names, stores, strict=True)), paths, out, reconstruct_one)
+
+
+def reconstruct_experiments(
+    experiments: Sequence[int],
+    folder: Location,
+    reconstruct_one: Callable[[int, Location], xr.Dataset],
+) -> dict[str, xr.Dataset]:
+    """Reconstruct one experiment of a scan after the other.
+
+    Parameters
+    ----------
+    experiments : sequence of int
+    folder : Location
+        Existing folder for the results.
+    reconstruct_one : callable
+        Reconstructs an experiment into a path.
+
+    Returns
+    -------
+    dict of name to xarray.Dataset
+        By names ``experiment-K``, in the given order.
+
+    Raises
+    ------
+    FailedScansError
+        After all experiments, if some failed; it has the results of the others.
+    """
+    named = {experiment_name(number): number for number in experiments}
+    return _each(named, {name: folder / f"{name}.zarr" for name in named}, folder, reconstruct_one, "experiments")
+
+
+def _each(
+    inputs: Mapping[str, Any],
+    paths: Mapping[str, Any],
+    folder: Location | None,
+    reconstruct_one: Callable[[Any, Any], xr.Dataset | dict[str, xr.Dataset]],
+    noun: str = "scans",
+) -> dict[str, xr.Dataset]:
+    """Results by name; those of several experiments by both names."""
     results: dict[str, xr.Dataset] = {}
     errors: dict[str, Exception] = {}
-    for name, store in zip(names, stores, strict=True):
+    for name, given in inputs.items():
+        result: xr.Dataset | dict[str, xr.Dataset]
         try:
-            results[name] = reconstruct_one(store, None if out is None else result_path(out, name))
+            result = reconstruct_one(given, paths[name])
+        except FailedScansError as error:
+            errors |= {f"{name}/{inner}": each for inner, each in error.errors.items()}
+            result = error.results
         except (PtychodaskError, OSError) as error:
-            logger.info("%s failed: %s", store, in_brief(error))
+            logger.info("%s failed: %s", given if isinstance(given, str) else name, in_brief(error))
             errors[name] = error
+            continue
+        if isinstance(result, dict):
+            results |= {f"{name}/{inner}": each for inner, each in result.items()}
+        else:
+            results[name] = result
     if errors:
-        raise FailedScansError(errors, results, out)
+        raise FailedScansError(errors, results, folder, noun)
     return results
 
 
@@ -108,11 +168,20 @@ def scan_names(stores: Sequence[LocationLike]) -> list[str]:
 
 
 def result_path(folder: Location, name: str) -> Location:
-    """Path of the result of one of several scans."""
-    return folder / f"{name}.object.zarr"
+    """Path of the result of a scan, or of its experiment.
+
+    Examples
+    --------
+    >>> [str(result_path(parse_location("out"), name)) for name in ("a", "a/experiment-1")]
+    ['out/a.object.zarr', 'out/a.object.zarr/experiment-1.zarr']
+    """
+    scan, _, experiment = name.partition("/")
+    path = folder / f"{scan}.object.zarr"
+    return path / f"{experiment}.zarr" if experiment else path
 
 
-def _make_folder(out: Location) -> None:
+def make_folder(out: Location, several: str) -> None:
+    """Make a folder for results; raises `PtychodaskError` if it is a store."""
     if (out.exists() and not out.is_dir()) or (out / "zarr.json").exists():
-        raise PtychodaskError(f"{out}: is a file or a store, and results of several scans need a folder; name one")
+        raise PtychodaskError(f"{out}: is a file or a store, and results of several {several} need a folder; name one")
     out.make_folder()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import r_factor
-from ptychodask.grouping import patterns_without
+from ptychodask.grouping import chosen_patterns, experiment_number
 from ptychodask.iterative import iterate_with_probe
 from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.flat import ITERATIVE
@@ -25,6 +25,7 @@ def reconstruct_iterative(
     n_sweeps: int | Literal["auto"] = "auto",
     refine_probe: bool = False,
     exclude: Sequence[int] | NDArray[np.integer[Any]] = (),
+    experiment: int | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> xr.Dataset:
@@ -43,6 +44,8 @@ def reconstruct_iterative(
         more. The stored probe is not changed.
     exclude : int array (k,), optional
         Patterns of the store that are left out.
+    experiment : int, optional
+        Experiment to reconstruct, if the scan has several.
     seed : int
         With `refine_probe`: seed of the order of the patterns.
     progress : bool, optional
@@ -58,21 +61,26 @@ def reconstruct_iterative(
     Raises
     ------
     PtychodaskError
-        If `n_sweeps` is too small, a pattern does not exist, or the scan has several experiments, whose objects may
-        differ.
+        If `n_sweeps` is too small, a pattern or the experiment does not exist, or the scan has several experiments and
+        none is chosen.
     """
     fewest = 3 if refine_probe else 1
     if n_sweeps != "auto" and n_sweeps < fewest:
         raise PtychodaskError(f"reconstruct_iterative: n_sweeps is {n_sweeps}, expected {fewest} or more")
+    if experiment is not None:
+        experiment = experiment_number(experiment, "reconstruct_iterative")
     scan = open_scan(store)
-    if scan.scan_index is not None and len(np.unique(scan.scan_index)) > 1:
-        raise PtychodaskError(
-            f"{store}: contains {len(np.unique(scan.scan_index))} experiments, the iterative engine supports one; "
-            "ingest each into a separate store"
-        )
-    used = patterns_without(scan, exclude)
+    used = chosen_patterns(scan, experiment, exclude)
     if refine_probe:
-        return iterate_with_probe(store, 16 if n_sweeps == "auto" else n_sweeps, exclude, seed, progress)
-    ds = reconstruct(store, ITERATIVE, polish=n_sweeps, slow_phase="auto", drop=np.asarray(exclude), progress=progress)
+        return iterate_with_probe(store, 16 if n_sweeps == "auto" else n_sweeps, exclude, experiment, seed, progress)
+    ds = reconstruct(
+        store,
+        ITERATIVE,
+        polish=n_sweeps,
+        slow_phase="auto",
+        drop=np.asarray(exclude),
+        experiment=experiment,
+        progress=progress,
+    )
     corner = float(ds["y"][0]), float(ds["x"][0])
     return ds.assign_attrs(r_factor=r_factor(ds["object"].values, corner, scan, used))

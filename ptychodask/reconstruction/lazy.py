@@ -27,7 +27,15 @@ def lazy_result(run: Run) -> xr.Dataset:
     predictions = [method.prediction for method in job.methods]
     token = tokenize(
         [
-            (each.store, each.data_hash, each.groups, each.model.content_hash, each.drop, each.precision)
+            (
+                each.store,
+                each.data_hash,
+                each.groups,
+                each.model.content_hash,
+                each.drop,
+                each.experiment,
+                each.precision,
+            )
             for each in predictions
         ],
         plan.summary(),

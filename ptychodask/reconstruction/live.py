@@ -192,7 +192,7 @@ class LivePicture:
 
     def _dataset(self) -> xr.Dataset:
         dims = self._layers.dims("object")
-        coordinates: dict[str, Any] = {"method": list(self._layers.methods)} if self._layers.methods else {}
+        coordinates: dict[str, Any] = {"network": list(self._layers.networks)} if self._layers.networks else {}
         for dim, first, size in zip(("y", "x"), self._plan.box.corner, self._amplitude.shape[-2:], strict=True):
             pixels = first + (self.step - 1) / 2 + self.step * np.arange(size, dtype=np.float64)
             coordinates[dim] = (dim, pixels, {"units": "px"})

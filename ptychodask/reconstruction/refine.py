@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.cluster.executor import AnyClient, Executor, Future, executor_for_run
-from ptychodask.errors import PtychodaskError
-from ptychodask.grouping import curve_order, patterns_without
+from ptychodask.grouping import chosen_patterns, curve_order
 from ptychodask.plan.chunks import Tile
 from ptychodask.prediction import PredictionJob, open_stored
 from ptychodask.probes import illuminated_radius_px
@@ -32,6 +31,9 @@ from ptychodask.reconstruction.tasks import TileReport
 from ptychodask.scan import Scan
 
 logger = logging.getLogger(__name__)
+
+OF_PATTERNS = "of_patterns"
+"""Key of the variables that are refined for each pattern, in what `stitch_and_refine` returns."""
 
 LEAST_PATTERNS = 4
 """Fewest patterns that refinement needs."""
@@ -64,7 +66,8 @@ def stitch_and_refine(
     Returns
     -------
     dict
-        Attributes of the run: wall time of each stage, skipped patterns, verified chunks, outcome of the refinement.
+        Attributes of the run: wall time of each stage, skipped patterns, verified chunks, outcome of the refinement;
+        and under `OF_PATTERNS` the variables that it refined for each pattern.
     """
     plan = run.plan
     n_chunks, n_tiles = len(plan.chunks), len(plan.tiles)
@@ -88,6 +91,8 @@ def stitch_and_refine(
             refined.append(one)
         records = {one.layer.label: one.record for one in refined}
         report["refinement"] = records.get("", records)
+        # Halves have refined positions of their own, which only they are judged by.
+        report[OF_PATTERNS] = refined[0].of_patterns
         _deliver(run, executor, stitched, refined, folders, on_tile, stitching.live)
     return report
 
@@ -142,17 +147,18 @@ def stitch_on_workers(run: Run, executor: Executor, stitching: Stitching, progre
 def object_layers(run: Run) -> list[ObjectLayer]:
     """Objects of a run that are refined, each by its own patterns."""
     methods: Sequence[tuple[str, tuple[int, ...]]] = [
-        (label, (number,)) for number, label in enumerate(run.job.layers.methods)
+        (label, (number,)) for number, label in enumerate(run.job.layers.networks)
     ] or [("", ())]
     layers = []
     for (label, index), method in zip(methods, run.job.methods, strict=True):
         network = method.prediction.model.model
         is_flat = network is not None and network.kind == ITERATIVE
-        layers.append(ObjectLayer(label, "object", index, None, is_flat))
+        is_learnt = network is None or bool(network.trained_on)
+        layers.append(ObjectLayer(label, "object", index, None, is_flat, is_learnt))
         if run.job.layers.split_half:
             for half in range(2):
                 name = f"{label}, half {half}" if label else f"half {half}"
-                layers.append(ObjectLayer(name, "object_half", (*index, half), half, is_flat))
+                layers.append(ObjectLayer(name, "object_half", (*index, half), half, is_flat, is_learnt))
     if len(layers) > 1 and not layers[0].label:
         layers[0] = replace(layers[0], label="whole")
     return layers
@@ -176,7 +182,7 @@ def patterns_to_refine(run: Run, scan: Scan, drop: Sequence[int], half: int | No
     int64 array (k,)
         In a region, those that illuminate nothing outside.
     """
-    index = patterns_without(scan, drop)
+    index = chosen_patterns(scan, run.spec.experiment, drop)
     if half is not None:
         index = index[index % 2 == half]
     if run.spec.roi is not None:
@@ -201,6 +207,9 @@ class Refined:
 
     record: dict[str, Any]
     """Its outcome, for the attribute ``refinement``."""
+
+    of_patterns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Refined positions and flux, by the names of the result's variables."""
 
 
 def refine_layer(
@@ -239,7 +248,7 @@ def refine_layer(
         return Refined(layer, (), [], {"left_out": reason})
     refinement = Refinement(run, executor, layer, stitched, job, scan, index, tiles)
     record = refinement.run(seconds, progress)
-    return Refined(layer, refinement.boxes, refinement.objects, record)
+    return Refined(layer, refinement.boxes, refinement.objects, record, refinement.of_patterns)
 
 
 def scan_job(run: Run, drop: tuple[int, ...]) -> PredictionJob:
@@ -287,13 +296,3 @@ def _deliver(
 
 def _without_arrays(report: TileReport) -> TileReport:
     return replace(report, arrays=None)
-
-
-def check_one_experiment(scan: Scan, drop: Sequence[int] | NDArray[np.integer[Any]]) -> None:
-    """Raise `PtychodaskError` if a store has several experiments."""
-    n_experiments = 1 if scan.scan_index is None else len(np.unique(scan.scan_index[patterns_without(scan, drop)]))
-    if n_experiments > 1:
-        raise PtychodaskError(
-            f"{scan.store}: slow_phase=True with {n_experiments} experiments in one store: it is the phase of one "
-            "object; remove slow_phase, or ingest them into a store each"
-        )

@@ -31,6 +31,7 @@ from ptychodask.refinement.polishing import (
     take_step,
     within,
 )
+from ptychodask.refinement.positions import PositionSums, position_sums, stretched
 from ptychodask.refinement.slow_phase import (
     NodeGrid,
     NormalEquations,
@@ -121,6 +122,28 @@ class ObjectLayer:
     is_flat: bool = False
     """True if no network predicted it, so that its patches have no uncertainty."""
 
+    is_learnt: bool = True
+    """True if a trained network predicted it, near which few photons are no reason to leave."""
+
+
+@dataclass(frozen=True, eq=False)
+class MovedPatterns:
+    """Refined positions and flux of some patterns."""
+
+    index: NDArray[np.int64]
+    """Patterns, ascending (k,)."""
+
+    position_yx_px: NDArray[np.float64]
+    """Positions (k, 2)."""
+
+    flux: NDArray[np.float32]
+    """Relative flux (k,)."""
+
+    def of(self, index: NDArray[np.int64]) -> MovedPatterns:
+        """Those of some of its patterns, ascending."""
+        rows = np.searchsorted(self.index, index)
+        return MovedPatterns(index, self.position_yx_px[rows], self.flux[rows])
+
 
 @dataclass(frozen=True, eq=False)
 class PatternPart:
@@ -132,6 +155,9 @@ class PatternPart:
     judges: NDArray[np.int64]
     """Patterns of the same part of the curve that judge, ascending."""
 
+    moved: MovedPatterns | None
+    """Refined positions and flux of all patterns; None for the stored ones."""
+
     box: Box
     """Pixels that their frames reach."""
 
@@ -140,16 +166,6 @@ class PatternPart:
 
     tile_boxes: tuple[Box, ...]
     """Box of each of these tiles."""
-
-
-class TileStart(NamedTuple):
-    """One tile before the first sweep."""
-
-    object: Kept
-    """Object, with the mean amplitude in unseen pixels, complex64 (y, x)."""
-
-    weights: Kept
-    """Illumination and proximal weight (see `illumination_and_proximal_weight`), float32 (2, y, x)."""
 
 
 class PartChange(NamedTuple):
@@ -241,44 +257,43 @@ def amplitude_sums(object_: Kept) -> AmplitudeSums:
     return AmplitudeSums(seen.size, float(amplitude.sum()), float((amplitude**2).sum()), complex(seen.sum()))
 
 
-def prepare_tile(
+def fill_tile(object_: Kept, mean: float, path: Location | None) -> Kept:
+    """Object over one tile, with the amplitude `mean` where unseen."""
+    array = opened(object_)
+    return keep(np.where(np.isfinite(array), array, np.complex64(mean)), path)
+
+
+def weigh_tile(
     job: PredictionJob,
-    index: NDArray[np.int64],
+    position_yx_px: NDArray[np.float64],
     box: Box,
-    object_: Kept,
-    mean: float,
     held: tuple[float, float],
-    paths: Sequence[Location | None],
-) -> TileStart:
-    """Start and weights of one tile while it is polished.
+    path: Location | None,
+) -> Kept:
+    """Weights of one tile while it is polished.
 
     Parameters
     ----------
     job : PredictionJob
         Names the store.
-    index : int64 array (k,)
-        Patterns whose frames may reach the tile, ascending.
+    position_yx_px : float64 array (k, 2)
+        Of the patterns whose frames may reach the tile.
     box : Box
         Extent of the tile while it is refined.
-    object_ : complex64 array (y, x), or its file
-        NaN where unseen.
-    mean : float
-        Initial amplitude of unseen pixels.
     held : (float, float)
         `prior` and `dim` of `illumination_and_proximal_weight`.
-    paths : two Locations, or None
-        Files of the object and of the weights.
+    path : Location, optional
+        File of the weights.
 
     Returns
     -------
-    TileStart
+    float32 array (2, y, x), or its file
+        Illumination and proximal weight.
     """
-    stored, array = open_stored(job), opened(object_)
     prior, dim = held
-    position = stored.position_yx_px(index)
-    weights = illumination_and_proximal_weight(stored.probe, position, box.corner, box.shape, prior=prior, dim=dim)
-    start = np.where(np.isfinite(array), array, np.complex64(mean))
-    return TileStart(keep(start, paths[0]), keep(np.stack(weights), paths[1]))
+    probe = open_stored(job).probe
+    weights = illumination_and_proximal_weight(probe, position_yx_px, box.corner, box.shape, prior=prior, dim=dim)
+    return keep(np.stack(weights), path)
 
 
 def change_part(job: PredictionJob, part: PatternPart, objects: list[Kept], path: Location | None = None) -> PartChange:
@@ -296,7 +311,7 @@ def change_part(job: PredictionJob, part: PatternPart, objects: list[Kept], path
     """
     piece = _joined(part, objects)
     judgement = _judgement(job, part, piece)
-    scan = _scan_of(job, part.index)
+    scan = _scan_of(job, part, part.index)
     change, misfit = negative_gradient(piece, part.box.corner, scan, np.arange(len(part.index)))
     return PartChange(keep(change, path), part.box, misfit, judgement)
 
@@ -378,7 +393,7 @@ def step_tile(
 
 def equations_of_part(job: PredictionJob, nodes: NodeGrid, part: PatternPart, objects: list[Kept]) -> NormalEquations:
     """Equations of the slow phase of one part (see `change_part`)."""
-    scan, rows = _scan_of(job, part.index), np.arange(len(part.index))
+    scan, rows = _scan_of(job, part, part.index), np.arange(len(part.index))
     (block,) = normal_equations(_joined(part, objects), part.box.corner, scan, nodes, rows).blocks
     return NormalEquations((replace(block, order=int(part.index[0])),))
 
@@ -387,8 +402,50 @@ def judge_step(
     job: PredictionJob, step: SlowStep, part: PatternPart, objects: list[Kept]
 ) -> tuple[Judgement, Judgement]:
     """Judgement of one part, before and after a slow step."""
-    scan, rows = _scan_of(job, part.judges), np.arange(len(part.judges))
+    scan, rows = _scan_of(job, part, part.judges), np.arange(len(part.judges))
     return judged(_joined(part, objects), part.box, scan, *step, rows)
+
+
+def sums_of_positions(job: PredictionJob, part: PatternPart, objects: list[Kept]) -> PositionSums:
+    """Sums for the positions of all patterns of one part (see `change_part`).
+
+    The positions of judges are fitted to the object as well, which they do not change.
+    """
+    index = np.sort(np.concatenate([part.index, part.judges]))
+    taking_part = ~np.isin(index, part.judges)
+    scan, rows = _scan_of(job, part, index), np.arange(len(index))
+    return position_sums(_joined(part, objects), part.box.corner, scan, rows, taking_part)
+
+
+def stretch_tile(
+    box: Box,
+    source: Box,
+    tile_boxes: Sequence[Box],
+    objects: list[Kept],
+    affine: NDArray[np.float64],
+    centre_yx_px: NDArray[np.float64],
+    path: Location | None,
+) -> Kept:
+    """Object over one tile after a stretching (see `stretched`).
+
+    Parameters
+    ----------
+    box, source : Box
+        Extent of the tile, and of the pixels that it is taken from, within the object.
+    tile_boxes : sequence of Box
+        Extents of the tiles that overlap the source.
+    objects : list of complex64 arrays (y, x), or their files
+        Object over each of them.
+    affine, centre_yx_px
+        See `stretched`.
+    path : Location, optional
+        File of the object.
+    """
+    piece = np.zeros(source.shape, np.complex64)
+    for tile_box, object_ in zip(tile_boxes, objects, strict=True):
+        shared = source.overlap(tile_box)
+        piece[within(shared, source)] = opened(object_)[within(shared, tile_box)]
+    return keep(stretched(piece, source, box, affine, centre_yx_px), path)
 
 
 def turn_tile(step: SlowStep, box: Box, object_: Kept, path: Location | None = None) -> Kept:
@@ -447,15 +504,19 @@ def deliver_refined(
     return replace(stitched, arrays=arrays if out is None else None, coarse=coarse)
 
 
-def _scan_of(job: PredictionJob, index: NDArray[np.int64]) -> Scan:
-    """Part of the scan with some patterns, ascending."""
-    return part_of(open_stored(job), index)
+def _scan_of(job: PredictionJob, part: PatternPart, index: NDArray[np.int64]) -> Scan:
+    """Part of the scan with some patterns of a part, ascending."""
+    scan = part_of(open_stored(job), index)
+    if part.moved is None:
+        return scan
+    moved = part.moved.of(index)
+    return replace(scan, position_yx_px=moved.position_yx_px, flux=moved.flux)
 
 
 def _judgement(job: PredictionJob, part: PatternPart, piece: NDArray[np.complex64]) -> Judgement:
     if not len(part.judges):
         return Judgement()
-    return judge(piece, part.box.corner, _scan_of(job, part.judges), np.arange(len(part.judges)))
+    return judge(piece, part.box.corner, _scan_of(job, part, part.judges), np.arange(len(part.judges)))
 
 
 def _joined(part: PatternPart, objects: list[Kept]) -> NDArray[np.complex64]:

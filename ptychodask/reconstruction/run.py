@@ -16,6 +16,7 @@ from ptychodask.reconstruction.live import LivePicture, Screen
 from ptychodask.reconstruction.tasks import StitchingJob
 from ptychodask.scan import Scan
 from ptychodask.storage.location import Location
+from ptychodask.storage.records import from_text, plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +89,7 @@ def identity(attributes: Mapping[str, Any]) -> dict[str, Any]:
     # All else is left out, so that a stopped run can be resumed with other memory, another device, or patterns skipped.
     # The plan, which memory does change, is compared in full: it decides which sums and tiles there are.
     without_effect = names_where(ReconstructionSpec, changes_result=False)
+    attributes = {name: plain(from_text(value)) for name, value in attributes.items()}
     spec = {name: value for name, value in attributes["spec"].items() if name not in without_effect}
     return {
         "data_hash": attributes["data_hash"],

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from ptychodask.cluster.executor import Executor, Future, KilledWorker, device_share
+from ptychodask.cluster.watch import Watch
 from ptychodask.errors import PtychodaskError, in_brief
 from ptychodask.progress import Progress
 
@@ -41,10 +42,6 @@ IN_FLIGHT_AT_LEAST = 4
 """Chunks in flight at least, however few threads there are yet."""
 
 
-WORKERS_POLL_S = 1.0
-"""Time between two looks at the list of workers: some join late, some leave."""
-
-
 WAKE_S = 0.1
 """Longest time that the client sleeps while it waits for results."""
 
@@ -58,10 +55,6 @@ STRAGGLER_S = 60.0
 
 
 STRAGGLER_TIMES = 4.0
-
-
-NO_WORKER_S = 30.0
-"""Time without any worker after which a warning is logged."""
 
 
 PERMANENT_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -103,6 +96,9 @@ class TaskGraph:
 
     remedy_ended: str = "start again, with resume=True (--resume) if out= is given"
     """Remedy if the cluster ended."""
+
+    task_bytes: int = 0
+    """Memory of the largest task, for messages."""
 
     on_device: bool = False
     """Chunk tasks ask for a share of a GPU if workers advertise one."""
@@ -206,8 +202,7 @@ class Scheduler:
         self._lost: list[int] = []
         self._max_chunks_in_flight = IN_FLIGHT_AT_LEAST
         self._resources: dict[str, float] | None = None
-        self._polled_at = -WORKERS_POLL_S
-        self._worker_seen_at = time.monotonic()
+        self._watch = Watch(executor, graph.command, graph.task_bytes)
         self._longest_s = 0.0
         self._completed = executor.as_completed(with_results=graph.fetch_results)
 
@@ -241,7 +236,8 @@ class Scheduler:
             # tile is waited for: it could otherwise write into the store after the next run has begun there.
             writing = [future for future, attempt in self._in_flight.items() if attempt.task_id.kind == "tile"]
             self._executor.cancel([future for future in self._in_flight if future not in writing])
-            self._executor.wait(writing, WRITERS_WAIT_S)
+            if not self._watch.is_stuck:
+                self._executor.wait(writing, WRITERS_WAIT_S)
             self._executor.cancel(writing)
 
     def _complete(self, bar: Progress, callbacks: Mapping[str, Callable[[int, Any], None]]) -> None:
@@ -252,6 +248,8 @@ class Scheduler:
             for future, result in self._completed.ended(WAKE_S):
                 # None: another attempt at the task finished first, and this one was cancelled.
                 attempt = self._in_flight.pop(future, None)
+                if future.status == "finished":
+                    self._watch.task_ended()
                 outcome = _PENDING if attempt is None else self._outcome(future, attempt, result)
                 if attempt is not None and outcome is not _PENDING:
                     self._record(future, attempt, outcome, bar)
@@ -292,20 +290,9 @@ class Scheduler:
             self._submit(task_id, self._graph.chunk_task(task_id.number))
 
     def _poll_workers(self) -> None:
-        now = time.monotonic()
-        if now - self._polled_at < WORKERS_POLL_S:
+        workers = self._watch.look()
+        if workers is None:
             return
-        self._polled_at = now
-        try:
-            workers = self._executor.workers()
-        except OSError:
-            # The scheduler is gone: the tasks in flight fail with that, and their error names the cause.
-            return
-        if workers:
-            self._worker_seen_at = now
-        elif now - self._worker_seen_at > NO_WORKER_S:
-            logger.warning("no worker for %.0f s: waiting for one", NO_WORKER_S)
-            self._worker_seen_at = now
         if self._graph.chunks_per_worker is None:
             threads = sum(worker.n_threads for worker in workers.values())
             self._max_chunks_in_flight = max(IN_FLIGHT_AT_LEAST, IN_FLIGHT_PER_THREAD * threads)
@@ -314,7 +301,7 @@ class Scheduler:
         if self._graph.on_device:
             self._resources = device_share(workers)
         if not self._graph.once_at_a_time:
-            self._duplicate_stragglers(now, list(workers))
+            self._duplicate_stragglers(time.monotonic(), list(workers))
 
     def _duplicate_stragglers(self, now: float, workers: list[str]) -> None:
         """Submit tasks far slower than others to a second worker too."""
@@ -459,19 +446,6 @@ class Scheduler:
 
 def _is_permanent(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in PERMANENT_DISK_ERRORS
-
-
-def check_workers(executor: Executor, task_bytes: int) -> None:
-    """Raise `PtychodaskError` if a worker has too little memory for its threads."""
-    # Checked before any task runs: Dask kills a worker over its limit, and the error would then blame a chunk.
-    for worker in executor.workers().values():
-        limit, threads = worker.memory_bytes, worker.n_threads
-        if limit and threads * task_bytes > limit:
-            raise PtychodaskError(
-                f"reconstruct: worker {worker.name} may use {limit / 2**20:,.0f} MiB, its {threads} threads need "
-                f"{threads * task_bytes / 2**20:,.0f} MiB; pass memory_bytes= below {limit // threads}, start workers "
-                "with more memory, or with fewer threads"
-            )
 
 
 def check_done(future: Future, task_name: str, graph: TaskGraph = TaskGraph()) -> None:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.cluster.executor import Executor, Future
+from ptychodask.cluster.watch import Watch, wait_for
 from ptychodask.prediction import PredictionJob, stage
 from ptychodask.progress import Progress, progress_bar
 from ptychodask.reassembly import Box
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.reconstruction.refine_tasks import (
     AmplitudeSums,
+    MovedPatterns,
     ObjectLayer,
     PatternPart,
     SlowStep,
@@ -26,18 +27,24 @@ from ptychodask.reconstruction.refine_tasks import (
     change_part,
     change_tile,
     equations_of_part,
+    fill_tile,
     is_whole,
     judge_part,
     judge_step,
-    prepare_tile,
+    keep,
+    opened,
     step_tile,
     stitched_layer,
+    stretch_tile,
+    sums_of_positions,
     turn_tile,
+    weigh_tile,
 )
 from ptychodask.reconstruction.run import Run
 from ptychodask.reconstruction.scheduler import Scheduler, TaskGraph, check_done
 from ptychodask.refinement.judges import Judgement, is_better, is_judge
 from ptychodask.refinement.polishing import DIM_FROM_FLAT, PRIOR_PHOTONS, Misfit, StepProducts
+from ptychodask.refinement.positions import PositionSums, affine_step, position_steps, source_box
 from ptychodask.refinement.slow_phase import (
     NotConvergedError,
     SlowPhaseRecord,
@@ -63,6 +70,19 @@ SWEEPS_UNJUDGED = 2
 PATIENCE = 3
 """Sweeps in a row without a lower misfit of the judges after which ``polish="auto"`` stops. A step may raise it for one
 or two sweeps, while the slow part of the phase still improves."""
+
+MOST_MOVES = 8
+"""Most steps of positions and flux."""
+
+SWEEPS_PER_MOVE = 2
+"""Sweeps before each of them, in which the object adapts to the one before."""
+
+LEAST_AFFINE_PX = 0.25
+"""Displacement at the rim of the field below which the affine part of a step is left out: interpolating the object
+costs detail, and steps of single positions reach as far."""
+
+MARGIN_SHARE = 0.02
+"""Displacement that refined positions may reach, relative to the size of the field; a quarter of a pattern is added."""
 
 MOST_SOLVES = 3
 """Most solutions of the slow phase."""
@@ -160,6 +180,17 @@ class TileArrays:
             if path is not None:
                 path.unlink(missing_ok=True)
 
+    def save_moved(self, version: int, moved: MovedPatterns) -> None:
+        """Write refined positions and flux, if there is a folder."""
+        path = self.path("moved", version, 0)
+        if path is not None:
+            keep(np.column_stack([moved.position_yx_px, moved.flux.astype(np.float64)]), path)
+
+    def open_moved(self, version: int) -> MovedPatterns:
+        """Refined positions and flux that were written."""
+        table = np.array(opened(_known(self.path("moved", version, 0))))
+        return MovedPatterns(np.arange(len(table)), table[:, :2], table[:, 2].astype(np.float32))
+
     def record(self, state: RefinementState) -> None:
         """Record a finished stage, from which a stopped run continues."""
         if self._ledger is not None and self._folder is not None:
@@ -173,6 +204,8 @@ class TileArrays:
         names = {each.name for each in fields(RefinementState)}
         state = RefinementState(**{name: value for name, value in stage.items() if name in names})
         files = [self.path(kind, version, number) for kind, version in state.arrays() for number in range(n_tiles)]
+        if state.moved is not None:
+            files.append(self.path("moved", state.moved, 0))
         if not all(self.run([(is_whole, path) for path in files], lambda _: "checking a tile", fetch=True)):
             logger.warning("files of the refinement are damaged: refining again")
             return None
@@ -222,6 +255,15 @@ class RefinementState:
 
     initial: float = 0.0
     """Objective at the start of the sweeps."""
+
+    moved: int | None = None
+    """Version of the refined positions and flux; None for the stored ones."""
+
+    n_moves: int = 0
+    """Steps of positions and flux."""
+
+    sweeps_at_move: int = 0
+    """Sweeps before the latest of them."""
 
     n_solves: int = 0
     """Slow phases that were solved for."""
@@ -281,29 +323,56 @@ class Refinement:
     ) -> None:
         self._run, self._executor, self._layer, self._stitched = run, executor, layer, stitched
         self._job, self._scan, self._tiles = job, scan, tiles
-        self.boxes = tuple(_extended(tile.box, run.plan.box, frames_box(scan, index)) for tile in run.plan.tiles)
+        around = frames_box(scan, index)
+        self._margin_px = 0.0
+        if run.spec.refine_positions:
+            self._margin_px = float(np.ceil(scan.n_pixels / 4 + MARGIN_SHARE * max(around.shape)))
+            more = int(self._margin_px) + 1
+            around = Box(around.y0 - more, around.y1 + more, around.x0 - more, around.x1 + more)
+        self.boxes = tuple(_extended(tile.box, run.plan.box, around) for tile in run.plan.tiles)
         """Box of each tile while it is refined: those at the edge hold all frames."""
         judges = is_judge(scan, index)
-        self._index, self._judges = index, index[judges]
-        self._parts = self._cut(index[~judges])
+        self._index, self._free, self._judges = index, index[~judges], index[judges]
+        self._moved: MovedPatterns | None = None
+        self._stored = scan
+        self._cut_parts()
+        self._bar: Progress | None = None
+        self.objects: list[Any] = []
+        """The refined object over each of `boxes`, once it has run."""
+
+    def _cut_parts(self) -> None:
+        self._parts = self._cut(self._free)
         self._parts_of = [
             tuple(number for number, part in enumerate(self._parts) if tile in part.tiles and len(part.index))
             for tile in range(len(self.boxes))
         ]
-        self._bar: Progress | None = None
-        self.objects: list[Any] = []
-        """The refined object over each of `boxes`, once it has run."""
+
+    @property
+    def of_patterns(self) -> dict[str, NDArray[Any]]:
+        """Refined positions and flux of all stored patterns, by the names of the result's variables."""
+        moved, spec = self._moved, self._run.spec
+        if moved is None:
+            return {}
+        flux = np.ones(self._scan.n_patterns, np.float32) if self._scan.flux is None else self._scan.flux.copy()
+        flux[moved.index] = moved.flux
+        refined: dict[str, NDArray[Any]] = {"position_refined_yx_px": self._scan.position_yx_px, "flux_refined": flux}
+        is_asked = spec.refine_positions, spec.refine_flux
+        return {name: values for (name, values), asked in zip(refined.items(), is_asked, strict=True) if asked}
 
     def run(self, seconds: dict[str, float], progress: bool | None) -> dict[str, Any]:
         """Refine the object; returns the record for the attribute ``refinement``."""
         spec, n_patterns = self._run.spec, len(self._index)
         label = f"refine {self._layer.label}".strip()
         state = self._tiles.recorded(len(self.boxes)) or self._begin()
+        if state.moved is not None:
+            self._move_to(self._tiles.open_moved(state.moved))
         most = MOST_FROM_FLAT if state.from_flat else MOST_SWEEPS
         if spec.polish != "auto":
             most = int(spec.polish)
         elif not len(self._judges):
             most = SWEEPS_UNJUDGED
+        if self._moves and spec.polish == "auto":
+            most += MOST_MOVES * SWEEPS_PER_MOVE
         with progress_bar(label, (most + 1) * n_patterns, "patterns", progress) as bar:
             self._bar = bar
             bar.advance(state.n_sweeps * n_patterns)
@@ -311,6 +380,9 @@ class Refinement:
                 if self._solves_now(state, most):
                     with stage(seconds, "slow_phase"):
                         self._solve(state)
+                elif self._moves_now(state, most):
+                    with stage(seconds, "positions"):
+                        self._move(state)
                 elif most:
                     with stage(seconds, "polish"):
                         self._sweep(state, most)
@@ -352,6 +424,104 @@ class Refinement:
         if latest is None or state.misfit_at_solve is None:
             return False
         return bool(state.misfit_at_solve - latest > state.gain_of_solve)
+
+    @property
+    def _moves(self) -> bool:
+        return self._run.spec.refine_positions or self._run.spec.refine_flux
+
+    def _moves_now(self, state: RefinementState, most: int) -> bool:
+        """True if the next stage is a step of positions and flux."""
+        if not self._moves or state.n_moves >= MOST_MOVES or state.n_sweeps >= most:
+            return False
+        return state.n_sweeps - state.sweeps_at_move >= SWEEPS_PER_MOVE
+
+    def _move(self, state: RefinementState) -> None:
+        """One step of all positions and of flux, kept if it lowers the judges' misfit."""
+        spec, objects = self._run.spec, self._tiles["object", state.object]
+        before = self._judge(objects)
+        sums = self._position_sums(objects)
+        index = np.sort(self._index)
+        position, flux = self._scan.position_yx_px.copy(), np.ones(len(index), np.float32)
+        if self._scan.flux is not None:
+            flux = self._scan.flux[index]
+        affine, centre = np.zeros((2, 2)), position[index].mean(axis=0)
+        if spec.refine_positions:
+            affine = affine_step(sums)
+            reach = np.abs(position[index] - centre).max()
+            if np.abs(affine).max() * reach < LEAST_AFFINE_PX:
+                affine = np.zeros((2, 2))
+            position = centre + (position - centre) @ (np.eye(2) + affine).T
+            position[index] += position_steps(sums)
+            stored = self._stored.position_yx_px
+            position = np.clip(position, stored - self._margin_px, stored + self._margin_px)
+        if spec.refine_flux:
+            known = np.isfinite(sums.flux)
+            flux[known] = sums.flux[known] / sums.flux[known].mean()
+        earlier, scan = self._moved, self._scan
+        self._move_to(MovedPatterns(np.arange(scan.n_patterns), position, _spread(flux, index, scan)))
+        version, newest = state.object, state.newest
+        if affine.any():
+            state.newest += 1
+            self._tiles["object", state.newest] = self._stretched(objects, affine, centre, state.newest)
+            version = state.newest
+        after = self._judge(self._tiles["object", version])
+        state.sweeps_at_move = state.n_sweeps
+        state.n_moves += 1
+        kept = not len(self._judges) or is_better(before.misfit, after.misfit)
+        state.stages.append(_stage("positions", after if len(self._judges) else None, kept=kept))
+        if not kept:
+            state.n_moves, state.newest = MOST_MOVES, newest
+            self._move_to(earlier)
+            return
+        if affine.any() and state.anchor is not None:
+            state.newest += 1
+            anchor = self._tiles["object", state.anchor]
+            self._tiles["object", state.newest] = self._stretched(anchor, affine, centre, state.newest)
+            state.anchor = state.newest
+        state.object, state.before = version, None
+        # An earlier object belongs to other positions, and cannot be returned to.
+        state.best, state.best_misfit, state.best_sweeps = version, after.misfit, state.n_sweeps
+        state.n_since_best = 0
+        state.moved = state.newest
+        self._tiles.save_moved(state.moved, _known(self._moved))
+        self._weigh(state)
+
+    def _position_sums(self, objects: list[Any]) -> PositionSums:
+        """Sums of all patterns, ascending."""
+        tasks = [(sums_of_positions, self._job, part, self._on(part, objects)) for part in self._parts]
+        n_units = [len(part.index) + len(part.judges) for part in self._parts]
+        each = self._tiles.run(tasks, _named("the positions", self._parts), self._bar, n_units, fetch=True)
+        rows = np.concatenate([np.sort(np.concatenate([part.index, part.judges])) for part in self._parts])
+        order = np.argsort(rows)
+        curvature, slope, flux = (
+            np.concatenate([getattr(one, name) for one in each])[order] for name in ("curvature", "slope", "flux")
+        )
+        affine_curvature = np.sum([one.affine_curvature for one in each], axis=0)
+        affine_slope = np.sum([one.affine_slope for one in each], axis=0)
+        return PositionSums(curvature, slope, affine_curvature, affine_slope, flux)
+
+    def _move_to(self, moved: MovedPatterns | None) -> None:
+        """Continue with other positions and flux of the patterns."""
+        self._moved = moved
+        if moved is None:
+            self._scan = self._stored
+        else:
+            self._scan = replace(self._scan, position_yx_px=moved.position_yx_px, flux=moved.flux)
+        self._cut_parts()
+
+    def _stretched(
+        self, objects: list[Any], affine: NDArray[np.float64], centre_yx_px: NDArray[np.float64], version: int
+    ) -> list[Any]:
+        """Object after a stretching around a point."""
+        y0, x0 = np.min([box.corner for box in self.boxes], axis=0)
+        y1, x1 = np.max([(box.y1, box.x1) for box in self.boxes], axis=0)
+        whole, tasks = Box(int(y0), int(y1), int(x0), int(x1)), []
+        for box, path in zip(self.boxes, self._paths("object", version), strict=True):
+            source = source_box(box, affine, centre_yx_px).overlap(whole)
+            near = [number for number, other in enumerate(self.boxes) if other.overlap(source).n_pixels]
+            pieces = [self.boxes[number] for number in near], [objects[number] for number in near]
+            tasks.append((stretch_tile, box, source, *pieces, affine, centre_yx_px, path))
+        return self._tiles.run(tasks, _named_boxes(self.boxes))
 
     def _amplitude_sums(self, objects: Sequence[Any]) -> AmplitudeSums:
         tasks = [(amplitude_sums, object_) for object_ in objects]
@@ -424,7 +594,8 @@ class Refinement:
         if state.anchor is None and not is_last:
             self._prepare(state)
         changes = [] if is_last else self._changes(state)
-        judgement, misfit = self._judge(state) if is_last else self._sums(changes)
+        objects = self._tiles["object", state.object]
+        judgement, misfit = (self._judge(objects), None) if is_last else self._sums(changes)
         self._note_sweep(state, judgement, misfit)
         tired = self._run.spec.polish == "auto" and len(self._judges) > 0 and state.n_since_best >= PATIENCE
         if is_last or tired:
@@ -436,30 +607,34 @@ class Refinement:
         """Start and weights of the sweeps that follow."""
         objects = self._tiles["object", state.object]
         sums = self._amplitude_sums(objects)
-        # A flat object is no knowledge to hold on to; and without counts nobody knows what one photon weighs.
-        prior = PRIOR_PHOTONS if self._scan.domain == "counts" and not state.from_flat else 0.0
-        held = prior, DIM_FROM_FLAT if state.from_flat else 1.0
         version = state.newest = state.newest + 1
-        paths = list(zip(self._paths("object", version), self._paths("weights", version), strict=True))
-        tasks = [
-            (
-                prepare_tile,
-                self._job,
-                _rows([self._parts[number] for number in self._parts_of[tile]]),
-                box,
-                objects[tile],
-                sums.amplitude / sums.n_pixels,
-                held,
-                paths[tile],
-            )
-            for tile, box in enumerate(self.boxes)
-        ]
-        starts = self._tiles.run(tasks, _named_boxes(self.boxes))
-        self._tiles["weights", version] = self._tiles.parts(starts, attrgetter("weights"))
-        self._tiles["object", version] = self._tiles.parts(starts, attrgetter("object"))
+        mean = sums.amplitude / sums.n_pixels
+        paths = self._paths("object", version)
+        tasks = [(fill_tile, object_, mean, path) for object_, path in zip(objects, paths, strict=True)]
+        self._tiles["object", version] = self._tiles.run(tasks, _named_boxes(self.boxes))
         if state.best == state.object:
             state.best = version
-        state.anchor = state.weights = state.object = version
+        state.anchor = state.object = version
+        self._weigh(state)
+
+    def _weigh(self, state: RefinementState) -> None:
+        """Weights of the sweeps that follow."""
+        # Only training is knowledge to hold on to; and without counts nobody knows what one photon weighs.
+        prior = PRIOR_PHOTONS if self._scan.domain == "counts" and self._layer.is_learnt else 0.0
+        held = prior, DIM_FROM_FLAT if state.from_flat else 1.0
+        state.weights = state.newest
+        tasks = [
+            (
+                weigh_tile,
+                self._job,
+                self._scan.position_yx_px[_rows([self._parts[number] for number in self._parts_of[tile]])],
+                box,
+                held,
+                path,
+            )
+            for (tile, box), path in zip(enumerate(self.boxes), self._paths("weights", state.weights), strict=True)
+        ]
+        self._tiles["weights", state.weights] = self._tiles.run(tasks, _named_boxes(self.boxes))
 
     def _changes(self, state: RefinementState) -> list[Any]:
         """Change of each tile for all patterns."""
@@ -505,13 +680,12 @@ class Refinement:
         judgement = sum((parts[number][1] for number in sorted(parts)), Judgement())
         return judgement, _Objective(misfit.square + proximal, products, misfit)
 
-    def _judge(self, state: RefinementState) -> tuple[Judgement, None]:
-        """Judgement of the object after the last sweep."""
-        objects = self._tiles["object", state.object]
+    def _judge(self, objects: list[Any]) -> Judgement:
+        """Judgement of an object."""
         judging = [part for part in self._parts if len(part.judges)]
         tasks = [(judge_part, self._job, part, self._on(part, objects)) for part in judging]
         each = self._tiles.run(tasks, _named("judging with the patterns", judging), fetch=True)
-        return sum(each, Judgement()), None
+        return sum(each, Judgement())
 
     def _note_sweep(self, state: RefinementState, judgement: Judgement, objective: _Objective | None) -> None:
         """Record an object that was judged, before its next step."""
@@ -588,7 +762,8 @@ class Refinement:
 
     def _cut(self, among: NDArray[np.int64]) -> tuple[PatternPart, ...]:
         """Parts of the curve with some patterns, and its judges."""
-        return curve_parts(self._scan, self._index, self._run.plan.groups_per_chunk, self.boxes, among, self._judges)
+        size = self._run.plan.groups_per_chunk
+        return curve_parts(self._scan, self._index, size, self.boxes, among, self._judges, self._moved)
 
     def _on(self, part: PatternPart, objects: list[Any]) -> list[Any]:
         return [objects[tile] for tile in part.tiles]
@@ -621,6 +796,13 @@ def _stage(name: str, judgement: Judgement | None, *, kept: bool, r_factor: floa
     }
 
 
+def _spread(flux: NDArray[np.float32], index: NDArray[np.int64], scan: Scan) -> NDArray[np.float32]:
+    """Flux of all patterns, from that of some."""
+    spread = np.ones(scan.n_patterns, np.float32) if scan.flux is None else scan.flux.copy()
+    spread[index] = flux
+    return spread
+
+
 def _known(value: Any) -> Any:
     assert value is not None
     return value
@@ -649,7 +831,7 @@ def _named_boxes(boxes: Sequence[Box]) -> Callable[[int], str]:
 
 def gather_results(executor: Executor, futures: list[Future]) -> list[Any]:
     """Gather results of small tasks, raising the first error."""
-    executor.wait(futures)
+    wait_for(executor, futures, Watch(executor, "reconstruct"))
     for future in futures:
         check_done(future, "refining")
     return executor.gather(futures)
@@ -662,6 +844,7 @@ def curve_parts(
     boxes: tuple[Box, ...],
     among: NDArray[np.int64],
     judges: NDArray[np.int64],
+    moved: MovedPatterns | None = None,
 ) -> tuple[PatternPart, ...]:
     """Parts of some patterns, cut from the curve.
 
@@ -676,6 +859,8 @@ def curve_parts(
         One per tile.
     among, judges : int64 arrays
         Patterns of `index` whose sums the parts make, and those that judge.
+    moved : MovedPatterns, optional
+        Refined positions and flux, of `scan` too.
 
     Returns
     -------
@@ -692,7 +877,8 @@ def curve_parts(
             box = frames_box(scan, rows)
             tiles = tuple(number for number, tile_box in enumerate(boxes) if tile_box.overlap(box).n_pixels)
             tile_boxes = tuple(boxes[number] for number in tiles)
-            parts.append(PatternPart(rows[kind[rows] == 1], rows[kind[rows] == 2], box, tiles, tile_boxes))
+            of_part = None if moved is None else moved.of(rows)
+            parts.append(PatternPart(rows[kind[rows] == 1], rows[kind[rows] == 2], of_part, box, tiles, tile_boxes))
     return tuple(parts)
 
 

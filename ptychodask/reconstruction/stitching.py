@@ -13,6 +13,7 @@ import numpy as np
 from ptychodask.cluster.broadcast import Broadcast
 from ptychodask.cluster.executor import Executor
 from ptychodask.cluster.preflight import preflight_jobs
+from ptychodask.cluster.watch import Watch, wait_for
 from ptychodask.errors import PtychodaskError
 from ptychodask.plan import Plan
 from ptychodask.plan.chunks import Tile
@@ -20,7 +21,7 @@ from ptychodask.prediction import Skipped, open_stored
 from ptychodask.progress import progress_bar
 from ptychodask.reconstruction.live import LivePicture, Screen
 from ptychodask.reconstruction.run import Run, RunFolders
-from ptychodask.reconstruction.scheduler import Finished, Scheduler, TaskGraph, check_workers
+from ptychodask.reconstruction.scheduler import Finished, Scheduler, TaskGraph
 from ptychodask.reconstruction.sums import sums_are_intact, sums_files
 from ptychodask.reconstruction.tasks import (
     ChunkReport,
@@ -74,8 +75,8 @@ def stitching_of(
     # Only what cannot be opened from its path is sent.
     in_memory = job.position_yx_px is not None or any(each.prediction.model.model is not None for each in job.methods)
     with executor.broadcast(job) if in_memory else nullcontext(job) as job_reference:
-        preflight_jobs(executor, [method.prediction for method in job.methods])
-        check_workers(executor, max(plan.predict_bytes, plan.reassemble_bytes))
+        predictions = [method.prediction for method in job.methods]
+        preflight_jobs(executor, predictions, max(plan.predict_bytes, plan.reassemble_bytes))
         stitching = Stitching(run, executor, job_reference, folders, run.live_picture(screen), trusted)
         yield stitching
         if stitching.live is not None:
@@ -180,6 +181,7 @@ class Stitching:
             tile_task=tile_task,
             chunk_name=lambda index: f"predicting groups {plan.chunks[index].start}..{plan.chunks[index].stop - 1}",
             tile_name=lambda index: f"reassembling the tile {tuple(plan.tiles[index].box)}",
+            task_bytes=max(plan.predict_bytes, plan.reassemble_bytes),
             on_device=True,
             every_tile=every_tile,
             fetch_results=folder is not None,
@@ -269,7 +271,7 @@ class Stitching:
         if not arguments:
             return []
         futures = [self._executor.submit(is_intact, *each) for each in arguments]
-        self._executor.wait(futures)
+        wait_for(self._executor, futures, Watch(self._executor, "reconstruct"))
         finished = [index for index, future in enumerate(futures) if future.status == "finished"]
         answers = dict(zip(finished, self._executor.gather([futures[index] for index in finished]), strict=True))
         return [answers.get(index, False) for index in range(len(futures))]
@@ -282,6 +284,7 @@ class Stitching:
             self._executor.submit(coarse_stored_tile, self._out, tile, self._run.start_yx(tile), self.live.step)
             for tile in (self._plan.tiles[index] for index in tiles)
         ]
+        wait_for(self._executor, parts, Watch(self._executor, "reconstruct"))
         for part in self._executor.gather(parts):
             self.live.add(part)
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from ptychodask.cluster.broadcast import Broadcast
 from ptychodask.cluster.executor import worker_address, worker_advertises_gpu
-from ptychodask.grouping import groups_kept
 from ptychodask.plan.chunks import Chunk, Tile
 from ptychodask.prediction import PatchBatch, PredictionJob, Skipped, open_stored, predict_groups, stage
 from ptychodask.reassembly import (
@@ -307,7 +306,7 @@ def _cached_patches(job: StitchingJob, chunk: Chunk, seconds: dict[str, float]) 
     for start in range(chunk.start, chunk.stop, CACHED_GROUPS):
         with stage(seconds, "read"):
             member = reader.member(prediction.groups, start, min(start + CACHED_GROUPS, chunk.stop))
-            kept = groups_kept(member, prediction.drop)
+            kept = reader.groups_kept(member, prediction.drop, prediction.experiment)
             patches = cache.read(start, start + len(member))
             if not kept.all():
                 patches, member = patches[kept], member[kept]
@@ -336,8 +335,8 @@ def reassemble_tile(layers: Layers, tile: Tile, parts: Sequence[ChunkSums]) -> T
     -------
     dict of name to array (..., y, x)
     """
-    methods = [_reassemble_method(layers, tile, parts, number) for number in range(max(1, len(layers.methods)))]
-    if not layers.methods:
+    methods = [_reassemble_method(layers, tile, parts, number) for number in range(max(1, len(layers.networks)))]
+    if not layers.networks:
         return methods[0]
     return {name: np.stack([arrays[name] for arrays in methods]) for name in layers.variables}
 

@@ -20,7 +20,7 @@ from ptychodask.pyramid import write_pyramid
 from ptychodask.reconstruction.follow import FollowedScan, growing_identity
 from ptychodask.reconstruction.ledger import Ledger, check_same
 from ptychodask.reconstruction.live import Screen, screen_for
-from ptychodask.reconstruction.refine import stitch_and_refine
+from ptychodask.reconstruction.refine import OF_PATTERNS, stitch_and_refine
 from ptychodask.reconstruction.run import Run, RunFolders, identity
 from ptychodask.result import PYRAMID, RESULT, create_result, finish_result, open_result
 from ptychodask.storage.atomic import Writing
@@ -97,7 +97,8 @@ def write_result(
             with stage(report["seconds"], "pyramid"):
                 write_pyramid(writing.whole)
         writing.check_held()
-        finish_result(writing.whole, run.attributes_of_result(report, started))
+        of_patterns = report.pop(OF_PATTERNS, {})
+        finish_result(writing.whole, run.attributes_of_result(report, started), of_patterns)
     return open_result(path)
 
 

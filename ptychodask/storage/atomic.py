@@ -48,6 +48,18 @@ CLEAR_ATTEMPTS = 50
 """Attempts to remove the building folder, 0.1 s apart."""
 
 
+READ_ONLY_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM}
+"""Errors of a disk or folder that this user cannot write."""
+
+
+REPORTED_AFTER_S = 10.0
+"""Wait for another process after which a warning is logged."""
+
+
+LOCK_POLL_S = 0.05
+"""Time between two attempts at a lock, before that warning."""
+
+
 @dataclass(frozen=True)
 class StoreKind:
     """Kind of folder this package writes: format, version, words for messages."""
@@ -226,7 +238,7 @@ def folder_lock(folder: Path, *, wait: bool) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            _lock_folder(descriptor, folder, wait=wait)
         except BlockingIOError:
             raise
         except OSError as error:
@@ -234,6 +246,20 @@ def folder_lock(folder: Path, *, wait: bool) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock_folder(descriptor: int, folder: Path, *, wait: bool) -> None:
+    deadline = time.monotonic() + REPORTED_AFTER_S
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+        if time.monotonic() > deadline:
+            logger.warning("%s: another process is writing it: waiting until it has finished", folder)
+            return fcntl.flock(descriptor, fcntl.LOCK_EX)
+        time.sleep(LOCK_POLL_S)
 
 
 def recorded_folder_format(path: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Plain values of JSON: conversion, and differences in words."""
+"""Plain values of JSON: conversion, text for attributes, and differences in words."""
 
 from __future__ import annotations
 
@@ -22,15 +22,55 @@ def plain(value: Any) -> Any:
     """
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if is_dataclass(value):
         return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
     return str(value)
+
+
+def as_text(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes of an xarray object in types that its `to_netcdf` supports.
+
+    Numbers, text, arrays and lists of either stay as they are, others become JSON text.
+
+    Examples
+    --------
+    >>> as_text({"plan": {"tile": 256}, "box": [0, 8], "resumed": False})
+    {'plan': '{"tile": 256}', 'box': [0, 8], 'resumed': 'false'}
+    """
+    return {
+        str(name): value if _is_supported(value) else json.dumps(plain(value)) for name, value in attributes.items()
+    }
+
+
+def _is_supported(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "iufU"
+    items = value if isinstance(value, list | tuple) else [value]
+    kinds = {str if isinstance(item, str) else float for item in items}
+    is_plain = all(isinstance(item, str | int | float | np.number) and not isinstance(item, bool) for item in items)
+    return is_plain and len(kinds) == 1
+
+
+def from_text(value: Any) -> Any:
+    """Value of an attribute; JSON text of `as_text` is parsed.
+
+    Examples
+    --------
+    >>> from_text('{"tile": 256}'), from_text("m"), from_text(3)
+    ({'tile': 256}, 'm', 3)
+    """
+    if not isinstance(value, str) or not (value[:1] in ("{", "[") or value in ("null", "true", "false")):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def differences(recorded: Any, expected: Any, name: str = "") -> list[str]:

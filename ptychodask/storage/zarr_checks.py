@@ -137,7 +137,7 @@ def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, label: Locati
 def codec_names(described: Any) -> set[str]:
     """Names of codecs and nested codecs in their JSON description."""
     if isinstance(described, list | tuple):
-        return set().union(*map(_codec_names, described))
+        return set().union(*map(codec_names, described))
     inner = described.get("configuration", {})
     return {str(described["name"])} | codec_names([*inner.get("codecs", ()), *inner.get("index_codecs", ())])
 

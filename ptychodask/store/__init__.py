@@ -23,7 +23,7 @@ import zarr
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.grouping import GroupingSpec, group_positions
+from ptychodask.grouping import GroupingSpec, check_drop, experiments_of, group_positions, groups_kept
 from ptychodask.scan import PatternSource, Scan, Truth
 from ptychodask.storage.atomic import StoreKind
 from ptychodask.storage.location import LocationLike, parse_location
@@ -407,6 +407,52 @@ class StoredScan:
                 f"{INGEST_AGAIN}"
             )
 
+    def experiments(self, drop: Sequence[int] = ()) -> list[int]:
+        """Numbers of the experiments of the patterns that are not dropped.
+
+        Raises `PtychodaskError` if a pattern to drop does not exist, or all are dropped.
+        """
+        check_drop(self.label, self.n_patterns, drop)
+        scan_index = self._read_optional("scan_index")
+        if scan_index is not None and len(drop):
+            scan_index = np.delete(scan_index, np.asarray(drop, np.int64))
+        return experiments_of(scan_index)
+
+    def chosen(self, experiment: int | None, drop: Sequence[int] = ()) -> NDArray[np.int64]:
+        """Indices of the patterns of one experiment, without dropped ones.
+
+        They are ascending; `experiment` None takes all.
+        """
+        index = np.delete(np.arange(self.n_patterns), np.asarray(drop, np.int64))
+        scan_index = None if experiment is None else self._read_optional("scan_index")
+        return index if scan_index is None else index[scan_index[index] == experiment]
+
+    def source_rows(self, index: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Rows of some patterns in the source file; None if unknown.
+
+        `index` is ascending.
+        """
+        return self._column("source_index", index) if "source_index" in self._root else None
+
+    def groups_kept(
+        self, member: NDArray[np.int32], drop: Sequence[int], experiment: int | None = None
+    ) -> NDArray[np.bool_]:
+        """True for each group of one experiment that contains no dropped pattern.
+
+        Parameters
+        ----------
+        member : int32 array (group, channel)
+        drop : ints
+        experiment : int, optional
+            By default all.
+        """
+        kept = groups_kept(member, drop)
+        if experiment is None or "scan_index" not in self._root:
+            return kept
+        patterns, inverse = np.unique(member, return_inverse=True)
+        is_chosen = self._column("scan_index", patterns.astype(np.int64)) == experiment
+        return kept & is_chosen[inverse.reshape(member.shape)].all(axis=1)
+
     def table_names(self) -> list[str]:
         """Sorted names of the group tables stored at opening."""
         tables = self._root.get("groups")
@@ -467,7 +513,7 @@ class StoredScan:
     def same_table(self, spec: GroupingSpec, name: str) -> GroupTable | None:
         """Stored group table of a name; raises if its spec is another."""
         stored = self.table(name)
-        if stored is not None and stored.spec != spec:
+        if stored is not None and not stored.spec.draws_as(spec):
             raise PtychodaskError(
                 f"{self.label}: group table '{name}' was made by {stored.spec}, not by {spec}; pass another name="
             )

@@ -7,7 +7,9 @@ import logging
 import numpy as np
 import zarr
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import GroupingSpec, Groups
+from ptychodask.storage.atomic import READ_ONLY_ERRORS
 from ptychodask.storage.location import LocationLike, on_disk, parse_location
 from ptychodask.storage.zarr_checks import consolidate
 from ptychodask.store import GroupTable, StoredScan
@@ -33,7 +35,7 @@ def group(store: LocationLike, spec: GroupingSpec = GroupingSpec(), *, name: str
     Raises
     ------
     PtychodaskError
-        If the name is taken by another spec, or the scan has too few patterns.
+        If the name is taken by another spec, the scan has too few patterns, or the store cannot be written.
     """
     table = stored_table(StoredScan(store), spec, name)
     return Groups(table.rows(0, len(table)), spec, table.name)
@@ -45,6 +47,21 @@ def stored_table(stored: StoredScan, spec: GroupingSpec, name: str | None = None
     table = stored.same_table(spec, name)
     if table is not None:
         return table
+    try:
+        table = _store_table(stored, spec, name)
+    except OSError as error:
+        if error.errno not in READ_ONLY_ERRORS:
+            raise
+        raise PtychodaskError(
+            f"{stored.label}: cannot be written ({error.strerror}), and its groups are stored in it; copy the scan to "
+            f"where you can write, or have its owner run: ptychodask group {stored.path} --members {spec.members}"
+        ) from error
+    logger.info("%s: stored %d groups of %d as '%s'", stored.label, len(table), spec.members, name)
+    return stored.add_table(table)
+
+
+def _store_table(stored: StoredScan, spec: GroupingSpec, name: str) -> GroupTable:
+    """Draw groups, and store their table."""
     # Only a scan on a disk can grow. While a segment is appended its arrays are longer than readers may know:
     # consolidating would publish them unfinished, so only the nodes of the new table are added to the metadata.
     if stored.attributes["state"] == "growing":
@@ -57,8 +74,7 @@ def stored_table(stored: StoredScan, spec: GroupingSpec, name: str | None = None
     else:
         table = _write_table(stored, spec, name)
         consolidate(parse_location(stored.path))
-    logger.info("%s: stored %d groups of %d as '%s'", stored.label, len(table), spec.members, name)
-    return stored.add_table(table)
+    return table
 
 
 def _write_table(stored: StoredScan, spec: GroupingSpec, name: str) -> GroupTable:

@@ -107,18 +107,19 @@ class TrainingCallback(keras.callbacks.Callback):
         self.model.stop_training = True
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        entry = {"epoch": float(len(self.log) + 1), "seconds": round(self.seconds(), 3)}
+        # A stage of a staged loss may end within an epoch, which then has two entries, such as 0.5 and 1.
+        entry = {"epoch": self.groups_seen / self.stream.groups_per_epoch, "seconds": round(self.seconds(), 3)}
         entry |= {"loss": float(logs["loss"]), "held_out_loss": float(logs["val_loss"])}
         entry["learning_rate"] = float(self.learning_rate())
         self.log.append(entry)
         self.bar.note(f"loss {entry['loss']:.4g}, held out {entry['held_out_loss']:.4g}")
         self.bar.expect(round(self.groups_seen / max(self.done(), 1e-9)))
-        logger.info("epoch %(epoch)d, %(seconds).0f s: loss %(loss).5g, held out %(held_out_loss).5g", entry)
+        logger.info("epoch %(epoch).3g, %(seconds).0f s: loss %(loss).5g, held out %(held_out_loss).5g", entry)
         for name in ("loss", "held_out_loss"):
             if not np.isfinite(entry[name]):
                 self.checkpoint.remove()
                 raise PtychodaskError(
-                    f"training: the {name.replace('_', ' ')} became {entry[name]} in epoch {len(self.log)}; "
+                    f"training: the {name.replace('_', ' ')} became {entry[name]} in epoch {entry['epoch']:.3g}; "
                     "pass a lower learning_rate="
                 )
         self._judge(entry["held_out_loss"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,14 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.grouping import GroupingSpec, group_positions
+from ptychodask.grouping import GroupingSpec, check_drop, group_positions, groups_kept
 from ptychodask.probes import illuminated_radius_px
 from ptychodask.scan import Scan
 from ptychodask.store import open_scan
 from ptychodask.training.spec import TrainingSpec
+
+GROUPS_AT_ONCE = 64
+"""Groups that an iteration reads together."""
 
 READ_BYTES = 4 * 2**20
 """Network input read at a time, bytes."""
@@ -130,10 +135,23 @@ class GroupReader:
         A store, or a scan.
     grouping : GroupingSpec
         How groups are drawn.
-    member : int32 array (group, channel), optional
+    member : int array (group, channel), optional
         Groups to read, in place of those drawn by `grouping`.
     target_of : callable, optional
         Target of some groups; by default the measured amplitude.
+    exclude : int array (k,), optional
+        Patterns that no group contains.
+
+    Raises
+    ------
+    PtychodaskError
+        If the members are no table of existing patterns, both `member` and `grouping` are given, or no group remains.
+
+    Notes
+    -----
+    A slice or an array of indices gives the arrays of these groups, with a leading axis; one index the arrays of one
+    group, without it. Iteration yields the groups one by one. ``torch.utils.data.DataLoader(reader, batch_size=16,
+    shuffle=True)`` works, but reads each pattern once for each group: `as_torch_dataset` reads less.
 
     Examples
     --------
@@ -154,25 +172,73 @@ class GroupReader:
         source: str | Path | Scan,
         grouping: GroupingSpec = GroupingSpec(),
         *,
-        member: NDArray[np.int32] | None = None,
+        member: NDArray[np.integer[Any]] | None = None,
         target_of: TargetOf | None = None,
+        exclude: Sequence[int] | NDArray[np.integer[Any]] = (),
     ) -> None:
         self.scan = source if isinstance(source, Scan) else open_scan(source)
+        label = self.scan.store or "scan"
+        if member is not None and grouping != GroupingSpec():
+            raise PtychodaskError(f"{label}: member and {grouping} both name the groups; pass one of them")
+        # Patterns of all experiments: a network may learn from each.
+        check_drop(self.scan.store or "scan", self.scan.n_patterns, exclude)
+        used = np.setdiff1d(np.arange(self.scan.n_patterns), exclude)
         if member is None:
-            member = group_positions(self.scan.position_yx_px, grouping, self.scan.scan_index)
-        self.member = member
+            self.member = groups_within(self.scan, used, grouping)
+        else:
+            table = _as_table(member, self.scan.n_patterns, label)
+            self.member = table[groups_kept(table, exclude)] if len(exclude) else table
+        if not len(self.member):
+            raise PtychodaskError(f"{label}: each group contains an excluded pattern; exclude fewer")
         self.target_of = amplitude_target(self.scan) if target_of is None else target_of
 
     def __len__(self) -> int:
         return len(self.member)
 
-    def __getitem__(self, groups: slice | NDArray[np.integer[Any]]) -> GroupArrays:
-        """X, offsets and target of some groups.
+    def __iter__(self) -> Iterator[GroupArrays]:
+        """Groups one by one, read together where they are neighbours."""
+        for start in range(0, len(self), GROUPS_AT_ONCE):
+            yield from self.__getitems__(np.arange(start, min(start + GROUPS_AT_ONCE, len(self))))
+
+    def __getitem__(self, groups: Any) -> GroupArrays:
+        """X, offsets and target of one group or some.
 
         X is float32 (group, N, N, C), offsets are float32 (group, C, 2) in pixels. The measured amplitude, as a target,
-        is float32 (group, C, N, N).
+        is float32 (group, C, N, N). With a single index there is no axis of groups.
+
+        Raises
+        ------
+        IndexError
+            If there is no such group.
+        PtychodaskError
+            If `groups` is no index, slice or sequence of indices.
         """
+        if isinstance(groups, Integral) and not isinstance(groups, bool | np.bool_):
+            return _first(self[[int(groups)]])
+        if not isinstance(groups, slice):
+            groups = self._indices(groups)
         return self.arrays(groups, self.read_patterns(groups))
+
+    def __getitems__(self, groups: Sequence[int] | NDArray[np.integer[Any]]) -> list[GroupArrays]:
+        """Arrays of some groups, one by one; PyTorch's loaders call this."""
+        x, offset, target = self[groups]
+        return list(zip(x, offset, target, strict=True))
+
+    def _indices(self, groups: Any) -> NDArray[np.int64]:
+        """Indices of groups, int64 (k,)."""
+        try:
+            indices = np.asarray(groups)
+        except ValueError:
+            indices = np.empty((0, 0))
+        if indices.dtype == bool and indices.shape == (len(self),):
+            indices = np.flatnonzero(indices)
+        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
+            raise PtychodaskError(
+                f"GroupReader: {groups!r} selects no groups; pass an index, a slice, or a list of indices"
+            )
+        if indices.size and not -len(self) <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"GroupReader: groups {indices.min()}..{indices.max()}, expected 0..{len(self) - 1}")
+        return indices.astype(np.int64)
 
     def read_patterns(self, groups: slice | NDArray[np.integer[Any]]) -> PatternBuffer:
         """Read the patterns of some groups, each once."""
@@ -192,6 +258,27 @@ class GroupReader:
         return np.moveaxis(x, 1, -1), member_offsets(self.scan, member), self.target_of(member, x)
 
 
+def _first(arrays: GroupArrays) -> GroupArrays:
+    x, offset, target = arrays
+    return x[0], offset[0], target[0]
+
+
+def _as_table(member: Any, n_patterns: int, label: str) -> NDArray[np.int32]:
+    """Member table, int32 (group, channel), checked."""
+    table = np.asarray(member)
+    if table.ndim != 2 or not table.size or table.dtype.kind not in "iu":
+        raise PtychodaskError(
+            f"{label}: member has shape {table.shape} and type {table.dtype}, expected indices of patterns "
+            "(group, channel)"
+        )
+    if not 0 <= table.min() <= table.max() < n_patterns:
+        raise PtychodaskError(
+            f"{label}: member contains patterns {table.min()}..{table.max()}, expected 0..{n_patterns - 1}; pass the "
+            "groups of this scan"
+        )
+    return table.astype(np.int32, copy=False)
+
+
 def seed_alone(target_of: TargetOf) -> TargetOf:
     """The same target for each group's seed, and NaN for other members.
 
@@ -208,8 +295,7 @@ def seed_alone(target_of: TargetOf) -> TargetOf:
 
 def amplitude_target(scan: Scan) -> TargetOf:
     """Measured amplitude (group, C, N, N), target of the PINN."""
-    scale = np.float32(1.0 / scan.normalization)
-    return lambda _, x: x * scale
+    return partial(_scaled, np.float32(1.0 / scan.normalization))
 
 
 def patch_target(scan: Scan) -> TargetOf:
@@ -223,8 +309,7 @@ def patch_target(scan: Scan) -> TargetOf:
         If the scan has neither.
     """
     if scan.label is not None:
-        label = scan.label
-        return lambda member, _: _pairs(np.asarray(label[member.reshape(-1)]).reshape(*member.shape, *label.shape[1:]))
+        return partial(_labels_of, scan.label)
     if scan.truth is None:
         raise PtychodaskError(
             f"{scan.store or 'scan'}: has neither truth nor labels, which supervised training needs; "
@@ -233,14 +318,29 @@ def patch_target(scan: Scan) -> TargetOf:
     parts = [ndimage.spline_filter(part) for part in (scan.truth.object.real, scan.truth.object.imag)]
     corner = np.asarray(scan.truth.corner_yx_px)
     grid = np.indices((scan.n_pixels, scan.n_pixels)) - scan.n_pixels // 2
+    return partial(_truth_under, parts, scan.position_yx_px - corner, grid)
 
-    def target(member: NDArray[np.int32], _: NDArray[np.float32]) -> NDArray[np.float32]:
-        pixel_yx_px = (scan.position_yx_px[member] - corner)[..., None, None] + grid
-        coordinates = np.moveaxis(pixel_yx_px, 2, 0)
-        values = [ndimage.map_coordinates(part, coordinates, prefilter=False, mode="nearest") for part in parts]
-        return np.stack(values, axis=-1).astype(np.float32)
 
-    return target
+# Functions of the module and no closures, so that the workers of a data loader can receive a reader.
+def _scaled(scale: np.float32, member: NDArray[np.int32], x: NDArray[np.float32]) -> NDArray[np.float32]:
+    return x * scale
+
+
+def _labels_of(label: Any, member: NDArray[np.int32], x: NDArray[np.float32]) -> NDArray[np.float32]:
+    return _pairs(np.asarray(label[member.reshape(-1)]).reshape(*member.shape, *label.shape[1:]))
+
+
+def _truth_under(
+    parts: Sequence[NDArray[np.float64]],
+    position_yx_px: NDArray[np.float64],
+    grid: NDArray[np.int64],
+    member: NDArray[np.int32],
+    x: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """Known object around positions in its pixels, for some members."""
+    coordinates = np.moveaxis(position_yx_px[member][..., None, None] + grid, 2, 0)
+    values = [ndimage.map_coordinates(part, coordinates, prefilter=False, mode="nearest") for part in parts]
+    return np.stack(values, axis=-1).astype(np.float32)
 
 
 def _pairs(patches: NDArray[Any]) -> NDArray[np.float32]:

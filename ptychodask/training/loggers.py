@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from math import ceil
 from typing import Any
 
 from ptychodask.errors import PtychodaskError
@@ -62,7 +63,7 @@ def _tensorboard(folder: str, name: str, spec: TrainingSpec) -> Iterator[Record]
     def record(entry: dict[str, float]) -> None:
         with writer.as_default():
             for key, value in entry.items():
-                tf.summary.scalar(key, value, step=int(entry["epoch"]))
+                tf.summary.scalar(key, value, step=ceil(entry["epoch"]))
         writer.flush()
 
     yield record
@@ -86,7 +87,7 @@ def _mlflow(uri: str, name: str, spec: TrainingSpec) -> Iterator[Record]:
 
     def record(entry: dict[str, float]) -> None:
         for key, value in entry.items():
-            client.log_metric(run_id, key, value, step=int(entry["epoch"]))
+            client.log_metric(run_id, key, value, step=ceil(entry["epoch"]))
 
     try:
         yield record

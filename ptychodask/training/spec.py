@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ptychodask.errors import PtychodaskError, check_choice
-from ptychodask.grouping import GroupingSpec
+from ptychodask.grouping import GroupingSpec, default_neighbours
 from ptychodask.models import ModelSpec
 from ptychodask.models.spec import Kind, Precision
-from ptychodask.options import option
+from ptychodask.options import check_types, option
 
 Loss = Literal["amplitude", "mae", "poisson", "staged"]
 Schedule = Literal["cosine", "constant", "plateau"]
@@ -32,8 +32,11 @@ class TrainingSpec:
     members: int | None = option(None, help="Patterns in one group.")
     """Patterns in one group, C; by default 4 for the PINN, always 1 for the baseline."""
 
-    neighbours: int = option(GroupingSpec.neighbours, help="Number of nearest positions from which members are drawn.")
-    """Nearest positions that members are drawn from, K."""
+    neighbours: int | None = option(
+        None, help="Number of nearest positions from which members are drawn; by default 7, or --members if more."
+    )
+    """Nearest positions that members are drawn from, K; by default 7 or `members`, whichever is more. No effect on
+    groups of one member."""
 
     oversampling: int = option(GroupingSpec.oversampling, help="Number of groups drawn for each pattern.")
     """Training groups seeded by each pattern."""
@@ -123,6 +126,7 @@ class TrainingSpec:
 
     def __post_init__(self) -> None:
         check_choice("model", self.model, get_args(Kind), "training")
+        check_types(self, "training")
         check_choice("validation", self.validation, get_args(Validation), "training")
         check_choice("schedule", self.schedule, get_args(Schedule), "training")
         if self.loss is not None:
@@ -169,10 +173,23 @@ class TrainingSpec:
     @property
     def grouping(self) -> GroupingSpec:
         """Grouping of the training patterns."""
-        members = self.members or (1 if self.model == "baseline" else GroupingSpec.members)
-        if members == 1:
-            return GroupingSpec(members=1, seed=self.seed)
-        return GroupingSpec(members=members, neighbours=self.neighbours, oversampling=self.oversampling, seed=self.seed)
+        return GroupingSpec(
+            members=self.n_members,
+            neighbours=default_neighbours(self.n_members) if self.neighbours is None else self.neighbours,
+            oversampling=self.oversampling,
+            seed=self.seed,
+        )
+
+    def recorded(self) -> dict[str, Any]:
+        """Fields by name, as models and checkpoints record them."""
+        return asdict(self) | {"neighbours": self.grouping.neighbours}
+
+    @property
+    def n_members(self) -> int:
+        """Patterns in one group, C."""
+        if self.members is not None:
+            return self.members
+        return 1 if self.model == "baseline" else GroupingSpec.members
 
     @property
     def first_learning_rate(self) -> float:

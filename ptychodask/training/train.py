@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ from ptychodask.models.training_range import ranges_of
 from ptychodask.options import takes_fields
 from ptychodask.progress import progress_bar
 from ptychodask.scan import Scan
-from ptychodask.storage.atomic import check_vacant_folder
+from ptychodask.storage.atomic import READ_ONLY_ERRORS, check_vacant_folder
 from ptychodask.storage.location import on_disk, parse_location
 from ptychodask.store import hash_with_probe, open_scan
 from ptychodask.store.annotate import check_probe_is_free, record_model
@@ -40,6 +41,9 @@ from ptychodask.training.loggers import Record, open_logger
 from ptychodask.training.losses import Loss, amplitude_loss, mae_loss, patch_loss, poisson_loss
 from ptychodask.training.probe_fit import ProbeAdam, ProbeFit, judge_probes, store_probe
 from ptychodask.training.spec import TrainingSpec
+
+logger = logging.getLogger(__name__)
+
 
 AMPLITUDE_SHARE = 0.5
 """Share of a staged training that uses the amplitude loss, before the Poisson loss."""
@@ -296,9 +300,24 @@ def train(
     for each, training_scan, fit in zip(stores, training_scans, fits, strict=True):
         if fit is not None:
             store_probe(training_scan.scan, fit, spec)
-        record_model(each, kind=model.kind, path=out, content_hash=model.content_hash)
+        _record(each, model, out)
     checkpoint.remove()
     return model
+
+
+def _record(store: str | Path, model: Model, out: Path) -> None:
+    """Record a model in a store, unless it is read-only."""
+    try:
+        record_model(store, kind=model.kind, path=out, content_hash=model.content_hash)
+    except OSError as error:
+        if error.errno not in READ_ONLY_ERRORS:
+            raise
+        logger.warning(
+            "%s: cannot be written (%s), so it does not record the model; pass it by its path, %s",
+            store,
+            error.strerror,
+            out,
+        )
 
 
 def _open_scans(stores: Sequence[str | Path], spec: TrainingSpec) -> list[Scan]:
@@ -384,7 +403,7 @@ def _identity(
 ) -> dict[str, dict[str, Any]]:
     """Settings and data that a stopped run and its resumption must share."""
     return {
-        "training": asdict(spec),
+        "training": spec.recorded(),
         "network": asdict(model_spec),
         "begun": {
             "data hash": " ".join(scan.data_hash for scan in scans),
@@ -479,7 +498,7 @@ def _provenance(
         ),
         "initial": None if initial is None else {"path": initial.path, "hash": initial.content_hash},
         **({"scans": scans} if len(scans) > 1 else {}),
-        "training": asdict(spec),
+        "training": spec.recorded(),
         "keras": keras.__version__,
         "backend": keras.backend.backend(),
     }

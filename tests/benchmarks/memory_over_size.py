@@ -80,9 +80,9 @@ def measure(small: Path, store: Path, n_pixels: int, sizes: dict[str, Any]) -> d
         peaks = on_all(client, peak_above_baseline)
     names = ("client_mib", "scheduler_mib", "worker_mib")
     found = {name: (peak.peak_above_baseline or 0) / 2**20 for name, peak in zip(names, peaks.values(), strict=True)}
-    plan = {name: result.attrs["plan"][name] for name in ("groups_per_chunk", "tile", "n_chunks", "n_tiles")}
+    plan = {name: result.ptycho.records["plan"][name] for name in ("groups_per_chunk", "tile", "n_chunks", "n_tiles")}
     found["object_mib"] = result["object"].nbytes / 2**20
-    return found | plan | {"seconds": result.attrs["seconds"]["total"]}
+    return found | plan | {"seconds": result.ptycho.records["seconds"]["total"]}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def main() -> None:
     given = flags.parse_args()
     n_patterns = 10**4 if given.quick else given.n_patterns
     per_chunk = chunk_patterns(given.n_pixels, ITEM_BYTES)
-    spec = GroupingSpec(members=given.members, neighbours=max(GroupingSpec.neighbours, given.members))
+    spec = GroupingSpec(members=given.members)
     for path, positions in PATHS.items():
         position = positions(n_patterns, 8.0, np.random.default_rng(0))
         member = group_positions(position, spec)

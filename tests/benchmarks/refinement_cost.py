@@ -94,7 +94,7 @@ def main() -> None:
         pattern = np.ones((scan.n_pixels, scan.n_pixels), np.complex64)
         transform = processor_s(lambda: [scipy.fft.fft2(pattern) for _ in range(1000)]) / 1000
     one = sweep * given.patterns
-    record = ds.attrs["refinement"]
+    record = ds.ptycho.records["refinement"]
     tell(
         "refinement_cost",
         patterns=given.patterns,

@@ -55,15 +55,15 @@ def main() -> None:
             "simulated_gpus",
             workers=n_workers,
             waves=waves,
-            chunks=result.attrs["plan"]["n_chunks"],
-            tiles=result.attrs["plan"]["n_tiles"],
-            groups=result.attrs["plan"]["n_groups"],
+            chunks=result.ptycho.records["plan"]["n_chunks"],
+            tiles=result.ptycho.records["plan"]["n_tiles"],
+            groups=result.ptycho.records["plan"]["n_groups"],
             ideal_s=ideal,
             seconds=seconds,
             efficiency=ideal / seconds,
             scheduler_cpu=scheduler_s / seconds,
             client_cpu=client_s / seconds,
-            seconds_by_stage={name: value / n_chunks for name, value in result.attrs["seconds"].items()},
+            seconds_by_stage={name: value / n_chunks for name, value in result.ptycho.records["seconds"].items()},
         )
 
 

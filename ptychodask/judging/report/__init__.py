@@ -25,6 +25,7 @@ def write_report(
     scan: Scan | str | Path | None = None,
     truth: Truth | Scan | str | Path | None = None,
     others: Iterable[tuple[str | None, xr.Dataset | str | Path]] = (),
+    experiment: int | None = None,
     progress: bool | None = None,
 ) -> Path:
     """Write a report of a result as one self-contained HTML file.
@@ -34,7 +35,7 @@ def write_report(
     Parameters
     ----------
     result : xarray.Dataset or path
-        From `reconstruct`, `reconstruct_iterative` or `open_result`. If it has several methods, the first is reported
+        From `reconstruct`, `reconstruct_iterative` or `open_result`. If it has several networks, the first is reported
         and compared with the others.
     out : path
         File to write, ending in ``.html``; an existing report is replaced, any other file is not.
@@ -48,6 +49,8 @@ def write_report(
         The known object, or a scan (store) that has one: adds a comparison with it.
     others : pairs of label or None and Dataset or path, optional
         Results to compare with; those without a label are named as in `compare`.
+    experiment : int, optional
+        Experiment of the results, in a scan of several; by default the one that they record.
     progress : bool, optional
         See `progress_bar`.
 
@@ -65,7 +68,7 @@ def write_report(
     check_report_path(path)
     opened = results_by_label([(label, result), *others])
     store = None if isinstance(result, xr.Dataset) else Path(result).name.removesuffix(".zarr")
-    content = _collect(label or store or next(iter(opened)), opened, scan, truth, progress)
+    content = _collect(label or store or next(iter(opened)), opened, scan, truth, experiment, progress)
     with atomic_file(path, overwrite=True) as building:
         building.write_text(_page(content), encoding="utf-8")
     logger.info("%s: %d kB", path, path.stat().st_size // 1000)

@@ -14,7 +14,7 @@ import xarray as xr
 from ptychodask.errors import PtychodaskError
 from ptychodask.judging.compare import align, compare, find_truth
 from ptychodask.judging.plotting import thinned
-from ptychodask.judging.refinements import attributes_of_method
+from ptychodask.judging.refinements import attributes_of_network
 from ptychodask.judging.residuals import residuals
 from ptychodask.models.description import read_description, read_history
 from ptychodask.models.pretrained import bundle_folder
@@ -86,11 +86,12 @@ def _collect(
     results: Mapping[str, xr.Dataset],
     scan: Scan | str | Path | None,
     truth: Truth | Scan | str | Path | None,
+    experiment: int | None,
     progress: bool | None,
 ) -> Content:
     measured = None if scan is None else scan if isinstance(scan, Scan) else open_scan(scan)
     label, result = next(iter(results.items()))
-    result = _of_first_method(result)
+    result = _of_first_network(result)
     _check_same_data(label, result, measured)
     if truth is None and measured is not None:
         truth = measured.truth
@@ -106,28 +107,30 @@ def _collect(
         truth=known,
         training=_training(result.attrs),
         aligned_results=aligned_results,
-        comparison=compare(aligned_results, truth=known, scan=measured) if is_compared else None,
-        residuals=None if measured is None else _residuals(result, measured, progress),
+        comparison=compare(aligned_results, truth=known, scan=measured, experiment=experiment) if is_compared else None,
+        residuals=None if measured is None else _residuals(result, measured, experiment, progress),
     )
 
 
-def _residuals(result: xr.Dataset, scan: Scan, progress: bool | None) -> xr.Dataset:
+def _residuals(result: xr.Dataset, scan: Scan, experiment: int | None, progress: bool | None) -> xr.Dataset:
     """Residuals of all patterns, with those dropped in the reconstruction flagged."""
     dropped = recorded(result.attrs, "spec", "drop") or []
     if not (isinstance(dropped, list) and all(isinstance(pattern, int) for pattern in dropped)):
         raise PtychodaskError(
             f"report: the result records {str(dropped)[:60]} as dropped, expected indices of patterns"
         )
-    return residuals(result, scan, drop=dropped, progress=progress)
+    return residuals(result, scan, drop=dropped, experiment=experiment, progress=progress)
 
 
-def _of_first_method(result: xr.Dataset) -> xr.Dataset:
-    """Result with the attributes of its first method only.
+def _of_first_network(result: xr.Dataset) -> xr.Dataset:
+    """Result with the attributes of its first network only.
 
-    Several methods that were stored together share one record.
+    Several networks that were stored together share one record.
     """
-    methods = recorded(result.attrs, "methods")
-    return result.assign_attrs(attributes_of_method(result.attrs, methods[0])) if isinstance(methods, list) else result
+    networks = recorded(result.attrs, "networks")
+    if not isinstance(networks, list):
+        return result
+    return result.assign_attrs(attributes_of_network(result.attrs, networks[0]))
 
 
 def _check_same_data(label: str, result: xr.Dataset, scan: Scan | None) -> None:

@@ -11,6 +11,7 @@ import xarray as xr
 
 from ptychodask.judging.refinements import SLOW_PHASE, STITCHED, refinement_of
 from ptychodask.judging.report.content import Content
+from ptychodask.models.description import epochs_of
 from ptychodask.models.pretrained import is_pretrained
 from ptychodask.result import recorded
 from ptychodask.scan import Scan
@@ -36,7 +37,7 @@ def methods_text(content: Content) -> list[str]:
     """
     attributes = content.result.attrs
     paragraphs = [
-        [*_measured(content.scan), *_probe(content.scan)],
+        [*_measured(content), *_probe(content.scan)],
         [*_network(attributes, content.training), *_stitched(attributes, content.result), *_refined(attributes)],
         [*_explained(content), *_compared(content)],
         _unknown(content),
@@ -44,14 +45,17 @@ def methods_text(content: Content) -> list[str]:
     return [" ".join(sentences) for sentences in paragraphs if sentences]
 
 
-def _measured(scan: Scan | None) -> list[str]:
+def _measured(content: Content) -> list[str]:
+    scan, experiment = content.scan, recorded(content.result.attrs, "spec", "experiment")
     if scan is None:
         return []
+    n_patterns = scan.n_patterns if content.residuals is None else content.residuals.sizes["pattern"]
+    subject = "The scan" if experiment is None else f"Experiment {experiment} of the scan"
     stored = {"counts": "photon counts", "amplitude": "amplitudes"}[scan.domain]
     mean = recorded(scan.attributes, "mean_counts")
     brightness = f", with {number(mean)} counts per pattern on average" if isinstance(mean, float) else ""
     sentences = [
-        f"The scan consists of {scan.n_patterns} diffraction patterns of {scan.n_pixels} × {scan.n_pixels} pixels, "
+        f"{subject} consists of {n_patterns} diffraction patterns of {scan.n_pixels} × {scan.n_pixels} pixels, "
         f"stored as {stored}{brightness}."
     ]
     setup = {
@@ -125,7 +129,7 @@ def _network(attributes: Mapping[str, Any], training: Mapping[str, Any]) -> list
 
 def _epochs(history: Sequence[Mapping[str, float]]) -> str:
     losses = [epoch["held_out_loss"] for epoch in history if "held_out_loss" in epoch]
-    return f", for {len(history)} epochs; the lowest held-out loss was {number(min(losses))}" if losses else ""
+    return f", for {epochs_of(history)} epochs; the lowest held-out loss was {number(min(losses))}" if losses else ""
 
 
 def _stitched(attributes: Mapping[str, Any], result: xr.Dataset) -> list[str]:

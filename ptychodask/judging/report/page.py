@@ -32,7 +32,7 @@ from ptychodask.judging.plotting import (
 from ptychodask.judging.refinements import refinement_of, refinement_text
 from ptychodask.judging.report.content import GENERATOR, Content
 from ptychodask.judging.report.methods_text import _listed, methods_text, number
-from ptychodask.judging.residuals import OUTLIER_MAD, outliers
+from ptychodask.judging.residuals import OUTLIER_MAD, outliers, stored_indices
 from ptychodask.judging.resolution import resolution
 from ptychodask.result import recorded
 
@@ -220,7 +220,10 @@ def _patterns(content: Content) -> list[Markup]:
     )
     header = ["pattern, index in the store", "y (px)", "x (px)", "R", "Poisson deviance"]
     y, x, r, deviance = (fit[name].values for name in ("y_px", "x_px", "r_factor", "poisson_deviance"))
-    rows = [[str(j), f"{y[j]:.1f}", f"{x[j]:.1f}", number(r[j]), number(deviance[j])] for j in worst_patterns(fit)]
+    index = stored_indices(fit)
+    rows = [
+        [str(index[j]), f"{y[j]:.1f}", f"{x[j]:.1f}", number(r[j]), number(deviance[j])] for j in worst_patterns(fit)
+    ]
     caption = (
         "Residual of each measured pattern with respect to the one calculated from the object, at the scan positions "
         "and by pattern index. Rings mark the worst."
@@ -229,7 +232,7 @@ def _patterns(content: Content) -> list[Markup]:
 
 
 def _provenance(content: Content) -> list[Markup]:
-    tables = [tag("h3", "Result"), _facts_table(content.result.attrs)]
+    tables = [tag("h3", "Result"), _facts_table(content.result.ptycho.records)]
     if content.scan is not None:
         tables += [tag("h3", "Scan"), _facts_table(content.scan.attributes)]
     if content.training:
