@@ -14,8 +14,9 @@ import numpy as np
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.io.geometry import HC_EV_M
+from ptychodask.io.parts import joined_keys
 from ptychodask.io.quantities import ELECTRONVOLTS, METRES
-from ptychodask.io.source import Container, frame_axes
+from ptychodask.io.source import Container, frame_axes, raster_shape
 
 YX_WORDS = (("y", "x"), ("slow", "fast"), ("row", "col"), ("vertical", "horizontal"))
 """Pairs of words (y, x) that distinguish the names of the two position arrays."""
@@ -24,6 +25,14 @@ _POSITION = re.compile(r"pos|coord|scan|transl|point|stage|motor", re.IGNORECASE
 _PROBE = re.compile(r"probe|prb|illum", re.IGNORECASE)
 _OBJECT = re.compile(r"obj", re.IGNORECASE)
 _PATTERNS = re.compile(r"diff|dp|data|pattern|frame|recip|intens|image|det", re.IGNORECASE)
+_AXIS = re.compile(r"(^|_)[yx](_|$|coord|pos)", re.IGNORECASE)
+
+LEAST_PIXELS = 8
+"""Fewest pixels across a pattern: smaller arrays are monitors or settings."""
+
+MOST_UNMATCHED = 0.25
+"""Largest share of patterns without a position at which arrays still are taken for positions."""
+
 _SECOND_BEST = re.compile(r"start|nominal|true|offset|relative|err|std", re.IGNORECASE)
 
 _OPTICS = (
@@ -31,7 +40,7 @@ _OPTICS = (
     ("energy_ev", re.compile(r"energy", re.IGNORECASE), ELECTRONVOLTS),
     ("wavelength_m", re.compile(r"wavelength|lambda", re.IGNORECASE), METRES),
     ("distance_m", re.compile(r"distance|^z(_m)?$", re.IGNORECASE), METRES),
-    ("detector_pixel_m", re.compile(r"(x|det\w*|ccd)_pixel(_size|_m|_um)?|pixel_size_x", re.IGNORECASE), METRES),
+    ("detector_pixel_m", re.compile(r"(x|det\w*|ccd)_pixel(_size|_m|_um)?|pixel_size_x|psize", re.IGNORECASE), METRES),
 )
 
 _GUESSED_UNITS = {
@@ -100,6 +109,16 @@ def note_arrays(container: Container) -> list[ArrayNote]:
     return [_note(container, key) for key in container.keys()]  # noqa: SIM118 a container is no dict
 
 
+def note_joined(container: Container, notes: Sequence[ArrayNote]) -> list[ArrayNote]:
+    """Arrays that a file stores in numbered parts, each as one array.
+
+    Parts whose shapes or types do not fit each other are no array.
+    """
+    stackable = [note.key for note in notes if note.kind and len(note.shape) > 1]
+    joined = [_note(container, key) for key in joined_keys(stackable)]
+    return [note for note in joined if note.kind]
+
+
 def _note(container: Container, key: str) -> ArrayNote:
     try:
         dtype = container.dtype(key)
@@ -111,12 +130,18 @@ def _note(container: Container, key: str) -> ArrayNote:
 
 def find_patterns(notes: Sequence[ArrayNote]) -> ArrayNote | None:
     """Array of the patterns: three axes, real; by name, then by size."""
-    fitting = [note for note in notes if note.kind in set("buif") and len(_axes(note)) == 3 and min(_axes(note)) > 1]
+    fitting = [note for note in notes if note.kind in set("buif") and _are_patterns(_axes(note))]
     return max(fitting, key=lambda note: (bool(_PATTERNS.search(note.name)), note.n_bytes), default=None)
 
 
+def _are_patterns(axes: tuple[int, ...]) -> bool:
+    return len(axes) == 3 and min(axes) > 1 and sorted(axes)[1] >= LEAST_PIXELS
+
+
 def _axes(note: ArrayNote) -> tuple[int, ...]:
-    return frame_axes(note.shape)
+    """Shape with the two axes of a raster merged into one."""
+    axes, raster = frame_axes(note.shape), raster_shape(note.shape)
+    return axes if raster is None else (raster[0] * raster[1], *axes[2:])
 
 
 def find_keys(notes: Sequence[ArrayNote], patterns: ArrayNote) -> dict[str, str]:
@@ -132,30 +157,67 @@ def find_keys(notes: Sequence[ArrayNote], patterns: ArrayNote) -> dict[str, str]
     axes = _axes(patterns)
     keys = {"diffraction": patterns.key}
     n_patterns, frame = axes[0], axes[1:]
-    position_keys = _find_positions(notes, n_patterns)
+    position_keys = _find_positions(notes, n_patterns, raster_shape(patterns.shape))
     if not position_keys and (position_keys := _find_positions(notes, axes[2])):
         n_patterns, frame = axes[2], axes[:2]
+    if not position_keys:
+        position_keys = _nearest_positions(notes, n_patterns)
     keys |= position_keys
-    keys |= _named("probe", [n for n in notes if n.kind == "c" and n.shape[-2:] == frame], _PROBE)
+    keys |= _named("probe", [n for n in notes if n.kind == "c" and _is_probe(n, frame)], _PROBE)
     masks = [n for n in notes if n.kind in set("biu") and n.shape == frame and "mask" in n.name.lower()]
     keys |= {"mask": masks[0].key} if len(masks) == 1 else {}
     indices = [n for n in notes if n.name == "scan_index" and n.shape == (n_patterns,) and n.kind in set("iu")]
     return keys | ({"scan_index": indices[0].key} if indices else {})
 
 
-def _find_positions(notes: Sequence[ArrayNote], n_patterns: int) -> dict[str, str]:
+def _is_probe(note: ArrayNote, frame: tuple[int, ...]) -> bool:
+    axes = tuple(n for n in note.shape if n != 1)
+    return axes[-2:] == frame or (len(axes) == 3 and axes[:2] == frame and frame[0] == frame[1])
+
+
+def _nearest_positions(notes: Sequence[ArrayNote], n_patterns: int) -> dict[str, str]:
+    """Keys of positions almost as many as the patterns."""
+    lengths = {max(n.shape) for n in notes if n.shape and _POSITION.search(n.key + " pos" * _is_axis(n))}
+    near = sorted(
+        (n for n in lengths if abs(n - n_patterns) <= MOST_UNMATCHED * n_patterns), key=lambda n: abs(n - n_patterns)
+    )
+    return next((keys for n in near if (keys := _find_positions(notes, n))), {})
+
+
+def _is_axis(note: ArrayNote) -> bool:
+    return bool(_AXIS.search(note.name))
+
+
+def _find_positions(
+    notes: Sequence[ArrayNote], n_patterns: int, raster: tuple[int, int] | None = None
+) -> dict[str, str]:
     """Keys of the likeliest arrays of `n_patterns` positions; empty if none fit."""
     numbers = [note for note in notes if note.kind in set("iuf")]
-    columns = {n.key: n for n in numbers if max(n.shape, default=0) == n_patterns and np.prod(n.shape) == n_patterns}
+    columns = {n.key: n for n in numbers if _is_column(n.shape, n_patterns, raster)}
     choices: list[tuple[tuple[bool, bool, int], dict[str, str]]] = [
         (_likelihood(y), {"y": y, "x": x}) for y, x in _pairs(columns) if _differ(columns[y], columns[x])
     ]
     choices += [
         (_likelihood(note.key), {"position": note.key})
         for note in numbers
-        if note.shape in ((n_patterns, 2), (1, n_patterns, 2))
+        if note.shape in ((n_patterns, 2), (1, n_patterns, 2), (2, n_patterns), (*(raster or ()), 2))
     ]
+    if not choices and raster is not None:
+        axes = {n.key: n for n in numbers if len(n.shape) == 1}
+        choices = [
+            (_likelihood(y), {"y": y, "x": x})
+            for y, x in _pairs(axes)
+            if _differ(axes[y], axes[x]) and (*axes[y].shape, *axes[x].shape) == raster
+        ]
     return max(choices, key=lambda choice: choice[0])[1] if choices else {}
+
+
+def _is_column(shape: tuple[int, ...], n_patterns: int, raster: tuple[int, int] | None) -> bool:
+    """True for a vector or map of one number per pattern."""
+    long = tuple(n for n in shape if n != 1)
+    # Without a raster, an array with an axis of two may be pairs.
+    is_map = len(long) == 2 and (long == raster or (raster is None and 2 not in long))
+    return int(np.prod(shape, dtype=object)) == n_patterns and (len(long) == 1 or is_map)
 
 
 def _differ(one: ArrayNote, other: ArrayNote) -> bool:
@@ -188,11 +250,14 @@ def find_optics(container: Container, notes: Sequence[ArrayNote]) -> list[Optic]
     """Energy, wavelength, distance and detector pixel size, in units of `IngestSpec`."""
     optics: dict[str, Optic] = {}
     for note in notes:
-        if note.kind not in set("iuf") or int(np.prod(note.shape)) != 1:
+        if note.kind not in set("iuf") or int(np.prod(note.shape, dtype=object)) not in (1, 2):
             continue
         for option, name, units in _OPTICS:
             if option not in optics and name.search(note.name):
-                value = float(container.array(note.key).reshape(-1)[0])
+                values = container.array(note.key).reshape(-1)
+                if (values != values[0]).any():
+                    continue  # pixels that are not square have no single size
+                value = float(values[0])
                 unit, is_guess = _unit_of(option, note, value, units)
                 if unit is not None and np.isfinite(value) and value > 0:
                     optics[option] = Optic(option, note.key, value * units[unit.lower()], unit, is_guess)

@@ -179,8 +179,11 @@ def store_name(source: Path) -> str:
     --------
     >>> store_name(Path("/data/siemens-star.npz.bz2"))
     'siemens-star.zarr'
+    >>> store_name(Path("/data/raw.zarr"))
+    'raw-scan.zarr'
     """
-    return source.name.removesuffix(".bz2").rsplit(".", 1)[0] + ".zarr"
+    stem = source.name.removesuffix(".bz2").rsplit(".", 1)[0]
+    return f"{stem}-scan.zarr" if source.name.endswith(".zarr") else f"{stem}.zarr"
 
 
 def ingest_command(source: Path, store: str, options: Mapping[str, Any]) -> str:

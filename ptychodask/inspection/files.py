@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.grouping import median_step_px, outlying_positions
-from ptychodask.inspection.arrays import ArrayNote, find_keys, find_optics, find_patterns, note_arrays, wavelength_of
+from ptychodask.inspection.arrays import (
+    LEAST_PIXELS,
+    ArrayNote,
+    find_keys,
+    find_optics,
+    find_patterns,
+    note_arrays,
+    note_joined,
+    wavelength_of,
+)
 from ptychodask.inspection.command import Origin, as_rows, store_name
 from ptychodask.inspection.evidence import (
     Certainty,
@@ -31,13 +40,14 @@ from ptychodask.inspection.evidence import (
 )
 from ptychodask.inspection.findings import Finding, Inspection, Preview
 from ptychodask.inspection.stores import inspect_store
+from ptychodask.io.folders import is_foreign_folder
 from ptychodask.io.formats import detect_format, open_container, options_of, read_source
 from ptychodask.io.grid import GriddedSource, on_grid
-from ptychodask.io.mapping import UNIT_NAMES
+from ptychodask.io.mapping import UNIT_NAMES, positions_of
 from ptychodask.io.near_field import near_field
 from ptychodask.io.patterns import prepared
 from ptychodask.io.recipe import with_recipe
-from ptychodask.io.source import MOST_PIXELS, Container, Frames, IngestSpec, SourceScan, frame_axes
+from ptychodask.io.source import MOST_PIXELS, Container, Frames, IngestSpec, SourceScan, frame_axes, raster_shape
 from ptychodask.probes import probe_diameter_px
 from ptychodask.scan import Domain
 from ptychodask.storage.location import parse_location
@@ -87,7 +97,7 @@ def inspect_file(
     temporary folder (scratch=).
     """
     location = parse_location(path)
-    if location.local_path is None or location.is_dir():
+    if location.local_path is None or (location.is_dir() and not is_foreign_folder(location.local_path)):
         if format is not None or recipe is not None or reader_options:
             given = {"format": format, "recipe": recipe, **reader_options}
             options = ", ".join(sorted(name for name, value in given.items() if value is not None))
@@ -121,6 +131,8 @@ class _Inspector:
                 "save plain numbers"
             )
         self.format = format or _detected_format(container, spec)
+        if self.format in (None, "mapping"):
+            self.arrays += note_joined(container, self.arrays)
 
     def inspection(self) -> Inspection:
         patterns = find_patterns(self.arrays)
@@ -162,7 +174,8 @@ class _Inspector:
             self.refused.append(f"no array of patterns, expected real numbers of shape (pattern, qy, qx){hint}")
             return
         if not {"y", "position"} & set(keys):
-            axes = frame_axes(patterns.shape)
+            raster = raster_shape(patterns.shape)
+            axes = frame_axes(patterns.shape) if raster is None else (raster[0] * raster[1], *patterns.shape[-2:])
             likely = [n for n in self.arrays if n.kind == "f" and axes[0] in n.shape and len(n.shape) == 2]
             hint = "".join(f"; '{n.key}' has shape {n.shape}, which ingest cannot read" for n in likely[:1])
             self.refused.append(
@@ -210,12 +223,13 @@ class _Inspector:
 
     def _sample(self, patterns: ArrayNote, keys: dict[str, str]) -> Sample | None:
         """Sample of the patterns; also settles their unit, axes and size."""
-        axes = frame_axes(patterns.shape)
+        raster = raster_shape(patterns.shape) if "domain" in options_of(str(self.format)) else None
+        axes = frame_axes(patterns.shape) if raster is None else (raster[0] * raster[1], *patterns.shape[-2:])
         positions = next((n for n in self.arrays if n.key == (keys.get("y") or keys.get("position"))), None)
         n_positions = None if positions is None else max(positions.shape)
-        last = self._pattern_axis_is_last(axes, n_positions)
+        last = raster is None and self._pattern_axis_is_last(axes, n_positions)
         try:
-            frames = self.container.frames(patterns.key, pattern_last=last)
+            frames = self.container.frames(patterns.key, pattern_last=last, raster=raster is not None)
         except PtychodaskError as error:
             self.refused.append(str(error))
             return None
@@ -237,6 +251,9 @@ class _Inspector:
             self.refused.append(str(error))
             return None
         height, width = sample.frames.shape[1:]
+        if min(height, width) < LEAST_PIXELS:
+            self.refused.append(f"patterns have {height} x {width} pixels, expected at least {LEAST_PIXELS} across")
+            return None
         if "n_pixels" not in self.options and "bin" not in self.options and (height != width or height % 4):
             self.options["n_pixels"] = min(height, width) // 4 * 4
             statement = f"frames are {height} x {width}: cropped to a square with a side divisible by 4"
@@ -285,7 +302,7 @@ class _Inspector:
             unit = UNIT_NAMES[recorded]
             self._report("units", f"positions are in {unit}: the unit of '{key}' is {recorded}", "noted")
         else:
-            extent = float(np.nanmax(np.ptp(_finite_rows(self.container.array(key)), axis=0), initial=0.0))
+            extent = float(np.nanmax(np.ptp(_finite_rows(self._position_values(key)), axis=0), initial=0.0))
             ending = UNIT_NAMES.get(key.rsplit("_", 1)[-1].lower()) if "_" in key else None
             unit = ending or ("m" if 0 < extent < METRES_BELOW else "px")
             reason = "from the ending of the name" if ending else "no unit recorded; micrometres are possible too"
@@ -296,11 +313,20 @@ class _Inspector:
         if unit != "px" and not optics and "pixel_size_m" not in self.options:
             self._guess_pixel_size(keys, unit, sample)
 
+    def _position_values(self, key: str) -> NDArray[Any]:
+        """Values of an array of positions, with pairs along the last axis."""
+        values = self.container.array(key)
+        return values.T if values.ndim == 2 and len(values) == 2 < values.shape[1] else values
+
     def _guess_pixel_size(self, keys: dict[str, str], unit: str, sample: Sample) -> None:
         """Propose a placeholder pixel size, so that the command runs."""
-        chosen = [keys["position"]] if "position" in keys else [keys["y"], keys["x"]]
-        columns = [self.container.array(key) for key in chosen]
-        step = median_step_px(_finite_rows(np.stack([np.squeeze(c) for c in columns], axis=-1).reshape(-1, 2)))
+        try:
+            options = with_fields(IngestSpec(), {**self.options, "pixel_size_m": 1.0})
+            position_yx = positions_of(self.container, keys, options)
+        except PtychodaskError as error:
+            self.refused.append(str(error))
+            return
+        step = median_step_px(_finite_rows(position_yx))
         diameter = least_probe_diameter_px(_as_counts(sample, self.options.get("domain", "counts")))
         if not step or not diameter:
             return

@@ -69,9 +69,10 @@ def on_grid(file_scan: SourceScan, spec: IngestSpec, label: str) -> GriddedSourc
     PtychodaskError
         If arrays do not fit each other or the spec, or a quantity that is needed is unknown.
     """
+    file_scan, kept = _matched(file_scan, spec, label)
     _check_lengths(file_scan, label)
     spec = _with_optics(file_scan, spec)
-    kept = _with_position(file_scan, kept_frames(file_scan.frames.shape[0], spec.drop_frames, label), label)
+    kept = _with_position(file_scan, kept, label)
     check_positions(file_scan.position_yx[kept], len(kept), label)
     frame_mask = _frame_mask(file_scan, spec, label)
     grid = _grid(file_scan, spec, frame_mask, label)
@@ -130,14 +131,40 @@ def _with_affine(file_scan: SourceScan, spec: IngestSpec, label: str) -> SourceS
     return replace(file_scan, position_yx=file_scan.position_yx @ as_matrix(spec.affine).T)
 
 
+def _matched(file_scan: SourceScan, spec: IngestSpec, label: str) -> tuple[SourceScan, NDArray[np.int64]]:
+    """Content with a position for every frame, and the kept rows.
+
+    If there are more frames than positions, or fewer, rows are dropped from the longer of the two: the kept rows either
+    have both, or are as many as the shorter one has and belong to it in order.
+    """
+    position_yx, n_frames = file_scan.position_yx, int(file_scan.frames.shape[0])
+    n_positions = len(position_yx)
+    if n_frames == n_positions or spec.drop_frames is None:
+        return file_scan, kept_frames(n_frames, spec.drop_frames, label)
+    kept = kept_frames(max(n_frames, n_positions), spec.drop_frames, label)
+    matched = np.full((n_frames, 2), np.nan)
+    if kept[-1] < min(n_frames, n_positions):
+        matched[kept] = position_yx[kept]
+    elif len(kept) == n_positions < n_frames:
+        matched[kept] = position_yx
+    elif len(kept) == n_frames < n_positions:
+        matched, kept = position_yx[kept], np.arange(n_frames)
+    else:
+        return file_scan, kept
+    return replace(file_scan, position_yx=matched), kept
+
+
 def _check_lengths(file_scan: SourceScan, label: str) -> None:
     shape = file_scan.frames.shape
     if file_scan.frames.dtype.kind not in "buif":
         raise PtychodaskError(f"{label}: patterns have type {file_scan.frames.dtype}, expected counts or amplitudes")
-    if len(file_scan.position_yx) != shape[0]:
+    n_positions = len(file_scan.position_yx)
+    if n_positions != shape[0]:
         raise PtychodaskError(
-            f"{label}: {shape[0]} patterns but {len(file_scan.position_yx)} positions (patterns of shape {shape}); "
-            "every pattern needs one: correct the file, or pass the order of its axes with axes= (--axes)"
+            f"{label}: {shape[0]} patterns but {n_positions} positions (patterns of shape {shape}); "
+            f"every pattern needs one: drop the rows of the longer that have no counterpart, --drop-frames "
+            f"{min(n_positions, shape[0])}:{max(n_positions, shape[0])} if they are the last, or pass the order of "
+            "the patterns' axes with axes= (--axes)"
         )
     for name in ("flux", "scan_index"):
         values = getattr(file_scan, name)

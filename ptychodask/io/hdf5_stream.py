@@ -232,6 +232,9 @@ class Hdf5File:
             self._file = stack.enter_context(
                 open_hdf5(file.name, label) if isinstance(file.name, str) else h5py.File(file, "r")
             )
+        file.seek(0)
+        # MATLAB 7.3 writes every array with its axes in reverse, so that the shape in MATLAB is the one reversed here.
+        self._is_reversed = file.read(6) == b"MATLAB"
 
     def keys(self) -> list[str]:
         """Names of the datasets, including linked ones in other files."""
@@ -253,10 +256,12 @@ class Hdf5File:
         return names
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._dataset(key).shape or ())
+        shape = tuple(self._dataset(key).shape or ())
+        return shape[::-1] if self._is_reversed else shape
 
     def dtype(self, key: str) -> np.dtype[Any]:
-        return np.dtype(self._dataset(key).dtype).newbyteorder("=")
+        dtype = np.dtype(self._dataset(key).dtype).newbyteorder("=")
+        return _complex_type(dtype) or dtype
 
     def has(self, key: str) -> bool:
         with reading(f"{self.label}[{key}]"):
@@ -289,7 +294,12 @@ class Hdf5File:
         check_compression((dataset.size or 0) * dataset.dtype.itemsize, check_storage(dataset, label), label)
         _check_readable(dataset, label)
         with reading(label):
-            return np.asarray(self._dataset(key)[()]).astype(self.dtype(key), copy=False)
+            values = np.asarray(self._dataset(key)[()])
+            if _complex_type(values.dtype):
+                real, imaginary = values.dtype.names or ()
+                values = values[real] + 1j * values[imaginary]
+            values = values.astype(self.dtype(key), copy=False)
+        return np.ascontiguousarray(values.T) if self._is_reversed else values
 
     def frames(self, key: str, *, pattern_last: bool = False, raster: bool = False) -> Frames:
         dataset = self._dataset(key)
@@ -303,6 +313,10 @@ class Hdf5File:
                 f"{label}: is stored in chunks of {dataset.chunks}, {chunk} bytes each, expected at most "
                 f"{LARGEST_CHUNK}; store it in smaller chunks (h5repack -l CHUNK=...)"
             )
+        if self._is_reversed:
+            pattern_axes(self.shape(key), label, last=pattern_last)  # raises in the order of axes of MATLAB
+            axes = pattern_axes(self.shape(key)[::-1], label, last=not pattern_last)
+            return _TransposedFrames(_DatasetFrames(dataset, axes, label, not pattern_last))
         if raster and len(frame_axes(self.shape(key))) == 4:
             return _RasterFrames(dataset, label)
         return _DatasetFrames(dataset, pattern_axes(self.shape(key), label, last=pattern_last), label, pattern_last)
@@ -356,6 +370,17 @@ def _datasets_in(group: h5py.Group) -> list[str]:
     group.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
     # h5py returns a name that is not UTF-8 as bytes.
     return [name if isinstance(name, str) else name.decode(errors="replace") for name in names]
+
+
+def _complex_type(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """Complex type of a compound of two numbers, or None."""
+    names = dtype.names or ()
+    if tuple(name.lower() for name in names) not in (("real", "imag"), ("r", "i"), ("re", "im")):
+        return None
+    parts = [dtype[name] for name in names]
+    if parts[0] != parts[1] or parts[0].kind not in "iuf" or parts[0].shape:
+        return None
+    return np.result_type(parts[0], np.complex64)
 
 
 FILTERS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle (bslz4)", 32013: "zfp", 32015: "zstd", 32026: "blosc2"}
@@ -508,3 +533,29 @@ class _RasterFrames(_DatasetFrames):
                 part = self._dataset[(*before, row, columns)]
             frames[first + columns.start - start : first + columns.stop - start] = part.reshape(-1, *self.shape[1:])
         return frames
+
+
+class _TransposedFrames:
+    """Frames of a MATLAB file, whose rows and columns HDF5 exchanges."""
+
+    seekable = True
+
+    def __init__(self, frames: _DatasetFrames) -> None:
+        self._frames = frames
+        self.random_access = frames.random_access
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        n_patterns, width, height = self._frames.shape
+        return n_patterns, height, width
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._frames.dtype
+
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        for block in self._frames.blocks():
+            yield np.ascontiguousarray(block.swapaxes(1, 2))
+
+    def __getitem__(self, index: NDArray[np.int64], /) -> NDArray[Any]:
+        return np.ascontiguousarray(self._frames[index].swapaxes(1, 2))

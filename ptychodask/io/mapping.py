@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -23,6 +23,7 @@ from ptychodask.io.source import (
     frame_axes,
     listed_keys,
     pattern_axis_is_last,
+    raster_shape,
 )
 
 OPTIONS = tuple(option for option in FORMAT_OPTIONS if option != "diffraction")
@@ -52,7 +53,10 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
 
     Notes
     -----
-    ``position`` is (pattern, 2) in the order (y, x), in place of ``y`` and ``x``; ``mask`` is True where a pixel is
+    Patterns are (pattern, qy, qx), or a raster (row, column, qy, qx) that is read row after row. ``y`` and ``x`` are
+    one number for each pattern, maps (row, column), or for a raster one number for each row and for each column.
+    ``position`` is (pattern, 2), (row, column, 2) or (2, pattern) in the order (y, x), in place of ``y`` and ``x``;
+    ``mask`` is True where a pixel is
     good; ``object`` has its pixel [0, 0] at position (0, 0) and needs positions in pixels, neither flipped nor swapped.
 
     Raises
@@ -74,16 +78,23 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
             f"{label}: '{keys['diffraction']}' may contain counts or amplitudes; "
             "pass domain='counts' or domain='amplitude' (--domain)"
         )
-    position_yx = _positions(container, keys, spec)
-    axes = frame_axes(container.shape(keys["diffraction"]))
-    last = pattern_axis_is_last(axes, len(position_yx), spec.axes, f"{label}[{keys['diffraction']}]")
+    shape = container.shape(keys["diffraction"])
+    raster = raster_shape(shape)
+    position_yx = positions_of(container, keys, spec)
+    last = raster is None and pattern_axis_is_last(
+        frame_axes(shape), len(position_yx), spec.axes, f"{label}[{keys['diffraction']}]"
+    )
+    if raster is not None and spec.axes == "qy,qx,pattern":
+        raise PtychodaskError(
+            f"{label}[{keys['diffraction']}]: has shape {shape}, read as (row, column, qy, qx); leave axes= out"
+        )
 
     def optional(name: str) -> NDArray[Any] | None:
         return container.array(keys[name]) if name in keys else None
 
     probe, mask, object_, flux, scan_index = map(optional, ("probe", "mask", "object", "flux", "scan_index"))
     return SourceScan(
-        frames=container.frames(keys["diffraction"], pattern_last=last),
+        frames=container.frames(keys["diffraction"], pattern_last=last, raster=True),
         position_yx=position_yx,
         unit=unit,
         domain=spec.domain,
@@ -92,7 +103,7 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
         probe=None if probe is None else as_probe(probe, f"{label}[{keys['probe']}]"),
         mask=None if mask is None else as_mask(mask, f"{label}[{keys['mask']}]"),
         object=None if object_ is None else _as_object(object_, f"{label}[{keys['object']}]"),
-        label=container.frames(keys["label"], pattern_last=last) if "label" in keys else None,
+        label=container.frames(keys["label"], pattern_last=last, raster=True) if "label" in keys else None,
         flux=None if flux is None else as_vector(flux, f"{label}[{keys['flux']}]"),
         scan_index=None if scan_index is None else as_whole_numbers(scan_index, f"{label}[{keys['scan_index']}]"),
     )
@@ -124,18 +135,19 @@ def _unit(container: Container, keys: dict[str, str], spec: IngestSpec) -> Unit:
     )
 
 
-def _positions(container: Container, keys: dict[str, str], spec: IngestSpec) -> NDArray[np.float64]:
+def positions_of(container: Container, keys: Mapping[str, str], spec: IngestSpec) -> NDArray[np.float64]:
+    """Positions (pattern, 2) of the mapped arrays, swapped and flipped.
+
+    Raises
+    ------
+    PtychodaskError
+        If their shapes do not fit each other or the raster of the patterns.
+    """
+    raster = raster_shape(container.shape(keys["diffraction"]))
     if "position" in keys:
-        position = container.array(keys["position"])
-        if position.ndim == 3 and len(position) == 1:
-            position = position[0]
-        if position.ndim != 2 or position.shape[1] != 2:
-            raise PtychodaskError(
-                f"{container.label}[{keys['position']}]: positions have shape {position.shape}, expected (pattern, 2) "
-                "in the order (y, x); save them so, or map keys 'y' and 'x'"
-            )
+        position = _position_pairs(container.array(keys["position"]), f"{container.label}[{keys['position']}]", raster)
     else:
-        y, x = (as_vector(container.array(keys[name]), f"{container.label}[{keys[name]}]") for name in ("y", "x"))
+        y, x = _position_columns(container, keys, raster)
         if len(y) != len(x):
             raise PtychodaskError(
                 f"{container.label}: {len(y)} y positions but {len(x)} x positions; map keys of the same length"
@@ -144,6 +156,52 @@ def _positions(container: Container, keys: dict[str, str], spec: IngestSpec) -> 
     if position.dtype.kind not in "iuf":
         raise PtychodaskError(f"{container.label}: positions have type {position.dtype}, expected numbers")
     return apply_flips(position.astype(np.float64), spec)
+
+
+def _position_pairs(values: NDArray[Any], label: str, raster: tuple[int, int] | None) -> NDArray[Any]:
+    """Positions (pattern, 2) from pairs along the last or first axis."""
+    pairs = values
+    while pairs.ndim > 2 and 1 in pairs.shape:
+        pairs = np.squeeze(pairs, axis=pairs.shape.index(1))
+    if pairs.ndim in (2, 3) and pairs.shape[-1] != 2 and pairs.shape[0] == 2:
+        pairs = np.moveaxis(pairs, 0, -1)
+    if pairs.ndim not in (2, 3) or pairs.shape[-1] != 2:
+        raise PtychodaskError(
+            f"{label}: positions have shape {values.shape}, expected (pattern, 2), (row, column, 2) or (2, pattern) in "
+            "the order (y, x); save them so, or map keys 'y' and 'x'"
+        )
+    if pairs.ndim == 3:
+        _check_map(pairs.shape[:2], raster, label)
+    return pairs.reshape(-1, 2)
+
+
+def _position_columns(
+    container: Container, keys: Mapping[str, str], raster: tuple[int, int] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Positions y and x (pattern,) from vectors, maps, or one axis each."""
+    labels = [f"{container.label}[{keys[name]}]" for name in ("y", "x")]
+    arrays = [container.array(keys[name]) for name in ("y", "x")]
+    if all(len(_long_axes(values.shape)) == 2 and values.dtype.kind in "iuf" for values in arrays):
+        for values, label in zip(arrays, labels, strict=True):
+            _check_map(_long_axes(values.shape), raster, label)
+        y, x = (values.reshape(-1).astype(np.float64) for values in arrays)
+        return y, x
+    y, x = (as_vector(values, label) for values, label in zip(arrays, labels, strict=True))
+    if raster is not None and 1 not in raster and (len(y), len(x)) == raster:
+        return np.repeat(y, raster[1]), np.tile(x, raster[0])
+    return y, x
+
+
+def _long_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
+
+
+def _check_map(shape: tuple[int, ...], raster: tuple[int, int] | None, label: str) -> None:
+    if raster is not None and 1 not in raster and shape != raster:
+        raise PtychodaskError(
+            f"{label}: is a map of {shape[0]} x {shape[1]} positions for a raster of {raster[0]} x {raster[1]} "
+            "patterns; save it in the order of the patterns, (row, column)"
+        )
 
 
 def _as_object(values: NDArray[Any], label: str) -> NDArray[np.complex64]:

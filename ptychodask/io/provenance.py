@@ -56,8 +56,14 @@ def provenance_of(source: Path, opened: Source, spec: IngestSpec) -> dict[str, A
 
 
 def _sha256(path: Path) -> str:
+    """Hash of a file, or of the names and files of a folder."""
     digest = hashlib.sha256()
-    with reading(str(path)), path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
+    with reading(str(path)):
+        for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if path.is_dir():
+                digest.update(f"{part.relative_to(path).as_posix()}\0".encode())
+            if part.is_file():
+                with part.open("rb") as file:
+                    while block := file.read(BLOCK_BYTES):
+                        digest.update(block)
     return digest.hexdigest()

@@ -451,6 +451,20 @@ def frame_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
+def raster_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Rows and columns of a raster; None for other shapes.
+
+    Examples
+    --------
+    >>> raster_shape((12, 9, 64, 64)), raster_shape((108, 1, 64, 64)), raster_shape((108, 64, 64))
+    ((12, 9), (108, 1), None)
+    """
+    axes = frame_axes(shape)
+    # (group, h, w, member) is input of a network, no raster.
+    is_grouped = len(axes) == 4 and axes[1] == axes[2] != axes[3]
+    return (axes[0], axes[1]) if len(axes) == 4 and not is_grouped else None
+
+
 def pattern_axes(shape: tuple[int, ...], label: str, *, last: bool) -> tuple[int, ...]:
     """Shape (pattern, h, w) of an array.
 
@@ -516,15 +530,13 @@ def pattern_axis_is_last(shape: tuple[int, ...], n_positions: int, axes: Axes | 
 def as_probe(values: NDArray[Any], label: str) -> NDArray[np.complex64]:
     """Probe as complex64 (mode, h, w).
 
-    From (h, w), (mode, h, w) or (h, w, 1), with or without leading axes of length 1.
+    From (h, w), (mode, h, w) or square (h, w, mode), with axes of length 1 anywhere.
     """
-    probe = values
-    while probe.ndim > 3 and probe.shape[0] == 1:
-        probe = probe[0]
-    if probe.ndim == 3 and probe.shape[2] == 1 and probe.shape[0] == probe.shape[1]:
-        probe = probe[..., 0]
+    probe = np.squeeze(values)
     if probe.ndim == 2:
         probe = probe[None]
+    elif probe.ndim == 3 and probe.shape[0] == probe.shape[1] != probe.shape[2]:
+        probe = np.moveaxis(probe, -1, 0)
     if probe.ndim != 3 or not probe.size or probe.dtype.kind not in "cfiu":
         raise PtychodaskError(
             f"{label}: the probe has shape {values.shape} and type {values.dtype}, "

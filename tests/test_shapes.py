@@ -1,0 +1,297 @@
+"""Shapes of arrays that other programs write: the proposed command stores what was generated."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import scipy.io
+import zarr
+from numpy.typing import NDArray
+
+from ptychodask import PtychodaskError, ingest, open_scan
+from ptychodask.inspection import inspect_file
+
+ROWS, COLUMNS, PIXELS = 5, 7, 16
+N = ROWS * COLUMNS
+
+
+def counts_and_positions() -> tuple[NDArray[np.uint16], NDArray[np.float64]]:
+    """Patterns of a beam that is neither symmetric nor the same in two of them, and a jittered raster."""
+    rng = np.random.default_rng(3)
+    y, x = np.indices((PIXELS, PIXELS)) - PIXELS // 2
+    beam = 400 * np.exp(-((y / 3.0) ** 2) - ((x - 0.5) / 2.0) ** 2)
+    counts = rng.poisson(beam * rng.uniform(0.5, 1.5, (N, 1, 1))).astype("u2")
+    position = np.stack(np.unravel_index(np.arange(N), (ROWS, COLUMNS)), axis=1) * 3.0 + 20
+    return counts, position
+
+
+def compound(values: NDArray[np.complex128], names: tuple[str, str] = ("real", "imag")) -> NDArray[Any]:
+    """Complex numbers as pairs, as MATLAB and Julia store them."""
+    pairs = np.empty(values.shape, [(names[0], "f8"), (names[1], "f8")])
+    pairs[names[0]], pairs[names[1]] = values.real, values.imag
+    return pairs
+
+
+def matlab(path: Path, **arrays: NDArray[Any]) -> None:
+    """Write a MATLAB 7.3 file: a header, and every array with its axes reversed."""
+    with h5py.File(path, "w", userblock_size=512) as file:
+        for key, values in arrays.items():
+            file[key] = compound(values.T) if np.iscomplexobj(values) else np.ascontiguousarray(values.T)
+    with path.open("r+b") as file:
+        file.write(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM")
+
+
+def hdf5(path: Path, **arrays: NDArray[Any]) -> None:
+    with h5py.File(path, "w") as file:
+        for key, values in arrays.items():
+            file[key] = values
+
+
+def raster_maps(path: Path, counts: Any, position: Any) -> None:
+    y, x = position.reshape(ROWS, COLUMNS, 2).transpose(2, 0, 1)
+    hdf5(path, data=counts.reshape(ROWS, COLUMNS, PIXELS, PIXELS), pos_y=y, pos_x=x)
+
+
+def raster_axes(path: Path, counts: Any, position: Any) -> None:
+    grid = position.reshape(ROWS, COLUMNS, 2)
+    hdf5(path, data=counts.reshape(ROWS, COLUMNS, PIXELS, PIXELS), pos_y=grid[:, 0, 0], pos_x=grid[0, :, 1])
+
+
+def raster_pairs(path: Path, counts: Any, position: Any) -> None:
+    raster = counts.reshape(ROWS, COLUMNS, PIXELS, PIXELS)
+    hdf5(path, data=raster, positions=position.reshape(ROWS, COLUMNS, 2))
+
+
+def maps(path: Path, counts: Any, position: Any) -> None:
+    y, x = position.reshape(ROWS, COLUMNS, 2).transpose(2, 0, 1)
+    hdf5(path, data=counts, pos_y=y, pos_x=x)
+
+
+def single_axis(path: Path, counts: Any, position: Any) -> None:
+    hdf5(path, data=counts[:, None], pos_y=position[:, 0], pos_x=position[:, 1])
+
+
+def pairs_first(path: Path, counts: Any, position: Any) -> None:
+    hdf5(path, data=counts, positions=position.T)
+
+
+def master(path: Path, counts: Any, position: Any) -> None:
+    with h5py.File(path, "w") as file:
+        for number, (start, stop) in enumerate(((0, 12), (12, 24), (24, N)), 9):
+            part = path.with_name(f"part_{number}.h5")
+            hdf5(part, data=counts[start:stop])
+            file[f"entry/data/data_{number}"] = h5py.ExternalLink(part.name, "data")
+        file["pos/y"], file["pos/x"] = position.T
+
+
+def ptyd(path: Path, counts: Any, position: Any) -> None:
+    with h5py.File(path, "w") as file:
+        for number, rows in enumerate(np.array_split(np.arange(N), 3)):
+            file[f"chunks/{number}/data"], file[f"chunks/{number}/positions"] = counts[rows], position[rows]
+            file[f"chunks/{number}/weights"] = np.ones((len(rows), PIXELS, PIXELS), "f4")
+
+
+def matlab_columns(path: Path, counts: Any, position: Any) -> None:
+    matlab(path, dp=counts.transpose(1, 2, 0), pos_y=position[:, :1], pos_x=position[:, 1:])
+
+
+def matlab_pairs(path: Path, counts: Any, position: Any) -> None:
+    matlab(path, dp=counts.transpose(1, 2, 0), positions=position)
+
+
+def matlab_first(path: Path, counts: Any, position: Any) -> None:
+    matlab(path, dp=counts, positions=position)
+
+
+def matlab_5(path: Path, counts: Any, position: Any) -> None:
+    arrays = {"dp": counts.transpose(1, 2, 0), "pos_y": position[:, :1], "pos_x": position[:, 1:]}
+    with path.open("wb") as file:
+        scipy.io.savemat(file, arrays, do_compression=True)
+
+
+def npz_raster(path: Path, counts: Any, position: Any) -> None:
+    y, x = position.reshape(ROWS, COLUMNS, 2).transpose(2, 0, 1)
+    with path.open("wb") as file:
+        np.savez(file, data=counts.reshape(ROWS, COLUMNS, PIXELS, PIXELS), pos_y=y, pos_x=x)
+
+
+def npz_raster_compressed(path: Path, counts: Any, position: Any) -> None:
+    with path.open("wb") as file:
+        np.savez_compressed(file, data=counts[:, None], pos_y=position[:, 0], pos_x=position[:, 1])
+
+
+def npy_folder(path: Path, counts: Any, position: Any) -> None:
+    path.mkdir()
+    for name, values in (("data", counts), ("pos_y", position[:, 0]), ("pos_x", position[:, 1])):
+        np.save(path / f"{name}.npy", values)
+
+
+def npy_folder_of_a_raster(path: Path, counts: Any, position: Any) -> None:
+    path.mkdir()
+    np.save(path / "data.npy", counts.reshape(ROWS, COLUMNS, PIXELS, PIXELS).astype(">u2"))
+    np.save(path / "positions.npy", position)
+
+
+def npy_folder_in_fortran_order(path: Path, counts: Any, position: Any) -> None:
+    path.mkdir()
+    np.save(path / "data.npy", np.asfortranarray(counts.transpose(1, 2, 0)))
+    np.save(path / "positions.npy", position)
+
+
+def zarr_3(path: Path, counts: Any, position: Any) -> None:
+    group = zarr.open_group(path, mode="w", zarr_format=3)
+    raster = counts.reshape(ROWS, COLUMNS, PIXELS, PIXELS)
+    group.create_array("entry/data", data=raster, chunks=(2, 3, PIXELS, PIXELS))
+    group.create_array("entry/pos_y", data=position[:, 0])
+    group.create_array("entry/pos_x", data=position[:, 1])
+
+
+def zarr_2(path: Path, counts: Any, position: Any) -> None:
+    group = zarr.open_group(path, mode="w", zarr_format=2)
+    group.create_array("data", data=counts[:, None], chunks=(4, 1, PIXELS, PIXELS))
+    group.create_array("positions", data=position)
+
+
+def zarr_2_patterns_last(path: Path, counts: Any, position: Any) -> None:
+    group = zarr.open_group(path, mode="w", zarr_format=2)
+    group.create_array("data", data=counts.transpose(1, 2, 0), chunks=(PIXELS, PIXELS, 9))
+    group.create_array("positions", data=position)
+
+
+WRITERS = (
+    npy_folder,
+    npy_folder_of_a_raster,
+    npy_folder_in_fortran_order,
+    zarr_3,
+    zarr_2,
+    zarr_2_patterns_last,
+    raster_maps,
+    raster_axes,
+    raster_pairs,
+    maps,
+    single_axis,
+    pairs_first,
+    master,
+    ptyd,
+    matlab_columns,
+    matlab_pairs,
+    matlab_first,
+    matlab_5,
+    npz_raster,
+    npz_raster_compressed,
+)
+"""Writers of a file in a shape that some program writes."""
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_the_proposed_command_stores_what_was_written(
+    write: Callable[[Path, Any, Any], None], run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    counts, position = counts_and_positions()
+    write(tmp_path / "file.h5", counts, position)
+    inspection = inspect_file("file.h5", units="px", domain="counts")
+    assert not inspection.refused
+    assert inspection.command is not None
+    assert run(*shlex.split(inspection.command)[1:], "-q")[0] == 0
+    scan = open_scan("file.zarr")
+    np.testing.assert_array_equal(scan.diffraction[np.arange(scan.diffraction.shape[0])], counts)
+    # Stored positions may be shifted as a whole, never against each other.
+    stored = np.asarray(scan.position_yx_px)
+    np.testing.assert_allclose(stored - stored[0], position - position[0], atol=1e-9)
+
+
+KEYS = {"diffraction": "data", "y": "y", "x": "x"}
+
+
+@pytest.mark.parametrize(
+    ("n_frames", "n_positions", "drop", "frames", "positions"),
+    [
+        (N, N - 2, f"{N - 2}:{N}", range(N - 2), range(N - 2)),
+        (N, N - 2, "0,9", [*range(1, 9), *range(10, N)], range(N - 2)),
+        (N, N - 2, f"4,{N - 2}:{N}", [*range(4), *range(5, N - 2)], [*range(4), *range(5, N - 2)]),
+        (N - 3, N, f"{N - 3}:{N}", range(N - 3), range(N - 3)),
+        (N - 3, N, "0:3", range(N - 3), range(3, N)),
+    ],
+)
+def test_dropped_rows_match_frames_and_positions(
+    n_frames: int, n_positions: int, drop: str, frames: Any, positions: Any, tmp_path: Path
+) -> None:
+    counts, position = counts_and_positions()
+    y, x = position[:n_positions].T
+    hdf5(tmp_path / "file.h5", data=counts[:n_frames], y=y, x=x)
+    options: dict[str, Any] = {"keys": KEYS, "domain": "counts", "units": "px"}
+    with pytest.raises(
+        PtychodaskError, match=f"--drop-frames {min(n_frames, n_positions)}:{max(n_frames, n_positions)}"
+    ):
+        ingest(tmp_path / "file.h5", tmp_path / "refused.zarr", **options)
+    scan = ingest(tmp_path / "file.h5", tmp_path / "scan.zarr", drop_frames=drop, **options)
+    np.testing.assert_array_equal(scan.diffraction[np.arange(scan.diffraction.shape[0])], counts[list(frames)])
+    stored, expected = np.asarray(scan.position_yx_px), position[list(positions)]
+    np.testing.assert_allclose(stored - stored[0], expected - expected[0], atol=1e-9)
+
+
+def test_a_map_of_other_axes_than_the_raster_is_refused(tmp_path: Path) -> None:
+    counts, position = counts_and_positions()
+    y, x = position.reshape(ROWS, COLUMNS, 2).transpose(2, 1, 0)
+    hdf5(tmp_path / "file.h5", data=counts.reshape(ROWS, COLUMNS, PIXELS, PIXELS), y=y, x=x)
+    with pytest.raises(PtychodaskError, match="map of 7 x 5 positions for a raster of 5 x 7 patterns"):
+        ingest(tmp_path / "file.h5", tmp_path / "scan.zarr", keys=KEYS, domain="counts", units="px")
+
+
+def test_a_lost_part_is_named(tmp_path: Path) -> None:
+    counts, position = counts_and_positions()
+    master(tmp_path / "file.h5", counts, position)
+    (tmp_path / "part_10.h5").unlink()
+    keys = {"diffraction": "entry/data/data_*", "y": "pos/y", "x": "pos/x"}
+    with pytest.raises(PtychodaskError, match="part 10 is missing, found 2 parts from 9 to 11"):
+        ingest(tmp_path / "file.h5", tmp_path / "scan.zarr", keys=keys, domain="counts", units="px")
+
+
+@pytest.mark.parametrize("names", [("real", "imag"), ("r", "i")])
+@pytest.mark.parametrize("shape", [(2, 1, PIXELS, PIXELS), (1, 1, 2, PIXELS, PIXELS), (PIXELS, PIXELS, 2)])
+def test_probes_are_read_with_modes_and_single_axes_anywhere(
+    shape: tuple[int, ...], names: tuple[str, str], tmp_path: Path
+) -> None:
+    counts, position = counts_and_positions()
+    rng = np.random.default_rng(5)
+    probe = rng.standard_normal((2, PIXELS, PIXELS)) + 1j * rng.standard_normal((2, PIXELS, PIXELS))
+    stored = np.moveaxis(probe, 0, -1) if shape[-1] == 2 else probe.reshape(shape)
+    y, x = position.T
+    hdf5(tmp_path / "file.h5", data=counts, y=y, x=x, probe=compound(stored, names))
+    keys = {**KEYS, "probe": "probe"}
+    scan = ingest(
+        tmp_path / "file.h5", tmp_path / "scan.zarr", keys=keys, domain="counts", units="px", calibration="as_given"
+    )
+    assert scan.probe.shape == (2, PIXELS, PIXELS)
+    np.testing.assert_allclose(np.asarray(scan.probe), probe, rtol=1e-5)
+    assert inspect_file(tmp_path / "file.h5", units="px").options["keys"]["probe"] == "probe"
+
+
+def test_small_arrays_are_no_patterns(tmp_path: Path) -> None:
+    hdf5(tmp_path / "file.h5", monitor=np.ones((2, 2, 2)), data=np.ones((2, 2, 2, 20, 20)))
+    inspection = inspect_file(tmp_path / "file.h5")
+    assert "n_pixels" not in inspection.options
+    assert any("merge its scan axes" in reason for reason in inspection.refused)
+
+
+def test_a_zarr_with_codecs_that_unpickle_is_refused(tmp_path: Path) -> None:
+    zarr_2(tmp_path / "raw", *counts_and_positions())
+    described = tmp_path / "raw" / "data" / ".zarray"
+    described.write_text(described.read_text().replace('"filters": null', '"filters": [{"id": "pickle"}]'))
+    with pytest.raises(PtychodaskError, match=r"raw.*(codecs pickle|cannot be read as Zarr)"):
+        inspect_file(tmp_path / "raw")
+
+
+def test_a_store_is_no_source(tmp_path: Path) -> None:
+    counts, position = counts_and_positions()
+    hdf5(tmp_path / "file.h5", data=counts, y=position[:, 0], x=position[:, 1])
+    ingest(tmp_path / "file.h5", tmp_path / "scan.zarr", keys=KEYS, domain="counts", units="px")
+    with pytest.raises(PtychodaskError, match="is a store already"):
+        ingest(tmp_path / "scan.zarr", tmp_path / "other.zarr", keys=KEYS, domain="counts", units="px")
