@@ -6,7 +6,7 @@ The role follows from shape and type, and from the name if several arrays fit.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ import numpy as np
 from ptychodask.errors import PtychodaskError
 from ptychodask.io.geometry import HC_EV_M
 from ptychodask.io.parts import joined_keys
-from ptychodask.io.quantities import ELECTRONVOLTS, METRES
 from ptychodask.io.source import Container, frame_axes, raster_shape
+from ptychodask.io.units import Dimension, factor_of
 
 YX_WORDS = (("y", "x"), ("slow", "fast"), ("row", "col"), ("vertical", "horizontal"))
 """Pairs of words (y, x) that distinguish the names of the two position arrays."""
@@ -35,12 +35,16 @@ MOST_UNMATCHED = 0.25
 
 _SECOND_BEST = re.compile(r"start|nominal|true|offset|relative|err|std", re.IGNORECASE)
 
-_OPTICS = (
-    # option, its name in files, units
-    ("energy_ev", re.compile(r"energy", re.IGNORECASE), ELECTRONVOLTS),
-    ("wavelength_m", re.compile(r"wavelength|lambda", re.IGNORECASE), METRES),
-    ("distance_m", re.compile(r"distance|^z(_m)?$", re.IGNORECASE), METRES),
-    ("detector_pixel_m", re.compile(r"(x|det\w*|ccd)_pixel(_size|_m|_um)?|pixel_size_x|psize", re.IGNORECASE), METRES),
+_OPTICS: tuple[tuple[str, re.Pattern[str], Dimension], ...] = (
+    # option, its name in files, dimension
+    ("energy_ev", re.compile(r"energy|voltage", re.IGNORECASE), "eV"),
+    ("wavelength_m", re.compile(r"wavelength|lambda", re.IGNORECASE), "m"),
+    ("distance_m", re.compile(r"distance|^z(_m)?$", re.IGNORECASE), "m"),
+    (
+        "detector_pixel_m",
+        re.compile(r"(x|det\w*|ccd)_pixel(_?size)?(_[a-z]{1,2})?$|pixel_?size(_x|_m|_um|_mm)*$|psize", re.IGNORECASE),
+        "m",
+    ),
 )
 
 _GUESSED_UNITS = {
@@ -199,7 +203,7 @@ def find_step(container: Container, notes: Sequence[ArrayNote], patterns: ArrayN
     steps = []
     for name, n in zip(names, raster, strict=True):
         values, unit = container.array(folder + name).astype(np.float64).ravel(), container.unit(folder + name) or ""
-        metres = METRES.get(unit.strip().strip("[]").replace("_", "").lower())
+        metres = factor_of(unit.strip().strip("[]").replace("_", ""), "m")
         apart = np.diff(values)
         if metres is None or len(values) not in (2, n) or not len(apart) or not np.allclose(apart, apart[0]):
             return None
@@ -289,29 +293,32 @@ def find_optics(container: Container, notes: Sequence[ArrayNote]) -> list[Optic]
     for note in notes:
         if note.kind not in set("iuf") or int(np.prod(note.shape, dtype=object)) not in (1, 2):
             continue
-        for option, name, units in _OPTICS:
+        for option, name, dimension in _OPTICS:
             if option not in optics and name.search(note.name):
                 values = container.array(note.key).reshape(-1)
                 if (values != values[0]).any():
                     continue  # pixels that are not square have no single size
                 value = float(values[0])
-                unit, is_guess = _unit_of(option, note, value, units)
-                if unit is not None and np.isfinite(value) and value > 0:
-                    optics[option] = Optic(option, note.key, value * units[unit.lower()], unit, is_guess)
+                unit, is_guess = _unit_of(option, note, value, dimension)
+                factor = None if unit is None else factor_of(unit, dimension)
+                if unit is not None and factor is not None and np.isfinite(value) and value > 0:
+                    optics[option] = Optic(option, note.key, float(f"{value * factor:.15g}"), unit, is_guess)
     if "energy_ev" in optics and "wavelength_m" in optics:
         del optics["wavelength_m"]
     return list(optics.values())
 
 
-def _unit_of(option: str, note: ArrayNote, value: float, units: Mapping[str, float]) -> tuple[str | None, bool]:
+def _unit_of(option: str, note: ArrayNote, value: float, dimension: Dimension) -> tuple[str | None, bool]:
     """Unit of a number, and True if it is guessed.
 
     The unit is the one recorded in the file, the ending of the name, or a guess from the size of the number.
     """
     ending = note.name.rsplit("_", 1)[-1]
     for noted in (note.unit, ending):
-        if noted is not None and noted.strip().lower() in units:
+        if noted is not None and factor_of(noted, dimension) is not None:
             return noted.strip(), False
+    if note.unit is not None:
+        return None, False  # a unit of something else
     for low, high, unit in _GUESSED_UNITS[option]:
         if low <= value < high:
             return unit, True

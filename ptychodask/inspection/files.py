@@ -45,11 +45,12 @@ from ptychodask.inspection.stores import inspect_store
 from ptychodask.io.folders import is_foreign_folder
 from ptychodask.io.formats import detect_format, open_for, options_of, read_source
 from ptychodask.io.grid import GriddedSource, on_grid
-from ptychodask.io.mapping import UNIT_NAMES, positions_of
+from ptychodask.io.mapping import positions_of
 from ptychodask.io.near_field import near_field
 from ptychodask.io.patterns import prepared
 from ptychodask.io.recipe import with_recipe
 from ptychodask.io.source import MOST_PIXELS, Container, Frames, IngestSpec, SourceScan, frame_axes, raster_shape
+from ptychodask.io.units import Unit, metres_in, position_unit
 from ptychodask.probes import probe_diameter_px
 from ptychodask.scan import Domain
 from ptychodask.storage.location import parse_location
@@ -326,17 +327,23 @@ class _Inspector:
     def _propose_units(self, keys: dict[str, str], sample: Sample) -> None:
         """Propose the unit of the positions, and a pixel size if needed."""
         key = keys.get("position") or keys.get("y", "")
-        recorded = (self.container.unit(key) or "").strip().lower() if key else ""
+        recorded = self.container.unit(key) if key else None
+        noted = position_unit(recorded)
         if "units" in self.options:
             unit = self.options["units"]
         elif not key:
             return  # the reader asks for the unit of the step
-        elif recorded in UNIT_NAMES:
-            unit = UNIT_NAMES[recorded]
+        elif noted is not None:
+            unit = noted
             self._report("units", f"positions are in {unit}: the unit of '{key}' is {recorded}", "noted")
+        elif recorded is not None:
+            self.refused.append(
+                f"the unit of '{key}' is {recorded!r}, which is no length; pass --units with the unit of the positions"
+            )
+            return
         else:
             extent = float(np.nanmax(np.ptp(_finite_rows(self._position_values(key)), axis=0), initial=0.0))
-            ending = UNIT_NAMES.get(key.rsplit("_", 1)[-1].lower()) if "_" in key else None
+            ending = _unit_by_name(key)
             unit = ending or ("m" if 0 < extent < METRES_BELOW else "px")
             reason = "from the ending of the name" if ending else "no unit recorded; micrometres are possible too"
             reason = "too small for pixels or micrometres" if not ending and unit == "m" else reason
@@ -351,7 +358,7 @@ class _Inspector:
         values = self.container.array(key)
         return values.T if values.ndim == 2 and len(values) == 2 < values.shape[1] else values
 
-    def _guess_pixel_size(self, keys: dict[str, str], unit: str, sample: Sample) -> None:
+    def _guess_pixel_size(self, keys: dict[str, str], unit: Unit, sample: Sample) -> None:
         """Propose a placeholder pixel size, so that the command runs."""
         try:
             options = with_fields(IngestSpec(), {**self.options, "pixel_size_m": 1.0})
@@ -363,7 +370,7 @@ class _Inspector:
         diameter = least_probe_diameter_px(_as_counts(sample, self.options.get("domain", "counts")))
         if not step or not diameter:
             return
-        guess = float(f"{step * {'um': 1e-6, 'm': 1.0}[unit] / (USUAL_STEP * diameter):.2g}")
+        guess = float(f"{step * metres_in(unit) / (USUAL_STEP * diameter):.2g}")
         self.options["pixel_size_m"] = guess
         statement = f"not in the file; with {guess:g} m the step is {USUAL_STEP:g} of the probe diameter, a usual value"
         remedy = "REPLACE it by yours, or pass energy, distance and detector pixel size"
@@ -547,6 +554,12 @@ def _detected_format(container: Container, spec: IngestSpec) -> str | None:
         return detect_format(container, spec)
     except PtychodaskError:
         return None
+
+
+def _unit_by_name(key: str) -> Unit | None:
+    """Unit that a name ends with, after an underscore."""
+    ending = key.rsplit("_", 1)[-1] if "_" in key else ""
+    return None if ending == "a" else position_unit(ending)
 
 
 def _finite_rows(position: NDArray[Any]) -> NDArray[np.float64]:

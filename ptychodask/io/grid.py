@@ -14,6 +14,7 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.io.geometry import HC_EV_M, FrameGrid, centre_of_mass, mean_counts, pixel_size_m
 from ptychodask.io.npy_stream import read_npy
 from ptychodask.io.source import IngestSpec, SourceScan, as_mask, as_matrix, rotation_matrix
+from ptychodask.io.units import metres_in
 from ptychodask.scan import Truth, check_pattern_shape, check_positions
 
 logger = logging.getLogger(__name__)
@@ -298,7 +299,7 @@ def _position_yx_px(
             f"{label}: positions are in {file_scan.unit}, but the size of an object pixel is unknown; "
             "pass pixel_size_m=, or energy_ev=, distance_m= and detector_pixel_m="
         )
-    return file_scan.position_yx * ({"um": 1e-6, "m": 1.0}[file_scan.unit] / object_pixel_m)
+    return file_scan.position_yx * (metres_in(file_scan.unit) / object_pixel_m)
 
 
 def _truth(file_scan: SourceScan, grid: FrameGrid, position_yx_px: NDArray[np.float64], label: str) -> Truth | None:

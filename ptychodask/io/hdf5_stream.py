@@ -26,6 +26,7 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.io.npy_stream import check_compression, reading
 from ptychodask.io.raw import block_ranges, runs
 from ptychodask.io.source import Frames, frame_axes, missing_key, pattern_axes
+from ptychodask.io.units import unit_text
 
 with suppress(ImportError):
     # Registers the compression filters of detectors, if installed.
@@ -149,6 +150,9 @@ def check_bytes_in_subprocess(content: bytes, label: str) -> None:
         check_in_subprocess(file, label)
 
 
+_UNIT_ATTRIBUTES = ("units", "unit", "Units", "Unit", "UNITS", "UNIT")
+"""Attributes that note the unit of an array."""
+
 SMALL_BYTES = 2**26
 """Arrays up to this size are read even if hardly any bytes are stored: HDF5 does not store what was never written."""
 
@@ -269,8 +273,9 @@ class Hdf5File:
 
     def unit(self, key: str) -> str | None:
         with reading(f"{self.label}[{key}]"):
-            unit = self._dataset(key).attrs.get("units")
-            return unit.decode() if isinstance(unit, bytes) else None if unit is None else str(unit)
+            attributes = self._dataset(key).attrs
+            named = (unit_text(attributes[name]) for name in _UNIT_ATTRIBUTES if name in attributes)
+            return next((text for text in named if text), None)
 
     def numbers(self, key: str) -> dict[str, float]:
         with reading(f"{self.label}[{key}]"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, get_args
@@ -16,7 +17,6 @@ from ptychodask.io.source import (
     Container,
     IngestSpec,
     SourceScan,
-    Unit,
     apply_flips,
     as_mask,
     as_probe,
@@ -27,22 +27,11 @@ from ptychodask.io.source import (
     pattern_axis_is_last,
     raster_shape,
 )
+from ptychodask.io.units import Unit, position_unit
+
+logger = logging.getLogger(__name__)
 
 OPTIONS = tuple(option for option in FORMAT_OPTIONS if option != "diffraction")
-
-UNIT_NAMES: dict[str, Unit] = {
-    "px": "px",
-    "pixel": "px",
-    "pixels": "px",
-    "m": "m",
-    "meter": "m",
-    "metre": "m",
-    "um": "um",
-    "µm": "um",
-    "μm": "um",
-    "micron": "um",
-    "microns": "um",
-}
 
 
 def recognises(keys: Sequence[str]) -> bool:
@@ -133,16 +122,34 @@ def _checked_keys(container: Container, spec: IngestSpec) -> dict[str, str]:
 
 
 def _unit(container: Container, keys: dict[str, str], spec: IngestSpec) -> Unit:
+    named = [keys[name] for name in ("position", "y", "x") if name in keys]
+    recorded = {key: text for key in named if (text := container.unit(key))}
+    units = {key: position_unit(text) for key, text in recorded.items()}
     if spec.units is not None:
+        for key, unit in units.items():
+            if unit not in (None, spec.units):
+                logger.warning(
+                    "%s: '%s' is in %s by the file, but is read in %s as given by units=",
+                    container.label,
+                    key,
+                    recorded[key],
+                    spec.units,
+                )
         return spec.units
     if spec.step is not None:
         raise PtychodaskError(f"{container.label}: the unit of step= is not given; pass units= (--units)")
-    key = keys.get("position") or keys["y"]
-    recorded = container.unit(key)
-    if recorded is not None and recorded.strip().lower() in UNIT_NAMES:
-        return UNIT_NAMES[recorded.strip().lower()]
+    if len(set(units.values())) > 1:
+        listed = ", ".join(f"'{key}' in {text}" for key, text in recorded.items())
+        raise PtychodaskError(
+            f"{container.label}: the file has {listed}, expected one unit of both axes; convert one of them in the "
+            "file, or pass units= (--units) if one is noted wrongly"
+        )
+    unit = next(iter(units.values()), None)
+    if unit is not None:
+        return unit
+    key = named[0]
     raise PtychodaskError(
-        f"{container.label}: the unit of the positions '{key}' is {recorded or 'not recorded'}, "
+        f"{container.label}: the unit of the positions '{key}' is {recorded.get(key, 'not recorded')}, "
         f"expected one of: {', '.join(get_args(Unit))}; pass units= (--units)"
     )
 

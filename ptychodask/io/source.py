@@ -11,11 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, check_choice
+from ptychodask.io.units import Unit, position_unit
 from ptychodask.options import check_types, names_where, option
 from ptychodask.scan import Calibration, Domain
-
-Unit = Literal["px", "um", "m"]
-"""Unit of positions in a file."""
 
 Dc = Literal["centre", "corner"]
 """Pixel of the direct beam in a file: [h//2, w//2] or [0, 0]."""
@@ -81,7 +79,9 @@ class IngestSpec:
     )
     """Pixel of the direct beam in the file; the middle by default."""
 
-    units: Unit | None = option(None, help="Unit of the positions: px, um or m.", of_format=True)
+    units: Unit | None = option(
+        None, help="Unit of the positions: px, m, cm, mm, um, nm, pm or angstrom.", of_format=True
+    )
     """Unit of the positions."""
 
     flip_y: bool = option(False, help="Change the sign of y in the positions (after --swap-xy).", of_format=True)
@@ -216,6 +216,8 @@ class IngestSpec:
     """Folder for temporary files with unpacked or transposed arrays; by default the folder of the store."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.units, str):
+            object.__setattr__(self, "units", position_unit(self.units) or self.units)
         for name, choices in (
             ("domain", get_args(Domain)),
             ("axes", get_args(Axes)),
