@@ -15,7 +15,7 @@ import zarr
 from numpy.typing import NDArray
 
 from ptychodask import PtychodaskError, ingest, open_scan
-from ptychodask.inspection import inspect_file
+from ptychodask.inspection import check_axes, inspect_file
 
 ROWS, COLUMNS, PIXELS = 5, 7, 16
 N = ROWS * COLUMNS
@@ -447,3 +447,54 @@ def test_a_key_that_resembles_a_format_is_no_obstacle(
     assert "its keys resemble format 'ptychopinn'" in str(inspection)
     assert run(*shlex.split(inspection.command)[1:], "-q")[0] == 0
     np.testing.assert_allclose(stored_positions(tmp_path / "file.zarr"), position - position[0], atol=1e-9)
+
+
+@pytest.mark.parametrize("n_bad", [1, 9])
+def test_lists_of_bad_rows_are_whole_and_can_be_passed_on(n_bad: int, tmp_path: Path) -> None:
+    # More patterns than one shard has, so that bad rows are in several blocks.
+    counts, position = counts_and_positions()
+    counts, position = np.tile(counts, (40, 1, 1)).astype("f4"), np.tile(position, (40, 1))
+    bad = np.linspace(3, len(counts) - 3, n_bad).astype(int)
+    counts[bad, 2, 2] = np.nan
+    hdf5(tmp_path / "file.h5", data=counts, y=position[:, 0], x=position[:, 1])
+    options: dict[str, Any] = {"keys": KEYS, "domain": "counts", "units": "px"}
+    with pytest.raises(PtychodaskError, match="not finite") as refusal:
+        ingest(tmp_path / "file.h5", tmp_path / "scan.zarr", **options)
+    listed = str(refusal.value).split("rows ")[1].split(")")[0]
+    assert listed == ",".join(map(str, bad))
+    scan = ingest(tmp_path / "file.h5", tmp_path / "scan.zarr", drop_frames=listed, **options)
+    assert scan.n_patterns == len(counts) - n_bad
+
+
+def test_axes_of_a_scan_with_more_frames_than_positions_are_checked(tmp_path: Path) -> None:
+    counts, position = counts_and_positions()
+    counts, position = np.tile(counts, (2, 1, 1)), np.concatenate([position, position + np.array([15.0, 0.0])])
+    y, x = position[2:].T
+    hdf5(tmp_path / "file.h5", data=counts, y=y, x=x)
+    options: dict[str, Any] = {"keys": KEYS, "domain": "counts", "units": "px", "drop_frames": "0,1"}
+    verdict = check_axes(tmp_path / "file.h5", progress=False, **options)
+    assert str(verdict)
+
+
+@pytest.mark.parametrize("is_raster", [False, True])
+def test_patterns_of_lost_sources_are_listed_and_can_be_left_out(is_raster: bool, tmp_path: Path) -> None:
+    counts, position = counts_and_positions()
+    stored = counts.reshape(ROWS, COLUMNS, PIXELS, PIXELS)
+    layout = h5py.VirtualLayout((ROWS, COLUMNS, PIXELS, PIXELS) if is_raster else (N, PIXELS, PIXELS), "u2")
+    for row in range(ROWS):
+        hdf5(tmp_path / f"row_{row}.h5", data=stored[row])
+        source = h5py.VirtualSource(f"row_{row}.h5", "data", stored[row].shape)
+        layout[row if is_raster else slice(row * COLUMNS, (row + 1) * COLUMNS)] = source
+    y, x = position.T
+    with h5py.File(tmp_path / "file.h5", "w") as file:
+        file.create_virtual_dataset("data", layout)
+        file["y"], file["x"] = (values.reshape(ROWS, COLUMNS) if is_raster else values for values in (y, x))
+    (tmp_path / "row_1.h5").unlink()
+    (tmp_path / "row_3.h5").unlink()
+    options: dict[str, Any] = {"keys": KEYS, "domain": "counts", "units": "px"}
+    assert any("--drop-frames 7:14,21:28" in reason for reason in inspect_file(tmp_path / "file.h5", **options).refused)
+    with pytest.raises(PtychodaskError, match=r"2 of its source files are missing.*--drop-frames 7:14,21:28"):
+        ingest(tmp_path / "file.h5", tmp_path / "scan.zarr", **options)
+    scan = ingest(tmp_path / "file.h5", tmp_path / "scan.zarr", drop_frames="7:14,21:28", **options)
+    kept = np.setdiff1d(np.arange(N), [*range(7, 14), *range(21, 28)])
+    np.testing.assert_array_equal(scan.diffraction[np.arange(len(kept))], counts[kept])

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.io.formats import open_container, options_of
-from ptychodask.io.raw import runs
 from ptychodask.io.source import rotation_matrix
 from ptychodask.scan import Domain, Scan
 
@@ -221,15 +220,3 @@ def _listed(value: Any) -> str:
     if isinstance(value, float | np.floating):
         return f"{value:.{DIGITS}g}"
     return ",".join(map(_listed, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
-
-
-def as_rows(index: NDArray[np.int64]) -> str:
-    """Ascending rows as text in the syntax of `drop_frames`.
-
-    Examples
-    --------
-    >>> as_rows(np.array([3, 7, 8, 9]))
-    '3,7:10'
-    """
-    stretches = [(int(index[start]), int(index[stop - 1]) + 1) for start, stop in runs(index)]
-    return ",".join(str(low) if high == low + 1 else f"{low}:{high}" for low, high in stretches)

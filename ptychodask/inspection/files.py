@@ -27,7 +27,7 @@ from ptychodask.inspection.arrays import (
     note_joined,
     wavelength_of,
 )
-from ptychodask.inspection.command import Origin, as_rows, store_name
+from ptychodask.inspection.command import Origin, store_name
 from ptychodask.inspection.evidence import (
     Certainty,
     Sample,
@@ -52,7 +52,7 @@ from ptychodask.io.recipe import with_recipe
 from ptychodask.io.source import MOST_PIXELS, Container, Frames, IngestSpec, SourceScan, frame_axes, raster_shape
 from ptychodask.io.units import Unit, metres_in, position_unit
 from ptychodask.probes import probe_diameter_px
-from ptychodask.scan import Domain
+from ptychodask.scan import Domain, as_rows
 from ptychodask.storage.location import parse_location
 
 USUAL_STEP = 0.3
@@ -437,10 +437,9 @@ class _Inspector:
         for invalid, description in ((~np.isfinite(values), "not finite"), (values < 0, "negative")):
             rows = sample.rows[invalid.any(axis=1)]
             if len(rows):
-                listed = ",".join(map(str, rows[:5])) + (",..." if len(rows) > 5 else "")
                 self.refused.append(
-                    f"values are {description} in {len(rows)} of {len(sample.rows)} sampled patterns (rows {listed}); "
-                    "leave these out with --drop-frames, or mark the pixels as bad with --mask"
+                    f"values are {description} in {len(rows)} of {len(sample.rows)} sampled patterns "
+                    f"(rows {as_rows(rows)}); leave these out with --drop-frames, or mark the pixels as bad with --mask"
                 )
 
     def _check_beam(self, mean: NDArray[np.float64], scan: SourceScan | None) -> None:

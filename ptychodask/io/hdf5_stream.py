@@ -27,6 +27,7 @@ from ptychodask.io.npy_stream import check_compression, reading
 from ptychodask.io.raw import block_ranges, runs
 from ptychodask.io.source import Frames, frame_axes, missing_key, pattern_axes
 from ptychodask.io.units import unit_text
+from ptychodask.scan import as_rows
 
 with suppress(ImportError):
     # Registers the compression filters of detectors, if installed.
@@ -312,7 +313,7 @@ class Hdf5File:
             raise PtychodaskError(f"{self.label}[{key}]: values have type {dataset.dtype}, expected numbers")
         label = f"{self.label}[{key}]"
         check_storage(dataset, label)
-        _check_readable(dataset, label)
+        lost = _lost_frames(dataset, label, has_patterns_first=not (pattern_last or self._is_reversed))
         if dataset.chunks is not None and (chunk := prod(dataset.chunks) * dataset.dtype.itemsize) > LARGEST_CHUNK:
             raise PtychodaskError(
                 f"{label}: is stored in chunks of {dataset.chunks}, {chunk} bytes each, expected at most "
@@ -323,8 +324,9 @@ class Hdf5File:
             axes = pattern_axes(self.shape(key)[::-1], label, last=not pattern_last)
             return _TransposedFrames(_DatasetFrames(dataset, axes, label, not pattern_last))
         if raster and len(frame_axes(self.shape(key))) == 4:
-            return _RasterFrames(dataset, label)
-        return _DatasetFrames(dataset, pattern_axes(self.shape(key), label, last=pattern_last), label, pattern_last)
+            return _RasterFrames(dataset, label, lost)
+        axes = pattern_axes(self.shape(key), label, last=pattern_last)
+        return _DatasetFrames(dataset, axes, label, pattern_last, lost)
 
     def _dataset(self, key: str) -> h5py.Dataset:
         target = None
@@ -413,10 +415,61 @@ def _check_readable(dataset: h5py.Dataset, label: str) -> None:
                 "install ptychodask with the extra 'detectors' (package hdf5plugin)"
             )
     if missing:
-        raise PtychodaskError(
+        rows = _rows_of_sources(dataset, set(missing))
+        raise LostSourceError(
             f"{label}: is a virtual dataset, and {len(missing)} of its source files are missing, for example "
-            f"{missing[0]!r}; put them beside the file"
+            f"{missing[0]!r}; put them beside the file",
+            rows,
         )
+
+
+class LostSourceError(PtychodaskError):
+    """Source files of a virtual dataset are missing.
+
+    Parameters
+    ----------
+    message : str
+    rows : int64 array (k,) or None
+        Rows of the first axis that they hold, ascending; None if these cannot be told.
+    """
+
+    def __init__(self, message: str, rows: NDArray[np.int64] | None) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
+def _lost_frames(dataset: h5py.Dataset, label: str, *, has_patterns_first: bool) -> LostSourceError | None:
+    """Frames of missing source files, an error to raise where they are read.
+
+    Raises
+    ------
+    PtychodaskError
+        If the values cannot be read, or it cannot be told which frames are lost.
+    """
+    try:
+        _check_readable(dataset, label)
+    except LostSourceError as error:
+        axes = frame_axes(dataset.shape)
+        if error.rows is None or not has_patterns_first or axes[0] != dataset.shape[0]:
+            raise
+        n_columns = axes[1] if len(axes) == 4 else 1
+        frames = (error.rows[:, None] * n_columns + np.arange(n_columns)).ravel()
+        if len(frames) == dataset.shape[0] * n_columns:
+            raise
+        return LostSourceError(f"{error}, or leave their patterns out with --drop-frames {as_rows(frames)}", frames)
+    return None
+
+
+def _rows_of_sources(dataset: h5py.Dataset, names: set[str]) -> NDArray[np.int64] | None:
+    """Rows of the first axis that come from source files; None if unknown."""
+    if not dataset.shape or any("%" in name for name in names):
+        return None
+    is_lost = np.zeros(dataset.shape[0], bool)
+    for source in dataset.virtual_sources():
+        if source.file_name in names:
+            first, last = (int(corner[0]) for corner in source.vspace.get_select_bounds())
+            is_lost[first : last + 1] = True
+    return np.flatnonzero(is_lost)
 
 
 def check_storage(dataset: h5py.Dataset, label: str) -> int:
@@ -480,8 +533,16 @@ class _DatasetFrames:
 
     seekable = True
 
-    def __init__(self, dataset: h5py.Dataset, shape: tuple[int, ...], label: str, pattern_last: bool) -> None:
+    def __init__(
+        self,
+        dataset: h5py.Dataset,
+        shape: tuple[int, ...],
+        label: str,
+        pattern_last: bool,
+        lost: LostSourceError | None = None,
+    ) -> None:
         self._dataset, self._shape, self._label, self._pattern_last = dataset, shape, label, pattern_last
+        self._lost = lost
         leading = dataset.shape.index(frame_axes(dataset.shape)[0])
         self._axis = leading + (2 if pattern_last else 0)
         self._chunk_frames = 1 if dataset.chunks is None else int(dataset.chunks[self._axis])
@@ -498,9 +559,16 @@ class _DatasetFrames:
 
     def blocks(self) -> Iterator[NDArray[Any]]:
         for start, stop in block_ranges(self._shape, self.dtype.itemsize, self._chunk_frames):
+            self._check_not_lost(np.arange(start, stop))
             yield self._read(start, stop)
 
+    def _check_not_lost(self, index: NDArray[np.int64]) -> None:
+        # HDF5 reads the fill value for them, without an error.
+        if self._lost is not None and self._lost.rows is not None and np.isin(index, self._lost.rows).any():
+            raise self._lost
+
     def __getitem__(self, index: NDArray[np.int64], /) -> NDArray[Any]:
+        self._check_not_lost(index)
         frames = np.empty((len(index), *self.shape[1:]), self.dtype)
         for start, stop in runs(index):
             frames[start:stop] = self._read(int(index[start]), int(index[start]) + stop - start)
@@ -518,8 +586,8 @@ class _DatasetFrames:
 class _RasterFrames(_DatasetFrames):
     """Frames of a raster dataset (row, column, h, w), row after row."""
 
-    def __init__(self, dataset: h5py.Dataset, label: str) -> None:
-        self._dataset, self._label = dataset, label
+    def __init__(self, dataset: h5py.Dataset, label: str, lost: LostSourceError | None) -> None:
+        self._dataset, self._label, self._lost = dataset, label, lost
         n_rows, self._n_columns, height, width = frame_axes(dataset.shape)
         self._shape = (n_rows * self._n_columns, height, width)
         self._axis = dataset.shape.index(n_rows)
