@@ -40,7 +40,7 @@ def ingest(
     Parameters
     ----------
     source : path
-        An NPZ (also .npz.bz2) or HDF5 file.
+        An NPZ (also .npz.bz2), HDF5 or MATLAB file, or a folder of .npy files or Zarr.
     store : path
         Store to write; it appears when it is complete. With `append`, a segment is added to an existing store.
     format : {"ptychopinn", "tike", "ptychodus", "nexus", "cxi", "hxn", "mapping"}, optional
@@ -70,8 +70,8 @@ def ingest(
     Notes
     -----
     A growing scan keeps the properties of its first segment: probe, mask, normalisation, calibration, unit of the
-    patterns, pixel size. Options need not be passed again; only `diffraction`, `drop_frames` and `scratch` may differ
-    between segments. Readers see complete segments only (see `append_segment`).
+    patterns, pixel size. Options need not be passed again; only `diffraction`, `positions`, `drop_frames` and
+    `scratch` may differ between segments. Readers see complete segments only (see `append_segment`).
 
     Only a few blocks of frames are in memory, however large the file. A file that cannot be read in any order
     (compressed, or with patterns along its last axis) is first written to a scratch file; compressed frames are already
