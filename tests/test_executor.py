@@ -131,8 +131,8 @@ def test_threads_reconstruct_to_the_same_bits(store, client, tmp_path, fields, o
     xr.testing.assert_equal(by_threads, by_dask)
     assert {"predict_chunk", "deliver_tile"} <= set(threads.submitted)
     if "polish" in fields:
-        assert json.loads(json.dumps(by_threads.ptycho.records["polish"])) == json.loads(
-            json.dumps(by_dask.ptycho.records["polish"])
+        assert json.loads(json.dumps(by_threads.ptycho.records["refinement"])) == json.loads(
+            json.dumps(by_dask.ptycho.records["refinement"])
         )
 
 
@@ -153,7 +153,7 @@ def test_a_task_of_residuals_that_fails_once_is_tried_again(store, client, monke
 
     def fails(n_times):
         def judge_patterns(scan, part, *rest):
-            if part.start == 8 and len(failures) < n_times:
+            if part[0] == 8 and len(failures) < n_times:
                 failures.append(part)
                 raise RuntimeError("the disk went away\nand this is its long story")
             return judge(scan, part, *rest)

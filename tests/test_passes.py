@@ -198,7 +198,7 @@ def test_a_failing_run_leaves_no_cache(store, client, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"polish": 2, "split_half": True}, "sweeps would mix the halves"),
+        ({"polish": 2, "compute": False}, "polish=2 with compute=False: each stage needs the complete object"),
         ({"position_yx_px": np.zeros((150, 2))}, "position_yx_px without cache="),
         ({"precision": "float16"}, "precision is 'float16', expected one of: float32, mixed"),
         ({"precision": "mixed"}, "the linear supports: float32; leave out precision="),
@@ -210,10 +210,9 @@ def test_what_cannot_be_asked_for_is_refused(store, fields, message):
         reconstruct(store, LinearModel(), **fields)
 
 
-def test_several_models_go_without_polishing(store):
-    for fields in ({"polish": 1}, {"slow_phase": True}):
-        with pytest.raises(PtychodaskError, match="polish, slow_phase and cache need a single model, and several are"):
-            reconstruct(store, {"a": LinearModel(), "b": LinearModel()}, **fields)
+def test_several_models_share_no_cache(store, tmp_path):
+    with pytest.raises(PtychodaskError, match="cache needs a single model, and several are given"):
+        reconstruct(store, {"a": LinearModel(), "b": LinearModel()}, cache=tmp_path / "patches.zarr")
 
 
 def test_a_worker_with_too_little_memory_is_named_before_the_first_task(store, client, monkeypatch):

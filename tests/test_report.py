@@ -120,7 +120,7 @@ def test_report_holds_summary_figures_metrics_methods_and_provenance(folder):
         "R-factor of 60 patterns",
         "Again",
         open_scan(folder / "scan.zarr").data_hash,
-        "engine iterative; n_sweeps 3",
+        "kind iterative",
     ):
         assert fact in page.text
 

@@ -349,7 +349,7 @@ class Refinement:
 
     @property
     def of_patterns(self) -> dict[str, NDArray[Any]]:
-        """Refined positions and flux of all stored patterns, by the names of the result's variables."""
+        """Refined positions and flux of all stored patterns, by name."""
         moved, spec = self._moved, self._run.spec
         if moved is None:
             return {}
@@ -436,7 +436,7 @@ class Refinement:
         return state.n_sweeps - state.sweeps_at_move >= SWEEPS_PER_MOVE
 
     def _move(self, state: RefinementState) -> None:
-        """One step of all positions and of flux, kept if it lowers the judges' misfit."""
+        """One step of positions and flux, kept if the judges do."""
         spec, objects = self._run.spec, self._tiles["object", state.object]
         before = self._judge(objects)
         sums = self._position_sums(objects)

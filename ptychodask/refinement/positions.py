@@ -164,7 +164,10 @@ def position_steps(sums: PositionSums) -> NDArray[np.float64]:
 
 
 def affine_step(sums: PositionSums) -> NDArray[np.float64]:
-    """Affine part G (2, 2) of a step: positions p become c + (1 + G)(p − c)."""
+    """Affine part G (2, 2) of a step of all positions.
+
+    Positions p become c + (1 + G)(p − c).
+    """
     scale = np.trace(sums.affine_curvature) / 4
     if not scale > 0:
         return np.zeros((2, 2))
@@ -184,7 +187,7 @@ def source_box(box: Box, affine: NDArray[np.float64], centre_yx_px: NDArray[np.f
 def stretched(
     piece: NDArray[np.complex64], source: Box, box: Box, affine: NDArray[np.float64], centre_yx_px: NDArray[np.float64]
 ) -> NDArray[np.complex64]:
-    """Object over a box after its stretching by 1 + G around a centre.
+    """Object over a box, stretched by 1 + G around a centre.
 
     Parameters
     ----------

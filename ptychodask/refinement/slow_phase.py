@@ -64,6 +64,9 @@ CG_TOLERANCE = 1e-8
 CG_STEPS = 2000
 """Most steps of conjugate gradients."""
 
+ROW_BLOCK = 1 << 14
+"""Nodes whose neighbours' numbers are in memory at a time."""
+
 COARSENING = 8
 """Nodes along an axis for each node of the preconditioner's coarse grid."""
 
@@ -545,26 +548,36 @@ def _add_blocks(equations: NormalEquations, nodes: NodeGrid) -> tuple[Any, NDArr
     """JᵀJ (sparse, node, node), Jᵀr and light (node,) of all blocks."""
     slope, illumination_sum = np.zeros(nodes.shape), np.zeros(nodes.shape)
     ny, nx = nodes.shape
-    rows: list[NDArray[np.int64]] = []
-    columns: list[NDArray[np.int64]] = []
-    values: list[NDArray[np.float64]] = []
+    if not equations.blocks:
+        return scipy.sparse.csr_array((nodes.n_nodes, nodes.n_nodes)), slope.ravel(), illumination_sum.ravel()
+    wide_y, wide_x = equations.blocks[0].curvature.shape[2:]
+    # A band of neighbours for each node, in which blocks are added in their order: always alike, to the last bit.
+    band = np.zeros((ny, nx, wide_y, wide_x))
     for block in equations.blocks:
-        size_y, size_x, wide_y, wide_x = block.curvature.shape
-        (y0, x0), (y1, x1) = block.first, (block.first[0] + size_y, block.first[1] + size_x)
-        inside = slice(max(-y0, 0), size_y - max(y1 - ny, 0)), slice(max(-x0, 0), size_x - max(x1 - nx, 0))
+        (y0, x0), size = block.first, block.slope.shape
+        (y1, x1) = y0 + size[0], x0 + size[1]
+        inside = slice(max(-y0, 0), size[0] - max(y1 - ny, 0)), slice(max(-x0, 0), size[1] - max(x1 - nx, 0))
         within = slice(max(y0, 0), min(y1, ny)), slice(max(x0, 0), min(x1, nx))
         slope[within] += block.slope[inside]
         illumination_sum[within] += block.illumination_sum[inside]
-        y, x, dy, dx = np.nonzero(block.curvature)
-        rows.append((y + y0) * nx + x + x0)
-        columns.append((y + y0 + dy - wide_y // 2) * nx + x + x0 + dx - wide_x // 2)
-        values.append(block.curvature[y, x, dy, dx])
-    if not rows:
-        return scipy.sparse.csr_array((nodes.n_nodes, nodes.n_nodes)), slope.ravel(), illumination_sum.ravel()
-    at = np.concatenate(rows), np.concatenate(columns)
-    # Blocks come in one order, so that entries that several share are always added alike, to the last bit.
-    matrix = scipy.sparse.coo_array((np.concatenate(values), at), shape=(nodes.n_nodes, nodes.n_nodes))
-    return matrix.tocsr(), slope.ravel(), illumination_sum.ravel()
+        band[within] += block.curvature[inside]
+    flat = band.reshape(nodes.n_nodes, -1)
+    has_value = flat != 0
+    # Neighbours in the order of the band have ascending numbers, so that each row is one of a sorted sparse matrix.
+    offset = (np.arange(wide_y)[:, None] - wide_y // 2) * nx + np.arange(wide_x) - wide_x // 2
+    index = np.int64 if nodes.n_nodes * flat.shape[1] > np.iinfo(np.int32).max else np.int32
+    ends = np.concatenate([[0], np.cumsum(has_value.sum(axis=1))]).astype(index)
+    number = np.arange(nodes.n_nodes, dtype=index)
+    columns = np.concatenate(
+        [(number[rows, None] + offset.ravel().astype(index))[has_value[rows]] for rows in _row_blocks(nodes.n_nodes)]
+    )
+    matrix = scipy.sparse.csr_array((flat[has_value], columns, ends), shape=(nodes.n_nodes, nodes.n_nodes))
+    return matrix, slope.ravel(), illumination_sum.ravel()
+
+
+def _row_blocks(n_rows: int) -> list[slice]:
+    """Slices of rows of a band whose column numbers are made at a time."""
+    return [slice(first, first + ROW_BLOCK) for first in range(0, n_rows, ROW_BLOCK)]
 
 
 def _laplacian(nodes: NodeGrid, kept: NDArray[np.bool_]) -> Any:
