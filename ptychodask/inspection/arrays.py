@@ -168,10 +168,14 @@ def find_keys(notes: Sequence[ArrayNote], patterns: ArrayNote) -> dict[str, str]
         position_keys = _nearest_positions(notes, n_patterns)
     keys |= position_keys
     keys |= _named("probe", [n for n in notes if n.kind == "c" and _is_probe(n, frame)], _PROBE)
-    masks = [n for n in notes if n.kind in set("biu") and n.shape == frame and "mask" in n.name.lower()]
+    masks = [n for n in notes if n.kind in set("biu") and _long(n.shape) == frame and "mask" in n.name.lower()]
     keys |= {"mask": masks[0].key} if len(masks) == 1 else {}
     indices = [n for n in notes if n.name == "scan_index" and n.shape == (n_patterns,) and n.kind in set("iu")]
     return keys | ({"scan_index": indices[0].key} if indices else {})
+
+
+def _long(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
 
 
 def _is_probe(note: ArrayNote, frame: tuple[int, ...]) -> bool:

@@ -26,7 +26,9 @@ from ptychodask.inspection.arrays import (
     wavelength_of,
 )
 from ptychodask.inspection.command import Origin, as_rows, store_name
-from ptychodask.inspection.evidence import (
+from ptychodask.inspection.findings import Finding, Inspection, Preview
+from ptychodask.inspection.stores import inspect_store
+from ptychodask.io.evidence import (
     Certainty,
     Sample,
     bad_pixels,
@@ -38,14 +40,13 @@ from ptychodask.inspection.evidence import (
     off_centre_px,
     take_sample,
 )
-from ptychodask.inspection.findings import Finding, Inspection, Preview
-from ptychodask.inspection.stores import inspect_store
 from ptychodask.io.folders import is_foreign_folder
 from ptychodask.io.formats import detect_format, open_container, options_of, read_source
 from ptychodask.io.grid import GriddedSource, on_grid
 from ptychodask.io.mapping import positions_of
 from ptychodask.io.near_field import near_field
 from ptychodask.io.patterns import prepared
+from ptychodask.io.pixel_values import MOST_BAD, clipped, no_counts
 from ptychodask.io.recipe import with_recipe
 from ptychodask.io.source import MOST_PIXELS, Container, Frames, IngestSpec, SourceScan, frame_axes, raster_shape
 from ptychodask.io.units import Unit, metres_in, position_unit
@@ -123,6 +124,7 @@ class _Inspector:
         self.options = spec.given()
         self.findings: list[Finding] = []
         self.refused: list[str] = []
+        self.n_saturated = 0
         self.arrays = note_arrays(container)
         if not self.arrays:
             raise PtychodaskError(f"{container.label}: contains no arrays; name a file with patterns")
@@ -200,10 +202,7 @@ class _Inspector:
                 self._report("optics", statement, "guess" if optic.is_guess else "noted")
 
     def _propose_mask(self, keys: dict[str, str]) -> None:
-        """Use a mask only if most pixels are nonzero.
-
-        Any other mask marks the bad pixels instead.
-        """
+        """Settle whether a mask marks good or bad pixels: most are good."""
         if "mask" not in keys:
             return
         good = float((self.container.array(keys["mask"]) != 0).mean())
@@ -212,11 +211,9 @@ class _Inspector:
                 "mask", f"'{keys['mask']}' is nonzero on {100 * good:.1f} % of the pixels, so nonzero is good", "guess"
             )
             return
-        left_out = keys.pop("mask")
-        statement = (
-            f"'{left_out}' is 0 on {100 - 100 * good:.1f} % of the pixels, so 0 seems good: invert it for --mask"
-        )
-        self._report("mask", f"left out: {statement}", "guess")
+        keys["mask_bad"] = keys.pop("mask")
+        statement = f"'{keys['mask_bad']}' is 0 on {100 - 100 * good:.1f} % of the pixels, so 0 is good"
+        self._report("mask", statement, "guess")
 
     def _mark(self, keys: dict[str, str]) -> None:
         roles = {key: name for name, key in keys.items()}
@@ -251,6 +248,7 @@ class _Inspector:
         except PtychodaskError as error:
             self.refused.append(str(error))
             return None
+        sample = self._without_flags(sample)
         height, width = sample.frames.shape[1:]
         if min(height, width) < LEAST_PIXELS:
             self.refused.append(f"patterns have {height} x {width} pixels, expected at least {LEAST_PIXELS} across")
@@ -260,6 +258,25 @@ class _Inspector:
             statement = f"frames are {height} x {width}: cropped to a square with a side divisible by 4"
             self._report("size", statement, "measured")
         return sample
+
+    def _without_flags(self, sample: Sample) -> Sample:
+        """Sample without the values that are no counts, which are reported."""
+        self.n_saturated = n_saturated(sample.frames)
+        frames = clipped(sample.frames, self.options.get("floor"))
+        negative = (frames < 0).any(axis=0)
+        # Flags are negative in every frame, noise around 0 is not.
+        are_flags = frames.dtype.kind == "i" and bool((frames[:, negative] < 0).all())
+        flagged = no_counts(frames, negative=are_flags)
+        if self.options.get("saturated") == "keep" or not flagged.any():
+            return replace(sample, frames=frames)
+        always, ever = flagged.all(axis=0), flagged.any(axis=0)
+        values = ", ".join(f"{value:.0f}" for value in np.unique(frames[flagged])[-3:])
+        statement = f"{always.sum()} pixels hold {values} in all sampled patterns and {(ever & ~always).sum()} in some"
+        if ever.mean() <= MOST_BAD:
+            self.options["saturated"] = "mask"
+            statement += ", which are no counts: --saturated mask marks them as bad in a mask"
+        self._report("mask", statement, "measured")
+        return replace(sample, frames=np.where(flagged, np.zeros((), frames.dtype), frames), good=np.logical_not(ever))
 
     def _pattern_axis_is_last(self, axes: tuple[int, ...], n_positions: int | None) -> bool:
         if "axes" in self.options:
@@ -396,19 +413,32 @@ class _Inspector:
         good = np.ones(mean.shape, bool) if scan is None or scan.mask is None else scan.mask
         if good.shape != mean.shape:
             return
+        good = good if sample.good is None else good & sample.good
         hot, dead = bad_pixels(sample, mean, good)
         self._report(
-            "pixels", f"{hot.sum()} hot, {dead.sum()} dead, {n_saturated(frames)} saturated in one pattern", "measured"
+            "pixels", f"{hot.sum()} hot, {dead.sum()} dead, {self.n_saturated} saturated in one pattern", "measured"
         )
         values = frames[:, good]
         for invalid, description in ((~np.isfinite(values), "not finite"), (values < 0, "negative")):
             rows = sample.rows[invalid.any(axis=1)]
             if len(rows):
                 listed = ",".join(map(str, rows[:5])) + (",..." if len(rows) > 5 else "")
+                if description == "negative":
+                    self._propose_floor(values, len(rows), len(sample.rows))
+                    continue
                 self.refused.append(
                     f"values are {description} in {len(rows)} of {len(sample.rows)} sampled patterns (rows {listed}); "
                     "leave these out with --drop-frames, or mark the pixels as bad with --mask"
                 )
+
+    def _propose_floor(self, values: NDArray[Any], n_with: int, n_sampled: int) -> None:
+        """Propose to set negative values to 0, as dark subtraction leaves them."""
+        self.options["floor"] = 0.0
+        share = 100 * float((values < 0).mean())
+        statement = (
+            f"{share:.2g} % of the values in {n_with} of {n_sampled} sampled patterns, down to {values.min():.4g}"
+        )
+        self._report("negative", f"{statement}: --floor 0 sets them to 0", "measured")
 
     def _check_beam(self, mean: NDArray[np.float64], scan: SourceScan | None) -> None:
         detected, evidence = beam_of(mean)

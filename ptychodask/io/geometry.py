@@ -115,6 +115,11 @@ class FrameGrid:
         kept = slice(start, start + self.n_pixels)
         return np.ascontiguousarray(wave[:, kept, kept], dtype=np.complex64)
 
+    def touched(self, pixels: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """True where a pattern's pixel (k, N, N) contains one of the pixels (k, h, w)."""
+        cut = self._cut(pixels)
+        return cut if self.bin == 1 else self._binned(cut.astype(np.int64)) > 0
+
     def _cut(self, frames: NDArray[Any]) -> NDArray[Any]:
         """Frames (k, N·bin, N·bin), centred, cropped or zero-padded, from (k, h, w)."""
         if self.dc == "corner":

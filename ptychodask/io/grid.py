@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ptychodask.errors import PtychodaskError
 from ptychodask.io.geometry import HC_EV_M, FrameGrid, centre_of_mass, mean_counts, pixel_size_m
 from ptychodask.io.npy_stream import read_npy
+from ptychodask.io.pixel_values import flagged_pixels
 from ptychodask.io.source import IngestSpec, SourceScan, as_mask, as_matrix
 from ptychodask.io.units import metres_in
 from ptychodask.scan import Truth, check_pattern_shape, check_positions
@@ -235,6 +236,10 @@ def _frame_mask(file_scan: SourceScan, spec: IngestSpec, label: str) -> NDArray[
         raise PtychodaskError(
             f"{label}: the mask has shape {mask.shape}, expected {file_scan.frames.shape[1:]} like the frames"
         )
+    if spec.saturated == "mask":
+        flagged = flagged_pixels(file_scan.frames.blocks(), negative=spec.floor is None, label=label)
+        logger.info("%s: marked %d pixels as bad, whose values are no counts", label, flagged.sum())
+        return ~flagged if mask is None else mask & ~flagged
     return mask
 
 

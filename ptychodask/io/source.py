@@ -21,7 +21,19 @@ Dc = Literal["centre", "corner"]
 Axes = Literal["pattern,qy,qx", "qy,qx,pattern"]
 """Order of the axes of patterns in a file."""
 
-MAPPED_KEYS = ("diffraction", "y", "x", "position", "probe", "mask", "object", "label", "flux", "scan_index")
+MAPPED_KEYS = (
+    "diffraction",
+    "y",
+    "x",
+    "position",
+    "probe",
+    "mask",
+    "mask_bad",
+    "object",
+    "label",
+    "flux",
+    "scan_index",
+)
 """Names that `keys` can map to keys of a file."""
 
 PROBE_MODELS = ("file", "disc", "zone_plate", "estimate")
@@ -49,7 +61,8 @@ class IngestSpec:
 
     keys: Mapping[str, str] | None = option(
         None,
-        help="Keys of arrays in the file, by name: diffraction, y, x, position, probe, mask, object, label or flux.",
+        help="Keys of arrays in the file, by name: diffraction, y, x, position, probe, mask, mask_bad, "
+        "object, label or flux.",
         flag="--key",
         of_format=True,
     )
@@ -167,6 +180,15 @@ class IngestSpec:
     mask: str | Path | None = option(None, help=".npy mask of the detector frame, True = good pixel.", segment="first")
     """A .npy with the shape of a frame, True (or not 0) where a detector pixel is good."""
 
+    saturated: Literal["mask", "keep"] | None = option(
+        None, help="Pixels with the largest value of their type, or negative integers: mask (mark as bad) or keep."
+    )
+    """Pixels that hold the largest value of an integer type (or a negative integer, without `floor`) in any frame:
+    "mask" marks them as bad, "keep" takes them as counts. By default they are refused unless the mask covers them."""
+
+    floor: float | None = option(None, help="Values below this become 0; 0 for counts after dark subtraction.")
+    """Values of frames below this become 0: 0 for counts after dark subtraction, more to remove readout noise."""
+
     drop_frames: str | Sequence[int | slice] | None = option(
         None, help='Frames to leave out, as row numbers in the file: "3,10:20".', segment="each"
     )
@@ -199,6 +221,12 @@ class IngestSpec:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | np.integer) and low <= value <= MOST_PIXELS):
                 raise PtychodaskError(f"ingest: {name} is {value!r}, expected an integer in {low}..{MOST_PIXELS}")
+        if self.saturated is not None:
+            check_choice("saturated", self.saturated, ("mask", "keep"), "ingest")
+        if self.floor is not None and not (
+            isinstance(self.floor, int | float | np.number) and np.isfinite(self.floor) and self.floor >= 0
+        ):
+            raise PtychodaskError(f"ingest: floor is {self.floor!r}, expected a number of at least 0")
         if self.energy_ev is not None and self.wavelength_m is not None:
             raise PtychodaskError("ingest: energy_ev and wavelength_m are both given; pass one of them")
         if self.incident_counts is not None and self.calibration != "incident":

@@ -371,13 +371,18 @@ def _checked_counts(
         totals = good.sum(axis=axes, dtype=np.float64)
     else:
         totals = np.square(good, dtype=np.float64).sum(axis=axes)
-    for is_bad, problem in ((~np.isfinite(totals), "values that are not finite"), (lowest < 0, f"negative {domain}")):
+    of_negative = ", or of ingest use floor=0 (--floor 0) for noise and saturated='mask' for flags"
+    for is_bad, problem, remedy in (
+        (~np.isfinite(totals), "values that are not finite", ""),
+        (lowest < 0, f"negative {domain}", of_negative),
+    ):
         bad = rows[is_bad]
         if len(bad):
             listed = ", ".join(str(row) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
             raise PtychodaskError(
                 f"{label}: {problem} in {len(bad)} patterns (source rows {listed}); "
                 "leave them out with drop_frames=, or mark the pixels bad with mask="
+                f"{remedy}"
             )
     return float(totals.sum())
 
