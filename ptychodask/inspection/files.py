@@ -18,8 +18,11 @@ from ptychodask.grouping import median_step_px, outlying_positions
 from ptychodask.inspection.arrays import (
     LEAST_PIXELS,
     ArrayNote,
+    find_aspect,
     find_keys,
+    find_object_pixel,
     find_optics,
+    find_particle,
     find_patterns,
     note_arrays,
     note_joined,
@@ -42,15 +45,15 @@ from ptychodask.io.evidence import (
 )
 from ptychodask.io.folders import is_foreign_folder
 from ptychodask.io.formats import detect_format, open_container, options_of, read_source
-from ptychodask.io.grid import GriddedSource, on_grid
+from ptychodask.io.grid import ELECTRONS_FROM_EV, GriddedSource, on_grid
 from ptychodask.io.mapping import positions_of
 from ptychodask.io.near_field import near_field
 from ptychodask.io.patterns import prepared
 from ptychodask.io.pixel_values import MOST_BAD, clipped, no_counts
+from ptychodask.io.plausible import overlap_of
 from ptychodask.io.recipe import with_recipe
 from ptychodask.io.source import MOST_PIXELS, Container, Frames, IngestSpec, SourceScan, frame_axes, raster_shape
 from ptychodask.io.units import Unit, metres_in, position_unit
-from ptychodask.probes import probe_diameter_px
 from ptychodask.scan import Domain
 from ptychodask.storage.location import parse_location
 
@@ -59,9 +62,6 @@ USUAL_STEP = 0.3
 
 METRES_BELOW = 0.1
 """Extent below which positions are taken as metres: no scan is a tenth of a pixel or of a micrometre wide."""
-
-WIDEST_OVERLAPPING = 1.0
-"""Step over probe diameter from which neighbours do not overlap."""
 
 PREVIEW_PATTERNS = 4
 """Patterns in the preview figure."""
@@ -195,11 +195,28 @@ class _Inspector:
             statement = f"y is '{keys['y']}' and x '{keys['x']}', by their names"
             self._report("axes", f"{statement}; check it with --check-axes", "guess")
         self._propose_mask(keys)
+        self._propose_attributes(patterns)
         for optic in find_optics(self.container, self.arrays):
             if optic.option not in self.options:
                 self.options[optic.option] = optic.value
                 statement = f"{optic.option} {optic.value:.6g}, from '{optic.key}' in {optic.unit}"
                 self._report("optics", statement, "guess" if optic.is_guess else "noted")
+
+    def _propose_attributes(self, patterns: ArrayNote) -> None:
+        """Propose the particle, the shape of pixels and the object pixel, if noted."""
+        particle = find_particle(self.container, self.arrays)
+        if particle is not None and "particle" not in self.options:
+            self.options["particle"] = "electron"
+            self._report("optics", f"particle electron, from '{particle}'", "noted")
+        aspect = find_aspect(self.container, self.arrays)
+        if aspect is not None and "affine" not in self.options:
+            self.options["affine"] = (float(f"{aspect:.9g}"), 0.0, 0.0, 1.0)
+            statement = f"detector pixels are not square, {aspect:.4g} times as high as wide: y positions are scaled"
+            self._report("optics", statement, "noted")
+        pixel = find_object_pixel(self.container, frame_axes(patterns.shape)[-1])
+        if pixel is not None and "pixel_size_m" not in self.options:
+            name, self.options["pixel_size_m"] = pixel
+            self._report("optics", f"pixel_size_m {pixel[1]:.6g}, from the attribute '{name}'", "noted")
 
     def _propose_mask(self, keys: dict[str, str]) -> None:
         """Settle whether a mask marks good or bad pixels: most are good."""
@@ -477,6 +494,9 @@ class _Inspector:
             return  # The pixel size was chosen to give a usual overlap, so reporting the overlap means nothing.
         if scan.unit != "px" and gridded.pixel_size_m is not None:
             guessed = any(finding.topic == "optics" and finding.certainty == "guess" for finding in self.findings)
+            if gridded.spec.energy_ev and gridded.spec.particle is None and gridded.spec.energy_ev >= ELECTRONS_FROM_EV:
+                statement = f"{gridded.spec.energy_ev / 1e3:.4g} keV is taken as of photons; is it of electrons?"
+                self._report("energy", f"{statement} Then pass --particle electron", "open")
             self._report("pixel size", f"{gridded.pixel_size_m:.4g} m (object)", "guess" if guessed else "noted")
         self._check_overlap(scan, gridded, sample)
 
@@ -490,27 +510,20 @@ class _Inspector:
             self._report("outliers", f"{subject} far from all others; leave out with --drop-frames {rows}", "measured")
 
     def _check_overlap(self, scan: SourceScan, gridded: GriddedSource, sample: Sample) -> None:
-        step = median_step_px(gridded.position_yx_px)
+        fits = scan.probe is not None and scan.probe.shape[1:] == sample.frames.shape[1:]
+        counts = _as_counts(sample, scan.domain)
+        # A hot pixel is the same in all patterns and would dominate their speckles.
+        counts[:, bad_pixels(sample, counts.mean(axis=0))[0]] = 0
         scale = gridded.grid.position_scale_yx[0]
-        if scan.probe is not None and np.any(scan.probe) and scan.probe.shape[1:] == sample.frames.shape[1:]:
-            diameter, basis = probe_diameter_px(scan.probe) * scale, "the file's probe is"
-        else:
-            counts = _as_counts(sample, scan.domain)
-            # A hot pixel is the same in all patterns and would dominate their speckles.
-            counts[:, bad_pixels(sample, counts.mean(axis=0))[0]] = 0
-            least = least_probe_diameter_px(counts)
-            diameter, basis = (least or 0.0) * scale, "judged by speckle size, the probe is at least"
-        if not step or not diameter:
+        overlap = overlap_of(gridded.position_yx_px, scan.probe if fits else None, counts, scale=scale)
+        if overlap is None:
             return
-        share = step / diameter
-        statement = f"the median step is {step:.3g} px; {basis} {diameter:.3g} px wide"
-        if share < WIDEST_OVERLAPPING:
-            self._report("overlap", f"{statement}: {100 * (1 - share):.0f} %", "measured")
-        else:
-            self._report(
-                "overlap",
-                f"{statement}: neighbours do not overlap, or units, pixel size or probe are wrong",
-                "measured",
+        told = overlap.problem or f"{100 * (1 - overlap.share):.0f} %"
+        self._report("overlap", f"{overlap.statement}: {told}", "measured")
+        if overlap.is_too_small:
+            self.refused.append(
+                f"positions in {scan.unit} give a step of {overlap.step_px:.3g} px, which is unlikely; pass --units, "
+                "and --pixel-size-m or energy, distance and detector pixel"
             )
 
     def _domain(self, scan: SourceScan | None) -> Domain:

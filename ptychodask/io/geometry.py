@@ -231,6 +231,23 @@ def pixel_size_m(wavelength_m: float, distance_m: float, detector_pixel_m: float
     return wavelength_m * distance_m / (extent * detector_pixel_m)
 
 
+ELECTRON_REST_EV = 510998.95
+"""Rest energy of an electron, electronvolts (CODATA 2018)."""
+
+
+def wavelength_m_of(energy_ev: float, particle: str | None) -> float:
+    """Wavelength of photons, or of electrons (relativistic), metres.
+
+    Examples
+    --------
+    >>> [float(f"{wavelength_m_of(300e3, particle):.4g}") for particle in ("photon", "electron")]
+    [4.133e-12, 1.969e-12]
+    """
+    if particle == "electron":
+        return float(HC_EV_M / np.sqrt(energy_ev * (energy_ev + 2 * ELECTRON_REST_EV)))
+    return HC_EV_M / energy_ev
+
+
 def rim_phase(
     defocus_m: float, *, wavelength_m: float, distance_m: float, pattern_pixel_m: float, outer_px: float
 ) -> float:

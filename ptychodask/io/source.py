@@ -112,8 +112,15 @@ class IngestSpec:
     """Beam centre in a frame (after `dc`): "dc" is [h//2, w//2], "auto" the centre of mass of the mean pattern, or
     (y, x) in pixels of the frame; rounded to whole pixels."""
 
-    energy_ev: float | None = option(None, help="Photon energy, eV.")
-    """Photon energy, electronvolts."""
+    energy_ev: float | None = option(
+        None, help="Energy of the photons, or with --particle electron of the electrons, eV."
+    )
+    """Energy of the photons, or of the electrons with ``particle="electron"``, electronvolts."""
+
+    particle: Literal["photon", "electron"] | None = option(
+        None, help="Particle of the energy: photon or electron (relativistic wavelength)."
+    )
+    """Particle that has the energy: "electron" gives the relativistic wavelength; photons by default."""
 
     wavelength_m: float | None = option(None, help="Wavelength, metres, instead of the energy.")
     """Wavelength, metres, in place of `energy_ev`."""
@@ -221,6 +228,8 @@ class IngestSpec:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | np.integer) and low <= value <= MOST_PIXELS):
                 raise PtychodaskError(f"ingest: {name} is {value!r}, expected an integer in {low}..{MOST_PIXELS}")
+        if self.particle is not None:
+            check_choice("particle", self.particle, ("photon", "electron"), "ingest")
         if self.saturated is not None:
             check_choice("saturated", self.saturated, ("mask", "keep"), "ingest")
         if self.floor is not None and not (
@@ -360,6 +369,9 @@ class Container(Protocol):
     def unit(self, key: str) -> str | None:
         """Unit that the file records for an array."""
 
+    def text(self, key: str) -> str | None:
+        """Text of a scalar string; None for any other array."""
+
     def numbers(self, key: str) -> dict[str, float]:
         """Scalar attributes of an array, or of the file for ""."""
 
@@ -422,6 +434,9 @@ class SourceScan:
 
     pixel_size_m: float | None = None
     """Size of an object pixel on the file's grid, metres, if the file records it."""
+
+    pixel_aspect: float = 1.0
+    """Height of a detector pixel over its width."""
 
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Description of the scan in the file, which the provenance records."""
