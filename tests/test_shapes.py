@@ -189,6 +189,11 @@ WRITERS = (
 """Writers of a file in a shape that some program writes."""
 
 
+def stored_positions(path: Path) -> NDArray[np.float64]:
+    stored = np.asarray(open_scan(path).position_yx_px)
+    return stored - stored[0]
+
+
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
 def test_the_proposed_command_stores_what_was_written(
     write: Callable[[Path, Any, Any], None], run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -295,3 +300,150 @@ def test_a_store_is_no_source(tmp_path: Path) -> None:
     ingest(tmp_path / "file.h5", tmp_path / "scan.zarr", keys=KEYS, domain="counts", units="px")
     with pytest.raises(PtychodaskError, match="is a store already"):
         ingest(tmp_path / "scan.zarr", tmp_path / "other.zarr", keys=KEYS, domain="counts", units="px")
+
+
+def emd(path: Path, counts: NDArray[Any], unit: str, *, is_full: bool) -> None:
+    """As py4DSTEM writes: axes of the data beside them, of two values if they are linear."""
+    with h5py.File(path, "w") as file:
+        file["datacube_root/datacube/data"] = counts.reshape(ROWS, COLUMNS, PIXELS, PIXELS)
+        for axis, n in enumerate((ROWS, COLUMNS)):
+            name = f"datacube_root/datacube/dim{axis}"
+            file[name] = np.arange(n if is_full else 2) * (3.0 + axis)
+            file[name].attrs["units"] = unit
+
+
+@pytest.mark.parametrize(
+    ("unit", "metres", "is_full"), [("A", 1e-10, False), ("nm", 1e-9, True), ("[n_m]", 1e-9, True)]
+)
+def test_the_step_of_an_emd_file_is_proposed(
+    unit: str, metres: float, is_full: bool, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    counts, _ = counts_and_positions()
+    emd(tmp_path / "file.h5", counts, unit, is_full=is_full)
+    inspection = inspect_file("file.h5", domain="counts", pixel_size_m=metres)
+    assert not inspection.refused
+    assert inspection.command is not None
+    assert run(*shlex.split(inspection.command)[1:], "-q")[0] == 0
+    expected = np.indices((ROWS, COLUMNS)).reshape(2, -1).T * [3.0, 4.0]
+    np.testing.assert_allclose(stored_positions(tmp_path / "file.zarr"), expected, atol=1e-6)
+
+
+def test_an_emd_file_without_a_scale_needs_the_step(tmp_path: Path) -> None:
+    emd(tmp_path / "file.h5", counts_and_positions()[0], "pixels", is_full=False)
+    assert any("--step Y,X" in reason for reason in inspect_file(tmp_path / "file.h5").refused)
+
+
+@pytest.mark.parametrize("shape", [(ROWS, COLUMNS, PIXELS, PIXELS), (N, PIXELS, PIXELS), (N, 1, PIXELS, PIXELS)])
+@pytest.mark.parametrize("angle", [None, 90.0, -30.0])
+def test_a_step_stands_in_place_of_positions(shape: tuple[int, ...], angle: float | None, tmp_path: Path) -> None:
+    counts, _ = counts_and_positions()
+    hdf5(tmp_path / "file.h5", data=counts.reshape(shape))
+    options: dict[str, Any] = {"keys": {"diffraction": "data"}, "domain": "counts", "units": "px", "step": (3.0, -2.0)}
+    if shape[1] != COLUMNS:
+        with pytest.raises(PtychodaskError, match="--raster"):
+            ingest(tmp_path / "file.h5", tmp_path / "scan.zarr", **options)
+        options["raster"] = (ROWS, COLUMNS)
+    ingest(tmp_path / "file.h5", tmp_path / "scan.zarr", rotation_deg=angle, **options)
+    expected = np.indices((ROWS, COLUMNS)).reshape(2, -1).T * [3.0, -2.0]
+    turn = np.deg2rad(angle or 0.0)
+    y, x = expected.T
+    expected = np.stack([y * np.cos(turn) + x * np.sin(turn), x * np.cos(turn) - y * np.sin(turn)], axis=1)
+    np.testing.assert_allclose(stored_positions(tmp_path / "scan.zarr"), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"step": (1.0, 0.0)}, "step is"),
+        ({"raster": (5, 7)}, "raster has no meaning without step"),
+        ({"step": (1.0, 1.0), "raster": (5, 6)}, "leave raster= out"),
+        ({"step": (1.0, 1.0), "keys": KEYS}, "step stands in place of positions"),
+        ({"step": (1.0, 1.0), "rotation_deg": 3.0, "affine": (1, 0, 0, 1)}, "no affine with it"),
+    ],
+)
+def test_steps_that_cannot_be_are_refused(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    counts, _ = counts_and_positions()
+    hdf5(tmp_path / "file.h5", data=counts.reshape(ROWS, COLUMNS, PIXELS, PIXELS))
+    given = {"keys": {"diffraction": "data"}, "domain": "counts", "units": "px"} | options
+    with pytest.raises(PtychodaskError, match=reason):
+        ingest(tmp_path / "file.h5", tmp_path / "scan.zarr", **given)
+
+
+def text_of(position: NDArray[np.float64], header: str, delimiter: str) -> str:
+    return header + "".join(f"{y}{delimiter}{x}\n" for y, x in position)
+
+
+@pytest.mark.parametrize("kind", ["pos.csv", "named.csv", "pos.txt", "comment.dat", "pos.npy", "pos.npz", "pos.h5"])
+def test_positions_of_a_second_file_are_proposed(
+    kind: str, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    counts, position = counts_and_positions()
+    hdf5(tmp_path / "file.h5", data=counts)
+    second = tmp_path / kind
+    y, x = position.T
+    if kind == "pos.npy":
+        np.save(second, position)
+    elif kind == "pos.npz":
+        np.savez(second, data=np.zeros(3), pos_y=y, pos_x=x)
+    elif kind == "pos.h5":
+        hdf5(second, stage_y=y, stage_x=x)
+    elif kind == "named.csv":
+        second.write_text("pos_x,pos_y\n" + "".join(f"{x},{y}\n" for y, x in position))
+    else:
+        header = "# y x\n" if kind == "comment.dat" else ""
+        second.write_text(text_of(position, header, "," if kind == "pos.csv" else " "))
+    inspection = inspect_file("file.h5", units="px", domain="counts", positions=kind)
+    assert not inspection.refused
+    assert inspection.command is not None
+    assert run(*shlex.split(inspection.command)[1:], "-q")[0] == 0
+    np.testing.assert_allclose(stored_positions(tmp_path / "file.zarr"), position - position[0], atol=1e-9)
+    provenance = open_scan("file.zarr").attributes["provenance"]
+    assert provenance["second_source"] == str(second)
+
+
+def test_text_that_is_no_table_is_refused(tmp_path: Path) -> None:
+    counts, _ = counts_and_positions()
+    hdf5(tmp_path / "file.h5", data=counts)
+    for content, reason in (("1 2 3\n4 5 6\n", "3 columns without names"), ("1 2\n3\n", "columns of numbers")):
+        (tmp_path / "pos.txt").write_text(content)
+        with pytest.raises(PtychodaskError, match=reason):
+            inspect_file(tmp_path / "file.h5", positions=tmp_path / "pos.txt")
+
+
+@pytest.mark.parametrize("names", ["mapping", "ptychopinn"])
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_labels_are_amplitudes_and_phases(
+    names: str, is_compressed: bool, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    counts, position = counts_and_positions()
+    rng = np.random.default_rng(1)
+    amp, phase = rng.random((N, PIXELS, PIXELS)), rng.random((N, PIXELS, PIXELS)).astype("f4")
+    y, x = position.T
+    of_format = names == "ptychopinn"
+    keys = ("diffraction", "ycoords", "xcoords") if of_format else ("dp", "pos_y", "pos_x")
+    arrays = dict(zip(keys, (counts, y, x), strict=True)) | {"label_amp": amp, "label_phase": phase}
+    (np.savez_compressed if is_compressed else np.savez)(tmp_path / "file.npz", **arrays)
+    inspection = inspect_file("file.npz", domain="counts", **({} if of_format else {"units": "px"}))
+    assert inspection.command is not None
+    assert run(*shlex.split(inspection.command)[1:], "-q")[0] == 0
+    label = open_scan("file.zarr").label
+    assert label is not None
+    np.testing.assert_allclose(label[np.arange(N)], amp * np.exp(1j * phase), rtol=1e-5, atol=1e-6)
+
+
+def test_a_key_that_resembles_a_format_is_no_obstacle(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    counts, position = counts_and_positions()
+    y, x = position.T
+    hdf5(tmp_path / "file.h5", diffraction=counts, pos_y=y, pos_x=x)
+    inspection = inspect_file("file.h5", units="px", domain="counts")
+    assert not inspection.refused
+    assert inspection.command is not None
+    assert "its keys resemble format 'ptychopinn'" in str(inspection)
+    assert run(*shlex.split(inspection.command)[1:], "-q")[0] == 0
+    np.testing.assert_allclose(stored_positions(tmp_path / "file.zarr"), position - position[0], atol=1e-9)

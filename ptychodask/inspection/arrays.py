@@ -135,7 +135,11 @@ def _note(container: Container, key: str) -> ArrayNote:
 
 def find_patterns(notes: Sequence[ArrayNote]) -> ArrayNote | None:
     """Array of the patterns: three axes, real; by name, then by size."""
-    fitting = [note for note in notes if note.kind in set("buif") and _are_patterns(_axes(note))]
+    fitting = [
+        note
+        for note in notes
+        if note.kind in set("buif") and _are_patterns(_axes(note)) and not note.name.startswith("label")
+    ]
     return max(fitting, key=lambda note: (bool(_PATTERNS.search(note.name)), note.n_bytes), default=None)
 
 
@@ -171,12 +175,45 @@ def find_keys(notes: Sequence[ArrayNote], patterns: ArrayNote) -> dict[str, str]
     keys |= _named("probe", [n for n in notes if n.kind == "c" and _is_probe(n, frame)], _PROBE)
     masks = [n for n in notes if n.kind in set("biu") and _long(n.shape) == frame and "mask" in n.name.lower()]
     keys |= {"mask": masks[0].key} if len(masks) == 1 else {}
+    keys |= _find_labels(notes, (n_patterns, *frame) if n_patterns == axes[0] else (*frame, n_patterns))
     indices = [n for n in notes if n.name == "scan_index" and n.shape == (n_patterns,) and n.kind in set("iu")]
     return keys | ({"scan_index": indices[0].key} if indices else {})
 
 
 def _long(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)
+
+
+def _find_labels(notes: Sequence[ArrayNote], axes: tuple[int, ...]) -> dict[str, str]:
+    """Keys of labels, by name and the shape of the patterns."""
+    fitting = {n.name: n for n in notes if n.name in ("label", "label_amp", "label_phase") and _axes(n) == axes}
+    if "label" in fitting and fitting["label"].kind == "c":
+        return {"label": fitting["label"].key}
+    polar = [name for name in ("label_amp", "label_phase") if name in fitting and fitting[name].kind in set("iuf")]
+    return {name: fitting[name].key for name in polar} if len(polar) == 2 else {}
+
+
+def find_step(container: Container, notes: Sequence[ArrayNote], patterns: ArrayNote) -> tuple[float, float] | None:
+    """Step (y, x) in metres of the raster in an EMD file.
+
+    Each axis of the patterns has an array dim0, dim1, ... beside them, with all its values or the first two, and its
+    unit. None without them, or if the unit is no length.
+    """
+    raster = raster_shape(patterns.shape)
+    known = {note.key for note in notes if note.kind in set("iuf")}
+    folder = patterns.key.removesuffix(patterns.name)
+    names = next((pair for pair in (("dim0", "dim1"), ("dim1", "dim2")) if {folder + n for n in pair} <= known), None)
+    if raster is None or names is None:
+        return None
+    steps = []
+    for name, n in zip(names, raster, strict=True):
+        values, unit = container.array(folder + name).astype(np.float64).ravel(), container.unit(folder + name) or ""
+        metres = factor_of(unit.strip().strip("[]").replace("_", ""), "m")
+        apart = np.diff(values)
+        if metres is None or len(values) not in (2, n) or not len(apart) or not np.allclose(apart, apart[0]):
+            return None
+        steps.append(float(f"{apart[0] * metres:.9g}"))
+    return (steps[0], steps[1]) if all(steps) else None
 
 
 def _is_probe(note: ArrayNote, frame: tuple[int, ...]) -> bool:
@@ -209,7 +246,7 @@ def _find_positions(
     choices += [
         (_likelihood(note.key), {"position": note.key})
         for note in numbers
-        if note.shape in ((n_patterns, 2), (1, n_patterns, 2), (2, n_patterns), (*(raster or ()), 2))
+        if note.shape in ((n_patterns, 2), (1, n_patterns, 2), (2, n_patterns), (*(raster or (n_patterns,)), 2))
     ]
     if not choices and raster is not None:
         axes = {n.key: n for n in numbers if len(n.shape) == 1}

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ptychodask.io.formats import open_container, options_of
 from ptychodask.io.raw import runs
+from ptychodask.io.source import rotation_matrix
 from ptychodask.scan import Domain, Scan
 
 DIGITS = 9
@@ -48,8 +49,7 @@ class PositionTurn:
 
         It is clockwise on a screen, where y points down.
         """
-        sine, cosine = np.sin(np.deg2rad(angle_deg)), np.cos(np.deg2rad(angle_deg))
-        return cls.of(np.array([[cosine, sine], [-sine, cosine]]) @ np.diag([1.0, -1.0 if mirrored else 1.0]))
+        return cls.of(rotation_matrix(angle_deg) @ np.diag([1.0, -1.0 if mirrored else 1.0]))
 
     @property
     def matrix(self) -> NDArray[np.float64]:
@@ -121,6 +121,7 @@ class Origin:
         options = dict(self.options)
         before = np.diag([-1.0 if options.pop(name, False) else 1.0 for name in ("flip_y", "flip_x")])
         before = before @ (np.eye(2)[::-1] if options.pop("swap_xy", False) else np.eye(2))
+        before = rotation_matrix(options.pop("rotation_deg", 0.0)) @ before
         total = PositionTurn.of(turn.matrix @ np.reshape(options.pop("affine", (1, 0, 0, 1)), (2, 2)) @ before)
         if total.flags == {}:
             return Origin(self.source, self.reader, options, self.domain)
@@ -206,7 +207,7 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
             flags += [part for pair in value.items() for part in ("--key", "=".join(pair))]
         elif value is True:
             flags.append(flag)
-        elif name == "affine":
+        elif name in ("affine", "step", "rotation_deg"):
             # After an equals sign, because the value may begin with a minus.
             flags.append(f"{flag}={_listed(value)}")
         else:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ptychodask.inspection.arrays import (
     find_optics,
     find_particle,
     find_patterns,
+    find_step,
     note_arrays,
     note_joined,
     wavelength_of,
@@ -44,7 +46,7 @@ from ptychodask.io.evidence import (
     take_sample,
 )
 from ptychodask.io.folders import is_foreign_folder
-from ptychodask.io.formats import detect_format, open_container, options_of, read_source
+from ptychodask.io.formats import detect_format, open_for, options_of, read_source
 from ptychodask.io.grid import ELECTRONS_FROM_EV, GriddedSource, on_grid
 from ptychodask.io.mapping import positions_of
 from ptychodask.io.near_field import near_field
@@ -110,15 +112,30 @@ def inspect_file(
     path = location.local_path
     spec = with_fields(IngestSpec(), with_recipe(recipe, reader_options))
     with tempfile.TemporaryDirectory(prefix="ptychodask-") as folder, ExitStack() as stack:
-        container = open_container(path, Path(folder) if spec.scratch is None else Path(spec.scratch), stack)
-        return _Inspector(path, container, format, spec, Path(folder), stack).inspection()
+        container = open_for(spec, path, Path(folder) if spec.scratch is None else Path(spec.scratch), stack)
+        inspector = _Inspector(path, container, format, spec, Path(folder), stack)
+        inspection = inspector.inspection()
+        if inspection.refused and format is None and inspector.is_detected:
+            unknown = _Inspector(path, container, None, spec, Path(folder), stack, of_no_format=True).inspection()
+            if not unknown.refused:
+                reason = f"its keys resemble format {inspector.format!r}, but: {inspection.refused[0]}"
+                return replace(unknown, findings=[Finding("format", reason, "measured"), *unknown.findings])
+        return inspection
 
 
 class _Inspector:
     """Inspects a file step by step, adding to options and findings."""
 
     def __init__(
-        self, path: Path, container: Container, format: str | None, spec: IngestSpec, scratch: Path, stack: ExitStack
+        self,
+        path: Path,
+        container: Container,
+        format: str | None,
+        spec: IngestSpec,
+        scratch: Path,
+        stack: ExitStack,
+        *,
+        of_no_format: bool = False,
     ) -> None:
         self.path, self.container, self.scratch, self.stack = path, container, scratch, stack
         self.options = spec.given()
@@ -133,7 +150,9 @@ class _Inspector:
                 f"{container.label}: contains no array of numbers: '{self.arrays[0].key}' is {self.arrays[0].dtype}; "
                 "save plain numbers"
             )
-        self.format = format or _detected_format(container, spec)
+        is_raw = of_no_format or spec.step is not None or spec.positions is not None
+        self.format = format or (None if is_raw else _detected_format(container, spec))
+        self.is_detected = format is None and self.format not in (None, "mapping")
         if self.format in (None, "mapping"):
             self.arrays += note_joined(container, self.arrays)
 
@@ -150,7 +169,8 @@ class _Inspector:
         scan = gridded = None
         if "domain" in options_of(str(self.format)):
             sample = None if patterns is None else self._sample(patterns, keys)
-            if sample is not None and self.format == "mapping" and {"y", "position"} & set(keys):
+            has_positions = "step" in self.options or {"y", "position"} & set(keys)
+            if sample is not None and self.format == "mapping" and has_positions:
                 self._propose_units(keys, sample)
             scan = None if self.refused else self._read()
         else:
@@ -176,14 +196,23 @@ class _Inspector:
             hint = "".join(f"; '{n.key}' has shape {n.shape}: merge its scan axes into one" for n in large[:1])
             self.refused.append(f"no array of patterns, expected real numbers of shape (pattern, qy, qx){hint}")
             return
-        if not {"y", "position"} & set(keys):
+        if "step" in self.options:
+            for name in ("y", "x", "position"):
+                keys.pop(name, None)
+        elif not {"y", "position"} & set(keys) and (step := find_step(self.container, self.arrays, patterns)):
+            self.options |= {"step": step, "units": "m"}
+            statement = f"a raster in steps of {step[0]:.4g} and {step[1]:.4g} m, from the axes of '{patterns.key}'"
+            self._report("positions", f"{statement}; the rotation against the detector is not known", "noted")
+            self._report("axes", "rows of the raster are taken as y; check it with --check-axes --rotation", "guess")
+        elif not {"y", "position"} & set(keys):
             raster = raster_shape(patterns.shape)
             axes = frame_axes(patterns.shape) if raster is None else (raster[0] * raster[1], *patterns.shape[-2:])
             likely = [n for n in self.arrays if n.kind == "f" and axes[0] in n.shape and len(n.shape) == 2]
             hint = "".join(f"; '{n.key}' has shape {n.shape}, which ingest cannot read" for n in likely[:1])
             self.refused.append(
                 f"no positions for {axes[0]} patterns, expected two arrays ({axes[0]},) or one ({axes[0]}, 2) "
-                f"in the order (y, x){hint}"
+                f"in the order (y, x){hint}; pass their file with --positions, or the step of a raster with --step Y,X "
+                f"--units um{'' if raster else ' --raster ROWS,COLUMNS'}"
             )
         self.options["keys"] = keys
         self._report(
@@ -242,6 +271,8 @@ class _Inspector:
         axes = frame_axes(patterns.shape) if raster is None else (raster[0] * raster[1], *patterns.shape[-2:])
         positions = next((n for n in self.arrays if n.key == (keys.get("y") or keys.get("position"))), None)
         n_positions = None if positions is None else max(positions.shape)
+        if "raster" in self.options:
+            n_positions = prod(self.options["raster"])
         last = raster is None and self._pattern_axis_is_last(axes, n_positions)
         try:
             frames = self.container.frames(patterns.key, pattern_last=last, raster=raster is not None)
@@ -329,11 +360,13 @@ class _Inspector:
 
     def _propose_units(self, keys: dict[str, str], sample: Sample) -> None:
         """Propose the unit of the positions, and a pixel size if needed."""
-        key = keys.get("position") or keys["y"]
-        recorded = self.container.unit(key)
+        key = keys.get("position") or keys.get("y", "")
+        recorded = self.container.unit(key) if key else None
         noted = position_unit(recorded)
         if "units" in self.options:
             unit = self.options["units"]
+        elif not key:
+            return  # the reader asks for the unit of the step
         elif noted is not None:
             unit = noted
             self._report("units", f"positions are in {unit}: the unit of '{key}' is {recorded}", "noted")

@@ -7,23 +7,23 @@ from pathlib import Path
 import numpy as np
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.io.named import NamedArrays, Sliced
+from ptychodask.io.arrays import NamedArrays, Sliced
 from ptychodask.io.npy_stream import read_header, reading
 from ptychodask.storage.atomic import recorded_folder_format
-from ptychodask.storage.zarr_checks import foreign_arrays, is_zarr
+from ptychodask.storage.foreign import foreign_arrays, is_zarr
 
 NPY_ENDING = ".npy"
 
 
 def is_foreign_folder(path: Path) -> bool:
-    """True for .npy files, or Zarr that is not a store of this package."""
+    """True for .npy files, or Zarr of another program."""
     if is_zarr(path):
         return recorded_folder_format(path) is None
     return any(path.glob(f"*{NPY_ENDING}"))
 
 
 def open_folder(path: Path) -> NamedArrays:
-    """A folder of .npy files, or a Zarr group or array, as a `Container`.
+    """A folder of .npy files or of Zarr, as a `Container`.
 
     Parameters
     ----------

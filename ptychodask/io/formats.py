@@ -14,6 +14,7 @@ from ptychodask.io.folders import open_folder
 from ptychodask.io.npy_stream import reading
 from ptychodask.io.parts import JoinedContainer
 from ptychodask.io.raw import scratch_file, writing_scratch
+from ptychodask.io.second_file import PairedContainer, is_table, open_table
 from ptychodask.io.source import BLOCK_BYTES, FORMAT_OPTIONS, Container, IngestSpec, SourceScan, listed_keys
 
 READERS = {
@@ -88,6 +89,26 @@ def open_container(path: Path, scratch: Path, stack: ExitStack) -> Container:
         f"{path}: begins with {start[:8]!r}, expected an NPZ or HDF5 file; convert it, or copy it again "
         "if it should be one"
     )
+
+
+def open_for(spec: IngestSpec, path: Path, scratch: Path, stack: ExitStack) -> Container:
+    """Open a source as `open_container` does, with a second file of positions.
+
+    Parameters
+    ----------
+    spec : IngestSpec
+        Names the file of positions, if there is one.
+    path, scratch, stack
+        As for `open_container`.
+    """
+    container = open_container(path, scratch, stack)
+    if spec.positions is None:
+        return container
+    second = Path(spec.positions)
+    if not second.exists():
+        raise PtychodaskError(f"{second}: no such file, expected the positions; pass positions= (--positions)")
+    other = open_table(second) if is_table(second) else open_container(second, scratch, stack)
+    return PairedContainer(container, other)
 
 
 def _unbzipped(path: Path, scratch: Path, stack: ExitStack) -> IO[bytes]:
@@ -185,7 +206,8 @@ def read_source(
             "or map the file's keys with keys="
         )
     if not hasattr(module, "companion"):
-        return Source(container, name, module.read(container, spec), None)
+        second = None if spec.positions is None else Path(spec.positions)
+        return Source(container, name, module.read(container, spec), second)
     companion: Path = module.companion(path, container.keys(), spec)
     return Source(
         container, name, module.read_pair(container, open_container(companion, scratch, stack), spec), companion

@@ -16,7 +16,7 @@ from ptychodask.io.npy_stream import read_npy
 from ptychodask.io.pixel_values import flagged_pixels
 from ptychodask.io.plausible import unlikely_optics
 from ptychodask.io.quantities import SQUARENESS
-from ptychodask.io.source import IngestSpec, SourceScan, as_mask, as_matrix
+from ptychodask.io.source import IngestSpec, SourceScan, as_mask, as_matrix, rotation_matrix
 from ptychodask.io.units import metres_in
 from ptychodask.scan import Truth, check_pattern_shape, check_positions
 
@@ -138,14 +138,16 @@ def _with_position(file_scan: SourceScan, kept: NDArray[np.int64], label: str) -
 
 def _with_affine(file_scan: SourceScan, spec: IngestSpec, label: str) -> SourceScan:
     """Content of a file with its positions transformed by the affine matrix."""
-    if spec.affine is None:
+    if spec.affine is None and spec.rotation_deg is None:
         return file_scan
     if file_scan.object is not None:
         raise PtychodaskError(
-            f"{label}: affine= changes the positions, so that they no longer fit the object in the file; leave it out, "
+            f"{label}: {'rotation_deg' if spec.affine is None else 'affine'}= changes the positions, so that they no "
+            "longer fit the object in the file; leave it out, "
             "or map the file's arrays with keys= without 'object'"
         )
-    return replace(file_scan, position_yx=file_scan.position_yx @ as_matrix(spec.affine).T)
+    matrix = rotation_matrix(spec.rotation_deg or 0.0) if spec.affine is None else as_matrix(spec.affine)
+    return replace(file_scan, position_yx=file_scan.position_yx @ matrix.T)
 
 
 def _matched(file_scan: SourceScan, spec: IngestSpec, label: str) -> tuple[SourceScan, NDArray[np.int64]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
+from ptychodask.io.labels import labels_of
 from ptychodask.io.source import (
     FORMAT_OPTIONS,
     Container,
@@ -45,8 +47,9 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
     Patterns are (pattern, qy, qx), or a raster (row, column, qy, qx) that is read row after row. ``y`` and ``x`` are
     one number for each pattern, maps (row, column), or for a raster one number for each row and for each column.
     ``position`` is (pattern, 2), (row, column, 2) or (2, pattern) in the order (y, x), in place of ``y`` and ``x``;
-    ``mask`` is True where a pixel is good, ``mask_bad`` where it is bad; ``object`` has its pixel [0, 0] at position
-    (0, 0) and needs positions in pixels, neither flipped nor swapped.
+    ``mask`` is True where a pixel is good, ``mask_bad`` where it is bad; labels are complex, or amplitudes and phases (``label_amp``,
+    ``label_phase``); ``object`` has its pixel [0, 0] at position (0, 0) and needs positions in pixels, neither flipped
+    nor swapped.
 
     Raises
     ------
@@ -92,7 +95,7 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
         probe=None if probe is None else as_probe(probe, f"{label}[{keys['probe']}]"),
         mask=_mask(container, keys),
         object=None if object_ is None else _as_object(object_, f"{label}[{keys['object']}]"),
-        label=container.frames(keys["label"], pattern_last=last, raster=True) if "label" in keys else None,
+        label=labels_of(container, keys, pattern_last=last),
         flux=None if flux is None else as_vector(flux, f"{label}[{keys['flux']}]"),
         scan_index=None if scan_index is None else as_whole_numbers(scan_index, f"{label}[{keys['scan_index']}]"),
     )
@@ -101,10 +104,17 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
 def _checked_keys(container: Container, spec: IngestSpec) -> dict[str, str]:
     keys = dict(spec.keys or {})
     pair, single = "y" in keys and "x" in keys, "position" in keys
-    if "diffraction" not in keys or pair == single or ("y" in keys) != ("x" in keys):
+    has_positions = spec.step is not None or (pair != single and ("y" in keys) == ("x" in keys))
+    if "diffraction" not in keys or not has_positions:
         raise PtychodaskError(
             f"{container.label}: keys= names {listed_keys(sorted(keys))}, expected 'diffraction' and either "
-            f"'y' and 'x' or 'position'; keys found in the file: {listed_keys(container.keys())}"
+            f"'y' and 'x' or 'position', or a raster's step= (--step); keys found in the file: "
+            f"{listed_keys(container.keys())}"
+        )
+    if ("label_amp" in keys) != ("label_phase" in keys) or ("label" in keys and "label_amp" in keys):
+        raise PtychodaskError(
+            f"{container.label}: keys= names {listed_keys(sorted(keys))}, expected complex labels as 'label', or as "
+            "'label_amp' with 'label_phase'"
         )
     for key in keys.values():
         container.shape(key)  # raises if the key is missing
@@ -126,6 +136,8 @@ def _unit(container: Container, keys: dict[str, str], spec: IngestSpec) -> Unit:
                     spec.units,
                 )
         return spec.units
+    if spec.step is not None:
+        raise PtychodaskError(f"{container.label}: the unit of step= is not given; pass units= (--units)")
     if len(set(units.values())) > 1:
         listed = ", ".join(f"'{key}' in {text}" for key, text in recorded.items())
         raise PtychodaskError(
@@ -151,7 +163,10 @@ def positions_of(container: Container, keys: Mapping[str, str], spec: IngestSpec
         If their shapes do not fit each other or the raster of the patterns.
     """
     raster = raster_shape(container.shape(keys["diffraction"]))
-    if "position" in keys:
+    if spec.step is not None:
+        rows, columns = _raster_of(raster, spec, f"{container.label}[{keys['diffraction']}]")
+        position = np.indices((rows, columns)).reshape(2, -1).T * np.asarray(spec.step, np.float64)
+    elif "position" in keys:
         position = _position_pairs(container.array(keys["position"]), f"{container.label}[{keys['position']}]", raster)
     else:
         y, x = _position_columns(container, keys, raster)
@@ -163,6 +178,19 @@ def positions_of(container: Container, keys: Mapping[str, str], spec: IngestSpec
     if position.dtype.kind not in "iuf":
         raise PtychodaskError(f"{container.label}: positions have type {position.dtype}, expected numbers")
     return apply_flips(position.astype(np.float64), spec)
+
+
+def _raster_of(raster: tuple[int, int] | None, spec: IngestSpec, label: str) -> tuple[int, int]:
+    """Rows and columns of a scan without positions."""
+    if spec.raster is None:
+        if raster is None or 1 in raster:
+            raise PtychodaskError(
+                f"{label}: its shape has no rows and columns of a raster; pass raster=(rows, columns) (--raster)"
+            )
+        return raster
+    if raster is not None and raster != spec.raster and (1 not in raster or prod(raster) != prod(spec.raster)):
+        raise PtychodaskError(f"{label}: is a raster of {raster}, but raster is {spec.raster}; leave raster= out")
+    return spec.raster
 
 
 def _position_pairs(values: NDArray[Any], label: str, raster: tuple[int, int] | None) -> NDArray[Any]:

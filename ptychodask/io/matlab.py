@@ -10,7 +10,7 @@ import numpy as np
 import scipy.io
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.io.named import NamedArrays
+from ptychodask.io.arrays import NamedArrays
 
 
 class MatlabFile(NamedArrays):

@@ -31,6 +31,8 @@ MAPPED_KEYS = (
     "mask_bad",
     "object",
     "label",
+    "label_amp",
+    "label_phase",
     "flux",
     "scan_index",
 )
@@ -99,6 +101,31 @@ class IngestSpec:
     )
     """Positions: (y, x) becomes (a·y + b·x, c·y + d·x) with (a, b, c, d), after `swap_xy` and the flips and before
     conversion of units. Corrects a stage that is rotated, scaled or sheared against the detector. For every format."""
+
+    rotation_deg: float | None = option(
+        None,
+        help="Turn the positions from +x toward +y by this angle, degrees, after the swap and the flips.",
+    )
+    """Positions: turned from +x toward +y by this angle, degrees, in place of `affine`. For every format."""
+
+    step: tuple[float, float] | None = option(
+        None, help="y,x: distance of rows and of columns of a raster in --units, for want of positions.", of_format=True
+    )
+    """Distance (y, x) of rows and of columns of a raster without positions, in `units`; negative ones run backward."""
+
+    raster: tuple[int, int] | None = option(
+        None, help="Rows and columns of the raster, for --step, if the patterns have one axis.", of_format=True
+    )
+    """Rows and columns of the raster, for `step`, if the patterns' shape does not have them."""
+
+    positions: str | Path | None = option(
+        None,
+        help="File with the positions, if not that of the patterns: columns of text, .npy, NPZ or HDF5.",
+        of_format=True,
+        segment="each",
+    )
+    """File with the positions, if the file of the patterns has none: columns of text, .npy, or a file with the `keys`
+    ``y`` and ``x`` or ``position``. Its keys come after "positions/" where both files have the same."""
 
     n_pixels: int | None = option(None, help="Pixels across a stored pattern; crops or pads about the beam centre.")
     """Pixels across a stored pattern, N; crops or pads about the beam centre. By default the frame size over `bin`."""
@@ -245,7 +272,7 @@ class IngestSpec:
             )
         if isinstance(self.centre, str):
             check_choice("centre", self.centre, ("dc", "auto", "(y, x)"), "ingest")
-        elif not _is_pair(self.centre):
+        elif not _are_finite(self.centre, 2):
             raise PtychodaskError(f"ingest: centre is {self.centre!r}, expected 'dc', 'auto' or (y, x)")
         if self.probe is not None and not isinstance(self.probe, str):
             raise PtychodaskError(
@@ -253,9 +280,26 @@ class IngestSpec:
             )
         if self.affine is not None:
             as_matrix(self.affine)
+        self._check_raster()
         self._check_keys()
         self._check_probe_options()
         check_types(self, "ingest")
+
+    def _check_raster(self) -> None:
+        if self.rotation_deg is not None and (self.affine is not None or not _are_finite((self.rotation_deg,), 1)):
+            raise PtychodaskError(
+                f"ingest: rotation_deg is {self.rotation_deg!r}, expected a number of degrees, and no affine with it"
+            )
+        if self.step is not None and not (_are_finite(self.step, 2) and all(self.step)):
+            raise PtychodaskError(f"ingest: step is {self.step!r}, expected two numbers (y, x) that are not 0")
+        if self.raster is not None and not (
+            _are_finite(self.raster, 2) and all(isinstance(n, int | np.integer) and n > 0 for n in self.raster)
+        ):
+            raise PtychodaskError(f"ingest: raster is {self.raster!r}, expected positive integers (rows, columns)")
+        if self.raster is not None and self.step is None:
+            raise PtychodaskError("ingest: raster has no meaning without step; pass step=(y, x) (--step)")
+        if self.step is not None and ({"y", "x", "position"} & set(self.keys or ()) or self.positions is not None):
+            raise PtychodaskError("ingest: step stands in place of positions; leave out it or the keys of positions")
 
     def _check_keys(self) -> None:
         unknown = sorted(set(self.keys or ()) - set(MAPPED_KEYS))
@@ -288,12 +332,24 @@ FORMAT_OPTIONS = names_where(IngestSpec, of_format=True)
 """Options for properties that not all formats define; a format that defines one refuses the option."""
 
 
-def _is_pair(centre: Any) -> bool:
+def _are_finite(values: Any, count: int) -> bool:
     return (
-        isinstance(centre, Sequence | np.ndarray)
-        and len(centre) == 2
-        and all(isinstance(value, int | float | np.number) and np.isfinite(value) for value in centre)
+        isinstance(values, Sequence | np.ndarray)
+        and len(values) == count
+        and all(isinstance(value, int | float | np.number) and np.isfinite(value) for value in values)
     )
+
+
+def rotation_matrix(angle_deg: float) -> NDArray[np.float64]:
+    """Matrix (2, 2) that turns (y, x) from +x toward +y.
+
+    Examples
+    --------
+    >>> np.round(rotation_matrix(90) @ np.array([0.0, 1.0]), 9)
+    array([1., 0.])
+    """
+    sine, cosine = np.sin(np.deg2rad(angle_deg)), np.cos(np.deg2rad(angle_deg))
+    return np.array([[cosine, sine], [-sine, cosine]])
 
 
 def as_matrix(affine: Sequence[float]) -> NDArray[np.float64]:

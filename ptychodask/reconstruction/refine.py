@@ -153,11 +153,12 @@ def object_layers(run: Run) -> list[ObjectLayer]:
     for (label, index), method in zip(methods, run.job.methods, strict=True):
         network = method.prediction.model.model
         is_flat = network is not None and network.kind == ITERATIVE
-        layers.append(ObjectLayer(label, "object", index, None, is_flat))
+        is_learnt = network is None or bool(network.trained_on)
+        layers.append(ObjectLayer(label, "object", index, None, is_flat, is_learnt))
         if run.job.layers.split_half:
             for half in range(2):
                 name = f"{label}, half {half}" if label else f"half {half}"
-                layers.append(ObjectLayer(name, "object_half", (*index, half), half, is_flat))
+                layers.append(ObjectLayer(name, "object_half", (*index, half), half, is_flat, is_learnt))
     if len(layers) > 1 and not layers[0].label:
         layers[0] = replace(layers[0], label="whole")
     return layers

@@ -122,6 +122,9 @@ class ObjectLayer:
     is_flat: bool = False
     """True if no network predicted it, so that its patches have no uncertainty."""
 
+    is_learnt: bool = True
+    """True if a trained network predicted it, near which few photons are no reason to leave."""
+
 
 @dataclass(frozen=True, eq=False)
 class MovedPatterns:

@@ -619,8 +619,8 @@ class Refinement:
 
     def _weigh(self, state: RefinementState) -> None:
         """Weights of the sweeps that follow."""
-        # A flat object is no knowledge to hold on to; and without counts nobody knows what one photon weighs.
-        prior = PRIOR_PHOTONS if self._scan.domain == "counts" and not state.from_flat else 0.0
+        # Only training is knowledge to hold on to; and without counts nobody knows what one photon weighs.
+        prior = PRIOR_PHOTONS if self._scan.domain == "counts" and self._layer.is_learnt else 0.0
         held = prior, DIM_FROM_FLAT if state.from_flat else 1.0
         state.weights = state.newest
         tasks = [

@@ -6,9 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from math import prod
 from operator import floordiv
-from pathlib import Path
 from typing import Any
 
 import zarr
@@ -102,7 +100,7 @@ def check_codecs(array: zarr.Array, label: LocationLike, remedy: str) -> None:
     metadata = array.metadata
     if metadata.zarr_format != 3:
         raise PtychodaskError(f"{name} is of Zarr format {metadata.zarr_format}, expected 3; {remedy}")
-    if foreign := sorted(_codec_names([codec.to_dict() for codec in metadata.codecs]) - CODECS):
+    if foreign := sorted(codec_names([codec.to_dict() for codec in metadata.codecs]) - CODECS):
         raise PtychodaskError(
             f"{name} has the codecs {', '.join(foreign)}, expected some of: {', '.join(sorted(CODECS))}; {remedy}"
         )
@@ -136,12 +134,12 @@ def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, label: Locati
         raise PtychodaskError(f"{label}: array {listed} is larger than its files can contain; {remedy}")
 
 
-def _codec_names(described: Any) -> set[str]:
+def codec_names(described: Any) -> set[str]:
     """Names of codecs and nested codecs in their JSON description."""
     if isinstance(described, list | tuple):
-        return set().union(*map(_codec_names, described))
+        return set().union(*map(codec_names, described))
     inner = described.get("configuration", {})
-    return {str(described["name"])} | _codec_names([*inner.get("codecs", ()), *inner.get("index_codecs", ())])
+    return {str(described["name"])} | codec_names([*inner.get("codecs", ()), *inner.get("index_codecs", ())])
 
 
 def open_root(path: Location, kind: StoreKind, mode: str = "r") -> zarr.Group:
@@ -180,59 +178,3 @@ def open_root(path: Location, kind: StoreKind, mode: str = "r") -> zarr.Group:
             f"{path}: the {kind.noun} is unfinished (state is {state!r}, expected 'complete'); {again}"
         )
     return root
-
-
-FOREIGN_CODECS = CODECS | {"bz2", "delta", "fletcher32", "lz4", "shuffle", "zlib"}
-"""Codecs that may run in the Zarr of another program: as `CODECS`, and those of Zarr format 2."""
-
-
-def is_zarr(path: Path) -> bool:
-    """True if a folder is a Zarr group or array, of format 2 or 3."""
-    return any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zarray"))
-
-
-def foreign_arrays(path: Path) -> tuple[dict[str, zarr.Array], dict[str, str]]:
-    """Arrays of numbers in the Zarr of another program, and their units.
-
-    Parameters
-    ----------
-    path : Path
-        A group or array of Zarr format 2 or 3.
-
-    Returns
-    -------
-    arrays : dict
-        Path in the group -> array; a single array is named "data". Arrays of text are left out.
-    units : dict
-        Path -> its attribute "units" or "unit".
-
-    Raises
-    ------
-    PtychodaskError
-        If it cannot be read, or an array needs a codec that is not in `FOREIGN_CODECS`.
-    """
-    remedy = "copy it again, or save its arrays as .npy files"
-    with damage_errors(path, "cannot be read as Zarr", remedy):
-        root = zarr.open(path, mode="r")
-        found = {"data": root} if isinstance(root, zarr.Array) else dict(root.members(max_depth=None))
-        arrays = {
-            name: node for name, node in found.items() if isinstance(node, zarr.Array) and node.dtype.kind in "buifc"
-        }
-        for name, array in arrays.items():
-            label = f"{path}[{name}]"
-            if array.metadata.zarr_format == 3:
-                codecs = _codec_names([codec.to_dict() for codec in array.metadata.codecs])
-            else:
-                described = array.metadata.to_dict()
-                filters: Any = described.get("filters") or ()
-                stages: list[Any] = [described.get("compressor"), *filters]
-                codecs = {str(stage["id"]) for stage in stages if stage}
-            if foreign := sorted(codecs - FOREIGN_CODECS):
-                raise PtychodaskError(
-                    f"{label}: has the codecs {', '.join(foreign)}, expected some of: "
-                    f"{', '.join(sorted(FOREIGN_CODECS))}; {remedy}"
-                )
-            check_stored([array], prod(array.shape) * array.dtype.itemsize, label, remedy)
-        attributes = {name: dict(array.attrs) for name, array in arrays.items()}
-    units = {name: held.get("units", held.get("unit")) for name, held in attributes.items()}
-    return arrays, {name: unit for name, unit in units.items() if isinstance(unit, str)}
