@@ -47,9 +47,9 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
     Patterns are (pattern, qy, qx), or a raster (row, column, qy, qx) that is read row after row. ``y`` and ``x`` are
     one number for each pattern, maps (row, column), or for a raster one number for each row and for each column.
     ``position`` is (pattern, 2), (row, column, 2) or (2, pattern) in the order (y, x), in place of ``y`` and ``x``;
-    ``mask`` is True where a pixel is good, ``mask_bad`` where it is bad; labels are complex, or amplitudes and phases (``label_amp``,
-    ``label_phase``); ``object`` has its pixel [0, 0] at position (0, 0) and needs positions in pixels, neither flipped
-    nor swapped.
+    ``mask`` is True where a pixel is good, ``mask_bad`` where it is bad; labels are complex, or amplitudes and
+    phases (``label_amp``, ``label_phase``); ``object`` has its pixel [0, 0] at position (0, 0) and needs positions in
+    pixels, neither flipped nor swapped.
 
     Raises
     ------
