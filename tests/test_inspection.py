@@ -12,9 +12,10 @@ import yaml
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import diffract
-from ptychodask.inspection import evidence as evidence_module
 from ptychodask.inspection import inspect_file, plot_preview
-from ptychodask.inspection.evidence import (
+from ptychodask.io import evidence as evidence_module
+from ptychodask.io import ingest
+from ptychodask.io.evidence import (
     Sample,
     bad_pixels,
     beam_of,
@@ -23,7 +24,6 @@ from ptychodask.inspection.evidence import (
     spread_rows,
     take_sample,
 )
-from ptychodask.io import ingest
 from ptychodask.probes import disc_probe
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan

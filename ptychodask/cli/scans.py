@@ -226,5 +226,5 @@ def refine_probe(
     options = given(n_sweeps=n_sweeps, fraction=fraction, held_out=held_out, experiment=experiment, seed=seed)
     refined = refine_probe(store, search_defocus=search_defocus, progress=progress_option(quiet), **options)
     change = f"R {refined.r_before:.4f} -> {refined.r_after:.4f} on {refined.n_held_out} held-out patterns"
-    outcome = "stored" if refined.stored else "not better, stored probe unchanged"
+    outcome = "stored" if refined.stored else f"stored probe unchanged: {refined.problem}"
     typer.echo(f"{named(store)}: {change}; {outcome}")

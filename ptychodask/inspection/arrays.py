@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.io.geometry import HC_EV_M
+from ptychodask.io.geometry import wavelength_m_of
 from ptychodask.io.parts import joined_keys
+from ptychodask.io.quantities import SQUARENESS
 from ptychodask.io.source import Container, frame_axes, raster_shape
 from ptychodask.io.units import Dimension, factor_of
 
@@ -37,7 +38,7 @@ _SECOND_BEST = re.compile(r"start|nominal|true|offset|relative|err|std", re.IGNO
 
 _OPTICS: tuple[tuple[str, re.Pattern[str], Dimension], ...] = (
     # option, its name in files, dimension
-    ("energy_ev", re.compile(r"energy|voltage", re.IGNORECASE), "eV"),
+    ("energy_ev", re.compile(r"energy|^((accel|beam|high)\w*_)?voltage(_k?v)?$", re.IGNORECASE), "eV"),
     ("wavelength_m", re.compile(r"wavelength|lambda", re.IGNORECASE), "m"),
     ("distance_m", re.compile(r"distance|^z(_m)?$", re.IGNORECASE), "m"),
     (
@@ -172,11 +173,15 @@ def find_keys(notes: Sequence[ArrayNote], patterns: ArrayNote) -> dict[str, str]
         position_keys = _nearest_positions(notes, n_patterns)
     keys |= position_keys
     keys |= _named("probe", [n for n in notes if n.kind == "c" and _is_probe(n, frame)], _PROBE)
-    masks = [n for n in notes if n.kind in set("biu") and n.shape == frame and "mask" in n.name.lower()]
+    masks = [n for n in notes if n.kind in set("biu") and _long(n.shape) == frame and "mask" in n.name.lower()]
     keys |= {"mask": masks[0].key} if len(masks) == 1 else {}
     keys |= _find_labels(notes, (n_patterns, *frame) if n_patterns == axes[0] else (*frame, n_patterns))
     indices = [n for n in notes if n.name == "scan_index" and n.shape == (n_patterns,) and n.kind in set("iu")]
     return keys | ({"scan_index": indices[0].key} if indices else {})
+
+
+def _long(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
 
 
 def _find_labels(notes: Sequence[ArrayNote], axes: tuple[int, ...]) -> dict[str, str]:
@@ -287,6 +292,49 @@ def _named(role: str, fitting: list[ArrayNote], name: re.Pattern[str]) -> dict[s
     return {role: chosen[0].key} if chosen else {}
 
 
+_PARTICLE = re.compile(r"particle|radiation|(probe|beam|source)_?type|^probe$", re.IGNORECASE)
+_OF_ELECTRONS = re.compile(r"^((accel|beam|high)\w*_)?voltage(_k?v)?$|electron_energy", re.IGNORECASE)
+_OBJECT_PIXEL = re.compile(r"^(?:obj\w*_)?pixel(?:_?size)?_([a-z]+)(?:_(\d+))?$", re.IGNORECASE)
+
+
+def find_particle(container: Container, notes: Sequence[ArrayNote]) -> str | None:
+    """Name of what says that a file is of electrons; None if nothing does."""
+    for note in notes:
+        if _OF_ELECTRONS.search(note.name) and note.kind in set("iuf"):
+            return note.key
+        if _PARTICLE.search(note.name) and "electron" in (container.text(note.key) or "").lower():
+            return note.key
+    return next((name for name in container.numbers("") if _OF_ELECTRONS.search(name)), None)
+
+
+def find_aspect(container: Container, notes: Sequence[ArrayNote]) -> float | None:
+    """Height of a detector pixel over its width; None if square or unknown."""
+    sizes = {}
+    for note in notes:
+        match = re.search(r"^([yx])_pixel_?size|pixel_?size_([yx])$", note.name, re.IGNORECASE)
+        if match and note.kind in set("iuf") and int(np.prod(note.shape, dtype=object)) == 1:
+            factor = factor_of(note.unit or "m", "m") or 1.0
+            sizes[(match.group(1) or match.group(2)).lower()] = factor * float(container.array(note.key).reshape(-1)[0])
+    if set(sizes) != {"y", "x"} or not min(sizes.values()) > 0:
+        return None
+    aspect = sizes["y"] / sizes["x"]
+    return None if abs(aspect - 1) <= SQUARENESS else aspect
+
+
+def find_object_pixel(container: Container, n_pixels: int) -> tuple[str, float] | None:
+    """Attribute of the file with the size of an object pixel, and that in metres.
+
+    Of several, the one whose name ends with the number of pixels of a frame.
+    """
+    fitting: dict[str, float] = {}
+    for name, value in container.numbers("").items():
+        match = _OBJECT_PIXEL.search(name)
+        factor = None if match is None else factor_of(match.group(1), "m")
+        if match is not None and factor is not None and value > 0 and match.group(2) in (None, str(n_pixels)):
+            fitting[name] = float(f"{value * factor:.15g}")
+    return max(fitting.items(), key=lambda item: item[0].endswith(f"_{n_pixels}"), default=None)
+
+
 def find_optics(container: Container, notes: Sequence[ArrayNote]) -> list[Optic]:
     """Energy, wavelength, distance and detector pixel size, in units of `IngestSpec`."""
     optics: dict[str, Optic] = {}
@@ -328,4 +376,4 @@ def _unit_of(option: str, note: ArrayNote, value: float, dimension: Dimension) -
 def wavelength_of(options: dict[str, Any]) -> float | None:
     """Wavelength in metres from the options; None without wavelength or energy."""
     energy_ev = options.get("energy_ev")
-    return HC_EV_M / energy_ev if energy_ev else options.get("wavelength_m")
+    return wavelength_m_of(energy_ev, options.get("particle")) if energy_ev else options.get("wavelength_m")

@@ -19,8 +19,11 @@ from ptychodask.grouping import median_step_px, outlying_positions
 from ptychodask.inspection.arrays import (
     LEAST_PIXELS,
     ArrayNote,
+    find_aspect,
     find_keys,
+    find_object_pixel,
     find_optics,
+    find_particle,
     find_patterns,
     find_step,
     note_arrays,
@@ -28,7 +31,9 @@ from ptychodask.inspection.arrays import (
     wavelength_of,
 )
 from ptychodask.inspection.command import Origin, store_name
-from ptychodask.inspection.evidence import (
+from ptychodask.inspection.findings import Finding, Inspection, Preview
+from ptychodask.inspection.stores import inspect_store
+from ptychodask.io.evidence import (
     Certainty,
     Sample,
     bad_pixels,
@@ -40,18 +45,17 @@ from ptychodask.inspection.evidence import (
     off_centre_px,
     take_sample,
 )
-from ptychodask.inspection.findings import Finding, Inspection, Preview
-from ptychodask.inspection.stores import inspect_store
 from ptychodask.io.folders import is_foreign_folder
 from ptychodask.io.formats import detect_format, open_for, options_of, read_source
-from ptychodask.io.grid import GriddedSource, on_grid
+from ptychodask.io.grid import ELECTRONS_FROM_EV, GriddedSource, on_grid
 from ptychodask.io.mapping import positions_of
 from ptychodask.io.near_field import near_field
 from ptychodask.io.patterns import prepared
+from ptychodask.io.pixel_values import MOST_BAD, clipped, no_counts
+from ptychodask.io.plausible import overlap_of
 from ptychodask.io.recipe import with_recipe
 from ptychodask.io.source import MOST_PIXELS, Container, Frames, IngestSpec, SourceScan, frame_axes, raster_shape
 from ptychodask.io.units import Unit, metres_in, position_unit
-from ptychodask.probes import probe_diameter_px
 from ptychodask.scan import Domain, as_rows
 from ptychodask.storage.location import parse_location
 
@@ -60,9 +64,6 @@ USUAL_STEP = 0.3
 
 METRES_BELOW = 0.1
 """Extent below which positions are taken as metres: no scan is a tenth of a pixel or of a micrometre wide."""
-
-WIDEST_OVERLAPPING = 1.0
-"""Step over probe diameter from which neighbours do not overlap."""
 
 PREVIEW_PATTERNS = 4
 """Patterns in the preview figure."""
@@ -140,6 +141,7 @@ class _Inspector:
         self.options = spec.given()
         self.findings: list[Finding] = []
         self.refused: list[str] = []
+        self.n_saturated = 0
         self.arrays = note_arrays(container)
         if not self.arrays:
             raise PtychodaskError(f"{container.label}: contains no arrays; name a file with patterns")
@@ -222,17 +224,31 @@ class _Inspector:
             statement = f"y is '{keys['y']}' and x '{keys['x']}', by their names"
             self._report("axes", f"{statement}; check it with --check-axes", "guess")
         self._propose_mask(keys)
+        self._propose_attributes(patterns)
         for optic in find_optics(self.container, self.arrays):
             if optic.option not in self.options:
                 self.options[optic.option] = optic.value
                 statement = f"{optic.option} {optic.value:.6g}, from '{optic.key}' in {optic.unit}"
                 self._report("optics", statement, "guess" if optic.is_guess else "noted")
 
-    def _propose_mask(self, keys: dict[str, str]) -> None:
-        """Use a mask only if most pixels are nonzero.
+    def _propose_attributes(self, patterns: ArrayNote) -> None:
+        """Propose the particle, the shape of pixels and the object pixel, if noted."""
+        particle = find_particle(self.container, self.arrays)
+        if particle is not None and "particle" not in self.options:
+            self.options["particle"] = "electron"
+            self._report("optics", f"particle electron, from '{particle}'", "noted")
+        aspect = find_aspect(self.container, self.arrays)
+        if aspect is not None and "affine" not in self.options:
+            self.options["affine"] = (float(f"{aspect:.9g}"), 0.0, 0.0, 1.0)
+            statement = f"detector pixels are not square, {aspect:.4g} times as high as wide: y positions are scaled"
+            self._report("optics", statement, "noted")
+        pixel = find_object_pixel(self.container, frame_axes(patterns.shape)[-1])
+        if pixel is not None and "pixel_size_m" not in self.options:
+            name, self.options["pixel_size_m"] = pixel
+            self._report("optics", f"pixel_size_m {pixel[1]:.6g}, from the attribute '{name}'", "noted")
 
-        Any other mask marks the bad pixels instead.
-        """
+    def _propose_mask(self, keys: dict[str, str]) -> None:
+        """Settle whether a mask marks good or bad pixels: most are good."""
         if "mask" not in keys:
             return
         good = float((self.container.array(keys["mask"]) != 0).mean())
@@ -241,11 +257,9 @@ class _Inspector:
                 "mask", f"'{keys['mask']}' is nonzero on {100 * good:.1f} % of the pixels, so nonzero is good", "guess"
             )
             return
-        left_out = keys.pop("mask")
-        statement = (
-            f"'{left_out}' is 0 on {100 - 100 * good:.1f} % of the pixels, so 0 seems good: invert it for --mask"
-        )
-        self._report("mask", f"left out: {statement}", "guess")
+        keys["mask_bad"] = keys.pop("mask")
+        statement = f"'{keys['mask_bad']}' is 0 on {100 - 100 * good:.1f} % of the pixels, so 0 is good"
+        self._report("mask", statement, "guess")
 
     def _mark(self, keys: dict[str, str]) -> None:
         roles = {key: name for name, key in keys.items()}
@@ -282,6 +296,7 @@ class _Inspector:
         except PtychodaskError as error:
             self.refused.append(str(error))
             return None
+        sample = self._without_flags(sample)
         height, width = sample.frames.shape[1:]
         if min(height, width) < LEAST_PIXELS:
             self.refused.append(f"patterns have {height} x {width} pixels, expected at least {LEAST_PIXELS} across")
@@ -291,6 +306,25 @@ class _Inspector:
             statement = f"frames are {height} x {width}: cropped to a square with a side divisible by 4"
             self._report("size", statement, "measured")
         return sample
+
+    def _without_flags(self, sample: Sample) -> Sample:
+        """Sample without the values that are no counts, which are reported."""
+        self.n_saturated = n_saturated(sample.frames)
+        frames = clipped(sample.frames, self.options.get("floor"))
+        negative = (frames < 0).any(axis=0)
+        # Flags are negative in every frame, noise around 0 is not.
+        are_flags = frames.dtype.kind == "i" and bool((frames[:, negative] < 0).all())
+        flagged = no_counts(frames, negative=are_flags)
+        if self.options.get("saturated") == "keep" or not flagged.any():
+            return replace(sample, frames=frames)
+        always, ever = flagged.all(axis=0), flagged.any(axis=0)
+        values = ", ".join(f"{value:.0f}" for value in np.unique(frames[flagged])[-3:])
+        statement = f"{always.sum()} pixels hold {values} in all sampled patterns and {(ever & ~always).sum()} in some"
+        if ever.mean() <= MOST_BAD:
+            self.options["saturated"] = "mask"
+            statement += ", which are no counts: --saturated mask marks them as bad in a mask"
+        self._report("mask", statement, "measured")
+        return replace(sample, frames=np.where(flagged, np.zeros((), frames.dtype), frames), good=np.logical_not(ever))
 
     def _pattern_axis_is_last(self, axes: tuple[int, ...], n_positions: int | None) -> bool:
         if "axes" in self.options:
@@ -429,18 +463,31 @@ class _Inspector:
         good = np.ones(mean.shape, bool) if scan is None or scan.mask is None else scan.mask
         if good.shape != mean.shape:
             return
+        good = good if sample.good is None else good & sample.good
         hot, dead = bad_pixels(sample, mean, good)
         self._report(
-            "pixels", f"{hot.sum()} hot, {dead.sum()} dead, {n_saturated(frames)} saturated in one pattern", "measured"
+            "pixels", f"{hot.sum()} hot, {dead.sum()} dead, {self.n_saturated} saturated in one pattern", "measured"
         )
         values = frames[:, good]
         for invalid, description in ((~np.isfinite(values), "not finite"), (values < 0, "negative")):
             rows = sample.rows[invalid.any(axis=1)]
             if len(rows):
+                if description == "negative":
+                    self._propose_floor(values, len(rows), len(sample.rows))
+                    continue
                 self.refused.append(
                     f"values are {description} in {len(rows)} of {len(sample.rows)} sampled patterns "
                     f"(rows {as_rows(rows)}); leave these out with --drop-frames, or mark the pixels as bad with --mask"
                 )
+
+    def _propose_floor(self, values: NDArray[Any], n_with: int, n_sampled: int) -> None:
+        """Propose to set negative values to 0, as dark subtraction leaves them."""
+        self.options["floor"] = 0.0
+        share = 100 * float((values < 0).mean())
+        statement = (
+            f"{share:.2g} % of the values in {n_with} of {n_sampled} sampled patterns, down to {values.min():.4g}"
+        )
+        self._report("negative", f"{statement}: --floor 0 sets them to 0", "measured")
 
     def _check_beam(self, mean: NDArray[np.float64], scan: SourceScan | None) -> None:
         detected, evidence = beam_of(mean)
@@ -479,6 +526,9 @@ class _Inspector:
             return  # The pixel size was chosen to give a usual overlap, so reporting the overlap means nothing.
         if scan.unit != "px" and gridded.pixel_size_m is not None:
             guessed = any(finding.topic == "optics" and finding.certainty == "guess" for finding in self.findings)
+            if gridded.spec.energy_ev and gridded.spec.particle is None and gridded.spec.energy_ev >= ELECTRONS_FROM_EV:
+                statement = f"{gridded.spec.energy_ev / 1e3:.4g} keV is taken as of photons; is it of electrons?"
+                self._report("energy", f"{statement} Then pass --particle electron", "open")
             self._report("pixel size", f"{gridded.pixel_size_m:.4g} m (object)", "guess" if guessed else "noted")
         self._check_overlap(scan, gridded, sample)
 
@@ -492,27 +542,20 @@ class _Inspector:
             self._report("outliers", f"{subject} far from all others; leave out with --drop-frames {rows}", "measured")
 
     def _check_overlap(self, scan: SourceScan, gridded: GriddedSource, sample: Sample) -> None:
-        step = median_step_px(gridded.position_yx_px)
+        fits = scan.probe is not None and scan.probe.shape[1:] == sample.frames.shape[1:]
+        counts = _as_counts(sample, scan.domain)
+        # A hot pixel is the same in all patterns and would dominate their speckles.
+        counts[:, bad_pixels(sample, counts.mean(axis=0))[0]] = 0
         scale = gridded.grid.position_scale_yx[0]
-        if scan.probe is not None and np.any(scan.probe) and scan.probe.shape[1:] == sample.frames.shape[1:]:
-            diameter, basis = probe_diameter_px(scan.probe) * scale, "the file's probe is"
-        else:
-            counts = _as_counts(sample, scan.domain)
-            # A hot pixel is the same in all patterns and would dominate their speckles.
-            counts[:, bad_pixels(sample, counts.mean(axis=0))[0]] = 0
-            least = least_probe_diameter_px(counts)
-            diameter, basis = (least or 0.0) * scale, "judged by speckle size, the probe is at least"
-        if not step or not diameter:
+        overlap = overlap_of(gridded.position_yx_px, scan.probe if fits else None, counts, scale=scale)
+        if overlap is None:
             return
-        share = step / diameter
-        statement = f"the median step is {step:.3g} px; {basis} {diameter:.3g} px wide"
-        if share < WIDEST_OVERLAPPING:
-            self._report("overlap", f"{statement}: {100 * (1 - share):.0f} %", "measured")
-        else:
-            self._report(
-                "overlap",
-                f"{statement}: neighbours do not overlap, or units, pixel size or probe are wrong",
-                "measured",
+        told = overlap.problem or f"{100 * (1 - overlap.share):.0f} %"
+        self._report("overlap", f"{overlap.statement}: {told}", "measured")
+        if overlap.is_too_small:
+            self.refused.append(
+                f"positions in {scan.unit} give a step of {overlap.step_px:.3g} px, which is unlikely; pass --units, "
+                "and --pixel-size-m or energy, distance and detector pixel"
             )
 
     def _domain(self, scan: SourceScan | None) -> Domain:

@@ -59,6 +59,9 @@ class NamedArrays:
     def unit(self, key: str) -> str | None:
         return self._units.get(key)
 
+    def text(self, key: str) -> str | None:
+        return None
+
     def numbers(self, key: str) -> dict[str, float]:
         return {}
 

@@ -11,13 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.io.geometry import HC_EV_M, FrameGrid, centre_of_mass, mean_counts, pixel_size_m
+from ptychodask.io.geometry import FrameGrid, centre_of_mass, mean_counts, pixel_size_m, wavelength_m_of
 from ptychodask.io.npy_stream import read_npy
+from ptychodask.io.pixel_values import flagged_pixels
+from ptychodask.io.plausible import unlikely_optics
+from ptychodask.io.quantities import SQUARENESS
 from ptychodask.io.source import IngestSpec, SourceScan, as_mask, as_matrix, rotation_matrix
 from ptychodask.io.units import metres_in
 from ptychodask.scan import Truth, check_pattern_shape, check_positions
 
 logger = logging.getLogger(__name__)
+
+ELECTRONS_FROM_EV = 60e3
+"""Energy from which electrons are more likely than photons."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,6 +87,16 @@ def on_grid(file_scan: SourceScan, spec: IngestSpec, label: str) -> GriddedSourc
     if mask is not None and not mask.any():
         raise PtychodaskError(f"{label}: the mask leaves no good pixel; it is True where a pixel is good")
     pixel_m = _object_pixel_m(file_scan, spec, grid, label)
+    if spec.particle is None and (spec.energy_ev or 0) >= ELECTRONS_FROM_EV:
+        logger.warning(
+            "%s: an energy of %.4g keV is taken as that of photons; pass particle='electron' (--particle electron) if "
+            "it is of electrons, or 'photon'",
+            label,
+            (spec.energy_ev or 0) / 1e3,
+        )
+    unlikely = unlikely_optics(pixel_m, wavelength_of(spec))
+    if unlikely:
+        logger.warning("%s: %s; check energy, distance and detector pixel", label, unlikely)
     file_scan = _with_affine(file_scan, spec, label)
     position_yx_px = _position_yx_px(file_scan, grid, pixel_m, label)[kept]
     truth = _truth(file_scan, grid, position_yx_px, label)
@@ -237,6 +253,10 @@ def _frame_mask(file_scan: SourceScan, spec: IngestSpec, label: str) -> NDArray[
         raise PtychodaskError(
             f"{label}: the mask has shape {mask.shape}, expected {file_scan.frames.shape[1:]} like the frames"
         )
+    if spec.saturated == "mask":
+        flagged = flagged_pixels(file_scan.frames.blocks(), negative=spec.floor is None, label=label)
+        logger.info("%s: marked %d pixels as bad, whose values are no counts", label, flagged.sum())
+        return ~flagged if mask is None else mask & ~flagged
     return mask
 
 
@@ -286,7 +306,8 @@ def _object_pixel_m(file_scan: SourceScan, spec: IngestSpec, grid: FrameGrid, la
 
 
 def wavelength_of(spec: IngestSpec) -> float | None:
-    return HC_EV_M / spec.energy_ev if spec.energy_ev else spec.wavelength_m
+    """Wavelength by the options, metres; None without energy and wavelength."""
+    return wavelength_m_of(spec.energy_ev, spec.particle) if spec.energy_ev else spec.wavelength_m
 
 
 def _position_yx_px(
@@ -299,7 +320,15 @@ def _position_yx_px(
             f"{label}: positions are in {file_scan.unit}, but the size of an object pixel is unknown; "
             "pass pixel_size_m=, or energy_ev=, distance_m= and detector_pixel_m="
         )
-    return file_scan.position_yx * (metres_in(file_scan.unit) / object_pixel_m)
+    aspect = file_scan.pixel_aspect
+    if not np.isclose(aspect, 1, rtol=SQUARENESS):
+        logger.warning(
+            "%s: detector pixels are not square (height %.4g of the width); y positions are scaled to object pixels of "
+            "that height, and pixel_size_m is the width of an object pixel",
+            label,
+            aspect,
+        )
+    return file_scan.position_yx * np.array([aspect, 1.0]) * (metres_in(file_scan.unit) / object_pixel_m)
 
 
 def _truth(file_scan: SourceScan, grid: FrameGrid, position_yx_px: NDArray[np.float64], label: str) -> Truth | None:

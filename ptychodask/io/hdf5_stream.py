@@ -278,6 +278,12 @@ class Hdf5File:
             named = (unit_text(attributes[name]) for name in _UNIT_ATTRIBUTES if name in attributes)
             return next((text for text in named if text), None)
 
+    def text(self, key: str) -> str | None:
+        with reading(f"{self.label}[{key}]"):
+            dataset = self._dataset(key)
+            is_short = dataset.size == 1 and (h5py.check_string_dtype(dataset.dtype) is not None)
+            return unit_text(dataset[()]) if is_short else None
+
     def numbers(self, key: str) -> dict[str, float]:
         with reading(f"{self.label}[{key}]"):
             item = self._dataset(key) if key else self._file

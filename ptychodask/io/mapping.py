@@ -47,9 +47,9 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
     Patterns are (pattern, qy, qx), or a raster (row, column, qy, qx) that is read row after row. ``y`` and ``x`` are
     one number for each pattern, maps (row, column), or for a raster one number for each row and for each column.
     ``position`` is (pattern, 2), (row, column, 2) or (2, pattern) in the order (y, x), in place of ``y`` and ``x``;
-    ``mask`` is True where a pixel is good; labels are complex, or amplitudes and phases (``label_amp``,
-    ``label_phase``); ``object`` has its pixel [0, 0] at position (0, 0) and needs positions in pixels, neither flipped
-    nor swapped.
+    ``mask`` is True where a pixel is good, ``mask_bad`` where it is bad; labels are complex, or amplitudes and
+    phases (``label_amp``, ``label_phase``); ``object`` has its pixel [0, 0] at position (0, 0) and needs positions in
+    pixels, neither flipped nor swapped.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
     def optional(name: str) -> NDArray[Any] | None:
         return container.array(keys[name]) if name in keys else None
 
-    probe, mask, object_, flux, scan_index = map(optional, ("probe", "mask", "object", "flux", "scan_index"))
+    probe, object_, flux, scan_index = map(optional, ("probe", "object", "flux", "scan_index"))
     return SourceScan(
         frames=container.frames(keys["diffraction"], pattern_last=last, raster=True),
         position_yx=position_yx,
@@ -93,7 +93,7 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
         dc=spec.dc or "centre",
         calibration="mean_counts",
         probe=None if probe is None else as_probe(probe, f"{label}[{keys['probe']}]"),
-        mask=None if mask is None else as_mask(mask, f"{label}[{keys['mask']}]"),
+        mask=_mask(container, keys),
         object=None if object_ is None else _as_object(object_, f"{label}[{keys['object']}]"),
         label=labels_of(container, keys, pattern_last=last),
         flux=None if flux is None else as_vector(flux, f"{label}[{keys['flux']}]"),
@@ -237,6 +237,18 @@ def _check_map(shape: tuple[int, ...], raster: tuple[int, int] | None, label: st
             f"{label}: is a map of {shape[0]} x {shape[1]} positions for a raster of {raster[0]} x {raster[1]} "
             "patterns; save it in the order of the patterns, (row, column)"
         )
+
+
+def _mask(container: Container, keys: Mapping[str, str]) -> NDArray[np.bool_] | None:
+    """Good pixels (h, w) by ``mask`` and ``mask_bad``, True where both say so."""
+    good: NDArray[np.bool_] | None = None
+    for name in {"mask", "mask_bad"} & set(keys):
+        values = container.array(keys[name])
+        values = np.squeeze(values) if values.ndim > 2 else values
+        told = as_mask(values, f"{container.label}[{keys[name]}]")
+        told = ~told if name == "mask_bad" else told
+        good = told if good is None or good.shape != told.shape else good & told
+    return good
 
 
 def _as_object(values: NDArray[Any], label: str) -> NDArray[np.complex64]:

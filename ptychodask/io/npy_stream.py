@@ -229,6 +229,9 @@ class NpzFile:
     def unit(self, key: str) -> str | None:
         return None
 
+    def text(self, key: str) -> str | None:
+        return None
+
     def numbers(self, key: str) -> dict[str, float]:
         return {}
 

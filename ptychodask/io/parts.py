@@ -89,6 +89,9 @@ class JoinedContainer:
     def unit(self, key: str) -> str | None:
         return self._container.unit(self._parts(key)[0])
 
+    def text(self, key: str) -> str | None:
+        return self._container.text(key)
+
     def numbers(self, key: str) -> dict[str, float]:
         return self._container.numbers(self._parts(key)[0])
 

@@ -114,6 +114,15 @@ def read_optics(
     return values
 
 
+def pixel_aspect(container: Container, detector: str, *, defined: str | None) -> float:
+    """Height of a detector pixel over its width; 1 if the file has not both."""
+    keys = [f"{detector}/{axis}_pixel_size" for axis in ("y", "x")]
+    if not all(container.has(key) for key in keys):
+        return 1.0
+    height, width = (optic(container, [key], DETECTOR_PIXEL, defined=defined) for key in keys)
+    return height / width if height and width else 1.0
+
+
 def metres_of(container: Container, key: str, given: Unit | None, *, defined: str | None) -> float:
     """Unit of an array of lengths, in metres.
 

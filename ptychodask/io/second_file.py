@@ -116,6 +116,10 @@ class PairedContainer:
         container, inner = self._of(key)
         return container.unit(inner)
 
+    def text(self, key: str) -> str | None:
+        container, inner = self._of(key)
+        return container.text(inner)
+
     def numbers(self, key: str) -> dict[str, float]:
         container, inner = self._of(key)
         return container.numbers(inner)

@@ -28,6 +28,7 @@ MAPPED_KEYS = (
     "position",
     "probe",
     "mask",
+    "mask_bad",
     "object",
     "label",
     "label_amp",
@@ -62,7 +63,8 @@ class IngestSpec:
 
     keys: Mapping[str, str] | None = option(
         None,
-        help="Keys of arrays in the file, by name: diffraction, y, x, position, probe, mask, object, label or flux.",
+        help="Keys of arrays in the file, by name: diffraction, y, x, position, probe, mask, mask_bad, "
+        "object, label or flux.",
         flag="--key",
         of_format=True,
     )
@@ -137,8 +139,15 @@ class IngestSpec:
     """Beam centre in a frame (after `dc`): "dc" is [h//2, w//2], "auto" the centre of mass of the mean pattern, or
     (y, x) in pixels of the frame; rounded to whole pixels."""
 
-    energy_ev: float | None = option(None, help="Photon energy, eV.")
-    """Photon energy, electronvolts."""
+    energy_ev: float | None = option(
+        None, help="Energy of the photons, or with --particle electron of the electrons, eV."
+    )
+    """Energy of the photons, or of the electrons with ``particle="electron"``, electronvolts."""
+
+    particle: Literal["photon", "electron"] | None = option(
+        None, help="Particle of the energy: photon or electron (relativistic wavelength)."
+    )
+    """Particle that has the energy: "electron" gives the relativistic wavelength; photons by default."""
 
     wavelength_m: float | None = option(None, help="Wavelength, metres, instead of the energy.")
     """Wavelength, metres, in place of `energy_ev`."""
@@ -205,6 +214,15 @@ class IngestSpec:
     mask: str | Path | None = option(None, help=".npy mask of the detector frame, True = good pixel.", segment="first")
     """A .npy with the shape of a frame, True (or not 0) where a detector pixel is good."""
 
+    saturated: Literal["mask", "keep"] | None = option(
+        None, help="Pixels with the largest value of their type, or negative integers: mask (mark as bad) or keep."
+    )
+    """Pixels that hold the largest value of an integer type (or a negative integer, without `floor`) in any frame:
+    "mask" marks them as bad, "keep" takes them as counts. By default they are refused unless the mask covers them."""
+
+    floor: float | None = option(None, help="Values below this become 0; 0 for counts after dark subtraction.")
+    """Values of frames below this become 0: 0 for counts after dark subtraction, more to remove readout noise."""
+
     drop_frames: str | Sequence[int | slice] | None = option(
         None, help='Frames to leave out, as row numbers in the file: "3,10:20".', segment="each"
     )
@@ -237,6 +255,14 @@ class IngestSpec:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | np.integer) and low <= value <= MOST_PIXELS):
                 raise PtychodaskError(f"ingest: {name} is {value!r}, expected an integer in {low}..{MOST_PIXELS}")
+        if self.particle is not None:
+            check_choice("particle", self.particle, ("photon", "electron"), "ingest")
+        if self.saturated is not None:
+            check_choice("saturated", self.saturated, ("mask", "keep"), "ingest")
+        if self.floor is not None and not (
+            isinstance(self.floor, int | float | np.number) and np.isfinite(self.floor) and self.floor >= 0
+        ):
+            raise PtychodaskError(f"ingest: floor is {self.floor!r}, expected a number of at least 0")
         if self.energy_ev is not None and self.wavelength_m is not None:
             raise PtychodaskError("ingest: energy_ev and wavelength_m are both given; pass one of them")
         if self.incident_counts is not None and self.calibration != "incident":
@@ -399,6 +425,9 @@ class Container(Protocol):
     def unit(self, key: str) -> str | None:
         """Unit that the file records for an array."""
 
+    def text(self, key: str) -> str | None:
+        """Text of a scalar string; None for any other array."""
+
     def numbers(self, key: str) -> dict[str, float]:
         """Scalar attributes of an array, or of the file for ""."""
 
@@ -461,6 +490,9 @@ class SourceScan:
 
     pixel_size_m: float | None = None
     """Size of an object pixel on the file's grid, metres, if the file records it."""
+
+    pixel_aspect: float = 1.0
+    """Height of a detector pixel over its width."""
 
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Description of the scan in the file, which the provenance records."""

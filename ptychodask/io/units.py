@@ -49,7 +49,12 @@ _PREFIX_WORDS = {
     "femto": 1e-15,
     "atto": 1e-18,
 }
-_SYMBOLS: dict[str, tuple[Dimension, float]] = {"m": ("m", 1.0), "eV": ("eV", 1.0), "J": ("eV", EV_PER_JOULE)}
+_SYMBOLS: dict[str, tuple[Dimension, float]] = {
+    "m": ("m", 1.0),
+    "eV": ("eV", 1.0),
+    "J": ("eV", EV_PER_JOULE),
+    "V": ("eV", 1.0),
+}
 _WORDS: dict[str, tuple[Dimension, float]] = {
     "meter": ("m", 1.0),
     "metre": ("m", 1.0),
@@ -58,6 +63,7 @@ _WORDS: dict[str, tuple[Dimension, float]] = {
     "electron volt": ("eV", 1.0),
     "electron_volt": ("eV", 1.0),
     "joule": ("eV", EV_PER_JOULE),
+    "volt": ("eV", 1.0),
 }
 _ALONE: dict[str, tuple[Dimension, float]] = {
     "micron": ("m", 1e-6),

@@ -290,9 +290,11 @@ def fill_patterns(
     if bad:
         problem = next(iter(bad))
         rows = np.sort(np.concatenate(bad[problem]))
+        of_negative = ", or of ingest use floor=0 (--floor 0) for noise and saturated='mask' for flags"
         raise PtychodaskError(
             f"{label}: {problem} in {len(rows)} patterns (source rows {as_rows(rows)}); "
             "leave them out with drop_frames= (--drop-frames), or mark the pixels bad with mask="
+            + (of_negative if problem.startswith("negative") else "")
         )
     return total_counts, digest.hexdigest()
 
