@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,15 +12,13 @@ from models_for_tests import LinearModel
 from scipy.ndimage import gaussian_filter
 
 from ptychodask import apply_positions
-from ptychodask.cluster.clients import local_client
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import expected_counts
 from ptychodask.grouping import GroupingSpec
 from ptychodask.inspection import inspect_file
 from ptychodask.reassembly import Box
-from ptychodask.reconstruction import reconstruct, stages
+from ptychodask.reconstruction import reconstruct
 from ptychodask.refinement.positions import affine_step, position_steps, position_sums, source_box, stretched
-from ptychodask.result import open_result
 from ptychodask.scan import Scan
 from ptychodask.simulate import simulate
 from ptychodask.store import StoredScan, annotate, open_scan
@@ -144,7 +141,9 @@ def test_a_known_flux_scales_the_model_of_the_positions():
     assert np.abs(at_truth.slope).max() < 1e-3 * np.abs(ignored.slope).max()
 
 
-@pytest.mark.parametrize("affine", [[[0.01, 0.0], [0.0, 0.01]], [[0.0, -0.012], [0.012, 0.0]], [[-0.01, 0.006], [0, 0]]])
+@pytest.mark.parametrize(
+    "affine", [[[0.01, 0.0], [0.0, 0.01]], [[0.0, -0.012], [0.012, 0.0]], [[-0.01, 0.006], [0, 0]]]
+)
 @pytest.mark.parametrize("domain", ["counts", "amplitude"])
 def test_the_affine_part_of_a_stretched_object_is_found(affine, domain):
     object_, true = smooth_object(0), some_positions(60)
@@ -228,3 +227,175 @@ def test_positions_of_a_run_are_refined(true, wrong, refined):
     assert rms_error(true, wrong, refined["position_refined_yx_px"].values) < 0.3
     kept = [one for one in refined.ptycho.records["refinement"]["stages"] if one["stage"] == "positions"]
     assert kept
+
+
+# Positions that are applied to the scan
+
+
+@pytest.fixture
+def scan(true, tmp_path):
+    shutil.copytree(true.store, tmp_path / "scan.zarr")
+    return open_scan(tmp_path / "scan.zarr")
+
+
+def result_of(scan, *, flux=False, seed=0, **attributes):
+    """A short result of a scan, with positions and flux that were moved by drawn numbers."""
+    rng = np.random.default_rng(seed)
+    moved = scan.position_yx_px + rng.normal(scale=0.5, size=scan.position_yx_px.shape)
+    ds = reconstruct(scan.store, LinearModel(members=1, n_pixels=32), progress=False, tile=64)
+    ds = ds.assign(position_refined_yx_px=(("pattern", "yx"), moved)).assign_attrs(attributes)
+    drawn = rng.uniform(0.5, 1.5, scan.n_patterns).astype(np.float32)
+    return ds.assign(flux_refined=(("pattern",), drawn)) if flux else ds
+
+
+def test_positions_are_applied_and_those_measured_are_kept(scan):
+    first = result_of(scan)
+    changed = apply_positions(scan.store, first)
+    np.testing.assert_array_equal(changed.position_yx_px, first["position_refined_yx_px"])
+    np.testing.assert_array_equal(changed.position_measured_yx_px, scan.position_yx_px)
+    assert changed.data_hash != scan.data_hash
+    assert changed.flux is None
+    second = result_of(changed, seed=1)
+    again = apply_positions(scan.store, second)
+    np.testing.assert_array_equal(again.position_yx_px, second["position_refined_yx_px"])
+    np.testing.assert_array_equal(again.position_measured_yx_px, scan.position_yx_px)
+    assert again.attributes["earlier_data_hashes"] == [scan.data_hash, changed.data_hash]
+    root = zarr.open_group(scan.store, mode="r")
+    assert dict(root["y_measured_px"].attrs) == {"units": "px"}
+    np.testing.assert_array_equal(
+        np.stack([root["y_measured_px"][:], root["x_measured_px"][:]], 1), scan.position_yx_px
+    )
+    assert "refined" in str(inspect_file(scan.store))
+
+
+def test_flux_is_applied_and_the_measured_one_is_kept(true, tmp_path):
+    measured = np.linspace(0.9, 1.1, true.n_patterns, dtype=np.float32)
+    for name, flux in (("with", measured), ("without", None)):
+        scan = store_like(true, tmp_path / f"{name}.zarr", flux=flux)
+        ds = result_of(scan, flux=True)
+        changed = apply_positions(scan.store, ds)
+        drawn = ds["flux_refined"].values
+        np.testing.assert_allclose(changed.flux, drawn / drawn.mean(), rtol=1e-6)
+        root = zarr.open_group(scan.store, mode="r")
+        assert ("flux_measured" in root) == (flux is not None)
+        if flux is not None:
+            np.testing.assert_array_equal(root["flux_measured"][:], scan.flux)
+
+
+def test_group_tables_are_drawn_anew(scan, told):
+    spec = GroupingSpec(members=4)
+    before = group(scan.store, spec)
+    group(scan.store, GroupingSpec(members=2), name="mine")
+    changed = apply_positions(scan.store, result_of(scan))
+    assert StoredScan(scan.store).table_names() == []
+    removed = [message for message in told if "removed the group table" in message]
+    assert len(removed) == 1
+    assert "'mine'" in removed[0]
+    after = group(scan.store, spec)
+    np.testing.assert_array_equal(after.member, StoredScan(scan.store).draw(spec)[0])
+    assert not np.array_equal(after.member, before.member)
+    assert changed.n_patterns == scan.n_patterns
+
+
+def test_the_next_run_uses_the_applied_positions(scan):
+    ds = result_of(scan)
+    apply_positions(scan.store, ds)
+    run = {"model": LinearModel(members=1, n_pixels=32), "progress": False, "tile": 64}
+    moved = reconstruct(scan.store, **run)
+    assert not np.array_equal(moved["object"].values, ds["object"].values)
+
+
+@pytest.mark.parametrize("writes", range(5))
+def test_a_stopped_change_is_refused_until_the_same_one_completes_it(scan, tmp_path, monkeypatch, run, writes):
+    group(scan.store)
+    ds = result_of(scan, flux=True)
+    ds.ptycho.save(tmp_path / "object.zarr")
+    left = iter(range(writes))
+    places = {"_array": annotate._array, "_remove_tables": annotate._remove_tables, "open_scan": annotate.open_scan}
+
+    def counted(honest):
+        def call(*arguments):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return honest(*arguments)
+
+        return call
+
+    for name, honest in places.items():
+        monkeypatch.setattr(annotate, name, counted(honest))
+    with pytest.raises(KeyboardInterrupt):
+        apply_positions(scan.store, ds)
+    monkeypatch.undo()
+    if writes < 2:
+        # The measured positions were copied, no more.
+        np.testing.assert_array_equal(open_scan(scan.store).position_yx_px, scan.position_yx_px)
+    else:
+        with pytest.raises(
+            PtychodaskError, match=r"a change of its positions was stopped; complete it with the result"
+        ):
+            open_scan(scan.store)
+        with pytest.raises(PtychodaskError, match=r"a change to other positions was stopped"):
+            apply_positions(scan.store, result_of_stopped(ds))
+    code, _out, err = run("set", scan.store, "--positions", tmp_path / "object.zarr")
+    assert code == 0, err
+    changed = open_scan(scan.store)
+    np.testing.assert_array_equal(changed.position_yx_px, ds["position_refined_yx_px"])
+    np.testing.assert_array_equal(changed.position_measured_yx_px, scan.position_yx_px)
+    assert StoredScan(scan.store).table_names() == []
+
+
+def result_of_stopped(ds):
+    return ds.assign(position_refined_yx_px=ds["position_refined_yx_px"] + 1)
+
+
+def test_what_does_not_fit_is_refused(scan, true):
+    ds = result_of(scan)
+    with pytest.raises(PtychodaskError, match=r"the result: has no refined positions .*; reconstruct with refine_pos"):
+        apply_positions(scan.store, ds.drop_vars("position_refined_yx_px"))
+    with pytest.raises(PtychodaskError, match=r"the result is of another scan \(data hash 0123, expected"):
+        apply_positions(scan.store, ds.assign_attrs(data_hash="0123"))
+    short = ds.drop_vars("position_refined_yx_px").assign(position_refined_yx_px=(("pattern", "yx"), np.zeros((9, 2))))
+    with pytest.raises(PtychodaskError, match=r"shape \(9, 2\) or values that are not finite; expected \(220, 2\)"):
+        apply_positions(scan.store, short)
+    unknown = ds.copy(deep=True)
+    unknown["position_refined_yx_px"][3] = np.nan
+    with pytest.raises(PtychodaskError, match="not finite"):
+        apply_positions(scan.store, unknown)
+    dark = ds.assign(flux_refined=(("pattern",), np.zeros(scan.n_patterns, np.float32)))
+    with pytest.raises(PtychodaskError, match="flux has values that are not positive"):
+        apply_positions(scan.store, dark)
+    assert open_scan(scan.store).data_hash == true.data_hash
+    assert "y_measured_px" not in zarr.open_group(scan.store, mode="r")
+    apply_positions(scan.store, ds)
+    with pytest.raises(PtychodaskError, match=r"is of earlier positions of this scan, which have been replaced since"):
+        apply_positions(scan.store, ds)
+
+
+def test_a_growing_scan_keeps_its_positions(true, tmp_path):
+    scan = store_like(true, tmp_path / "growing.zarr", growing=True)
+    with pytest.raises(PtychodaskError, match=r"still growing.*'ptychodask ingest --finish"):
+        annotate.replace_positions(scan.store, scan.position_yx_px + 1)
+
+
+def test_a_cache_of_earlier_positions_is_recognised(scan, tmp_path):
+    run = {"model": LinearModel(members=1, n_pixels=32), "progress": False, "tile": 64, "cache": tmp_path / "patches"}
+    ds = reconstruct(scan.store, **run)
+    refined = scan.position_yx_px + 0.25
+    # Asked for, the cached patches are stitched at other positions.
+    reconstruct(scan.store, **run, position_yx_px=refined)
+    apply_positions(scan.store, ds.assign(position_refined_yx_px=(("pattern", "yx"), refined)))
+    for more in ({}, {"position_yx_px": refined}):
+        with pytest.raises(PtychodaskError, match=r"contains patches of the positions that .* had before refined ones"):
+            reconstruct(scan.store, **run, **more)
+
+
+def test_the_command_sets_positions(scan, tmp_path, run, refused):
+    ds = result_of(scan)
+    ds.ptycho.save(tmp_path / "object.zarr")
+    assert "nothing to set" in refused("set", scan.store)
+    assert "no such result" in refused("set", scan.store, "--positions", tmp_path / "none.zarr")
+    code, out, err = run("set", scan.store, "--positions", tmp_path / "object.zarr")
+    assert code == 0, err
+    assert "positions of 220 patterns, 0.7" in out
+    np.testing.assert_array_equal(open_scan(scan.store).position_yx_px, ds["position_refined_yx_px"])
+    assert "earlier positions" in refused("set", scan.store, "--positions", tmp_path / "object.zarr")

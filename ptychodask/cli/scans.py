@@ -251,6 +251,7 @@ def set(
     if positions is None:
         raise PtychodaskError(f"set: nothing to set in {store}; pass --positions RESULT")
     scan = apply_positions(store, positions)
+    assert scan.position_measured_yx_px is not None
     moved = scan.position_yx_px - scan.position_measured_yx_px
     rms = float(np.sqrt((moved**2).sum(axis=1).mean()))
     typer.echo(f"{named(store)}: positions of {scan.n_patterns} patterns, {rms:.3g} px (rms) from those measured")

@@ -180,7 +180,7 @@ def _keep_measured(path: Location, names: list[str]) -> None:
         if MEASURED[name] in root:
             del root[MEASURED[name]]
         array = _array(root, name, str(path))
-        _write_array(root, MEASURED[name], np.asarray(array[...]), ("pattern",), **dict(array.attrs))
+        _write_array(root, MEASURED[name], np.asarray(array[...]), ("pattern",)).attrs.update(dict(array.attrs))
 
 
 def _remove_tables(root: zarr.Group, stored: StoredScan) -> None:
