@@ -12,13 +12,15 @@ from models_for_tests import LinearModel
 from scipy.ndimage import gaussian_filter
 
 from ptychodask import apply_positions
+from ptychodask.cluster.clients import local_client
 from ptychodask.errors import PtychodaskError
 from ptychodask.forward import expected_counts
 from ptychodask.grouping import GroupingSpec
 from ptychodask.inspection import inspect_file
 from ptychodask.reassembly import Box
-from ptychodask.reconstruction import reconstruct
+from ptychodask.reconstruction import reconstruct, refine_tasks, stages
 from ptychodask.refinement.positions import affine_step, position_steps, position_sums, source_box, stretched
+from ptychodask.result import open_result
 from ptychodask.scan import Scan
 from ptychodask.simulate import simulate
 from ptychodask.store import StoredScan, annotate, open_scan
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("empty_caches")
 
 N = 16
 CORNER = (-20, -20)
-RUN = {"polish": "auto", "slow_phase": False, "refine_positions": True, "tile": 64, "groups_per_chunk": 60}
+RUN = {"polish": "auto", "slow_phase": "auto", "refine_positions": True, "tile": 128, "groups_per_chunk": 110}
 
 
 def smooth_object(seed, shape=(80, 80)):
@@ -185,7 +187,7 @@ def test_a_pattern_without_light_has_no_flux():
 @pytest.fixture(scope="module")
 def true(tmp_path_factory):
     path = tmp_path_factory.mktemp("true") / "scan.zarr"
-    return simulate(path, n_pixels=32, n_patterns=220, dose=1e6, step_px=3.0, path="random", seed=4, object="field")
+    return simulate(path, n_pixels=32, n_patterns=220, dose=1e6, step_px=2.0, path="random", seed=4)
 
 
 def store_like(scan, path, **changes):
@@ -227,6 +229,112 @@ def test_positions_of_a_run_are_refined(true, wrong, refined):
     assert rms_error(true, wrong, refined["position_refined_yx_px"].values) < 0.3
     kept = [one for one in refined.ptycho.records["refinement"]["stages"] if one["stage"] == "positions"]
     assert kept
+
+
+SHORT = {"polish": 5, "slow_phase": False, "refine_positions": True, "refine_flux": True, "progress": False}
+PIECES = {"tile": 32, "groups_per_chunk": 40}
+REFINED = ("object", "position_refined_yx_px", "flux_refined")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "scan.zarr"
+    return simulate(path, n_pixels=16, n_patterns=120, dose=1e6, step_px=2.0, path="raster", seed=3)
+
+
+@pytest.fixture(scope="module")
+def drawn(small, tmp_path_factory):
+    """The small scan with wrong positions and the drawn flux of each pattern, which the store does not hold."""
+    rng = np.random.default_rng(1)
+    flux = rng.uniform(0.7, 1.3, small.n_patterns)
+    dimmed = rng.poisson(small.diffraction[:] * flux[:, None, None]).astype(np.uint32)
+    position = small.position_yx_px + rng.uniform(-0.5, 0.5, small.position_yx_px.shape)
+    path = tmp_path_factory.mktemp("drawn") / "scan.zarr"
+    rows = np.arange(small.n_patterns)
+    return store_like(small, path, diffraction=dimmed, position_yx_px=position, source_index=rows), flux / flux.mean()
+
+
+@pytest.fixture(scope="module")
+def whole(drawn):
+    return reconstruct(drawn[0].store, "iterative", **SHORT, **PIECES)
+
+
+def assert_same_refinement(ds, other):
+    for name in REFINED:
+        np.testing.assert_array_equal(ds[name].values, other[name].values)
+
+
+def test_workers_and_disk_give_the_same_bits(drawn, whole, tmp_path):
+    assert [one["stage"] for one in whole.ptycho.records["refinement"]["stages"]].count("positions") >= 1
+    with local_client(2):
+        there = reconstruct(drawn[0].store, "iterative", **SHORT, **PIECES)
+        written = reconstruct(drawn[0].store, "iterative", **SHORT, **PIECES, out=tmp_path / "object.zarr")
+    assert_same_refinement(there, whole)
+    assert_same_refinement(written, whole)
+    assert_same_refinement(open_result(tmp_path / "object.zarr"), whole)
+
+
+def test_a_run_that_stopped_after_positions_moved_is_resumed(drawn, whole, tmp_path, monkeypatch):
+    fields = SHORT | PIECES | {"out": tmp_path / "object.zarr"}
+    honest, n_moves = refine_tasks.take_step, []
+    monkeypatch.setattr(stages.Refinement, "_move", _noted(stages.Refinement._move, n_moves))
+
+    def step(*arguments):
+        if n_moves:
+            raise RuntimeError("power cut")
+        return honest(*arguments)
+
+    monkeypatch.setattr(refine_tasks, "take_step", step)
+    with pytest.raises(PtychodaskError, match="power cut"):
+        reconstruct(drawn[0].store, "iterative", **fields)
+    monkeypatch.undo()
+    resumed_moves = []
+    monkeypatch.setattr(stages.Refinement, "_move", _noted(stages.Refinement._move, resumed_moves))
+    resumed = reconstruct(drawn[0].store, "iterative", resume=True, **fields)
+    assert_same_refinement(resumed, whole)
+    stages_of_both = [ds.ptycho.records["refinement"]["stages"] for ds in (resumed, whole)]
+    assert stages_of_both[0] == stages_of_both[1]
+    names = [one["stage"] for one in stages_of_both[1]]
+    assert len(resumed_moves) == names.count("positions") - 1
+    assert [path.name for path in tmp_path.iterdir()] == ["object.zarr"]
+
+
+def _noted(honest, calls):
+    def move(self, state):
+        honest(self, state)
+        calls.append(state.n_moves)
+
+    return move
+
+
+def test_the_flux_of_each_pattern_is_recovered(small, tmp_path):
+    rng = np.random.default_rng(2)
+    flux = rng.uniform(0.7, 1.3, small.n_patterns)
+    dimmed = rng.poisson(small.diffraction[:] * flux[:, None, None]).astype(np.uint32)
+    scan = store_like(small, tmp_path / "scan.zarr", diffraction=dimmed, source_index=np.arange(small.n_patterns))
+    ds = reconstruct(scan.store, "iterative", slow_phase="auto", polish="auto", refine_flux=True, progress=False)
+    assert "position_refined_yx_px" not in ds
+    found, wanted = ds["flux_refined"].values, flux[scan.source_index]
+    ratio = found / wanted
+    assert np.std(ratio) / np.mean(ratio) < 0.02
+
+
+@pytest.mark.parametrize("name", ["refine_positions", "refine_flux"])
+def test_combinations_that_cannot_be_are_refused(small, name):
+    for polish in (0, 2):
+        with pytest.raises(PtychodaskError, match=rf"{name}=True with polish={polish}: each step follows two sweeps"):
+            reconstruct(small.store, "iterative", polish=polish, **{name: True})
+    with pytest.raises(PtychodaskError, match=rf"{name} is 1, expected True or False"):
+        reconstruct(small.store, "iterative", polish="auto", **{name: 1})
+    with pytest.raises(PtychodaskError, match=rf"position_yx_px.*{name}|{name}.*position_yx_px"):
+        reconstruct(
+            small.store,
+            LinearModel(members=1),
+            cache="patches",
+            position_yx_px=small.position_yx_px,
+            polish="auto",
+            **{name: True},
+        )
 
 
 # Positions that are applied to the scan

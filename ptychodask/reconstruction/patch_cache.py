@@ -164,7 +164,7 @@ def check_patches(path: Path, made_by: dict[str, Any], *, finished: bool = True)
 
 
 def _check_positions(path: Path, scan: Scan) -> None:
-    """Raise `PtychodaskError` if a cache is of positions that the scan had before."""
+    """Raise `PtychodaskError` for a cache of earlier positions."""
     made_from = open_root(parse_location(path), PATCHES).attrs.get("data_hash")
     if made_from in scan.attributes.get("earlier_data_hashes", ()):
         raise PtychodaskError(

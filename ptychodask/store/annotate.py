@@ -162,7 +162,7 @@ def replace_positions(
 
 
 def _plain_root(path: Location) -> zarr.Group:
-    """Root group whose nodes are those in storage, listed in the consolidated metadata or not."""
+    """Root group with all nodes in storage, without the consolidated metadata."""
     return zarr.open_group(path.zarr_store(), mode="r+", zarr_format=3, use_consolidated=False)
 
 
