@@ -238,7 +238,7 @@ def test_a_missing_filter_is_named(tmp_path, of, monkeypatch):
     [
         (
             {"energy": ENERGY_EV},
-            r"energy\]: is 8800 j, expected a photon energy of 1 to 1e\+07 eV, so its unit is wrong; pass energy_ev=",
+            r"energy\]: is 8800 J, expected a photon energy of 1 to 1e\+07 eV, so its unit is wrong; pass energy_ev=",
         ),
         ({"x_pixel_size": 75.0}, r"x_pixel_size\]: is 75 m, expected a detector pixel.*pass detector_pixel_m="),
         ({"distance": -1.0}, r"distance\]: is -1\.0, expected one positive number, the detector distance"),

@@ -295,7 +295,7 @@ def test_positions_that_are_not_finite_are_left_out_by_the_command(measured, tmp
     ("arrays", "reason"),
     [
         (
-            {"dp": poisson(5, (60, 16, 16)) - 3, "pos": np.ones((60, 2))},
+            {"dp": poisson(5, (60, 16, 16)) - 8, "pos": np.ones((60, 2))},
             "values are negative in 60 of 60 sampled patterns",
         ),
         ({"dp": np.full((60, 16, 16), np.nan), "pos": np.ones((60, 2))}, "values are not finite in 60 of 60"),

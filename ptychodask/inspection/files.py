@@ -65,6 +65,9 @@ USUAL_STEP = 0.3
 METRES_BELOW = 0.1
 """Extent below which positions are taken as metres: no scan is a tenth of a pixel or of a micrometre wide."""
 
+MOST_NEGATIVE = 0.1
+"""Largest sum of negative values, relative to the positive ones, that counts as noise of dark subtraction."""
+
 PREVIEW_PATTERNS = 4
 """Patterns in the preview figure."""
 
@@ -472,7 +475,7 @@ class _Inspector:
         for invalid, description in ((~np.isfinite(values), "not finite"), (values < 0, "negative")):
             rows = sample.rows[invalid.any(axis=1)]
             if len(rows):
-                if description == "negative":
+                if description == "negative" and -values[invalid].sum() <= MOST_NEGATIVE * values[values > 0].sum():
                     self._propose_floor(values, len(rows), len(sample.rows))
                     continue
                 self.refused.append(
@@ -552,7 +555,8 @@ class _Inspector:
             return
         judged = overlap.problem or f"{100 * (1 - overlap.share):.0f} %"
         self._report("overlap", f"{overlap.statement}: {judged}", "measured")
-        if overlap.is_too_small:
+        # A unit that the file or the user gives is reported only; a guessed one must be confirmed.
+        if overlap.is_too_small and any(f.topic == "units" and f.certainty == "guess" for f in self.findings):
             self.refused.append(
                 f"positions in {scan.unit} give a step of {overlap.step_px:.3g} px, which is unlikely; pass --units, "
                 "and --pixel-size-m or energy, distance and detector pixel"

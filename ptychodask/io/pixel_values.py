@@ -105,7 +105,7 @@ def refuse_no_counts(touched: NDArray[np.bool_], frames: NDArray[Any], label: st
         return
     n_pixels, value = int(touched.any(axis=0).sum()), frames[no_counts(frames)].max()
     raise PtychodaskError(
-        f"{label}: {n_pixels} pixels hold {value:.0f}, the largest value of an integer type, which detectors write in "
+        f"{label}: {n_pixels} pixels hold {int(value)}, the largest value of an integer type, which detectors write in "
         "gaps and on overflow; mark them as bad with saturated='mask' (--saturated mask) or mask=, or pass "
         "saturated='keep' if they are counts"
     )
