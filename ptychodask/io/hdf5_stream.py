@@ -445,7 +445,7 @@ class LostSourceError(PtychodaskError):
 
 
 def _lost_frames(dataset: h5py.Dataset, label: str, *, has_patterns_first: bool) -> LostSourceError | None:
-    """Frames of missing source files, an error to raise where they are read.
+    """Error for reading frames of missing source files, or None.
 
     Raises
     ------
@@ -467,7 +467,7 @@ def _lost_frames(dataset: h5py.Dataset, label: str, *, has_patterns_first: bool)
 
 
 def _rows_of_sources(dataset: h5py.Dataset, names: set[str]) -> NDArray[np.int64] | None:
-    """Rows of the first axis that come from source files; None if unknown."""
+    """Rows of the first axis in source files; None if unknown."""
     if not dataset.shape or any("%" in name for name in names):
         return None
     is_lost = np.zeros(dataset.shape[0], bool)
