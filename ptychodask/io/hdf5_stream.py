@@ -436,7 +436,7 @@ class LostSourceError(PtychodaskError):
     ----------
     message : str
     rows : int64 array (k,) or None
-        Rows of the first axis that they hold, ascending; None if these cannot be told.
+        Rows of the first axis that they hold, ascending; None if unknown.
     """
 
     def __init__(self, message: str, rows: NDArray[np.int64] | None) -> None:
@@ -450,7 +450,7 @@ def _lost_frames(dataset: h5py.Dataset, label: str, *, has_patterns_first: bool)
     Raises
     ------
     PtychodaskError
-        If the values cannot be read, or it cannot be told which frames are lost.
+        If the values cannot be read, or it is unknown which frames are lost.
     """
     try:
         _check_readable(dataset, label)
