@@ -21,7 +21,12 @@ from ptychodask.progress import quiet_stderr
 NAMES = {
     "Scans": ["Scan", "open_scan", "ingest", "IngestSpec", "simulate", "PtychodaskError"],
     "Groups": ["GroupingSpec", "Groups", "group"],
-    "Probe and iterative reconstruction": ["refine_probe", "ProbeRefinement", "reconstruct_iterative"],
+    "Probe and iterative reconstruction": [
+        "refine_probe",
+        "apply_positions",
+        "ProbeRefinement",
+        "reconstruct_iterative",
+    ],
     "Networks": ["Model", "ModelSpec", "CallableModel", "load_model"],
     "Training": ["train", "TrainingSpec", "GroupReader", "as_tf_dataset", "as_torch_dataset"],
     "Reconstruction": ["plan", "Plan", "reconstruct", "ReconstructionSpec", "open_result"],

@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "simulate": ["simulate"],
         "models": ["CallableModel", "Model", "ModelSpec", "load_model"],
         "result": ["open_result"],
+        "refinement.apply": ["apply_positions"],
         "iterative": ["ProbeRefinement", "refine_probe"],
         "reconstruction.iterative": ["reconstruct_iterative"],
         "training": ["GroupReader", "TrainingSpec", "as_tf_dataset", "as_torch_dataset", "train"],

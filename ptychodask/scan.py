@@ -95,6 +95,9 @@ class Scan:
     probe_initial: NDArray[np.complex64] | None = None
     """The calibrated probe as ingested (mode, N, N), before any refinement."""
 
+    position_measured_yx_px: NDArray[np.float64] | None = None
+    """The positions as ingested (pattern, 2), if others have been applied since."""
+
     mask: NDArray[np.bool_] | None = None
     """True where a detector pixel is good (N, N); None when all are."""
 

@@ -30,6 +30,7 @@ COMMANDS = [
     "simulate",
     "group",
     "refine-probe",
+    "set",
     "train",
     "plan",
     "reconstruct",

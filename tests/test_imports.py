@@ -72,6 +72,7 @@ OWNERS = {
     "xarray": {
         "recipes",
         "result",
+        "refinement",
         "iterative",
         "reconstruction",
         "judging",

@@ -22,7 +22,7 @@ from ptychodask.cli.jobs import submit
 from ptychodask.cli.judging import compare, report, residuals, study
 from ptychodask.cli.networks import train
 from ptychodask.cli.runs import bench, demo, plan, reconstruct
-from ptychodask.cli.scans import group, ingest, inspect, refine_probe, simulate
+from ptychodask.cli.scans import group, ingest, inspect, refine_probe, set, simulate
 from ptychodask.errors import PtychodaskError
 
 
@@ -56,6 +56,7 @@ COMMANDS = (
     simulate,
     group,
     refine_probe,
+    set,
     train,
     plan,
     reconstruct,

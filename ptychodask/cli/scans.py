@@ -1,4 +1,4 @@
-"""Commands for scans: inspect, ingest, simulate, group, refine-probe."""
+"""Commands for scans: inspect, ingest, simulate, group, refine-probe, set."""
 
 from __future__ import annotations
 
@@ -228,3 +228,33 @@ def refine_probe(
     change = f"R {refined.r_before:.4f} -> {refined.r_after:.4f} on {refined.n_held_out} held-out patterns"
     outcome = "stored" if refined.stored else f"stored probe unchanged: {refined.problem}"
     typer.echo(f"{named(store)}: {change}; {outcome}")
+
+
+def set(
+    store: Store,
+    *,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Result with refined positions of this scan (reconstruct --refine-positions), and flux if refined.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write the refined positions of a result into its scan.
+
+    The measured positions are kept. Stored group tables are removed, and drawn again by the next run.
+
+    Example: ptychodask set scan.zarr --positions object.zarr
+    """
+    import numpy as np
+
+    from ptychodask.refinement.apply import apply_positions
+
+    if positions is None:
+        raise PtychodaskError(f"set: nothing to set in {store}; pass --positions RESULT")
+    scan = apply_positions(store, positions)
+    assert scan.position_measured_yx_px is not None
+    moved = scan.position_yx_px - scan.position_measured_yx_px
+    rms = float(np.sqrt((moved**2).sum(axis=1).mean()))
+    typer.echo(f"{named(store)}: positions of {scan.n_patterns} patterns, {rms:.3g} px (rms) from those measured")

@@ -61,6 +61,8 @@ def inspect_store(path: Location) -> Inspection:
 def _arrays(scan: Scan) -> Iterator[ArrayNote]:
     yield ArrayNote("diffraction", tuple(scan.diffraction.shape), str(scan.diffraction.dtype), scan.domain)
     yield ArrayNote("y_px, x_px", (scan.n_patterns,), "float64", "px")
+    if scan.position_measured_yx_px is not None:
+        yield ArrayNote("y_measured_px, x_measured_px", (scan.n_patterns,), "float64", "px")
     for name in ("probe", "mask", "flux", "label"):
         values = getattr(scan, name)
         if values is not None:
@@ -94,6 +96,12 @@ def _on_positions(scan: Scan) -> Iterator[Finding]:
     size = "" if scan.pixel_size_m is None else f"; pixel size {scan.pixel_size_m:.4g} m"
     statement = f"y {y0:.1f} to {y1:.1f}, x {x0:.1f} to {x1:.1f} px; {repeated or 'no'} duplicates{size}"
     yield Finding("positions", statement, "noted")
+    if scan.position_measured_yx_px is not None:
+        moved = np.sqrt(((scan.position_yx_px - scan.position_measured_yx_px) ** 2).sum(axis=1))
+        statement = (
+            f"refined: {np.sqrt((moved**2).mean()):.3g} px (rms) from those measured, at most {moved.max():.3g} px"
+        )
+        yield Finding("positions", statement, "noted")
     outliers = outlying_positions(scan.position_yx_px, scan.scan_index)
     if len(outliers):
         rows = None if scan.source_index is None else scan.source_index[outliers]

@@ -112,7 +112,15 @@ def residuals(
     kept = chosen_patterns(measured, experiment_of({"result": opened}, measured, experiment, "residuals"), drop)
     judged = _of_experiment(measured, kept)
     # Fields that the tasks do not need are not sent; a truth may be as large as the object.
-    sent = replace(measured, truth=None, label=None, probe_initial=None, scan_index=None, source_index=None)
+    sent = replace(
+        measured,
+        truth=None,
+        label=None,
+        probe_initial=None,
+        position_measured_yx_px=None,
+        scan_index=None,
+        source_index=None,
+    )
     with executor_for_run(client) as executor, reading_result():
         mean = executor.compute([abs(object_).mean(dtype=np.float64).data])
         wait_for(executor, mean, Watch(executor, "residuals"))

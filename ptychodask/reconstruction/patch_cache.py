@@ -70,6 +70,7 @@ def patch_cache(
         "precision": spec.precision,
     }
     if path.exists():
+        _check_positions(path, scan)
         check_patches(path, made_by)
         yield {"patches": str(path.resolve())}
         return
@@ -159,6 +160,16 @@ def check_patches(path: Path, made_by: dict[str, Any], *, finished: bool = True)
         raise PtychodaskError(
             f"{path}: contains patches of another run: {'; '.join(changed)}; name another cache=, or repeat the "
             "arguments of that run"
+        )
+
+
+def _check_positions(path: Path, scan: Scan) -> None:
+    """Raise `PtychodaskError` for a cache of earlier positions."""
+    made_from = open_root(parse_location(path), PATCHES).attrs.get("data_hash")
+    if made_from in scan.attributes.get("earlier_data_hashes", ()):
+        raise PtychodaskError(
+            f"{path}: contains patches of the positions that {scan.store} had before refined ones were applied; name "
+            "another cache=, or leave it out"
         )
 
 

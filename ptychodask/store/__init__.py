@@ -42,6 +42,9 @@ TABLE_ROWS = 2**15
 TABLE_CHUNKS = 10**4
 """Most chunks of an array that is read completely: tables of 10⁷ patterns have some hundred."""
 
+CHANGING = "changing_to"
+"""Root attribute while positions and flux change: the data hash after the change."""
+
 INGEST_AGAIN = "the store is damaged: ingest the source again"
 """Remedy for a damaged scan store."""
 
@@ -143,6 +146,11 @@ def data_hash(
 def hash_with_probe(scan: Scan, probe: NDArray[np.complex64]) -> str:
     """Data hash of a stored scan with another probe."""
     return data_hash(str(scan.attributes["diffraction_hash"]), scan.position_yx_px, scan.mask, probe)
+
+
+def hash_with_positions(stored: StoredScan, position_yx_px: NDArray[np.float64]) -> str:
+    """Data hash of a stored scan with other positions."""
+    return data_hash(str(stored.attributes["diffraction_hash"]), position_yx_px, stored.mask, stored.probe)
 
 
 def _add_optics(digest: Any, mask: NDArray[np.bool_] | None, probe: NDArray[np.complex64]) -> None:
@@ -250,7 +258,8 @@ class StoredScan:
         self._diffraction = StoredPatterns(self._array("diffraction"), self.label)
         self.probe: NDArray[np.complex64] = self._read("probe")
         """Calibrated probe (mode, N, N)."""
-        self._mask: NDArray[np.bool_] | None = self._read_optional("mask")
+        self.mask: NDArray[np.bool_] | None = self._read_optional("mask")
+        """True where a detector pixel is good (N, N); None when all are."""
         self._columns: dict[str, zarr.Array] = {}
         self._tables: dict[str, GroupTable] = {}
         self._scan: Scan | None = None
@@ -298,7 +307,7 @@ class StoredScan:
         for start in range(0, self.n_patterns, TABLE_ROWS):
             rows = np.arange(start, min(start + TABLE_ROWS, self.n_patterns))
             digest.update(self.position_yx_px(rows).tobytes())
-        _add_optics(digest, self._mask, self.probe)
+        _add_optics(digest, self.mask, self.probe)
         self._check_hash(digest.hexdigest())
 
     @property
@@ -320,6 +329,7 @@ class StoredScan:
         return replace(
             self._scan_of(self._diffraction, self._checked_positions(), self._read_optional("flux")),
             probe_initial=self._read_optional("probe_initial"),
+            position_measured_yx_px=self._measured_positions(),
             scan_index=self._read_optional("scan_index"),
             source_index=self._read_optional("source_index"),
             truth=truth,
@@ -340,7 +350,7 @@ class StoredScan:
             domain=self.attributes["domain"],
             normalization=float(self.attributes["normalization"]),
             calibration=self.attributes["calibration"],
-            mask=self._mask,
+            mask=self.mask,
             flux=flux,
             data_hash=self.data_hash,
             store=self.label,
@@ -397,10 +407,21 @@ class StoredScan:
     def _checked_positions(self) -> NDArray[np.float64]:
         """Positions of all patterns; raises if the data hash differs."""
         position_yx_px = np.stack([self._read("y_px"), self._read("x_px")], axis=1)
-        self._check_hash(data_hash(self.attributes["diffraction_hash"], position_yx_px, self._mask, self.probe))
+        self._check_hash(data_hash(self.attributes["diffraction_hash"], position_yx_px, self.mask, self.probe))
         return position_yx_px
 
+    def _measured_positions(self) -> NDArray[np.float64] | None:
+        if "y_measured_px" not in self._root:
+            return None
+        return np.stack([self._read("y_measured_px"), self._read("x_measured_px")], axis=1)
+
     def _check_hash(self, digest: str) -> None:
+        if CHANGING in self.attributes:
+            # The flux, which the hash leaves out, may be of either state.
+            raise PtychodaskError(
+                f"{self.label}: a change of its positions was stopped; complete it with the result that was applied: "
+                f"ptychodask set {self.label} --positions RESULT"
+            )
         if digest != self.data_hash:
             raise PtychodaskError(
                 f"{self.label}: positions, mask or probe have changed since they were written (hash differs); "
