@@ -228,7 +228,7 @@ def _refined(
 
 
 def _problem(before: tuple[float, float, float], after: tuple[float, float, float], common_light: float) -> str | None:
-    """Why a refined probe is not better than the stored one; None if it is.
+    """Reason against a refined probe; None if it is better.
 
     Parameters
     ----------
@@ -255,7 +255,7 @@ def _problem(before: tuple[float, float, float], after: tuple[float, float, floa
 
 
 def _common_light(one: NDArray[np.complexfloating[Any, Any]], other: NDArray[np.complexfloating[Any, Any]]) -> float:
-    """Overlap Σ √(I₀ I₁) of two illuminations, each of sum 1: 1 if equal."""
+    """Overlap Σ √(I₀ I₁) of two illuminations of sum 1."""
     first, second = ((np.abs(probe) ** 2).sum(axis=0, dtype=np.float64) for probe in (one, other))
     total = first.sum() * second.sum()
     return float(np.sqrt(first * second).sum() / np.sqrt(total)) if np.isfinite(total) and total > 0 else 0.0

@@ -298,7 +298,7 @@ _OBJECT_PIXEL = re.compile(r"^(?:obj\w*_)?pixel(?:_?size)?_([a-z]+)(?:_(\d+))?$"
 
 
 def find_particle(container: Container, notes: Sequence[ArrayNote]) -> str | None:
-    """Name of what says that a file is of electrons; None if nothing does."""
+    """Key or attribute that marks a file as of electrons, if any."""
     for note in notes:
         if _OF_ELECTRONS.search(note.name) and note.kind in set("iuf"):
             return note.key
@@ -308,7 +308,7 @@ def find_particle(container: Container, notes: Sequence[ArrayNote]) -> str | Non
 
 
 def find_aspect(container: Container, notes: Sequence[ArrayNote]) -> float | None:
-    """Height of a detector pixel over its width; None if square or unknown."""
+    """Height over width of detector pixels; None if square."""
     sizes = {}
     for note in notes:
         match = re.search(r"^([yx])_pixel_?size|pixel_?size_([yx])$", note.name, re.IGNORECASE)
@@ -322,7 +322,7 @@ def find_aspect(container: Container, notes: Sequence[ArrayNote]) -> float | Non
 
 
 def find_object_pixel(container: Container, n_pixels: int) -> tuple[str, float] | None:
-    """Attribute of the file with the size of an object pixel, and that in metres.
+    """Attribute with the size of an object pixel, and its metres.
 
     Of several, the one whose name ends with the number of pixels of a frame.
     """

@@ -232,7 +232,7 @@ class _Inspector:
                 self._report("optics", statement, "guess" if optic.is_guess else "noted")
 
     def _propose_attributes(self, patterns: ArrayNote) -> None:
-        """Propose the particle, the shape of pixels and the object pixel, if noted."""
+        """Propose particle, shape of pixels and object pixel, if noted."""
         particle = find_particle(self.container, self.arrays)
         if particle is not None and "particle" not in self.options:
             self.options["particle"] = "electron"
@@ -550,8 +550,8 @@ class _Inspector:
         overlap = overlap_of(gridded.position_yx_px, scan.probe if fits else None, counts, scale=scale)
         if overlap is None:
             return
-        told = overlap.problem or f"{100 * (1 - overlap.share):.0f} %"
-        self._report("overlap", f"{overlap.statement}: {told}", "measured")
+        judged = overlap.problem or f"{100 * (1 - overlap.share):.0f} %"
+        self._report("overlap", f"{overlap.statement}: {judged}", "measured")
         if overlap.is_too_small:
             self.refused.append(
                 f"positions in {scan.unit} give a step of {overlap.step_px:.3g} px, which is unlikely; pass --units, "

@@ -240,14 +240,14 @@ def _check_map(shape: tuple[int, ...], raster: tuple[int, int] | None, label: st
 
 
 def _mask(container: Container, keys: Mapping[str, str]) -> NDArray[np.bool_] | None:
-    """Good pixels (h, w) by ``mask`` and ``mask_bad``, True where both say so."""
+    """Good pixels (h, w): by ``mask`` and not by ``mask_bad``."""
     good: NDArray[np.bool_] | None = None
     for name in {"mask", "mask_bad"} & set(keys):
         values = container.array(keys[name])
         values = np.squeeze(values) if values.ndim > 2 else values
-        told = as_mask(values, f"{container.label}[{keys[name]}]")
-        told = ~told if name == "mask_bad" else told
-        good = told if good is None or good.shape != told.shape else good & told
+        marked = as_mask(values, f"{container.label}[{keys[name]}]")
+        marked = ~marked if name == "mask_bad" else marked
+        good = marked if good is None or good.shape != marked.shape else good & marked
     return good
 
 

@@ -18,7 +18,7 @@ MOST_BAD = 0.5
 
 
 def no_counts(frames: NDArray[Any], *, negative: bool = False) -> NDArray[np.bool_]:
-    """True where a value is no count: the largest of an integer type.
+    """True where a value is the largest of an integer type.
 
     Parameters
     ----------

@@ -37,7 +37,7 @@ class Overlap:
     """Diameter of the probe, object pixels."""
 
     basis: str
-    """How the diameter is known, for messages."""
+    """Source of the diameter, for messages."""
 
     @property
     def share(self) -> float:
@@ -56,7 +56,7 @@ class Overlap:
 
     @property
     def problem(self) -> str | None:
-        """What is unlikely about it; None if nothing is."""
+        """Problem of an unlikely step; None for a plausible one."""
         if self.share >= WIDEST_OVERLAPPING:
             return "neighbours do not overlap, or units, pixel size or probe are wrong"
         if self.is_too_small:
@@ -90,7 +90,7 @@ def overlap_of(
     Returns
     -------
     Overlap or None
-        None if there is no step, or neither probe nor patterns tell a diameter.
+        None if there is no step, or neither probe nor patterns give a diameter.
     """
     step = median_step_px(position_yx_px)
     if probe is not None and np.any(probe):
@@ -102,7 +102,7 @@ def overlap_of(
 
 
 def sampled_counts(diffraction: PatternSource, domain: Domain, mask: NDArray[np.bool_] | None) -> NDArray[np.float64]:
-    """Some patterns of a scan as counts (k, N, N), 0 at bad pixels."""
+    """Some patterns as counts (k, N, N), 0 at bad pixels."""
     values = np.asarray(diffraction[spread_rows(diffraction.shape[0], JUDGED_PATTERNS)], np.float64)
     values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
     counts = np.maximum(values, 0) if domain == "counts" else np.square(values)
@@ -110,7 +110,7 @@ def sampled_counts(diffraction: PatternSource, domain: Domain, mask: NDArray[np.
 
 
 def unlikely_optics(pixel_m: float | None, wavelength_m: float | None) -> str | None:
-    """What is unlikely about an object pixel; None if nothing is.
+    """Problem of an unlikely object pixel; None for a plausible one.
 
     Examples
     --------

@@ -115,7 +115,7 @@ def read_optics(
 
 
 def pixel_aspect(container: Container, detector: str, *, defined: str | None) -> float:
-    """Height of a detector pixel over its width; 1 if the file has not both."""
+    """Height over width of a detector pixel; 1 if unknown."""
     keys = [f"{detector}/{axis}_pixel_size" for axis in ("y", "x")]
     if not all(container.has(key) for key in keys):
         return 1.0
@@ -147,7 +147,7 @@ EXAMPLES = {"m": "m, cm, mm, um, nm, pm, angstrom", "eV": "eV, keV, MeV, J"}
 
 
 def _unit(container: Container, key: str, dimension: Dimension, defined: str | None, remedy: str) -> tuple[str, float]:
-    """Name of the unit of an array, and its factor to metres or electronvolts."""
+    """Unit of an array, and its factor to metres or electronvolts."""
     recorded = container.unit(key)
     unit = (defined or "" if recorded is None else recorded).strip()
     factor = factor_of(unit, dimension)

@@ -1,4 +1,4 @@
-"""Names of units of length and energy, as files and options write them."""
+"""Names of units of length and energy."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ _SCALED = re.compile(r"^(10\^[+-]?[0-9]+|[0-9.]+(?:e[+-]?[0-9]+)?)\s*[*. ]?\s*(\
 
 
 def unit_text(attribute: Any) -> str | None:
-    """Name of a unit from an attribute of any shape; None if it is empty.
+    """Name of a unit from an attribute; None if empty.
 
     Examples
     --------
@@ -114,13 +114,13 @@ def factor_of(name: str, dimension: Dimension) -> float | None:
     (1e-06, 1000.0, 1e-09, None)
     """
     text = " ".join(name.replace("Å", "Å").split())
-    found = _of_name(text)
-    if found is None and (scaled := _SCALED.match(text)):
-        number, found = scaled.group(1), _of_name(scaled.group(2).strip())
-        if found is not None:
+    unit = _of_name(text)
+    if unit is None and (scaled := _SCALED.match(text)):
+        number, unit = scaled.group(1), _of_name(scaled.group(2).strip())
+        if unit is not None:
             power = 10.0 ** int(number[3:]) if number.startswith("10^") else _number(number)
-            found = None if power is None else (found[0], found[1] * power)
-    return found[1] if found is not None and found[0] == dimension else None
+            unit = None if power is None else (unit[0], unit[1] * power)
+    return unit[1] if unit is not None and unit[0] == dimension else None
 
 
 def _number(text: str) -> float | None:
