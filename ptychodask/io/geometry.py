@@ -116,7 +116,7 @@ class FrameGrid:
         return np.ascontiguousarray(wave[:, kept, kept], dtype=np.complex64)
 
     def touched(self, pixels: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Pattern pixels (k, N, N) that contain a marked frame pixel."""
+        """True where a pattern pixel (k, N, N) contains a marked one."""
         cut = self._cut(pixels)
         return cut if self.bin == 1 else self._binned(cut.astype(np.int64)) > 0
 

@@ -436,7 +436,7 @@ class LostSourceError(PtychodaskError):
     ----------
     message : str
     rows : int64 array (k,) or None
-        Rows of the first axis that they hold, ascending; None if these cannot be told.
+        Rows of the first axis that they hold, ascending; None if unknown.
     """
 
     def __init__(self, message: str, rows: NDArray[np.int64] | None) -> None:
@@ -445,12 +445,12 @@ class LostSourceError(PtychodaskError):
 
 
 def _lost_frames(dataset: h5py.Dataset, label: str, *, has_patterns_first: bool) -> LostSourceError | None:
-    """Frames of missing source files, an error to raise where they are read.
+    """Error for reading frames of missing source files, or None.
 
     Raises
     ------
     PtychodaskError
-        If the values cannot be read, or it cannot be told which frames are lost.
+        If the values cannot be read, or it is unknown which frames are lost.
     """
     try:
         _check_readable(dataset, label)
@@ -467,7 +467,7 @@ def _lost_frames(dataset: h5py.Dataset, label: str, *, has_patterns_first: bool)
 
 
 def _rows_of_sources(dataset: h5py.Dataset, names: set[str]) -> NDArray[np.int64] | None:
-    """Rows of the first axis that come from source files; None if unknown."""
+    """Rows of the first axis in source files; None if unknown."""
     if not dataset.shape or any("%" in name for name in names):
         return None
     is_lost = np.zeros(dataset.shape[0], bool)

@@ -576,7 +576,7 @@ def _add_blocks(equations: NormalEquations, nodes: NodeGrid) -> tuple[Any, NDArr
 
 
 def _row_blocks(n_rows: int) -> list[slice]:
-    """Slices of rows of a band whose column numbers are made at a time."""
+    """Slices of rows whose column numbers are made at a time."""
     return [slice(first, first + ROW_BLOCK) for first in range(0, n_rows, ROW_BLOCK)]
 
 

@@ -378,7 +378,7 @@ def _blocks(
 def _counts_and_problems(
     block: NDArray[Any], domain: Domain, mask: NDArray[np.bool_] | None
 ) -> tuple[float, dict[str, NDArray[np.bool_]]]:
-    """Total counts of a block, and problem -> True for the patterns with it."""
+    """Total counts of a block, and bad patterns by problem."""
     # A float sum is NaN or inf where any value is, so one pass serves both checks and the total.
     good = block if mask is None else block[:, mask]
     axes = tuple(range(1, good.ndim))
