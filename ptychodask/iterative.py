@@ -38,6 +38,12 @@ PROBE_DAMPING = 0.1
 SCORING_SWEEPS = 5
 """Sweeps with fixed probe that fit the object with which a probe is scored."""
 
+LEAST_GAIN = 0.01
+"""Least relative decrease of R on held-out patterns by the fitted object against a uniform one."""
+
+LEAST_COMMON_LIGHT = 0.1
+"""Least overlap Σ √(I₀ I₁) of the start's and the refined probe's illumination, each of sum 1."""
+
 
 @dataclass(frozen=True, eq=False)
 class ProbeRefinement:
@@ -53,7 +59,7 @@ class ProbeRefinement:
     """R of the refined probe on the same patterns."""
 
     stored: bool
-    """True if R decreased and the store now contains the refined probe; False if it was left unchanged."""
+    """True if the store now contains the refined probe; False if it was left unchanged, see `problem`."""
 
     n_sweeps: int
     """Sweeps over the patterns."""
@@ -66,6 +72,12 @@ class ProbeRefinement:
 
     defocus_rad: float
     """Defocus applied to the initial probe before the sweeps, as in `defocused`, radians."""
+
+    r_uniform: float
+    """R of the refined probe on the held-out patterns with a uniform object in place of the fitted one."""
+
+    problem: str | None = None
+    """Why the refined probe was not stored; None if it was."""
 
 
 def refine_probe(
@@ -89,8 +101,8 @@ def refine_probe(
     Parameters
     ----------
     store : path
-        Its `probe` is replaced if R decreases; `probe_initial` is kept. A second call starts from `probe_initial`
-        again, and its probe must be better than the stored one.
+        Its `probe` is replaced if the refined one predicts the patterns better (see the notes); `probe_initial` is
+        kept. A second call starts from `probe_initial` again, and its probe must be better than the stored one.
     n_sweeps : int
         Visits of each pattern, 3 or more; the first and the last sweep do not update the probe.
     fraction : float
@@ -128,6 +140,10 @@ def refine_probe(
     other patterns in `SCORING_SWEEPS` sweeps with fixed probe, in the same way for both probes. In a scan of several
     experiments, the patterns of one are used, since each may have a different object; the probe is that of all.
 
+    A refined probe is stored only if R decreases on the held-out patterns and on the others, if its object predicts the
+    held-out patterns better than a uniform object does, and if its light did not move away from that of the initial
+    probe: with a wrong unit of the positions, sweeps otherwise fit the mean pattern.
+
     Memory: the amplitudes of the used patterns as float32, 4 N² bytes per pattern (three times that while they are
     read), and an object of 8 bytes per pixel that covers them; `fraction` limits both.
     """
@@ -152,7 +168,7 @@ def refine_probe(
     sweeps = partial(run_sweeps, seed=seed, step_object=step_object, step_probe=step_probe)
     refinement = _refined(scan, used, scored, sweeps, n_sweeps, search_defocus, progress)
     if refinement.stored:
-        record = {name: value for name, value in asdict(refinement).items() if name != "probe"}
+        record = {name: value for name, value in asdict(refinement).items() if name not in ("probe", "problem")}
         replace_probe(store, refinement.probe, record | sweeps.keywords | {"fraction": fraction, "held_out": held_out})
     logger.info(
         "%s: R of %d held-out patterns %.4f before and %.4f after; the store %s",
@@ -160,7 +176,7 @@ def refine_probe(
         refinement.n_held_out,
         refinement.r_before,
         refinement.r_after,
-        "now has the refined probe" if refinement.stored else "keeps its probe",
+        "now has the refined probe" if refinement.stored else f"keeps its probe: {refinement.problem}",
     )
     return refinement
 
@@ -181,25 +197,68 @@ def _refined(
     with progress_bar("refine probe", n_visits * len(used), "patterns", progress) as bar:
         measured = measure(scan, used)
 
-        def score(probe: NDArray[np.complex64], *, update_probe: bool) -> float:
+        def scores(probe: NDArray[np.complex64], *, update_probe: bool) -> tuple[float, float, float]:
             object_, probe = sweeps(measured, probe, n_sweeps=SCORING_SWEEPS, update_probe=update_probe, bar=bar)
-            return r_factor(object_, measured.corner_yx_px, replace(scan, probe=probe), scored)
+            tested = replace(scan, probe=probe)
+            uniform = np.full_like(object_, np.abs(object_[np.abs(object_) > 0]).mean())
+            return (
+                r_factor(object_, measured.corner_yx_px, tested, scored),
+                r_factor(object_, measured.corner_yx_px, tested, used),
+                r_factor(uniform, measured.corner_yx_px, tested, scored),
+            )
 
-        tried = {rad: score(defocused(initial, rad), update_probe=True) for rad in starts}
+        tried = {rad: scores(defocused(initial, rad), update_probe=True)[0] for rad in starts}
         defocus_rad = min(tried, key=tried.__getitem__) if tried else 0.0
         start = defocused(initial, defocus_rad) if tried else initial
         _, refined = sweeps(measured, start, n_sweeps=n_sweeps, update_probe=True, bar=bar)
-        r_before, r_after = score(scan.probe, update_probe=False), score(refined, update_probe=False)
+        before, after = scores(scan.probe, update_probe=False), scores(refined, update_probe=False)
+    problem = _problem(before, after, _common_light(start, refined))
     return ProbeRefinement(
         probe=refined,
-        r_before=r_before,
-        r_after=r_after,
-        stored=r_after < r_before,
+        r_before=before[0],
+        r_after=after[0],
+        stored=problem is None,
         n_sweeps=n_sweeps,
         n_patterns=len(used),
         n_held_out=len(scored),
         defocus_rad=defocus_rad,
+        r_uniform=after[2],
+        problem=problem,
     )
+
+
+def _problem(before: tuple[float, float, float], after: tuple[float, float, float], common_light: float) -> str | None:
+    """Why a refined probe is not better than the stored one; None if it is.
+
+    Parameters
+    ----------
+    before, after : tuple of float
+        R of both probes on the held-out patterns, on the others, and on the held-out ones with a uniform object.
+    common_light : float
+        Overlap of the illuminations of the start and the refined probe.
+    """
+    if not after[0] < before[0]:
+        return f"R of the held-out patterns is {after[0]:.4f}, not below {before[0]:.4f}"
+    if not after[1] < before[1]:
+        return f"R of the patterns that the object is fitted to is {after[1]:.4f}, not below {before[1]:.4f}"
+    if not after[0] < (1 - LEAST_GAIN) * after[2]:
+        return (
+            f"the fitted object predicts the held-out patterns no better (R {after[0]:.4f}) than a uniform one "
+            f"({after[2]:.4f}), so positions, their unit or the pixel size are likely wrong"
+        )
+    if not common_light >= LEAST_COMMON_LIGHT:
+        return (
+            f"it moved too far: {100 * common_light:.0f} % of its light is where that of the initial probe is, "
+            f"expected {100 * LEAST_COMMON_LIGHT:.0f} % or more; pass a better initial probe, or search_defocus=True"
+        )
+    return None
+
+
+def _common_light(one: NDArray[np.complexfloating[Any, Any]], other: NDArray[np.complexfloating[Any, Any]]) -> float:
+    """Overlap Σ √(I₀ I₁) of two illuminations, each of sum 1: 1 if equal."""
+    first, second = ((np.abs(probe) ** 2).sum(axis=0, dtype=np.float64) for probe in (one, other))
+    total = first.sum() * second.sum()
+    return float(np.sqrt(first * second).sum() / np.sqrt(total)) if np.isfinite(total) and total > 0 else 0.0
 
 
 def _split(

@@ -261,6 +261,18 @@ def check_pattern_shape(shape: tuple[int, ...], label: str) -> None:
         )
 
 
+def as_rows(index: NDArray[np.int64]) -> str:
+    """Ascending rows as text in the syntax of `drop_frames`, however many.
+
+    Examples
+    --------
+    >>> as_rows(np.array([3, 7, 8, 9]))
+    '3,7:10'
+    """
+    stretches = np.split(index, np.flatnonzero(np.diff(index) != 1) + 1) if len(index) else []
+    return ",".join(str(rows[0]) if len(rows) == 1 else f"{rows[0]}:{rows[-1] + 1}" for rows in stretches)
+
+
 def check_positions(position_yx_px: NDArray[np.float64], n_patterns: int, label: str) -> None:
     """Raise `PtychodaskError` unless there is one finite (y, x) for each pattern."""
     if position_yx_px.ndim != 2 or position_yx_px.shape[1] != 2:
@@ -272,10 +284,9 @@ def check_positions(position_yx_px: NDArray[np.float64], n_patterns: int, label:
         )
     bad = np.flatnonzero(~np.isfinite(position_yx_px).all(axis=1))
     if len(bad):
-        listed = ", ".join(str(i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
         raise PtychodaskError(
-            f"{label}: {len(bad)} of {n_patterns} positions are not finite (patterns {listed}); "
-            "leave them out with drop_frames="
+            f"{label}: {len(bad)} of {n_patterns} positions are not finite (patterns {as_rows(bad)}); "
+            "leave them out with drop_frames= (--drop-frames)"
         )
     extent = float(np.ptp(position_yx_px, axis=0).max()) if n_patterns else 0.0
     if extent > LARGEST_EXTENT_PX:

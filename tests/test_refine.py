@@ -35,6 +35,7 @@ from ptychodask.refinement.polishing import (
 from ptychodask.refinement.slow_phase import refine_slow_phase
 from ptychodask.result import open_result
 from ptychodask.simulate import simulate
+from ptychodask.storage.location import parse_location
 from ptychodask.store.groups import group
 from ptychodask.store.write import write_scan
 
@@ -172,6 +173,25 @@ def test_sweeps_start_from_the_corrected_object(scan, client):
     assert [stage["stage"] for stage in slow.ptycho.records["refinement"]["stages"]] == ["stitched", "slow_phase"]
     misfits = [stage["misfit"] for stage in both.ptycho.records["refinement"]["stages"]]
     assert misfits == sorted(misfits, reverse=True)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (1, 3)])
+def test_kept_arrays_are_read_as_they_were_whatever_their_order_in_memory(shape, tmp_path):
+    array = (np.arange(np.prod(shape)) * (1 + 2j)).astype(np.complex64).reshape(shape)
+    for number, each in enumerate((array, np.asfortranarray(array), np.array(array.T).T)):
+        path = refine_tasks.keep(each, parse_location(tmp_path / f"{number}.npy"))
+        np.testing.assert_array_equal(refine_tasks.opened(path), array)
+
+
+@pytest.mark.usefixtures("with_refinement")
+def test_a_long_object_is_refined_on_disk_as_in_memory(client, tmp_path):
+    position = {"path": "raster", "n_patterns": 90, "step_px": 3.0}
+    made = simulate(tmp_path / "square.zarr", n_pixels=16, dose=1e6, seed=3, **position)
+    line = np.stack([np.zeros(90), np.arange(90) * 2.0], axis=1)
+    fields = {"diffraction": made.diffraction[:], "probe": made.probe, "domain": "counts", "calibration": "as_given"}
+    write_scan(tmp_path / "line.zarr", position_yx_px=line, progress=False, **fields)
+    there = reconstruct(tmp_path / "line.zarr", LinearModel(), client=client, out=tmp_path / "object.zarr", **FIELDS)
+    assert_same_bits(there, reconstruct(tmp_path / "line.zarr", LinearModel(), client=client, **FIELDS))
 
 
 def stages_of(ds):

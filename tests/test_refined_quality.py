@@ -220,7 +220,7 @@ def test_halves_share_nothing_but_the_object(tmp_path):
 def test_particles_of_an_electron_scan_have_mass(shared, tmp_path):
     store = tmp_path / "rotavirus.zarr"
     keys = {"diffraction": "diffraction", "position": "epie_positions_px", "probe": "epie_probe"}
-    ingest(shared / "data" / "rotavirus_N64.h5", store, keys=keys, units="px", progress=False)
+    ingest(shared / "data" / "rotavirus_N64.h5", store, keys=keys, units="px", domain="counts", progress=False)
     plain, refined = (reconstruct(store, NETWORK, progress=False, **options) for options in (PLAIN, {}))
     print(stages_of(refined))
     stages = refined.ptycho.records["refinement"]["stages"]

@@ -15,7 +15,7 @@ from ptychodask.errors import PtychodaskError
 @options_of("ptychodask.io.source", "IngestSpec", inspected=True)
 def inspect(
     source: Annotated[
-        Path, typer.Argument(help="NPZ (or .npz.bz2) or HDF5 file, or store of a scan.", show_default=False)
+        Path, typer.Argument(help="NPZ, HDF5 or MATLAB file, folder of arrays, or store of a scan.", show_default=False)
     ],
     check_axes: Annotated[
         bool,
@@ -74,7 +74,10 @@ def inspect(
 def ingest(
     source: Annotated[
         Path,
-        typer.Argument(help="NPZ (or .npz.bz2) or HDF5 file; with only --finish, the store.", show_default=False),
+        typer.Argument(
+            help="NPZ (or .npz.bz2), HDF5 or MATLAB file, or folder of arrays; with only --finish, the store.",
+            show_default=False,
+        ),
     ],
     store: Annotated[
         Path | None,
@@ -223,7 +226,7 @@ def refine_probe(
     options = given(n_sweeps=n_sweeps, fraction=fraction, held_out=held_out, experiment=experiment, seed=seed)
     refined = refine_probe(store, search_defocus=search_defocus, progress=progress_option(quiet), **options)
     change = f"R {refined.r_before:.4f} -> {refined.r_after:.4f} on {refined.n_held_out} held-out patterns"
-    outcome = "stored" if refined.stored else "not better, stored probe unchanged"
+    outcome = "stored" if refined.stored else f"stored probe unchanged: {refined.problem}"
     typer.echo(f"{named(store)}: {change}; {outcome}")
 
 

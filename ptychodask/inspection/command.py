@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.io.formats import open_container, options_of
-from ptychodask.io.raw import runs
+from ptychodask.io.source import rotation_matrix
 from ptychodask.scan import Domain, Scan
 
 DIGITS = 9
@@ -48,8 +48,7 @@ class PositionTurn:
 
         It is clockwise on a screen, where y points down.
         """
-        sine, cosine = np.sin(np.deg2rad(angle_deg)), np.cos(np.deg2rad(angle_deg))
-        return cls.of(np.array([[cosine, sine], [-sine, cosine]]) @ np.diag([1.0, -1.0 if mirrored else 1.0]))
+        return cls.of(rotation_matrix(angle_deg) @ np.diag([1.0, -1.0 if mirrored else 1.0]))
 
     @property
     def matrix(self) -> NDArray[np.float64]:
@@ -121,6 +120,7 @@ class Origin:
         options = dict(self.options)
         before = np.diag([-1.0 if options.pop(name, False) else 1.0 for name in ("flip_y", "flip_x")])
         before = before @ (np.eye(2)[::-1] if options.pop("swap_xy", False) else np.eye(2))
+        before = rotation_matrix(options.pop("rotation_deg", 0.0)) @ before
         total = PositionTurn.of(turn.matrix @ np.reshape(options.pop("affine", (1, 0, 0, 1)), (2, 2)) @ before)
         if total.flags == {}:
             return Origin(self.source, self.reader, options, self.domain)
@@ -179,8 +179,11 @@ def store_name(source: Path) -> str:
     --------
     >>> store_name(Path("/data/siemens-star.npz.bz2"))
     'siemens-star.zarr'
+    >>> store_name(Path("/data/raw.zarr"))
+    'raw-scan.zarr'
     """
-    return source.name.removesuffix(".bz2").rsplit(".", 1)[0] + ".zarr"
+    stem = source.name.removesuffix(".bz2").rsplit(".", 1)[0]
+    return f"{stem}-scan.zarr" if source.name.endswith(".zarr") else f"{stem}.zarr"
 
 
 def ingest_command(source: Path, store: str, options: Mapping[str, Any]) -> str:
@@ -203,7 +206,7 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
             flags += [part for pair in value.items() for part in ("--key", "=".join(pair))]
         elif value is True:
             flags.append(flag)
-        elif name == "affine":
+        elif name in ("affine", "step", "rotation_deg"):
             # After an equals sign, because the value may begin with a minus.
             flags.append(f"{flag}={_listed(value)}")
         else:
@@ -217,15 +220,3 @@ def _listed(value: Any) -> str:
     if isinstance(value, float | np.floating):
         return f"{value:.{DIGITS}g}"
     return ",".join(map(_listed, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
-
-
-def as_rows(index: NDArray[np.int64]) -> str:
-    """Ascending rows as text in the syntax of `drop_frames`.
-
-    Examples
-    --------
-    >>> as_rows(np.array([3, 7, 8, 9]))
-    '3,7:10'
-    """
-    stretches = [(int(index[start]), int(index[stop - 1]) + 1) for start, stop in runs(index)]
-    return ",".join(str(low) if high == low + 1 else f"{low}:{high}" for low, high in stretches)

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,24 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.grouping import median_step_px, outlying_positions
-from ptychodask.inspection.arrays import ArrayNote, find_keys, find_optics, find_patterns, note_arrays, wavelength_of
-from ptychodask.inspection.command import Origin, as_rows, store_name
-from ptychodask.inspection.evidence import (
+from ptychodask.inspection.arrays import (
+    LEAST_PIXELS,
+    ArrayNote,
+    find_aspect,
+    find_keys,
+    find_object_pixel,
+    find_optics,
+    find_particle,
+    find_patterns,
+    find_step,
+    note_arrays,
+    note_joined,
+    wavelength_of,
+)
+from ptychodask.inspection.command import Origin, store_name
+from ptychodask.inspection.findings import Finding, Inspection, Preview
+from ptychodask.inspection.stores import inspect_store
+from ptychodask.io.evidence import (
     Certainty,
     Sample,
     bad_pixels,
@@ -29,17 +45,18 @@ from ptychodask.inspection.evidence import (
     off_centre_px,
     take_sample,
 )
-from ptychodask.inspection.findings import Finding, Inspection, Preview
-from ptychodask.inspection.stores import inspect_store
-from ptychodask.io.formats import detect_format, open_container, options_of, read_source
-from ptychodask.io.grid import GriddedSource, on_grid
-from ptychodask.io.mapping import UNIT_NAMES
+from ptychodask.io.folders import is_foreign_folder
+from ptychodask.io.formats import detect_format, open_for, options_of, read_source
+from ptychodask.io.grid import ELECTRONS_FROM_EV, GriddedSource, on_grid
+from ptychodask.io.mapping import positions_of
 from ptychodask.io.near_field import near_field
 from ptychodask.io.patterns import prepared
+from ptychodask.io.pixel_values import MOST_BAD, clipped, no_counts
+from ptychodask.io.plausible import overlap_of
 from ptychodask.io.recipe import with_recipe
-from ptychodask.io.source import MOST_PIXELS, Container, Frames, IngestSpec, SourceScan, frame_axes
-from ptychodask.probes import probe_diameter_px
-from ptychodask.scan import Domain
+from ptychodask.io.source import MOST_PIXELS, Container, Frames, IngestSpec, SourceScan, frame_axes, raster_shape
+from ptychodask.io.units import Unit, metres_in, position_unit
+from ptychodask.scan import Domain, as_rows
 from ptychodask.storage.location import parse_location
 
 USUAL_STEP = 0.3
@@ -47,9 +64,6 @@ USUAL_STEP = 0.3
 
 METRES_BELOW = 0.1
 """Extent below which positions are taken as metres: no scan is a tenth of a pixel or of a micrometre wide."""
-
-WIDEST_OVERLAPPING = 1.0
-"""Step over probe diameter from which neighbours do not overlap."""
 
 PREVIEW_PATTERNS = 4
 """Patterns in the preview figure."""
@@ -87,7 +101,7 @@ def inspect_file(
     temporary folder (scratch=).
     """
     location = parse_location(path)
-    if location.local_path is None or location.is_dir():
+    if location.local_path is None or (location.is_dir() and not is_foreign_folder(location.local_path)):
         if format is not None or recipe is not None or reader_options:
             given = {"format": format, "recipe": recipe, **reader_options}
             options = ", ".join(sorted(name for name, value in given.items() if value is not None))
@@ -98,20 +112,36 @@ def inspect_file(
     path = location.local_path
     spec = with_fields(IngestSpec(), with_recipe(recipe, reader_options))
     with tempfile.TemporaryDirectory(prefix="ptychodask-") as folder, ExitStack() as stack:
-        container = open_container(path, Path(folder) if spec.scratch is None else Path(spec.scratch), stack)
-        return _Inspector(path, container, format, spec, Path(folder), stack).inspection()
+        container = open_for(spec, path, Path(folder) if spec.scratch is None else Path(spec.scratch), stack)
+        inspector = _Inspector(path, container, format, spec, Path(folder), stack)
+        inspection = inspector.inspection()
+        if inspection.refused and format is None and inspector.is_detected:
+            unknown = _Inspector(path, container, None, spec, Path(folder), stack, of_no_format=True).inspection()
+            if not unknown.refused:
+                reason = f"its keys resemble format {inspector.format!r}, but: {inspection.refused[0]}"
+                return replace(unknown, findings=[Finding("format", reason, "measured"), *unknown.findings])
+        return inspection
 
 
 class _Inspector:
     """Inspects a file step by step, adding to options and findings."""
 
     def __init__(
-        self, path: Path, container: Container, format: str | None, spec: IngestSpec, scratch: Path, stack: ExitStack
+        self,
+        path: Path,
+        container: Container,
+        format: str | None,
+        spec: IngestSpec,
+        scratch: Path,
+        stack: ExitStack,
+        *,
+        of_no_format: bool = False,
     ) -> None:
         self.path, self.container, self.scratch, self.stack = path, container, scratch, stack
         self.options = spec.given()
         self.findings: list[Finding] = []
         self.refused: list[str] = []
+        self.n_saturated = 0
         self.arrays = note_arrays(container)
         if not self.arrays:
             raise PtychodaskError(f"{container.label}: contains no arrays; name a file with patterns")
@@ -120,7 +150,11 @@ class _Inspector:
                 f"{container.label}: contains no array of numbers: '{self.arrays[0].key}' is {self.arrays[0].dtype}; "
                 "save plain numbers"
             )
-        self.format = format or _detected_format(container, spec)
+        is_raw = of_no_format or spec.step is not None or spec.positions is not None
+        self.format = format or (None if is_raw else _detected_format(container, spec))
+        self.is_detected = format is None and self.format not in (None, "mapping")
+        if self.format in (None, "mapping"):
+            self.arrays += note_joined(container, self.arrays)
 
     def inspection(self) -> Inspection:
         patterns = find_patterns(self.arrays)
@@ -135,7 +169,8 @@ class _Inspector:
         scan = gridded = None
         if "domain" in options_of(str(self.format)):
             sample = None if patterns is None else self._sample(patterns, keys)
-            if sample is not None and self.format == "mapping" and {"y", "position"} & set(keys):
+            has_positions = "step" in self.options or {"y", "position"} & set(keys)
+            if sample is not None and self.format == "mapping" and has_positions:
                 self._propose_units(keys, sample)
             scan = None if self.refused else self._read()
         else:
@@ -161,13 +196,23 @@ class _Inspector:
             hint = "".join(f"; '{n.key}' has shape {n.shape}: merge its scan axes into one" for n in large[:1])
             self.refused.append(f"no array of patterns, expected real numbers of shape (pattern, qy, qx){hint}")
             return
-        if not {"y", "position"} & set(keys):
-            axes = frame_axes(patterns.shape)
+        if "step" in self.options:
+            for name in ("y", "x", "position"):
+                keys.pop(name, None)
+        elif not {"y", "position"} & set(keys) and (step := find_step(self.container, self.arrays, patterns)):
+            self.options |= {"step": step, "units": "m"}
+            statement = f"a raster in steps of {step[0]:.4g} and {step[1]:.4g} m, from the axes of '{patterns.key}'"
+            self._report("positions", f"{statement}; the rotation against the detector is not known", "noted")
+            self._report("axes", "rows of the raster are taken as y; check it with --check-axes --rotation", "guess")
+        elif not {"y", "position"} & set(keys):
+            raster = raster_shape(patterns.shape)
+            axes = frame_axes(patterns.shape) if raster is None else (raster[0] * raster[1], *patterns.shape[-2:])
             likely = [n for n in self.arrays if n.kind == "f" and axes[0] in n.shape and len(n.shape) == 2]
             hint = "".join(f"; '{n.key}' has shape {n.shape}, which ingest cannot read" for n in likely[:1])
             self.refused.append(
                 f"no positions for {axes[0]} patterns, expected two arrays ({axes[0]},) or one ({axes[0]}, 2) "
-                f"in the order (y, x){hint}"
+                f"in the order (y, x){hint}; pass their file with --positions, or the step of a raster with --step Y,X "
+                f"--units um{'' if raster else ' --raster ROWS,COLUMNS'}"
             )
         self.options["keys"] = keys
         self._report(
@@ -179,17 +224,31 @@ class _Inspector:
             statement = f"y is '{keys['y']}' and x '{keys['x']}', by their names"
             self._report("axes", f"{statement}; check it with --check-axes", "guess")
         self._propose_mask(keys)
+        self._propose_attributes(patterns)
         for optic in find_optics(self.container, self.arrays):
             if optic.option not in self.options:
                 self.options[optic.option] = optic.value
                 statement = f"{optic.option} {optic.value:.6g}, from '{optic.key}' in {optic.unit}"
                 self._report("optics", statement, "guess" if optic.is_guess else "noted")
 
-    def _propose_mask(self, keys: dict[str, str]) -> None:
-        """Use a mask only if most pixels are nonzero.
+    def _propose_attributes(self, patterns: ArrayNote) -> None:
+        """Propose the particle, the shape of pixels and the object pixel, if noted."""
+        particle = find_particle(self.container, self.arrays)
+        if particle is not None and "particle" not in self.options:
+            self.options["particle"] = "electron"
+            self._report("optics", f"particle electron, from '{particle}'", "noted")
+        aspect = find_aspect(self.container, self.arrays)
+        if aspect is not None and "affine" not in self.options:
+            self.options["affine"] = (float(f"{aspect:.9g}"), 0.0, 0.0, 1.0)
+            statement = f"detector pixels are not square, {aspect:.4g} times as high as wide: y positions are scaled"
+            self._report("optics", statement, "noted")
+        pixel = find_object_pixel(self.container, frame_axes(patterns.shape)[-1])
+        if pixel is not None and "pixel_size_m" not in self.options:
+            name, self.options["pixel_size_m"] = pixel
+            self._report("optics", f"pixel_size_m {pixel[1]:.6g}, from the attribute '{name}'", "noted")
 
-        Any other mask marks the bad pixels instead.
-        """
+    def _propose_mask(self, keys: dict[str, str]) -> None:
+        """Settle whether a mask marks good or bad pixels: most are good."""
         if "mask" not in keys:
             return
         good = float((self.container.array(keys["mask"]) != 0).mean())
@@ -198,11 +257,9 @@ class _Inspector:
                 "mask", f"'{keys['mask']}' is nonzero on {100 * good:.1f} % of the pixels, so nonzero is good", "guess"
             )
             return
-        left_out = keys.pop("mask")
-        statement = (
-            f"'{left_out}' is 0 on {100 - 100 * good:.1f} % of the pixels, so 0 seems good: invert it for --mask"
-        )
-        self._report("mask", f"left out: {statement}", "guess")
+        keys["mask_bad"] = keys.pop("mask")
+        statement = f"'{keys['mask_bad']}' is 0 on {100 - 100 * good:.1f} % of the pixels, so 0 is good"
+        self._report("mask", statement, "guess")
 
     def _mark(self, keys: dict[str, str]) -> None:
         roles = {key: name for name, key in keys.items()}
@@ -210,12 +267,15 @@ class _Inspector:
 
     def _sample(self, patterns: ArrayNote, keys: dict[str, str]) -> Sample | None:
         """Sample of the patterns; also settles their unit, axes and size."""
-        axes = frame_axes(patterns.shape)
+        raster = raster_shape(patterns.shape) if "domain" in options_of(str(self.format)) else None
+        axes = frame_axes(patterns.shape) if raster is None else (raster[0] * raster[1], *patterns.shape[-2:])
         positions = next((n for n in self.arrays if n.key == (keys.get("y") or keys.get("position"))), None)
         n_positions = None if positions is None else max(positions.shape)
-        last = self._pattern_axis_is_last(axes, n_positions)
+        if "raster" in self.options:
+            n_positions = prod(self.options["raster"])
+        last = raster is None and self._pattern_axis_is_last(axes, n_positions)
         try:
-            frames = self.container.frames(patterns.key, pattern_last=last)
+            frames = self.container.frames(patterns.key, pattern_last=last, raster=raster is not None)
         except PtychodaskError as error:
             self.refused.append(str(error))
             return None
@@ -236,12 +296,35 @@ class _Inspector:
         except PtychodaskError as error:
             self.refused.append(str(error))
             return None
+        sample = self._without_flags(sample)
         height, width = sample.frames.shape[1:]
+        if min(height, width) < LEAST_PIXELS:
+            self.refused.append(f"patterns have {height} x {width} pixels, expected at least {LEAST_PIXELS} across")
+            return None
         if "n_pixels" not in self.options and "bin" not in self.options and (height != width or height % 4):
             self.options["n_pixels"] = min(height, width) // 4 * 4
             statement = f"frames are {height} x {width}: cropped to a square with a side divisible by 4"
             self._report("size", statement, "measured")
         return sample
+
+    def _without_flags(self, sample: Sample) -> Sample:
+        """Sample without the values that are no counts, which are reported."""
+        self.n_saturated = n_saturated(sample.frames)
+        frames = clipped(sample.frames, self.options.get("floor"))
+        negative = (frames < 0).any(axis=0)
+        # Flags are negative in every frame, noise around 0 is not.
+        are_flags = frames.dtype.kind == "i" and bool((frames[:, negative] < 0).all())
+        flagged = no_counts(frames, negative=are_flags)
+        if self.options.get("saturated") == "keep" or not flagged.any():
+            return replace(sample, frames=frames)
+        always, ever = flagged.all(axis=0), flagged.any(axis=0)
+        values = ", ".join(f"{value:.0f}" for value in np.unique(frames[flagged])[-3:])
+        statement = f"{always.sum()} pixels hold {values} in all sampled patterns and {(ever & ~always).sum()} in some"
+        if ever.mean() <= MOST_BAD:
+            self.options["saturated"] = "mask"
+            statement += ", which are no counts: --saturated mask marks them as bad in a mask"
+        self._report("mask", statement, "measured")
+        return replace(sample, frames=np.where(flagged, np.zeros((), frames.dtype), frames), good=np.logical_not(ever))
 
     def _pattern_axis_is_last(self, axes: tuple[int, ...], n_positions: int | None) -> bool:
         if "axes" in self.options:
@@ -277,16 +360,24 @@ class _Inspector:
 
     def _propose_units(self, keys: dict[str, str], sample: Sample) -> None:
         """Propose the unit of the positions, and a pixel size if needed."""
-        key = keys.get("position") or keys["y"]
-        recorded = (self.container.unit(key) or "").strip().lower()
+        key = keys.get("position") or keys.get("y", "")
+        recorded = self.container.unit(key) if key else None
+        noted = position_unit(recorded)
         if "units" in self.options:
             unit = self.options["units"]
-        elif recorded in UNIT_NAMES:
-            unit = UNIT_NAMES[recorded]
+        elif not key:
+            return  # the reader asks for the unit of the step
+        elif noted is not None:
+            unit = noted
             self._report("units", f"positions are in {unit}: the unit of '{key}' is {recorded}", "noted")
+        elif recorded is not None:
+            self.refused.append(
+                f"the unit of '{key}' is {recorded!r}, which is no length; pass --units with the unit of the positions"
+            )
+            return
         else:
-            extent = float(np.nanmax(np.ptp(_finite_rows(self.container.array(key)), axis=0), initial=0.0))
-            ending = UNIT_NAMES.get(key.rsplit("_", 1)[-1].lower()) if "_" in key else None
+            extent = float(np.nanmax(np.ptp(_finite_rows(self._position_values(key)), axis=0), initial=0.0))
+            ending = _unit_by_name(key)
             unit = ending or ("m" if 0 < extent < METRES_BELOW else "px")
             reason = "from the ending of the name" if ending else "no unit recorded; micrometres are possible too"
             reason = "too small for pixels or micrometres" if not ending and unit == "m" else reason
@@ -296,15 +387,24 @@ class _Inspector:
         if unit != "px" and not optics and "pixel_size_m" not in self.options:
             self._guess_pixel_size(keys, unit, sample)
 
-    def _guess_pixel_size(self, keys: dict[str, str], unit: str, sample: Sample) -> None:
+    def _position_values(self, key: str) -> NDArray[Any]:
+        """Values of an array of positions, with pairs along the last axis."""
+        values = self.container.array(key)
+        return values.T if values.ndim == 2 and len(values) == 2 < values.shape[1] else values
+
+    def _guess_pixel_size(self, keys: dict[str, str], unit: Unit, sample: Sample) -> None:
         """Propose a placeholder pixel size, so that the command runs."""
-        chosen = [keys["position"]] if "position" in keys else [keys["y"], keys["x"]]
-        columns = [self.container.array(key) for key in chosen]
-        step = median_step_px(_finite_rows(np.stack([np.squeeze(c) for c in columns], axis=-1).reshape(-1, 2)))
+        try:
+            options = with_fields(IngestSpec(), {**self.options, "pixel_size_m": 1.0})
+            position_yx = positions_of(self.container, keys, options)
+        except PtychodaskError as error:
+            self.refused.append(str(error))
+            return
+        step = median_step_px(_finite_rows(position_yx))
         diameter = least_probe_diameter_px(_as_counts(sample, self.options.get("domain", "counts")))
         if not step or not diameter:
             return
-        guess = float(f"{step * {'um': 1e-6, 'm': 1.0}[unit] / (USUAL_STEP * diameter):.2g}")
+        guess = float(f"{step * metres_in(unit) / (USUAL_STEP * diameter):.2g}")
         self.options["pixel_size_m"] = guess
         statement = f"not in the file; with {guess:g} m the step is {USUAL_STEP:g} of the probe diameter, a usual value"
         remedy = "REPLACE it by yours, or pass energy, distance and detector pixel size"
@@ -363,19 +463,31 @@ class _Inspector:
         good = np.ones(mean.shape, bool) if scan is None or scan.mask is None else scan.mask
         if good.shape != mean.shape:
             return
+        good = good if sample.good is None else good & sample.good
         hot, dead = bad_pixels(sample, mean, good)
         self._report(
-            "pixels", f"{hot.sum()} hot, {dead.sum()} dead, {n_saturated(frames)} saturated in one pattern", "measured"
+            "pixels", f"{hot.sum()} hot, {dead.sum()} dead, {self.n_saturated} saturated in one pattern", "measured"
         )
         values = frames[:, good]
         for invalid, description in ((~np.isfinite(values), "not finite"), (values < 0, "negative")):
             rows = sample.rows[invalid.any(axis=1)]
             if len(rows):
-                listed = ",".join(map(str, rows[:5])) + (",..." if len(rows) > 5 else "")
+                if description == "negative":
+                    self._propose_floor(values, len(rows), len(sample.rows))
+                    continue
                 self.refused.append(
-                    f"values are {description} in {len(rows)} of {len(sample.rows)} sampled patterns (rows {listed}); "
-                    "leave these out with --drop-frames, or mark the pixels as bad with --mask"
+                    f"values are {description} in {len(rows)} of {len(sample.rows)} sampled patterns "
+                    f"(rows {as_rows(rows)}); leave these out with --drop-frames, or mark the pixels as bad with --mask"
                 )
+
+    def _propose_floor(self, values: NDArray[Any], n_with: int, n_sampled: int) -> None:
+        """Propose to set negative values to 0, as dark subtraction leaves them."""
+        self.options["floor"] = 0.0
+        share = 100 * float((values < 0).mean())
+        statement = (
+            f"{share:.2g} % of the values in {n_with} of {n_sampled} sampled patterns, down to {values.min():.4g}"
+        )
+        self._report("negative", f"{statement}: --floor 0 sets them to 0", "measured")
 
     def _check_beam(self, mean: NDArray[np.float64], scan: SourceScan | None) -> None:
         detected, evidence = beam_of(mean)
@@ -414,6 +526,9 @@ class _Inspector:
             return  # The pixel size was chosen to give a usual overlap, so reporting the overlap means nothing.
         if scan.unit != "px" and gridded.pixel_size_m is not None:
             guessed = any(finding.topic == "optics" and finding.certainty == "guess" for finding in self.findings)
+            if gridded.spec.energy_ev and gridded.spec.particle is None and gridded.spec.energy_ev >= ELECTRONS_FROM_EV:
+                statement = f"{gridded.spec.energy_ev / 1e3:.4g} keV is taken as of photons; is it of electrons?"
+                self._report("energy", f"{statement} Then pass --particle electron", "open")
             self._report("pixel size", f"{gridded.pixel_size_m:.4g} m (object)", "guess" if guessed else "noted")
         self._check_overlap(scan, gridded, sample)
 
@@ -427,27 +542,20 @@ class _Inspector:
             self._report("outliers", f"{subject} far from all others; leave out with --drop-frames {rows}", "measured")
 
     def _check_overlap(self, scan: SourceScan, gridded: GriddedSource, sample: Sample) -> None:
-        step = median_step_px(gridded.position_yx_px)
+        fits = scan.probe is not None and scan.probe.shape[1:] == sample.frames.shape[1:]
+        counts = _as_counts(sample, scan.domain)
+        # A hot pixel is the same in all patterns and would dominate their speckles.
+        counts[:, bad_pixels(sample, counts.mean(axis=0))[0]] = 0
         scale = gridded.grid.position_scale_yx[0]
-        if scan.probe is not None and np.any(scan.probe) and scan.probe.shape[1:] == sample.frames.shape[1:]:
-            diameter, basis = probe_diameter_px(scan.probe) * scale, "the file's probe is"
-        else:
-            counts = _as_counts(sample, scan.domain)
-            # A hot pixel is the same in all patterns and would dominate their speckles.
-            counts[:, bad_pixels(sample, counts.mean(axis=0))[0]] = 0
-            least = least_probe_diameter_px(counts)
-            diameter, basis = (least or 0.0) * scale, "judged by speckle size, the probe is at least"
-        if not step or not diameter:
+        overlap = overlap_of(gridded.position_yx_px, scan.probe if fits else None, counts, scale=scale)
+        if overlap is None:
             return
-        share = step / diameter
-        statement = f"the median step is {step:.3g} px; {basis} {diameter:.3g} px wide"
-        if share < WIDEST_OVERLAPPING:
-            self._report("overlap", f"{statement}: {100 * (1 - share):.0f} %", "measured")
-        else:
-            self._report(
-                "overlap",
-                f"{statement}: neighbours do not overlap, or units, pixel size or probe are wrong",
-                "measured",
+        told = overlap.problem or f"{100 * (1 - overlap.share):.0f} %"
+        self._report("overlap", f"{overlap.statement}: {told}", "measured")
+        if overlap.is_too_small:
+            self.refused.append(
+                f"positions in {scan.unit} give a step of {overlap.step_px:.3g} px, which is unlikely; pass --units, "
+                "and --pixel-size-m or energy, distance and detector pixel"
             )
 
     def _domain(self, scan: SourceScan | None) -> Domain:
@@ -488,6 +596,12 @@ def _detected_format(container: Container, spec: IngestSpec) -> str | None:
         return detect_format(container, spec)
     except PtychodaskError:
         return None
+
+
+def _unit_by_name(key: str) -> Unit | None:
+    """Unit that a name ends with, after an underscore."""
+    ending = key.rsplit("_", 1)[-1] if "_" in key else ""
+    return None if ending == "a" else position_unit(ending)
 
 
 def _finite_rows(position: NDArray[Any]) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.inspection.arrays import ArrayNote
-from ptychodask.inspection.evidence import Certainty
+from ptychodask.io.evidence import Certainty
 from ptychodask.io.recipe import as_yaml
 from ptychodask.judging.plotting import plot_patterns
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.forward import predicted_amplitude, r_ratio, r_sums
 from ptychodask.inspection.command import Origin, PositionTurn, turned_command
-from ptychodask.io.formats import detect_format, open_container, read_source
+from ptychodask.io.folders import is_foreign_folder
+from ptychodask.io.formats import detect_format, open_for, read_source
 from ptychodask.io.grid import on_grid
 from ptychodask.io.ingest import ingest
 from ptychodask.io.source import IngestSpec
@@ -380,7 +381,7 @@ def _standard_errors(difference: NDArray[np.float64]) -> float:
 
 def _part_of(source: Path, format: str | None, reader_options: dict[str, Any]) -> tuple[Scan, Origin | None]:
     """Patterns from the middle of a scan, nearest first, and their source."""
-    if source.is_dir():
+    if source.is_dir() and not is_foreign_folder(source):
         if format is not None or reader_options:
             names = ", ".join(["format"] * (format is not None) + sorted(reader_options))
             raise PtychodaskError(
@@ -391,19 +392,28 @@ def _part_of(source: Path, format: str | None, reader_options: dict[str, Any]) -
     spec = with_fields(IngestSpec(), reader_options)
     with tempfile.TemporaryDirectory(prefix="ptychodask-") as folder:
         rows, n_frames = _middle_rows(source, format, spec, Path(folder))
-        options = reader_options | {"drop_frames": _all_but(rows, n_frames)}
+        # Rows that match unequal numbers of frames and positions have to be dropped as given.
+        part = {} if rows is None else {"drop_frames": _all_but(rows, n_frames)}
+        options = reader_options | part
         scan = ingest(source, Path(folder) / "part.zarr", format=format, progress=False, **options)
         origin = Origin.of(scan)
         assert origin is not None
         return _middle(scan), replace(origin, source=source, options=spec.given())
 
 
-def _middle_rows(source: Path, format: str | None, spec: IngestSpec, scratch: Path) -> tuple[NDArray[np.int64], int]:
-    """Rows of a scan's middle, ascending, and the number of rows."""
+def _middle_rows(
+    source: Path, format: str | None, spec: IngestSpec, scratch: Path
+) -> tuple[NDArray[np.int64] | None, int]:
+    """Rows of a scan's middle, ascending, and the number of rows.
+
+    None in place of rows if the numbers of frames and positions differ.
+    """
     with ExitStack() as stack:
-        container = open_container(source, scratch if spec.scratch is None else Path(spec.scratch), stack)
+        container = open_for(spec, source, scratch if spec.scratch is None else Path(spec.scratch), stack)
         name = format or detect_format(container, spec)
         scan = read_source(source, container, name, spec, scratch, stack).scan
+        if len(scan.position_yx) != scan.frames.shape[0]:
+            return None, int(scan.frames.shape[0])
         gridded = on_grid(scan, spec, container.label)
         scan_index = None if scan.scan_index is None else scan.scan_index[gridded.kept]
         near = nearest_to_middle(gridded.position_yx_px, scan_index, str(source))

@@ -9,8 +9,8 @@ import numpy as np
 
 from ptychodask.grouping import chosen_patterns, experiments_of, median_step_px, named_outliers, outlying_positions
 from ptychodask.inspection.arrays import ArrayNote
-from ptychodask.inspection.evidence import SAMPLE_FRAMES, Sample, bad_pixels, beam_of, mean_pattern, spread_rows
 from ptychodask.inspection.findings import Finding, Inspection, Preview
+from ptychodask.io.evidence import SAMPLE_FRAMES, Sample, bad_pixels, beam_of, mean_pattern, spread_rows
 from ptychodask.probes import probe_diameter_px
 from ptychodask.scan import Scan
 from ptychodask.storage.location import Location

@@ -46,6 +46,8 @@ def append_source(
         file_scan = _without_mask(opened.scan, scan, spec, label)
         gridded = on_grid(file_scan, spec, label)
         _check_same_scan(scan, recorded, file_scan, gridded, opened.format, label)
+        if spec.saturated == "mask":
+            _check_saturated(scan, gridded, label)
         gridded = replace(gridded, mask=scan.mask)
         return append_segment(
             store,
@@ -100,6 +102,17 @@ def _check_same_scan(
                 f"{label}: {property_name} is {now!r}, expected {first!r} as in the first segment of {scan.store}; "
                 "ingest into another store"
             )
+
+
+def _check_saturated(scan: Scan, gridded: GriddedSource, label: str) -> None:
+    """Raise `PtychodaskError` if pixels are saturated that the scan's mask calls good."""
+    good = np.ones((scan.n_pixels, scan.n_pixels), bool) if scan.mask is None else scan.mask
+    more = 0 if gridded.mask is None else int((good & ~gridded.mask).sum())
+    if more:
+        raise PtychodaskError(
+            f"{label}: {more} pixels hold no counts here but are good in the first segment of {scan.store}, whose mask "
+            "the scan keeps; ingest all segments again with a mask= of the detector that covers them"
+        )
 
 
 def _rounded(size_m: float | None) -> str | None:

@@ -13,7 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.io.quantities import DETECTOR_PIXEL, DISTANCE, ENERGY, WAVELENGTH, Optic, metres_of, read_optics
+from ptychodask.io.quantities import (
+    DETECTOR_PIXEL,
+    DISTANCE,
+    ENERGY,
+    WAVELENGTH,
+    Optic,
+    metres_of,
+    pixel_aspect,
+    read_optics,
+)
 from ptychodask.io.source import Container, IngestSpec, SourceScan, apply_flips, as_probe, missing_key
 
 logger = logging.getLogger(__name__)
@@ -82,6 +91,7 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
         probe=illumination(container, ILLUMINATION),
         mask=good_pixels(container, f"{DETECTOR}/mask"),
         optics=read_optics(container, spec, OPTICS),
+        pixel_aspect=1.0 if spec.detector_pixel_m else pixel_aspect(container, DETECTOR, defined="m"),
     )
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import IO
 
 from ptychodask.errors import PtychodaskError, check_choice
+from ptychodask.io.folders import open_folder
 from ptychodask.io.npy_stream import reading
+from ptychodask.io.parts import JoinedContainer
 from ptychodask.io.raw import scratch_file, writing_scratch
+from ptychodask.io.second_file import PairedContainer, is_table, open_table
 from ptychodask.io.source import BLOCK_BYTES, FORMAT_OPTIONS, Container, IngestSpec, SourceScan, listed_keys
 
 READERS = {
@@ -31,6 +34,7 @@ A format of two files has `companion(path, keys, spec)` and `read_pair(container
 CONTAINERS = {
     b"PK\x03\x04": ("ptychodask.io.npy_stream", "NpzFile"),
     b"\x89HDF\r\n\x1a\n": ("ptychodask.io.hdf5_stream", "Hdf5File"),
+    b"MATLAB 5.0": ("ptychodask.io.matlab", "MatlabFile"),
 }
 """First bytes of a file -> module and class to open it."""
 
@@ -45,14 +49,14 @@ MATLAB_HEADER_BYTES = 512
 
 
 def open_container(path: Path, scratch: Path, stack: ExitStack) -> Container:
-    """Open an NPZ or HDF5 file, recognised by its first bytes.
+    """Open an NPZ, HDF5 or MATLAB 5 file by its first bytes.
 
     A bzip2 archive is first unpacked into a scratch file.
 
     Parameters
     ----------
     path : Path
-        The file.
+        The file, or a folder of .npy files or Zarr.
     scratch : Path
         Folder for scratch files with unpacked or transposed arrays.
     stack : ExitStack
@@ -61,12 +65,12 @@ def open_container(path: Path, scratch: Path, stack: ExitStack) -> Container:
     Raises
     ------
     PtychodaskError
-        If the file does not exist, is empty, or is neither NPZ nor HDF5.
+        If the file does not exist, is empty, or is not NPZ, HDF5 or MATLAB 5.
     """
     if not path.exists():
         raise PtychodaskError(f"{path}: no such file")
-    if not path.is_file():
-        raise PtychodaskError(f"{path}: is a folder, expected an NPZ or HDF5 file")
+    if path.is_dir():
+        return JoinedContainer(open_folder(path))
     try:
         file: IO[bytes] = stack.enter_context(path.open("rb"))
         start = file.read(MATLAB_HEADER_BYTES + 8)
@@ -80,11 +84,31 @@ def open_container(path: Path, scratch: Path, stack: ExitStack) -> Container:
     for magic, (module, name) in CONTAINERS.items():
         if start.startswith(magic) or (start[MATLAB_HEADER_BYTES:] == magic):
             opened: Container = getattr(importlib.import_module(module), name)(file, str(path), scratch, stack)
-            return opened
+            return JoinedContainer(opened)
     raise PtychodaskError(
         f"{path}: begins with {start[:8]!r}, expected an NPZ or HDF5 file; convert it, or copy it again "
         "if it should be one"
     )
+
+
+def open_for(spec: IngestSpec, path: Path, scratch: Path, stack: ExitStack) -> Container:
+    """Open a source as `open_container` does, with a second file of positions.
+
+    Parameters
+    ----------
+    spec : IngestSpec
+        Names the file of positions, if there is one.
+    path, scratch, stack
+        As for `open_container`.
+    """
+    container = open_container(path, scratch, stack)
+    if spec.positions is None:
+        return container
+    second = Path(spec.positions)
+    if not second.exists():
+        raise PtychodaskError(f"{second}: no such file, expected the positions; pass positions= (--positions)")
+    other = open_table(second) if is_table(second) else open_container(second, scratch, stack)
+    return PairedContainer(container, other)
 
 
 def _unbzipped(path: Path, scratch: Path, stack: ExitStack) -> IO[bytes]:
@@ -182,7 +206,8 @@ def read_source(
             "or map the file's keys with keys="
         )
     if not hasattr(module, "companion"):
-        return Source(container, name, module.read(container, spec), None)
+        second = None if spec.positions is None else Path(spec.positions)
+        return Source(container, name, module.read(container, spec), second)
     companion: Path = module.companion(path, container.keys(), spec)
     return Source(
         container, name, module.read_pair(container, open_container(companion, scratch, stack), spec), companion

@@ -115,6 +115,11 @@ class FrameGrid:
         kept = slice(start, start + self.n_pixels)
         return np.ascontiguousarray(wave[:, kept, kept], dtype=np.complex64)
 
+    def touched(self, pixels: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """True where a pattern's pixel (k, N, N) contains one of the pixels (k, h, w)."""
+        cut = self._cut(pixels)
+        return cut if self.bin == 1 else self._binned(cut.astype(np.int64)) > 0
+
     def _cut(self, frames: NDArray[Any]) -> NDArray[Any]:
         """Frames (k, N·bin, N·bin), centred, cropped or zero-padded, from (k, h, w)."""
         if self.dc == "corner":
@@ -224,6 +229,23 @@ def pixel_size_m(wavelength_m: float, distance_m: float, detector_pixel_m: float
     4e-08
     """
     return wavelength_m * distance_m / (extent * detector_pixel_m)
+
+
+ELECTRON_REST_EV = 510998.95
+"""Rest energy of an electron, electronvolts (CODATA 2018)."""
+
+
+def wavelength_m_of(energy_ev: float, particle: str | None) -> float:
+    """Wavelength of photons, or of electrons (relativistic), metres.
+
+    Examples
+    --------
+    >>> [float(f"{wavelength_m_of(300e3, particle):.4g}") for particle in ("photon", "electron")]
+    [4.133e-12, 1.969e-12]
+    """
+    if particle == "electron":
+        return float(HC_EV_M / np.sqrt(energy_ev * (energy_ev + 2 * ELECTRON_REST_EV)))
+    return HC_EV_M / energy_ev
 
 
 def rim_phase(

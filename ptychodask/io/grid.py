@@ -11,12 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.io.geometry import HC_EV_M, FrameGrid, centre_of_mass, mean_counts, pixel_size_m
+from ptychodask.io.geometry import FrameGrid, centre_of_mass, mean_counts, pixel_size_m, wavelength_m_of
 from ptychodask.io.npy_stream import read_npy
-from ptychodask.io.source import IngestSpec, SourceScan, as_mask, as_matrix
+from ptychodask.io.pixel_values import flagged_pixels
+from ptychodask.io.plausible import unlikely_optics
+from ptychodask.io.quantities import SQUARENESS
+from ptychodask.io.source import IngestSpec, SourceScan, as_mask, as_matrix, rotation_matrix
+from ptychodask.io.units import metres_in
 from ptychodask.scan import Truth, check_pattern_shape, check_positions
 
 logger = logging.getLogger(__name__)
+
+ELECTRONS_FROM_EV = 60e3
+"""Energy from which electrons are more likely than photons."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,9 +76,10 @@ def on_grid(file_scan: SourceScan, spec: IngestSpec, label: str) -> GriddedSourc
     PtychodaskError
         If arrays do not fit each other or the spec, or a quantity that is needed is unknown.
     """
+    file_scan, kept = _matched(file_scan, spec, label)
     _check_lengths(file_scan, label)
     spec = _with_optics(file_scan, spec)
-    kept = _with_position(file_scan, kept_frames(file_scan.frames.shape[0], spec.drop_frames, label), label)
+    kept = _with_position(file_scan, kept, label)
     check_positions(file_scan.position_yx[kept], len(kept), label)
     frame_mask = _frame_mask(file_scan, spec, label)
     grid = _grid(file_scan, spec, frame_mask, label)
@@ -79,6 +87,16 @@ def on_grid(file_scan: SourceScan, spec: IngestSpec, label: str) -> GriddedSourc
     if mask is not None and not mask.any():
         raise PtychodaskError(f"{label}: the mask leaves no good pixel; it is True where a pixel is good")
     pixel_m = _object_pixel_m(file_scan, spec, grid, label)
+    if spec.particle is None and (spec.energy_ev or 0) >= ELECTRONS_FROM_EV:
+        logger.warning(
+            "%s: an energy of %.4g keV is taken as that of photons; pass particle='electron' (--particle electron) if "
+            "it is of electrons, or 'photon'",
+            label,
+            (spec.energy_ev or 0) / 1e3,
+        )
+    unlikely = unlikely_optics(pixel_m, wavelength_of(spec))
+    if unlikely:
+        logger.warning("%s: %s; check energy, distance and detector pixel", label, unlikely)
     file_scan = _with_affine(file_scan, spec, label)
     position_yx_px = _position_yx_px(file_scan, grid, pixel_m, label)[kept]
     truth = _truth(file_scan, grid, position_yx_px, label)
@@ -120,24 +138,52 @@ def _with_position(file_scan: SourceScan, kept: NDArray[np.int64], label: str) -
 
 def _with_affine(file_scan: SourceScan, spec: IngestSpec, label: str) -> SourceScan:
     """Content of a file with its positions transformed by the affine matrix."""
-    if spec.affine is None:
+    if spec.affine is None and spec.rotation_deg is None:
         return file_scan
     if file_scan.object is not None:
         raise PtychodaskError(
-            f"{label}: affine= changes the positions, so that they no longer fit the object in the file; leave it out, "
+            f"{label}: {'rotation_deg' if spec.affine is None else 'affine'}= changes the positions, so that they no "
+            "longer fit the object in the file; leave it out, "
             "or map the file's arrays with keys= without 'object'"
         )
-    return replace(file_scan, position_yx=file_scan.position_yx @ as_matrix(spec.affine).T)
+    matrix = rotation_matrix(spec.rotation_deg or 0.0) if spec.affine is None else as_matrix(spec.affine)
+    return replace(file_scan, position_yx=file_scan.position_yx @ matrix.T)
+
+
+def _matched(file_scan: SourceScan, spec: IngestSpec, label: str) -> tuple[SourceScan, NDArray[np.int64]]:
+    """Content with a position for every frame, and the kept rows.
+
+    If there are more frames than positions, or fewer, rows are dropped from the longer of the two: the kept rows either
+    have both, or are as many as the shorter one has and belong to it in order.
+    """
+    position_yx, n_frames = file_scan.position_yx, int(file_scan.frames.shape[0])
+    n_positions = len(position_yx)
+    if n_frames == n_positions or spec.drop_frames is None:
+        return file_scan, kept_frames(n_frames, spec.drop_frames, label)
+    kept = kept_frames(max(n_frames, n_positions), spec.drop_frames, label)
+    matched = np.full((n_frames, 2), np.nan)
+    if kept[-1] < min(n_frames, n_positions):
+        matched[kept] = position_yx[kept]
+    elif len(kept) == n_positions < n_frames:
+        matched[kept] = position_yx
+    elif len(kept) == n_frames < n_positions:
+        matched, kept = position_yx[kept], np.arange(n_frames)
+    else:
+        return file_scan, kept
+    return replace(file_scan, position_yx=matched), kept
 
 
 def _check_lengths(file_scan: SourceScan, label: str) -> None:
     shape = file_scan.frames.shape
     if file_scan.frames.dtype.kind not in "buif":
         raise PtychodaskError(f"{label}: patterns have type {file_scan.frames.dtype}, expected counts or amplitudes")
-    if len(file_scan.position_yx) != shape[0]:
+    n_positions = len(file_scan.position_yx)
+    if n_positions != shape[0]:
         raise PtychodaskError(
-            f"{label}: {shape[0]} patterns but {len(file_scan.position_yx)} positions (patterns of shape {shape}); "
-            "every pattern needs one: correct the file, or pass the order of its axes with axes= (--axes)"
+            f"{label}: {shape[0]} patterns but {n_positions} positions (patterns of shape {shape}); "
+            f"every pattern needs one: drop the rows of the longer that have no counterpart, --drop-frames "
+            f"{min(n_positions, shape[0])}:{max(n_positions, shape[0])} if they are the last, or pass the order of "
+            "the patterns' axes with axes= (--axes)"
         )
     for name in ("flux", "scan_index"):
         values = getattr(file_scan, name)
@@ -207,6 +253,10 @@ def _frame_mask(file_scan: SourceScan, spec: IngestSpec, label: str) -> NDArray[
         raise PtychodaskError(
             f"{label}: the mask has shape {mask.shape}, expected {file_scan.frames.shape[1:]} like the frames"
         )
+    if spec.saturated == "mask":
+        flagged = flagged_pixels(file_scan.frames.blocks(), negative=spec.floor is None, label=label)
+        logger.info("%s: marked %d pixels as bad, whose values are no counts", label, flagged.sum())
+        return ~flagged if mask is None else mask & ~flagged
     return mask
 
 
@@ -256,7 +306,8 @@ def _object_pixel_m(file_scan: SourceScan, spec: IngestSpec, grid: FrameGrid, la
 
 
 def wavelength_of(spec: IngestSpec) -> float | None:
-    return HC_EV_M / spec.energy_ev if spec.energy_ev else spec.wavelength_m
+    """Wavelength by the options, metres; None without energy and wavelength."""
+    return wavelength_m_of(spec.energy_ev, spec.particle) if spec.energy_ev else spec.wavelength_m
 
 
 def _position_yx_px(
@@ -269,7 +320,15 @@ def _position_yx_px(
             f"{label}: positions are in {file_scan.unit}, but the size of an object pixel is unknown; "
             "pass pixel_size_m=, or energy_ev=, distance_m= and detector_pixel_m="
         )
-    return file_scan.position_yx * ({"um": 1e-6, "m": 1.0}[file_scan.unit] / object_pixel_m)
+    aspect = file_scan.pixel_aspect
+    if not np.isclose(aspect, 1, rtol=SQUARENESS):
+        logger.warning(
+            "%s: detector pixels are not square (height %.4g of the width); y positions are scaled to object pixels of "
+            "that height, and pixel_size_m is the width of an object pixel",
+            label,
+            aspect,
+        )
+    return file_scan.position_yx * np.array([aspect, 1.0]) * (metres_in(file_scan.unit) / object_pixel_m)
 
 
 def _truth(file_scan: SourceScan, grid: FrameGrid, position_yx_px: NDArray[np.float64], label: str) -> Truth | None:

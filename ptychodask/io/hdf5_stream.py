@@ -26,6 +26,8 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.io.npy_stream import check_compression, reading
 from ptychodask.io.raw import block_ranges, runs
 from ptychodask.io.source import Frames, frame_axes, missing_key, pattern_axes
+from ptychodask.io.units import unit_text
+from ptychodask.scan import as_rows
 
 with suppress(ImportError):
     # Registers the compression filters of detectors, if installed.
@@ -149,6 +151,9 @@ def check_bytes_in_subprocess(content: bytes, label: str) -> None:
         check_in_subprocess(file, label)
 
 
+_UNIT_ATTRIBUTES = ("units", "unit", "Units", "Unit", "UNITS", "UNIT")
+"""Attributes that note the unit of an array."""
+
 SMALL_BYTES = 2**26
 """Arrays up to this size are read even if hardly any bytes are stored: HDF5 does not store what was never written."""
 
@@ -232,6 +237,9 @@ class Hdf5File:
             self._file = stack.enter_context(
                 open_hdf5(file.name, label) if isinstance(file.name, str) else h5py.File(file, "r")
             )
+        file.seek(0)
+        # MATLAB 7.3 writes every array with its axes in reverse, so that the shape in MATLAB is the one reversed here.
+        self._is_reversed = file.read(6) == b"MATLAB"
 
     def keys(self) -> list[str]:
         """Names of the datasets, including linked ones in other files."""
@@ -253,10 +261,12 @@ class Hdf5File:
         return names
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._dataset(key).shape or ())
+        shape = tuple(self._dataset(key).shape or ())
+        return shape[::-1] if self._is_reversed else shape
 
     def dtype(self, key: str) -> np.dtype[Any]:
-        return np.dtype(self._dataset(key).dtype).newbyteorder("=")
+        dtype = np.dtype(self._dataset(key).dtype).newbyteorder("=")
+        return _complex_type(dtype) or dtype
 
     def has(self, key: str) -> bool:
         with reading(f"{self.label}[{key}]"):
@@ -264,8 +274,15 @@ class Hdf5File:
 
     def unit(self, key: str) -> str | None:
         with reading(f"{self.label}[{key}]"):
-            unit = self._dataset(key).attrs.get("units")
-            return unit.decode() if isinstance(unit, bytes) else None if unit is None else str(unit)
+            attributes = self._dataset(key).attrs
+            named = (unit_text(attributes[name]) for name in _UNIT_ATTRIBUTES if name in attributes)
+            return next((text for text in named if text), None)
+
+    def text(self, key: str) -> str | None:
+        with reading(f"{self.label}[{key}]"):
+            dataset = self._dataset(key)
+            is_short = dataset.size == 1 and (h5py.check_string_dtype(dataset.dtype) is not None)
+            return unit_text(dataset[()]) if is_short else None
 
     def numbers(self, key: str) -> dict[str, float]:
         with reading(f"{self.label}[{key}]"):
@@ -289,7 +306,12 @@ class Hdf5File:
         check_compression((dataset.size or 0) * dataset.dtype.itemsize, check_storage(dataset, label), label)
         _check_readable(dataset, label)
         with reading(label):
-            return np.asarray(self._dataset(key)[()]).astype(self.dtype(key), copy=False)
+            values = np.asarray(self._dataset(key)[()])
+            if _complex_type(values.dtype):
+                real, imaginary = values.dtype.names or ()
+                values = values[real] + 1j * values[imaginary]
+            values = values.astype(self.dtype(key), copy=False)
+        return np.ascontiguousarray(values.T) if self._is_reversed else values
 
     def frames(self, key: str, *, pattern_last: bool = False, raster: bool = False) -> Frames:
         dataset = self._dataset(key)
@@ -297,15 +319,20 @@ class Hdf5File:
             raise PtychodaskError(f"{self.label}[{key}]: values have type {dataset.dtype}, expected numbers")
         label = f"{self.label}[{key}]"
         check_storage(dataset, label)
-        _check_readable(dataset, label)
+        lost = _lost_frames(dataset, label, has_patterns_first=not (pattern_last or self._is_reversed))
         if dataset.chunks is not None and (chunk := prod(dataset.chunks) * dataset.dtype.itemsize) > LARGEST_CHUNK:
             raise PtychodaskError(
                 f"{label}: is stored in chunks of {dataset.chunks}, {chunk} bytes each, expected at most "
                 f"{LARGEST_CHUNK}; store it in smaller chunks (h5repack -l CHUNK=...)"
             )
+        if self._is_reversed:
+            pattern_axes(self.shape(key), label, last=pattern_last)  # raises in the order of axes of MATLAB
+            axes = pattern_axes(self.shape(key)[::-1], label, last=not pattern_last)
+            return _TransposedFrames(_DatasetFrames(dataset, axes, label, not pattern_last))
         if raster and len(frame_axes(self.shape(key))) == 4:
-            return _RasterFrames(dataset, label)
-        return _DatasetFrames(dataset, pattern_axes(self.shape(key), label, last=pattern_last), label, pattern_last)
+            return _RasterFrames(dataset, label, lost)
+        axes = pattern_axes(self.shape(key), label, last=pattern_last)
+        return _DatasetFrames(dataset, axes, label, pattern_last, lost)
 
     def _dataset(self, key: str) -> h5py.Dataset:
         target = None
@@ -358,6 +385,17 @@ def _datasets_in(group: h5py.Group) -> list[str]:
     return [name if isinstance(name, str) else name.decode(errors="replace") for name in names]
 
 
+def _complex_type(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """Complex type of a compound of two numbers, or None."""
+    names = dtype.names or ()
+    if tuple(name.lower() for name in names) not in (("real", "imag"), ("r", "i"), ("re", "im")):
+        return None
+    parts = [dtype[name] for name in names]
+    if parts[0] != parts[1] or parts[0].kind not in "iuf" or parts[0].shape:
+        return None
+    return np.result_type(parts[0], np.complex64)
+
+
 FILTERS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle (bslz4)", 32013: "zfp", 32015: "zstd", 32026: "blosc2"}
 """Compression filters that detectors use, by their number in The HDF Group's registry."""
 
@@ -383,10 +421,61 @@ def _check_readable(dataset: h5py.Dataset, label: str) -> None:
                 "install ptychodask with the extra 'detectors' (package hdf5plugin)"
             )
     if missing:
-        raise PtychodaskError(
+        rows = _rows_of_sources(dataset, set(missing))
+        raise LostSourceError(
             f"{label}: is a virtual dataset, and {len(missing)} of its source files are missing, for example "
-            f"{missing[0]!r}; put them beside the file"
+            f"{missing[0]!r}; put them beside the file",
+            rows,
         )
+
+
+class LostSourceError(PtychodaskError):
+    """Source files of a virtual dataset are missing.
+
+    Parameters
+    ----------
+    message : str
+    rows : int64 array (k,) or None
+        Rows of the first axis that they hold, ascending; None if these cannot be told.
+    """
+
+    def __init__(self, message: str, rows: NDArray[np.int64] | None) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
+def _lost_frames(dataset: h5py.Dataset, label: str, *, has_patterns_first: bool) -> LostSourceError | None:
+    """Frames of missing source files, an error to raise where they are read.
+
+    Raises
+    ------
+    PtychodaskError
+        If the values cannot be read, or it cannot be told which frames are lost.
+    """
+    try:
+        _check_readable(dataset, label)
+    except LostSourceError as error:
+        axes = frame_axes(dataset.shape)
+        if error.rows is None or not has_patterns_first or axes[0] != dataset.shape[0]:
+            raise
+        n_columns = axes[1] if len(axes) == 4 else 1
+        frames = (error.rows[:, None] * n_columns + np.arange(n_columns)).ravel()
+        if len(frames) == dataset.shape[0] * n_columns:
+            raise
+        return LostSourceError(f"{error}, or leave their patterns out with --drop-frames {as_rows(frames)}", frames)
+    return None
+
+
+def _rows_of_sources(dataset: h5py.Dataset, names: set[str]) -> NDArray[np.int64] | None:
+    """Rows of the first axis that come from source files; None if unknown."""
+    if not dataset.shape or any("%" in name for name in names):
+        return None
+    is_lost = np.zeros(dataset.shape[0], bool)
+    for source in dataset.virtual_sources():
+        if source.file_name in names:
+            first, last = (int(corner[0]) for corner in source.vspace.get_select_bounds())
+            is_lost[first : last + 1] = True
+    return np.flatnonzero(is_lost)
 
 
 def check_storage(dataset: h5py.Dataset, label: str) -> int:
@@ -450,8 +539,16 @@ class _DatasetFrames:
 
     seekable = True
 
-    def __init__(self, dataset: h5py.Dataset, shape: tuple[int, ...], label: str, pattern_last: bool) -> None:
+    def __init__(
+        self,
+        dataset: h5py.Dataset,
+        shape: tuple[int, ...],
+        label: str,
+        pattern_last: bool,
+        lost: LostSourceError | None = None,
+    ) -> None:
         self._dataset, self._shape, self._label, self._pattern_last = dataset, shape, label, pattern_last
+        self._lost = lost
         leading = dataset.shape.index(frame_axes(dataset.shape)[0])
         self._axis = leading + (2 if pattern_last else 0)
         self._chunk_frames = 1 if dataset.chunks is None else int(dataset.chunks[self._axis])
@@ -468,9 +565,16 @@ class _DatasetFrames:
 
     def blocks(self) -> Iterator[NDArray[Any]]:
         for start, stop in block_ranges(self._shape, self.dtype.itemsize, self._chunk_frames):
+            self._check_not_lost(np.arange(start, stop))
             yield self._read(start, stop)
 
+    def _check_not_lost(self, index: NDArray[np.int64]) -> None:
+        # HDF5 reads the fill value for them, without an error.
+        if self._lost is not None and self._lost.rows is not None and np.isin(index, self._lost.rows).any():
+            raise self._lost
+
     def __getitem__(self, index: NDArray[np.int64], /) -> NDArray[Any]:
+        self._check_not_lost(index)
         frames = np.empty((len(index), *self.shape[1:]), self.dtype)
         for start, stop in runs(index):
             frames[start:stop] = self._read(int(index[start]), int(index[start]) + stop - start)
@@ -488,8 +592,8 @@ class _DatasetFrames:
 class _RasterFrames(_DatasetFrames):
     """Frames of a raster dataset (row, column, h, w), row after row."""
 
-    def __init__(self, dataset: h5py.Dataset, label: str) -> None:
-        self._dataset, self._label = dataset, label
+    def __init__(self, dataset: h5py.Dataset, label: str, lost: LostSourceError | None) -> None:
+        self._dataset, self._label, self._lost = dataset, label, lost
         n_rows, self._n_columns, height, width = frame_axes(dataset.shape)
         self._shape = (n_rows * self._n_columns, height, width)
         self._axis = dataset.shape.index(n_rows)
@@ -508,3 +612,29 @@ class _RasterFrames(_DatasetFrames):
                 part = self._dataset[(*before, row, columns)]
             frames[first + columns.start - start : first + columns.stop - start] = part.reshape(-1, *self.shape[1:])
         return frames
+
+
+class _TransposedFrames:
+    """Frames of a MATLAB file, whose rows and columns HDF5 exchanges."""
+
+    seekable = True
+
+    def __init__(self, frames: _DatasetFrames) -> None:
+        self._frames = frames
+        self.random_access = frames.random_access
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        n_patterns, width, height = self._frames.shape
+        return n_patterns, height, width
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._frames.dtype
+
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        for block in self._frames.blocks():
+            yield np.ascontiguousarray(block.swapaxes(1, 2))
+
+    def __getitem__(self, index: NDArray[np.int64], /) -> NDArray[Any]:
+        return np.ascontiguousarray(self._frames[index].swapaxes(1, 2))

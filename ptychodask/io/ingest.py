@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.io.append import append_source
@@ -13,14 +17,17 @@ from ptychodask.io.geometry import HC_EV_M
 from ptychodask.io.grid import GriddedSource, on_grid
 from ptychodask.io.initial_probe import initial_probe
 from ptychodask.io.patterns import pattern_parts
+from ptychodask.io.plausible import overlap_of, sampled_counts
 from ptychodask.io.provenance import open_source, provenance_of
 from ptychodask.io.recipe import with_recipe
-from ptychodask.io.source import IngestSpec
+from ptychodask.io.source import IngestSpec, SourceScan
 from ptychodask.options import takes_fields
-from ptychodask.scan import Scan
+from ptychodask.scan import PatternSource, Scan
 from ptychodask.storage.location import LocationLike, parse_location
 from ptychodask.store import SCAN
 from ptychodask.store.write import write_scan
+
+logger = logging.getLogger(__name__)
 
 
 @takes_fields(IngestSpec)
@@ -40,7 +47,7 @@ def ingest(
     Parameters
     ----------
     source : path
-        An NPZ (also .npz.bz2) or HDF5 file.
+        An NPZ (also .npz.bz2), HDF5 or MATLAB file, or a folder of .npy files or Zarr.
     store : path
         Store to write; it appears when it is complete. With `append`, a segment is added to an existing store.
     format : {"ptychopinn", "tike", "ptychodus", "nexus", "cxi", "hxn", "mapping"}, optional
@@ -70,8 +77,8 @@ def ingest(
     Notes
     -----
     A growing scan keeps the properties of its first segment: probe, mask, normalisation, calibration, unit of the
-    patterns, pixel size. Options need not be passed again; only `diffraction`, `drop_frames` and `scratch` may differ
-    between segments. Readers see complete segments only (see `append_segment`).
+    patterns, pixel size. Options need not be passed again; only `diffraction`, `positions`, `drop_frames` and
+    `scratch` may differ between segments. Readers see complete segments only (see `append_segment`).
 
     Only a few blocks of frames are in memory, however large the file. A file that cannot be read in any order
     (compressed, or with patterns along its last axis) is first written to a scratch file; compressed frames are already
@@ -108,6 +115,7 @@ def _prepare(
     file_scan, label, spec = opened.scan, opened.container.label, gridded.spec
     parts = pattern_parts(file_scan, gridded, label, scratch, stack, progress)
     probe, calibration = initial_probe(file_scan, spec, gridded.grid, parts["diffraction"], gridded.mask, label)
+    _warn_of_overlap(file_scan, gridded, parts["diffraction"], probe, label)
     return parts | {
         "probe": probe,
         "domain": file_scan.domain,
@@ -116,6 +124,28 @@ def _prepare(
         "mask": gridded.mask,
         "truth": gridded.truth,
         "pixel_size_m": gridded.pixel_size_m,
-        "energy_ev": HC_EV_M / spec.wavelength_m if spec.wavelength_m else spec.energy_ev,
+        "energy_ev": _photon_energy_ev(spec),
         "distance_m": spec.distance_m,
     }
+
+
+def _photon_energy_ev(spec: IngestSpec) -> float | None:
+    """Photon energy; None for electrons, whose wavelength does not follow from it."""
+    if spec.particle == "electron":
+        return None
+    return HC_EV_M / spec.wavelength_m if spec.wavelength_m else spec.energy_ev
+
+
+def _warn_of_overlap(
+    file_scan: SourceScan,
+    gridded: GriddedSource,
+    diffraction: PatternSource,
+    probe: NDArray[np.complex64] | None,
+    label: str,
+) -> None:
+    """Log a warning if the step is unlikely for patterns and probe."""
+    is_measured = file_scan.probe is not None and gridded.spec.probe in (None, "file")
+    counts = None if is_measured else sampled_counts(diffraction, file_scan.domain, gridded.mask)
+    overlap = overlap_of(gridded.position_yx_px, probe if is_measured else None, counts)
+    if overlap is not None and overlap.problem is not None:
+        logger.warning("%s: %s: %s; check them by inspect", label, overlap.statement, overlap.problem)

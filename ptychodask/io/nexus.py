@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.io.cxi import as_translation, good_pixels, illumination
-from ptychodask.io.quantities import DETECTOR_PIXEL, DISTANCE, ENERGY, Optic, metres_of, read_optics
+from ptychodask.io.quantities import DETECTOR_PIXEL, DISTANCE, ENERGY, Optic, metres_of, pixel_aspect, read_optics
 from ptychodask.io.source import Container, IngestSpec, SourceScan, apply_flips, as_vector, frame_axes, missing_key
 
 OPTIONS = ("units", "dc", "flip_y", "flip_x", "swap_xy")
@@ -83,6 +83,7 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
             container, f"{detector}/pixel_mask" if container.has(f"{detector}/pixel_mask") else f"{detector}/mask"
         ),
         optics=read_optics(container, spec, optics),
+        pixel_aspect=1.0 if spec.detector_pixel_m else pixel_aspect(container, detector, defined=None),
     )
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.io.raw import RawFrames, block_ranges, oriented, read_exactly, scratch_file, transpose_patterns_first
-from ptychodask.io.source import BLOCK_BYTES, Frames, pattern_axes, require_keys
+from ptychodask.io.source import BLOCK_BYTES, Frames, frame_axes, pattern_axes, raster_shape, require_keys
 
 DEFLATE_LIMIT = 1032
 """Largest compression ratio of deflate (zlib's technical notes)."""
@@ -229,6 +229,9 @@ class NpzFile:
     def unit(self, key: str) -> str | None:
         return None
 
+    def text(self, key: str) -> str | None:
+        return None
+
     def numbers(self, key: str) -> dict[str, float]:
         return {}
 
@@ -242,7 +245,14 @@ class NpzFile:
         header, label = self._header(key), f"{self.label}[{key}]"
         if header.dtype.kind not in "buifc":
             raise PtychodaskError(f"{label}: values have type {header.dtype}, expected numbers")
-        shape = pattern_axes(header.shape, label, last=pattern_last)
+        raster_axes = raster_shape(header.shape) if raster else None
+        if raster_axes is not None and header.fortran:
+            raise PtychodaskError(
+                f"{label}: has shape {header.shape} in Fortran order, expected C order for a raster of patterns; save "
+                "np.ascontiguousarray of it"
+            )
+        merged = (prod(raster_axes), *frame_axes(header.shape)[2:]) if raster_axes else header.shape
+        shape = pattern_axes(merged, label, last=pattern_last)
         if pattern_last != header.fortran:
             return self._transposed(key, shape, transposed=header.fortran)
         if self._members[key].compress_type != zipfile.ZIP_STORED:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ptychodask.io.geometry import FrameGrid, as_stored, stored_dtype
 from ptychodask.io.grid import GriddedSource
 from ptychodask.io.near_field import check_far_field
+from ptychodask.io.pixel_values import clipped, no_counts, refuse_no_counts
 from ptychodask.io.raw import RawFrames, scratch_file, spill
 from ptychodask.io.source import Frames, SourceScan
 from ptychodask.scan import Domain, PatternSource
@@ -28,8 +29,15 @@ class _Preparation:
     dtype: np.dtype[Any]
     mask: NDArray[np.bool_] | None
     label: str
+    floor: float | None
+    keeps_saturated: bool
 
     def __call__(self, frames: NDArray[Any]) -> NDArray[Any]:
+        frames = clipped(frames, self.floor)
+        if not self.keeps_saturated and (flagged := no_counts(frames)).any():
+            touched = self.grid.touched(flagged)
+            refuse_no_counts(touched if self.mask is None else touched & self.mask, frames, self.label)
+            frames = np.where(flagged, np.zeros((), frames.dtype), frames)
         return as_stored(self.grid.patterns(frames, self.domain), self.dtype, self.mask, self.label)
 
 
@@ -66,7 +74,15 @@ def prepared(file_scan: SourceScan, gridded: GriddedSource, label: str) -> _Prep
         Name of the file, for messages.
     """
     dtype = stored_dtype(file_scan.frames.dtype, file_scan.domain, gridded.grid.bin)
-    preparation = _Preparation(gridded.grid, file_scan.domain, dtype, gridded.mask, label)
+    preparation = _Preparation(
+        gridded.grid,
+        file_scan.domain,
+        dtype,
+        gridded.mask,
+        label,
+        floor=gridded.spec.floor,
+        keeps_saturated=gridded.spec.saturated == "keep",
+    )
     return _Prepared(file_scan.frames, gridded.kept, preparation)
 
 

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ptychodask.io.formats import Source, detect_format, open_container, read_source
+from ptychodask.io.formats import Source, detect_format, open_for, read_source
 from ptychodask.io.npy_stream import reading
 from ptychodask.io.source import BLOCK_BYTES, IngestSpec
 from ptychodask.storage.location import Location
@@ -26,7 +26,7 @@ def open_source(
     """Open a file with its reader; yields its scratch folder too."""
     with ExitStack() as stack:
         scratch = scratch_folder(spec, store, stack)
-        container = open_container(source, scratch, stack)
+        container = open_for(spec, source, scratch, stack)
         name = detect_format(container, spec) if format is None else format
         yield read_source(source, container, name, spec, scratch, stack), scratch, stack
 
@@ -56,8 +56,14 @@ def provenance_of(source: Path, opened: Source, spec: IngestSpec) -> dict[str, A
 
 
 def _sha256(path: Path) -> str:
+    """Hash of a file, or of all files in a folder."""
     digest = hashlib.sha256()
-    with reading(str(path)), path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
+    with reading(str(path)):
+        for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if path.is_dir():
+                digest.update(f"{part.relative_to(path).as_posix()}\0".encode())
+            if part.is_file():
+                with part.open("rb") as file:
+                    while block := file.read(BLOCK_BYTES):
+                        digest.update(block)
     return digest.hexdigest()

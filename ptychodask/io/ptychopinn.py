@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
+from ptychodask.io.labels import labels_of
 from ptychodask.io.source import (
     Axes,
     Container,
@@ -79,7 +80,7 @@ def read(container: Container, spec: IngestSpec) -> SourceScan:
         calibration="as_given",
         probe=as_probe(container.array("probeGuess"), f"{label}[probeGuess]") if "probeGuess" in keys else None,
         object=_object(container) if "objectGuess" in keys else None,
-        label=_labels(container, frames, last) if "Y" in keys else None,
+        label=_labels(container, frames, last),
         scan_index=as_whole_numbers(container.array("scan_index"), label) if "scan_index" in keys else None,
         metadata=metadata,
     )
@@ -137,6 +138,14 @@ def _object(container: Container) -> NDArray[np.complex64] | None:
 
 
 def _labels(container: Container, frames: Frames, last: bool) -> Frames | None:
+    if not container.has("Y"):
+        if not (container.has("label_amp") and container.has("label_phase")):
+            return None
+        labels = labels_of(container, {name: name for name in ("label_amp", "label_phase")}, pattern_last=last)
+        if labels is not None and labels.shape != frames.shape:
+            logger.info("%s: ignored labels of shape %s, which are not one per pattern", container.label, labels.shape)
+            return None
+        return labels
     shape = frame_axes(container.shape("Y"))
     pattern_last = last and shape != frames.shape
     if (shape if not pattern_last else (shape[-1], *shape[:-1])) != frames.shape:

@@ -2,48 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.io.source import Container, IngestSpec, Unit
-
-METRES: Mapping[str, float] = {
-    "m": 1.0,
-    "metre": 1.0,
-    "metres": 1.0,
-    "meter": 1.0,
-    "meters": 1.0,
-    "cm": 1e-2,
-    "mm": 1e-3,
-    "um": 1e-6,
-    "µm": 1e-6,
-    "μm": 1e-6,
-    "micron": 1e-6,
-    "microns": 1e-6,
-    "nm": 1e-9,
-    "pm": 1e-12,
-    "a": 1e-10,
-    "å": 1e-10,
-    "angstrom": 1e-10,
-    "angstroms": 1e-10,
-}
-"""Units of length in lower case -> metres."""
-
-EV_PER_JOULE = 1 / 1.602176634e-19
-"""Electronvolts in a joule (SI, exact)."""
-
-ELECTRONVOLTS: Mapping[str, float] = {
-    "ev": 1.0,
-    "kev": 1e3,
-    "j": EV_PER_JOULE,
-    "joule": EV_PER_JOULE,
-    "joules": EV_PER_JOULE,
-}
-"""Units of energy in lower case -> electronvolts."""
-
+from ptychodask.io.source import Container, IngestSpec
+from ptychodask.io.units import Dimension, Unit, factor_of, metres_in
 
 SQUARENESS = 1e-3
 """Largest relative difference between the sides of a square pixel."""
@@ -59,8 +25,8 @@ class Optic:
     option: str
     """Field of `IngestSpec` that replaces it."""
 
-    units: Mapping[str, float]
-    """Accepted units -> factor to the unit of the option."""
+    dimension: Dimension
+    """Kind of its unit."""
 
     low: float
     """Smallest plausible value, in the unit of the option; outside, the recorded unit is wrong."""
@@ -79,10 +45,10 @@ class Optic:
         return f"pass {self.option}= (--{self.option.replace('_', '-')})"
 
 
-ENERGY = Optic("photon energy", "energy_ev", ELECTRONVOLTS, 1.0, 1e7)
-WAVELENGTH = Optic("wavelength", "wavelength_m", METRES, 1e-13, 2e-6)
-DISTANCE = Optic("detector distance", "distance_m", METRES, 1e-4, 1e3)
-DETECTOR_PIXEL = Optic("detector pixel", "detector_pixel_m", METRES, 1e-7, 1e-2)
+ENERGY = Optic("photon energy", "energy_ev", "eV", 1.0, 1e7)
+WAVELENGTH = Optic("wavelength", "wavelength_m", "m", 1e-13, 2e-6)
+DISTANCE = Optic("detector distance", "distance_m", "m", 1e-4, 1e3)
+DETECTOR_PIXEL = Optic("detector pixel", "detector_pixel_m", "m", 1e-7, 1e-2)
 
 
 def optic(container: Container, keys: Sequence[str], quantity: Optic, *, defined: str | None) -> float | None:
@@ -113,14 +79,14 @@ def optic(container: Container, keys: Sequence[str], quantity: Optic, *, defined
     if key is None:
         return None
     label = f"{container.label}[{key}]"
-    unit = _unit(container, key, quantity.units, defined, quantity.remedy)
+    unit, factor = _unit(container, key, quantity.dimension, defined, quantity.remedy)
     values = np.unique(container.array(key)) if container.dtype(key).kind in "iuf" else np.zeros(0)
     if len(values) != 1 or not (np.isfinite(values[0]) and values[0] > 0):
         content = f"is {values[0]}" if len(values) == 1 else f"contains {len(values)} different numbers"
         raise PtychodaskError(
             f"{label}: {content}, expected one positive number, the {quantity.name}; {quantity.remedy}"
         )
-    value = float(values[0]) * quantity.units[unit]
+    value = float(values[0]) * factor
     if not quantity.low <= value <= quantity.high:
         raise PtychodaskError(
             f"{label}: is {values[0]:.6g} {unit}, expected a {quantity.expected}, so its unit is wrong; "
@@ -148,6 +114,15 @@ def read_optics(
     return values
 
 
+def pixel_aspect(container: Container, detector: str, *, defined: str | None) -> float:
+    """Height of a detector pixel over its width; 1 if the file has not both."""
+    keys = [f"{detector}/{axis}_pixel_size" for axis in ("y", "x")]
+    if not all(container.has(key) for key in keys):
+        return 1.0
+    height, width = (optic(container, [key], DETECTOR_PIXEL, defined=defined) for key in keys)
+    return height / width if height and width else 1.0
+
+
 def metres_of(container: Container, key: str, given: Unit | None, *, defined: str | None) -> float:
     """Unit of an array of lengths, in metres.
 
@@ -163,14 +138,20 @@ def metres_of(container: Container, key: str, given: Unit | None, *, defined: st
             f"{container.label}[{key}]: is a length, but units='px'; pass units='um' or units='m', or leave units= out"
         )
     if given is not None:
-        return METRES[given]
-    return METRES[_unit(container, key, METRES, defined, "pass units= (--units)")]
+        return metres_in(given)
+    return _unit(container, key, "m", defined, "pass units= (--units)")[1]
 
 
-def _unit(container: Container, key: str, units: Mapping[str, float], defined: str | None, remedy: str) -> str:
+EXAMPLES = {"m": "m, cm, mm, um, nm, pm, angstrom", "eV": "eV, keV, MeV, J"}
+"""Names of units in messages, by dimension."""
+
+
+def _unit(container: Container, key: str, dimension: Dimension, defined: str | None, remedy: str) -> tuple[str, float]:
+    """Name of the unit of an array, and its factor to metres or electronvolts."""
     recorded = container.unit(key)
-    unit = (defined or "" if recorded is None else recorded).strip().lower()
-    if unit not in units:
+    unit = (defined or "" if recorded is None else recorded).strip()
+    factor = factor_of(unit, dimension)
+    if factor is None:
         content = "has no unit" if recorded is None else f"has the unit {recorded!r}"
-        raise PtychodaskError(f"{container.label}[{key}]: {content}, expected one of: {', '.join(units)}; {remedy}")
-    return unit
+        raise PtychodaskError(f"{container.label}[{key}]: {content}, expected one of: {EXAMPLES[dimension]}; {remedy}")
+    return unit, factor

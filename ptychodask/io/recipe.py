@@ -76,7 +76,7 @@ def read_options(path: str | Path) -> dict[str, Any]:
             f"{path}: ingest has no option {unknown[0]!r}; the options are: {', '.join(sorted(known))}"
         )
     return {
-        name: tuple(value) if name in ("centre", "affine") and isinstance(value, list) else value
+        name: tuple(value) if name in ("centre", "affine", "step", "raster") and isinstance(value, list) else value
         for name, value in options.items()
     }
 

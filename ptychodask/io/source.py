@@ -11,11 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, check_choice
+from ptychodask.io.units import Unit, position_unit
 from ptychodask.options import check_types, names_where, option
 from ptychodask.scan import Calibration, Domain
-
-Unit = Literal["px", "um", "m"]
-"""Unit of positions in a file."""
 
 Dc = Literal["centre", "corner"]
 """Pixel of the direct beam in a file: [h//2, w//2] or [0, 0]."""
@@ -23,7 +21,21 @@ Dc = Literal["centre", "corner"]
 Axes = Literal["pattern,qy,qx", "qy,qx,pattern"]
 """Order of the axes of patterns in a file."""
 
-MAPPED_KEYS = ("diffraction", "y", "x", "position", "probe", "mask", "object", "label", "flux", "scan_index")
+MAPPED_KEYS = (
+    "diffraction",
+    "y",
+    "x",
+    "position",
+    "probe",
+    "mask",
+    "mask_bad",
+    "object",
+    "label",
+    "label_amp",
+    "label_phase",
+    "flux",
+    "scan_index",
+)
 """Names that `keys` can map to keys of a file."""
 
 PROBE_MODELS = ("file", "disc", "zone_plate", "estimate")
@@ -51,7 +63,8 @@ class IngestSpec:
 
     keys: Mapping[str, str] | None = option(
         None,
-        help="Keys of arrays in the file, by name: diffraction, y, x, position, probe, mask, object, label or flux.",
+        help="Keys of arrays in the file, by name: diffraction, y, x, position, probe, mask, mask_bad, "
+        "object, label or flux.",
         flag="--key",
         of_format=True,
     )
@@ -68,7 +81,9 @@ class IngestSpec:
     )
     """Pixel of the direct beam in the file; the middle by default."""
 
-    units: Unit | None = option(None, help="Unit of the positions: px, um or m.", of_format=True)
+    units: Unit | None = option(
+        None, help="Unit of the positions: px, m, cm, mm, um, nm, pm or angstrom.", of_format=True
+    )
     """Unit of the positions."""
 
     flip_y: bool = option(False, help="Change the sign of y in the positions (after --swap-xy).", of_format=True)
@@ -87,6 +102,31 @@ class IngestSpec:
     """Positions: (y, x) becomes (a·y + b·x, c·y + d·x) with (a, b, c, d), after `swap_xy` and the flips and before
     conversion of units. Corrects a stage that is rotated, scaled or sheared against the detector. For every format."""
 
+    rotation_deg: float | None = option(
+        None,
+        help="Turn the positions from +x toward +y by this angle, degrees, after the swap and the flips.",
+    )
+    """Positions: turned from +x toward +y by this angle, degrees, in place of `affine`. For every format."""
+
+    step: tuple[float, float] | None = option(
+        None, help="y,x: distance of rows and of columns of a raster in --units, for want of positions.", of_format=True
+    )
+    """Distance (y, x) of rows and of columns of a raster without positions, in `units`; negative ones run backward."""
+
+    raster: tuple[int, int] | None = option(
+        None, help="Rows and columns of the raster, for --step, if the patterns have one axis.", of_format=True
+    )
+    """Rows and columns of the raster, for `step`, if the patterns' shape does not have them."""
+
+    positions: str | Path | None = option(
+        None,
+        help="File with the positions, if not that of the patterns: columns of text, .npy, NPZ or HDF5.",
+        of_format=True,
+        segment="each",
+    )
+    """File with the positions, if the file of the patterns has none: columns of text, .npy, or a file with the `keys`
+    ``y`` and ``x`` or ``position``. Its keys come after "positions/" where both files have the same."""
+
     n_pixels: int | None = option(None, help="Pixels across a stored pattern; crops or pads about the beam centre.")
     """Pixels across a stored pattern, N; crops or pads about the beam centre. By default the frame size over `bin`."""
 
@@ -99,8 +139,15 @@ class IngestSpec:
     """Beam centre in a frame (after `dc`): "dc" is [h//2, w//2], "auto" the centre of mass of the mean pattern, or
     (y, x) in pixels of the frame; rounded to whole pixels."""
 
-    energy_ev: float | None = option(None, help="Photon energy, eV.")
-    """Photon energy, electronvolts."""
+    energy_ev: float | None = option(
+        None, help="Energy of the photons, or with --particle electron of the electrons, eV."
+    )
+    """Energy of the photons, or of the electrons with ``particle="electron"``, electronvolts."""
+
+    particle: Literal["photon", "electron"] | None = option(
+        None, help="Particle of the energy: photon or electron (relativistic wavelength)."
+    )
+    """Particle that has the energy: "electron" gives the relativistic wavelength; photons by default."""
 
     wavelength_m: float | None = option(None, help="Wavelength, metres, instead of the energy.")
     """Wavelength, metres, in place of `energy_ev`."""
@@ -167,6 +214,15 @@ class IngestSpec:
     mask: str | Path | None = option(None, help=".npy mask of the detector frame, True = good pixel.", segment="first")
     """A .npy with the shape of a frame, True (or not 0) where a detector pixel is good."""
 
+    saturated: Literal["mask", "keep"] | None = option(
+        None, help="Pixels with the largest value of their type, or negative integers: mask (mark as bad) or keep."
+    )
+    """Pixels that hold the largest value of an integer type (or a negative integer, without `floor`) in any frame:
+    "mask" marks them as bad, "keep" takes them as counts. By default they are refused unless the mask covers them."""
+
+    floor: float | None = option(None, help="Values below this become 0; 0 for counts after dark subtraction.")
+    """Values of frames below this become 0: 0 for counts after dark subtraction, more to remove readout noise."""
+
     drop_frames: str | Sequence[int | slice] | None = option(
         None, help='Frames to leave out, as row numbers in the file: "3,10:20".', segment="each"
     )
@@ -178,6 +234,8 @@ class IngestSpec:
     """Folder for temporary files with unpacked or transposed arrays; by default the folder of the store."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.units, str):
+            object.__setattr__(self, "units", position_unit(self.units) or self.units)
         for name, choices in (
             ("domain", get_args(Domain)),
             ("axes", get_args(Axes)),
@@ -197,6 +255,14 @@ class IngestSpec:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | np.integer) and low <= value <= MOST_PIXELS):
                 raise PtychodaskError(f"ingest: {name} is {value!r}, expected an integer in {low}..{MOST_PIXELS}")
+        if self.particle is not None:
+            check_choice("particle", self.particle, ("photon", "electron"), "ingest")
+        if self.saturated is not None:
+            check_choice("saturated", self.saturated, ("mask", "keep"), "ingest")
+        if self.floor is not None and not (
+            isinstance(self.floor, int | float | np.number) and np.isfinite(self.floor) and self.floor >= 0
+        ):
+            raise PtychodaskError(f"ingest: floor is {self.floor!r}, expected a number of at least 0")
         if self.energy_ev is not None and self.wavelength_m is not None:
             raise PtychodaskError("ingest: energy_ev and wavelength_m are both given; pass one of them")
         if self.incident_counts is not None and self.calibration != "incident":
@@ -206,7 +272,7 @@ class IngestSpec:
             )
         if isinstance(self.centre, str):
             check_choice("centre", self.centre, ("dc", "auto", "(y, x)"), "ingest")
-        elif not _is_pair(self.centre):
+        elif not _are_finite(self.centre, 2):
             raise PtychodaskError(f"ingest: centre is {self.centre!r}, expected 'dc', 'auto' or (y, x)")
         if self.probe is not None and not isinstance(self.probe, str):
             raise PtychodaskError(
@@ -214,9 +280,26 @@ class IngestSpec:
             )
         if self.affine is not None:
             as_matrix(self.affine)
+        self._check_raster()
         self._check_keys()
         self._check_probe_options()
         check_types(self, "ingest")
+
+    def _check_raster(self) -> None:
+        if self.rotation_deg is not None and (self.affine is not None or not _are_finite((self.rotation_deg,), 1)):
+            raise PtychodaskError(
+                f"ingest: rotation_deg is {self.rotation_deg!r}, expected a number of degrees, and no affine with it"
+            )
+        if self.step is not None and not (_are_finite(self.step, 2) and all(self.step)):
+            raise PtychodaskError(f"ingest: step is {self.step!r}, expected two numbers (y, x) that are not 0")
+        if self.raster is not None and not (
+            _are_finite(self.raster, 2) and all(isinstance(n, int | np.integer) and n > 0 for n in self.raster)
+        ):
+            raise PtychodaskError(f"ingest: raster is {self.raster!r}, expected positive integers (rows, columns)")
+        if self.raster is not None and self.step is None:
+            raise PtychodaskError("ingest: raster has no meaning without step; pass step=(y, x) (--step)")
+        if self.step is not None and ({"y", "x", "position"} & set(self.keys or ()) or self.positions is not None):
+            raise PtychodaskError("ingest: step stands in place of positions; leave out it or the keys of positions")
 
     def _check_keys(self) -> None:
         unknown = sorted(set(self.keys or ()) - set(MAPPED_KEYS))
@@ -249,12 +332,24 @@ FORMAT_OPTIONS = names_where(IngestSpec, of_format=True)
 """Options for properties that not all formats define; a format that defines one refuses the option."""
 
 
-def _is_pair(centre: Any) -> bool:
+def _are_finite(values: Any, count: int) -> bool:
     return (
-        isinstance(centre, Sequence | np.ndarray)
-        and len(centre) == 2
-        and all(isinstance(value, int | float | np.number) and np.isfinite(value) for value in centre)
+        isinstance(values, Sequence | np.ndarray)
+        and len(values) == count
+        and all(isinstance(value, int | float | np.number) and np.isfinite(value) for value in values)
     )
+
+
+def rotation_matrix(angle_deg: float) -> NDArray[np.float64]:
+    """Matrix (2, 2) that turns (y, x) from +x toward +y.
+
+    Examples
+    --------
+    >>> np.round(rotation_matrix(90) @ np.array([0.0, 1.0]), 9)
+    array([1., 0.])
+    """
+    sine, cosine = np.sin(np.deg2rad(angle_deg)), np.cos(np.deg2rad(angle_deg))
+    return np.array([[cosine, sine], [-sine, cosine]])
 
 
 def as_matrix(affine: Sequence[float]) -> NDArray[np.float64]:
@@ -330,6 +425,9 @@ class Container(Protocol):
     def unit(self, key: str) -> str | None:
         """Unit that the file records for an array."""
 
+    def text(self, key: str) -> str | None:
+        """Text of a scalar string; None for any other array."""
+
     def numbers(self, key: str) -> dict[str, float]:
         """Scalar attributes of an array, or of the file for ""."""
 
@@ -393,6 +491,9 @@ class SourceScan:
     pixel_size_m: float | None = None
     """Size of an object pixel on the file's grid, metres, if the file records it."""
 
+    pixel_aspect: float = 1.0
+    """Height of a detector pixel over its width."""
+
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Description of the scan in the file, which the provenance records."""
 
@@ -449,6 +550,20 @@ def frame_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
+
+
+def raster_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Rows and columns of a raster; None for other shapes.
+
+    Examples
+    --------
+    >>> raster_shape((12, 9, 64, 64)), raster_shape((108, 1, 64, 64)), raster_shape((108, 64, 64))
+    ((12, 9), (108, 1), None)
+    """
+    axes = frame_axes(shape)
+    # (group, h, w, member) is input of a network, no raster.
+    is_grouped = len(axes) == 4 and axes[1] == axes[2] != axes[3]
+    return (axes[0], axes[1]) if len(axes) == 4 and not is_grouped else None
 
 
 def pattern_axes(shape: tuple[int, ...], label: str, *, last: bool) -> tuple[int, ...]:
@@ -516,15 +631,13 @@ def pattern_axis_is_last(shape: tuple[int, ...], n_positions: int, axes: Axes | 
 def as_probe(values: NDArray[Any], label: str) -> NDArray[np.complex64]:
     """Probe as complex64 (mode, h, w).
 
-    From (h, w), (mode, h, w) or (h, w, 1), with or without leading axes of length 1.
+    From (h, w), (mode, h, w) or square (h, w, mode), with axes of length 1 anywhere.
     """
-    probe = values
-    while probe.ndim > 3 and probe.shape[0] == 1:
-        probe = probe[0]
-    if probe.ndim == 3 and probe.shape[2] == 1 and probe.shape[0] == probe.shape[1]:
-        probe = probe[..., 0]
+    probe = np.squeeze(values)
     if probe.ndim == 2:
         probe = probe[None]
+    elif probe.ndim == 3 and probe.shape[0] == probe.shape[1] != probe.shape[2]:
+        probe = np.moveaxis(probe, -1, 0)
     if probe.ndim != 3 or not probe.size or probe.dtype.kind not in "cfiu":
         raise PtychodaskError(
             f"{label}: the probe has shape {values.shape} and type {values.dtype}, "

@@ -64,7 +64,8 @@ def keep(array: NDArray[Any], path: Location | None) -> Kept:
     if path is None:
         return array
     content = io.BytesIO()
-    np.save(content, array, allow_pickle=False)
+    # Rows first whatever the order in memory, which arithmetic may leave to be columns first.
+    np.save(content, np.ascontiguousarray(array), allow_pickle=False)
     content.write(zlib.crc32(content.getbuffer()).to_bytes(CHECKSUM_BYTES, "big"))
     path.write_bytes(content.getbuffer())
     return path
@@ -90,7 +91,8 @@ def opened(kept: Kept) -> NDArray[Any]:
     stream = io.BytesIO(body[:1024])
     version = np.lib.format.read_magic(stream)
     assert version == (1, 0)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    shape, columns_first, dtype = np.lib.format.read_array_header_1_0(stream)
+    assert not columns_first
     return np.frombuffer(body, dtype, offset=stream.tell()).reshape(shape)
 
 

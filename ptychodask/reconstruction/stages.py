@@ -90,6 +90,9 @@ MOST_SOLVES = 3
 SWEEPS_PER_SOLVE = 2
 """Sweeps after which the slow phase may be solved again."""
 
+PART_PATTERNS = 1024
+"""Most consecutive patterns of the curve in one part: a plan's chunks grow with the scan, and their boxes with them."""
+
 FLAT = 1e-3
 """Relative standard deviation of an object below which it is flat: it has no detail that could show a slow phase, so
 that one sweep comes first."""
@@ -762,7 +765,7 @@ class Refinement:
 
     def _cut(self, among: NDArray[np.int64]) -> tuple[PatternPart, ...]:
         """Parts of the curve with some patterns, and its judges."""
-        size = self._run.plan.groups_per_chunk
+        size = min(self._run.plan.groups_per_chunk, PART_PATTERNS)
         return curve_parts(self._scan, self._index, size, self.boxes, among, self._judges, self._moved)
 
     def _on(self, part: PatternPart, objects: list[Any]) -> list[Any]:

@@ -100,7 +100,7 @@ def check_codecs(array: zarr.Array, label: LocationLike, remedy: str) -> None:
     metadata = array.metadata
     if metadata.zarr_format != 3:
         raise PtychodaskError(f"{name} is of Zarr format {metadata.zarr_format}, expected 3; {remedy}")
-    if foreign := sorted(_codec_names([codec.to_dict() for codec in metadata.codecs]) - CODECS):
+    if foreign := sorted(codec_names([codec.to_dict() for codec in metadata.codecs]) - CODECS):
         raise PtychodaskError(
             f"{name} has the codecs {', '.join(foreign)}, expected some of: {', '.join(sorted(CODECS))}; {remedy}"
         )
@@ -134,12 +134,12 @@ def check_stored(arrays: Sequence[zarr.Array], claimed_bytes: int, label: Locati
         raise PtychodaskError(f"{label}: array {listed} is larger than its files can contain; {remedy}")
 
 
-def _codec_names(described: Any) -> set[str]:
+def codec_names(described: Any) -> set[str]:
     """Names of codecs and nested codecs in their JSON description."""
     if isinstance(described, list | tuple):
-        return set().union(*map(_codec_names, described))
+        return set().union(*map(codec_names, described))
     inner = described.get("configuration", {})
-    return {str(described["name"])} | _codec_names([*inner.get("codecs", ()), *inner.get("index_codecs", ())])
+    return {str(described["name"])} | codec_names([*inner.get("codecs", ()), *inner.get("index_codecs", ())])
 
 
 def open_root(path: Location, kind: StoreKind, mode: str = "r") -> zarr.Group:

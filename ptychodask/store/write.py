@@ -24,6 +24,7 @@ from ptychodask.scan import (
     PatternSource,
     Scan,
     Truth,
+    as_rows,
     calibrate_probe,
     check_pattern_shape,
     check_positions,
@@ -275,11 +276,26 @@ def fill_patterns(
     """
     digest = hashlib.sha256()
     total_counts = 0.0
+    bad: dict[str, list[NDArray[np.int64]]] = {}
     for start, block in _blocks(source, order, _shard_patterns(array), first):
-        total_counts += _checked_counts(block, domain, mask, source_rows[order[start : start + len(block)]], label)
+        total, problems = _counts_and_problems(block, domain, mask)
+        for problem, is_bad in problems.items():
+            bad.setdefault(problem, []).append(source_rows[order[start : start + len(block)]][is_bad])
+        bar.advance(len(block))
+        if bad:
+            continue  # nothing is stored, but the message lists the bad rows of all blocks
+        total_counts += total
         digest.update(np.ascontiguousarray(block).data)
         array[first + start : first + start + len(block)] = block
-        bar.advance(len(block))
+    if bad:
+        problem = next(iter(bad))
+        rows = np.sort(np.concatenate(bad[problem]))
+        of_negative = ", or of ingest use floor=0 (--floor 0) for noise and saturated='mask' for flags"
+        raise PtychodaskError(
+            f"{label}: {problem} in {len(rows)} patterns (source rows {as_rows(rows)}); "
+            "leave them out with drop_frames= (--drop-frames), or mark the pixels bad with mask="
+            + (of_negative if problem.startswith("negative") else "")
+        )
     return total_counts, digest.hexdigest()
 
 
@@ -359,10 +375,10 @@ def _blocks(
         start = stop
 
 
-def _checked_counts(
-    block: NDArray[Any], domain: Domain, mask: NDArray[np.bool_] | None, rows: NDArray[np.int64], label: str
-) -> float:
-    """Total counts of a block; raises for negative or non-finite good pixels."""
+def _counts_and_problems(
+    block: NDArray[Any], domain: Domain, mask: NDArray[np.bool_] | None
+) -> tuple[float, dict[str, NDArray[np.bool_]]]:
+    """Total counts of a block, and problem -> True for the patterns with it."""
     # A float sum is NaN or inf where any value is, so one pass serves both checks and the total.
     good = block if mask is None else block[:, mask]
     axes = tuple(range(1, good.ndim))
@@ -371,15 +387,8 @@ def _checked_counts(
         totals = good.sum(axis=axes, dtype=np.float64)
     else:
         totals = np.square(good, dtype=np.float64).sum(axis=axes)
-    for is_bad, problem in ((~np.isfinite(totals), "values that are not finite"), (lowest < 0, f"negative {domain}")):
-        bad = rows[is_bad]
-        if len(bad):
-            listed = ", ".join(str(row) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
-            raise PtychodaskError(
-                f"{label}: {problem} in {len(bad)} patterns (source rows {listed}); "
-                "leave them out with drop_frames=, or mark the pixels bad with mask="
-            )
-    return float(totals.sum())
+    problems = {"values that are not finite": ~np.isfinite(totals), f"negative {domain}": lowest < 0}
+    return float(totals.sum()), {problem: is_bad for problem, is_bad in problems.items() if is_bad.any()}
 
 
 def _write_array(

@@ -34,6 +34,8 @@ from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
+import scipy.io
+import zarr
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -56,6 +58,9 @@ from ptychodask.training.checkpoint import Checkpoint, Snapshot
 
 N = 16
 N_PATTERNS = 12
+RASTER = (3, 4)
+PRISTINE = "pristine"
+WHOLE_SHARE = 0.15
 DEPTH = 5000
 HANG_S = 10.0
 GROWTH_BYTES = 10**9
@@ -190,6 +195,83 @@ def make_hxn(folder: Path) -> None:
     write_hxn(folder / "source.h5", measured(N_PATTERNS, N))
 
 
+def scan_by_hand() -> tuple[np.ndarray, np.ndarray]:
+    """Counts (pattern, N, N) and positions (pattern, 2) of a raster, no two alike."""
+    rng = np.random.default_rng(1)
+    position = np.stack(np.unravel_index(np.arange(N_PATTERNS), RASTER), axis=1) * [3.0, 2.5] + 20
+    return rng.poisson(20, (N_PATTERNS, N, N)).astype(np.uint16), position
+
+
+def make_raster(folder: Path) -> None:
+    """Patterns with two axes of the scan, and maps of positions."""
+    counts, position = scan_by_hand()
+    y, x = position.reshape(*RASTER, 2).transpose(2, 0, 1)
+    with h5py.File(folder / "source.h5", "w") as file:
+        file["data"], file["pos_y"], file["pos_x"] = counts.reshape(*RASTER, N, N), y, x
+
+
+def make_parts(folder: Path) -> None:
+    """A master file with links to numbered parts."""
+    counts, position = scan_by_hand()
+    with h5py.File(folder / "source.h5", "w") as file:
+        for number, rows in enumerate(np.array_split(np.arange(N_PATTERNS), 3), 1):
+            with h5py.File(folder / f"part_{number}.h5", "w") as part:
+                part["data"] = counts[rows]
+            file[f"data_{number}"] = h5py.ExternalLink(f"part_{number}.h5", "data")
+        file["pos_y"], file["pos_x"] = position.T
+
+
+def make_virtual(folder: Path) -> None:
+    """A virtual dataset of two files."""
+    counts, position = scan_by_hand()
+    layout, half = h5py.VirtualLayout(counts.shape, counts.dtype), N_PATTERNS // 2
+    for number in range(2):
+        rows = slice(number * half, (number + 1) * half)
+        with h5py.File(folder / f"part_{number}.h5", "w") as part:
+            part["data"] = counts[rows]
+        layout[rows] = h5py.VirtualSource(f"part_{number}.h5", "data", (half, N, N))
+    with h5py.File(folder / "source.h5", "w") as file:
+        file.create_virtual_dataset("data", layout)
+        file["pos_y"], file["pos_x"] = position.T
+
+
+def make_matlab_7(folder: Path) -> None:
+    """MATLAB 7.3: a header before HDF5, and every array with its axes reversed."""
+    counts, position = scan_by_hand()
+    with h5py.File(folder / "source.h5", "w", userblock_size=512) as file:
+        file["data"], file["positions"] = counts.transpose(1, 2, 0).T, position.T
+    with (folder / "source.h5").open("r+b") as file:
+        file.write(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM")
+
+
+def make_matlab_5(folder: Path) -> None:
+    counts, position = scan_by_hand()
+    arrays = {"data": counts.transpose(1, 2, 0), "pos_y": position[:, :1], "pos_x": position[:, 1:]}
+    scipy.io.savemat(folder / "source.mat", arrays, do_compression=True)
+
+
+def make_npy_folder(folder: Path) -> None:
+    counts, position = scan_by_hand()
+    (folder / "source").mkdir()
+    np.save(folder / "source" / "data.npy", counts[:, None])
+    np.save(folder / "source" / "positions.npy", position)
+
+
+def make_foreign_zarr(folder: Path) -> None:
+    counts, position = scan_by_hand()
+    group = zarr.open_group(folder / "source", mode="w", zarr_format=2)
+    group.create_array("data", data=counts.reshape(*RASTER, N, N), chunks=(1, 2, N, N))
+    group.create_array("positions", data=position)
+
+
+def make_table(folder: Path) -> None:
+    """Patterns, and their positions as text."""
+    counts, position = scan_by_hand()
+    with h5py.File(folder / "source.h5", "w") as file:
+        file["data"] = counts
+    (folder / "table.csv").write_text("pos_y,pos_x\n" + "".join(f"{y},{x}\n" for y, x in position))
+
+
 def make_recipe(folder: Path) -> None:
     make_hdf5(folder)
     keys = "keys: {diffraction: entry/data, y: entry/y, x: entry/x}"
@@ -273,6 +355,30 @@ def ingest(folder: Path, name: str | None = None, **options: Any) -> None:
         raise
 
 
+def read_shape(folder: Path, name: str = "source.h5", **options: Any) -> None:
+    """Store a scan by the options that `inspect_file` proposes, and compare it with what was generated.
+
+    A damaged file may hold other numbers; a file that is whole must give those that were written.
+    """
+    pristine = folder / PRISTINE
+    is_whole = pristine.exists()
+    pristine.unlink(missing_ok=True)
+    if "positions" in options:
+        options["positions"] = folder / options["positions"]
+    inspection = ptychodask.inspect_file(folder / name, units="px", domain="counts", **options)
+    if inspection.refused:
+        assert not is_whole, inspection.refused
+        raise PtychodaskError(inspection.refused[0])
+    ingest(folder, name, far_field=True, **inspection.options)
+    if is_whole:
+        counts, position = scan_by_hand()
+        scan = open_scan(folder / "target" / "scan.zarr")
+        order = np.argsort(scan.source_index)
+        stored = np.asarray(scan.position_yx_px)[order]
+        np.testing.assert_array_equal(scan.diffraction[order], counts)
+        np.testing.assert_allclose(stored - stored[0], position - position[0], atol=1e-6)
+
+
 def read_mapped(folder: Path) -> None:
     keys = {"diffraction": "entry/data", "y": "entry/y", "x": "entry/x"}
     ingest(folder, keys=keys, domain="counts", pixel_size_m=1e-8)
@@ -344,8 +450,29 @@ KINDS: dict[str, Kind] = {
     "ptychopinn archive": Kind(make_ptychopinn, lambda folder: load_model(folder / "wts.h5.zip"), 3),
     "checkpoint": Kind(make_checkpoint, read_checkpoint, 3),
     "ledger": Kind(make_ledger, read_ledger, 3),
+    "raster": Kind(make_raster, read_shape, 3),
+    "parts": Kind(make_parts, read_shape, 3),
+    "virtual": Kind(make_virtual, read_shape, 3),
+    "matlab 7.3": Kind(make_matlab_7, read_shape, 3),
+    "matlab 5": Kind(make_matlab_5, lambda folder: read_shape(folder, "source.mat"), 3),
+    "npy folder": Kind(make_npy_folder, lambda folder: read_shape(folder, "source"), 3),
+    "foreign zarr": Kind(make_foreign_zarr, lambda folder: read_shape(folder, "source"), 3),
+    "positions as text": Kind(make_table, lambda folder: read_shape(folder, positions="table.csv"), 3),
     "study": Kind(make_study, lambda folder: read_study(folder / "study.toml"), 3),
 }
+
+
+SHAPES = (
+    "raster",
+    "parts",
+    "virtual",
+    "matlab 7.3",
+    "matlab 5",
+    "npy folder",
+    "foreign zarr",
+    "positions as text",
+)
+"""Kinds of files whose shapes other programs write; some inputs of them stay whole."""
 
 
 def kind_of(number: int) -> str:
@@ -633,7 +760,11 @@ def child(seed: int, numbers: list[int], root: Path, keep: Path) -> None:
         rng = np.random.default_rng([seed, number])
         name = kind_of(number)
         shutil.copytree(root / "seeds" / name, work / "input")
-        mutate(work / "input", rng)
+        # Some stay whole, so that what is stored can be compared with what was generated.
+        if name in SHAPES and rng.random() < WHOLE_SHARE:
+            (work / "input" / PRISTINE).touch()
+        else:
+            mutate(work / "input", rng)
         print(json.dumps({"at": number}), flush=True)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         outcome, detail = outcome_of(KINDS[name].read, work / "input")

@@ -74,6 +74,9 @@ class Sample:
     reached: int
     """Frames from the start that were accessible: all, or only the first of a stream."""
 
+    good: NDArray[np.bool_] | None = None
+    """True where a pixel holds counts in all sampled frames (h, w); None if all do."""
+
     @property
     def description(self) -> str:
         """The size of the sample in words."""
