@@ -321,7 +321,7 @@ def test_flux_is_recovered_but_for_slow_variations_over_the_field(small, tmp_pat
     slow = np.stack([y**i * x**j for i in range(5) for j in range(5 - i)], axis=1)
     rest = error - slow @ np.linalg.lstsq(slow, error, rcond=None)[0]
     assert np.std(np.log(wanted)) > 0.15
-    assert np.std(rest) < 0.02
+    assert np.std(rest) < 0.03
     assert np.std(error) < 0.1
 
 
