@@ -212,7 +212,7 @@ def test_a_file_without_a_probe_gets_the_estimate_and_says_so(tmp_path, caplog):
     patterns = frames()
     with caplog.at_level(logging.INFO):
         scan = read(save(tmp_path, patterns))
-    assert "has no probe; it is estimated from the mean pattern" in caplog.text
+    assert "has no probe, so one is estimated from the mean pattern" in caplog.text
     assert scan.calibration == "mean_counts"
     np.testing.assert_allclose(np.abs(to_far_field(scan.probe[0])) ** 2, patterns.mean(axis=0), rtol=1e-4)
 

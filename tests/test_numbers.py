@@ -272,3 +272,9 @@ def test_pixels_that_are_not_square_scale_the_positions(scan, tmp_path):
     assert options["affine"] == (2.0, 0.0, 0.0, 1.0)
     stored = ingest(path, tmp_path / "scan.zarr", progress=False, **options)
     np.testing.assert_allclose(np.ptp(stored.position_yx_px, 0), np.ptp(scan.position_yx_px, 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("unit", ["10^999 m", "0 m", "1e999 m", "-1 m", "10^x m"])
+def test_a_factor_that_is_no_positive_number_is_no_unit(unit):
+    assert factor_of(unit, "m") is None
+    assert factor_of("10^-6 m", "m") == 1e-6

@@ -118,16 +118,18 @@ def factor_of(name: str, dimension: Dimension) -> float | None:
     if unit is None and (scaled := _SCALED.match(text)):
         number, unit = scaled.group(1), _of_name(scaled.group(2).strip())
         if unit is not None:
-            power = 10.0 ** int(number[3:]) if number.startswith("10^") else _number(number)
+            power = _number(f"1e{number[3:]}" if number.startswith("10^") else number)
             unit = None if power is None else (unit[0], unit[1] * power)
     return unit[1] if unit is not None and unit[0] == dimension else None
 
 
 def _number(text: str) -> float | None:
+    """Positive finite number of a text; None if it is none."""
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return None
+    return number if 0 < number < float("inf") else None
 
 
 def _of_name(text: str) -> tuple[Dimension, float] | None:
