@@ -393,7 +393,8 @@ from models_for_tests import SlowModel
 from ptychodask.reconstruction import reconstruct
 store, out, noted = sys.argv[1:4]
 if __name__ == "__main__":
-    reconstruct(store, SlowModel(noted_in=noted), out=out, groups_per_chunk=5, batch_size=5, tile=16, progress=False)
+    fields = {"groups_per_chunk": 5, "batch_size": 5, "tile": 16, "polish": 0, "slow_phase": False}
+    reconstruct(store, SlowModel(noted_in=noted), out=out, progress=False, **fields)
 """
 
 

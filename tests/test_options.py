@@ -103,8 +103,10 @@ def test_lists_of_names_follow_from_the_facts():
     for fact, names in of_run.items():
         assert names_where(ReconstructionSpec, **{fact: False}) == names
     assert names_where(ReconstructionSpec, one_scan=True) == ("drop", "cache", "position_yx_px")
-    assert FORMAT_OPTIONS == ("keys", "domain", "axes", "dc", "units", "flip_y", "flip_x", "swap_xy", "diffraction")
-    assert OF_EACH_SEGMENT == ("diffraction", "drop_frames", "scratch")
+    orders = ("flip_y", "flip_x", "swap_xy")
+    sources = ("step", "raster", "positions", "diffraction")
+    assert ("keys", "domain", "axes", "dc", "units", *orders, *sources) == FORMAT_OPTIONS
+    assert OF_EACH_SEGMENT == ("positions", "diffraction", "drop_frames", "scratch")
     of_probe = ["probe", "probe_diameter_px", "probe_stop_px", "probe_defocus", "probe_defocus_m"]
     assert list(OF_FIRST_SEGMENT) == [*of_probe, "calibration", "incident_counts", "mask"]
 

@@ -65,7 +65,7 @@ def test_reading_amplitudes_leaves_the_patterns_alone():
         ({"diffraction": np.ones((5, 66, 66))}, "66 pixels wide, expected a multiple of 4.*n_pixels=64"),
         ({"position_yx_px": np.zeros((4, 2))}, "5 patterns but 4 positions"),
         ({"position_yx_px": np.zeros((5, 3))}, r"positions have shape \(5, 3\)"),
-        ({"position_yx_px": np.full((5, 2), np.nan)}, r"5 of 5 positions are not finite \(patterns 0, 1, 2, 3, 4\)"),
+        ({"position_yx_px": np.full((5, 2), np.nan)}, r"5 of 5 positions are not finite \(patterns 0:5\)"),
         ({"domain": "photons"}, "domain is 'photons', expected one of: counts, amplitude"),
         ({"calibration": "none"}, "calibration is 'none'"),
         ({"probe": np.ones((8, 8), np.complex64)}, r"probe has shape \(8, 8\)"),

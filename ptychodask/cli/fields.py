@@ -88,7 +88,10 @@ def _options(
             # On by default, or if it can be: the flag that turns it off is an option too.
             is_on = kind is bool and spec.__dataclass_fields__[name].default in (True, "auto")
             flag = f"{flags[name]}/--no-{flags[name][2:]}" if is_on else flags[name]
-            option: Any = Annotated[kind, typer.Option(flag, help=meaning)]
+            is_read = isinstance(kind, _NumberOr)
+            option: Any = Annotated[
+                Any if is_read else kind, typer.Option(flag, help=meaning, parser=kind if is_read else None)
+            ]
             parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=option))
     return parameters, readers
 
@@ -108,7 +111,7 @@ def _as_text(hint: Any, flag: str, meaning: str) -> tuple[Any, str, Reader]:
     if bool in kinds:
         return bool, meaning, _unchanged
     if int in kinds and Literal in origins:
-        return str, meaning, lambda text: text if text in origins[Literal] else whole_numbers(flag, text, 1)[0]
+        return _NumberOr(origins[Literal]), meaning, _unchanged
     if parts:
         read, words = (whole_numbers if parts[0] is int else numbers), origins.get(Literal, ())
         return str, meaning, lambda text: text if text in words else read(flag, text, len(parts))
@@ -123,6 +126,22 @@ def _as_text(hint: Any, flag: str, meaning: str) -> tuple[Any, str, Reader]:
     if np.ndarray in origins:
         return Path, f".npy file of {content}", lambda path: numbers_in(flag, path, content.rstrip("."))
     return next(kind for kind in kinds if kind is not NoneType), meaning, _unchanged
+
+
+class _NumberOr:
+    """Parser of a whole number, or of one of some words.
+
+    Commands that pass options on check them by it too.
+    """
+
+    def __init__(self, words: Collection[str]) -> None:
+        self._words = words
+        self.__name__ = " or ".join(["number", *words])
+
+    def __call__(self, text: str) -> int | str:
+        if text not in self._words and not text.isdecimal():
+            raise typer.BadParameter(f"{text!r}, expected a whole number, or {' or '.join(self._words)}")
+        return text if text in self._words else int(text)
 
 
 def _unchanged(value: Any) -> Any:
