@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
+from ptychodask.jit import compiled
 from ptychodask.probes import Window, illumination
 
 CANVAS_PIXEL_BYTES = 36
@@ -158,17 +157,7 @@ def _support(lit: Any) -> slice:
     return slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) else slice(0, 0)
 
 
-def _compiled(kernel: Callable[..., None]) -> Callable[..., None]:
-    """Kernel compiled on its first call, cached where possible."""
-    # No fastmath: the compiler could reorder sums, and the object would depend on the machine.
-    try:
-        return cast(Callable[..., None], numba.njit(nogil=True, cache=True)(kernel))
-    except RuntimeError:
-        # Neither the installation nor the user's cache folder can be written: each process compiles anew.
-        return cast(Callable[..., None], numba.njit(nogil=True)(kernel))
-
-
-@_compiled
+@compiled
 def _splat(weighted, weight, weighted_square, count, origin, corner, patches, window):  # type: ignore[no-untyped-def]
     height, width = weight.shape
     n, n_rows, n_columns = patches.shape

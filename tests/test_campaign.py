@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_broken_runs_end_with_the_identical_object():
     """Each fault once; what this machine cannot have is left out, and says so."""

@@ -17,6 +17,7 @@ PACKAGE = Path(ptychodask.__file__).parent
 
 FLOORS = [
     "errors",
+    "jit",
     "options",
     "html",
     "scan",
@@ -81,7 +82,7 @@ OWNERS = {
         "export",
         "ptychodus_plugin",
     },
-    "numba": {"reassembly"},
+    "numba": {"jit"},
     "dask": {"reconstruction", "cluster", "result"},
     "distributed": {"cluster"},
     "skimage": {"judging"},

@@ -11,6 +11,7 @@ from numba.core.caching import CacheImpl
 
 from ptychodask import reassembly
 from ptychodask.errors import PtychodaskError
+from ptychodask.jit import compiled
 from ptychodask.reassembly import (
     Box,
     add_patches,
@@ -205,5 +206,5 @@ def test_it_runs_where_nothing_can_be_cached(monkeypatch):
     monkeypatch.setattr(CacheImpl, "_locator_classes", [])
     with pytest.raises(RuntimeError, match="no locator available"):
         numba.njit(cache=True)(reassembly._splat.py_func)
-    compiled = reassembly._compiled(reassembly._splat.py_func)
-    assert compiled.py_func is reassembly._splat.py_func
+    anew = compiled(reassembly._splat.py_func)
+    assert anew.py_func is reassembly._splat.py_func

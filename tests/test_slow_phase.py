@@ -13,7 +13,7 @@ from ptychodask.errors import PtychodaskError
 from ptychodask.forward import expected_counts, footprint_corners
 from ptychodask.probes import disc_probe
 from ptychodask.reassembly import Box
-from ptychodask.refinement import slow_phase
+from ptychodask.refinement import kernels, slow_phase
 from ptychodask.refinement.judges import curve_rank, is_judge, judge, judge_index
 from ptychodask.refinement.slow_phase import (
     NodeGrid,
@@ -230,7 +230,7 @@ def test_a_part_that_is_merged_twice_is_refused(scan_of):
 
 def test_a_patterns_share_does_not_depend_on_what_is_read_with_it(scan_of, monkeypatch):
     nodes, parts = parts_of(scan_of("structured"), 1)
-    monkeypatch.setattr(slow_phase, "READ_BATCH", 3)
+    monkeypatch.setattr(kernels, "READ_BATCH", 3)
     np.testing.assert_array_equal(
         parts_of(scan_of("structured"), 1)[1][0].blocks[0].curvature, parts[0].blocks[0].curvature
     )

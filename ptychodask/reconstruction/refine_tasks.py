@@ -7,6 +7,7 @@ of the object than its task needs, and a lost worker loses nothing.
 from __future__ import annotations
 
 import io
+import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +48,9 @@ from ptychodask.storage.location import Location
 Kept: TypeAlias = "NDArray[Any] | Location"
 """Array of a tile or part: itself, or the file that holds it."""
 
+
+RECENT_BYTES = 64 << 20
+"""Bytes of patterns that a process keeps from sweep to sweep."""
 
 CHECKSUM_BYTES = 4
 """Bytes of the CRC-32 at the end of a file of `keep`."""
@@ -157,11 +161,14 @@ class PatternPart:
     judges: NDArray[np.int64]
     """Patterns of the same part of the curve that judge, ascending."""
 
+    read: NDArray[np.int64]
+    """Patterns that the task reads, ascending: these and the judges at least."""
+
     moved: MovedPatterns | None
-    """Refined positions and flux of all patterns; None for the stored ones."""
+    """Refined positions and flux of all that are read; None for the stored ones."""
 
     box: Box
-    """Pixels that their frames reach."""
+    """Pixels that the frames of its patterns and judges reach."""
 
     tiles: tuple[int, ...]
     """Tiles that overlap the box."""
@@ -311,16 +318,15 @@ def change_part(job: PredictionJob, part: PatternPart, objects: list[Kept], path
     path : Location, optional
         File of the gradient.
     """
-    piece = _joined(part, objects)
-    judgement = _judgement(job, part, piece)
-    scan = _scan_of(job, part, part.index)
-    change, misfit = negative_gradient(piece, part.box.corner, scan, np.arange(len(part.index)))
+    piece, scan = _joined(part, objects), _read(job, part)
+    judgement = _judgement(part, scan, piece)
+    change, misfit = negative_gradient(piece, part.box.corner, scan, np.searchsorted(part.read, part.index))
     return PartChange(keep(change, path), part.box, misfit, judgement)
 
 
 def judge_part(job: PredictionJob, part: PatternPart, objects: list[Kept]) -> Judgement:
     """Judgement of the judges of one part (see `change_part`)."""
-    return _judgement(job, part, _joined(part, objects))
+    return _judgement(part, _read(job, part), _joined(part, objects))
 
 
 def change_tile(
@@ -395,7 +401,7 @@ def step_tile(
 
 def equations_of_part(job: PredictionJob, nodes: NodeGrid, part: PatternPart, objects: list[Kept]) -> NormalEquations:
     """Equations of the slow phase of one part (see `change_part`)."""
-    scan, rows = _scan_of(job, part, part.index), np.arange(len(part.index))
+    scan, rows = _read(job, part), np.searchsorted(part.read, part.index)
     (block,) = normal_equations(_joined(part, objects), part.box.corner, scan, nodes, rows).blocks
     return NormalEquations((replace(block, order=int(part.index[0])),))
 
@@ -404,8 +410,8 @@ def judge_step(
     job: PredictionJob, step: SlowStep, part: PatternPart, objects: list[Kept]
 ) -> tuple[Judgement, Judgement]:
     """Judgement of one part, before and after a slow step."""
-    scan, rows = _scan_of(job, part, part.judges), np.arange(len(part.judges))
-    return judged(_joined(part, objects), part.box, scan, *step, rows)
+    rows = np.searchsorted(part.read, part.judges)
+    return judged(_joined(part, objects), part.box, _read(job, part), *step, rows)
 
 
 def sums_of_positions(job: PredictionJob, part: PatternPart, objects: list[Kept]) -> PositionSums:
@@ -415,8 +421,8 @@ def sums_of_positions(job: PredictionJob, part: PatternPart, objects: list[Kept]
     """
     index = np.sort(np.concatenate([part.index, part.judges]))
     taking_part = ~np.isin(index, part.judges)
-    scan, rows = _scan_of(job, part, index), np.arange(len(index))
-    return position_sums(_joined(part, objects), part.box.corner, scan, rows, taking_part)
+    rows = np.searchsorted(part.read, index)
+    return position_sums(_joined(part, objects), part.box.corner, _read(job, part), rows, taking_part)
 
 
 def stretch_tile(
@@ -506,19 +512,48 @@ def deliver_refined(
     return replace(stitched, arrays=arrays if out is None else None, coarse=coarse)
 
 
-def _scan_of(job: PredictionJob, part: PatternPart, index: NDArray[np.int64]) -> Scan:
-    """Part of the scan with some patterns of a part, ascending."""
-    scan = part_of(open_stored(job), index)
+class _RecentParts:
+    """First parts of a scan, which stay in memory for the next sweep.
+
+    Sweeps take the parts in one order, so that keeping the latest ones would keep none until it is needed.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._data_hash, self._n_bytes = "", 0
+        self._parts: dict[bytes, Scan] = {}
+
+    def read(self, job: PredictionJob, index: NDArray[np.int64]) -> Scan:
+        """Part of the scan with some patterns, ascending."""
+        stored, key = open_stored(job), index.tobytes()
+        with self._lock:
+            if stored.data_hash != self._data_hash:
+                self._data_hash, self._n_bytes, self._parts = stored.data_hash, 0, {}
+            if key in self._parts:
+                return self._parts[key]
+        part = part_of(stored, index)
+        n_bytes = part.n_patterns * part.n_pixels**2 * stored.pattern_itemsize
+        with self._lock:
+            fits = self._n_bytes + n_bytes <= RECENT_BYTES
+            if fits and stored.data_hash == self._data_hash and key not in self._parts:
+                self._parts[key] = part
+                self._n_bytes += n_bytes
+        return part
+
+
+_RECENT = _RecentParts()
+
+
+def _read(job: PredictionJob, part: PatternPart) -> Scan:
+    """Scan of the patterns that a part reads."""
+    scan = _RECENT.read(job, part.read)
     if part.moved is None:
         return scan
-    moved = part.moved.of(index)
-    return replace(scan, position_yx_px=moved.position_yx_px, flux=moved.flux)
+    return replace(scan, position_yx_px=part.moved.position_yx_px, flux=part.moved.flux)
 
 
-def _judgement(job: PredictionJob, part: PatternPart, piece: NDArray[np.complex64]) -> Judgement:
-    if not len(part.judges):
-        return Judgement()
-    return judge(piece, part.box.corner, _scan_of(job, part, part.judges), np.arange(len(part.judges)))
+def _judgement(part: PatternPart, scan: Scan, piece: NDArray[np.complex64]) -> Judgement:
+    return judge(piece, part.box.corner, scan, np.searchsorted(part.read, part.judges))
 
 
 def _joined(part: PatternPart, objects: list[Kept]) -> NDArray[np.complex64]:

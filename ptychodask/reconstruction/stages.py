@@ -17,6 +17,7 @@ from ptychodask.progress import Progress, progress_bar
 from ptychodask.reassembly import Box
 from ptychodask.reconstruction.ledger import Ledger
 from ptychodask.reconstruction.refine_tasks import (
+    RECENT_BYTES,
     AmplitudeSums,
     MovedPatterns,
     ObjectLayer,
@@ -872,16 +873,20 @@ def curve_parts(
     """
     kind = np.zeros(scan.n_patterns, np.int8)
     kind[among], kind[judges] = 1, 2
+    # Stages that read the same patterns find them in memory.
+    reads_all = len(index) * scan.n_pixels**2 * scan.diffraction.dtype.itemsize <= RECENT_BYTES
     parts = []
     for first in range(0, len(index), size):
-        rows = np.sort(index[first : first + size])
-        rows = rows[kind[rows] > 0]
+        read = np.sort(index[first : first + size])
+        rows = read[kind[read] > 0]
         if len(rows):
             box = frames_box(scan, rows)
             tiles = tuple(number for number, tile_box in enumerate(boxes) if tile_box.overlap(box).n_pixels)
             tile_boxes = tuple(boxes[number] for number in tiles)
-            of_part = None if moved is None else moved.of(rows)
-            parts.append(PatternPart(rows[kind[rows] == 1], rows[kind[rows] == 2], of_part, box, tiles, tile_boxes))
+            read = read if reads_all else rows
+            of_part = None if moved is None else moved.of(read)
+            of_kind = rows[kind[rows] == 1], rows[kind[rows] == 2]
+            parts.append(PatternPart(*of_kind, read, of_part, box, tiles, tile_boxes))
     return tuple(parts)
 
 

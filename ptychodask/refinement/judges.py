@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import xlogy
 
-from ptychodask.forward import predicted_amplitude
 from ptychodask.grouping import curve_order
+from ptychodask.refinement.kernels import ExitWaves, model_amplitude
 from ptychodask.scan import Scan
 
 JUDGE_EVERY = 16
@@ -23,9 +23,6 @@ LEAST_FALL = 1e-4
 
 LEAST_COUNTS = 1e-3
 """Least model counts in the Poisson deviance."""
-
-READ_BATCH = 64
-"""Patterns that are read at a time."""
 
 
 def curve_rank(scan: Scan, index: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -121,24 +118,29 @@ def judge(object_: NDArray[np.complex64], corner: tuple[int, int], scan: Scan, i
         Coordinates of its pixel [0, 0] in the scan's frame.
     scan : Scan
     index : int64 array (k,)
-        Patterns; `READ_BATCH` of them are in memory at a time.
+        Patterns; some of them are in memory at a time.
     """
-    transmission = np.where(np.isfinite(object_), object_, np.complex64(0))
-    good = slice(None) if scan.mask is None else scan.mask
     total = Judgement()
-    for start in range(0, len(index), READ_BATCH):
-        batch = index[start : start + READ_BATCH]
-        for j, amplitude in zip(batch, scan.amplitude(batch), strict=True):
-            measured = amplitude[good].astype(np.float64)
-            model = predicted_amplitude(transmission, corner, scan, int(j))[good].astype(np.float64)
-            difference = model - measured
-            if scan.domain == "amplitude":
-                misfit = (difference**2).sum()
-            else:
-                counts, expected = measured**2, np.maximum(model**2, LEAST_COUNTS)
-                misfit = 2 * (xlogy(counts, counts / expected) - counts + expected).sum()
-            total += Judgement(float(misfit), float(np.abs(difference).sum()), float(measured.sum()))
+    waves = ExitWaves(np.where(np.isfinite(object_), object_, np.complex64(0)), corner, scan, index)
+    good = slice(None) if scan.mask is None else scan.mask
+    for rows, measured in waves.batches():
+        model = np.empty_like(measured)
+        model_amplitude(waves.far_fields(waves.of(rows, waves.shifted_probes(rows))), model)
+        model *= waves.root_flux[rows, None, None]
+        for one, other in zip(measured, model, strict=True):
+            total += _judgement(scan.domain, one[good].astype(np.float64), other[good].astype(np.float64))
     return total
+
+
+def _judgement(domain: str, measured: NDArray[np.float64], model: NDArray[np.float64]) -> Judgement:
+    """Agreement of amplitudes with those of a model."""
+    difference = model - measured
+    if domain == "amplitude":
+        misfit = (difference**2).sum()
+    else:
+        counts, expected = measured**2, np.maximum(model**2, LEAST_COUNTS)
+        misfit = 2 * (xlogy(counts, counts / expected) - counts + expected).sum()
+    return Judgement(float(misfit), float(np.abs(difference).sum()), float(measured.sum()))
 
 
 def is_better(before: float, after: float) -> bool:

@@ -10,9 +10,10 @@ import scipy.fft
 import scipy.ndimage
 from numpy.typing import NDArray
 
-from ptychodask.forward import footprint_corners, project_modulus, r_ratio, r_sums, shift_ramp
+from ptychodask.forward import footprint_corners, r_ratio, shift_ramp
 from ptychodask.probes import squared_modulus
 from ptychodask.reassembly import Box
+from ptychodask.refinement.kernels import ExitWaves, add_back, change_to_measured
 from ptychodask.scan import Scan
 
 
@@ -20,9 +21,6 @@ def within(part: Box, whole: Box) -> tuple[slice, slice]:
     """Slices of a box in an array over a larger one."""
     return slice(part.y0 - whole.y0, part.y1 - whole.y0), slice(part.x0 - whole.x0, part.x1 - whole.x0)
 
-
-READ_BATCH = 64
-"""Patterns that polishing reads at a time."""
 
 PRIOR_PHOTONS = 300.0
 """Proximal weight that holds each pixel near the network's object, in photons that illuminate it. Where a pixel
@@ -87,31 +85,15 @@ def negative_gradient(
     Projection, modes and bad pixels as in `run_sweeps`. The term of a pattern depends only on the object in its
     footprint, so the sums over any partition of the patterns add up to the same total.
     """
-    n_pixels = scan.n_pixels
-    change, total = np.zeros(object_.shape, np.complex128), Misfit()
-    good = None if scan.mask is None else scipy.fft.ifftshift(scan.mask)
-    spectrum = scipy.fft.fft2(scan.probe)
-    position = scan.position_yx_px[index]
-    start = footprint_corners(position, n_pixels) - corner
-    flux = np.ones(len(index), np.float32) if scan.flux is None else scan.flux[index]
-    for first in range(0, len(index), READ_BATCH):
-        batch = np.arange(first, min(first + READ_BATCH, len(index)))
-        measured = scipy.fft.ifftshift(scan.amplitude(index[batch]), axes=(1, 2))
-        for j, amplitude in zip(batch, measured, strict=True):
-            footprint = tuple(slice(side, side + n_pixels) for side in start[j])
-            ramp = shift_ramp(position[j] - np.floor(position[j]), n_pixels, scan.probe.dtype)
-            shifted = scipy.fft.ifft2(spectrum * ramp)
-            amplitude = amplitude / np.sqrt(flux[j])
-            wave, model = project_modulus(shifted * object_[footprint], amplitude, good)
-            change[footprint] += (np.conj(shifted) * wave).sum(axis=0)
-            total += _misfit(model, amplitude, float(np.sqrt(flux[j])))
-    return change, total
-
-
-def _misfit(model: NDArray[np.float32], amplitude: NDArray[np.float32], root_flux: float) -> Misfit:
-    difference = (model - amplitude).astype(np.float64)
-    absolute, total = r_sums(difference, amplitude)
-    return Misfit(root_flux * float(absolute), root_flux * float(total), float((difference**2).sum()))
+    change, sums = np.zeros(object_.shape, np.complex128), np.zeros((len(index), 3))
+    waves = ExitWaves(object_, corner, scan, index)
+    for rows, measured in waves.batches():
+        probes = waves.shifted_probes(rows)
+        far = waves.far_fields(waves.of(rows, probes))
+        change_to_measured(far, measured, waves.root_flux[rows], waves.good, sums[rows])
+        add_back(change, waves.start[rows], probes, scipy.fft.ifft2(far, norm="ortho", overwrite_x=True))
+    absolute, total = (waves.root_flux @ sums[:, :2]).tolist()
+    return change, Misfit(absolute, total, float(sums[:, 2].sum()))
 
 
 def illumination_and_proximal_weight(

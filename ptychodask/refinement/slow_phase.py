@@ -23,10 +23,11 @@ from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import LinearOperator, cg, splu
 
 from ptychodask.errors import PtychodaskError
-from ptychodask.forward import footprint_corners, shift_ramp
+from ptychodask.forward import footprint_corners
 from ptychodask.probes import probe_centroid_px, squared_modulus
 from ptychodask.reassembly import Box
 from ptychodask.refinement.judges import LEAST_FALL, Judgement, curve_rank, is_better, is_judge, judge, judge_index
+from ptychodask.refinement.kernels import READ_BATCH, ExitWaves, amplitude_derivative, model_amplitude, under_hats
 from ptychodask.scan import Scan
 
 logger = logging.getLogger(__name__)
@@ -73,10 +74,7 @@ COARSENING = 8
 LEAST_SPACING_PX = 1.0
 """Least distance of nodes, pixels: a narrower hat meets no pixel."""
 
-READ_BATCH = 64
-"""Patterns that are read at a time."""
-
-BLOCK_VALUES = 1 << 17
+BLOCK_VALUES = 1 << 16
 """Far-field values of all nodes and modes of a pattern that are in memory at a time, or those of one line."""
 
 PART_PATTERNS = 512
@@ -344,7 +342,7 @@ def normal_equations(
     nodes : NodeGrid
         Covers the frames.
     index : int64 array (k,)
-        Patterns of the part; `READ_BATCH` of them are in memory at a time.
+        Patterns of the part; some of them are in memory at a time.
 
     Returns
     -------
@@ -370,26 +368,18 @@ def normal_equations(
     curvature = np.zeros((*shape, *(2 * window - 1)))
     slope, illumination_sum = np.zeros(shape), np.zeros(shape)
     illumination = float(squared_modulus(scan.probe).sum(dtype=np.float64))
-    transmission = np.where(np.isfinite(object_), object_, np.complex64(0))
-    good = None if scan.mask is None else scipy.fft.ifftshift(scan.mask)
-    spectrum = scipy.fft.fft2(scan.probe)
-    for batch_first in range(0, len(index), READ_BATCH):
-        batch = np.arange(batch_first, min(batch_first + READ_BATCH, len(index)))
-        measured = scipy.fft.ifftshift(scan.amplitude(index[batch]), axes=(1, 2))
-        # One pattern at a time: transforms of many may round otherwise, and sums must not depend on the batch.
-        for j, amplitude in zip(batch, measured, strict=True):
-            frame = tuple(slice(side, side + n_pixels) for side in frame_corner[j] - corner)
-            shifted = scipy.fft.ifft2(
-                spectrum * shift_ramp(position[j] - np.floor(position[j]), n_pixels, spectrum.dtype)
-            )
+    waves = ExitWaves(np.where(np.isfinite(object_), object_, np.complex64(0)), corner, scan, index)
+    for rows, measured in waves.batches():
+        exit_waves = waves.of(rows, waves.shifted_probes(rows))
+        directions, models = _far_fields(waves, rows, exit_waves)
+        residuals = _residual(scan, measured, models)
+        for number, j in enumerate(range(rows.start, rows.stop)):
             hat_y, hat_x = (
                 _hats(nodes.coordinate_px(axis, first[j, axis] + np.arange(size)) - start, nodes.spacing_px, n_pixels)
                 for axis, (size, start) in enumerate(zip(window, frame_corner[j], strict=True))
             )
             y, x = np.nonzero(share[j] >= MET_SHARE)
-            wave = shifted * transmission[frame]
-            direction, model = _far_field(wave, 1.0 if scan.flux is None else float(scan.flux[index[j]]), good)
-            products = _products(wave, direction, _residual(scan, amplitude, model), (hat_y, hat_x), (y, x))
+            products = _products(exit_waves[number], directions[number], residuals[number], (hat_y, hat_x), (y, x))
             row, column = y + first[j, 0] - low[0], x + first[j, 1] - low[1]
             near = y - y[:, None] + window[0] - 1, x - x[:, None] + window[1] - 1
             curvature[row[:, None], column[:, None], *near] += products[0]
@@ -399,20 +389,22 @@ def normal_equations(
     return NormalEquations((block,))
 
 
-def _far_field(
-    wave: NDArray[np.complex64], flux: float, good: NDArray[np.bool_] | None
+def _far_fields(
+    waves: ExitWaves, rows: slice, exit_waves: NDArray[np.complex64]
 ) -> tuple[NDArray[np.complex64], NDArray[np.float32]]:
-    """Derivative of an amplitude by its far fields, and the amplitude.
+    """Derivatives of amplitudes by their far fields, and the amplitudes.
 
-    The first, Ψ_m √f / (Σ|Ψ|²)^½ (mode, N, N), is 0 on bad pixels; the second is √μ (N, N); DC at [0, 0].
+    The first, Ψ_m √f / (Σ|Ψ|²)^½ (n, mode, N, N), are 0 on bad pixels; the others are √μ (n, N, N).
     """
-    far = scipy.fft.fft2(wave, norm="ortho")
-    model = np.sqrt(squared_modulus(far).sum(axis=0))
+    far = waves.far_fields(exit_waves)
+    model = np.empty((len(far), *far.shape[2:]), np.float32)
+    model_amplitude(far, model)
+    root_flux = waves.root_flux[rows, None, None]
     # A pixel without model light has no phase, as in `project_modulus`.
-    far *= np.float32(np.sqrt(flux)) / np.maximum(model, np.float32(1e-6) * model.max() + np.finfo(np.float32).eps ** 2)
-    if good is not None:
-        far *= good
-    return far, np.float32(np.sqrt(flux)) * model
+    floor = np.float32(1e-6) * model.max(axis=(1, 2), keepdims=True) + np.finfo(np.float32).eps ** 2
+    far *= (root_flux * waves.good / np.maximum(model, floor))[:, None]
+    model *= root_flux
+    return far, model
 
 
 def _products(
@@ -424,60 +416,35 @@ def _products(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """JᵀJ (node, node) and Jᵀr (node,) of one pattern.
 
-    Exit waves, `_far_field` and `_residual` of the pattern; hats along y and x, and those of each node.
+    Exit waves, `_far_fields` and `_residual` of the pattern; hats along y and x, and those of each node.
     """
-    n_nodes, n_pixels = len(at[0]), wave.shape[-1]
+    n_nodes, (n_modes, n_pixels) = len(at[0]), wave.shape[:2]
+    hat_y, hat_x = (hat.astype(np.float32) for hat in hats)
     # A hat is a product of two, so that nodes of a row share the transform along y.
-    under = hats[0].astype(np.float32)[:, None, :, None] * wave
-    halfway = scipy.fft.fft(under, axis=-2, norm="ortho", overwrite_x=True)
+    halfway = scipy.fft.fft(hat_y[:, None, :, None] * wave, axis=-2, norm="ortho", overwrite_x=True)
+    numbers = np.array(at)
     products, slopes = np.zeros((n_nodes, n_nodes)), np.zeros(n_nodes)
-    for lines in _line_blocks(n_nodes * wave.size, n_pixels):
-        flat = _jacobian(halfway[:, :, lines], direction[:, lines], hats[1], *at).reshape(n_nodes, -1)
+    for top, bottom in _line_blocks(n_pixels, n_nodes * n_modes * n_pixels):
+        under = np.empty((n_nodes, n_modes, bottom - top, n_pixels), np.complex64)
+        under_hats(halfway, top, hat_x, numbers, under)
+        far = scipy.fft.fft(under, axis=-1, norm="ortho", overwrite_x=True)
+        jacobian = np.empty((n_nodes, bottom - top, n_pixels), np.float32)
+        amplitude_derivative(far, top, direction, jacobian)
+        flat = jacobian.reshape(n_nodes, -1)
         # Within a pattern float32 is exact enough, and twice as fast; patterns are summed as float64.
         products += flat @ flat.T
-        slopes += flat @ residual[lines].ravel()
+        slopes += flat @ residual[top:bottom].ravel()
     return products, slopes
 
 
-def _jacobian(
-    halfway: NDArray[np.complex64],
-    direction: NDArray[np.complex64],
-    hat_x: NDArray[np.float64],
-    y: NDArray[np.int64],
-    x: NDArray[np.int64],
-) -> NDArray[np.float32]:
-    """Derivative of a pattern's amplitude by the coefficients of nodes.
-
-    Parameters
-    ----------
-    halfway : complex64 array (hat, mode, line, N)
-        Lines of the transforms along y of exit waves under each hat along y.
-    direction : complex64 array (mode, line, N)
-        The same lines of `_far_field`.
-    hat_x : float64 array (hat, N)
-    y, x : int64 arrays (node,)
-        Hats of each node along y and x.
-
-    Returns
-    -------
-    float32 array (node, line, N)
-    """
-    under = halfway[y] * hat_x.astype(np.float32)[x][:, None, None, :]
-    far = scipy.fft.fft(under, axis=-1, norm="ortho", overwrite_x=True)
-    # Re(Ψ* i F[B ψ]) without the complex product.
-    each = direction.imag * far.real
-    each -= direction.real * far.imag
-    return each[:, 0] if each.shape[1] == 1 else each.sum(axis=1)  # type: ignore[no-any-return]
-
-
-def _line_blocks(n_values: int, n_lines: int) -> list[slice]:
-    """Slices of lines that hold `BLOCK_VALUES` of `n_values`, or one line."""
-    size = max(BLOCK_VALUES * n_lines // n_values, 1)
-    return [slice(start, start + size) for start in range(0, n_lines, size)]
+def _line_blocks(n_lines: int, n_values: int) -> list[tuple[int, int]]:
+    """Ends of blocks of lines of `n_values` each (see `BLOCK_VALUES`)."""
+    size = max(BLOCK_VALUES // n_values, 1)
+    return [(start, min(start + size, n_lines)) for start in range(0, n_lines, size)]
 
 
 def _residual(scan: Scan, amplitude: NDArray[np.float32], model: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Residual (N, N) of an amplitude; DC at [0, 0]."""
+    """Residuals of amplitudes (..., N, N)."""
     if scan.domain == "amplitude":
         return amplitude - model
     # The difference of squares, without squaring what is nearly equal.
