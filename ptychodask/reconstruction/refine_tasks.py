@@ -513,9 +513,9 @@ def deliver_refined(
 
 
 class _RecentParts:
-    """First parts of a scan, which stay in memory for the next sweep.
+    """Parts of a scan that stay in memory for the next sweep.
 
-    Sweeps take the parts in one order, so that keeping the latest ones would keep none until it is needed.
+    They are the first that fit: sweeps take the parts in one order, so that keeping the latest ones would keep none until it is needed.
     """
 
     def __init__(self) -> None:
