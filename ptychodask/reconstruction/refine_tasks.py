@@ -515,8 +515,8 @@ def deliver_refined(
 class _RecentParts:
     """Parts of a scan that stay in memory for the next sweep.
 
-    They are the first that fit: sweeps take the parts in one order, so that the latest ones would be dropped before they
-    are needed.
+    They are the first that fit: sweeps take the parts in one order, so that the latest ones would be dropped before
+    they are needed.
     """
 
     def __init__(self) -> None:
