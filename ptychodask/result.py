@@ -60,19 +60,39 @@ class Variable:
     per_half: bool = False
     """True if it describes the two halves of the patterns: it has a dimension `half` of 2."""
 
+    on_request: bool = False
+    """True if it is kept only with ``keep_stitched``."""
+
+    comment: str | None = None
+    """Remark for whoever reads it, an attribute of the CF conventions."""
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Attributes of the variable in a result."""
+        return {"long_name": self.long_name} | ({} if self.comment is None else {"comment": self.comment})
+
 
 NAN = complex(np.nan, np.nan)
 
+OF_STITCHED = "of the stitched object; refinement does not change it"
+"""Comment of variables that describe the overlapping patches."""
+
 VARIABLES = {
     "object": Variable(np.complex64, NAN, "complex transmission of the object", lambda _, done: done.object),
-    "weight": Variable(np.float32, 0.0, "sum of the weights of the patches", lambda _, done: done.weight),
+    "weight": Variable(
+        np.float32, 0.0, "sum of the weights of the patches", lambda _, done: done.weight, comment=OF_STITCHED
+    ),
     "uncertainty": Variable(
         np.float32,
         np.nan,
         "weighted standard deviation of the overlapping estimates",
         lambda _, done: done.uncertainty,
+        comment=OF_STITCHED,
     ),
-    "count": Variable(np.int32, 0, "patches that reached the pixel", lambda _, done: done.count),
+    "count": Variable(np.int32, 0, "patches that reached the pixel", lambda _, done: done.count, comment=OF_STITCHED),
+    "object_stitched": Variable(
+        np.complex64, NAN, "object as stitched, before refinement", lambda _, done: done.object, on_request=True
+    ),
     "object_half": Variable(
         np.complex64, NAN, "object from every other pattern", lambda _, done: done.object, per_half=True
     ),
@@ -124,10 +144,18 @@ class Layers:
     split_half: bool = False
     """True if the two halves are stored as well."""
 
+    keep_stitched: bool = False
+    """True if the object before refinement is stored as well."""
+
     @property
     def variables(self) -> dict[str, Variable]:
         """Data variables by name."""
-        return {name: each for name, each in VARIABLES.items() if self.split_half or not each.per_half}
+        left_out = {
+            name
+            for name, each in VARIABLES.items()
+            if (each.per_half and not self.split_half) or (each.on_request and not self.keep_stitched)
+        }
+        return {name: each for name, each in VARIABLES.items() if name not in left_out}
 
     def arrays(self, whole: Canvas, halves: Sequence[Canvas] = ()) -> TileArrays:
         """Arrays of one network, from its canvas and those of its halves."""
@@ -194,7 +222,7 @@ def make_dataset(
     arrays = {"object": object, "weight": weight, "uncertainty": uncertainty, "count": count, **others}
     return xr.Dataset(
         {
-            name: (layers.dims(name), arrays[name].astype(each.dtype, copy=False), {"long_name": each.long_name})
+            name: (layers.dims(name), arrays[name].astype(each.dtype, copy=False), each.attributes)
             for name, each in layers.variables.items()
             if name in arrays
         }
@@ -275,7 +303,7 @@ def _create_variable(
         compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.bitshuffle),
         dimension_names=layers.dims(name),
     )
-    array.attrs["long_name"] = variable.long_name
+    array.attrs.update(variable.attributes)
     if pixel_size_m is not None:
         # The CF convention by which xarray distinguishes coordinates from data.
         array.attrs["coordinates"] = "y_m x_m"
@@ -671,7 +699,7 @@ class PtychoAccessor:
         _check_savable(self._ds)
         ds = self.compute()
         corner = (int(ds["y"][0]), int(ds["x"][0]))
-        arrays = {name: ds[name].values for name in Layers().variables if name in ds}
+        arrays = {name: ds[name].values for name in Layers(keep_stitched=True).variables if name in ds}
         with parse_location(path).atomic_store(overwrite=overwrite, kind=RESULT) as writing:
             pixel_size_m = ds.attrs.get("pixel_size_m")
             shape = arrays["object"].shape

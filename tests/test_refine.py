@@ -96,6 +96,18 @@ def test_two_processes_give_the_same_bits_as_none_on_disk_and_in_memory(scan, po
     assert json.loads(json.dumps(written.ptycho.records["refinement"])) == polished.ptycho.records["refinement"]
 
 
+def test_the_object_before_refinement_is_kept_on_request(scan, client, plain, polished, tmp_path):
+    path = tmp_path / "object.zarr"
+    kept = reconstruct(scan.store, FlatModel(), client=client, polish=4, keep_stitched=True, out=path, **FIELDS)
+    np.testing.assert_array_equal(kept["object_stitched"].values, plain["object"].values)
+    assert_same_bits(kept, polished)
+    assert "object_stitched" not in polished
+    assert "stitched object" in kept["uncertainty"].attrs["comment"]
+    kept.ptycho.save(tmp_path / "again.zarr")
+    again = open_result(tmp_path / "again.zarr")
+    np.testing.assert_array_equal(again["object_stitched"].values, plain["object"].values)
+
+
 def test_without_sweeps_nothing_changes(scan, client):
     plain, none = (
         reconstruct(scan.store, FlatModel(), client=client, **FIELDS, **more) for more in ({}, {"polish": 0})

@@ -140,6 +140,11 @@ class ReconstructionSpec:
     """Also stitch the even and the odd patterns separately, in the same pass: ``object_half`` and ``weight_half``.
     By default no group then mixes the two halves."""
 
+    keep_stitched: bool = option(
+        False, help="Also keep the object before refinement, as object_stitched.", recorded_at_default=False
+    )
+    """Also keep the object as stitched, before refinement: ``object_stitched``."""
+
     pyramid: bool = option(False, help="Add levels of coarser resolution to the result.", changes_result=False)
     """Add coarser levels to the written result (see `open_result`)."""
 

@@ -111,8 +111,9 @@ def reconstruct(
     -------
     xarray.Dataset
         ``object``, ``weight``, ``uncertainty`` and ``count`` (y, x), see `make_dataset`; lazy if `out` is given or
-        `compute` is False. With ``split_half`` also ``object_half`` and ``weight_half`` (half, y, x); with several
-        models each array has ``network`` as its first axis. For several scans a dict of these by the names of the
+        `compute` is False. With ``keep_stitched`` also ``object_stitched``, the object before refinement; with
+        ``split_half`` also ``object_half`` and ``weight_half`` (half, y, x); with several models each array has
+        ``network`` as its first axis. For several scans a dict of these by the names of the
         stores, without ``.zarr``; for several experiments by names ``experiment-K``.
 
     Raises
@@ -332,7 +333,7 @@ def _plan_run(
         MethodJob(prediction_job(plans[label], network, scan, spec), plans[label].window, plans[label].crop)
         for label, network in networks.items()
     )
-    layers = Layers(tuple(networks) if several else (), spec.split_half)
+    layers = Layers(tuple(networks) if several else (), spec.split_half, spec.keep_stitched)
     job = StitchingJob(methods, layers, position_yx_px=spec.position_yx_px)
     return Run(scan, job, next(iter(plans.values())), spec, _attributes(networks, stored, plans, spec))
 
