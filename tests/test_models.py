@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -116,6 +118,20 @@ def test_predictions_do_not_depend_on_the_batch(model):
         last = 41 - 41 % batch_size
         parts = [call(x[i : i + batch_size], offset[i : i + batch_size]) for i in range(0, last, batch_size)]
         np.testing.assert_allclose(np.concatenate(parts), whole[:last], atol=1e-5 * np.median(np.abs(whole)))
+
+
+def test_a_network_is_compiled_once_and_forgotten_with_the_model(monkeypatch):
+    model, compiled = random_model(seed=7), []
+    compile_ = type(model).compile
+    monkeypatch.setattr(type(model), "compile", lambda *given: compiled.append(1) or compile_(*given))
+    x, offset = inputs(3)
+    first = model.predict(x, offset)
+    np.testing.assert_array_equal(model.predict(x, offset), first)
+    assert len(compiled) == 1
+    there = weakref.ref(model)
+    del model
+    gc.collect()
+    assert there() is None
 
 
 def test_two_models_in_one_process_do_not_disturb_each_other(model):

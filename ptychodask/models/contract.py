@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,7 +163,7 @@ def predict_in_batches(
         raise PtychodaskError(
             f"model: offsets have shape {offset_yx_px.shape}, expected ({len(x)}, {model.members}, 2)"
         )
-    call = model.compile(PREDICT_BATCH)
+    call = _call_of(model)
     channels = (model.members,) if model.output == "member" else ()
     patches = np.empty((len(x), *channels, model.n_pixels, model.n_pixels), np.complex64)
     for start in range(0, len(x), PREDICT_BATCH):
@@ -171,6 +172,20 @@ def predict_in_batches(
         padded = [_pad_batch(values[part], PREDICT_BATCH) for values in (x, offset_yx_px)]
         patches[part] = call(*padded)[: len(x[part])]
     return patches
+
+
+_CALLS: WeakKeyDictionary[MinimalModel, Predict] = WeakKeyDictionary()
+"""Compiled calls of the networks that predicted, as long as these live."""
+
+
+def _call_of(model: MinimalModel) -> Predict:
+    """Call of a model, compiled once for each network."""
+    if not getattr(model, "runs_on_keras", False):
+        # A function of the user's is no work to prepare, and its call may hold the model, which then never ended.
+        return model.compile(PREDICT_BATCH)
+    if model not in _CALLS:
+        _CALLS[model] = model.compile(PREDICT_BATCH)
+    return _CALLS[model]
 
 
 def _pad_batch(values: NDArray[np.float32], batch_size: int) -> NDArray[np.float32]:
