@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from ptychodask.result import PYRAMID, stored_array
 from ptychodask.storage.location import Location
+from ptychodask.storage.zarr_checks import COMPRESSORS
 
 COARSEST_PIXELS = 512
 """Upper bound of the longer side of the coarsest level of a pyramid, pixels."""
@@ -50,7 +51,7 @@ def _write_level(group: zarr.Group, finer: zarr.Group) -> zarr.Group:
             chunks=source.chunks,
             shards=(*source.shape[:-2], tile, tile),
             fill_value=source.fill_value,
-            compressors=source.compressors,
+            compressors=COMPRESSORS,
             dimension_names=tuple(source.metadata.dimension_names or ()),  # type: ignore[union-attr]
         )
     for y in range(0, coarse[0], tile):
@@ -64,7 +65,11 @@ def _write_level(group: zarr.Group, finer: zarr.Group) -> zarr.Group:
         values = np.asarray(stored_array(finer, dim)[...])
         first, step = float(values[0]), float(values[1] - values[0])
         group.create_array(
-            dim, data=first + step / 2 + 2 * step * np.arange(coarse[axis]), chunks="auto", dimension_names=(dim,)
+            dim,
+            data=first + step / 2 + 2 * step * np.arange(coarse[axis]),
+            chunks="auto",
+            compressors=COMPRESSORS,
+            dimension_names=(dim,),
         )
     return group
 

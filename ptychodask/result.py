@@ -14,7 +14,6 @@ import numpy as np
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, BloscShuffle
 
 import ptychodask
 from ptychodask.errors import PtychodaskError
@@ -25,7 +24,14 @@ from ptychodask.scan import Scan
 from ptychodask.storage.atomic import StoreKind
 from ptychodask.storage.location import Location, LocationLike, location_of, parse_location
 from ptychodask.storage.records import as_text, from_text
-from ptychodask.storage.zarr_checks import check_codecs, check_stored, consolidate, damage_errors, open_root
+from ptychodask.storage.zarr_checks import (
+    COMPRESSORS,
+    check_codecs,
+    check_stored,
+    consolidate,
+    damage_errors,
+    open_root,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -284,7 +290,10 @@ def create_result(
     for name in layers.variables if variables is None else variables:
         _create_variable(root, name, shape, tile, pixel_size_m, layers)
     for name, (dim, values, attributes) in _coordinates(shape, corner, pixel_size_m).items():
-        root.create_array(name, data=values, chunks=values.shape, dimension_names=(dim,)).attrs.update(attributes)
+        array = root.create_array(
+            name, data=values, chunks=values.shape, compressors=COMPRESSORS, dimension_names=(dim,)
+        )
+        array.attrs.update(attributes)
 
 
 def _create_variable(
@@ -300,7 +309,7 @@ def _create_variable(
         chunks=(*[1] * (len(full_shape) - 2), chunk, chunk),
         shards=(*full_shape[:-2], tile, tile),
         fill_value=variable.dtype(variable.fill),
-        compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.bitshuffle),
+        compressors=COMPRESSORS,
         dimension_names=layers.dims(name),
     )
     array.attrs.update(variable.attributes)
@@ -395,7 +404,8 @@ def finish_result(
     root = zarr.open_group(path.zarr_store(), mode="r+", zarr_format=3)
     for name, values in (of_patterns or {}).items():
         dims, described = PATTERN_VARIABLES[name]
-        root.create_array(name, data=values, dimension_names=dims, overwrite=True).attrs.update(described)
+        array = root.create_array(name, data=values, compressors=COMPRESSORS, dimension_names=dims, overwrite=True)
+        array.attrs.update(described)
     stored = {name: stored_array(root, name).nchunks_initialized for name in VARIABLES if name in root}
     consolidate(path).attrs.update({**attributes, STORED_CHUNKS: stored, "state": "complete"})
 

@@ -63,7 +63,7 @@ ALIASES = {
 
 OWNERS = {
     "scipy.spatial": {"grouping"},
-    "zarr": {"storage", "store", "pyramid", "result", "reconstruction", "export"},
+    "zarr": {"storage", "store", "pyramid", "result", "reconstruction", "inspection", "export"},
     "obstore": {"storage"},
     "h5py": {"io", "models", "export"},
     "h5netcdf": {"export"},

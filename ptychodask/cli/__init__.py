@@ -22,7 +22,7 @@ from ptychodask.cli.jobs import submit
 from ptychodask.cli.judging import compare, report, residuals, study
 from ptychodask.cli.networks import train
 from ptychodask.cli.runs import bench, demo, plan, reconstruct
-from ptychodask.cli.scans import group, ingest, inspect, refine_probe, set, simulate
+from ptychodask.cli.scans import check, group, ingest, inspect, refine_probe, set, simulate
 from ptychodask.errors import PtychodaskError
 
 
@@ -52,6 +52,7 @@ TERMINATED = 143
 COMMANDS = (
     demo,
     inspect,
+    check,
     ingest,
     simulate,
     group,

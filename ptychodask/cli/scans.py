@@ -1,4 +1,4 @@
-"""Commands for scans: inspect, ingest, simulate, group, refine-probe, set."""
+"""Commands for scans: inspect, check, ingest, simulate, group, refine-probe, set."""
 
 from __future__ import annotations
 
@@ -68,6 +68,33 @@ def inspect(
         source, rotation=rotation, progress=progress_option(quiet), format=format, **inspection.options
     )
     typer.echo(dumps(verdict.as_json(), indent=2) if json else str(verdict))
+
+
+def check(
+    stores: Annotated[
+        list[str],
+        typer.Argument(help="Stores of scans, results, caches of patches, or models.", show_default=False),
+    ],
+    *,
+    quiet: Quiet = False,
+) -> None:
+    """Read every chunk of stores, and compare the recorded hashes.
+
+    Example: ptychodask check scan.zarr scan.object.zarr
+
+    Nothing is changed. Chunks whose checksum is wrong are named, with
+    the remedy; the command then ends with exit code 2.
+    """
+    from ptychodask.inspection.integrity import check_store
+
+    damaged = []
+    for store in stores:
+        checked = check_store(store, progress=progress_option(quiet))
+        typer.echo(str(checked))
+        if checked.problems:
+            damaged.append(str(store))
+    if damaged:
+        raise PtychodaskError(f"{', '.join(damaged)}: damaged, see above")
 
 
 @options_of("ptychodask.io.source", "IngestSpec")

@@ -10,6 +10,7 @@ from operator import floordiv
 from typing import Any
 
 import zarr
+from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
 from zarr.errors import ZarrUserWarning
 
 from ptychodask.errors import PtychodaskError, in_brief
@@ -18,6 +19,10 @@ from ptychodask.storage.location import Location, LocationLike, location_of
 
 CODECS = {"blosc", "bytes", "crc32c", "gzip", "sharding_indexed", "transpose", "zstd"}
 """Codecs that may run: they decode bytes to numbers, and do nothing else."""
+
+
+COMPRESSORS = (BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.bitshuffle), Crc32cCodec())
+"""Codecs of the chunks that this package writes. The checksum is that of RFC 3720: with it no changed bit is read."""
 
 
 SMALL_BYTES = 2**26

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, BloscShuffle
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.grouping import curve_order
@@ -32,7 +31,7 @@ from ptychodask.scan import (
 )
 from ptychodask.storage.atomic import atomic_file, folder_lock, read_json
 from ptychodask.storage.location import LocationLike, parse_location
-from ptychodask.storage.zarr_checks import consolidate
+from ptychodask.storage.zarr_checks import COMPRESSORS, consolidate
 from ptychodask.store import FORMAT, FORMAT_VERSION, SCAN, TABLE_ROWS, data_hash, open_scan
 
 logger = logging.getLogger(__name__)
@@ -352,7 +351,7 @@ def _create_patterns(
         # Readers of a growing scan may meet a file while it is replaced. A chunk is read in one piece, old or new; a
         # shard is read in parts, its index first, which may belong to different versions.
         shards=None if growing else (per_chunk * min(SHARD_CHUNKS, chunks_needed, chunks_allowed), n_pixels, n_pixels),
-        compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.bitshuffle),
+        compressors=COMPRESSORS,
         dimension_names=dims,
         # Patterns of zeros are written as well, so that a missing file always means damage.
         config={"write_empty_chunks": True},
@@ -400,7 +399,12 @@ def _write_array(
     if dims[0] in ("pattern", "group"):
         rows = TABLE_ROWS if growing else min(rows, TABLE_ROWS)
     array = root.create_array(
-        name, data=np.ascontiguousarray(values), chunks=(rows, *values.shape[1:]), dimension_names=dims
+        name,
+        data=np.ascontiguousarray(values),
+        chunks=(rows, *values.shape[1:]),
+        compressors=COMPRESSORS,
+        dimension_names=dims,
+        config={"write_empty_chunks": True},
     )
     array.attrs.update(attributes)
     return array
