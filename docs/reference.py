@@ -19,7 +19,7 @@ from ptychodask.cli.fields import complete
 from ptychodask.progress import quiet_stderr
 
 NAMES = {
-    "Scans": ["Scan", "open_scan", "ingest", "IngestSpec", "simulate", "PtychodaskError"],
+    "Scans": ["Scan", "open_scan", "set_metadata", "ingest", "IngestSpec", "simulate", "PtychodaskError"],
     "Groups": ["GroupingSpec", "Groups", "group"],
     "Probe and iterative reconstruction": [
         "refine_probe",

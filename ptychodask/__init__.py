@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "store": ["open_scan"],
         "store.groups": ["group"],
         "store.append": ["finish_scan"],
+        "store.annotate": ["set_metadata"],
         "io": ["IngestSpec", "ingest"],
         "simulate": ["simulate"],
         "models": ["CallableModel", "Model", "ModelSpec", "load_model"],

@@ -27,8 +27,9 @@ from ptychodask.io.evidence import (
 from ptychodask.probes import disc_probe
 from ptychodask.simulate import simulate
 from ptychodask.store import open_scan
-from ptychodask.store.annotate import record_model
+from ptychodask.store.annotate import record_model, set_metadata
 from ptychodask.store.groups import group
+from ptychodask.store.write import write_scan
 
 N = 32
 
@@ -437,3 +438,51 @@ def test_experiments_are_listed_and_judged_apart(measured, tmp_path):
     ingest(tmp_path / "a.npz", tmp_path / "a.zarr", domain="counts", progress=False)
     ((statement, _),) = said(inspect_file(tmp_path / "a.zarr"), "experiments")
     assert statement == "2 in one store (0, 4): reconstruct writes a result for each, or for --experiment"
+
+
+# Metadata that the file lacked
+
+
+def test_missing_metadata_are_listed_and_can_be_set(tmp_path):
+    scan = simulate(tmp_path / "scan.zarr", n_pixels=N, n_patterns=12, step_px=3.0, dose=1e5)
+    assert "not known: --pixel-size-m, --energy-ev, --distance-m" in str(inspect_file(scan.store))
+    changed = set_metadata(scan.store, pixel_size_m=12e-9, energy_ev=8800)
+    assert (changed.pixel_size_m, changed.energy_ev, changed.distance_m) == (12e-9, 8800.0, None)
+    assert changed.data_hash == scan.data_hash
+    assert "not known: --distance-m" in str(inspect_file(scan.store))
+    assert set_metadata(scan.store, pixel_size_m=13e-9).pixel_size_m == 13e-9
+    assert open_scan(scan.store).energy_ev == 8800.0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "nothing to set; pass one or more of pixel_size_m"),
+        ({"distance_m": -1}, "distance_m is -1, expected a positive number"),
+        ({"energy_ev": float("nan")}, "energy_ev is nan, expected a positive number"),
+        ({"energy_ev": "8800"}, r"energy_ev is '8800' \(str\), expected a number"),
+        (
+            {"pixel_size_m": 2e-9},
+            r"pixel_size_m is 1e-09 from ingest.*ingest again with pixel_size_m= \(--pixel-size-m\)",
+        ),
+    ],
+)
+def test_metadata_that_contradict_the_scan_are_refused(tmp_path, given, message):
+    scan = store_with_pixel_size(tmp_path / "scan.zarr")
+    with pytest.raises(PtychodaskError, match=message):
+        set_metadata(scan.store, **given)
+    assert open_scan(scan.store).attributes == scan.attributes
+
+
+def store_with_pixel_size(path):
+    """A scan whose pixel size, 1 nm, was known at ingest."""
+    rng = np.random.default_rng(0)
+    return write_scan(
+        path,
+        diffraction=rng.poisson(9, (6, N, N)).astype(np.uint16),
+        position_yx_px=rng.uniform(0, 20, (6, 2)),
+        probe=disc_probe(N, diameter_px=8),
+        domain="counts",
+        calibration="mean_counts",
+        pixel_size_m=1e-9,
+    )

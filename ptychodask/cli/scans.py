@@ -267,19 +267,37 @@ def set(
             show_default=False,
         ),
     ] = None,
+    pixel_size_m: Annotated[
+        float | None, typer.Option(help="Size of an object pixel, metres.", show_default=False)
+    ] = None,
+    energy_ev: Annotated[float | None, typer.Option(help="Photon energy, eV.", show_default=False)] = None,
+    distance_m: Annotated[
+        float | None, typer.Option(help="Distance from sample to detector, metres.", show_default=False)
+    ] = None,
 ) -> None:
-    """Write the refined positions of a result into its scan.
+    """Write refined positions, or metadata not known at ingest, into a scan.
 
-    The measured positions are kept. Stored group tables are removed, and drawn again by the next run.
+    With --positions, the measured positions are kept. Stored group tables are removed, and drawn again by the next run.
 
     Example: ptychodask set scan.zarr --positions object.zarr
+
+    Example: ptychodask set scan.zarr --pixel-size-m 12e-9 --energy-ev 8800 --distance-m 2
     """
     import numpy as np
 
     from ptychodask.refinement.apply import apply_positions
+    from ptychodask.store.annotate import set_metadata
 
+    metadata = given(pixel_size_m=pixel_size_m, energy_ev=energy_ev, distance_m=distance_m)
+    if positions is None and not metadata:
+        raise PtychodaskError(
+            f"set: nothing to set in {store}; pass --positions RESULT, --pixel-size-m, --energy-ev or --distance-m"
+        )
+    if metadata:
+        set_metadata(store, **metadata)
+        typer.echo(f"{named(store)}: {', '.join(f'{name} {value:g}' for name, value in metadata.items())}")
     if positions is None:
-        raise PtychodaskError(f"set: nothing to set in {store}; pass --positions RESULT")
+        return
     scan = apply_positions(store, positions)
     assert scan.position_measured_yx_px is not None
     moved = scan.position_yx_px - scan.position_measured_yx_px

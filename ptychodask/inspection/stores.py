@@ -47,7 +47,13 @@ def inspect_store(path: Location) -> Inspection:
         label=str(path),
         what=f"a store of {scan.n_patterns} patterns of {scan.n_pixels} x {scan.n_pixels}",
         arrays=list(_arrays(scan)),
-        findings=[*_on_data(scan, sample), *_on_positions(scan), *_on_probe(scan), *_on_work(stored)],
+        findings=[
+            *_on_data(scan, sample),
+            *_on_positions(scan),
+            *_on_probe(scan),
+            *_on_optics(scan),
+            *_on_work(stored),
+        ],
         command=_next(scan, path),
         preview=Preview(
             mean=mean,
@@ -134,6 +140,24 @@ def _on_probe(scan: Scan) -> Iterator[Finding]:
         yield Finding("probe", f"fitted in training: held-out loss {losses[0]} to {losses[1]}", "noted")
     if scan.truth is not None:
         yield Finding("truth", "the true object is stored, so results can be compared with it", "noted")
+
+
+def _on_optics(scan: Scan) -> Iterator[Finding]:
+    """Energy and distance; missing metadata, with the options that set them."""
+    known = {"photon energy": (scan.energy_ev, "eV"), "distance": (scan.distance_m, "m")}
+    texts = [f"{name} {value:.6g} {unit}" for name, (value, unit) in known.items() if value is not None]
+    if texts:
+        yield Finding("optics", ", ".join(texts), "noted")
+    missing = {"--pixel-size-m": scan.pixel_size_m, "--energy-ev": scan.energy_ev, "--distance-m": scan.distance_m}
+    provenance = scan.attributes.get("provenance", {})
+    if provenance.get("options", {}).get("particle") == "electron":
+        del missing["--energy-ev"]  # the wavelength of electrons is in the pixel size; no photon energy is stored
+    flags = [flag for flag, value in missing.items() if value is None]
+    if flags:
+        statement = f"not known: {', '.join(flags)}; set them with 'ptychodask set'"
+        if scan.pixel_size_m is None:
+            statement += " (results have no metres without the pixel size)"
+        yield Finding("optics", statement, "noted")
 
 
 def _on_work(stored: StoredScan) -> Iterator[Finding]:

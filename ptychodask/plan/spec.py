@@ -352,7 +352,7 @@ def in_pixels(spec: ReconstructionSpec, pixel_size_m: float | None, label: str) 
     if pixel_size_m is None:
         raise PtychodaskError(
             f"{label}: the pixel size is not known, so roi_m {tuple(spec.roi_m)} cannot be converted; pass roi= in "
-            "pixels, or ingest with pixel_size_m= (--pixel-size-m)"
+            f"pixels, or set it with 'ptychodask set {label} --pixel-size-m SIZE'"
         )
     # Rounded before the ceiling, or the division's error of some 1e-16 would add a row to a region that is an integer
     # number of pixels. Clipped, so that the conversion to integers cannot overflow.

@@ -1,4 +1,4 @@
-"""Changes to a finished scan: another probe, other positions, a trained model."""
+"""Changes to a finished scan: probe, positions, metadata, a trained model."""
 
 from __future__ import annotations
 
@@ -199,6 +199,74 @@ def _remove_tables(root: zarr.Group, stored: StoredScan) -> None:
             )
     if "groups" in root:
         del root["groups"]
+
+
+SET_LATER = "metadata_set"
+"""Attribute that names the metadata that were not known at ingest."""
+
+
+def set_metadata(
+    store: LocationLike,
+    *,
+    pixel_size_m: float | None = None,
+    energy_ev: float | None = None,
+    distance_m: float | None = None,
+) -> Scan:
+    """Write metadata that were not known at ingest into a scan.
+
+    Patterns, positions and the data hash stay, so that results and models remain those of this scan. A value that was
+    set before can be set again; one from ingest cannot, since positions or the probe may have been computed from it.
+
+    Parameters
+    ----------
+    store : path or ``s3://`` URL
+    pixel_size_m : float, optional
+        Size of an object pixel, metres.
+    energy_ev : float, optional
+        Photon energy, eV.
+    distance_m : float, optional
+        Distance from sample to detector, metres.
+
+    Returns
+    -------
+    Scan
+        The store, opened again.
+
+    Raises
+    ------
+    PtychodaskError
+        If no value is given, one is not positive or known from ingest, or the scan is growing.
+    """
+    path = parse_location(store)
+    values = {"pixel_size_m": pixel_size_m, "energy_ev": energy_ev, "distance_m": distance_m}
+    given = {name: value for name, value in values.items() if value is not None}
+    if not given:
+        raise PtychodaskError(f"{path}: nothing to set; pass one or more of {', '.join(values)}")
+    scan = open_scan(path)
+    if scan.attributes["state"] == "growing":
+        raise PtychodaskError(
+            f"{path}: the scan is still growing, and its segments must agree; finish it first with "
+            f"'ptychodask ingest --finish {path}'"
+        )
+    set_later = list(scan.attributes.get(SET_LATER, []))
+    for name, value in given.items():
+        flag = f"{name}= (--{name.replace('_', '-')})"
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+            raise PtychodaskError(f"{path}: {name} is {value!r} ({type(value).__name__}), expected a number")
+        if not (np.isfinite(value) and value > 0):
+            raise PtychodaskError(f"{path}: {name} is {value}, expected a positive number")
+        known = scan.attributes.get(name)
+        if known is not None and name not in set_later and not np.isclose(known, value, rtol=1e-9, atol=0):
+            raise PtychodaskError(
+                f"{path}: {name} is {known:g} from ingest, so it is not set to {value:g}; ingest again with {flag}"
+            )
+    attributes: dict[str, Any] = {name: float(value) for name, value in given.items()}
+    new = [name for name in given if scan.attributes.get(name) is None]
+    root = open_root(path, SCAN, "r+")
+    root.attrs.update(attributes | {SET_LATER: [*set_later, *new]})
+    consolidate(path)
+    logger.info("%s: set %s", path, ", ".join(f"{name}={value:g}" for name, value in attributes.items()))
+    return open_scan(path)
 
 
 def record_model(store: LocationLike, *, kind: str, path: str | Path, content_hash: str) -> None:
