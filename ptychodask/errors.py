@@ -15,6 +15,16 @@ class PtychodaskError(ValueError):
     def __init__(self, message: str) -> None:
         super().__init__(in_one_line(message))
 
+    def _render_traceback_(self) -> list[str]:
+        """Text that IPython and Jupyter show in place of a traceback.
+
+        Examples
+        --------
+        >>> PtychodaskError("a.npz: no such file")._render_traceback_()
+        ['PtychodaskError: a.npz: no such file']
+        """
+        return [f"{type(self).__name__}: {self}"]
+
 
 def in_one_line(text: str) -> str:
     r"""Text in one line, with control characters escaped.
