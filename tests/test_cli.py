@@ -25,6 +25,7 @@ N = 16
 
 COMMANDS = [
     "demo",
+    "run",
     "inspect",
     "ingest",
     "simulate",

@@ -46,6 +46,7 @@ FLOORS = [
     "study",
     "bench",
     "demo",
+    "run",
     "recipes",
     "ptychodus_plugin",
     "cli",

@@ -21,7 +21,7 @@ from ptychodask.cli.formats import export
 from ptychodask.cli.jobs import submit
 from ptychodask.cli.judging import compare, report, residuals, study
 from ptychodask.cli.networks import train
-from ptychodask.cli.runs import bench, demo, plan, reconstruct
+from ptychodask.cli.runs import bench, demo, plan, reconstruct, run
 from ptychodask.cli.scans import check, group, ingest, inspect, refine_probe, set, simulate
 from ptychodask.errors import PtychodaskError
 
@@ -51,6 +51,7 @@ TERMINATED = 143
 """Exit code of a command stopped by SIGTERM."""
 COMMANDS = (
     demo,
+    run,
     inspect,
     check,
     ingest,

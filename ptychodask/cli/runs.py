@@ -1,4 +1,4 @@
-"""Commands for reconstruction: demo, plan, reconstruct, bench."""
+"""Commands for reconstruction: demo, run, plan, reconstruct, bench."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from ptychodask.cli.fields import options_of
 from ptychodask.cli.flags import (
+    Format,
     Host,
     Overwrite,
     Quiet,
@@ -46,6 +47,46 @@ def demo(
         import ptychodask.models.model  # noqa: F401
         from ptychodask.demo import run_demo
     typer.echo(run_demo(out, overwrite=overwrite, progress=progress_option(quiet)))
+
+
+@options_of("ptychodask.io.source", "IngestSpec", inspected=True)
+def run(
+    source: Annotated[
+        Path, typer.Argument(help="File of another program (see ingest), or store of a scan.", show_default=False)
+    ],
+    store: Annotated[
+        Path | None, typer.Argument(help="Store to write; by default named after the file.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model bundle, or iterative; by default a network that fits the scan, else iterative."),
+    ] = None,
+    format: Format = None,
+    *,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    **fields: Any,
+) -> None:
+    """Inspect, ingest, refine the probe and reconstruct, with the defaults of each.
+
+    Ends with R, a picture and what to try next.
+
+    Example: ptychodask run scan.npz
+
+    Example: ptychodask run raw.h5 --domain counts --units m --pixel-size-m 12e-9
+    """
+    from ptychodask.run import run_file
+
+    for text in run_file(
+        source,
+        store,
+        model=model,
+        format=format,
+        overwrite=overwrite,
+        progress=progress_option(quiet),
+        **fields,
+    ):
+        typer.echo(text)
 
 
 @options_of("ptychodask.plan.spec", "ReconstructionSpec", planned=True)
