@@ -142,7 +142,7 @@ def _default_model(scan: Scan) -> str | None:
 
 
 def _next_steps(store: Path, result: Path, model: str | None, r_factors: list[float]) -> Iterator[str]:
-    """Commands to try next; checks of the input come first if R is high."""
+    """Commands to try next; if R is high, checks first."""
     scan = shlex.quote(str(store))
     again = scan if model is None else f"{scan} --model {shlex.quote(model)}"
     steps = {
