@@ -46,6 +46,7 @@ COMMANDS_OF = {
     "train": (TrainingSpec, {}),
     "ingest": (IngestSpec, {}),
     "inspect": (IngestSpec, {"inspected": True}),
+    "run": (IngestSpec, {"inspected": True}),
     "group": (GroupingSpec, {}),
     "submit": (JobSpec, {}),
 }
