@@ -71,7 +71,8 @@ def compare(
     true object, only R is computed: how well the result fits the patterns.
     """
     from ptychodask.judging.compare import align, compare, patterns_inside, r_factors, results_by_label
-    from ptychodask.judging.plotting import check_figure_path, plot_comparison
+    from ptychodask.judging.figure import check_figure_path
+    from ptychodask.judging.plotting import plot_comparison
     from ptychodask.judging.tables import to_csv, to_markdown
     from ptychodask.store import open_scan
 
@@ -124,7 +125,8 @@ def residuals(
 
     Example: ptychodask residuals scan.object.zarr scan.zarr --png residuals.png --save-outliers bad.npy
     """
-    from ptychodask.judging.plotting import RESIDUALS, check_figure_path, plot_residuals
+    from ptychodask.judging.figure import check_figure_path
+    from ptychodask.judging.plotting import RESIDUALS, plot_residuals
     from ptychodask.judging.residuals import outliers, residuals
 
     check_one_cluster("residuals", workers, scheduler)

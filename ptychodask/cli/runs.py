@@ -174,7 +174,7 @@ def reconstruct(
     check_one_cluster("reconstruct", workers, scheduler)
     with quiet_stderr():
         import ptychodask.models.model  # noqa: F401
-        from ptychodask.judging.plotting import check_figure_path
+        from ptychodask.judging.figure import check_figure_path
         from ptychodask.reconstruction import FailedScansError, reconstruct
         from ptychodask.reconstruction.batch import result_path
     if not several:

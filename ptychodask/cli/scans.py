@@ -49,7 +49,7 @@ def inspect(
 
     from ptychodask.inspection import check_axes as judge_axes
     from ptychodask.inspection import inspect_file, plot_preview
-    from ptychodask.judging.plotting import check_figure_path
+    from ptychodask.judging.figure import check_figure_path
 
     if rotation and not check_axes:
         raise PtychodaskError("--rotation: needs --check-axes; pass both or neither")

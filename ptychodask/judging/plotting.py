@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.judging.compare import find_truth, truth_on_pixels
+from ptychodask.judging.figure import empty_figure, saved
 from ptychodask.judging.metrics import BAND_EDGES, WELL_LIT, align_gauge, frc, half_bit, well_lit
 from ptychodask.judging.refinements import AddedPhase, Refinement, Shifts, added_phase, refinement_of, shifts_of
 from ptychodask.scan import Scan, Truth
@@ -45,10 +45,6 @@ MOST_ELONGATED = 20.0
 
 LONG_SIDE_IN = 9.0
 """Length of the picture of an elongated object, inches."""
-
-
-DOTS_PER_INCH = 120
-"""Resolution of figures written to a file."""
 
 
 UNSEEN_COLOUR = "lightsteelblue"
@@ -148,17 +144,17 @@ def plot(
     known = uncertainty[lit & np.isfinite(uncertainty)]
     _panel(axes[3], uncertainty, "uncertainty", shown, _limits(known) if known.size else (0, 1), "magma")
     _draw_each(added, extras)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def _result_layout(ds: xr.Dataset, n_extras: int) -> tuple[Figure, NDArray[Any], NDArray[Any]]:
     """Figure with axes for the pictures of a result and added panels."""
     if _orientation(ds) == "compact":
         n_columns = 3 if n_extras else 2
-        figure = _empty_figure(5.5 * n_columns, 9.5)
+        figure = empty_figure(5.5 * n_columns, 9.5)
         axes = figure.subplots(2, n_columns)
         return figure, axes[:, :2].ravel(), axes[:, 2:].ravel()
-    figure = _empty_figure(*_size_in(ds, 1, 4 + n_extras, (0, 0)))
+    figure = empty_figure(*_size_in(ds, 1, 4 + n_extras, (0, 0)))
     axes = _pictures(figure, ds, 1, 4 + n_extras).ravel()
     return figure, axes[:4], axes[4:]
 
@@ -204,9 +200,9 @@ def plot_refinement(ds: xr.Dataset, *, scan: Scan | str | Path | None = None, pa
     n_columns = {"compact": n_columns, "wide": 1, "tall": len(panels)}[_orientation(shown)]
     n_rows = -(-len(panels) // n_columns)
     width, height = _size_in(shown, 1, 1, (5.5, 4.75))
-    figure = _empty_figure(max(width, 4.0) * n_columns, max(height, 3.0) * n_rows)
+    figure = empty_figure(max(width, 4.0) * n_columns, max(height, 3.0) * n_rows)
     _draw_each(figure.subplots(n_rows, n_columns, squeeze=False).ravel(), panels)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def refinement_panels(shown: xr.Dataset, scan: Scan | str | Path | None = None) -> list[Panel]:
@@ -374,24 +370,24 @@ def plot_complex(ds: xr.Dataset, *, path: str | Path | None = None) -> Figure:
     _frame(axes, f"phase as hue,{between}amplitude as brightness", shown)
     _draw_wheel(wheel, full)
     _add_contours(axes, shown, legend)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def _wheel_layout(ds: xr.Dataset) -> tuple[Figure, Axes, Axes, Axes]:
     """Figure with axes for a picture, the colour wheel and the legend."""
     orientation = _orientation(ds)
     if orientation == "compact":
-        figure = _empty_figure(9, 7)
+        figure = empty_figure(9, 7)
         axes = figure.subplots()
         return figure, axes, axes.inset_axes((1.08, 0.72, 0.24, 0.24)), axes
     # Beside an elongated object the wheel, which is as wide as high, has a panel of its own.
     width, height = _size_in(ds, 1, 1, (9, 7))
     wheel_in = 2.2
     if orientation == "wide":
-        figure = _empty_figure(width, height + wheel_in)
+        figure = empty_figure(width, height + wheel_in)
         axes, wheel = figure.subplots(2, 1, height_ratios=[height, wheel_in])
     else:
-        figure = _empty_figure(width + wheel_in + 1.0, height)
+        figure = empty_figure(width + wheel_in + 1.0, height)
         axes, wheel = figure.subplots(1, 2, width_ratios=[width, wheel_in])
     return figure, axes, wheel, wheel
 
@@ -484,7 +480,7 @@ def plot_comparison(
     rows = 2 if len(objects) == 1 else 3
     width, height = _size_in(first, rows, len(objects), (4.2 * len(objects), 3.7 * rows))
     ratios = [height] if comparison is None else [height, 3.7]
-    figure = _empty_figure(max(width, 8.0) if comparison is not None else width, sum(ratios))
+    figure = empty_figure(max(width, 8.0) if comparison is not None else width, sum(ratios))
     grid = figure.add_gridspec(len(ratios), 1, height_ratios=ratios)
     axes = _pictures(figure.add_subfigure(grid[0]), first, rows, len(objects))
     _draw_objects(axes, objects, judged, first)
@@ -493,7 +489,7 @@ def plot_comparison(
     if comparison is not None:
         panels = figure.add_subfigure(grid[1]).subplots(1, 2)
         _draw_frcs(panels, comparison, first.attrs.get("pixel_size_m"))
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def _aligned_objects(
@@ -619,14 +615,14 @@ def plot_residuals(residuals: xr.Dataset, *, path: str | Path | None = None) -> 
     known = {name: title for name, title in RESIDUALS.items() if np.isfinite(residuals[name]).any()}
     if not known:
         raise PtychodaskError("plot_residuals: no pattern has a residual, so there is nothing to show")
-    figure = _empty_figure(12, 4.8 * len(known))
+    figure = empty_figure(12, 4.8 * len(known))
     for axes, (name, title) in zip(figure.subplots(len(known), 2, squeeze=False), known.items(), strict=True):
         values = residuals[name].values
         values = np.where(np.isposinf(values), 1.05 * values[np.isfinite(values)].max(), values)
         worst = worst_patterns(residuals, name)
         _draw_over_scan(axes[0], residuals, values, title, worst)
         _draw_by_index(axes[1], residuals, values, title, worst)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def worst_patterns(residuals: xr.Dataset, name: str = "r_factor") -> list[int]:
@@ -723,7 +719,7 @@ def plot_split_half(ds: xr.Dataset, *, resolution: xr.Dataset | None = None, pat
     _draw_frc(curves, frequency, {"object": curve}, "FRC of the halves", ds.attrs.get("pixel_size_m"))
     if resolution is not None:
         _draw_local_resolution(pictures[3], resolution, shown)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def _half_layout(ds: xr.Dataset, n_columns: int) -> tuple[Figure, list[Axes], Axes]:
@@ -731,7 +727,7 @@ def _half_layout(ds: xr.Dataset, n_columns: int) -> tuple[Figure, list[Axes], Ax
     n_pictures = n_columns + 1
     orientation = _orientation(ds)
     if orientation == "compact":
-        figure = _empty_figure(5.5 * n_columns, 10)
+        figure = empty_figure(5.5 * n_columns, 10)
         grid = figure.add_gridspec(2, n_columns)
         top = [figure.add_subplot(grid[0, column]) for column in range(n_columns)]
         pictures = [*top[:2], figure.add_subplot(grid[1, 0]), *top[2:]]
@@ -739,10 +735,10 @@ def _half_layout(ds: xr.Dataset, n_columns: int) -> tuple[Figure, list[Axes], Ax
     width, height = _size_in(ds, 1, 1, (0, 0))
     curves_in = 4.5
     if orientation == "wide":
-        figure = _empty_figure(width, n_pictures * height + curves_in)
+        figure = empty_figure(width, n_pictures * height + curves_in)
         axes = figure.subplots(n_pictures + 1, 1, height_ratios=[*[height] * n_pictures, curves_in])
     else:
-        figure = _empty_figure(n_pictures * width + curves_in, height)
+        figure = empty_figure(n_pictures * width + curves_in, height)
         axes = figure.subplots(1, n_pictures + 1, width_ratios=[*[width] * n_pictures, curves_in])
         axes[-1].set_box_aspect(1.0)
     return figure, list(axes[:-1]), axes[-1]
@@ -771,12 +767,6 @@ def _draw_local_resolution(axes: Axes, resolution: xr.Dataset, ds: xr.Dataset) -
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
     _add_colour_bar(axes, image, ds, extend="max")
-
-
-def _empty_figure(width_in: float, height_in: float) -> Figure:
-    figure = Figure(figsize=(width_in, height_in), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 Orientation = Literal["compact", "wide", "tall"]
@@ -1045,31 +1035,6 @@ def drawn_label(label: str) -> str:
     return (line if len(line) <= LONGEST_LABEL else f"{line[: LONGEST_LABEL - 1].rstrip()}…").replace("$", r"\$")
 
 
-def check_figure_path(path: str | Path) -> None:
-    """Raise `PtychodaskError` unless the folder exists and the format is known."""
-    path = Path(path)
-    formats = sorted(FigureCanvasAgg.filetypes)
-    if path.suffix.lstrip(".").lower() not in formats:
-        raise PtychodaskError(
-            f"cannot write {path}: unknown figure format {path.suffix!r}, expected one of: "
-            f"{', '.join(f'.{suffix}' for suffix in formats)}"
-        )
-    if path.is_dir():
-        raise PtychodaskError(f"cannot write {path}: it is a folder; pass a file name")
-    if not path.parent.is_dir():
-        raise PtychodaskError(f"cannot write {path}: folder {path.parent} does not exist")
-
-
-def _saved(figure: Figure, path: str | Path | None) -> Figure:
-    if path is not None:
-        check_figure_path(path)
-        try:
-            figure.savefig(path, dpi=DOTS_PER_INCH)
-        except (OSError, ValueError) as error:
-            raise PtychodaskError(f"cannot write {path} ({error}); pass a .png file in a writable folder") from error
-    return figure
-
-
 def plot_study(study: xr.Dataset, metric: str, *, path: str | Path | None = None) -> Figure:
     """Figure of a study: one metric over the dose.
 
@@ -1101,7 +1066,7 @@ def plot_study(study: xr.Dataset, metric: str, *, path: str | Path | None = None
     parts = [part for part in study["part"].values if study["value"].sel(part=part, metric=metric).notnull().any()]
     if not parts:
         raise PtychodaskError(f"plot_study: no cell has a value of {metric}, so there is nothing to show")
-    figure = _empty_figure(4.5 * study.sizes[spacing] + 1.5, 3.5 * len(parts))
+    figure = empty_figure(4.5 * study.sizes[spacing] + 1.5, 3.5 * len(parts))
     panels = figure.subplots(len(parts), study.sizes[spacing], squeeze=False, sharex=True, sharey="row")
     for row, part in zip(panels, parts, strict=True):
         for axes, step in zip(row, study[spacing].values, strict=True):
@@ -1111,7 +1076,7 @@ def plot_study(study: xr.Dataset, metric: str, *, path: str | Path | None = None
     for axes in panels[-1]:
         axes.set_xlabel("dose (photons per pattern)")
     panels[0, 0].legend(frameon=False)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def _draw_over_dose(axes: Axes, values: xr.DataArray) -> None:
@@ -1165,7 +1130,7 @@ def plot_patterns(
     lowest = max(highest / PATTERN_DECADES, float(np.min(mean, where=mean > 0, initial=highest)))
     scale = LogNorm(lowest, highest) if lowest < highest else LogNorm(highest / 10, highest)
     n_panels = len(shown) + (position_yx is not None)
-    figure = _empty_figure(3.2 * -(-n_panels // 2), 6.2)
+    figure = empty_figure(3.2 * -(-n_panels // 2), 6.2)
     panels = figure.subplots(2, -(-n_panels // 2), squeeze=False).ravel()
     for axes, (label, image) in zip(panels, shown.items(), strict=False):
         picture = axes.imshow(np.maximum(image, lowest), cmap="viridis", norm=scale, origin="upper")
@@ -1175,7 +1140,7 @@ def plot_patterns(
         _draw_positions(panels[len(shown)], position_yx, unit)
     for axes in panels[n_panels:]:
         axes.set_axis_off()
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def _draw_positions(axes: Axes, position_yx: NDArray[np.floating[Any]], unit: str) -> None:
@@ -1211,7 +1176,7 @@ def plot_contact_sheet(
     if not pictures:
         raise PtychodaskError("plot_contact_sheet: found no picture, expected at least one")
     rows, columns = (list(dict.fromkeys(labels)) for labels in zip(*pictures, strict=True))
-    figure = _empty_figure(2.2 * len(columns) + 0.6, 2.3 * len(rows) + 0.3)
+    figure = empty_figure(2.2 * len(columns) + 0.6, 2.3 * len(rows) + 0.3)
     panels = figure.subplots(len(rows), len(columns), squeeze=False)
     limits: dict[str, tuple[float, float]] = {}
     for (row, column), picture in pictures.items():
@@ -1224,4 +1189,4 @@ def plot_contact_sheet(
         axes.set_title(column, fontsize="small")
     for axes, row in zip(panels[:, 0], rows, strict=True):
         axes.set_ylabel(row, fontsize="small")
-    return _saved(figure, path)
+    return saved(figure, path)
