@@ -69,7 +69,7 @@ OWNERS = {
     "h5py": {"io", "models", "export"},
     "h5netcdf": {"export"},
     "tifffile": {"export"},
-    "keras": {"models", "training"},
+    "keras": {"models"},
     "tensorflow": {"models", "training"},
     "xarray": {
         "recipes",

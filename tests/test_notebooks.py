@@ -94,5 +94,6 @@ def test_notebooks_print_no_start_up_notes(cells):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_write_into_folders_of_their_own(path):
     text = path.read_text()
-    assert 'Path(\\"' in text and "folder" in text
+    assert 'Path(\\"' in text
+    assert "folder" in text
     assert '(\\"scan.zarr' not in text, "a reader may have a scan of that name beside the notebook"

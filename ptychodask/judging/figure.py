@@ -18,7 +18,7 @@ SHOWN_DOTS_PER_INCH = 80
 
 
 class ShownFigure(Figure):
-    """Figure that a notebook shows as a picture at the end of a cell.
+    """Figure that notebooks show as a picture.
 
     Notes
     -----
@@ -56,7 +56,7 @@ def check_figure_path(path: str | Path) -> None:
 
 
 def saved(figure: Figure, path: str | Path | None, dpi: float | None = None) -> Figure:
-    """The figure, after it was written to a file if a path is given.
+    """Figure, after it was written to a path if one is given.
 
     Parameters
     ----------

@@ -6,9 +6,8 @@ import logging
 from importlib import import_module
 from typing import Any
 
-import keras
-
 from ptychodask.errors import PtychodaskError
+from ptychodask.models.backend import keras
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, get_args
 
-import keras
 import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.html import card, curves
+from ptychodask.models.backend import keras
 from ptychodask.models.contract import Output, PatchModel, Predict, check_n_pixels, predict_in_batches
 from ptychodask.models.description import epochs_of
 from ptychodask.models.networks import build_network

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import keras
 import numpy as np
-from keras import layers, ops
 from numpy.typing import NDArray
 
+from ptychodask.models.backend import keras, layers, ops
 from ptychodask.models.physics import (
     ComplexPair,
     Tensor,

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from keras import ops
 from numpy.typing import NDArray
 
+from ptychodask.models.backend import ops
 from ptychodask.probes import ILLUMINATION_FLOOR
 
 Tensor = Any

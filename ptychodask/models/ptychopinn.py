@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, get_args
 
 import h5py
-import keras
 import numpy as np
-from keras import layers, ops
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
 from ptychodask.io.hdf5_stream import check_bytes_in_subprocess
 from ptychodask.io.npy_stream import check_compression, check_member
+from ptychodask.models.backend import keras, layers, ops
 from ptychodask.models.contract import Output, Predict, check_n_pixels, predict_in_batches
 from ptychodask.models.model import compiled_call, one_line
 from ptychodask.models.networks import convolution_dtype

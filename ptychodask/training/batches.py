@@ -9,12 +9,12 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import keras
 import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, check_choice
 from ptychodask.grouping import GroupingSpec
+from ptychodask.models.backend import keras
 from ptychodask.scan import Scan
 from ptychodask.store import open_scan
 from ptychodask.training.data import (

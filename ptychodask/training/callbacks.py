@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import keras
 import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError
+from ptychodask.models.backend import keras
 from ptychodask.progress import Progress
 from ptychodask.training.batches import GroupStream, MixedStream
 from ptychodask.training.checkpoint import Checkpoint, Snapshot

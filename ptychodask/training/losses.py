@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from keras import ops
 
 from ptychodask.models import Optics
+from ptychodask.models.backend import ops
 
 Loss = Callable[[Any, Any], Any]
 """From (target, prediction) to a scalar."""

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import keras
 import numpy as np
-from keras import ops
 from numpy.typing import NDArray
 
 from ptychodask.forward import shift_probe
+from ptychodask.models.backend import keras, ops
 from ptychodask.models.networks import FittedProbes
 from ptychodask.probes import probe_centroid_px
 from ptychodask.scan import Scan

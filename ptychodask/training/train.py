@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.models import Model, ModelSpec, Optics, load_model, save_model
+from ptychodask.models.backend import keras
 from ptychodask.models.bundle import MODEL
 from ptychodask.models.networks import FittedProbes, build_autoencoder, build_network, encoder_layers, with_penalties
 from ptychodask.models.spec import Kind
