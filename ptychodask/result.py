@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import floordiv
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -620,20 +619,20 @@ class PtychoAccessor:
         phase = xr.ufuncs.angle(self._ds["object"]).rename("phase")
         return phase.assign_attrs(long_name="phase of the object", units="rad")
 
-    def plot(self, *, path: str | Path | None = None) -> Any:
-        """Figure of amplitude, phase, weight and uncertainty (see `ptychodask.plot`).
+    def plot(self, panels: str | Sequence[str] | None = None, **options: Any) -> Any:
+        """Figure of amplitude, phase, weight and uncertainty.
 
         Parameters
         ----------
-        path : path, optional
-            File to write the figure to.
+        panels, **options
+            As for `ptychodask.plot`.
 
         Returns
         -------
         matplotlib.figure.Figure
         """
         # `plotting` imports this module; the package imports it on demand.
-        return ptychodask.plot(self._ds, path=path)
+        return ptychodask.plot(self._ds, panels, **options)
 
     def preview(self) -> Preview:
         """Small images of amplitude and phase for a notebook.

@@ -11,6 +11,7 @@ import pytest
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ptychodask.errors import PtychodaskError
@@ -69,6 +70,53 @@ def test_result_gets_four_panels_with_colour_bars_and_scale_bars(object_, tmp_pa
     assert texts(figure) == ["10 px"] * 4
     with Image.open(tmp_path / "result.png") as image:
         assert min(image.size) > 600
+
+
+def titles_of(figure):
+    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+
+
+def test_single_panels_take_colours_limits_and_axes(object_):
+    ds = result(object_)
+    figure = plot(ds, "phase", cmap="viridis", vmin=-1.0, vmax=2.0, title="lines")
+    assert titles_of(figure) == ["phase (rad)"]
+    assert figure.get_suptitle() == "lines"
+    (image,) = figure.axes[0].images
+    assert (image.get_cmap().name, image.get_clim()) == ("viridis", (-1.0, 2.0))
+    own = Figure()
+    assert plot(ds, "amplitude", ax=own.add_subplot(), title="mine") is own
+    assert titles_of(own) == ["mine"]
+    assert titles_of(plot(ds, ["phase", "weight"])) == ["phase (rad)", "weight"]
+    for fields, message in (
+        ({"panels": "fase"}, "panels is 'fase', expected some of: amplitude, phase, weight, uncertainty"),
+        ({"cmap": "gray"}, "cmap with 4 panels; choose one"),
+        ({"crop": (0, 5, 900, 910)}, r"holds no pixel; the object reaches from y -10 to 29, x 5 to 64"),
+        ({"crop": (0, 5)}, "expected first and last y"),
+    ):
+        with pytest.raises(PtychodaskError, match=message):
+            plot(ds, **fields)
+
+
+def test_the_crop_is_shown_at_its_coordinates(object_):
+    (image,) = plot(result(object_), "amplitude", crop=(0, 9, 20, 39)).axes[0].images
+    assert image.get_array().shape == (10, 20)
+    assert image.get_extent() == [19.5, 39.5, 9.5, -0.5]
+
+
+def test_the_dim_rim_is_left_out_unless_asked_for(object_):
+    ds = result(object_)
+    ds["weight"][:, :7] = 1e-3
+    for show_dim, n_drawn in ((False, 39 * 53), (True, 39 * 60)):
+        (image,) = plot(ds, "phase", show_dim=show_dim).axes[0].images
+        assert np.isfinite(np.ma.filled(image.get_array(), np.nan)).sum() == n_drawn
+
+
+def test_what_is_not_known_has_no_panel(object_):
+    ds = result(object_)
+    ds["uncertainty"][:] = np.nan
+    figure = plot(ds.assign_attrs(store="/data/star.zarr"))
+    assert titles_of(figure) == ["amplitude", "phase (rad)", "weight"]
+    assert figure.get_suptitle() == "star"
 
 
 def test_scale_bar_is_in_metres_where_the_pixel_size_is_known(object_):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import xarray as xr
@@ -97,10 +97,19 @@ Panel = Callable[[Axes], None]
 
 def plot(
     ds: xr.Dataset,
+    panels: str | Sequence[str] | None = None,
     *,
     scan: Scan | str | Path | None = None,
     refinement: bool = True,
+    crop: tuple[float, float, float, float] | None = None,
+    show_dim: bool = False,
+    cmap: str | None = None,
+    vmin: float | None = None,
+    vmax: float | None = None,
+    title: str | None = None,
+    ax: Axes | None = None,
     path: str | Path | None = None,
+    dpi: float | None = None,
 ) -> Figure:
     """Figure of a result: amplitude, phase, weight and uncertainty.
 
@@ -110,53 +119,139 @@ def plot(
     ----------
     ds : xarray.Dataset
         From `reconstruct`, `reconstruct_iterative` or `open_result`.
+    panels : str or sequence of str, optional
+        Some of "amplitude", "phase", "weight" and "uncertainty"; by default all that the result has.
     scan : Scan or path, optional
         The scan that it was made from: the displacement of refined positions is drawn from its positions.
     refinement : bool
-        Add panels of the refinement, if the result records any (see `plot_refinement`).
+        Add panels of the refinement, if the result records any (see `plot_refinement`) and no `panels` are chosen.
+    crop : (float, float, float, float), optional
+        Part to show: first and last y, first and last x, in pixels of the scan's frame.
+    show_dim : bool
+        Show amplitude and phase also where less than a tenth of the median weight fell, which is mostly noise.
+    cmap, vmin, vmax : str, float, float, optional
+        Colour map and limits of a single panel.
+    title : str, optional
+        Title of the figure; by default the name of the scan and R of the refined object, if they are recorded.
+    ax : matplotlib axes, optional
+        Axes to draw a single panel into.
     path : path, optional
         File to write the figure to; the suffix sets the format (``.png``, ``.pdf``, ...).
+    dpi : float, optional
+        Dots per inch of the file.
 
     Returns
     -------
     matplotlib.figure.Figure
-        Four to six panels, pictures each with a colour bar and a scale bar (in metres if the pixel size is known, else
+        Up to six panels, pictures each with a colour bar and a scale bar (in metres if the pixel size is known, else
         in pixels); +y down, +x right. Colour scales span the 1st to the 99th percentile of the well-lit pixels, which
-        are those with at least a tenth of the median weight; unseen pixels are light blue. A phase that spans more than
-        π is shown with a cyclic colour map from -π to π. Panels of an object more than `ELONGATED` times as long as
-        wide, or the reverse, are stacked along its short side; above `MOST_ELONGATED` that side is stretched by the
-        factor in its label.
+        are those with at least a tenth of the median weight; all others, unless `show_dim`, and unseen pixels are light
+        blue. A phase that spans more than π is shown with a cyclic colour map from -π to π. Panels of an object more
+        than `ELONGATED` times as long as wide, or the reverse, are stacked along its short side; above `MOST_ELONGATED`
+        that side is stretched by the factor in its label.
 
     Raises
     ------
     PtychodaskError
-        If the Dataset is not a result, has no seen pixel, or the figure cannot be written.
+        If the Dataset is not a result, has no seen pixel, a panel is unknown or several are to share one colour map or
+        axes, or the figure cannot be written.
     """
-    shown = thinned(ds)
+    shown = thinned(ds if crop is None else _cropped(ds, crop))
+    pictures = _pictures_of(shown, show_dim=show_dim)
+    chosen = _chosen_panels(panels, pictures)
+    of_one = {"cmap": cmap, "vmin": vmin, "vmax": vmax, "ax": ax}
+    if len(chosen) > 1 and (given := [name for name, value in of_one.items() if value is not None]):
+        raise PtychodaskError(f"plot: {', '.join(given)} with {len(chosen)} panels; choose one, for instance 'phase'")
+    extras: list[Panel] = []
+    if panels is None and refinement and ax is None:
+        extras = [*_added_phase_panels(shown), *_displacement_panels(shown, scan)]
+    if ax is None:
+        figure, axes = _result_layout(shown, len(chosen) + len(extras))
+        figure.suptitle(_title_of(ds) if title is None else title)
+    else:
+        figure, axes = cast(Figure, ax.get_figure(root=True)), np.array([ax])
+    for one, name in zip(axes, chosen, strict=False):
+        picture = pictures[name]
+        limits = picture.limits[0] if vmin is None else vmin, picture.limits[1] if vmax is None else vmax
+        heading = picture.title if ax is None or title is None else title
+        _panel(one, picture.values, heading, shown, limits, picture.colours if cmap is None else cmap)
+    _draw_each(axes[len(chosen) :], extras)
+    return saved(figure, path, dpi)
+
+
+class _Picture(NamedTuple):
+    """Picture of one variable, with its scale."""
+
+    values: NDArray[np.floating[Any]]
+    title: str
+    limits: tuple[float, float]
+    colours: str = "gray"
+
+
+def _pictures_of(shown: xr.Dataset, *, show_dim: bool) -> dict[str, _Picture]:
+    """Pictures of a result by name; uncertainty only if it is known."""
     object_, weight, uncertainty = (shown[name].values for name in ("object", "weight", "uncertainty"))
     lit = _well_lit(shown)
-    phase = np.angle(object_ * _mean_phase_factor(object_[lit]))
-    extras = [*_added_phase_panels(shown), *_displacement_panels(shown, scan)] if refinement else []
-    figure, axes, added = _result_layout(shown, len(extras))
-    _panel(axes[0], np.abs(object_), "amplitude", shown, _limits(np.abs(object_)[lit]))
-    _panel(axes[1], phase, "phase (rad)", shown, *_phase_scale(phase[lit]))
-    _panel(axes[2], np.where(np.isfinite(object_), weight, np.nan), "weight", shown, (0, weight.max()), "viridis")
+    drawn = np.isfinite(object_) if show_dim else lit
+    amplitude, phase = np.abs(object_), np.angle(object_ * _mean_phase_factor(object_[lit]))
+    pictures = {
+        "amplitude": _Picture(np.where(drawn, amplitude, np.nan), "amplitude", _limits(amplitude[lit])),
+        "phase": _Picture(np.where(drawn, phase, np.nan), "phase (rad)", *_phase_scale(phase[lit])),
+        "weight": _Picture(np.where(np.isfinite(object_), weight, np.nan), "weight", (0, weight.max()), "viridis"),
+    }
     known = uncertainty[lit & np.isfinite(uncertainty)]
-    _panel(axes[3], uncertainty, "uncertainty", shown, _limits(known) if known.size else (0, 1), "magma")
-    _draw_each(added, extras)
-    return saved(figure, path)
+    if known.size:
+        pictures["uncertainty"] = _Picture(uncertainty, "uncertainty", _limits(known), "magma")
+    return pictures
 
 
-def _result_layout(ds: xr.Dataset, n_extras: int) -> tuple[Figure, NDArray[Any], NDArray[Any]]:
-    """Figure with axes for the pictures of a result and added panels."""
+def _chosen_panels(panels: str | Sequence[str] | None, pictures: dict[str, _Picture]) -> list[str]:
+    """Names of the panels to draw."""
+    if panels is None:
+        return list(pictures)
+    chosen = [panels] if isinstance(panels, str) else list(panels)
+    if not chosen or (unknown := [name for name in chosen if name not in pictures]):
+        wrong = ", ".join(map(repr, unknown)) if chosen else repr(panels)
+        raise PtychodaskError(f"plot: panels is {wrong}, expected some of: {', '.join(pictures)}")
+    return chosen
+
+
+def _cropped(ds: xr.Dataset, crop: tuple[float, float, float, float]) -> xr.Dataset:
+    """Part of a result between coordinates."""
+    try:
+        y0, y1, x0, x1 = map(float, crop)
+        part = ds.sel(y=slice(y0, y1), x=slice(x0, x1))
+    except (TypeError, ValueError, KeyError) as error:
+        raise PtychodaskError(
+            f"plot: crop is {crop!r}, expected first and last y, first and last x, in pixels"
+        ) from error
+    if not part.sizes["y"] or not part.sizes["x"]:
+        y, x = ds["y"].values, ds["x"].values
+        raise PtychodaskError(
+            f"plot: crop {tuple(crop)} holds no pixel; the object reaches from y {y[0]:g} to {y[-1]:g}, "
+            f"x {x[0]:g} to {x[-1]:g}"
+        )
+    return part
+
+
+def _title_of(ds: xr.Dataset) -> str:
+    """Name of a result's scan, and its R if that is recorded."""
+    name = Path(str(ds.attrs.get("store", ""))).name.removesuffix(".zarr")
+    record = refinement_of(ds.attrs)
+    kept = [stage.r_factor for stage in record.stages if stage.kept and np.isfinite(stage.r_factor)]
+    of_judges = " of held-out patterns" if record.n_judges else ""
+    return ", ".join([*([name] if name else []), *([f"R {kept[-1]:.4f}{of_judges}"] if kept else [])])
+
+
+def _result_layout(ds: xr.Dataset, n_panels: int) -> tuple[Figure, NDArray[Any]]:
+    """Figure with axes for panels of a result."""
     if _orientation(ds) == "compact":
-        n_columns = 3 if n_extras else 2
-        figure = empty_figure(5.5 * n_columns, 9.5)
-        axes = figure.subplots(2, n_columns)
-        return figure, axes[:, :2].ravel(), axes[:, 2:].ravel()
-    figure = empty_figure(*_size_in(ds, 1, 4 + n_extras, (0, 0)))
-    axes = _pictures(figure, ds, 1, 4 + n_extras).ravel()
-    return figure, axes[:4], axes[4:]
+        n_columns = n_panels if n_panels < 4 else -(-n_panels // 2)
+        n_rows = -(-n_panels // n_columns)
+        figure = empty_figure(5.5 * n_columns, 4.75 * n_rows)
+        return figure, figure.subplots(n_rows, n_columns, squeeze=False).ravel()
+    figure = empty_figure(*_size_in(ds, 1, n_panels, (0, 0)))
+    return figure, _pictures(figure, ds, 1, n_panels).ravel()
 
 
 def plot_refinement(ds: xr.Dataset, *, scan: Scan | str | Path | None = None, path: str | Path | None = None) -> Figure:
