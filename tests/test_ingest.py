@@ -208,6 +208,19 @@ def test_a_raw_file_with_foreign_keys_is_cropped_binned_and_placed_in_metres(sha
 # Probe
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+@pytest.mark.parametrize("domain", ["counts", "amplitude"])
+@pytest.mark.parametrize("holds", ["counts", "amplitude"])
+def test_values_that_are_taken_for_what_they_are_not_are_warned_of(tmp_path, caplog, holds, domain, dtype):
+    counts = np.random.default_rng(0).poisson(np.geomspace(1, 300, 32)[:, None] * np.ones(32), (12, 32, 32))
+    patterns = counts.astype(dtype) if holds == "counts" else np.sqrt(counts).astype(np.float32)
+    with caplog.at_level(logging.WARNING):
+        read(save(tmp_path, patterns), domain=domain)
+    told = [record.getMessage() for record in caplog.records if "are taken for" in record.getMessage()]
+    assert len(told) == (holds != domain)
+    assert all(f"ingest again with --domain {holds}" in line for line in told)
+
+
 def test_a_file_without_a_probe_gets_the_estimate_and_says_so(tmp_path, caplog):
     patterns = frames()
     with caplog.at_level(logging.INFO):

@@ -94,7 +94,7 @@ def test_a_packaged_model_travels_by_its_name(store):
 
 
 def test_training_goes_on_from_a_packaged_model(store, tmp_path):
-    model = train(store, out=tmp_path / "t.model", initial="pretrained:pinn-n64-c4", max_minutes=0.01, epochs=1)
+    model = train(store, out=tmp_path / "t.model", initial="pretrained:pinn-n64-c4", max_minutes=0.5, epochs=1)
     packaged = load_model("pretrained:pinn-n64-c4")
     moved = [np.abs(a - b).max() for a, b in zip(model.weights, packaged.weights, strict=True)]
     assert 0 < max(moved) < 0.1

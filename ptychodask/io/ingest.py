@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ptychodask.errors import PtychodaskError, with_fields
 from ptychodask.io.append import append_source
+from ptychodask.io.evidence import SAMPLE_FRAMES, domain_of, spread_rows
 from ptychodask.io.formats import Source
 from ptychodask.io.geometry import HC_EV_M
 from ptychodask.io.grid import GriddedSource, on_grid
@@ -116,6 +117,7 @@ def _prepare(
     parts = pattern_parts(file_scan, gridded, label, scratch, stack, progress)
     probe, calibration = initial_probe(file_scan, spec, gridded.grid, parts["diffraction"], gridded.mask, label)
     _warn_of_overlap(file_scan, gridded, parts["diffraction"], probe, label)
+    _warn_of_values(file_scan, parts["diffraction"], gridded.mask, label)
     return parts | {
         "probe": probe,
         "domain": file_scan.domain,
@@ -134,6 +136,28 @@ def _photon_energy_ev(spec: IngestSpec) -> float | None:
     if spec.particle == "electron":
         return None
     return HC_EV_M / spec.wavelength_m if spec.wavelength_m else spec.energy_ev
+
+
+def _warn_of_values(
+    file_scan: SourceScan, diffraction: PatternSource, mask: NDArray[np.bool_] | None, label: str
+) -> None:
+    """Log a warning if the values contradict their domain."""
+    frames = np.asarray(diffraction[spread_rows(diffraction.shape[0], SAMPLE_FRAMES)])
+    detected, certainty, evidence = domain_of(frames if mask is None else np.where(mask, frames, 0))
+    if certainty == "measured" and detected is not None and detected != file_scan.domain:
+        logger.warning(
+            "%s: patterns are taken for %s, but look like %s (%s): contrast and R will be wrong; ingest again with "
+            "--domain %s, or by the keys of the file (--key diffraction=... --domain %s) if its format has no choice",
+            label,
+            _PLURAL[file_scan.domain],
+            _PLURAL[detected],
+            evidence,
+            detected,
+            detected,
+        )
+
+
+_PLURAL = {"counts": "counts", "amplitude": "amplitudes"}
 
 
 def _warn_of_overlap(
