@@ -20,8 +20,8 @@ from ptychodask.grouping import curve_order, mean_spacing_px
 from ptychodask.io.npy_stream import read_npy
 from ptychodask.probes import disc_probe, zone_plate_probe
 from ptychodask.scan import Scan, Truth, check_pattern_shape
-from ptychodask.storage.location import parse_location
-from ptychodask.store import open_scan
+from ptychodask.storage.location import LocationLike, parse_location
+from ptychodask.store import StoredScan, open_scan
 from ptychodask.store.write import write_scan
 
 OBJECTS = ("lines", "star", "field")
@@ -280,6 +280,19 @@ def make_positions(path: str, n_patterns: int, step_px: float, rng: np.random.Ge
     return left[np.sort(np.argsort(np.hypot(*left.T), kind="stable")[:n_patterns])]
 
 
+def _keep_measured(store: LocationLike) -> None:
+    """Raise `PtychodaskError` if a store holds a scan that was not simulated."""
+    try:
+        provenance = StoredScan(store).attributes["provenance"]
+    except PtychodaskError:
+        return
+    if provenance.get("source") != "simulation":
+        raise PtychodaskError(
+            f"simulate: {store} holds a scan that was not simulated, from {provenance.get('source', 'Python')}; name "
+            "another store, or remove it yourself"
+        )
+
+
 class SimulatedPatterns:
     """Noisy patterns, simulated when they are indexed.
 
@@ -376,7 +389,7 @@ def simulate(
     ------
     PtychodaskError
         If a name is unknown, a number is out of range, a scan's positions are too far apart or too few, an image cannot
-        be read or is too small, or the store exists.
+        be read or is too small, the store exists, or it is to be overwritten and holds a measured scan.
 
     Examples
     --------
@@ -392,6 +405,8 @@ def simulate(
     if seed < 0:
         raise PtychodaskError(f"simulate: seed is {seed}, expected 0 or more")
     check_pattern_shape((n_patterns, n_pixels, n_pixels), "simulate")
+    if overwrite:
+        _keep_measured(store)
     rng_path, rng_object = np.random.default_rng(seed).spawn(2)
     position = make_positions(path, n_patterns, step_px, rng_path)
     half = np.ceil(np.abs(position).max(axis=0)).astype(int) + n_pixels // 2 + 1

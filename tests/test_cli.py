@@ -336,6 +336,10 @@ def test_files_of_other_programs_are_compared_and_tables_written(run, store, jud
     assert (judged / "t.md").read_text().strip() == out.strip()
     assert (judged / "t.csv").read_text().startswith("method,part,correlation,")
     assert (judged / "t.png").stat().st_size > 10_000
+    code, _, err = run("compare", *results, "--truth", store, *tables)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "t.csv exists already; pass --overwrite, or name another file" in err
+    assert run("compare", *results, "--truth", store, "--baseline", "PtyChi", *tables, "--overwrite")[0] == 0
     code, out, err = run("compare", f"A={judged / 'ptychi.npz'}", "--key", "A=reconstructed_object", "--truth", store)
     assert code == 0, err
     assert "| A | phase |" in out

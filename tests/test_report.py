@@ -293,6 +293,10 @@ def test_the_command_writes_it_beside_the_result(folder, monkeypatch, capsys):
     text = page_of(folder / "scan.object.html").text
     assert text.startswith("Mine Mine Report of a ptychographic reconstruction.")
     assert "Mine Iterative amplitude: correlation" in text
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "scan.object.html exists already; pass --overwrite" in capsys.readouterr().err
 
 
 def test_a_browser_shows_it_without_a_complaint_and_asks_for_nothing(ds, folder, tmp_path):

@@ -20,6 +20,7 @@ from ptychodask.simulate import (
     siemens_star,
     simulate,
 )
+from ptychodask.store.write import write_scan
 
 SMALL = {"n_pixels": 16, "n_patterns": 60, "dose": 1e5, "step_px": 3.0, "progress": False}
 
@@ -234,3 +235,13 @@ def test_wrong_arguments_are_refused_and_leave_no_store(tmp_path, wrong, message
     with pytest.raises(PtychodaskError, match=message):
         simulate(tmp_path / "scan.zarr", **(SMALL | wrong))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_measured_scan_is_not_overwritten(tmp_path):
+    small = {"n_pixels": 16, "n_patterns": 4, "progress": False}
+    scan = simulate(tmp_path / "simulated.zarr", **small)
+    assert simulate(tmp_path / "simulated.zarr", overwrite=True, **small).data_hash == scan.data_hash
+    given = {"position_yx_px": scan.position_yx_px, "probe": scan.probe, "domain": "counts", "calibration": "as_given"}
+    write_scan(tmp_path / "scan.zarr", diffraction=scan.diffraction[:], progress=False, **given)
+    with pytest.raises(PtychodaskError, match="holds a scan that was not simulated, from Python; name another store"):
+        simulate(tmp_path / "scan.zarr", overwrite=True, **small)

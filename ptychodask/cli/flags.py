@@ -138,6 +138,13 @@ def beside(path: Any, name: str) -> Path:
     return (path.local_path or Path(name)).with_name(name)
 
 
+def check_vacant_files(overwrite: bool, *paths: Path | None) -> None:
+    """Raise `PtychodaskError` if a file would be replaced unasked."""
+    for path in paths:
+        if path is not None and path.is_file() and not overwrite:
+            raise PtychodaskError(f"{path} exists already; pass --overwrite, or name another file")
+
+
 def check_folders(*paths: Path | None) -> None:
     for path in paths:
         if path is not None and path.is_dir():

@@ -19,6 +19,7 @@ from ptychodask.cli.flags import (
     beside,
     check_folders,
     check_one_cluster,
+    check_vacant_files,
     client_for,
     given,
     named,
@@ -28,6 +29,7 @@ from ptychodask.cli.flags import (
 from ptychodask.errors import PtychodaskError
 from ptychodask.progress import quiet_stderr
 
+ReplaceFiles = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 Experiment = Annotated[
     int | None,
     typer.Option(help="Experiment of the results, if the scan has several; by default the one that they record."),
@@ -59,6 +61,8 @@ def compare(
     csv: Annotated[Path | None, typer.Option(help="CSV file to write the table to.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Markdown file to write the table to.")] = None,
     png: Annotated[Path | None, typer.Option(help="Figure to write.")] = None,
+    *,
+    overwrite: ReplaceFiles = False,
 ) -> None:
     """Compare results with the true object, or with the first result.
 
@@ -79,6 +83,7 @@ def compare(
     if png is not None:
         check_figure_path(png)
     check_folders(csv, markdown)
+    check_vacant_files(overwrite, csv, markdown, png)
     opened = results_by_label(_labelled(results, key))
     measured = None if scan is None else open_scan(scan)
     known = open_scan(truth) if truth is not None else measured if measured and measured.truth is not None else None
@@ -119,6 +124,7 @@ def residuals(
     scheduler: Scheduler = None,
     tls: Tls = False,
     tls_folder: TlsFolder = None,
+    overwrite: ReplaceFiles = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare each measured pattern with the predicted one, and list outliers.
@@ -133,6 +139,7 @@ def residuals(
     if png is not None:
         check_figure_path(png)
     check_folders(save_outliers, csv)
+    check_vacant_files(overwrite, save_outliers, csv, png)
     dropped = None if drop is None else numbers_or_file("--drop", drop, "pattern indices")
     options = given(drop=dropped, experiment=experiment)
     with client_for(workers, scheduler, tls, tls_folder) as client:
@@ -190,6 +197,8 @@ def report(
     ] = None,
     experiment: Experiment = None,
     out: Annotated[Path | None, typer.Option(help="HTML file to write; by default beside the result.")] = None,
+    *,
+    overwrite: ReplaceFiles = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a report of a result as one HTML file.
@@ -204,6 +213,7 @@ def report(
 
     ((label, source),) = _labelled([result], None)
     out = beside(named(Path(source)), f"{Path(source).name.removesuffix('.zarr')}.html") if out is None else out
+    check_vacant_files(overwrite, out)
     others = _labelled(compare or [], None)
     path = write_report(
         source,
