@@ -36,7 +36,7 @@ def test_damaged_files_are_read_or_refused_in_one_line(tmp_path):
         "-m",
         "tests.campaigns.fuzz",
         "--inputs",
-        "300",
+        "120",
         "--seed",
         "3",
         "--keep",
