@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from ptychodask.judging.plotting import plot
 from ptychodask.judging.residuals import residuals
 from ptychodask.models.choose import recorded_model
 from ptychodask.models.pretrained import pretrained_for
-from ptychodask.progress import quiet_stderr
 from ptychodask.reconstruction import reconstruct
 from ptychodask.reconstruction.flat import ITERATIVE
 from ptychodask.scan import Scan
@@ -97,9 +95,6 @@ def run_file(
         outcome = "stored" if refined.stored else f"not stored: {refined.problem}"
         yield f"probe: R {refined.r_before:.4f} -> {refined.r_after:.4f} on held-out patterns; {outcome}"
     chosen = _default_model(scan) if model is None else model
-    if chosen != ITERATIVE:
-        with quiet_stderr():
-            import_module("ptychodask.models.model")
     result = reconstruct(path, chosen, out=out, overwrite=overwrite, progress=progress)
     results = {f"{name}.zarr": ds for name, ds in result.items()} if isinstance(result, dict) else {"": result}
     r_factors = []

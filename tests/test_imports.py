@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import ptychodask
+from ptychodask.simulate import simulate
 
 PACKAGE = Path(ptychodask.__file__).parent
 
@@ -232,6 +233,18 @@ def test_help_loads_no_network_library() -> None:
     code = (
         "import sys\nfrom ptychodask.cli import app\n"
         "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(any(n in sys.modules for n in ('keras', 'tensorflow', 'torch', 'jax')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("command", [["plan"], ["reconstruct", "--model", "iterative", "--polish", "1", "-q"]])
+def test_plans_and_sweeps_load_no_network_library(tmp_path: Path, command: list[str]) -> None:
+    store = tmp_path / "scan.zarr"
+    simulate(store, n_patterns=30, step_px=8.0, progress=False)
+    code = (
+        f"import sys\nfrom ptychodask.cli import app\n"
+        f"try:\n    app({[command[0], str(store), *command[1:]]!r})\nexcept SystemExit:\n    pass\n"
         "sys.exit(any(n in sys.modules for n in ('keras', 'tensorflow', 'torch', 'jax')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0

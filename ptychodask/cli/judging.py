@@ -27,7 +27,6 @@ from ptychodask.cli.flags import (
     progress_option,
 )
 from ptychodask.errors import PtychodaskError
-from ptychodask.progress import quiet_stderr
 
 ReplaceFiles = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 Experiment = Annotated[
@@ -176,8 +175,8 @@ def study(
     Example: ptychodask study docs/study.toml --out study
     """
     check_one_cluster("study", workers, scheduler)
-    with quiet_stderr():
-        from ptychodask.study import run_study, to_markdown
+    from ptychodask.study import run_study, to_markdown
+
     folder = study.with_suffix("") if out is None else out
     with client_for(workers, scheduler, tls, tls_folder) as client:
         table = run_study(study, folder, recompute=recompute or (), client=client, progress=progress_option(quiet))

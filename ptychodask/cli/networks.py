@@ -10,7 +10,6 @@ import typer
 
 from ptychodask.cli.fields import options_of
 from ptychodask.cli.flags import Overwrite, Quiet, progress_option
-from ptychodask.progress import quiet_stderr
 
 
 class ModelKind(StrEnum):
@@ -48,8 +47,8 @@ def train(
 
     Example: ptychodask train a.zarr b.zarr --out both.model --epochs 20 --patience 3 --resume
     """
-    with quiet_stderr():
-        from ptychodask.training.train import train
+    from ptychodask.training.train import train
+
     trained = train(
         store,
         model=model.value,

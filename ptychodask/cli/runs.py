@@ -26,7 +26,6 @@ from ptychodask.cli.flags import (
     progress_option,
 )
 from ptychodask.errors import PtychodaskError
-from ptychodask.progress import quiet_stderr
 
 ModelBundle = Annotated[
     Path | None,
@@ -43,9 +42,8 @@ def demo(
 
     Example: ptychodask demo
     """
-    with quiet_stderr():
-        import ptychodask.models.model  # noqa: F401
-        from ptychodask.demo import run_demo
+    from ptychodask.demo import run_demo
+
     typer.echo(run_demo(out, overwrite=overwrite, progress=progress_option(quiet)))
 
 
@@ -105,10 +103,9 @@ def plan(
 
     Example: ptychodask plan scan.zarr --measure
     """
-    with quiet_stderr():
-        import ptychodask.models.model  # noqa: F401
-        from ptychodask.plan import plan
-        from ptychodask.prediction import open_anew
+    from ptychodask.plan import plan
+    from ptychodask.prediction import open_anew
+
     experiments = [] if "experiment" in fields else open_anew(store).experiments(tuple(fields.get("drop", ())))
     if len(experiments) < 2:
         typer.echo(str(plan(store, model, measure=measure, **fields)))
@@ -172,11 +169,10 @@ def reconstruct(
         )
     target = named(stores[0].with_name(f"{stores[0].name.removesuffix('.zarr')}.object.zarr") if out is None else out)
     check_one_cluster("reconstruct", workers, scheduler)
-    with quiet_stderr():
-        import ptychodask.models.model  # noqa: F401
-        from ptychodask.judging.figure import check_figure_path
-        from ptychodask.reconstruction import FailedScansError, reconstruct
-        from ptychodask.reconstruction.batch import result_path
+    from ptychodask.judging.figure import check_figure_path
+    from ptychodask.reconstruction import FailedScansError, reconstruct
+    from ptychodask.reconstruction.batch import result_path
+
     if not several:
         check_figure_path(png or _figure_beside(target))
     failed = None
@@ -275,10 +271,10 @@ def bench(
     _check_fields(store, model, bench_fields)
     if json is not None and not json.parent.is_dir():
         raise PtychodaskError(f"cannot write {json}: folder {json.parent} does not exist; make it first")
-    with quiet_stderr():
-        import ptychodask.models.model  # noqa: F401
-        from ptychodask.bench import BenchSpec, bench, describe
-        from ptychodask.plan.spec import ReconstructionSpec
+    import ptychodask.models.backend  # noqa: F401
+    from ptychodask.bench import BenchSpec, bench, describe
+    from ptychodask.plan.spec import ReconstructionSpec
+
     spec = BenchSpec(**bench_fields)
     with client_for(workers, scheduler, tls, tls_folder, host) as client:
         report = bench(

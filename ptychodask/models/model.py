@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ptychodask.errors import PtychodaskError
 from ptychodask.html import card, curves
-from ptychodask.models.backend import keras
 from ptychodask.models.contract import Output, PatchModel, Predict, check_n_pixels, predict_in_batches
 from ptychodask.models.description import epochs_of
-from ptychodask.models.networks import build_network
 from ptychodask.models.spec import ModelSpec, Optics, Precision
 from ptychodask.scan import Scan
+
+if TYPE_CHECKING:
+    from ptychodask.models.backend import keras
 
 LOSSES = {"held_out_loss": "held out", "loss": "trained on"}
 """Losses in an entry of the training history, and their labels in a plot."""
@@ -116,8 +118,23 @@ class Model:
         )
 
     def network(self, precision: Precision = "float32") -> keras.Model:
-        """The Keras network with these weights and optics."""
+        """The Keras network with these weights and optics.
+
+        Raises
+        ------
+        PtychodaskError
+            If the weights do not fit the spec.
+        """
+        # Loaded with the first network that is built: plans and reports only read what a bundle records.
+        from ptychodask.models.networks import build_network
+
         network = build_network(self.spec, self.optics, precision)
+        expected = [tuple(weight.shape) for weight in network.weights]
+        if expected != [weight.shape for weight in self.weights]:
+            raise PtychodaskError(
+                f"{self.path or 'model'}: has {len(self.weights)} weights that do not fit its spec (expected "
+                f"{len(expected)}); train again"
+            )
         network.set_weights(self.weights)
         return network
 
@@ -137,6 +154,8 @@ class Model:
             From X float32 (batch_size, N, N, C), normalised, and offsets float32 (batch_size, C, 2), pixels, to patches
             complex64 (batch_size, C, N, N) at the members' positions.
         """
+        from ptychodask.models.networks import compiled_call
+
         return compiled_call(self.network(precision), batch_size)
 
     def predict(self, x: NDArray[np.float32], offset_yx_px: NDArray[np.float32]) -> NDArray[np.complex64]:
@@ -184,53 +203,3 @@ def hash_weights(spec: ModelSpec, weights: list[NDArray[np.float32]]) -> str:
     for array in weights:
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def compiled_call(network: keras.Model, batch_size: int) -> Predict:
-    """Prediction function of a network at a fixed batch size.
-
-    Compiled if the backend compiles (TensorFlow, JAX).
-
-    Parameters
-    ----------
-    network : keras.Model
-        From X and offsets to patches whose last axis is (real, imaginary), float32.
-    batch_size : int
-        Groups in each call.
-
-    Returns
-    -------
-    callable
-        From float32 arrays X (batch_size, N, N, C) and offsets (batch_size, C, 2) to the patches, complex64.
-    """
-    run = _compiled(network, batch_size)
-
-    def call(x: NDArray[np.float32], offset_yx_px: NDArray[np.float32]) -> NDArray[np.complex64]:
-        pairs = np.ascontiguousarray(run(x, offset_yx_px), dtype=np.float32)
-        return pairs.view(np.complex64)[..., 0]
-
-    return call
-
-
-def _compiled(network: keras.Model, batch_size: int) -> Callable[[Any, Any], Any]:
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        signature = [tf.TensorSpec((batch_size, *tensor.shape[1:]), tf.float32) for tensor in network.inputs]
-        run = tf.function(lambda x, offset: network([x, offset], training=False), input_signature=signature)
-        return lambda x, offset: run(tf.convert_to_tensor(x), tf.convert_to_tensor(offset)).numpy()
-    if backend == "jax":
-        import jax
-
-        trainable = [variable.value for variable in network.trainable_variables]
-        fixed = [variable.value for variable in network.non_trainable_variables]
-        compiled = jax.jit(lambda x, offset: network.stateless_call(trainable, fixed, [x, offset], training=False)[0])
-        return lambda x, offset: np.asarray(compiled(x, offset))
-    import torch
-
-    def run_torch(x: Any, offset: Any) -> Any:
-        with torch.no_grad():
-            return keras.ops.convert_to_numpy(network([x, offset], training=False))
-
-    return run_torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptychodask.models.backend import keras, layers, ops
+from ptychodask.models.contract import Predict
 from ptychodask.models.physics import (
     ComplexPair,
     Tensor,
@@ -23,9 +24,7 @@ from ptychodask.models.physics import (
     squared_modulus,
     step_length,
 )
-from ptychodask.models.spec import ModelSpec, Optics, Precision
-
-BASE_FILTERS = 16
+from ptychodask.models.spec import BASE_FILTERS, ModelSpec, Optics, Precision
 
 ATTENTION_HEADS = 4
 
@@ -411,11 +410,6 @@ def encoder_layers(network: keras.Model) -> list[layers.Layer]:
     return [layer for layer in network.layers if layer.weights and layer.name.startswith(("down", "bottom"))]
 
 
-def bottom_weights(spec: ModelSpec) -> int:
-    """Weights in a U-Net's widest convolution, about a third of all."""
-    return 9 * (BASE_FILTERS * spec.n_filters_scale * 2**spec.levels) ** 2
-
-
 def build_network(
     spec: ModelSpec,
     optics: Optics | Sequence[Optics],
@@ -495,3 +489,53 @@ def build_autoencoder(
         counts(network.outputs[0], offset, **({"scan": scan[0]} if scan else {})),
         name="autoencoder",
     )
+
+
+def compiled_call(network: keras.Model, batch_size: int) -> Predict:
+    """Prediction function of a network at a fixed batch size.
+
+    Compiled if the backend compiles (TensorFlow, JAX).
+
+    Parameters
+    ----------
+    network : keras.Model
+        From X and offsets to patches whose last axis is (real, imaginary), float32.
+    batch_size : int
+        Groups in each call.
+
+    Returns
+    -------
+    callable
+        From float32 arrays X (batch_size, N, N, C) and offsets (batch_size, C, 2) to the patches, complex64.
+    """
+    run = _compiled(network, batch_size)
+
+    def call(x: NDArray[np.float32], offset_yx_px: NDArray[np.float32]) -> NDArray[np.complex64]:
+        pairs = np.ascontiguousarray(run(x, offset_yx_px), dtype=np.float32)
+        return pairs.view(np.complex64)[..., 0]
+
+    return call
+
+
+def _compiled(network: keras.Model, batch_size: int) -> Callable[[Any, Any], Any]:
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        signature = [tf.TensorSpec((batch_size, *tensor.shape[1:]), tf.float32) for tensor in network.inputs]
+        run = tf.function(lambda x, offset: network([x, offset], training=False), input_signature=signature)
+        return lambda x, offset: run(tf.convert_to_tensor(x), tf.convert_to_tensor(offset)).numpy()
+    if backend == "jax":
+        import jax
+
+        trainable = [variable.value for variable in network.trainable_variables]
+        fixed = [variable.value for variable in network.non_trainable_variables]
+        compiled = jax.jit(lambda x, offset: network.stateless_call(trainable, fixed, [x, offset], training=False)[0])
+        return lambda x, offset: np.asarray(compiled(x, offset))
+    import torch
+
+    def run_torch(x: Any, offset: Any) -> Any:
+        with torch.no_grad():
+            return keras.ops.convert_to_numpy(network([x, offset], training=False))
+
+    return run_torch

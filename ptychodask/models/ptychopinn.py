@@ -29,8 +29,8 @@ from ptychodask.io.hdf5_stream import check_bytes_in_subprocess
 from ptychodask.io.npy_stream import check_compression, check_member
 from ptychodask.models.backend import keras, layers, ops
 from ptychodask.models.contract import Output, Predict, check_n_pixels, predict_in_batches
-from ptychodask.models.model import compiled_call, one_line
-from ptychodask.models.networks import convolution_dtype
+from ptychodask.models.model import one_line
+from ptychodask.models.networks import compiled_call, convolution_dtype
 from ptychodask.models.physics import ComplexPair, Tensor
 from ptychodask.models.spec import BOUNDS, Precision
 from ptychodask.scan import Scan

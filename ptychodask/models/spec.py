@@ -28,6 +28,9 @@ BOUNDS = {
 """Lowest and highest values, so that a damaged bundle cannot request a network too large for memory."""
 
 
+BASE_FILTERS = 16
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Architecture of a network."""
@@ -121,3 +124,8 @@ class Optics:
         # Photons on bad pixels were not measured, so that they are left out of the model too.
         far_field = np.fft.fftshift(np.fft.fft2(self.probe, norm="ortho"), axes=(-2, -1))
         return float(np.sqrt(self.mean_counts / (np.abs(far_field) ** 2 * self.mask).sum(dtype=np.float64)))
+
+
+def bottom_weights(spec: ModelSpec) -> int:
+    """Weights in a U-Net's widest convolution, about a third of all."""
+    return 9 * (BASE_FILTERS * spec.n_filters_scale * 2**spec.levels) ** 2

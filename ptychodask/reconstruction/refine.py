@@ -72,6 +72,10 @@ def stitch_and_refine(
     plan = run.plan
     n_chunks, n_tiles = len(plan.chunks), len(plan.tiles)
     logger.info("%s: %d groups in %d chunks onto %d tiles", plan.store, plan.n_groups, n_chunks, n_tiles)
+    if client is None and run.spec.cache is None:
+        # The network library is loaded here rather than in a task: meanwhile nothing reaches stderr, bars neither.
+        for method in run.job.methods:
+            method.prediction.model.prepare_device(wanted=False)
     with executor_for_run(client) as executor, stitching_of(run, executor, folders, screen) as stitching:
         if not run.spec.refines:
             stitching.run(on_tile, progress)
